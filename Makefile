@@ -1,0 +1,57 @@
+# PYTHON=python3 uses that interpreter and installs nothing; without it, .venv is made from requirements.txt.
+ifdef PYTHON
+READY :=
+else
+PYTHON := .venv/bin/python
+READY := .venv/.ready
+endif
+
+GPU_REPORT := import importlib.metadata as m, torch; \
+	gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None; \
+	print(f"tilelang {m.version('tilelang')}, torch {torch.__version__}, " + (f"GPU {gpu}" if gpu else "no GPU"))
+NEED_GPU := import sys, torch; sys.exit(0 if torch.cuda.is_available() else "test-gpu: no GPU on this machine")
+# pytest-xdist is used where it is installed; JOBS sets the number of its workers.
+WORKERS = $$($(PYTHON) -c 'import importlib.util as u, os; \
+	print(f"-n {$(or $(JOBS),min(8, os.cpu_count()))} --dist loadgroup" if u.find_spec("xdist") else "")')
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lint format test test-gpu bench plots check clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
+		printf '  %-10s %s\n' "$$name" "$$text"; done
+
+.venv/.ready: requirements.txt
+	test -x .venv/bin/python || python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+setup: $(READY)  ## install the pinned packages, report versions and GPU
+	@$(PYTHON) -c '$(subst ','"'"',$(GPU_REPORT))'
+
+lint: $(READY)  ## ruff check
+	@$(PYTHON) -m ruff check --quiet . && echo 'lint: clean'
+
+format: $(READY)  ## ruff format, and safe fixes
+	@$(PYTHON) -m ruff format . && $(PYTHON) -m ruff check --quiet --fix . && echo 'format: done'
+
+test: $(READY)  ## every test; those marked gpu skip where there is no GPU
+	@$(PYTHON) -m pytest -q $(WORKERS)
+
+test-gpu: $(READY)  ## the tests marked gpu; fails where there is no GPU
+	@$(PYTHON) -c '$(NEED_GPU)' && $(PYTHON) -m pytest -q -m gpu $(WORKERS)
+
+bench: $(READY)  ## check, time, save rows, draw: [STAGE=pruner] [WORKLOAD=gqa-32k] [FORCE=1] [MINUTES=8]
+	@$(PYTHON) -m profiling.bench $(if $(STAGE),--stage $(STAGE)) $(if $(WORKLOAD),--workload $(WORKLOAD)) \
+		$(if $(FORCE),--force) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(COMMIT),--commit $(COMMIT)); status=$$?; $(PYTHON) -m plots.draw --present && exit $$status
+
+plots: $(READY)  ## draw every figure from the CSV files, print the README's table
+	@$(PYTHON) -m plots.draw --table && $(PYTHON) -m plots.draw
+
+check: lint test  ## lint and test
+	@echo 'check: ok'
+
+clean:  ## remove caches; configs, results and figures stay
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	@rm -rf .pytest_cache .ruff_cache .hypothesis autotuner.log
+	@echo 'clean: done'

@@ -1,0 +1,195 @@
+"""Estimated logits of the candidates, from the 4-bit mirror of K."""
+
+import tilelang
+import tilelang.language as T
+import torch
+
+from kernels.cache import PagedKVCache
+from kernels.config import TILE_LEVEL, EstimatorConfig
+from kernels.validate import check_query, check_tensor
+
+TILE_TOKENS = 16  # tokens of one tensor-core instruction (m16n8k16: tokens x query heads x channels)
+TILE_HEADS = 8
+
+
+def estimate_logits(
+    q: torch.Tensor,
+    cache: PagedKVCache,
+    candidate_pages: torch.Tensor,
+    candidate_counts: torch.Tensor,
+    *,
+    sm_scale: float | None = None,
+) -> torch.Tensor:
+    """Logits of every candidate token with 4-bit keys (Twilight, section 4.2).
+
+    Args:
+        q: [batch_size, num_qo_heads, head_dim], fp16 or bf16, as the cache.
+        cache: only k_int4, k_scale_zero, page_table and seq_lens are read.
+        candidate_pages: [batch_size, num_kv_heads, width] i32, logical pages.
+        candidate_counts: [batch_size, num_kv_heads] i32, how many of them are valid.
+        sm_scale: factor of the logits; head_dim ** -0.5 where None.
+
+    Returns:
+        logits [batch_size, num_qo_heads, width * page_size] f32, in the candidates' order; -inf behind a request's last
+        token. Behind the last candidate page they are not written. With a k_offset, all logits of a query lack the
+        same constant.
+
+    Raises:
+        ValueError: a tensor has the wrong shape, dtype, device, layout or alignment.
+    """
+    check_query(q, cache)
+    rows = (cache.batch_size, cache.num_kv_heads)
+    check_tensor("candidate_pages", candidate_pages, (*rows, None), torch.int32, q.device)
+    check_tensor("candidate_counts", candidate_counts, rows, torch.int32, q.device)
+    width = candidate_pages.shape[2] * cache.page_size
+    logits = torch.empty(*q.shape[:2], width, dtype=torch.float32, device=q.device)
+    launch_estimate_logits(q, cache, candidate_pages, candidate_counts, logits, sm_scale)
+    return logits
+
+
+def launch_estimate_logits(
+    q: torch.Tensor,
+    cache: PagedKVCache,
+    candidate_pages: torch.Tensor,
+    candidate_counts: torch.Tensor,
+    logits: torch.Tensor,
+    sm_scale: float | None = None,
+) -> None:
+    """One launch into allocated memory."""
+    group_size = q.shape[1] // cache.num_kv_heads
+    grouped = (cache.batch_size, cache.num_kv_heads, group_size)
+    dtype = str(q.dtype).removeprefix("torch.")
+    kernel = estimator_kernel(group_size, cache.head_dim, cache.page_size, dtype, EstimatorConfig())
+    kernel(
+        q.view(*grouped, cache.head_dim),
+        cache.k_int4.view(torch.int32),
+        cache.k_scale_zero.flatten(2),
+        cache.page_table,
+        cache.seq_lens,
+        candidate_pages,
+        candidate_counts,
+        cache.head_dim**-0.5 if sm_scale is None else sm_scale,
+        logits.view(*grouped, -1, cache.page_size),
+    )
+
+
+@tilelang.jit(pass_configs=TILE_LEVEL)
+def estimator_kernel(
+    group_size: int, head_dim: int, page_size: int, dtype: str, config: EstimatorConfig
+):
+    """Grid: (blocks of candidate tiles, kv_head, batch); a warp takes `tiles_per_warp` tiles of 16 tokens.
+
+    With codes u, k_hat = u * scale + zero, so q . k_hat = scale * (q . u) + zero * sum(q): the codes go to
+    the tensor cores as they are. A nibble pair masked out of a word, `x & 0x000f000f`, is read as two fp16
+    subnormals u * 2^-24, and `x & 0x00f000f0` as u * 2^-20; both are exact, so unpacking needs no arithmetic.
+    Channels are permuted alike in u and q: lane c of the four that share a token holds its channels
+    [head_dim / 4 * c, head_dim / 4 * (c + 1)), eight to a word, nibble n of a word being channel n.
+    """
+    batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
+    num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
+    width_pages = T.dynamic("width_pages")
+    row_words = head_dim // 8
+    lane_words = row_words // 4
+    head_tiles = -(-group_size // TILE_HEADS)
+    tiles_per_page = page_size // TILE_TOKENS
+    block_tiles = config.num_warps * config.tiles_per_warp
+
+    @T.prim_func
+    def estimate_logits(
+        q: T.Tensor[(batch_size, num_kv_heads, group_size, head_dim), dtype],
+        codes: T.Tensor[(num_pages, num_kv_heads, page_size, row_words), T.int32],
+        scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size * 2), T.float16],
+        page_table: T.Tensor[(batch_size, max_pages), T.int32],
+        seq_lens: T.Tensor[(batch_size,), T.int32],
+        candidate_pages: T.Tensor[(batch_size, num_kv_heads, width_pages), T.int32],
+        candidate_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
+        sm_scale: T.float32,
+        logits: T.Tensor[(batch_size, num_kv_heads, group_size, width_pages, page_size), T.float32],
+    ):
+        with T.Kernel(
+            T.ceildiv(width_pages * tiles_per_page, block_tiles),
+            num_kv_heads,
+            batch_size,
+            threads=config.num_warps * 32,
+        ) as (block, kv_head, batch):
+            thread = T.get_thread_binding()
+            row = thread % 32 // 4  # token pair (2 * row, 2 * row + 1) of a tile
+            lane = thread % 4
+            num_tiles = candidate_counts[batch, kv_head] * tiles_per_page
+            first_tile = block * block_tiles + thread // 32 * config.tiles_per_warp
+
+            q_words = T.alloc_local((lane_words * 8,), dtype)
+            q_fragment = T.alloc_local((head_tiles, lane_words * 8), T.float16)
+            q_sum = T.alloc_local((head_tiles, 2), T.float32)
+            partial = T.alloc_var(T.float32)
+            tile_page = T.alloc_local((config.tiles_per_warp,), T.int32)
+            tile_codes = T.alloc_local((config.tiles_per_warp, 2, lane_words), T.int32)
+            tile_scale_zero = T.alloc_local((config.tiles_per_warp, 4), T.float16)
+            a_fragment = T.alloc_local((4,), T.uint32)
+            acc = T.alloc_local((4,), T.float32)
+            pair = T.alloc_local((2,), T.float32)
+
+            if first_tile < num_tiles:
+                for i in T.unroll(config.tiles_per_warp):
+                    tile = T.min(first_tile + i, num_tiles - 1)
+                    tile_page[i] = candidate_pages[batch, kv_head, tile // tiles_per_page]
+                for i in T.unroll(config.tiles_per_warp):
+                    tile = T.min(first_tile + i, num_tiles - 1)
+                    page = page_table[batch, tile_page[i]]
+                    token = tile % tiles_per_page * TILE_TOKENS + row * 2
+                    for t in T.unroll(2):
+                        for w in T.vectorized(lane_words):
+                            tile_codes[i, t, w] = codes[page, kv_head, token + t, lane * lane_words + w]
+                    for t in T.vectorized(4):
+                        tile_scale_zero[i, t] = scale_zero[page, kv_head, token * 2 + t]
+
+                for n in T.unroll(head_tiles):
+                    head = n * TILE_HEADS + row
+                    partial = 0.0
+                    for j in T.vectorized(lane_words * 8):
+                        q_words[j] = q[batch, kv_head, T.min(head, group_size - 1), lane * lane_words * 8 + j]
+                    for j in T.unroll(lane_words * 8):
+                        partial += T.cast(q_words[j], T.float32)
+                    partial += T.shfl_xor(partial, 1)
+                    partial += T.shfl_xor(partial, 2)
+                    for h in T.unroll(2):
+                        q_sum[n, h] = T.shfl_sync(partial, (lane * 2 + h) * 4)
+                    for s in T.unroll(lane_words * 2):
+                        for e in T.unroll(2):
+                            even = T.cast(q_words[s // 2 * 8 + s % 2 * 2 + e * 4], T.float32)
+                            odd = T.cast(q_words[s // 2 * 8 + s % 2 * 2 + e * 4 + 1], T.float32)
+                            q_fragment[n, s * 4 + e] = T.cast(even, T.float16)
+                            q_fragment[n, s * 4 + 2 + e] = T.cast(odd * 0.0625, T.float16)
+
+                for i in T.unroll(config.tiles_per_warp):
+                    if first_tile + i < num_tiles:
+                        slot = (first_tile + i) // tiles_per_page
+                        token = (first_tile + i) % tiles_per_page * TILE_TOKENS + row * 2
+                        for n in T.unroll(head_tiles):
+                            for e in T.unroll(4):
+                                acc[e] = 0.0
+                            for s in T.unroll(lane_words * 2):
+                                for t in T.unroll(2):
+                                    word = tile_codes[i, t, s // 2] >> (s % 2 * 8)
+                                    a_fragment[t] = T.cast(word & 0x000F000F, T.uint32)
+                                    a_fragment[2 + t] = T.cast(word & 0x00F000F0, T.uint32)
+                                T.ptx_mma(
+                                    "float32", "m16n8k16", "row", "col", "fp16", "fp16", "fp32",
+                                    a_fragment.data, 0, q_fragment.data, n * lane_words * 8 + s * 4,
+                                    acc.data, 0, T.bool(False),
+                                )  # fmt: skip
+                            for h in T.unroll(2):
+                                head = n * TILE_HEADS + lane * 2 + h
+                                if head < group_size:
+                                    for t in T.unroll(2):
+                                        scale = T.cast(tile_scale_zero[i, t * 2], T.float32) * 16777216.0
+                                        zero = T.cast(tile_scale_zero[i, t * 2 + 1], T.float32)
+                                        pair[t] = T.if_then_else(
+                                            tile_page[i] * page_size + token + t < seq_lens[batch],
+                                            (scale * acc[t * 2 + h] + zero * q_sum[n, h]) * sm_scale,
+                                            -T.infinity(T.float32),
+                                        )
+                                    for t in T.vectorized(2):
+                                        logits[batch, kv_head, head, slot, token + t] = pair[t]
+
+    return estimate_logits

@@ -1,0 +1,130 @@
+"""One decode step: select, estimate, prune, attend, in memory that is allocated once."""
+
+import torch
+
+from kernels.attention import AttentionWorkspace, launch_attention
+from kernels.cache import PagedKVCache
+from kernels.estimator import launch_estimate_logits
+from kernels.pruner import expand_top_p, launch_prune_top_p
+from kernels.selector import launch_select_all, launch_select_pages, page_budget
+from kernels.validate import MAX_GROUP_SIZE, check_choice, check_count, check_query
+
+
+class TwilightDecode:
+    """The step for caches of one shape: Twilight's Select-then-Prune (section 4), then attention over what is kept.
+
+    Args:
+        cache: any cache of the shape that run() will get: the same batch_size, max_pages, page_size, heads, head_dim,
+            dtype and device.
+        num_qo_heads: query heads, 1 to 16 for each KV head.
+        selector: "quest" (the pages with the largest bounds) or "full" (every page).
+        token_budget: Quest's candidates per KV head, a multiple of page_size.
+        top_p: estimated mass to keep, in (0, 1]; float or tensor as in prune_top_p.
+        sm_scale: factor of the logits; head_dim ** -0.5 where None.
+        num_sink_tokens, num_recent_tokens: always kept.
+
+    After run(): candidate_pages, candidate_counts, logits, kept_tokens, kept_counts, kept_mass hold the last step's.
+
+    Raises:
+        ValueError: an argument is out of range or does not fit the cache.
+    """
+
+    def __init__(
+        self,
+        cache: PagedKVCache,
+        num_qo_heads: int,
+        *,
+        selector: str = "quest",
+        token_budget: int = 8192,
+        top_p: float | torch.Tensor = 0.85,
+        sm_scale: float | None = None,
+        num_sink_tokens: int = 0,
+        num_recent_tokens: int = 0,
+    ) -> None:
+        check_choice("selector", selector, ("quest", "full"))
+        check_count("num_qo_heads", num_qo_heads, least=1)
+        group_size, rest = divmod(num_qo_heads, cache.num_kv_heads)
+        if rest != 0 or group_size > MAX_GROUP_SIZE:
+            raise ValueError(
+                f"num_qo_heads: expected 1 to {MAX_GROUP_SIZE} for each of {cache.num_kv_heads} KV heads, got {num_qo_heads}"
+            )
+        budget = page_budget(cache, token_budget, num_sink_tokens, num_recent_tokens)
+        width = budget if selector == "quest" else cache.max_pages
+        self.selector = selector
+        self.sm_scale = sm_scale
+        self.num_sink_tokens, self.num_recent_tokens = num_sink_tokens, num_recent_tokens
+        self.cache_shape = _shape(cache)
+
+        device = cache.k_cache.device
+        rows = (cache.batch_size, cache.num_kv_heads)
+        heads = (cache.batch_size, num_qo_heads)
+        tokens = width * cache.page_size
+        like = dict(device=device, dtype=torch.int32)
+        self.top_p = expand_top_p(top_p, *heads, device)
+        self.scores = torch.empty(*rows, cache.max_pages, device=device)
+        self.candidate_pages = torch.empty(*rows, width, **like)
+        self.candidate_counts = torch.empty(rows, **like)
+        self.logits = torch.empty(*heads, tokens, device=device)
+        self.kept_tokens = torch.empty(*rows, tokens, **like)
+        self.kept_counts = torch.empty(rows, **like)
+        self.kept_mass = torch.empty(heads, device=device)
+        self.attention = AttentionWorkspace.allocate(cache, group_size, tokens)
+        self.out = torch.empty(*heads, cache.head_dim, dtype=cache.k_cache.dtype, device=device)
+
+    def run(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
+        """One step. Launches only, so that it can be captured; `out` is overwritten by the next run.
+
+        Args:
+            q: [batch_size, num_qo_heads, head_dim] in the cache's dtype.
+            cache: of the shape given at construction; its lengths may have grown.
+
+        Returns:
+            out [batch_size, num_qo_heads, head_dim] in q's dtype.
+        """
+        check_query(q, cache)
+        if _shape(cache) != self.cache_shape:
+            raise ValueError(f"cache: expected {self.cache_shape}, got {_shape(cache)}")
+        if q.shape != self.out.shape:
+            raise ValueError(f"q: expected shape {list(self.out.shape)}, got {list(q.shape)}")
+        self.select(q, cache)
+        self.estimate(q, cache)
+        self.prune(cache)
+        return self.attend(q, cache)
+
+    def select(self, q: torch.Tensor, cache: PagedKVCache) -> None:
+        """Candidates -> candidate_pages, candidate_counts."""
+        if self.selector == "full":
+            launch_select_all(cache, self.candidate_pages, self.candidate_counts)
+        else:
+            launch_select_pages(
+                q, cache, self.scores, self.candidate_pages, self.candidate_counts,
+                self.num_sink_tokens, self.num_recent_tokens,
+            )  # fmt: skip
+
+    def estimate(self, q: torch.Tensor, cache: PagedKVCache) -> None:
+        """Estimated logits of the candidates -> logits."""
+        launch_estimate_logits(
+            q, cache, self.candidate_pages, self.candidate_counts, self.logits, self.sm_scale
+        )
+
+    def prune(self, cache: PagedKVCache) -> None:
+        """What top-p keeps of them -> kept_tokens, kept_counts, kept_mass."""
+        launch_prune_top_p(
+            self.logits, cache, self.candidate_pages, self.candidate_counts, self.top_p,
+            self.num_sink_tokens, self.num_recent_tokens, self.kept_tokens, self.kept_counts, self.kept_mass,
+        )  # fmt: skip
+
+    def attend(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
+        """Attention over the kept tokens -> out."""
+        launch_attention(
+            q, cache, "tokens", self.kept_tokens, self.kept_counts, self.attention, self.out, self.sm_scale
+        )
+        return self.out
+
+
+def _shape(cache: PagedKVCache) -> tuple[object, ...]:
+    """What a workspace depends on."""
+    return (
+        cache.batch_size, cache.max_pages, cache.page_size, cache.num_kv_heads, cache.head_dim,
+        cache.k_cache.dtype, cache.k_cache.device,
+    )  # fmt: skip

@@ -1,0 +1,326 @@
+"""Selectors: which pages are worth estimating. Quest's bounds and the top pages, or simply every page."""
+
+import tilelang
+import tilelang.language as T
+import torch
+
+from kernels.cache import PagedKVCache
+from kernels.config import THREAD_LEVEL, TILE_LEVEL, PageScoreConfig, TopPagesConfig
+from kernels.threshold import add_to_bin, alloc_search, bits_per_round, clear_bins, compact, cross_bins
+from kernels.validate import check_count, check_query
+
+LOWEST_KEY = -(2**31)
+
+
+def select_pages(
+    q: torch.Tensor,
+    cache: PagedKVCache,
+    token_budget: int,
+    *,
+    num_sink_tokens: int = 0,
+    num_recent_tokens: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pages with the largest bound on any logit of the group's query heads (Quest, section 3.2).
+
+    Args:
+        q: [batch_size, num_qo_heads, head_dim], fp16 or bf16, as the cache.
+        cache: only page bounds, page_table and seq_lens are read.
+        token_budget: candidates per KV head, a multiple of page_size.
+        num_sink_tokens, num_recent_tokens: the pages of the first and of the last so many tokens are always in, and so
+            is the newest page.
+
+    Returns:
+        candidate_pages [batch_size, num_kv_heads, width] i32, ascending logical pages, width = min(budget, max_pages);
+        candidate_counts [batch_size, num_kv_heads] i32. Of equal bounds the earlier page is taken.
+
+    Raises:
+        ValueError: a wrong tensor; a budget that is no multiple of page_size, or too small for what is always in.
+    """
+    check_query(q, cache)
+    width = page_budget(cache, token_budget, num_sink_tokens, num_recent_tokens)
+    rows = (cache.batch_size, cache.num_kv_heads)
+    scores = torch.empty(*rows, cache.max_pages, dtype=torch.float32, device=q.device)
+    candidate_pages = torch.empty(*rows, width, dtype=torch.int32, device=q.device)
+    candidate_counts = torch.empty(rows, dtype=torch.int32, device=q.device)
+    launch_select_pages(q, cache, scores, candidate_pages, candidate_counts, num_sink_tokens, num_recent_tokens)
+    return candidate_pages, candidate_counts
+
+
+def page_budget(cache: PagedKVCache, token_budget: int, num_sink_tokens: int, num_recent_tokens: int) -> int:
+    """Pages per KV head that a token budget allows, at most max_pages; raises ValueError where it cannot be met."""
+    check_count("token_budget", token_budget, least=1)
+    check_count("num_sink_tokens", num_sink_tokens, least=0)
+    check_count("num_recent_tokens", num_recent_tokens, least=0)
+    if token_budget % cache.page_size != 0:
+        raise ValueError(f"token_budget: expected a multiple of page_size {cache.page_size}, got {token_budget}")
+    width = min(token_budget // cache.page_size, cache.max_pages)
+    always_in = -(-num_sink_tokens // cache.page_size) + -(-num_recent_tokens // cache.page_size) + 1
+    if always_in > width and width < cache.max_pages:
+        raise ValueError(
+            f"token_budget: expected at least {always_in * cache.page_size} for sinks, recent tokens and the newest page, "
+            f"got {token_budget}"
+        )
+    return width
+
+
+def launch_select_pages(
+    q: torch.Tensor,
+    cache: PagedKVCache,
+    scores: torch.Tensor,
+    candidate_pages: torch.Tensor,
+    candidate_counts: torch.Tensor,
+    num_sink_tokens: int,
+    num_recent_tokens: int,
+) -> None:
+    """Two launches into allocated memory: page scores, top pages."""
+    group_size = q.shape[1] // cache.num_kv_heads
+    dtype = str(q.dtype).removeprefix("torch.")
+    score = page_score_kernel(group_size, cache.head_dim, cache.page_size, dtype, PageScoreConfig())
+    score(
+        q.view(cache.batch_size, cache.num_kv_heads, group_size, cache.head_dim),
+        cache.page_min, cache.page_max, cache.page_table, cache.seq_lens, scores,
+    )  # fmt: skip
+    config = TopPagesConfig.for_width(cache.max_pages)
+    top = top_pages_kernel(cache.page_size, next_power_of_two(cache.max_pages), config)
+    top(scores, cache.seq_lens, num_sink_tokens, num_recent_tokens, candidate_pages, candidate_counts)
+
+
+def select_all(cache: PagedKVCache) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every page of every request: candidate_pages [batch_size, num_kv_heads, max_pages] i32 and candidate_counts
+    [batch_size, num_kv_heads] i32."""
+    rows = (cache.batch_size, cache.num_kv_heads)
+    candidate_pages = torch.empty(*rows, cache.max_pages, dtype=torch.int32, device=cache.seq_lens.device)
+    candidate_counts = torch.empty(rows, dtype=torch.int32, device=cache.seq_lens.device)
+    launch_select_all(cache, candidate_pages, candidate_counts)
+    return candidate_pages, candidate_counts
+
+
+def launch_select_all(
+    cache: PagedKVCache, candidate_pages: torch.Tensor, candidate_counts: torch.Tensor
+) -> None:
+    all_pages_kernel(cache.page_size)(cache.seq_lens, candidate_pages, candidate_counts)
+
+
+def next_power_of_two(value: int) -> int:
+    return 1 << (value - 1).bit_length()
+
+
+@tilelang.jit(pass_configs=TILE_LEVEL)
+def page_score_kernel(
+    group_size: int, head_dim: int, page_size: int, dtype: str, config: PageScoreConfig
+):
+    """Grid: (blocks of pages, kv_head, batch). Score = the largest Quest bound over the group's query heads.
+
+    sum_c max(q_c * min_c, q_c * max_c) = max(q, 0) . page_max + min(q, 0) . page_min: two matrix products into
+    one accumulator. The tile has 8 or 16 columns; those beyond the group repeat its last head.
+    """
+    batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
+    num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
+    block_pages = config.block_pages
+    columns = 8 if group_size <= 8 else 16
+
+    @T.prim_func
+    def score_pages(
+        q: T.Tensor[(batch_size, num_kv_heads, group_size, head_dim), dtype],
+        page_min: T.Tensor[(num_pages, num_kv_heads, head_dim), dtype],
+        page_max: T.Tensor[(num_pages, num_kv_heads, head_dim), dtype],
+        page_table: T.Tensor[(batch_size, max_pages), T.int32],
+        seq_lens: T.Tensor[(batch_size,), T.int32],
+        scores: T.Tensor[(batch_size, num_kv_heads, max_pages), T.float32],
+    ):
+        with T.Kernel(
+            T.ceildiv(max_pages, block_pages * config.tiles_per_block),
+            num_kv_heads,
+            batch_size,
+            threads=config.num_threads,
+        ) as (block, kv_head, batch):
+            q_positive = T.alloc_shared((columns, head_dim), dtype)
+            q_negative = T.alloc_shared((columns, head_dim), dtype)
+            max_shared = T.alloc_shared((block_pages, head_dim), dtype)
+            min_shared = T.alloc_shared((block_pages, head_dim), dtype)
+            bounds = T.alloc_fragment((block_pages, columns), T.float32)
+            group_bound = T.alloc_fragment((block_pages,), T.float32)
+
+            used_pages = T.ceildiv(seq_lens[batch], page_size)
+            first_page = block * config.tiles_per_block * block_pages
+            if first_page < used_pages:
+                for i, j in T.Parallel(columns, head_dim):
+                    channel = q[batch, kv_head, T.min(i, group_size - 1), j]
+                    q_positive[i, j] = T.max(channel, T.cast(0, dtype))
+                    q_negative[i, j] = T.min(channel, T.cast(0, dtype))
+                for tile in T.Pipelined(config.tiles_per_block, num_stages=config.num_stages):
+                    for i, j in T.Parallel(block_pages, head_dim):
+                        page = T.min(first_page + tile * block_pages + i, used_pages - 1)
+                        max_shared[i, j] = page_max[page_table[batch, page], kv_head, j]
+                    for i, j in T.Parallel(block_pages, head_dim):
+                        page = T.min(first_page + tile * block_pages + i, used_pages - 1)
+                        min_shared[i, j] = page_min[page_table[batch, page], kv_head, j]
+                    T.gemm(
+                        max_shared, q_positive, bounds,
+                        transpose_B=True, policy=T.GemmWarpPolicy.FullRow, clear_accum=True,
+                    )  # fmt: skip
+                    T.gemm(
+                        min_shared, q_negative, bounds, transpose_B=True, policy=T.GemmWarpPolicy.FullRow
+                    )
+                    T.reduce_max(bounds, group_bound, dim=1)
+                    for i in T.Parallel(block_pages):
+                        page = first_page + tile * block_pages + i
+                        if page < used_pages:
+                            scores[batch, kv_head, page] = group_bound[i]
+
+    return score_pages
+
+
+@tilelang.jit(pass_configs=THREAD_LEVEL)
+def top_pages_kernel(page_size: int, max_pages_bound: int, config: TopPagesConfig):
+    """Grid: (kv_head, batch), one block a row. The k-th largest score by threshold search, then compaction.
+
+    A score's key is its bit pattern made sortable as a signed integer. Should several pages share the key of the k-th,
+    a second search, over page numbers, takes the earliest of them. Rows of at most num_threads * pages_per_thread
+    pages stay in registers; longer ones are read again by every pass.
+    """
+    batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
+    max_pages, width = T.dynamic("max_pages"), T.dynamic("width")
+    num_threads, per_thread = config.num_threads, config.pages_per_thread
+    wide = max_pages_bound > num_threads * per_thread
+    max_words = max(max_pages_bound // 32, 1)
+    round_bits = bits_per_round(num_threads)
+
+    @T.prim_func
+    def top_pages(
+        scores: T.Tensor[(batch_size, num_kv_heads, max_pages), T.float32],
+        seq_lens: T.Tensor[(batch_size,), T.int32],
+        num_sink_tokens: T.int32,
+        num_recent_tokens: T.int32,
+        candidate_pages: T.Tensor[(batch_size, num_kv_heads, width), T.int32],
+        candidate_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
+    ):
+        with T.Kernel(num_kv_heads, batch_size, threads=num_threads) as (kv_head, batch):
+            thread = T.get_thread_binding()
+            warp = thread // 32
+            search = alloc_search(1, num_threads)
+            extremes = T.alloc_shared((2, num_threads // 32), T.int32, scope="shared")
+            scan_sums = T.alloc_shared((num_threads // 32,), T.int32, scope="shared")
+            words = T.alloc_shared((max_words,), T.uint32)
+            offsets = T.alloc_shared((max_words,), T.int32)
+            keys = T.alloc_local((per_thread,), T.int32)
+            bracket = T.alloc_local((3,), T.int32)
+            ties = T.alloc_local((3,), T.int32)
+            count = T.alloc_local((1,), T.int32)
+            lowest = T.alloc_var(T.int32)
+            highest = T.alloc_var(T.int32)
+            shift = T.alloc_var(T.int32)
+            searching = T.alloc_var(T.int32)
+
+            num_pages = T.ceildiv(seq_lens[batch], page_size)
+            num_chunks = T.ceildiv(num_pages, num_threads * per_thread) if wide else 1
+            sink_pages = T.ceildiv(num_sink_tokens, page_size)
+            first_recent = T.min(T.max(seq_lens[batch] - num_recent_tokens, 0) // page_size, num_pages - 1)
+            need = width - sink_pages - (num_pages - first_recent)
+            page_of = lambda chunk, r: (chunk * per_thread + r) * num_threads + thread
+            is_open = lambda page: T.And(page >= sink_pages, page < first_recent)
+            bits_of = lambda page: T.reinterpret(scores[batch, kv_head, page], T.int32)
+            read_key = lambda page: T.if_then_else(
+                is_open(page), bits_of(page) ^ ((bits_of(page) >> 31) & 0x7FFFFFFF), LOWEST_KEY
+            )
+            key_of = lambda chunk, r: read_key(page_of(chunk, r)) if wide else keys[r]
+
+            bracket[0] = LOWEST_KEY  # takes every page
+            ties[0] = LOWEST_KEY
+            if num_pages > width:
+                clear_bins(search, 0, thread)
+                if not wide:
+                    for r in T.unroll(per_thread):
+                        keys[r] = read_key(page_of(0, r))
+                lowest = 0x7FFFFFFF
+                highest = LOWEST_KEY
+                for chunk in T.serial(num_chunks):
+                    for r in T.unroll(per_thread):
+                        if is_open(page_of(chunk, r)):
+                            lowest = T.min(lowest, key_of(chunk, r))
+                            highest = T.max(highest, key_of(chunk, r))
+                lowest = T.warp_reduce_min(lowest)
+                highest = T.warp_reduce_max(highest)
+                if thread % 32 == 0:
+                    extremes[0, warp] = lowest
+                    extremes[1, warp] = highest
+                T.sync_threads()
+                for each in T.serial(num_threads // 32):
+                    lowest = T.min(lowest, extremes[0, each])
+                    highest = T.max(highest, extremes[1, each])
+
+                bracket[0] = lowest
+                bracket[1] = 0
+                shift = T.max(32 - round_bits - T.clz(highest - lowest), 0)
+                searching = 1
+                while searching != 0:
+                    for chunk in T.serial(num_chunks):
+                        for r in T.unroll(per_thread):
+                            if is_open(page_of(chunk, r)):
+                                add_to_bin(search, 0, key_of(chunk, r), bracket[0], shift, 1, num_threads)
+                    cross_bins(search, 0, thread, bracket, shift, need, num_threads)
+                    searching = T.if_then_else(shift > 0 and bracket[1] + bracket[2] != need, 1, 0)
+                    shift = T.max(shift - round_bits, 0)
+
+                if bracket[1] + bracket[2] > need:
+                    ties[0] = -num_pages
+                    ties[1] = bracket[1]
+                    shift = T.max(32 - round_bits - T.clz(num_pages), 0)
+                    searching = 1
+                    while searching != 0:
+                        for chunk in T.serial(num_chunks):
+                            for r in T.unroll(per_thread):
+                                if is_open(page_of(chunk, r)) and key_of(chunk, r) == bracket[0]:
+                                    add_to_bin(search, 0, -page_of(chunk, r), ties[0], shift, 1, num_threads)
+                        cross_bins(search, 0, thread, ties, shift, need, num_threads)
+                        searching = T.if_then_else(shift > 0, 1, 0)
+                        shift = T.max(shift - round_bits, 0)
+
+            for chunk in T.serial(num_chunks):
+                for r in T.unroll(per_thread):
+                    page = page_of(chunk, r)
+                    key = key_of(chunk, r)
+                    keep = page < num_pages and (
+                        num_pages <= width
+                        or not is_open(page)
+                        or key > bracket[0]
+                        or (key == bracket[0] and -page >= ties[0])
+                    )
+                    bits = T.cast(T.ballot(keep), T.uint32)
+                    if thread % 32 == 0 and page < num_pages:
+                        words[page // 32] = bits
+            T.sync_threads()
+            compact(
+                lambda word: words[word], offsets, T.ceildiv(num_pages, 32), scan_sums, num_threads, count,
+                lambda page: page, candidate_pages, batch, kv_head,
+            )  # fmt: skip
+            if thread == 0:
+                candidate_counts[batch, kv_head] = count[0]
+
+    return top_pages
+
+
+@tilelang.jit(pass_configs=THREAD_LEVEL)
+def all_pages_kernel(page_size: int):
+    """Grid: (kv_head, batch)."""
+    batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
+    max_pages = T.dynamic("max_pages")
+    num_threads = 256
+
+    @T.prim_func
+    def all_pages(
+        seq_lens: T.Tensor[(batch_size,), T.int32],
+        candidate_pages: T.Tensor[(batch_size, num_kv_heads, max_pages), T.int32],
+        candidate_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
+    ):
+        with T.Kernel(num_kv_heads, batch_size, threads=num_threads) as (kv_head, batch):
+            thread = T.get_thread_binding()
+            num_pages = T.ceildiv(seq_lens[batch], page_size)
+            for step in T.serial(T.ceildiv(num_pages, num_threads)):
+                page = step * num_threads + thread
+                if page < num_pages:
+                    candidate_pages[batch, kv_head, page] = page
+            if thread == 0:
+                candidate_counts[batch, kv_head] = num_pages
+
+    return all_pages

@@ -1,0 +1,147 @@
+"""Threshold search and compaction inside one block: what the selector and the pruner have in common.
+
+Both look for the largest 32-bit key such that the items with that key or a larger one weigh at least `need`
+together. The selector's items weigh one each and it needs k of them; the pruner's weigh their attention and it
+needs p of the total. Masses are integers, so no order of summation can change a result.
+
+A row of items is searched by `row_threads` threads, and a block may search several rows side by side. One round
+cuts the row's undecided range of keys into 4 * row_threads equal bins, adds up the mass of each bin with shared
+memory atomics, and keeps the one bin in which the running sum from the top crosses the need.
+"""
+
+import tilelang.language as T
+
+BINS_PER_THREAD = 4
+
+
+def bits_per_round(row_threads: int) -> int:
+    """Bits of the key that one round settles."""
+    return (row_threads * BINS_PER_THREAD).bit_length() - 1
+
+
+def alloc_search(rows: int, row_threads: int) -> tuple:
+    """Shared memory of a search: the bins, one sum per warp, and (low, above, mass) of each row's bin."""
+    # Static scope: atomics in the dynamic pool are taken to alias every other buffer there.
+    bins = T.alloc_shared((rows, row_threads * BINS_PER_THREAD), T.int32, scope="shared")
+    warp_sums = T.alloc_shared((rows, row_threads // 32), T.int32, scope="shared")
+    state = T.alloc_shared((rows, 3), T.int32, scope="shared")
+    return bins, warp_sums, state
+
+
+@T.macro
+def clear_bins(search, row, lane):
+    for j in T.vectorized(BINS_PER_THREAD):
+        search[0][row, lane * BINS_PER_THREAD + j] = 0
+
+
+@T.macro
+def add_to_bin(search, row, key, low, shift, mass, row_threads):
+    """Adds an item's mass to its bin, unless its key lies outside the bins."""
+    if key >= low:
+        bin_index = T.cast(T.cast(key - low, T.uint32) >> T.cast(shift, T.uint32), T.int32)
+        if bin_index < row_threads * BINS_PER_THREAD:
+            T.atomic_add(search[0][row, bin_index], mass)
+
+
+@T.macro
+def cross_bins(search, row, lane, bracket, shift, need, row_threads):
+    """Moves `bracket` = (low, above, mass) to the bin where the sum from the top reaches the need.
+
+    `low` is the smallest key of the bin, `above` the mass of all larger keys, `mass` the bin's own. Where even
+    all bins together do not reach the need, the lowest bin is taken. All threads of the block take part.
+    """
+    bins, warp_sums, state = search
+    num_warps = row_threads // 32
+    own = T.alloc_local((BINS_PER_THREAD,), T.int32)
+    thread_mass = T.alloc_var(T.int32)
+    running = T.alloc_var(T.int32)
+    found = T.alloc_var(T.int32)
+
+    T.sync_threads()
+    for j in T.vectorized(BINS_PER_THREAD):
+        own[j] = bins[row, lane * BINS_PER_THREAD + j]
+    thread_mass = 0
+    for j in T.unroll(BINS_PER_THREAD):
+        thread_mass += own[j]
+    running = thread_mass
+    for step in T.unroll(5):
+        higher = T.shfl_down(running, 1 << step)
+        if lane % 32 + (1 << step) < 32:
+            running += higher
+    if lane % 32 == 0:
+        warp_sums[row, lane // 32] = running
+    clear_bins(search, row, lane)
+    T.sync_threads()
+    for warp in T.serial(num_warps):
+        if warp > lane // 32:
+            running += warp_sums[row, warp]
+
+    running += bracket[1] - thread_mass  # the mass above this thread's bins
+    if (running < need and running + thread_mass >= need) or lane == 0:
+        found = 0
+        for j in T.unroll(BINS_PER_THREAD):
+            k = BINS_PER_THREAD - 1 - j
+            if found == 0:
+                if running < need and (running + own[k] >= need or lane * BINS_PER_THREAD + k == 0):
+                    found = 1
+                    state[row, 0] = bracket[0] + ((lane * BINS_PER_THREAD + k) << shift)
+                    state[row, 1] = running
+                    state[row, 2] = own[k]
+                else:
+                    running += own[k]
+    T.sync_threads()
+    for j in T.unroll(3):
+        bracket[j] = state[row, j]
+
+
+@T.macro
+def exclusive_sum(value, prefix, total, warp_sums, thread, num_threads):
+    """prefix = sum of `value` over the threads before this one, total = over all; both are one-element buffers."""
+    running = T.alloc_var(T.int32)
+    num_warps = num_threads // 32
+    running = value
+    for step in T.unroll(5):
+        lower = T.shfl_up(running, 1 << step)
+        if thread % 32 >= (1 << step):
+            running += lower
+    if thread % 32 == 31:
+        warp_sums[thread // 32] = running
+    T.sync_threads()
+    prefix[0] = running - value
+    total[0] = 0
+    for warp in T.serial(num_warps):
+        total[0] += warp_sums[warp]
+        if warp < thread // 32:
+            prefix[0] += warp_sums[warp]
+    T.sync_threads()
+
+
+@T.macro
+def compact(word_at, offsets, num_words, warp_sums, num_threads, count, position, output, batch, kv_head):
+    """Writes position(i) for every set bit i to output[batch, kv_head], ascending; count[0] = how many.
+
+    `word_at(w)` holds bits 32 w to 32 w + 31.    `offsets` has room for one int32 per word: the bits set in the words before it.
+    """
+    thread = T.get_thread_binding()
+    prefix = T.alloc_local((1,), T.int32)
+    total = T.alloc_local((1,), T.int32)
+    bits = T.alloc_var(T.uint32)
+    count[0] = 0
+    for base in T.serial(T.ceildiv(num_words, num_threads)):
+        word = base * num_threads + thread
+        bits = T.uint32(0)
+        if word < num_words:
+            bits = word_at(word)
+        exclusive_sum(T.cast(T.popcount(bits), T.int32), prefix, total, warp_sums, thread, num_threads)
+        if word < num_words:
+            offsets[word] = count[0] + prefix[0]
+        count[0] += total[0]
+    T.sync_threads()
+    for step in T.serial(T.ceildiv(num_words, num_threads // 32)):
+        word = step * (num_threads // 32) + thread // 32
+        if word < num_words:
+            bits = word_at(word)
+            bit = T.cast(thread % 32, T.uint32)
+            if (bits >> bit) & T.uint32(1) != T.uint32(0):
+                lower = T.cast(T.popcount(bits & ((T.uint32(1) << bit) - T.uint32(1))), T.int32)
+                output[batch, kv_head, offsets[word] + lower] = position(word * 32 + thread % 32)

@@ -1,0 +1,127 @@
+"""Command line: read the CSV files, write the figures. `python -m plots.draw --help`"""
+
+import argparse
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from plots.figures import FIGURES, SIZES, Frames, MissingData, standard_rows
+from plots.style import DPI
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "profiling" / "results"
+FIGURES_FOLDER = ROOT / "plots" / "figures"
+TEXT = ("commit", "torch", "tilelang")  # may look like numbers
+
+
+class Results(Mapping[str, pd.DataFrame]):
+    """The CSV files of one GPU; a file that is not there is an error with its path."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __getitem__(self, stage: str) -> pd.DataFrame:
+        path = self.folder / f"{stage}.csv"
+        if not path.is_file():
+            raise MissingData(f"{path}: no such file; `make bench` writes it")
+        return pd.read_csv(path, dtype=dict.fromkeys(TEXT, str))
+
+    def __iter__(self) -> Iterator[str]:
+        return (path.stem for path in sorted(self.folder.glob("*.csv")))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def draw(results: Path, figures: Path, present_only: bool = False) -> int:
+    """Draw every figure of one GPU and return how many.
+
+    Args:
+        results: folder of its CSV files.
+        figures: folder of its figures; made if absent.
+        present_only: say which figures lack data and go on, instead of raising MissingData.
+    """
+    frames, drawn = Results(results), 0
+    for name, make in FIGURES.items():
+        try:
+            figure = make(frames)
+        except MissingData as error:
+            if not present_only:
+                raise
+            print(f"not drawn: {name}: {error}")
+            continue
+        figures.mkdir(parents=True, exist_ok=True)
+        figure.savefig(figures / f"{name}.png", dpi=DPI, metadata={"Software": None})
+        drawn += 1
+    return drawn
+
+
+def markdown_table(frames: Frames) -> str:
+    """The README's table: the whole step of every standard workload beside the best dense one."""
+    steps = standard_rows(frames, "pipeline")
+    dense = standard_rows(frames, "dense")
+    lines = [
+        "| workload | batch x tokens, q / kv heads | dense, fastest | Quest alone "
+        "| Full + Twilight | **Quest + Twilight** | speedup | of floor |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for workload, rows in steps.groupby("workload", sort=False):
+        own_dense = dense[dense["workload"] == workload]
+        if own_dense.empty:
+            raise MissingData(f"dense.csv: no row with workload {workload}")
+        best = own_dense.loc[own_dense["median_us"].idxmin()]
+        by_method = rows.set_index("method")
+        for method in ("quest", "full+twilight", "quest+twilight"):
+            if method not in by_method.index:
+                raise MissingData(f"pipeline.csv: no row with workload {workload}, {method}")
+        ours, times = by_method.loc["quest+twilight"], by_method["median_us"]
+        batch_size, num_qo_heads, num_kv_heads, seq_len = (int(ours[size]) for size in SIZES)
+        lines.append(
+            f"| {workload} | {batch_size} x {seq_len:,}, {num_qo_heads} / {num_kv_heads} "
+            f"| {best['median_us']:,.1f} ({best['provider']}) | {times['quest']:,.1f} "
+            f"| {times['full+twilight']:,.1f} | **{ours['median_us']:,.1f}** "
+            f"| {best['median_us'] / ours['median_us']:.1f}x | {100 * ours['reached']:.0f} % |"
+        )
+    every = pd.concat([steps, dense])
+    seen = {name: ", ".join(sorted(map(str, every[name].unique()))) for name in every.columns}
+    lines.append(
+        f"\nMedian microseconds on {seen['gpu']}, {seen['dtype']}, timer {seen['timer']}, "
+        f"read ceiling {seen['read_tbps']} TB/s, commit {seen['commit']}, {seen['date']}."
+    )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Draw the figures, or print the table, of every GPU that has results."""
+    parser = argparse.ArgumentParser(prog="python -m plots.draw", description=__doc__)
+    parser.add_argument("--gpu", help="this GPU only, by its folder's name")
+    parser.add_argument("--table", action="store_true", help="print the README's table instead")
+    parser.add_argument("--present", action="store_true", help="skip what lacks data, say what")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
+    parser.add_argument("--figures", type=Path, default=FIGURES_FOLDER, help="where figures go")
+    arguments = parser.parse_args(argv)
+    folders = [path for path in sorted(arguments.results.glob("*")) if any(path.glob("*.csv"))]
+    names = [arguments.gpu] if arguments.gpu else [path.name for path in folders]
+    if not names:
+        print(f"{arguments.results}: no results; `make bench` writes them")
+        return 1
+    for name in names:
+        folder = arguments.results / name
+        try:
+            if arguments.table:
+                print(markdown_table(Results(folder)), end="\n\n")
+            else:
+                drawn = draw(folder, arguments.figures / name, arguments.present)
+                where = os.path.relpath(arguments.figures / name)
+                print(f"{drawn} figures -> {where}")
+        except MissingData as error:
+            text = str(error)
+            print(text if text.startswith(str(folder)) else f"{folder}/{text}")
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,117 @@
+"""Colours, markers and sizes: one look per series, told apart in grey too."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+DPI = 160
+RC = {
+    "font.size": 11,
+    "axes.titlesize": 11,
+    "figure.titlesize": 11,
+    "axes.labelsize": 11,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
+    "legend.fontsize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.7,
+    "figure.facecolor": "white",
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one series is drawn."""
+
+    color: str
+    marker: str = "o"
+    line: str = "-"
+    width: float = 1.8
+
+
+LOOKS = {
+    "quest+twilight": Look("#c1121f", "o", "-", 2.8),
+    "full+twilight": Look("#f28e2b", "D", "--"),
+    "quest": Look("#2a6f97", "^", "-."),
+    "tilelang": Look("#c1121f", "o", "-", 2.8),
+    "torch": Look("#c1121f", "o", "-", 2.8),
+    "flashinfer": Look("#2a6f97", "s", "--"),
+    "dense": Look("#8d99ae", "v", "-"),
+    "baseline": Look("#111111", "s", "--"),
+    "floor": Look("#777777", "", ":"),
+}
+STAGE_COLORS = {
+    "selector": "#1d3557",
+    "estimator": "#6a97c4",
+    "pruner": "#f2c14e",
+    "attention": "#c1121f",
+    "pipeline": "#444444",
+    "dense": "#b8bdc7",
+}
+STAGE_HATCHES = {"estimator": "//", "attention": "..", "dense": "xx"}
+
+
+def styled(make: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Make a figure with our sizes and fonts, whatever the user's matplotlibrc says."""
+
+    @functools.wraps(make)
+    def made(*arguments: object) -> Figure:
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            matplotlib.rcParams.update(RC)
+            return make(*arguments)
+
+    return made
+
+
+def count(value: float, _position: object = None) -> str:
+    """4096 is "4k", 262144 is "256k", 512 is "512", 0.85 is "0.85"."""
+    if value != round(value):
+        return f"{value:g}"
+    value = round(value)
+    return f"{value // 1024}k" if value >= 1024 and value % 1024 == 0 else f"{value:,}"
+
+
+def microseconds(value: float, _position: object = None) -> str:
+    """A time in us, in ms from 1,000 us on."""
+    return f"{value / 1000:g} ms" if value >= 1000 else f"{value:g} us"
+
+
+def three_digits(value: float) -> str:
+    """Three digits, more only before the point: 3.14, 31.4, 314, 3,142."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def log_axes(axes: Axes, ticks: list[int]) -> None:
+    """Both axes logarithmic, x ticks at the measured points."""
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(count))
+    axes.yaxis.set_major_formatter(FuncFormatter(microseconds))
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+
+
+def legend_below(figure: Figure, axes: list[Axes], columns: int) -> None:
+    """One legend for all panels, below them, each label once."""
+    entries = {}
+    for panel in axes:
+        for handle, text in zip(*panel.get_legend_handles_labels(), strict=True):
+            entries.setdefault(text, handle)
+    figure.legend(
+        list(entries.values()),
+        list(entries),
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+    )

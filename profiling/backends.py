@@ -1,0 +1,150 @@
+"""The two implementations under test behind one face: `kernels` on a GPU, `reference` on a CPU.
+
+`step` makes an object with `run(q, cache)` and its stages one by one, `select(q, cache)`,
+`estimate(q, cache)`, `prune(cache)` and `attend(q, cache)`: each reads what the one before left in
+the step's own workspace and can be repeated any number of times; `run` and `attend` return out.
+After `run` the step shows `candidate_pages`, `candidate_counts`, `logits`, `kept_tokens`,
+`kept_counts` and `kept_mass`.
+
+`attend_tokens`, `quest` and `dense` make a call that returns out. As in a decode loop, memory is
+allocated when the call is made, not when it runs.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+
+import reference
+
+Call = Callable[[], torch.Tensor]
+
+
+class TileLang:
+    """The kernels of this repository."""
+
+    provider = "tilelang"
+    device = "cuda"
+
+    def __init__(self) -> None:
+        import kernels  # compiles for a GPU: only where there is one
+
+        self.package: ModuleType = kernels
+
+    def step(self, cache: Any, num_qo_heads: int, **options: Any) -> Any:
+        """A step with a workspace of its own; options are those of `TwilightDecode`."""
+        return self.package.TwilightDecode(cache, num_qo_heads, **options)
+
+    def attend_tokens(
+        self, q: torch.Tensor, cache: Any, kept_tokens: torch.Tensor, kept_counts: torch.Tensor
+    ) -> Call:
+        """Attention over given tokens."""
+        return self._attention(q, cache, "tokens", kept_tokens, kept_counts, kept_tokens.shape[2])
+
+    def quest(self, q: torch.Tensor, cache: Any, token_budget: int) -> Call:
+        """Quest alone: exact attention over every token of the pages chosen."""
+        step = self.step(cache, q.shape[1], selector="quest", token_budget=token_budget)
+        width = step.candidate_pages.shape[2] * cache.page_size
+        attend = self._attention(
+            q, cache, "pages", step.candidate_pages, step.candidate_counts, width
+        )
+
+        def call() -> torch.Tensor:
+            step.select(q, cache)
+            return attend()
+
+        return call
+
+    def dense(self, q: torch.Tensor, cache: Any) -> Call:
+        """Attention over every token."""
+        rows = (-1, cache.num_kv_heads)
+        counts = cache.seq_lens[:, None].expand(rows).contiguous()
+        unused = cache.page_table[:, None, :1].expand(*rows, -1).contiguous()
+        return self._attention(q, cache, "all", unused, counts, cache.capacity)
+
+    def _attention(
+        self,
+        q: torch.Tensor,
+        cache: Any,
+        source: str,
+        indices: torch.Tensor,
+        counts: torch.Tensor,
+        width: int,
+    ) -> Call:
+        from kernels.attention import AttentionWorkspace, launch_attention
+
+        workspace = AttentionWorkspace.allocate(cache, q.shape[1] // cache.num_kv_heads, width)
+        out = torch.empty_like(q)
+
+        def call() -> torch.Tensor:
+            launch_attention(q, cache, source, indices, counts, workspace, out)
+            return out
+
+        return call
+
+
+class Torch:
+    """The plain PyTorch definition, to run the benchmark itself without a GPU."""
+
+    provider = "torch"
+    device = "cpu"
+    package: ModuleType = reference
+
+    def step(self, cache: Any, num_qo_heads: int, **options: Any) -> "TorchStep":
+        """A step that keeps the results of its stages."""
+        return TorchStep(**options)
+
+    def attend_tokens(
+        self, q: torch.Tensor, cache: Any, kept_tokens: torch.Tensor, kept_counts: torch.Tensor
+    ) -> Call:
+        """Attention over given tokens."""
+        return partial(reference.flash_topk_attention, q, cache, kept_tokens, kept_counts)
+
+    def quest(self, q: torch.Tensor, cache: Any, token_budget: int) -> Call:
+        """Quest alone: exact attention over every token of the pages chosen."""
+
+        def call() -> torch.Tensor:
+            return reference.page_attention(
+                q, cache, *reference.select_pages(q, cache, token_budget)
+            )
+
+        return call
+
+    def dense(self, q: torch.Tensor, cache: Any) -> Call:
+        """Attention over every token."""
+        return partial(reference.dense_attention, q, cache)
+
+
+class TorchStep:
+    """The stages of the definition with their results kept between calls."""
+
+    def __init__(self, selector: str, token_budget: int, top_p: float) -> None:
+        self.selector, self.token_budget, self.top_p = selector, token_budget, top_p
+
+    def select(self, q: torch.Tensor, cache: Any) -> None:
+        if self.selector == "full":
+            candidates = reference.select_all(cache)
+        else:
+            candidates = reference.select_pages(q, cache, self.token_budget)
+        self.candidate_pages, self.candidate_counts = candidates
+
+    def estimate(self, q: torch.Tensor, cache: Any) -> None:
+        self.logits = reference.estimate_logits(
+            q, cache, self.candidate_pages, self.candidate_counts
+        )
+
+    def prune(self, cache: Any) -> None:
+        self.kept_tokens, self.kept_counts, self.kept_mass = reference.prune_top_p(
+            self.logits, cache, self.candidate_pages, self.candidate_counts, self.top_p
+        )
+
+    def attend(self, q: torch.Tensor, cache: Any) -> torch.Tensor:
+        return reference.flash_topk_attention(q, cache, self.kept_tokens, self.kept_counts)
+
+    def run(self, q: torch.Tensor, cache: Any) -> torch.Tensor:
+        self.select(q, cache)
+        self.estimate(q, cache)
+        self.prune(cache)
+        return self.attend(q, cache)

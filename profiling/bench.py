@@ -1,0 +1,233 @@
+"""Command line: check, time and save. `python -m profiling.bench --help`
+
+Rows are written as they are measured. A run that is cut off leaves what it has, and the next run of
+the same code goes on from there.
+"""
+
+import argparse
+import datetime
+import gc
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from profiling import device, timing, traffic
+from profiling.backends import TileLang, Torch
+from profiling.checks import CheckFailed
+from profiling.plan import Group, Target, groups_of, label, prepare, row_key
+from profiling.results import KEY, RESULTS, STAGES, Finished, Row, write_row
+from profiling.stages import Provider
+from profiling.table import summary
+from profiling.workloads import CPU_WORKLOADS, GPU_WORKLOADS, BudgetSweep, Workload
+
+READ_BYTES = 8 << 30
+CPU_READ_BYTES = 256 << 20
+
+
+class Run:
+    """One run of the benchmark on this machine."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.on_gpu = torch.cuda.is_available()
+        backend = TileLang() if self.on_gpu else Torch()
+        l2_bytes = device.l2_bytes() if self.on_gpu else 0
+        self.target = Target(backend, device.gpu_label(), l2_bytes, self.notice)
+        self.commit = arguments.commit or device.source_id()
+        self.folder: Path = arguments.results
+        self.finished = Finished(self.target.gpu, self.commit, self.folder)
+        self.force = arguments.force
+        self.deadline = time.monotonic() + 60 * arguments.minutes
+        self.failures: list[str] = []
+        self.unfinished = self.num_rows = 0
+        self.read_tbps = 0.0
+        if self.on_gpu:
+            gc.freeze()  # every capture of a graph collects garbage; what is imported is none
+
+    def measure(self, workloads: list[Workload | BudgetSweep], stages: tuple[str, ...]) -> None:
+        """Measure every group of every workload that no earlier run has finished."""
+        todo = []
+        for workload in workloads:
+            groups = [own for own in groups_of(workload, self.target) if own.stage in stages]
+            groups = [own for own in groups if self.force or not self._done(workload, own)]
+            todo += [(workload, groups)] if groups else []
+        if not todo:
+            return
+        self.read_tbps = self._read_bandwidth()
+        self.notice(f"{self.target.gpu}: reads {self.read_tbps:.3f} TB/s; code {self.commit}")
+        num_groups = sum(len(groups) for _, groups in todo)
+        with tqdm(total=num_groups, unit="group", mininterval=1.0) as progress:
+            for workload, groups in todo:
+                progress.set_description(label(workload), refresh=False)
+                self._measure_workload(workload, groups, progress)
+
+    @staticmethod
+    def notice(text: str) -> None:
+        """Say something beside the progress bar."""
+        tqdm.write(text)
+
+    def _measure_workload(
+        self, workload: Workload | BudgetSweep, groups: list[Group], progress: tqdm
+    ) -> None:
+        if time.monotonic() > self.deadline:
+            self.unfinished += len(groups)
+            return
+        prepared = None
+        try:
+            prepared = prepare(workload, self.target)
+        except torch.OutOfMemoryError:
+            self.notice(f"left out: {label(workload)}: out of memory while making its inputs")
+        except Exception as error:
+            self._fail(label(workload), error)
+        for group in groups:
+            if prepared is not None and time.monotonic() > self.deadline:
+                self.unfinished += 1
+            elif prepared is not None:
+                self._measure_group(workload, group, prepared)
+                self._release()
+            progress.update()
+        del prepared
+        self._release()
+
+    def _measure_group(self, workload: Workload | BudgetSweep, group: Group, prepared: Any) -> None:
+        name = f"{label(workload)} {group.stage}"
+        try:
+            providers = {
+                f"{name} {own.method} {own.name}": own for own in group.providers(prepared)
+            }
+        except Exception as error:
+            self._fail(name, error)
+            return
+        errors: dict[str, float] = {}
+        for full_name, provider in providers.items():
+            try:
+                errors[full_name] = provider.check()
+            except Exception as error:
+                self._fail_provider(full_name, provider, error)
+        timings = self._time({full_name: providers[full_name] for full_name in errors})
+        settings = dict(zip(group.methods, group.settings, strict=True))
+        # Our own rows last: they mark the group as finished.
+        for full_name in sorted(timings, key=lambda key: self._is_ours(providers[key])):
+            own = providers[full_name]
+            key = row_key(
+                workload, own.stage, own.method, own.name, settings[own.method], self.target.gpu
+            )
+            write_row(self._row(key, own, errors[full_name], timings[full_name]), self.folder)
+            self.num_rows += 1
+
+    def _time(self, providers: dict[str, Provider]) -> dict[str, timing.Timing]:
+        if not self.on_gpu:
+            return {name: timing.time_on_host(own.calls[0]) for name, own in providers.items()}
+        return timing.time_providers(
+            {name: own.calls for name, own in providers.items()},
+            on_error=lambda name, error: self._fail_provider(name, providers[name], error),
+            on_fallback=lambda name, error: self.notice(
+                f"not captured, timed call by call: {name}: {type(error).__name__}: {error}"
+            ),
+        )
+
+    def _row(
+        self, key: dict[str, Any], provider: Provider, error: float, measured: timing.Timing
+    ) -> Row:
+        num_bytes = traffic.bytes_moved(provider.stage, provider.method, provider.work)
+        floor_us = num_bytes / self.read_tbps * 1e-6
+        return Row(
+            **key,
+            kept_mean=provider.kept.mean,
+            kept_min=provider.kept.low,
+            kept_max=provider.kept.high,
+            median_us=measured.median_us,
+            p20_us=measured.p20_us,
+            p80_us=measured.p80_us,
+            bytes=num_bytes,
+            flops=traffic.flops(provider.stage, provider.method, provider.work),
+            floor_us=floor_us,
+            reached=floor_us / measured.median_us,
+            read_tbps=self.read_tbps,
+            error=error,
+            num_sets=len(provider.calls) if self.on_gpu else 1,
+            timer=measured.timer,
+            torch=torch.__version__,
+            tilelang=device.version("tilelang"),
+            commit=self.commit,
+            date=datetime.date.today().isoformat(),
+        )
+
+    def _done(self, workload: Workload | BudgetSweep, group: Group) -> bool:
+        """Our own rows are there; a baseline may have been left out."""
+        for method, settings in zip(group.methods, group.settings, strict=True):
+            key = row_key(
+                workload,
+                group.stage,
+                method,
+                self.target.backend.provider,
+                settings,
+                self.target.gpu,
+            )
+            if tuple(key[name] for name in KEY) not in self.finished:
+                return False
+        return True
+
+    def _is_ours(self, provider: Provider) -> bool:
+        return provider.name == self.target.backend.provider
+
+    def _fail_provider(self, name: str, provider: Provider, error: Exception) -> None:
+        """A baseline that cannot run is left out; a wrong result, or ours, is a failure."""
+        if self._is_ours(provider) or isinstance(error, CheckFailed):
+            self._fail(name, error)
+        else:
+            self.notice(f"left out: {name}: {type(error).__name__}: {error}")
+
+    def _fail(self, name: str, error: Exception) -> None:
+        self.failures.append(f"{name}: {type(error).__name__}: {error}")
+        self.notice(f"FAILED: {self.failures[-1]}")
+
+    def _read_bandwidth(self) -> float:
+        if self.on_gpu:
+            num_bytes = min(READ_BYTES, device.free_bytes() // 4) // 256 * 256
+            rate = timing.measure_read_bandwidth(num_bytes)
+            self._release()
+            return rate
+        data = torch.ones(CPU_READ_BYTES // 4)
+        return CPU_READ_BYTES / timing.time_on_host(data.sum).median_us * 1e-6
+
+    def _release(self) -> None:
+        if self.on_gpu:
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; 0 if everything asked for is measured and right."""
+    workloads = GPU_WORKLOADS if torch.cuda.is_available() else CPU_WORKLOADS
+    names = list(dict.fromkeys(workload.name for workload in workloads))
+    parser = argparse.ArgumentParser(prog="python -m profiling.bench", description=__doc__)
+    parser.add_argument("--stage", choices=STAGES, help="measure this stage only")
+    parser.add_argument("--workload", choices=names, help="measure this workload only")
+    parser.add_argument("--force", action="store_true", help="measure finished rows again")
+    parser.add_argument("--minutes", type=float, default=60.0, help="start nothing after these")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
+    parser.add_argument("--commit", help="name of the code, where there is no git checkout")
+    arguments = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("No GPU: running the PyTorch reference at small sizes; its times mean nothing.")
+    run = Run(arguments)
+    chosen = [w for w in workloads if arguments.workload in (None, w.name)]
+    run.measure(chosen, (arguments.stage,) if arguments.stage else STAGES)
+    print(summary(run.folder / run.target.gpu, [w.name for w in chosen], arguments.stage))
+    for failure in run.failures:
+        print(f"FAILED: {failure}")
+    if run.unfinished:
+        print(
+            f"stopped after {arguments.minutes:g} minutes: {run.unfinished} groups left, run again"
+        )
+    where = os.path.relpath(run.folder / run.target.gpu)
+    print(f"bench: {run.num_rows} rows measured, {len(run.failures)} failed -> {where}")
+    return 1 if run.failures or run.unfinished else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,55 @@
+"""Attention alone against the number of tokens it reads: equal budgets of random tokens."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from profiling import baselines, checks
+from profiling.request_sets import SEED, RequestSets, cold_sets, random_tokens
+from profiling.stages import Kept, Notice, Provider, optional
+from profiling.timing import Calls
+from profiling.traffic import bytes_moved
+from profiling.workloads import BudgetSweep, work_of
+
+METHOD = "random"
+
+
+def budget_providers(
+    sweep: BudgetSweep,
+    token_budget: int,
+    sets: RequestSets,
+    backend: Any,
+    l2_bytes: int,
+    notice: Notice,
+) -> list[Provider]:
+    """The providers of one point: each KV head of each request reads `token_budget` tokens.
+
+    The calls share the requests and differ in their tokens.
+    """
+    shape, q, cache = sweep.shape, sets.queries[0], sets.caches[0]
+    rows = shape.batch_size * shape.num_kv_heads
+    work = work_of(shape, candidate_tokens=0, kept_tokens=rows * token_budget)
+    wanted = cold_sets(bytes_moved("attention", METHOD, work), l2_bytes)
+    generator = torch.Generator(backend.device).manual_seed(SEED + token_budget)
+    tokens = [
+        random_tokens(shape, token_budget, backend.device, generator)
+        for _ in range(min(wanted, sweep.max_sets))
+    ]
+    counts = torch.full_like(tokens[0][..., 0], token_budget)
+    calls: dict[str, Calls] = {
+        backend.provider: [backend.attend_tokens(q, cache, own, counts) for own in tokens]
+    }
+    if backend.device == "cuda":
+        with optional(f"flashinfer, {token_budget} tokens", notice):
+            calls["flashinfer"] = baselines.flashinfer_tokens(q, cache, tokens)
+
+    def check(call: Callable[[], torch.Tensor]) -> float:
+        return checks.check_attention(call(), q, cache, tokens[0], counts)
+
+    kept = Kept.same(token_budget)
+    return [
+        Provider("attention", METHOD, name, own, partial(check, own[0]), kept, work)
+        for name, own in calls.items()
+    ]

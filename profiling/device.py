@@ -1,0 +1,76 @@
+"""What the results are labelled with: the GPU, the versions and the code that was run."""
+
+import hashlib
+import importlib.metadata
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU_LABEL = "cpu-reference"
+SOURCES = ("kernels", "reference", "profiling", "autotune")
+DEFAULT_L2_BYTES = 64 << 20
+
+
+def gpu_slug(name: str) -> str:
+    """Short lower-case name of a GPU: "NVIDIA H100 80GB HBM3" is "h100"."""
+    words = [word for word in re.split(r"[\s\-]+", name.lower()) if word]
+    words = [word for word in words if word not in ("nvidia", "geforce", "tesla", "quadro")]
+    if not words:
+        raise ValueError(f"name: expected the name of a GPU, got {name!r}")
+    short = words[0] + words[1] if words[0] in ("rtx", "gtx") and len(words) > 1 else words[0]
+    return re.sub(r"[^a-z0-9]", "", short)
+
+
+def gpu_label() -> str:
+    """The slug of the current GPU, or `cpu-reference` where there is none."""
+    return gpu_slug(torch.cuda.get_device_name()) if torch.cuda.is_available() else CPU_LABEL
+
+
+def l2_bytes() -> int:
+    """Size of the current GPU's L2 cache in bytes."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return int(getattr(properties, "L2_cache_size", 0)) or DEFAULT_L2_BYTES
+
+
+def free_bytes() -> int:
+    """Device memory that can still be allocated, with the allocator's own cache given back."""
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]
+
+
+def version(package: str) -> str:
+    """Installed version of a package, or "none"."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def source_id(root: Path = ROOT) -> str:
+    """Which code is measured: the commit, plus a hash of the sources where they differ from it.
+
+    Outside a git checkout the hash stands alone. Two runs with the same id ran the same code.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path for name in SOURCES for path in (root / name).rglob("*")):
+        if path.suffix == ".py" or (path.suffix == ".json" and path.parent.name == "configs"):
+            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    sources = "src." + digest.hexdigest()[:8]
+    commit = _git(root, "rev-parse", "--short=10", "HEAD")
+    sources_of = [f"{name}/*.py" for name in SOURCES] + ["autotune/configs/*.json"]
+    changes = _git(root, "status", "--porcelain", "--", *sources_of)
+    if not commit or changes is None:
+        return sources
+    return f"{commit}+{sources}" if changes else commit
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    command = ["git", "-C", str(root), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

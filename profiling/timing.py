@@ -1,0 +1,210 @@
+"""Time callables on a GPU: cold inputs, a clean L2, the host's launches left out.
+
+A provider is a list of callables that do the same work on different inputs. Its calls are captured
+into one CUDA graph that goes round the inputs, whose bytes together exceed the L2 several times, so
+that every call finds its inputs cold and no write-back of a flush is charged to it. The graph holds
+enough calls to make the time of the events around its replay vanish. Where a provider cannot be
+captured, each call is timed by events after a flush of the L2 by reading. The method is named in
+`Timing.timer`.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Calls = Sequence[Callable[[], object]]
+
+GRAPH_TIMER = "graph-rotate"
+FLUSH_TIMER = "event-read-flush"
+WALL_TIMER = "wall"
+MIN_GRAPH_US = 2000.0
+MAX_GRAPH_CALLS = 1024
+MIN_ROUNDS, MAX_ROUNDS = 7, 100
+FLUSH_BYTES = 512 << 20
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Time of one call in microseconds: median, 20th and 80th percentile over the samples."""
+
+    median_us: float
+    p20_us: float
+    p80_us: float
+    timer: str
+
+    @classmethod
+    def of(cls, samples_us: Sequence[float], timer: str) -> "Timing":
+        """Summarise samples; `samples_us` must not be empty."""
+        ordered = sorted(samples_us)
+        low, high = (ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.8))
+        return cls(statistics.median(ordered), low, high, timer)
+
+
+def time_providers(
+    providers: Mapping[str, Calls],
+    *,
+    seconds: float = 0.25,
+    on_error: Callable[[str, Exception], None] | None = None,
+    on_fallback: Callable[[str, Exception], None] | None = None,
+) -> dict[str, Timing]:
+    """Time every provider on the GPU, one replay of each in turn.
+
+    Args:
+        providers: per provider the calls to go round; each has run at least once before.
+        seconds: device time to spend on each provider, about.
+        on_error: told about a provider that raises; that provider is then left out. Without it
+            the exception goes on.
+        on_fallback: told about a provider that cannot be captured, and why.
+
+    Returns:
+        per provider the time of one call.
+    """
+    runners = {}
+    for name, calls in providers.items():
+        try:
+            runners[name] = _runner(name, calls, on_fallback)
+        except Exception as error:
+            if on_error is None:
+                raise
+            on_error(name, error)
+    if not runners:
+        return {}
+    round_us = sum(runner.replay_us for runner in runners.values())
+    rounds = round(seconds * 1e6 * len(runners) / max(round_us, 1.0))
+    for _ in range(min(max(rounds, MIN_ROUNDS), MAX_ROUNDS)):
+        for runner in runners.values():
+            runner.sample()
+    torch.cuda.synchronize()
+    return {name: runner.timing() for name, runner in runners.items()}
+
+
+def time_on_host(
+    call: Callable[[], object], *, seconds: float = 0.1, max_calls: int = 20
+) -> Timing:
+    """Time a call that runs on the CPU by the wall clock; the first call is not counted."""
+    call()
+    samples: list[float] = []
+    started = time.perf_counter()
+    while len(samples) < 3 or (
+        len(samples) < max_calls and time.perf_counter() - started < seconds
+    ):
+        before = time.perf_counter()
+        call()
+        samples.append((time.perf_counter() - before) * 1e6)
+    return Timing.of(samples, WALL_TIMER)
+
+
+def measure_read_bandwidth(num_bytes: int) -> float:
+    """Largest rate in TB/s at which this GPU reads device memory.
+
+    The fastest of three reductions over one tensor of `num_bytes`, which must exceed the L2 by far.
+    """
+    halves = torch.empty(num_bytes // 2, dtype=torch.float16, device="cuda").fill_(1e-3)
+    floats, integers = halves.view(torch.float32), halves.view(torch.int32)
+    reductions = {
+        "sum of fp16": [lambda: torch.sum(halves)],
+        "sum of fp32": [lambda: torch.sum(floats)],
+        "maximum of int32": [lambda: torch.amax(integers)],
+    }
+    for calls in reductions.values():
+        calls[0]()
+    fastest = min(timing.median_us for timing in time_providers(reductions).values())
+    return halves.numel() * 2 / fastest * 1e-6
+
+
+class _GraphRunner:
+    """Replays one graph of `num_calls` calls; events around each replay."""
+
+    timer = GRAPH_TIMER
+
+    def __init__(self, calls: Calls) -> None:
+        self.graph, self.num_calls = _capture(calls, len(calls)), len(calls)
+        self.replay_us = self._measure()
+        rotations = math.ceil(MIN_GRAPH_US / max(self.replay_us, 1.0))
+        rotations = min(rotations, max(1, MAX_GRAPH_CALLS // len(calls)))
+        if rotations > 1:
+            self.num_calls = rotations * len(calls)
+            self.graph = _capture(calls, self.num_calls)
+            self.replay_us = self._measure()
+        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def _measure(self) -> float:
+        self.graph.replay()
+        events = _event_pair()
+        events[0].record()
+        self.graph.replay()
+        events[1].record()
+        torch.cuda.synchronize()
+        return events[0].elapsed_time(events[1]) * 1e3
+
+    def sample(self) -> None:
+        events = _event_pair()
+        events[0].record()
+        self.graph.replay()
+        events[1].record()
+        self.events.append(events)
+
+    def timing(self) -> Timing:
+        samples = [start.elapsed_time(end) * 1e3 / self.num_calls for start, end in self.events]
+        return Timing.of(samples, self.timer)
+
+
+class _FlushRunner(_GraphRunner):
+    """Launches one call at a time from the host, after reading more bytes than the L2 holds."""
+
+    timer = FLUSH_TIMER
+
+    def __init__(self, calls: Calls) -> None:
+        self.calls, self.next, self.num_calls, self.events = calls, 0, 1, []
+        self.buffer = torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+        for _ in range(3):
+            self.sample()
+        torch.cuda.synchronize()
+        start, end = self.events[-1]
+        self.replay_us = start.elapsed_time(end) * 1e3 + 200.0  # the flush takes its time too
+        self.events = []
+
+    def sample(self) -> None:
+        torch.amax(self.buffer)
+        events = _event_pair()
+        events[0].record()
+        self.calls[self.next]()
+        events[1].record()
+        self.next = (self.next + 1) % len(self.calls)
+        self.events.append(events)
+
+
+def _runner(
+    name: str, calls: Calls, on_fallback: Callable[[str, Exception], None] | None
+) -> _GraphRunner:
+    try:
+        return _GraphRunner(calls)
+    except Exception as error:
+        torch.cuda.synchronize()
+        if on_fallback is not None:
+            on_fallback(name, error)
+    return _FlushRunner(calls)
+
+
+def _capture(calls: Calls, num_calls: int) -> torch.cuda.CUDAGraph:
+    """Capture `num_calls` calls, going round `calls`, after a warm-up on the capturing stream."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls[: min(len(calls), 3)]:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for index in range(num_calls):
+            calls[index % len(calls)]()
+    return graph
+
+
+def _event_pair() -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -1,0 +1,42 @@
+"""Twilight decode attention in plain PyTorch: the definition that every kernel is held to.
+
+Any float dtype, CPU or GPU. Every function takes `dtype`, the dtype of its arithmetic and of its
+results: None for float32 arithmetic and results in the stated dtypes, torch.float64 for an oracle.
+"""
+
+from reference.attention import (
+    dense_attention,
+    flash_topk_attention,
+    gather_tokens,
+    page_attention,
+)
+from reference.cache import PagedKVCache, page_bounds, validate_cache
+from reference.estimator import candidate_tokens, estimate_logits
+from reference.pipeline import TwilightDecode
+from reference.pruner import group_union, prune_top_p, top_p_set_sorted, top_p_threshold
+from reference.quantize import dequantize_int4, pack_int4, quantize_int4, unpack_int4
+from reference.selector import quest_bounds, select_all, select_pages
+
+__all__ = [
+    "PagedKVCache",
+    "TwilightDecode",
+    "candidate_tokens",
+    "dense_attention",
+    "dequantize_int4",
+    "estimate_logits",
+    "flash_topk_attention",
+    "gather_tokens",
+    "group_union",
+    "pack_int4",
+    "page_attention",
+    "page_bounds",
+    "prune_top_p",
+    "quantize_int4",
+    "quest_bounds",
+    "select_all",
+    "select_pages",
+    "top_p_set_sorted",
+    "top_p_threshold",
+    "unpack_int4",
+    "validate_cache",
+]

@@ -1,0 +1,131 @@
+"""Attention of one query token per request over some, some pages of, or all cached tokens.
+
+    out = sum_t softmax_t(q . k_t * sm_scale) v_t,     lse = log sum_t exp(q . k_t * sm_scale)
+
+Dropping tokens moves the output by at most (1 - captured mass) * (spread of V); the captured mass
+is exp(lse of the kept tokens - lse of all).
+"""
+
+import torch
+
+from reference.cache import PagedKVCache
+from reference.estimator import candidate_tokens
+from reference.validate import check_index_lists, check_query, compute_dtype, resolve_sm_scale
+
+
+def gather_tokens(
+    pages: torch.Tensor, page_table: torch.Tensor, tokens: torch.Tensor
+) -> torch.Tensor:
+    """Read the rows of one request's tokens, a list of its own for every KV head.
+
+    Args:
+        pages: [num_pages, page_size, num_kv_heads, head_dim], k_cache or v_cache.
+        page_table: [max_pages] int32, the request's row.
+        tokens: [num_kv_heads, n] integer logical positions; negative for none.
+
+    Returns:
+        [num_kv_heads, n, head_dim], dtype of pages; 0 where the position is negative.
+    """
+    page_size = pages.shape[1]
+    valid = tokens >= 0
+    token = tokens.clamp(min=0).long()
+    page = torch.where(valid, page_table[token // page_size].long(), 0)
+    kv_head = torch.arange(pages.shape[2], device=pages.device)[:, None]
+    return torch.where(valid[..., None], pages[page, token % page_size, kv_head], 0.0)
+
+
+def attend(
+    q: torch.Tensor,
+    cache: PagedKVCache,
+    tokens: torch.Tensor,
+    sm_scale: float | None,
+    return_lse: bool,
+    dtype: torch.dtype | None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Exact attention over `tokens`: [batch_size, num_kv_heads, n], negative for none."""
+    sm_scale = resolve_sm_scale(sm_scale, cache.head_dim)
+    out_dtype = q.dtype if dtype is None else dtype
+    dtype = compute_dtype(dtype, q)
+    out = torch.empty(q.shape, dtype=out_dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=dtype, device=q.device)
+    for batch in range(cache.batch_size):
+        valid = (tokens[batch] >= 0)[:, None]
+        keys = gather_tokens(cache.k_cache, cache.page_table[batch], tokens[batch]).to(dtype)
+        values = gather_tokens(cache.v_cache, cache.page_table[batch], tokens[batch]).to(dtype)
+        grouped = q[batch].to(dtype).view(cache.num_kv_heads, -1, cache.head_dim)
+        logits = grouped @ keys.transpose(-1, -2) * sm_scale
+        logits = torch.where(valid, logits, float("-inf"))
+        row_lse = torch.logsumexp(logits, dim=-1, keepdim=True)
+        weights = torch.exp(logits - torch.where(row_lse > float("-inf"), row_lse, 0.0))
+        out[batch] = (weights @ values).flatten(0, 1).to(out_dtype)
+        lse[batch] = row_lse.flatten()
+    return (out, lse) if return_lse else out
+
+
+def flash_topk_attention(
+    q: torch.Tensor,
+    cache: PagedKVCache,
+    kept_tokens: torch.Tensor,
+    kept_counts: torch.Tensor,
+    *,
+    sm_scale: float | None = None,
+    return_lse: bool = False,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Exact attention over the kept tokens of every KV head (Twilight, section 4.3).
+
+    Args:
+        q: [batch_size, num_qo_heads, head_dim].
+        kept_tokens: [batch_size, num_kv_heads, width] int32 positions, read up to the count.
+        kept_counts: [batch_size, num_kv_heads] int32.
+
+    Returns:
+        out: [batch_size, num_qo_heads, head_dim], dtype of q (or `dtype`); with return_lse also
+        lse: [batch_size, num_qo_heads] float32 (or `dtype`), natural logarithm. A row of no tokens
+        gives out 0 and lse -inf.
+    """
+    check_query(q, cache)
+    check_index_lists("kept_tokens", "kept_counts", kept_tokens, kept_counts, cache)
+    columns = torch.arange(kept_tokens.shape[-1], device=q.device)
+    tokens = torch.where(columns < kept_counts[..., None], kept_tokens, -1)
+    tokens = tokens[..., : max(kept_counts.flatten().tolist(), default=0)]
+    return attend(q, cache, tokens, sm_scale, return_lse, dtype)
+
+
+def page_attention(
+    q: torch.Tensor,
+    cache: PagedKVCache,
+    candidate_pages: torch.Tensor,
+    candidate_counts: torch.Tensor,
+    *,
+    sm_scale: float | None = None,
+    return_lse: bool = False,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Exact attention over every token of the listed pages: Quest alone.
+
+    candidate_pages: [batch_size, num_kv_heads, width] int32; candidate_counts:
+    [batch_size, num_kv_heads] int32. The rest as `flash_topk_attention`.
+    """
+    check_query(q, cache)
+    check_index_lists(
+        "candidate_pages", "candidate_counts", candidate_pages, candidate_counts, cache
+    )
+    tokens = candidate_tokens(cache, candidate_pages, candidate_counts)
+    return attend(q, cache, tokens, sm_scale, return_lse, dtype)
+
+
+def dense_attention(
+    q: torch.Tensor,
+    cache: PagedKVCache,
+    *,
+    sm_scale: float | None = None,
+    return_lse: bool = False,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Exact attention over every cached token. Arguments and result as `flash_topk_attention`."""
+    check_query(q, cache)
+    positions = torch.arange(max(cache.seq_lens.tolist(), default=0), device=q.device)
+    tokens = torch.where(positions < cache.seq_lens[:, None], positions, -1)
+    tokens = tokens[:, None].expand(-1, cache.num_kv_heads, -1)
+    return attend(q, cache, tokens, sm_scale, return_lse, dtype)

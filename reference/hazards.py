@@ -1,0 +1,70 @@
+"""Caches that are legal and awkward: NaN wherever nothing may be read, pages shared by requests."""
+
+import torch
+
+from reference.cache import PagedKVCache, tokens_per_page
+from reference.inputs import DecodeInputs
+
+
+def unused_slots(inputs: DecodeInputs | PagedKVCache) -> torch.Tensor:
+    """[num_pages, page_size] bool: slots that hold no request's token."""
+    num_pages, page_size = inputs.k_cache.shape[:2]
+    used = tokens_per_page(inputs.page_table, inputs.seq_lens, num_pages, page_size)
+    return torch.arange(page_size, device=used.device) >= used[:, None]
+
+
+def poison_inputs(inputs: DecodeInputs) -> None:
+    """Write NaN, in place, into every unused slot and page of K and V: before a cache is built."""
+    unused = unused_slots(inputs)
+    inputs.k_cache[unused] = float("nan")
+    inputs.v_cache[unused] = float("nan")
+
+
+def poison_unused(cache: PagedKVCache) -> None:
+    """Write NaN, in place, into all that belongs to no token: K, V, scales, zeros, unused bounds.
+
+    Codes become 255. The cache may be of any package; bounds of part-filled pages stay.
+    """
+    unused = unused_slots(cache)
+    cache.k_cache[unused] = float("nan")
+    cache.v_cache[unused] = float("nan")
+    page, slot = unused.nonzero(as_tuple=True)
+    cache.k_int4[page, :, slot] = 255
+    cache.k_scale_zero[page, :, slot] = float("nan")
+    cache.page_min[unused.all(dim=1)] = float("nan")
+    cache.page_max[unused.all(dim=1)] = float("nan")
+
+
+def poisoned_cache(inputs: DecodeInputs) -> PagedKVCache:
+    """The inputs' cache, with NaN before and after it was built: in the inputs' own K and V too."""
+    poison_inputs(inputs)
+    cache = PagedKVCache.wrap(*inputs.paged())
+    poison_unused(cache)
+    return cache
+
+
+def share_prefix(inputs: DecodeInputs, num_shared_pages: int) -> DecodeInputs:
+    """Point the first pages of every request at those of request 0, as far as both are full there.
+
+    Returns:
+        Inputs on the same pool with a page table of their own.
+    """
+    page_size = inputs.k_cache.shape[1]
+    full_pages = (inputs.seq_lens // page_size).tolist()
+    page_table = inputs.page_table.clone()
+    for batch, full in enumerate(full_pages):
+        shared = min(num_shared_pages, full, full_pages[0])
+        page_table[batch, :shared] = page_table[0, :shared]
+    return DecodeInputs(
+        inputs.q, inputs.k_cache, inputs.v_cache, page_table, inputs.seq_lens.clone()
+    )
+
+
+def contiguous(inputs: DecodeInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V out of their pages.
+
+    Two tensors of [batch_size, max_pages * page_size, num_kv_heads, head_dim], for
+    `PagedKVCache.from_contiguous`. Every entry of the page table must be a page of the pool.
+    """
+    pages = inputs.page_table.long()
+    return inputs.k_cache[pages].flatten(1, 2), inputs.v_cache[pages].flatten(1, 2)

@@ -1,0 +1,81 @@
+"""TwilightDecode: selector, estimator, pruner and attention, in order."""
+
+import torch
+
+from reference.attention import flash_topk_attention
+from reference.cache import PagedKVCache
+from reference.estimator import estimate_logits
+from reference.pruner import broadcast_top_p, prune_top_p
+from reference.selector import select_all, select_pages, selection_width
+from reference.validate import check_positive, check_windows, resolve_sm_scale
+
+
+class TwilightDecode:
+    """One decode step of Twilight attention (arXiv 2502.02770, section 4).
+
+    Args:
+        cache: gives the shapes that `run` will see.
+        num_qo_heads: query heads, a multiple of the cache's num_kv_heads.
+        selector: "quest" (pages by bound, within token_budget) or "full" (every page).
+        token_budget: candidate tokens per KV head, a multiple of page_size.
+        top_p: mass kept per query head, a number or a tensor (see `prune_top_p`).
+        sm_scale: None for head_dim ** -0.5.
+        num_sink_tokens, num_recent_tokens: first and last tokens that are always kept.
+
+    After `run`: candidate_pages, candidate_counts, logits, kept_tokens, kept_counts, kept_mass.
+    """
+
+    def __init__(
+        self,
+        cache: PagedKVCache,
+        num_qo_heads: int,
+        *,
+        selector: str = "quest",
+        token_budget: int = 8192,
+        top_p: float | torch.Tensor = 0.85,
+        sm_scale: float | None = None,
+        num_sink_tokens: int = 0,
+        num_recent_tokens: int = 0,
+    ) -> None:
+        check_positive("num_qo_heads", num_qo_heads)
+        if num_qo_heads % cache.num_kv_heads:
+            raise ValueError(
+                f"num_qo_heads: expected a multiple of {cache.num_kv_heads} (num_kv_heads), "
+                f"got {num_qo_heads}"
+            )
+        if selector not in ("quest", "full"):
+            raise ValueError(f"selector: expected 'quest' or 'full', got {selector!r}")
+        check_windows(num_sink_tokens, num_recent_tokens)
+        if selector == "quest":
+            selection_width(cache, token_budget, num_sink_tokens, num_recent_tokens)
+        broadcast_top_p(top_p, cache.batch_size, num_qo_heads, cache.k_cache.device)
+        self.num_qo_heads = num_qo_heads
+        self.selector = selector
+        self.token_budget = token_budget
+        self.top_p = top_p
+        self.sm_scale = resolve_sm_scale(sm_scale, cache.head_dim)
+        self.windows = {
+            "num_sink_tokens": num_sink_tokens,
+            "num_recent_tokens": num_recent_tokens,
+        }
+
+    def run(
+        self, q: torch.Tensor, cache: PagedKVCache, *, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """q: [batch_size, num_qo_heads, head_dim] -> out, of q's shape and dtype (or `dtype`)."""
+        if q.ndim != 3 or q.shape[1] != self.num_qo_heads:
+            raise ValueError(
+                f"q: expected [batch_size, {self.num_qo_heads}, head_dim], got {list(q.shape)}"
+            )
+        if self.selector == "full":
+            candidates = select_all(cache)
+        else:
+            candidates = select_pages(q, cache, self.token_budget, **self.windows, dtype=dtype)
+        self.candidate_pages, self.candidate_counts = candidates
+        self.logits = estimate_logits(q, cache, *candidates, sm_scale=self.sm_scale, dtype=dtype)
+        self.kept_tokens, self.kept_counts, self.kept_mass = prune_top_p(
+            self.logits, cache, *candidates, self.top_p, **self.windows, dtype=dtype
+        )
+        return flash_topk_attention(
+            q, cache, self.kept_tokens, self.kept_counts, sm_scale=self.sm_scale, dtype=dtype
+        )

@@ -1,0 +1,170 @@
+"""Pruner: the tokens that carry the mass top_p (Twilight, arXiv 2502.02770, sections 3 and 4.3).
+
+For one query head with weights w over its candidates, top-p keeps the smallest set of largest
+weights whose sum is >= p * sum(w). Two forms of the same set:
+
+    sorted:     order w from large to small, take the shortest prefix that holds the mass, then
+                every weight equal to the last one taken (ties at the threshold are all kept);
+    threshold:  { w >= t } for the largest t that holds the mass, sum(w[w >= t]) >= p * sum(w).
+
+Weights enter sums as whole multiples of 2**-34 of the largest weight. Such sums are exact in
+float64 for up to 2**19 tokens: no order changes them, and the two forms agree in every bit.
+"""
+
+import torch
+
+from reference.cache import PagedKVCache
+from reference.estimator import candidate_tokens
+from reference.validate import check_index_lists, check_tensor, check_windows
+
+NO_TOKEN = torch.iinfo(torch.int32).max
+
+
+def mass_units(weights: torch.Tensor) -> torch.Tensor:
+    """[..., n] float64: each weight in whole multiples of 2**-34 of the largest one of its row."""
+    weights = weights.to(torch.float64)
+    largest = weights.amax(dim=-1, keepdim=True)
+    return torch.round(weights / torch.where(largest > 0, largest, 1.0) * 2.0**34)
+
+
+def top_p_set_sorted(weights: torch.Tensor, top_p: torch.Tensor | float) -> torch.Tensor:
+    """Top-p by sorting: the definition.
+
+    Args:
+        weights: [..., n] >= 0, of any sum; n > 0.
+        top_p: number or tensor broadcastable to [..., 1], in (0, 1]; 1 keeps everything.
+
+    Returns:
+        [..., n] bool.
+    """
+    top_p = torch.as_tensor(top_p, dtype=torch.float64, device=weights.device)
+    units = mass_units(weights)
+    heaviest_first = weights.sort(dim=-1, descending=True)
+    mass = units.gather(-1, heaviest_first.indices).cumsum(dim=-1)
+    enough = mass >= top_p * mass[..., -1:]
+    last_taken = enough.to(torch.uint8).argmax(dim=-1, keepdim=True)  # the first True
+    threshold = heaviest_first.values.gather(-1, last_taken)
+    return (weights >= threshold) | (top_p >= 1)
+
+
+def top_p_threshold(weights: torch.Tensor, top_p: torch.Tensor | float) -> torch.Tensor:
+    """Top-p without sorting: bisect the bit patterns of t, which order like the numbers do.
+
+    Arguments and result as `top_p_set_sorted`.
+    """
+    top_p = torch.as_tensor(top_p, dtype=torch.float64, device=weights.device)
+    units = mass_units(weights)
+    wanted = top_p * units.sum(dim=-1, keepdim=True)
+    bits = weights.to(torch.float64).view(torch.int64)
+    low = torch.zeros_like(bits[..., :1])  # holds the mass
+    high = bits.amax(dim=-1, keepdim=True) + 1  # holds nothing
+    while bool((high - low > 1).any()):
+        middle = low + (high - low) // 2
+        holds = torch.where(bits >= middle, units, 0.0).sum(dim=-1, keepdim=True) >= wanted
+        low = torch.where(holds, middle, low)
+        high = torch.where(holds, high, middle)
+    return (bits >= low) | (top_p >= 1)
+
+
+def group_union(keep: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """A KV head keeps what any query head of its group keeps.
+
+    Args:
+        keep: [..., num_qo_heads, n] bool.
+
+    Returns:
+        [..., num_kv_heads, n] bool.
+    """
+    return keep.unflatten(-2, (num_kv_heads, -1)).any(dim=-2)
+
+
+def prune_top_p(
+    logits: torch.Tensor,
+    cache: PagedKVCache,
+    candidate_pages: torch.Tensor,
+    candidate_counts: torch.Tensor,
+    top_p: float | torch.Tensor,
+    *,
+    num_sink_tokens: int = 0,
+    num_recent_tokens: int = 0,
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Softmax over the candidates, top-p per query head, union per KV head.
+
+    The first num_sink_tokens and the last num_recent_tokens tokens are kept wherever they are
+    candidates; so is at least one token of a request that has any.
+
+    Args:
+        logits: [batch_size, num_qo_heads, width * page_size] float; read where a token is.
+        candidate_pages: [batch_size, num_kv_heads, width] int32 logical pages, ascending.
+        candidate_counts: [batch_size, num_kv_heads] int32.
+        top_p: number in (0, 1], or float32 [num_qo_heads], [batch_size, 1] or
+            [batch_size, num_qo_heads]. 1 keeps every candidate token.
+
+    Returns:
+        kept_tokens: [batch_size, num_kv_heads, width * page_size] int32, logical positions,
+            ascending, then -1.
+        kept_counts: [batch_size, num_kv_heads] int32.
+        kept_mass: [batch_size, num_qo_heads] float32 (or `dtype`): the estimated mass of the query
+            head's own set, before the union, forced tokens included; 0 for a request of no tokens.
+    """
+    check_index_lists(
+        "candidate_pages", "candidate_counts", candidate_pages, candidate_counts, cache
+    )
+    width_tokens = candidate_pages.shape[-1] * cache.page_size
+    logit_dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    check_tensor("logits", logits, (cache.batch_size, None, width_tokens), logit_dtypes)
+    check_windows(num_sink_tokens, num_recent_tokens)
+    dtype = torch.float32 if dtype is None else dtype
+    num_qo_heads = logits.shape[1]
+    if num_qo_heads == 0 or num_qo_heads % cache.num_kv_heads:
+        raise ValueError(
+            f"logits: expected num_qo_heads a multiple of {cache.num_kv_heads} (num_kv_heads), "
+            f"got {num_qo_heads}"
+        )
+    top_p = broadcast_top_p(top_p, cache.batch_size, num_qo_heads, logits.device)
+    tokens = candidate_tokens(cache, candidate_pages, candidate_counts)
+    kept_tokens = torch.full_like(tokens, -1, dtype=torch.int32)
+    kept_counts = torch.zeros_like(candidate_counts)
+    kept_mass = torch.zeros(logits.shape[:2], dtype=dtype, device=logits.device)
+    for batch, length in enumerate(cache.seq_lens.tolist()):
+        token = tokens[batch]  # [num_kv_heads, width_tokens]
+        valid = (token >= 0).repeat_interleave(num_qo_heads // cache.num_kv_heads, dim=0)
+        forced = (token < num_sink_tokens) | (token >= length - num_recent_tokens)
+        forced = forced.repeat_interleave(num_qo_heads // cache.num_kv_heads, dim=0)
+        weights = candidate_weights(logits[batch].to(dtype), valid)
+        keep = top_p_threshold(weights, top_p[batch, :, None])
+        keep = (keep | forced) & valid
+        total = weights.sum(dim=-1)
+        kept = torch.where(keep, weights, 0.0).sum(dim=-1)
+        kept_mass[batch] = kept / torch.where(total > 0, total, 1.0)
+        union = group_union(keep, cache.num_kv_heads)
+        ascending = torch.where(union, token, NO_TOKEN).sort(dim=-1).values
+        kept_tokens[batch] = torch.where(ascending == NO_TOKEN, -1, ascending).to(torch.int32)
+        kept_counts[batch] = union.sum(dim=-1)
+    return kept_tokens, kept_counts, kept_mass
+
+
+def candidate_weights(logits: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """exp(logit - largest valid logit), 0 where no token is: softmax before its division."""
+    logits = torch.where(valid, logits, float("-inf"))
+    largest = logits.amax(dim=-1, keepdim=True)
+    weights = torch.exp(logits - torch.where(valid.any(-1, keepdim=True), largest, 0.0))
+    return torch.where(valid, weights, 0.0)
+
+
+def broadcast_top_p(
+    top_p: float | torch.Tensor, batch_size: int, num_qo_heads: int, device: torch.device
+) -> torch.Tensor:
+    """[batch_size, num_qo_heads] float64; ValueError outside (0, 1] or of another shape."""
+    if isinstance(top_p, torch.Tensor):
+        shapes = ((num_qo_heads,), (batch_size, 1), (batch_size, num_qo_heads))
+        if top_p.dtype != torch.float32:
+            check_tensor("top_p", top_p, shapes[-1], (torch.float32,), device)
+        if tuple(top_p.shape) not in shapes:
+            expected = " or ".join(str(list(shape)) for shape in shapes)
+            raise ValueError(f"top_p: expected shape {expected}, got {list(top_p.shape)}")
+    values = torch.as_tensor(top_p, dtype=torch.float64, device=device)
+    if not bool(((values > 0) & (values <= 1)).all()):
+        raise ValueError(f"top_p: expected values in (0, 1], got {top_p}")
+    return values.expand(batch_size, num_qo_heads)

@@ -1,0 +1,83 @@
+"""The INT4 form of one key row: sixteen levels between its smallest and largest channel.
+
+Twilight, arXiv 2502.02770, section 4.2: asymmetric 4-bit keys, one scale and one zero per token and
+KV head. For a row x of head_dim channels (after any offset), in float32:
+
+    zero  = largest  fp16 <= min(x)
+    scale = smallest fp16 >= (max(x) - zero) / 15
+    code  = clamp(round_half_even((x - zero) / scale), 0, 15),     0 where scale == 0
+
+Rounding zero down and scale up makes [zero, zero + 15 scale] hold the whole row. So every channel
+is within half a step of its code, |x - (code * scale + zero)| <= scale / 2, and a constant row of a
+number that fp16 can hold is exact. Keys must lie in fp16's range.
+"""
+
+import torch
+
+
+def fp16_floor(x: torch.Tensor) -> torch.Tensor:
+    """The largest fp16 that is <= x, element by element (x float32)."""
+    nearest = x.to(torch.float16)
+    bits = nearest.view(torch.int16)
+    below = torch.where(nearest > 0, bits - 1, bits + 1)  # from -0.0 to -(2**-24)
+    return torch.where(nearest.to(x.dtype) > x, below, bits).view(torch.float16)
+
+
+def fp16_ceil(x: torch.Tensor) -> torch.Tensor:
+    """The smallest fp16 that is >= x, element by element (x float32)."""
+    return -fp16_floor(-x)
+
+
+def pack_int4(codes: torch.Tensor) -> torch.Tensor:
+    """Pack two channels into each byte.
+
+    Args:
+        codes: [..., head_dim] uint8 in 0..15, head_dim even.
+
+    Returns:
+        [..., head_dim // 2] uint8: byte j holds channel 2j in its low nibble, 2j + 1 in its high.
+    """
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
+    """The inverse of `pack_int4`: [..., head_dim // 2] uint8 -> [..., head_dim] uint8 in 0..15."""
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+
+
+def quantize_int4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize key rows; the module's docstring is the definition.
+
+    Args:
+        x: [..., head_dim] any float, finite. Arithmetic is float32.
+
+    Returns:
+        packed: [..., head_dim // 2] uint8, and scale_zero: [..., 2] fp16 (scale, zero).
+    """
+    x = x.to(torch.float32)
+    zero = fp16_floor(x.amin(dim=-1))
+    base = zero.to(torch.float32)
+    # A tensor of 15s: division by a number becomes a product with a rounded 1/15 on a GPU.
+    scale = fp16_ceil((x.amax(dim=-1) - base) / torch.full_like(base, 15))
+    step = scale.to(torch.float32)[..., None]
+    levels = torch.round((x - base[..., None]) / torch.where(step > 0, step, 1.0)).clamp(0, 15)
+    codes = torch.where(step > 0, levels, 0.0).to(torch.uint8)
+    return pack_int4(codes), torch.stack((scale, zero), dim=-1)
+
+
+def dequantize_int4(
+    packed: torch.Tensor, scale_zero: torch.Tensor, *, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """k_hat = code * scale + zero.
+
+    Args:
+        packed: [..., head_dim // 2] uint8.
+        scale_zero: [..., 2] fp16.
+        dtype: of the arithmetic and the result (None: float32).
+
+    Returns:
+        [..., head_dim].
+    """
+    dtype = torch.float32 if dtype is None else dtype
+    scale, zero = scale_zero.to(dtype)[..., None, :].unbind(dim=-1)
+    return unpack_int4(packed).to(dtype) * scale + zero

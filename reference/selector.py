@@ -1,0 +1,121 @@
+"""Selector: the candidate pages of every KV head, by Quest's bounds or all of them.
+
+Quest (arXiv 2406.10774, section 3): with the channelwise bounds m <= k <= M of a page's keys,
+
+    q . k = sum_c q_c k_c <= sum_c max(q_c m_c, q_c M_c)     for every key k of the page,
+
+so the bound is an upper estimate of every (unscaled) logit in the page. The query heads of a group
+read the same KV head and share its candidates: a page's score is its largest bound in the group.
+"""
+
+import torch
+
+from reference.cache import PagedKVCache, pages_of
+from reference.validate import check_positive, check_query, check_windows, compute_dtype
+
+
+def quest_bounds(
+    q: torch.Tensor,
+    page_min: torch.Tensor,
+    page_max: torch.Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Bound the unscaled logits of every page.
+
+    Args:
+        q: [num_qo_heads, head_dim], one request.
+        page_min, page_max: [num_pages, num_kv_heads, head_dim].
+
+    Returns:
+        [num_qo_heads, num_pages].
+    """
+    dtype = compute_dtype(dtype, q)
+    grouped = q.to(dtype).view(page_min.shape[1], -1, 1, q.shape[-1])  # kv head, group, page
+    low = page_min.to(dtype).transpose(0, 1)[:, None]
+    high = page_max.to(dtype).transpose(0, 1)[:, None]
+    return torch.maximum(grouped * low, grouped * high).sum(dim=-1).flatten(0, 1)
+
+
+def select_pages(
+    q: torch.Tensor,
+    cache: PagedKVCache,
+    token_budget: int,
+    *,
+    num_sink_tokens: int = 0,
+    num_recent_tokens: int = 0,
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quest: the token_budget // page_size pages of the largest score, lower page first on ties.
+
+    The newest page and the pages of the first num_sink_tokens and last num_recent_tokens tokens
+    always belong to them.
+
+    Args:
+        q: [batch_size, num_qo_heads, head_dim].
+        token_budget: a positive multiple of page_size; width = min(token_budget // page_size,
+            max_pages).
+
+    Returns:
+        candidate_pages: [batch_size, num_kv_heads, width] int32, ascending logical pages, then -1.
+        candidate_counts: [batch_size, num_kv_heads] int32 = min(pages of the request, width).
+    """
+    check_query(q, cache)
+    width = selection_width(cache, token_budget, num_sink_tokens, num_recent_tokens)
+    rows = (cache.batch_size, cache.num_kv_heads)
+    candidate_pages = torch.full((*rows, width), -1, dtype=torch.int32, device=q.device)
+    candidate_counts = torch.zeros(rows, dtype=torch.int32, device=q.device)
+    for batch, length in enumerate(cache.seq_lens.tolist()):
+        num_pages = pages_of(length, cache.page_size)
+        count = min(num_pages, width)
+        if count == 0:
+            continue
+        pages = cache.page_table[batch, :num_pages].long()
+        bounds = quest_bounds(q[batch], cache.page_min[pages], cache.page_max[pages], dtype=dtype)
+        scores = bounds.view(cache.num_kv_heads, -1, num_pages).amax(dim=1)
+        scores[:, -1] = float("inf")
+        scores[:, : pages_of(num_sink_tokens, cache.page_size)] = float("inf")
+        scores[:, max(length - num_recent_tokens, 0) // cache.page_size :] = float("inf")
+        best = scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+        candidate_pages[batch, :, :count] = best.sort(dim=-1).values.to(torch.int32)
+        candidate_counts[batch] = count
+    return candidate_pages, candidate_counts
+
+
+def selection_width(
+    cache: PagedKVCache, token_budget: int, num_sink_tokens: int, num_recent_tokens: int
+) -> int:
+    """Pages per row of candidate_pages; ValueError where the budget cannot hold what is forced."""
+    check_positive("token_budget", token_budget)
+    check_windows(num_sink_tokens, num_recent_tokens)
+    if token_budget % cache.page_size:
+        raise ValueError(
+            f"token_budget: expected a multiple of {cache.page_size} (page_size), "
+            f"got {token_budget}"
+        )
+    width = min(token_budget // cache.page_size, cache.max_pages)
+    forced = pages_of(num_sink_tokens, cache.page_size)
+    forced += pages_of(num_recent_tokens, cache.page_size) + 1
+    if forced > width and width < cache.max_pages:
+        raise ValueError(
+            f"token_budget: expected at least {forced} pages for sinks, recent tokens and the "
+            f"newest page, got {width} pages"
+        )
+    return width
+
+
+def select_all(
+    cache: PagedKVCache, *, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The full selector: every page of every request.
+
+    Returns:
+        candidate_pages: [batch_size, num_kv_heads, max_pages] int32, ascending, then -1.
+        candidate_counts: [batch_size, num_kv_heads] int32.
+    """
+    counts = (cache.seq_lens + cache.page_size - 1) // cache.page_size
+    pages = torch.arange(cache.max_pages, dtype=torch.int32, device=counts.device)
+    pages = torch.where(pages < counts[:, None], pages, -1)
+    rows = (cache.batch_size, cache.num_kv_heads)
+    candidate_pages = pages[:, None].expand(*rows, cache.max_pages).contiguous()
+    return candidate_pages, counts[:, None].expand(rows).contiguous()

@@ -1,0 +1,94 @@
+"""Checks of arguments: every rejection names the tensor, what was expected and what came."""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from reference.cache import PagedKVCache
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INT_DTYPES = (torch.int32,)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`int32` for torch.int32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check_tensor(
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int | None, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device | None = None,
+) -> None:
+    """Raise ValueError unless `tensor` has this rank, shape (None: any size), dtype and device."""
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        expected = " or ".join(dtype_name(dtype) for dtype in dtypes)
+        raise ValueError(f"{name}: expected dtype {expected}, got {dtype_name(tensor.dtype)}")
+    if tensor.ndim != len(shape) or any(
+        want is not None and want != size for want, size in zip(shape, tensor.shape, strict=True)
+    ):
+        expected = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name}: expected shape [{expected}], got {list(tensor.shape)}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
+
+
+def check_query(q: torch.Tensor, cache: "PagedKVCache") -> None:
+    """q: [batch_size, num_qo_heads, head_dim], dtype and device of the cache's keys."""
+    shape = (cache.batch_size, None, cache.head_dim)
+    check_tensor("q", q, shape, (cache.k_cache.dtype,), cache.k_cache.device)
+    if q.shape[1] == 0 or q.shape[1] % cache.num_kv_heads:
+        raise ValueError(
+            f"q: expected num_qo_heads a multiple of {cache.num_kv_heads} (num_kv_heads), "
+            f"got {q.shape[1]}"
+        )
+
+
+def check_index_lists(
+    name: str,
+    counts_name: str,
+    indices: torch.Tensor,
+    counts: torch.Tensor,
+    cache: "PagedKVCache",
+) -> None:
+    """indices: [batch_size, num_kv_heads, any] int32; counts: [batch_size, num_kv_heads] int32."""
+    rows, device = (cache.batch_size, cache.num_kv_heads), cache.k_cache.device
+    check_tensor(name, indices, (*rows, None), INT_DTYPES, device)
+    check_tensor(counts_name, counts, rows, INT_DTYPES, device)
+
+
+def check_positive(name: str, value: int) -> None:
+    """Raise ValueError unless `value` is an int above 0."""
+    if not isinstance(value, int) or value <= 0:
+        raise ValueError(f"{name}: expected a positive int, got {value!r}")
+
+
+def check_windows(num_sink_tokens: int, num_recent_tokens: int) -> None:
+    """Raise ValueError unless both windows are ints of at least 0."""
+    windows = {"num_sink_tokens": num_sink_tokens, "num_recent_tokens": num_recent_tokens}
+    for name, value in windows.items():
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(f"{name}: expected an int >= 0, got {value!r}")
+
+
+def resolve_sm_scale(sm_scale: float | None, head_dim: int) -> float:
+    """The softmax scale: head_dim ** -0.5 unless given; must be positive and finite."""
+    if sm_scale is None:
+        return head_dim**-0.5
+    if not (math.isfinite(sm_scale) and sm_scale > 0):
+        raise ValueError(f"sm_scale: expected a positive finite number, got {sm_scale!r}")
+    return sm_scale
+
+
+def compute_dtype(dtype: torch.dtype | None, *tensors: torch.Tensor) -> torch.dtype:
+    """The computing dtype: the one asked for, else float32 (float64 where an input is float64)."""
+    if dtype is not None:
+        return dtype
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32

@@ -1,0 +1,253 @@
+"""What the results of each stage must satisfy, whichever implementation made them."""
+
+import dataclasses
+
+import torch
+
+import reference
+from reference.compare import assert_close, row_errors
+
+MASS_TOLERANCE = 1e-4  # of one head's softmax: the "one part in 10^4" of promise 1
+SCORE_TOLERANCE = 1e-5  # of the largest score in the batch: fp32 sums over head_dim, in any order
+
+
+def as_reference(cache) -> reference.PagedKVCache:
+    """The same tensors as a cache of the reference: a stage is judged on identical inputs."""
+    fields = dataclasses.fields(reference.PagedKVCache)
+    return reference.PagedKVCache(**{field.name: getattr(cache, field.name) for field in fields})
+
+
+def num_used_pages(cache) -> torch.Tensor:
+    """[batch_size] pages that hold at least one token."""
+    return (cache.seq_lens + cache.page_size - 1) // cache.page_size
+
+
+def valid_entries(entries: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """bool, shape of entries: which entries of a counted list mean something."""
+    return torch.arange(entries.shape[-1], device=entries.device) < counts[..., None]
+
+
+def assert_ascending(entries: torch.Tensor, counts: torch.Tensor, limit: torch.Tensor) -> None:
+    """The first counts entries rise strictly, from 0 to below the request's limit [batch_size]."""
+    assert entries.dtype == counts.dtype == torch.int32
+    assert entries.shape[:-1] == counts.shape
+    assert (counts >= 0).all() and (counts <= entries.shape[-1]).all()
+    valid = valid_entries(entries, counts)
+    in_range = (entries >= 0) & (entries < limit[:, None, None])
+    assert in_range[valid].all(), "an entry is out of range"
+    assert (entries.diff(dim=-1) > 0)[valid[..., 1:]].all(), "entries do not rise strictly"
+
+
+def as_mask(entries: torch.Tensor, counts: torch.Tensor, size: int) -> torch.Tensor:
+    """bool [batch_size, num_kv_heads, size]: the set that a counted list holds."""
+    mask = torch.zeros(*counts.shape, size + 1, dtype=torch.bool, device=entries.device)
+    inside = torch.where(valid_entries(entries, counts), entries, size)
+    return mask.scatter_(-1, inside.long(), True)[..., :size]
+
+
+def page_scores(q: torch.Tensor, cache) -> torch.Tensor:
+    """fp64 [batch_size, num_kv_heads, max_pages]: the group's largest bound; -inf past the end."""
+    table = cache.page_table.long().clamp(0, cache.num_pages - 1)
+    low, high = (
+        bound[table].double().transpose(1, 2) for bound in (cache.page_min, cache.page_max)
+    )
+    queries = q.double().unflatten(1, (cache.num_kv_heads, -1))
+    bounds = queries.clamp(min=0) @ high.mT + queries.clamp(max=0) @ low.mT
+    page = torch.arange(cache.max_pages, device=q.device)
+    absent = page >= num_used_pages(cache)[:, None]
+    return bounds.amax(dim=2).masked_fill(absent[:, None], -torch.inf)
+
+
+def forced_pages(cache, num_sink_tokens: int, num_recent_tokens: int) -> torch.Tensor:
+    """bool [batch_size, max_pages]: the newest page, and those of sinks and recent tokens."""
+    page = torch.arange(cache.max_pages, device=cache.seq_lens.device)
+    length = cache.seq_lens[:, None]
+    first_recent = (length - max(num_recent_tokens, 1)).clamp(min=0) // cache.page_size
+    forced = (page * cache.page_size < num_sink_tokens) | (page >= first_recent)
+    return forced & (page * cache.page_size < length)
+
+
+def assert_pages_selected(
+    q: torch.Tensor,
+    cache,
+    candidate_pages: torch.Tensor,
+    candidate_counts: torch.Tensor,
+    token_budget: int,
+    num_sink_tokens: int = 0,
+    num_recent_tokens: int = 0,
+) -> None:
+    """Counts, order, forced pages, and none left out that scores clearly above one taken."""
+    used = num_used_pages(cache)
+    width = min(token_budget // cache.page_size, cache.max_pages)
+    assert candidate_pages.shape == (cache.batch_size, cache.num_kv_heads, width)
+    assert torch.equal(candidate_counts, used.clamp(max=width)[:, None].expand_as(candidate_counts))
+    assert_ascending(candidate_pages, candidate_counts, used)
+    selected = as_mask(candidate_pages, candidate_counts, cache.max_pages)
+    forced = forced_pages(cache, num_sink_tokens, num_recent_tokens)[:, None].expand_as(selected)
+    assert selected[forced].all(), "a forced page is missing"
+    scores = page_scores(q, cache)
+    present = torch.isfinite(scores)
+    lowest_in = scores.masked_fill(~selected | forced, torch.inf).amin(-1)
+    highest_out = scores.masked_fill(selected | ~present, -torch.inf).amax(-1)
+    tolerance = SCORE_TOLERANCE * scores[present].abs().amax()
+    assert (lowest_in >= highest_out - tolerance).all(), "a better page was left out"
+
+
+def candidate_positions(
+    cache, candidate_pages: torch.Tensor, candidate_counts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logical position of every logits column, and whether a token is there.
+
+    Both [batch_size, num_kv_heads, width * page_size]; positions where no token is are 0.
+    """
+    slot = torch.arange(cache.page_size, device=candidate_pages.device)
+    position = (candidate_pages[..., None] * cache.page_size + slot).flatten(-2)
+    listed = valid_entries(position, candidate_counts * cache.page_size)
+    valid = listed & (position < cache.seq_lens[:, None, None])
+    return torch.where(valid, position, 0), valid
+
+
+def top_p_level(weights: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """bool, shape of weights: per row the smallest set with mass >= top_p, ties kept whole."""
+    descending = weights.sort(dim=-1, descending=True).values
+    reached = descending.cumsum(-1) >= top_p[..., None]
+    last = weights.shape[-1] - 1
+    first = torch.where(reached.any(-1), reached.int().argmax(-1), last)
+    return weights >= descending.gather(-1, first[..., None])
+
+
+def assert_top_p(
+    logits: torch.Tensor,
+    cache,
+    candidate_pages: torch.Tensor,
+    candidate_counts: torch.Tensor,
+    top_p: float | torch.Tensor,
+    result: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    num_sink_tokens: int = 0,
+    num_recent_tokens: int = 0,
+) -> None:
+    """Promise 1, 4 and the list's form, by an fp64 softmax of the same logits.
+
+    A head's own set is a level set of its weights. It has mass >= top_p if and only if it contains
+    the smallest such level set, and falls below without its lightest token (ties aside) if and only
+    if it is contained in it. So the group's union lies between the unions of those sets at top_p
+    -/+ the tolerance, and the mass that each head reports between theirs.
+    """
+    kept_tokens, kept_counts, kept_mass = result
+    position, valid = candidate_positions(cache, candidate_pages, candidate_counts)
+    assert kept_tokens.shape == position.shape
+    assert kept_mass.shape == logits.shape[:2] and kept_mass.dtype == torch.float32
+    assert_ascending(kept_tokens, kept_counts, cache.seq_lens)
+    has_tokens = cache.seq_lens > 0
+    assert (kept_counts[has_tokens] > 0).all() and (kept_counts[~has_tokens] == 0).all()
+    kept = as_mask(kept_tokens, kept_counts, cache.capacity).gather(-1, position.long()) & valid
+    assert torch.equal(kept.sum(-1), kept_counts.long()), "a kept token is no candidate"
+
+    weights = head_weights(logits, valid)
+    must, may = (
+        _head_sets(weights, valid, top_p, slack) for slack in (-MASS_TOLERANCE, MASS_TOLERANCE)
+    )
+    first_recent = cache.seq_lens[:, None, None] - num_recent_tokens
+    forced = valid & ((position < num_sink_tokens) | (position >= first_recent))
+    must, may = (own | forced[:, :, None] for own in (must, may))
+    assert kept[must.any(2)].all(), "a token that top-p needs, or a forced one, is missing"
+    assert not kept[~may.any(2)].any(), "a token is kept that no head needs"
+    mass = kept_mass.double().view(weights.shape[:3])[has_tokens]
+    assert torch.isfinite(mass).all()
+    least, most = ((weights * own).sum(-1)[has_tokens] for own in (must, may))
+    assert (mass >= least - MASS_TOLERANCE).all(), "kept_mass is below the mass of the head's set"
+    assert (mass <= most + MASS_TOLERANCE).all(), "kept_mass is above the mass of the head's set"
+
+
+def head_weights(logits: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """fp64 [batch_size, num_kv_heads, group_size, width]: each head's softmax over candidates."""
+    grouped = logits.double().unflatten(1, (valid.shape[1], -1))
+    return grouped.masked_fill(~valid[:, :, None], -torch.inf).softmax(-1).nan_to_num(0.0)
+
+
+def _head_sets(
+    weights: torch.Tensor, valid: torch.Tensor, top_p: float | torch.Tensor, slack: float
+) -> torch.Tensor:
+    """bool, shape of weights: each head's own set at top_p + slack; everything where top_p is 1."""
+    batch_size, num_kv_heads, group_size, _ = weights.shape
+    target = torch.as_tensor(top_p, dtype=torch.float64, device=weights.device)
+    target = target.expand(batch_size, num_kv_heads * group_size)
+    target = target.reshape(batch_size, num_kv_heads, group_size)
+    everything = (target >= 1)[..., None]
+    return (top_p_level(weights, target + slack) | everything) & valid[:, :, None]
+
+
+def assert_logits_close(
+    logits: torch.Tensor,
+    q: torch.Tensor,
+    cache,
+    candidate_pages: torch.Tensor,
+    candidate_counts: torch.Tensor,
+    sm_scale: float | None = None,
+) -> None:
+    """Near fp64, and -inf where no token is, in listed pages; other columns may hold anything.
+
+    The tolerance is twice the fp32 reference's error, plus eight fp32 roundings of the largest sum
+    that a row's terms can have in magnitude: q . code * scale and sum(q) * zero may cancel.
+    """
+    assert logits.dtype == torch.float32
+    assert logits.shape == (*q.shape[:2], candidate_pages.shape[-1] * cache.page_size)
+    arguments = q, as_reference(cache), candidate_pages, candidate_counts
+    expected = reference.estimate_logits(*arguments, sm_scale=sm_scale)
+    oracle = reference.estimate_logits(*arguments, sm_scale=sm_scale, dtype=torch.float64)
+    listed = listed_columns(logits, cache, candidate_counts)
+    got, expected, oracle = (torch.where(listed, each, 0.0) for each in (logits, expected, oracle))
+    scale, zero = cache.k_scale_zero.double().nan_to_num(0.0).unbind(-1)
+    scale_of_logits = cache.head_dim**-0.5 if sm_scale is None else sm_scale
+    reach = scale_of_logits * q.double().abs().sum(-1) * (zero.abs() + 15 * scale).amax()
+    unit = 8 * torch.finfo(torch.float32).eps * reach
+    error, allowed = row_errors(got, oracle), 2 * row_errors(expected, oracle) + unit
+    assert (error <= allowed).all(), f"worst error {error.max()}, allowed there {allowed.min()}"
+
+
+def listed_columns(logits: torch.Tensor, cache, candidate_counts: torch.Tensor) -> torch.Tensor:
+    """bool, shape of logits: the columns of listed pages, in which even -inf is specified."""
+    rows = logits.unflatten(1, (cache.num_kv_heads, -1))
+    columns = candidate_counts[..., None] * cache.page_size
+    return valid_entries(rows, columns.expand(rows.shape[:3])).flatten(1, 2)
+
+
+def assert_attention_close(
+    result: tuple[torch.Tensor, torch.Tensor],
+    q: torch.Tensor,
+    cache,
+    kept_tokens: torch.Tensor,
+    kept_counts: torch.Tensor,
+    sm_scale: float | None = None,
+) -> None:
+    """out and lse against exact attention over the same tokens; lse within 1e-4."""
+    out, lse = result
+    assert out.dtype == q.dtype and lse.dtype == torch.float32
+    arguments = q, as_reference(cache), kept_tokens, kept_counts
+    options = {"sm_scale": sm_scale, "return_lse": True}
+    expected, _ = reference.flash_topk_attention(*arguments, **options)
+    oracle, oracle_lse = reference.flash_topk_attention(*arguments, **options, dtype=torch.float64)
+    assert_close(out, expected, oracle, "out")
+    torch.testing.assert_close(lse.double(), oracle_lse, rtol=1e-5, atol=1e-4)
+
+
+def assert_decode_step(
+    step,
+    out: torch.Tensor,
+    q: torch.Tensor,
+    cache,
+    token_budget: int,
+    top_p: float | torch.Tensor,
+    **windows,
+) -> None:
+    """Each stage of a TwilightDecode run (quest), judged on what the stage before it gave."""
+    candidates = step.candidate_pages, step.candidate_counts
+    kept = step.kept_tokens, step.kept_counts
+    assert_pages_selected(q, cache, *candidates, token_budget, **windows)
+    assert_logits_close(step.logits, q, cache, *candidates)
+    assert_top_p(step.logits, cache, *candidates, top_p, (*kept, step.kept_mass), **windows)
+    arguments = q, as_reference(cache), *kept
+    expected = reference.flash_topk_attention(*arguments)
+    oracle = reference.flash_topk_attention(*arguments, dtype=torch.float64)
+    assert out.dtype == q.dtype
+    assert_close(out, expected, oracle, "out")

@@ -1,0 +1,76 @@
+"""Who may import whom: read from the sources, nothing is run."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ALLOWED = {
+    "reference": {"reference", "torch"},
+    "kernels": {"kernels", "torch", "tilelang"},
+    "profiling": {
+        *("profiling", "kernels", "reference"),
+        *("torch", "numpy", "pandas", "tqdm"),
+        "flashinfer",  # a baseline, imported where it is installed
+    },
+    "autotune": {
+        *("autotune", "kernels", "reference", "profiling.timing"),
+        *("torch", "tilelang", "tqdm"),
+    },
+    "plots": {"plots", "numpy", "pandas", "matplotlib"},
+}
+SHADOWING = {"profile", "select", "torch", "utils"}
+MODULES = [
+    pytest.param(package, path, id=str(path.relative_to(ROOT)))
+    for package in ALLOWED
+    for path in sorted((ROOT / package).rglob("*.py"))
+]
+
+
+def imported_modules(source: str, package: str = "") -> set[str]:
+    """Every module that the source imports, wherever in the file; relative ones made absolute."""
+    modules = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = f"{package}.{node.module or ''}" if node.level else node.module
+            modules |= {f"{module}.{alias.name}" for alias in node.names}
+    return modules
+
+
+def forbidden(modules: set[str], allowed: set[str]) -> list[str]:
+    """Modules that are neither allowed, nor inside what is, nor of the standard library."""
+    return sorted(
+        module
+        for module in modules
+        if module.split(".")[0] not in sys.stdlib_module_names
+        and not any(f"{module}.".startswith(f"{name}.") for name in allowed)
+    )
+
+
+@pytest.mark.parametrize(("package", "path"), MODULES)
+def test_imports_follow_the_layers(package: str, path: Path) -> None:
+    modules = imported_modules(path.read_text(), package)
+    assert forbidden(modules, ALLOWED[package]) == []
+
+
+@pytest.mark.parametrize(("package", "path"), MODULES)
+def test_no_module_shadows_another(package: str, path: Path) -> None:
+    assert path.stem not in SHADOWING
+
+
+def test_forbidden_sees_every_form_of_import() -> None:
+    source = (
+        "import numpy.linalg\nimport os\nfrom kernels.cache import PagedKVCache\n"
+        "from .selector import select_pages\ndef late():\n    import reference\n"
+        "from profiling import timing, stages\n"
+    )
+    modules = imported_modules(source, "kernels")
+    assert forbidden(modules, {"kernels", "profiling.timing"}) == [
+        "numpy.linalg",
+        "profiling.stages",
+        "reference",
+    ]

@@ -1,0 +1,279 @@
+"""The promises that hold across stages, one by one.
+
+Promise 7 (run() launches only, and replays in a CUDA graph) is tested in test_pipeline.py, promise
+8 (bad arguments raise ValueError) in test_rejections.py. Promises 1 and 4 are tested on synthetic
+logits, too, in test_pruner.py.
+"""
+
+import pytest
+import torch
+
+import kernels
+import reference
+from reference.inputs import DecodeShape
+from tests.cases import (
+    BASE,
+    CASES,
+    NAMED,
+    Case,
+    Tensors,
+    build_cache,
+    make_tensors,
+    poison_unused,
+    shuffled_pages,
+)
+from tests.properties import (
+    as_mask,
+    assert_attention_close,
+    candidate_positions,
+    head_weights,
+)
+
+pytestmark = pytest.mark.gpu
+
+
+def decode(tensors: Tensors, cache, case: Case, **options):
+    """(step, out) of one run; the step's results and out are its workspace."""
+    options = {"token_budget": case.token_budget, **options}
+    step = kernels.TwilightDecode(cache, tensors.q.shape[1], **options)
+    return step, step.run(tensors.q, cache)
+
+
+@pytest.mark.parametrize("top_p", [0.85, 0.95])
+def test_promise_1_kept_mass_is_reached_and_needed(top_p, rng):
+    """Every query head's own estimated mass is >= top_p, and < top_p without its lightest token."""
+    case = NAMED["mha-ragged"]  # one query head per KV head: what is kept is that head's own set
+    tensors = make_tensors(case, rng)
+    cache = build_cache(kernels, tensors)
+    step, _ = decode(tensors, cache, case, top_p=top_p)
+    position, valid = candidate_positions(cache, step.candidate_pages, step.candidate_counts)
+    weights = head_weights(step.logits, valid)[:, :, 0]
+    kept = as_mask(step.kept_tokens, step.kept_counts, cache.capacity).gather(-1, position.long())
+    mass = (weights * (kept & valid)).sum(-1)
+    lightest = weights.masked_fill(~(kept & valid), torch.inf).amin(-1)
+    assert (mass >= top_p - 1e-4).all() and (mass - lightest < top_p + 1e-4).all()
+    assert (step.kept_mass - mass).abs().max() <= 1e-4
+    assert (step.kept_counts < valid.sum(-1)).any(), "nothing was pruned: the promise is idle"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_promise_2_p_1_with_every_page_is_dense_attention(case, rng):
+    tensors = make_tensors(case, rng)
+    cache = build_cache(kernels, tensors)
+    poison_unused(cache)
+    step, out = decode(tensors, cache, case, selector="full", top_p=1.0)
+    assert torch.equal(step.kept_counts, cache.seq_lens[:, None].expand_as(step.kept_counts))
+    position = torch.arange(cache.capacity, dtype=torch.int32, device=rng.device)
+    every = position.expand_as(step.kept_tokens).contiguous()
+    dense, lse = kernels.dense_attention(tensors.q, cache, return_lse=True)
+    for result in (out, dense):
+        assert_attention_close((result, lse), tensors.q, cache, every, step.kept_counts)
+
+
+@pytest.mark.parametrize("case", [BASE, NAMED["gqa8-p64"], NAMED["gqa3"]], ids=str)
+def test_promise_2_p_1_is_dense_attention_over_the_candidates(case, rng):
+    tensors = make_tensors(case, rng)
+    cache = build_cache(kernels, tensors)
+    step, out = decode(tensors, cache, case, top_p=1.0)
+    position, valid = candidate_positions(cache, step.candidate_pages, step.candidate_counts)
+    kept = as_mask(step.kept_tokens, step.kept_counts, cache.capacity).gather(-1, position.long())
+    assert torch.equal(kept & valid, valid)
+    assert torch.equal(step.kept_counts, valid.sum(-1).int())
+    candidates = step.candidate_pages, step.candidate_counts
+    _, lse = kernels.page_attention(tensors.q, cache, *candidates, return_lse=True)
+    assert_attention_close((out, lse), tensors.q, cache, position.int(), step.kept_counts)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_promise_3_page_bounds_hold(case, rng):
+    """Quest's bound of a page >= every logit in it, in exact arithmetic."""
+    tensors = make_tensors(case, rng)
+    cache = build_cache(kernels, tensors)
+    for request, length in enumerate(tensors.seq_lens.tolist()):
+        q = tensors.q[request]
+        pages = cache.page_table[request, : -(-length // cache.page_size)].long()
+        bounds = reference.quest_bounds(
+            q, cache.page_min[pages], cache.page_max[pages], dtype=torch.float64
+        )
+        keys = tensors.k[request, :length].double()
+        keys = keys.repeat_interleave(q.shape[0] // keys.shape[1], dim=1)
+        logits = torch.einsum("hd,thd->ht", q.double(), keys)
+        bound = bounds.repeat_interleave(cache.page_size, dim=1)[:, :length]
+        assert (bound >= logits - 1e-9).all()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_promise_3_codes_are_within_half_a_step(case, rng):
+    tensors = make_tensors(case, rng)
+    cache = build_cache(kernels, tensors)
+    for request, length in enumerate(tensors.seq_lens.tolist()):
+        keys = tensors.k[request, :length].float()
+        keys = keys if tensors.k_offset is None else keys - tensors.k_offset
+        k_hat, scale = stored_keys(cache, request, length)
+        assert ((keys - k_hat).abs() <= (0.5 + 1e-4) * scale).all()
+        assert (scale > 0).all()
+
+
+def stored_keys(cache, request: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp64 [length, num_kv_heads, head_dim] keys as the mirror has them, and their scales."""
+    position = torch.arange(length, device=cache.seq_lens.device)
+    page = cache.page_table[request, position // cache.page_size].long()
+    slot = position % cache.page_size
+    codes, scale_zero = cache.k_int4[page, :, slot], cache.k_scale_zero[page, :, slot]
+    k_hat = reference.dequantize_int4(codes, scale_zero, dtype=torch.float64)
+    return k_hat, scale_zero[..., :1].double()
+
+
+@pytest.mark.parametrize("case", [BASE, NAMED["gqa4-bf16"], NAMED["gqa8-d64-bf16"]], ids=str)
+def test_promise_3_constant_rows_are_exact(case, rng):
+    tensors = make_tensors(case, rng)
+    constant = (tensors.k[..., :1] * 64).round() / 64  # also exact in fp16 where keys are bf16
+    constant = constant.expand_as(tensors.k).contiguous()
+    tensors = tensors._replace(k=constant, k_offset=None)
+    cache = build_cache(kernels, tensors)
+    for request, length in enumerate(tensors.seq_lens.tolist()):
+        k_hat, _ = stored_keys(cache, request, length)
+        assert torch.equal(k_hat, constant[request, :length].double())
+
+
+@pytest.mark.parametrize("selector", ["quest", "full"])
+@pytest.mark.parametrize("case", [BASE, NAMED["mha-ragged"], NAMED["gqa8-p64"]], ids=str)
+def test_promise_4_windows_are_kept(case, selector, rng):
+    """At a top_p that every head meets with one token: all that is kept beside it is forced."""
+    tensors = make_tensors(case, rng)
+    cache = build_cache(kernels, tensors)
+    windows = {"num_sink_tokens": 5, "num_recent_tokens": 19}
+    step, _ = decode(tensors, cache, case, selector=selector, top_p=1e-6, **windows)
+    kept = as_mask(step.kept_tokens, step.kept_counts, cache.capacity)
+    position = torch.arange(cache.capacity, device=rng.device)
+    length = cache.seq_lens[:, None]
+    forced = ((position < 5) | (position >= length - 19)) & (position < length)
+    assert kept[forced[:, None].expand_as(kept)].all()
+    assert (kept.sum(-1) <= forced.sum(-1)[:, None] + case.shape.group_size).all()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_promise_4_at_least_one_token_is_kept(case, rng):
+    tensors = make_tensors(case, rng)
+    cache = build_cache(kernels, tensors)
+    step, out = decode(tensors, cache, case, top_p=1e-6)
+    assert (step.kept_counts >= 1).all() and (step.kept_counts <= case.shape.group_size).all()
+    assert (step.kept_mass > 0).all() and torch.isfinite(out).all()
+
+
+def take(tensors: Tensors, requests: list[int], rng: torch.Generator, trim: bool) -> Tensors:
+    """These requests in this order, in other pages; trim: a page table no wider than they need."""
+    index = torch.tensor(requests, device=rng.device)
+    seq_lens = tensors.seq_lens[index]
+    longest = int(seq_lens.max()) if trim else tensors.k.shape[1]
+    page_table, num_pages = shuffled_pages(
+        len(requests), -(-longest // tensors.page_size) + (0 if trim else 1), rng
+    )
+    q, k, v = tensors.q[index], tensors.k[index, :longest], tensors.v[index, :longest]
+    return tensors._replace(
+        q=q, k=k, v=v, seq_lens=seq_lens, page_table=page_table, num_pages=num_pages
+    )
+
+
+def decoded(tensors: Tensors, case: Case, **options) -> list[dict[str, torch.Tensor]]:
+    """Per request: every defined result of a run, by name."""
+    cache = build_cache(kernels, tensors)
+    step, out = decode(tensors, cache, case, **options)
+    page_counts, kept_counts = step.candidate_counts.tolist(), step.kept_counts.tolist()
+    logits = step.logits.unflatten(1, (cache.num_kv_heads, -1))
+    results = []
+    for request in range(cache.batch_size):
+        named = {"out": out[request].clone(), "kept_mass": step.kept_mass[request].clone()}
+        for head in range(cache.num_kv_heads):
+            num_pages, num_kept = page_counts[request][head], kept_counts[request][head]
+            columns = num_pages * cache.page_size
+            named[f"pages of {head}"] = step.candidate_pages[request, head, :num_pages].clone()
+            named[f"logits of {head}"] = logits[request, head, :, :columns].clone()
+            named[f"kept_tokens of {head}"] = step.kept_tokens[request, head, :num_kept].clone()
+        results.append(named)
+    return results
+
+
+def assert_identical(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    different = [name for name in expected if not torch.equal(actual[name], expected[name])]
+    assert not different
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_promise_5_results_are_bit_identical_wherever_a_request_is(case, rng):
+    """In the case's batch, alone, and twice in a shuffled batch, each time in other pages."""
+    tensors = make_tensors(case, rng)
+    requests = list(range(case.shape.batch_size))
+    expected = decoded(tensors, case)
+    shuffled = torch.randperm(len(requests), generator=rng, device=rng.device).tolist() * 2
+    results = decoded(take(tensors, shuffled, rng, trim=False), case)
+    for place, request in enumerate(shuffled):
+        assert_identical(results[place], expected[request])
+    for request in requests:
+        alone = decoded(take(tensors, [request], rng, trim=True), case)
+        assert_identical(alone[0], expected[request])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_promise_5_every_run_gives_the_same_bits(case, rng):
+    tensors = make_tensors(case, rng)
+    first = decoded(tensors, case)
+    for _ in range(3):
+        for actual, expected in zip(decoded(tensors, case), first, strict=True):
+            assert_identical(actual, expected)
+
+
+CROWD = (1, 40, 700, 1041, 2048, 9000)  # tokens
+
+
+def crowd(case: Case, rng: torch.Generator) -> tuple[Tensors, Case]:
+    """Six requests of CROWD's lengths in the sizes of the case."""
+    sizes = vars(case.shape) | {"batch_size": len(CROWD), "seq_lens": CROWD}
+    case = Case(f"{case.name}-crowd", DecodeShape(**sizes), 2048)
+    return make_tensors(case, rng), case
+
+
+@pytest.mark.parametrize("top_p", [0.85, 0.999])
+@pytest.mark.parametrize("selector", ["quest", "full"])
+@pytest.mark.parametrize("case", [BASE, NAMED["mha-ragged"]], ids=str)
+def test_promise_5_few_rows_and_many_give_the_same_bits(case, selector, top_p, rng):
+    """Alone, and among 192 rows: more than a GPU has SMs, where a kernel may take another form."""
+    tensors, case = crowd(case, rng)
+    requests = list(range(len(CROWD))) * (32 // case.shape.num_kv_heads)
+    options = {"selector": selector, "top_p": top_p}
+    results = decoded(take(tensors, requests, rng, trim=False), case, **options)
+    for request in range(len(CROWD)):
+        (alone,) = decoded(take(tensors, [request], rng, trim=True), case, **options)
+        for place in range(request, len(requests), len(CROWD)):
+            assert_identical(results[place], alone)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_promise_6_nothing_unused_is_read(case, rng):
+    """Pages and slots that no token uses hold zeros, then NaN and nonsense."""
+    tensors = make_tensors(case, rng)
+    results = []
+    for poisoned in (False, True):
+        cache = build_cache(kernels, tensors)
+        for cached in (cache.k_cache, cache.v_cache):
+            cached.nan_to_num_(0.0)
+        if poisoned:
+            poison_unused(cache)
+        step, out = decode(tensors, cache, case, top_p=0.9)
+        dense = kernels.dense_attention(tensors.q, cache)
+        kept = as_mask(step.kept_tokens, step.kept_counts, cache.capacity)
+        named = {"out": out, "kept_mass": step.kept_mass, "kept_tokens": kept, "dense": dense}
+        results.append(named)
+    assert torch.isfinite(results[1]["out"]).all()
+    assert_identical(*results)
+
+
+def test_promise_6_no_request_reads_another(rng):
+    """One request's query, keys and values are NaN; the others' results stay as they were."""
+    tensors = make_tensors(BASE, rng)
+    expected = decoded(tensors, BASE)
+    for tensor in (tensors.q, tensors.k, tensors.v):
+        tensor[2] = float("nan")
+    results = decoded(tensors, BASE)
+    for request in (0, 1, 3):
+        assert_identical(results[request], expected[request])

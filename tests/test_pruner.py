@@ -1,0 +1,263 @@
+"""prune_top_p on synthetic logits, against an fp64 softmax of the same logits."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import kernels
+import reference
+from tests.properties import (
+    as_mask,
+    as_reference,
+    assert_top_p,
+    candidate_positions,
+    head_weights,
+    listed_columns,
+    valid_entries,
+)
+
+pytestmark = pytest.mark.gpu
+
+
+class Problem(NamedTuple):
+    """Candidates and their logits; of the cache the pruner may use lengths and page_size only."""
+
+    cache: kernels.PagedKVCache
+    candidate_pages: torch.Tensor  # [batch_size, num_kv_heads, width]
+    candidate_counts: torch.Tensor
+    logits: torch.Tensor  # [batch_size, num_qo_heads, width * page_size], NaN past the listed pages
+
+    def prune(self, top_p, package=kernels, **windows):
+        cache = self.cache if package is kernels else as_reference(self.cache)
+        lists = self.candidate_pages, self.candidate_counts
+        return package.prune_top_p(self.logits, cache, *lists, top_p, **windows)
+
+    def check(self, result, top_p, **windows) -> None:
+        lists = self.candidate_pages, self.candidate_counts
+        assert_top_p(self.logits, self.cache, *lists, top_p, result, **windows)
+
+
+def make_problem(
+    draw,
+    rng: torch.Generator,
+    *,
+    seq_lens: tuple[int, ...] = (700, 37, 1000),
+    width: int = 32,
+    group_size: int = 4,
+    num_kv_heads: int = 2,
+    page_size: int = 16,
+    first_page: int = 0,
+) -> Problem:
+    """Logits drawn by draw(num_tokens, rng) for every query head, over a random choice of pages.
+
+    The last page is always a candidate, so that part-filled ones are; those below first_page never.
+    """
+    cache = length_cache(seq_lens, num_kv_heads, page_size, width + first_page, rng.device)
+    rows = (cache.batch_size, num_kv_heads)
+    pages = torch.full((*rows, width), -1, dtype=torch.int32, device=rng.device)
+    counts = torch.zeros(rows, dtype=torch.int32, device=rng.device)
+    size = (cache.batch_size, num_kv_heads * group_size, width * page_size)
+    logits = torch.full(size, float("nan"), device=rng.device)
+    for request, length in enumerate(seq_lens):
+        used = -(-length // page_size)
+        for kv_head in range(num_kv_heads):
+            chosen = choose_pages(first_page, used, width, rng)
+            counts[request, kv_head] = len(chosen)
+            pages[request, kv_head, : len(chosen)] = chosen
+            listed = len(chosen) * page_size
+            num_tokens = listed - (used * page_size - length)
+            for head in range(kv_head * group_size, (kv_head + 1) * group_size):
+                logits[request, head, :num_tokens] = draw(num_tokens, rng)
+                logits[request, head, num_tokens:listed] = -torch.inf
+    return Problem(cache, pages, counts, logits)
+
+
+def length_cache(seq_lens, num_kv_heads: int, page_size: int, least_pages: int, device):
+    """A pool of one page to which every entry of the table points: only lengths mean anything."""
+    max_pages = max(-(-max(seq_lens) // page_size), least_pages)
+    table = torch.zeros(len(seq_lens), max_pages, dtype=torch.int32, device=device)
+    cache = kernels.PagedKVCache.empty(
+        1, len(seq_lens), max_pages, num_kv_heads, 64, page_size, device=device, page_table=table
+    )
+    cache.seq_lens.copy_(torch.tensor(seq_lens, dtype=torch.int32))
+    return cache
+
+
+def choose_pages(first: int, used: int, width: int, rng: torch.Generator) -> torch.Tensor:
+    """Up to width of the pages first .. used - 1, ascending, the last always among them."""
+    others = torch.randperm(max(used - first - 1, 0), generator=rng, device=rng.device)
+    others = others[: width - 1].sort().values + first
+    return torch.cat((others, others.new_tensor([used - 1] if used > first else [])))
+
+
+def uniform(num_tokens: int, rng: torch.Generator) -> torch.Tensor:
+    return torch.rand(num_tokens, generator=rng, device=rng.device)
+
+
+def normal(num_tokens: int, rng: torch.Generator) -> torch.Tensor:
+    return 2 * torch.randn(num_tokens, generator=rng, device=rng.device)
+
+
+def skewed(num_tokens: int, rng: torch.Generator) -> torch.Tensor:
+    return normal(num_tokens, rng) + 8.0 * (uniform(num_tokens, rng) < 0.03)
+
+
+def one_hot(num_tokens: int, rng: torch.Generator) -> torch.Tensor:
+    logits = torch.full((num_tokens,), -80.0, device=rng.device)
+    logits[(uniform(1, rng) * num_tokens).long()] = 0.0
+    return logits
+
+
+def last_token(num_tokens: int, rng: torch.Generator) -> torch.Tensor:
+    logits = normal(num_tokens, rng) - 40
+    logits[-1] = 0.0
+    return logits
+
+
+DRAWS = {
+    "normal": normal,
+    "skewed": skewed,
+    "one-hot": one_hot,
+    "last-token": last_token,
+    "all-equal": lambda n, rng: torch.full((n,), 0.3, device=rng.device),
+    "four-levels": lambda n, rng: (4 * uniform(n, rng)).floor(),
+    "two-levels": lambda n, rng: torch.where(uniform(n, rng) < 0.1, 3.0, 0.0),
+    "weights-over-1e6": lambda n, rng: -13.8 * uniform(n, rng),
+    "logits-over-1e6": lambda n, rng: 1e6 * (2 * uniform(n, rng) - 1),
+    "far-from-zero": lambda n, rng: normal(n, rng) - 3000,
+}
+
+
+@pytest.mark.parametrize("top_p", [0.5, 0.85, 0.95, 0.999, 1.0])
+@pytest.mark.parametrize("draw", DRAWS)
+def test_prune_top_p_keeps_the_smallest_set(draw, top_p, rng):
+    problem = make_problem(DRAWS[draw], rng)
+    problem.check(problem.prune(top_p), top_p)
+
+
+@pytest.mark.parametrize("top_p", [0.85, 0.999])
+@pytest.mark.parametrize("draw", ["normal", "skewed", "all-equal"])
+@pytest.mark.parametrize("width", [1, 2, 512, 2048, 16384])
+def test_prune_top_p_at_every_width(width, draw, top_p, rng):
+    seq_lens = (16 * width, 16 * width - 5, 3)
+    problem = make_problem(DRAWS[draw], rng, seq_lens=seq_lens, width=width)
+    problem.check(problem.prune(top_p), top_p)
+
+
+SIZES = {
+    "mha": dict(group_size=1, num_kv_heads=4),
+    "gqa3": dict(group_size=3),
+    "gqa8-p64": dict(group_size=8, page_size=64, width=8),
+    "gqa16": dict(group_size=16, num_kv_heads=1),
+}
+
+
+@pytest.mark.parametrize("draw", ["normal", "skewed"])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_prune_top_p_for_every_group(sizes, draw, rng):
+    problem = make_problem(DRAWS[draw], rng, **SIZES[sizes])
+    problem.check(problem.prune(0.9), 0.9)
+
+
+@pytest.mark.parametrize("top_p", [0.85, 0.999])
+def test_prune_top_p_reports_the_mass_of_its_own_set(top_p, rng):
+    """With one query head per KV head the kept tokens are that head's set: the mass is known."""
+    problem = make_problem(normal, rng, **SIZES["mha"])
+    tokens, counts, mass = problem.prune(top_p)
+    position, valid = candidate_positions(*problem[:3])
+    weights = head_weights(problem.logits, valid)[:, :, 0]
+    kept = as_mask(tokens, counts, problem.cache.capacity).gather(-1, position.long()) & valid
+    assert ((weights * kept).sum(-1) - mass).abs().max() <= 1e-4
+    lightest = weights.masked_fill(~kept, torch.inf).amin(-1)
+    assert (mass - lightest < top_p + 1e-4).all() and (mass >= top_p - 1e-4).all()
+
+
+def geometric(num_tokens: int, rng: torch.Generator) -> torch.Tensor:
+    """Weights 1/2, 1/4, 1/8, ... in random places: cumulative masses far from every top_p below."""
+    rank = torch.randperm(num_tokens, generator=rng, device=rng.device)
+    return -0.6931471805599453 * rank.float()
+
+
+@pytest.mark.parametrize("top_p", [0.4, 0.7, 0.85, 0.95])
+def test_prune_top_p_matches_reference_where_weights_differ(top_p, rng):
+    problem = make_problem(geometric, rng)
+    tokens, counts, mass = problem.prune(top_p)
+    expected_tokens, expected_counts, expected_mass = problem.prune(top_p, reference)
+    assert torch.equal(counts, expected_counts)
+    assert torch.equal(torch.where(valid_entries(tokens, counts), tokens, -1), expected_tokens)
+    torch.testing.assert_close(mass, expected_mass, rtol=0, atol=1e-4)
+
+
+def test_prune_top_p_keeps_the_union_of_its_group(rng):
+    """A group of four keeps what its heads keep when each has the KV head to itself."""
+    grouped = make_problem(geometric, rng, width=64)
+    alone = Problem(
+        length_cache((700, 37, 1000), 8, 16, 64, rng.device),
+        grouped.candidate_pages.repeat_interleave(4, dim=1),
+        grouped.candidate_counts.repeat_interleave(4, dim=1),
+        grouped.logits,
+    )
+    tokens, counts, mass = grouped.prune(0.85)
+    own_tokens, own_counts, own_mass = alone.prune(0.85)
+    union = as_mask(own_tokens, own_counts, alone.cache.capacity).unflatten(1, (2, 4)).any(2)
+    assert torch.equal(as_mask(tokens, counts, grouped.cache.capacity), union)
+    torch.testing.assert_close(mass, own_mass, rtol=0, atol=1e-4)
+
+
+def test_prune_top_p_never_invents_token_zero(rng):
+    """Token 0 is what a zeroed or padded list would hold; here it is no candidate."""
+    problem = make_problem(skewed, rng, first_page=1, seq_lens=(700, 60, 1000))
+    result = tokens, counts, _ = problem.prune(0.85)
+    problem.check(result, 0.85)
+    assert not as_mask(tokens, counts, problem.cache.capacity)[..., :16].any()
+
+
+@pytest.mark.parametrize("windows", [(5, 0), (0, 9), (20, 33), (10_000, 0)], ids=str)
+@pytest.mark.parametrize("draw", ["skewed", "last-token"])
+def test_prune_top_p_keeps_sinks_and_recent_tokens(draw, windows, rng):
+    windows = dict(zip(("num_sink_tokens", "num_recent_tokens"), windows, strict=True))
+    problem = make_problem(DRAWS[draw], rng, width=64)  # wide enough for every page
+    problem.check(problem.prune(0.7, **windows), 0.7, **windows)
+
+
+def test_prune_top_p_keeps_only_candidates_of_the_windows(rng):
+    problem = make_problem(skewed, rng, first_page=2, seq_lens=(700, 60, 1000))
+    windows = {"num_sink_tokens": 40, "num_recent_tokens": 20}
+    problem.check(problem.prune(0.7, **windows), 0.7, **windows)
+
+
+@pytest.mark.parametrize("draw", ["normal", "one-hot"])
+def test_prune_top_p_keeps_at_least_one_token(draw, rng):
+    problem = make_problem(DRAWS[draw], rng, **SIZES["mha"])
+    _, counts, mass = problem.prune(1e-6)
+    assert (counts == 1).all() and (mass > 0).all()
+
+
+def test_prune_top_p_of_an_empty_request(rng):
+    problem = make_problem(normal, rng, seq_lens=(0, 500, 0))
+    result = _, counts, _ = problem.prune(0.85)
+    problem.check(result, 0.85)
+    assert (counts[1] > 0).all()
+
+
+TOP_P = {
+    "per-head": lambda: torch.linspace(0.3, 1.0, 8),
+    "per-request": lambda: torch.tensor([[0.5], [1.0], [0.95]]),
+    "per-request-and-head": lambda: torch.linspace(0.2, 0.999, 24).view(3, 8),
+}
+
+
+@pytest.mark.parametrize("form", TOP_P)
+def test_prune_top_p_takes_a_tensor(form, rng):
+    problem = make_problem(skewed, rng)
+    top_p = TOP_P[form]().to(rng.device)
+    problem.check(problem.prune(top_p), top_p)
+
+
+def test_prune_top_p_leaves_its_input_alone(rng):
+    problem = make_problem(skewed, rng)
+    before = problem.logits.clone()
+    problem.prune(0.85)
+    listed = listed_columns(before, problem.cache, problem.candidate_counts)
+    assert torch.equal(problem.logits[listed], before[listed])

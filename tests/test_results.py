@@ -1,0 +1,378 @@
+"""Bookkeeping of the benchmark: traffic, CSV files, resuming, figures, a whole run on the CPU."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from plots import draw
+from plots.figures import FIGURES, MissingData
+from profiling import bench, device, traffic
+from profiling.checks import CheckFailed, check_attention, check_pruner, check_selector
+from profiling.plan import row_key
+from profiling.request_sets import affordable_sets, cold_sets, random_tokens, workload_sets
+from profiling.results import COLUMNS, KEY, RESULTS, Finished, Row, path_of, read_rows, write_row
+from profiling.stages import methods_of, sets_wanted
+from profiling.timing import Timing, time_on_host
+from profiling.workloads import CPU_WORKLOADS, GPU_WORKLOADS, BudgetSweep, Workload, work_of
+from reference import PagedKVCache, TwilightDecode
+from reference.inputs import DecodeShape
+
+SMALL = Workload(
+    "small",
+    DecodeShape(2, 4, 2, 32, seq_lens=256, dtype=torch.float32),
+    token_budget=128,
+    kept_mean=24,
+    dense_baselines=(),
+)
+
+
+def make_row(workload, stage, method, provider, settings, work, gpu="h200", slowness=1.3) -> Row:
+    """A row as a run would write it, with a time made up from the bytes."""
+    read_tbps, num_bytes = 4.4, traffic.bytes_moved(stage, method, work)
+    floor_us = num_bytes / read_tbps * 1e-6
+    median_us = slowness * floor_us + 3.0
+    tokens = work.kept_tokens // (work.batch_size * work.num_kv_heads)
+    return Row(
+        **row_key(workload, stage, method, provider, settings, gpu),
+        kept_mean=float(tokens),
+        kept_min=tokens // 4,
+        kept_max=4 * tokens,
+        median_us=median_us,
+        p20_us=0.97 * median_us,
+        p80_us=1.05 * median_us,
+        bytes=num_bytes,
+        flops=traffic.flops(stage, method, work),
+        floor_us=floor_us,
+        reached=floor_us / median_us,
+        read_tbps=read_tbps,
+        error=1.234e-4,
+        num_sets=1,
+        timer="graph-rotate",
+        torch="2.13.0",
+        tilelang="0.1.15",
+        commit="0123456789",
+        date="2026-01-31",
+    )
+
+
+def made_up_rows(workloads=GPU_WORKLOADS) -> list[Row]:
+    """Every row of a run, without a GPU."""
+    rows = []
+    for workload in workloads:
+        if isinstance(workload, BudgetSweep):
+            row_count = workload.shape.batch_size * workload.shape.num_kv_heads
+            for budget, provider in itertools.product(
+                workload.token_budgets, ("tilelang", "flashinfer")
+            ):
+                work = work_of(workload.shape, candidate_tokens=0, kept_tokens=row_count * budget)
+                slowness = 1.25 if provider == "tilelang" else 1.5
+                settings = (budget, 1.0)
+                rows.append(
+                    make_row(
+                        *(workload, "attention", "random", provider, settings, work),
+                        slowness=slowness,
+                    )
+                )
+            continue
+        for stage in workload.stages:
+            providers = ["tilelang", *(workload.dense_baselines if stage == "dense" else ())]
+            for method, (place, provider) in itertools.product(
+                methods_of(stage), enumerate(providers)
+            ):
+                settings, work = workload.settings(method), workload.work(method)
+                slowness = 1.02 + 0.3 * (place == 3) if stage == "dense" else 1.25
+                rows.append(
+                    make_row(
+                        *(workload, stage, method, provider, settings, work), slowness=slowness
+                    )
+                )
+    return rows
+
+
+def write_frames(rows: list[Row], folder: Path) -> None:
+    """Write many rows at once, as `write_row` would one by one."""
+    frame = pd.DataFrame([dataclasses.asdict(row) for row in rows])
+    for (gpu, stage), own in frame.groupby(["gpu", "stage"]):
+        path = path_of(stage, gpu, folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        own.to_csv(path, index=False)
+
+
+@pytest.fixture
+def rows() -> list[Row]:
+    return made_up_rows()
+
+
+def test_rows_survive_the_file(rows: list[Row], tmp_path: Path) -> None:
+    for row in rows[:4]:
+        write_row(row, tmp_path)
+    row = rows[2]
+    frame = read_rows(path_of(row.stage, "h200", tmp_path))
+    assert tuple(frame.columns) == COLUMNS
+    back = Row(**frame.iloc[0].to_dict())
+    assert dataclasses.replace(row, **{name: getattr(back, name) for name in ROUNDED}) == back
+    for name in ROUNDED:
+        assert getattr(back, name) == pytest.approx(getattr(row, name), rel=1e-2, abs=1e-2)
+
+
+ROUNDED = (
+    "kept_mean",
+    "median_us",
+    "p20_us",
+    "p80_us",
+    "floor_us",
+    "reached",
+    "read_tbps",
+    "error",
+)
+
+
+def test_write_row_replaces_the_row_of_the_same_key(rows: list[Row], tmp_path: Path) -> None:
+    sweep = [row for row in rows if row.workload == "budget-gqa"][:6]
+    for row in [*reversed(sweep), dataclasses.replace(sweep[3], median_us=7.0, commit="later")]:
+        write_row(row, tmp_path)
+    frame = read_rows(path_of("attention", "h200", tmp_path))
+    assert len(frame) == len(sweep)
+    assert (frame["median_us"] == 7.0).sum() == 1
+    ordered = frame.sort_values(list(KEY), kind="stable")
+    pd.testing.assert_frame_equal(frame, ordered)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "match"),
+    [
+        (",timer,", ",clock,", "columns"),
+        (",graph-rotate,", ",,", "timer"),
+        ("gqa-32k,selector", ",selector", "workload"),
+        (",16,32768,", ",sixteen,32768,", "sixteen"),
+    ],
+)
+def test_read_rows_rejects_a_bad_file(
+    rows: list[Row], tmp_path: Path, old: str, new: str, match: str
+) -> None:
+    write_row(rows[0], tmp_path)
+    path = path_of(rows[0].stage, "h200", tmp_path)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(ValueError, match=match):
+        read_rows(path)
+
+
+def test_read_rows_rejects_a_repeated_key(rows: list[Row], tmp_path: Path) -> None:
+    write_row(rows[0], tmp_path)
+    path = path_of(rows[0].stage, "h200", tmp_path)
+    path.write_text(path.read_text() + path.read_text().splitlines()[1] + "\n")
+    with pytest.raises(ValueError, match="same key"):
+        read_rows(path)
+
+
+def test_finished_knows_rows_of_the_same_code_only(rows: list[Row], tmp_path: Path) -> None:
+    write_row(rows[0], tmp_path)
+    key = tuple(getattr(rows[0], name) for name in KEY)
+    assert key in Finished("h200", "0123456789", tmp_path)
+    assert key not in Finished("h200", "another", tmp_path)
+    assert key not in Finished("h100", "0123456789", tmp_path)
+
+
+COMMITTED = sorted(RESULTS.glob("*/*.csv"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=[f"{p.parent.name}-{p.stem}" for p in COMMITTED])
+def test_committed_results_conform(path: Path) -> None:
+    frame = read_rows(path)
+    assert set(frame["stage"]) == {path.stem}
+    assert set(frame["gpu"]) == {path.parent.name}
+    assert (frame["p20_us"] <= frame["median_us"]).all()
+    assert (frame["median_us"] <= frame["p80_us"]).all()
+    floor_us = frame["bytes"] / frame["read_tbps"] * 1e-6
+    assert (floor_us - frame["floor_us"]).abs().le(0.01 + 1e-3 * floor_us).all()
+
+
+def test_bytes_are_those_of_the_design() -> None:
+    """gqa-32k: per token 32 B of bounds, 68 B of mirror per candidate, 512 B per kept token."""
+    work = GPU_WORKLOADS[0].work("quest+twilight")
+    pairs = 64 * 8
+    assert traffic.bytes_moved("selector", "quest+twilight", work) == pairs * 32_768 * 32
+    assert traffic.bytes_moved("estimator", "quest+twilight", work) == pairs * 8192 * (68 + 4 * 4)
+    assert traffic.bytes_moved("pruner", "quest+twilight", work) == pairs * (8192 * 16 + 512 * 4)
+    assert traffic.bytes_moved("attention", "quest+twilight", work) == pairs * 512 * (512 + 4)
+    whole = pairs * (32_768 * 32 + 8192 * 68 + 512 * 512)
+    assert traffic.bytes_moved("pipeline", "quest+twilight", work) == whole
+    dense = GPU_WORKLOADS[0].work("dense")
+    assert traffic.bytes_moved("dense", "dense", dense) == pairs * 32_768 * 512
+    assert traffic.flops("dense", "dense", dense) == 64 * 32 * 32_768 * 128 * 4
+
+
+def test_bytes_moved_rejects_an_unknown_stage() -> None:
+    with pytest.raises(ValueError, match="stage"):
+        traffic.bytes_moved("sampler", "quest", GPU_WORKLOADS[0].work("quest"))
+
+
+def test_sets_exceed_the_cache_and_fit_the_memory() -> None:
+    assert [cold_sets(size, 50) for size in (10, 149, 150, 10_000)] == [15, 2, 1, 1]
+    names = {workload.name: workload for workload in GPU_WORKLOADS}
+    assert sets_wanted(names["mha-32k"], 50 << 20) == 1
+    assert sets_wanted(names["gqa-32k"], 50 << 20) == 2
+    assert 60 <= sets_wanted(names["solo-32k"], 50 << 20) <= names["solo-32k"].max_sets
+    shape = names["gqa-32k"].shape
+    assert [affordable_sets(shape, 2, size << 30) for size in (8, 20, 140)] == [0, 1, 2]
+
+
+def test_request_sets_are_different_requests_of_one_pool() -> None:
+    sets = workload_sets(SMALL, 3, "cpu", PagedKVCache.wrap)
+    assert sets.num_sets == 3
+    pages = torch.cat([cache.page_table for cache in sets.caches]).flatten()
+    assert len(pages.unique()) == len(pages) == sets.caches[0].num_pages
+    pools = {cache.k_cache.data_ptr() for cache in sets.caches}
+    assert len(pools) == 1 and not torch.equal(sets.queries[0], sets.queries[1])
+
+
+def test_random_tokens_are_distinct_and_ascending() -> None:
+    tokens = random_tokens(SMALL.shape, 40, "cpu", torch.Generator().manual_seed(0))
+    assert tokens.shape == (2, 2, 40) and tokens.dtype == torch.int32
+    assert bool((tokens.diff(dim=-1) > 0).all())
+    assert int(tokens.amin()) >= 0 and int(tokens.amax()) < 256
+
+
+@pytest.mark.parametrize(
+    ("name", "slug"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("Tesla T4", "t4"),
+    ],
+)
+def test_gpu_slug_is_short(name: str, slug: str) -> None:
+    assert device.gpu_slug(name) == slug
+
+
+def test_timing_orders_its_quantiles() -> None:
+    timing = Timing.of([5.0, 1.0, 2.0, 4.0, 3.0, 100.0], "wall")
+    assert (timing.p20_us, timing.median_us, timing.p80_us) == (2.0, 3.5, 5.0)
+    assert time_on_host(lambda: None, max_calls=3).timer == "wall"
+
+
+@pytest.fixture
+def step() -> tuple[torch.Tensor, PagedKVCache, TwilightDecode]:
+    sets = workload_sets(SMALL, 1, "cpu", PagedKVCache.wrap)
+    q, cache = sets.queries[0], sets.caches[0]
+    step = TwilightDecode(cache, q.shape[1], token_budget=SMALL.token_budget)
+    step.out = step.run(q, cache)
+    return q, cache, step
+
+
+def test_checks_pass_what_is_right(step) -> None:
+    q, cache, step = step
+    assert check_selector(q, cache, step) == 0
+    assert check_pruner(cache, step, 0.85) < 1e-6
+    assert check_attention(step.out, q, cache, step.kept_tokens, step.kept_counts) < 1e-5
+
+
+def test_checks_refuse_what_is_wrong(step) -> None:
+    q, cache, step = step
+    with pytest.raises(CheckFailed, match="out"):
+        check_attention(step.out * 1.01, q, cache, step.kept_tokens, step.kept_counts)
+    with pytest.raises(CheckFailed, match="out"):
+        check_attention(step.out * float("nan"), q, cache, step.kept_tokens, step.kept_counts)
+    heaviest_dropped = step.kept_counts - 8
+    step.kept_counts, kept_counts = heaviest_dropped, step.kept_counts
+    with pytest.raises(CheckFailed, match="kept_tokens"):
+        check_pruner(cache, step, 0.85)
+    step.kept_counts = kept_counts
+    step.kept_tokens[0, 0, :2] = step.kept_tokens[0, 0, 0]
+    with pytest.raises(CheckFailed, match="ascending"):
+        check_pruner(cache, step, 0.85)
+    step.candidate_pages[0, 0, :8] = torch.arange(8)
+    with pytest.raises(CheckFailed, match="candidate_pages"):
+        check_selector(q, cache, step)
+
+
+def test_figures_and_table_are_drawn_from_files(rows: list[Row], tmp_path: Path, capsys) -> None:
+    write_frames(rows, tmp_path / "results")
+    folders = ["--results", str(tmp_path / "results"), "--figures", str(tmp_path / "figures")]
+    assert draw.main(folders) == 0
+    assert f"{len(FIGURES)} figures" in capsys.readouterr().out
+    for name in FIGURES:
+        assert (tmp_path / "figures" / "h200" / f"{name}.png").stat().st_size > 20_000
+    assert draw.main([*folders, "--table"]) == 0
+    table = capsys.readouterr().out
+    for workload in ("mha-32k", "gqa-32k", "gqa-128k", "solo-128k", "solo-32k"):
+        assert f"| {workload} |" in table
+    assert "commit 0123456789" in table
+
+
+def test_missing_data_is_an_error_that_names_the_file(
+    rows: list[Row], tmp_path: Path, capsys
+) -> None:
+    kept = [row for row in rows if row.stage != "pruner" and row.workload != "budget-mha"]
+    write_frames(kept, tmp_path)
+    with pytest.raises(MissingData, match=r"pruner\.csv"):
+        FIGURES["pipeline_share"](draw.Results(tmp_path / "h200"))
+    with pytest.raises(MissingData, match=r"attention\.csv.*budget-mha"):
+        FIGURES["attention_budget"](draw.Results(tmp_path / "h200"))
+    folders = ["--results", str(tmp_path), "--figures", str(tmp_path / "figures")]
+    assert draw.main(folders) == 1
+    assert "attention.csv" in capsys.readouterr().out
+    assert draw.main([*folders, "--present"]) == 0
+    assert "not drawn: pipeline_share" in capsys.readouterr().out
+    assert (tmp_path / "figures" / "h200" / "pipeline_length.png").exists()
+
+
+@pytest.fixture
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run as on a machine without a GPU, and in a moment."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    tiny = [SMALL, BudgetSweep("budget-gqa", SMALL.shape, (32, 64))]
+    monkeypatch.setattr(bench, "CPU_WORKLOADS", tuple(tiny))
+    monkeypatch.setattr(bench, "CPU_READ_BYTES", 1 << 20)
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_bench_runs_on_the_cpu_and_resumes(tmp_path: Path, capsys) -> None:
+    arguments = ["--results", str(tmp_path), "--commit", "one"]
+    assert bench.main(arguments) == 0
+    assert "its times mean nothing" in capsys.readouterr().out
+    frames = {path.stem: read_rows(path) for path in (tmp_path / "cpu-reference").glob("*.csv")}
+    counts = {stage: len(frame) for stage, frame in frames.items()}
+    singles = dict.fromkeys(("selector", "estimator", "pruner", "dense"), 1)
+    assert counts == {**singles, "attention": 3, "pipeline": 3}
+    assert all((frame["provider"] == "torch").all() for frame in frames.values())
+
+    before = (tmp_path / "cpu-reference" / "dense.csv").stat().st_mtime_ns
+    assert bench.main(arguments) == 0
+    assert (tmp_path / "cpu-reference" / "dense.csv").stat().st_mtime_ns == before
+    assert bench.main([*arguments, "--force", "--stage", "dense"]) == 0
+    assert (tmp_path / "cpu-reference" / "dense.csv").stat().st_mtime_ns != before
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_bench_writes_no_row_for_a_wrong_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    right = bench.Torch.dense
+    monkeypatch.setattr(bench.Torch, "dense", lambda *inputs: lambda: 1.01 * right(*inputs)())
+    assert bench.main(["--results", str(tmp_path), "--workload", "small"]) == 1
+    assert "FAILED: small/256 dense" in capsys.readouterr().out
+    assert not (tmp_path / "cpu-reference" / "dense.csv").exists()
+    assert (tmp_path / "cpu-reference" / "pipeline.csv").exists()
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_bench_stops_in_time(tmp_path: Path, capsys) -> None:
+    assert bench.main(["--results", str(tmp_path), "--minutes", "0"]) == 1
+    assert "run again" in capsys.readouterr().out
+
+
+def test_cpu_workloads_feed_every_figure() -> None:
+    names = {workload.name for workload in CPU_WORKLOADS}
+    assert {"budget-gqa", "budget-mha", "length-b1"} <= names
+    for sweep in (w for w in (*CPU_WORKLOADS, *GPU_WORKLOADS) if isinstance(w, BudgetSweep)):
+        standard = (w for w in (*CPU_WORKLOADS, *GPU_WORKLOADS) if isinstance(w, Workload))
+        assert any(w.shape == sweep.shape and "dense" in w.stages for w in standard)

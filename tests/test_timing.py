@@ -1,0 +1,154 @@
+"""The GPU timer: its bookkeeping on a made-up device, then timer and benchmark on a real one."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from profiling import bench, timing
+from profiling.results import read_rows
+from profiling.workloads import BudgetSweep, Workload
+from reference.inputs import DecodeShape
+
+
+class MadeUpGpu:
+    """Stands in for torch.cuda: a clock that calls advance, graphs that replay what they saw."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.clock_us, self.recording, self.capturable = 0.0, None, True
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                self.at = 0.0
+
+            def record(self) -> None:
+                self.at = gpu.clock_us
+
+            def elapsed_time(self, later: "Event") -> float:
+                return (later.at - self.at) / 1e3
+
+        class Graph:
+            def __init__(self) -> None:
+                self.calls = []
+
+            def replay(self) -> None:
+                for call in self.calls:
+                    call()
+
+        class Capture:
+            def __init__(self, graph: Graph, stream: object) -> None:
+                self.graph = graph
+
+            def __enter__(self) -> None:
+                if not gpu.capturable:
+                    raise RuntimeError("operation not permitted when stream is capturing")
+                gpu.recording = self.graph
+
+            def __exit__(self, *_error: object) -> None:
+                gpu.recording = None
+
+        class Stream:
+            def wait_stream(self, _other: object) -> None:
+                pass
+
+            def __enter__(self) -> None:
+                pass
+
+            def __exit__(self, *_error: object) -> None:
+                pass
+
+        fakes = {"Event": Event, "CUDAGraph": Graph, "graph": Capture, "Stream": Stream}
+        fakes |= {"current_stream": Stream, "stream": lambda stream: stream}
+        fakes |= {"synchronize": lambda: None}
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(torch, "zeros", lambda *_size, **_options: torch.empty(1))
+        monkeypatch.setattr(torch, "amax", lambda _buffer: self._advance(150.0))
+
+    def kernel(self, seen: list[int], index: int, microseconds: float):
+        """A call that takes this long and notes that it ran."""
+
+        def call() -> None:
+            if self.recording is not None:
+                self.recording.calls.append(call)
+                return
+            seen.append(index)
+            self._advance(microseconds)
+
+        return call
+
+    def _advance(self, microseconds: float) -> None:
+        self.clock_us += microseconds
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> MadeUpGpu:
+    return MadeUpGpu(monkeypatch)
+
+
+def test_graphs_go_round_the_sets_and_hold_enough_calls(gpu: MadeUpGpu) -> None:
+    seen: list[int] = []
+    short = [gpu.kernel(seen, index, 7.0) for index in range(3)]
+    long = [gpu.kernel([], 0, 9000.0)]
+    times = timing.time_providers({"short": short, "long": long}, seconds=0.02)
+    assert times["short"] == timing.Timing(*[pytest.approx(7.0)] * 3, "graph-rotate")
+    assert times["long"].median_us == pytest.approx(9000.0)
+    replays = seen[3 + 3 :]  # after the warm-up before each capture; the first replays are short
+    assert len(replays) > timing.MIN_ROUNDS * timing.MIN_GRAPH_US / 7.0
+    neighbours = list(itertools.pairwise(replays))
+    assert sum(b != (a + 1) % 3 for a, b in neighbours) <= 3  # warm-ups only
+
+
+def test_what_cannot_be_captured_is_timed_call_by_call(gpu: MadeUpGpu) -> None:
+    gpu.capturable = False
+    seen: list[int] = []
+    said: list[str] = []
+    calls = [gpu.kernel(seen, index, 7.0 + index) for index in range(3)]
+    times = timing.time_providers({"a": calls}, on_fallback=lambda name, _error: said.append(name))
+    assert times["a"].timer == "event-read-flush" and said == ["a"]
+    assert times["a"].median_us == pytest.approx(8.0)
+    assert set(seen) == {0, 1, 2}
+
+
+def test_a_provider_that_raises_is_left_out(gpu: MadeUpGpu) -> None:
+    def broken() -> None:
+        raise RuntimeError("no such kernel")
+
+    said: list[str] = []
+    providers = {"broken": [broken], "fine": [gpu.kernel([], 0, 5.0)]}
+    times = timing.time_providers(providers, on_error=lambda name, _error: said.append(name))
+    assert list(times) == ["fine"] and said == ["broken"]
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        timing.time_providers({"broken": [broken]})
+
+
+@pytest.mark.gpu
+def test_gpu_timer_captures_what_it_can() -> None:
+    data = torch.ones(64 << 20, device="cuda")
+    providers = {"sum": [lambda: data.sum()], "read back": [lambda: data[:8].sum().item()]}
+    times = timing.time_providers(providers, seconds=0.05)
+    assert times["sum"].timer == "graph-rotate" and times["read back"].timer == "event-read-flush"
+    assert 20 < times["sum"].median_us < 5000
+    assert 0.05 < timing.measure_read_bandwidth(1 << 30) < 50
+
+
+@pytest.mark.gpu
+def test_bench_runs_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = DecodeShape(4, 8, 2, 128, seq_lens=4096)
+    tiny = (
+        Workload("tiny", shape, 1024, 64, max_sets=3),
+        BudgetSweep("budget-tiny", shape, (64,), max_sets=3),
+    )
+    monkeypatch.setattr(bench, "GPU_WORKLOADS", tiny)
+    monkeypatch.setattr(bench, "READ_BYTES", 1 << 30)
+    assert bench.main(["--results", str(tmp_path)]) == 0
+    frames = {path.stem: read_rows(path) for path in tmp_path.glob("*/*.csv")}
+    ours = {stage: frame[frame["provider"] == "tilelang"] for stage, frame in frames.items()}
+    assert {stage: len(rows) for stage, rows in ours.items()} == {
+        **dict.fromkeys(("selector", "estimator", "pruner", "dense"), 1),
+        **{"attention": 2, "pipeline": 3},
+    }
+    for rows in ours.values():
+        assert set(rows["timer"]) == {"graph-rotate"}
