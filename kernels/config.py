@@ -23,15 +23,26 @@ THREAD_LEVEL = TILE_LEVEL | {
 
 @dataclass(frozen=True)
 class EstimatorConfig:
-    num_warps: int = 2
-    tiles_per_warp: int = 8  # tiles of 16 tokens whose loads one warp issues together
+    num_warps: int = 4
+    tiles_per_warp: int = 4  # tiles of 16 tokens whose loads one warp issues together
+
+    @classmethod
+    def for_tiles(cls, num_tiles: int, head_dim: int) -> "EstimatorConfig":
+        """Few tiles are spread over more warps; wide heads have their loads in flight with fewer."""
+        few = num_tiles < 16384 or head_dim > 128
+        return cls(tiles_per_warp=2) if few else cls()
 
 
 @dataclass(frozen=True)
 class PrunerConfig:
-    block_threads: int = 1024
-    head_threads: int = 512  # threads that search one query head's row
-    tokens_per_thread: int = 16  # weights that a thread keeps in registers
+    block_threads: int = 256  # a block searches block_threads / 256 query heads side by side
+
+    @classmethod
+    def for_rows(cls, num_rows: int, width: int) -> "PrunerConfig":
+        """Few rows are searched with all their heads at once; many keep the GPU busy by themselves."""
+        if num_rows > 128:
+            return cls()
+        return cls(block_threads=1024 if width <= 8192 else 512)
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,11 @@ class PageScoreConfig:
     tiles_per_block: int = 4
     num_stages: int = 2
     num_threads: int = 128
+
+    @classmethod
+    def for_pages(cls, num_pages: int) -> "PageScoreConfig":
+        """Few pages (over all rows) are spread over more blocks."""
+        return cls() if num_pages >= 2**18 else cls(tiles_per_block=1, num_stages=1)
 
 
 @dataclass(frozen=True)

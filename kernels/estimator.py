@@ -6,10 +6,9 @@ import torch
 
 from kernels.cache import PagedKVCache
 from kernels.config import TILE_LEVEL, EstimatorConfig
-from kernels.validate import check_query, check_tensor
+from kernels.validate import TILE_TOKENS, check_query, check_scale, check_tensor, dtype_name
 
-TILE_TOKENS = 16  # tokens of one tensor-core instruction (m16n8k16: tokens x query heads x channels)
-TILE_HEADS = 8
+TILE_HEADS = 8  # the tensor-core instruction is m16n8k16: tokens x query heads x channels
 
 
 def estimate_logits(
@@ -30,14 +29,15 @@ def estimate_logits(
         sm_scale: factor of the logits; head_dim ** -0.5 where None.
 
     Returns:
-        logits [batch_size, num_qo_heads, width * page_size] f32, in the candidates' order; -inf behind a request's last
-        token. Behind the last candidate page they are not written. With a k_offset, all logits of a query lack the
-        same constant.
+        logits [batch_size, num_qo_heads, width * page_size] f32, in the candidates' order; -inf
+        behind a request's last token. Behind the last candidate page they are not written. With a
+        k_offset, all logits of a query lack the same constant.
 
     Raises:
         ValueError: a tensor has the wrong shape, dtype, device, layout or alignment.
     """
     check_query(q, cache)
+    sm_scale = check_scale(sm_scale, cache.head_dim)
     rows = (cache.batch_size, cache.num_kv_heads)
     check_tensor("candidate_pages", candidate_pages, (*rows, None), torch.int32, q.device)
     check_tensor("candidate_counts", candidate_counts, rows, torch.int32, q.device)
@@ -53,22 +53,24 @@ def launch_estimate_logits(
     candidate_pages: torch.Tensor,
     candidate_counts: torch.Tensor,
     logits: torch.Tensor,
-    sm_scale: float | None = None,
+    sm_scale: float,
 ) -> None:
     """One launch into allocated memory."""
     group_size = q.shape[1] // cache.num_kv_heads
     grouped = (cache.batch_size, cache.num_kv_heads, group_size)
-    dtype = str(q.dtype).removeprefix("torch.")
-    kernel = estimator_kernel(group_size, cache.head_dim, cache.page_size, dtype, EstimatorConfig())
+    config = EstimatorConfig.for_tiles(
+        candidate_pages.numel() * cache.page_size // TILE_TOKENS, cache.head_dim
+    )
+    kernel = estimator_kernel(group_size, cache.head_dim, cache.page_size, dtype_name(q), config)
     kernel(
         q.view(*grouped, cache.head_dim),
         cache.k_int4.view(torch.int32),
-        cache.k_scale_zero.flatten(2),
+        cache.k_scale_zero,
         cache.page_table,
         cache.seq_lens,
         candidate_pages,
         candidate_counts,
-        cache.head_dim**-0.5 if sm_scale is None else sm_scale,
+        sm_scale,
         logits.view(*grouped, -1, cache.page_size),
     )
 
@@ -77,13 +79,14 @@ def launch_estimate_logits(
 def estimator_kernel(
     group_size: int, head_dim: int, page_size: int, dtype: str, config: EstimatorConfig
 ):
-    """Grid: (blocks of candidate tiles, kv_head, batch); a warp takes `tiles_per_warp` tiles of 16 tokens.
+    """Grid: (blocks of candidate tiles, kv_head, batch); a warp takes `tiles_per_warp` tiles of 16
+    tokens, and issues all their loads before the first product.
 
-    With codes u, k_hat = u * scale + zero, so q . k_hat = scale * (q . u) + zero * sum(q): the codes go to
-    the tensor cores as they are. A nibble pair masked out of a word, `x & 0x000f000f`, is read as two fp16
-    subnormals u * 2^-24, and `x & 0x00f000f0` as u * 2^-20; both are exact, so unpacking needs no arithmetic.
-    Channels are permuted alike in u and q: lane c of the four that share a token holds its channels
-    [head_dim / 4 * c, head_dim / 4 * (c + 1)), eight to a word, nibble n of a word being channel n.
+    With codes u, k_hat = u * scale + zero, so q . k_hat = scale * (q . u) + zero * sum(q): the codes
+    go to the tensor cores as they are. A nibble pair masked out of a word, `x & 0x000f000f`, is read
+    as two fp16 subnormals u * 2^-24, and `x & 0x00f000f0` as u * 2^-20; both are exact, so unpacking
+    needs no arithmetic. Channels are permuted alike in u and q: lane c of the four that share a
+    token holds a quarter of its channels, eight to a word, nibble n of a word being channel n.
     """
     batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
     num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
@@ -98,7 +101,7 @@ def estimator_kernel(
     def estimate_logits(
         q: T.Tensor[(batch_size, num_kv_heads, group_size, head_dim), dtype],
         codes: T.Tensor[(num_pages, num_kv_heads, page_size, row_words), T.int32],
-        scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size * 2), T.float16],
+        scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
         page_table: T.Tensor[(batch_size, max_pages), T.int32],
         seq_lens: T.Tensor[(batch_size,), T.int32],
         candidate_pages: T.Tensor[(batch_size, num_kv_heads, width_pages), T.int32],
@@ -113,9 +116,10 @@ def estimator_kernel(
             threads=config.num_warps * 32,
         ) as (block, kv_head, batch):
             thread = T.get_thread_binding()
-            row = thread % 32 // 4  # token pair (2 * row, 2 * row + 1) of a tile
+            row = thread % 32 // 4  # this thread's tokens of a tile: row and row + 8
             lane = thread % 4
             num_tiles = candidate_counts[batch, kv_head] * tiles_per_page
+            seq_len = seq_lens[batch]
             first_tile = block * block_tiles + thread // 32 * config.tiles_per_warp
 
             q_words = T.alloc_local((lane_words * 8,), dtype)
@@ -124,10 +128,9 @@ def estimator_kernel(
             partial = T.alloc_var(T.float32)
             tile_page = T.alloc_local((config.tiles_per_warp,), T.int32)
             tile_codes = T.alloc_local((config.tiles_per_warp, 2, lane_words), T.int32)
-            tile_scale_zero = T.alloc_local((config.tiles_per_warp, 4), T.float16)
+            tile_scale_zero = T.alloc_local((config.tiles_per_warp, 2, 2), T.float16)
             a_fragment = T.alloc_local((4,), T.uint32)
             acc = T.alloc_local((4,), T.float32)
-            pair = T.alloc_local((2,), T.float32)
 
             if first_tile < num_tiles:
                 for i in T.unroll(config.tiles_per_warp):
@@ -136,18 +139,20 @@ def estimator_kernel(
                 for i in T.unroll(config.tiles_per_warp):
                     tile = T.min(first_tile + i, num_tiles - 1)
                     page = page_table[batch, tile_page[i]]
-                    token = tile % tiles_per_page * TILE_TOKENS + row * 2
+                    token = tile % tiles_per_page * TILE_TOKENS + row
                     for t in T.unroll(2):
                         for w in T.vectorized(lane_words):
-                            tile_codes[i, t, w] = codes[page, kv_head, token + t, lane * lane_words + w]
-                    for t in T.vectorized(4):
-                        tile_scale_zero[i, t] = scale_zero[page, kv_head, token * 2 + t]
+                            word = lane * lane_words + w
+                            tile_codes[i, t, w] = codes[page, kv_head, token + t * 8, word]
+                        for e in T.vectorized(2):
+                            tile_scale_zero[i, t, e] = scale_zero[page, kv_head, token + t * 8, e]
 
                 for n in T.unroll(head_tiles):
                     head = n * TILE_HEADS + row
                     partial = 0.0
                     for j in T.vectorized(lane_words * 8):
-                        q_words[j] = q[batch, kv_head, T.min(head, group_size - 1), lane * lane_words * 8 + j]
+                        channel = lane * lane_words * 8 + j
+                        q_words[j] = q[batch, kv_head, T.min(head, group_size - 1), channel]
                     for j in T.unroll(lane_words * 8):
                         partial += T.cast(q_words[j], T.float32)
                     partial += T.shfl_xor(partial, 1)
@@ -164,7 +169,7 @@ def estimator_kernel(
                 for i in T.unroll(config.tiles_per_warp):
                     if first_tile + i < num_tiles:
                         slot = (first_tile + i) // tiles_per_page
-                        token = (first_tile + i) % tiles_per_page * TILE_TOKENS + row * 2
+                        token = (first_tile + i) % tiles_per_page * TILE_TOKENS + row
                         for n in T.unroll(head_tiles):
                             for e in T.unroll(4):
                                 acc[e] = 0.0
@@ -182,14 +187,14 @@ def estimator_kernel(
                                 head = n * TILE_HEADS + lane * 2 + h
                                 if head < group_size:
                                     for t in T.unroll(2):
-                                        scale = T.cast(tile_scale_zero[i, t * 2], T.float32) * 16777216.0
-                                        zero = T.cast(tile_scale_zero[i, t * 2 + 1], T.float32)
-                                        pair[t] = T.if_then_else(
-                                            tile_page[i] * page_size + token + t < seq_lens[batch],
-                                            (scale * acc[t * 2 + h] + zero * q_sum[n, h]) * sm_scale,
-                                            -T.infinity(T.float32),
+                                        scale = T.cast(tile_scale_zero[i, t, 0], T.float32)
+                                        zero = T.cast(tile_scale_zero[i, t, 1], T.float32)
+                                        product = acc[t * 2 + h] * 16777216.0  # 2^24
+                                        logit = (scale * product + zero * q_sum[n, h]) * sm_scale
+                                        cell = token + t * 8
+                                        is_valid = tile_page[i] * page_size + cell < seq_len
+                                        logits[batch, kv_head, head, slot, cell] = T.if_then_else(
+                                            is_valid, logit, -T.infinity(T.float32)
                                         )
-                                    for t in T.vectorized(2):
-                                        logits[batch, kv_head, head, slot, token + t] = pair[t]
 
     return estimate_logits

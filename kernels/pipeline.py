@@ -7,15 +7,16 @@ from kernels.cache import PagedKVCache
 from kernels.estimator import launch_estimate_logits
 from kernels.pruner import expand_top_p, launch_prune_top_p
 from kernels.selector import launch_select_all, launch_select_pages, page_budget
-from kernels.validate import MAX_GROUP_SIZE, check_choice, check_count, check_query
+from kernels.validate import MAX_GROUP_SIZE, check_choice, check_count, check_query, check_scale
 
 
 class TwilightDecode:
-    """The step for caches of one shape: Twilight's Select-then-Prune (section 4), then attention over what is kept.
+    """The step for caches of one shape: Twilight's Select-then-Prune (section 4), then attention
+    over what is kept.
 
     Args:
-        cache: any cache of the shape that run() will get: the same batch_size, max_pages, page_size, heads, head_dim,
-            dtype and device.
+        cache: any cache of the shape that run() will get: the same batch_size, max_pages,
+            page_size, heads, head_dim, dtype and device.
         num_qo_heads: query heads, 1 to 16 for each KV head.
         selector: "quest" (the pages with the largest bounds) or "full" (every page).
         token_budget: Quest's candidates per KV head, a multiple of page_size.
@@ -23,7 +24,8 @@ class TwilightDecode:
         sm_scale: factor of the logits; head_dim ** -0.5 where None.
         num_sink_tokens, num_recent_tokens: always kept.
 
-    After run(): candidate_pages, candidate_counts, logits, kept_tokens, kept_counts, kept_mass hold the last step's.
+    After run(), candidate_pages, candidate_counts, logits, kept_tokens, kept_counts and kept_mass
+    hold the last step's.
 
     Raises:
         ValueError: an argument is out of range or does not fit the cache.
@@ -46,12 +48,13 @@ class TwilightDecode:
         group_size, rest = divmod(num_qo_heads, cache.num_kv_heads)
         if rest != 0 or group_size > MAX_GROUP_SIZE:
             raise ValueError(
-                f"num_qo_heads: expected 1 to {MAX_GROUP_SIZE} for each of {cache.num_kv_heads} KV heads, got {num_qo_heads}"
+                f"num_qo_heads: expected 1 to {MAX_GROUP_SIZE} for each of {cache.num_kv_heads} KV "
+                f"heads, got {num_qo_heads}"
             )
         budget = page_budget(cache, token_budget, num_sink_tokens, num_recent_tokens)
         width = budget if selector == "quest" else cache.max_pages
         self.selector = selector
-        self.sm_scale = sm_scale
+        self.sm_scale = check_scale(sm_scale, cache.head_dim)
         self.num_sink_tokens, self.num_recent_tokens = num_sink_tokens, num_recent_tokens
         self.cache_shape = _shape(cache)
 
@@ -111,14 +114,16 @@ class TwilightDecode:
         """What top-p keeps of them -> kept_tokens, kept_counts, kept_mass."""
         launch_prune_top_p(
             self.logits, cache, self.candidate_pages, self.candidate_counts, self.top_p,
-            self.num_sink_tokens, self.num_recent_tokens, self.kept_tokens, self.kept_counts, self.kept_mass,
+            self.num_sink_tokens, self.num_recent_tokens,
+            self.kept_tokens, self.kept_counts, self.kept_mass,
         )  # fmt: skip
 
     def attend(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
         """Attention over the kept tokens -> out."""
         launch_attention(
-            q, cache, "tokens", self.kept_tokens, self.kept_counts, self.attention, self.out, self.sm_scale
-        )
+            q, cache, "tokens", self.kept_tokens, self.kept_counts,
+            self.attention, self.out, self.sm_scale,
+        )  # fmt: skip
         return self.out
 
 

@@ -6,8 +6,15 @@ import torch
 
 from kernels.cache import PagedKVCache
 from kernels.config import THREAD_LEVEL, TILE_LEVEL, PageScoreConfig, TopPagesConfig
-from kernels.threshold import add_to_bin, alloc_search, bits_per_round, clear_bins, compact, cross_bins
-from kernels.validate import check_count, check_query
+from kernels.threshold import (
+    add_to_bin,
+    alloc_search,
+    bits_per_round,
+    clear_bins,
+    compact,
+    cross_bins,
+)
+from kernels.validate import check_count, check_query, dtype_name
 
 LOWEST_KEY = -(2**31)
 
@@ -26,15 +33,17 @@ def select_pages(
         q: [batch_size, num_qo_heads, head_dim], fp16 or bf16, as the cache.
         cache: only page bounds, page_table and seq_lens are read.
         token_budget: candidates per KV head, a multiple of page_size.
-        num_sink_tokens, num_recent_tokens: the pages of the first and of the last so many tokens are always in, and so
-            is the newest page.
+        num_sink_tokens, num_recent_tokens: the pages of the first and of the last so many tokens
+            are always in, and so is the newest page.
 
     Returns:
-        candidate_pages [batch_size, num_kv_heads, width] i32, ascending logical pages, width = min(budget, max_pages);
-        candidate_counts [batch_size, num_kv_heads] i32. Of equal bounds the earlier page is taken.
+        candidate_pages [batch_size, num_kv_heads, width] i32, ascending logical pages, with
+        width = min(budget in pages, max_pages); candidate_counts [batch_size, num_kv_heads] i32.
+        Of equal bounds the earlier page is taken.
 
     Raises:
-        ValueError: a wrong tensor; a budget that is no multiple of page_size, or too small for what is always in.
+        ValueError: a wrong tensor; a budget that is no multiple of page_size, or too small for what
+            is always in.
     """
     check_query(q, cache)
     width = page_budget(cache, token_budget, num_sink_tokens, num_recent_tokens)
@@ -42,23 +51,34 @@ def select_pages(
     scores = torch.empty(*rows, cache.max_pages, dtype=torch.float32, device=q.device)
     candidate_pages = torch.empty(*rows, width, dtype=torch.int32, device=q.device)
     candidate_counts = torch.empty(rows, dtype=torch.int32, device=q.device)
-    launch_select_pages(q, cache, scores, candidate_pages, candidate_counts, num_sink_tokens, num_recent_tokens)
+    launch_select_pages(
+        q, cache, scores, candidate_pages, candidate_counts, num_sink_tokens, num_recent_tokens
+    )
     return candidate_pages, candidate_counts
 
 
-def page_budget(cache: PagedKVCache, token_budget: int, num_sink_tokens: int, num_recent_tokens: int) -> int:
-    """Pages per KV head that a token budget allows, at most max_pages; raises ValueError where it cannot be met."""
+def page_budget(
+    cache: PagedKVCache, token_budget: int, num_sink_tokens: int, num_recent_tokens: int
+) -> int:
+    """Pages per KV head that a token budget allows, at most max_pages.
+
+    Raises ValueError where the budget cannot be met.
+    """
     check_count("token_budget", token_budget, least=1)
     check_count("num_sink_tokens", num_sink_tokens, least=0)
     check_count("num_recent_tokens", num_recent_tokens, least=0)
     if token_budget % cache.page_size != 0:
-        raise ValueError(f"token_budget: expected a multiple of page_size {cache.page_size}, got {token_budget}")
+        raise ValueError(
+            f"token_budget: expected a multiple of page_size {cache.page_size}, got {token_budget}"
+        )
     width = min(token_budget // cache.page_size, cache.max_pages)
-    always_in = -(-num_sink_tokens // cache.page_size) + -(-num_recent_tokens // cache.page_size) + 1
+    always_in = (
+        -(-num_sink_tokens // cache.page_size) + -(-num_recent_tokens // cache.page_size) + 1
+    )
     if always_in > width and width < cache.max_pages:
         raise ValueError(
-            f"token_budget: expected at least {always_in * cache.page_size} for sinks, recent tokens and the newest page, "
-            f"got {token_budget}"
+            f"token_budget: expected at least {always_in * cache.page_size} for sinks, recent tokens "
+            f"and the newest page, got {token_budget}"
         )
     return width
 
@@ -74,23 +94,35 @@ def launch_select_pages(
 ) -> None:
     """Two launches into allocated memory: page scores, top pages."""
     group_size = q.shape[1] // cache.num_kv_heads
-    dtype = str(q.dtype).removeprefix("torch.")
-    score = page_score_kernel(group_size, cache.head_dim, cache.page_size, dtype, PageScoreConfig())
+    config = PageScoreConfig.for_pages(scores.numel())
+    score = page_score_kernel(group_size, cache.head_dim, cache.page_size, dtype_name(q), config)
     score(
         q.view(cache.batch_size, cache.num_kv_heads, group_size, cache.head_dim),
         cache.page_min, cache.page_max, cache.page_table, cache.seq_lens, scores,
     )  # fmt: skip
     config = TopPagesConfig.for_width(cache.max_pages)
     top = top_pages_kernel(cache.page_size, next_power_of_two(cache.max_pages), config)
-    top(scores, cache.seq_lens, num_sink_tokens, num_recent_tokens, candidate_pages, candidate_counts)
+    top(
+        scores,
+        cache.seq_lens,
+        num_sink_tokens,
+        num_recent_tokens,
+        candidate_pages,
+        candidate_counts,
+    )
 
 
 def select_all(cache: PagedKVCache) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every page of every request: candidate_pages [batch_size, num_kv_heads, max_pages] i32 and candidate_counts
-    [batch_size, num_kv_heads] i32."""
+    """Every page of every request, as a selector.
+
+    Returns:
+        candidate_pages [batch_size, num_kv_heads, max_pages] i32 and
+        candidate_counts [batch_size, num_kv_heads] i32.
+    """
     rows = (cache.batch_size, cache.num_kv_heads)
-    candidate_pages = torch.empty(*rows, cache.max_pages, dtype=torch.int32, device=cache.seq_lens.device)
-    candidate_counts = torch.empty(rows, dtype=torch.int32, device=cache.seq_lens.device)
+    device = cache.seq_lens.device
+    candidate_pages = torch.empty(*rows, cache.max_pages, dtype=torch.int32, device=device)
+    candidate_counts = torch.empty(rows, dtype=torch.int32, device=device)
     launch_select_all(cache, candidate_pages, candidate_counts)
     return candidate_pages, candidate_counts
 
@@ -109,10 +141,12 @@ def next_power_of_two(value: int) -> int:
 def page_score_kernel(
     group_size: int, head_dim: int, page_size: int, dtype: str, config: PageScoreConfig
 ):
-    """Grid: (blocks of pages, kv_head, batch). Score = the largest Quest bound over the group's query heads.
+    """Grid: (blocks of pages, kv_head, batch). Score = the largest Quest bound over the group's
+    query heads.
 
-    sum_c max(q_c * min_c, q_c * max_c) = max(q, 0) . page_max + min(q, 0) . page_min: two matrix products into
-    one accumulator. The tile has 8 or 16 columns; those beyond the group repeat its last head.
+    sum_c max(q_c * min_c, q_c * max_c) = max(q, 0) . page_max + min(q, 0) . page_min: two matrix
+    products into one accumulator. The tile has 8 or 16 columns; those beyond the group repeat its
+    last head.
     """
     batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
     num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
@@ -160,7 +194,11 @@ def page_score_kernel(
                         transpose_B=True, policy=T.GemmWarpPolicy.FullRow, clear_accum=True,
                     )  # fmt: skip
                     T.gemm(
-                        min_shared, q_negative, bounds, transpose_B=True, policy=T.GemmWarpPolicy.FullRow
+                        min_shared,
+                        q_negative,
+                        bounds,
+                        transpose_B=True,
+                        policy=T.GemmWarpPolicy.FullRow,
                     )
                     T.reduce_max(bounds, group_bound, dim=1)
                     for i in T.Parallel(block_pages):
@@ -173,11 +211,13 @@ def page_score_kernel(
 
 @tilelang.jit(pass_configs=THREAD_LEVEL)
 def top_pages_kernel(page_size: int, max_pages_bound: int, config: TopPagesConfig):
-    """Grid: (kv_head, batch), one block a row. The k-th largest score by threshold search, then compaction.
+    """Grid: (kv_head, batch), one block a row. The k-th largest score by threshold search, then
+    compaction.
 
-    A score's key is its bit pattern made sortable as a signed integer. Should several pages share the key of the k-th,
-    a second search, over page numbers, takes the earliest of them. Rows of at most num_threads * pages_per_thread
-    pages stay in registers; longer ones are read again by every pass.
+    A score's key is its bit pattern made sortable as a signed integer. Should several pages share
+    the key of the k-th, a second search, over page numbers, takes the earliest of them. Rows of at
+    most num_threads * pages_per_thread pages stay in registers; longer ones are read again by every
+    pass.
     """
     batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
     max_pages, width = T.dynamic("max_pages"), T.dynamic("width")
@@ -215,7 +255,9 @@ def top_pages_kernel(page_size: int, max_pages_bound: int, config: TopPagesConfi
             num_pages = T.ceildiv(seq_lens[batch], page_size)
             num_chunks = T.ceildiv(num_pages, num_threads * per_thread) if wide else 1
             sink_pages = T.ceildiv(num_sink_tokens, page_size)
-            first_recent = T.min(T.max(seq_lens[batch] - num_recent_tokens, 0) // page_size, num_pages - 1)
+            first_recent = T.min(
+                T.max(seq_lens[batch] - num_recent_tokens, 0) // page_size, num_pages - 1
+            )
             need = width - sink_pages - (num_pages - first_recent)
             page_of = lambda chunk, r: (chunk * per_thread + r) * num_threads + thread
             is_open = lambda page: T.And(page >= sink_pages, page < first_recent)
@@ -257,7 +299,8 @@ def top_pages_kernel(page_size: int, max_pages_bound: int, config: TopPagesConfi
                     for chunk in T.serial(num_chunks):
                         for r in T.unroll(per_thread):
                             if is_open(page_of(chunk, r)):
-                                add_to_bin(search, 0, key_of(chunk, r), bracket[0], shift, 1, num_threads)
+                                key = key_of(chunk, r)
+                                add_to_bin(search, 0, key, bracket[0], shift, 1, num_threads)
                     cross_bins(search, 0, thread, bracket, shift, need, num_threads)
                     searching = T.if_then_else(shift > 0 and bracket[1] + bracket[2] != need, 1, 0)
                     shift = T.max(shift - round_bits, 0)
@@ -271,7 +314,8 @@ def top_pages_kernel(page_size: int, max_pages_bound: int, config: TopPagesConfi
                         for chunk in T.serial(num_chunks):
                             for r in T.unroll(per_thread):
                                 if is_open(page_of(chunk, r)) and key_of(chunk, r) == bracket[0]:
-                                    add_to_bin(search, 0, -page_of(chunk, r), ties[0], shift, 1, num_threads)
+                                    page = page_of(chunk, r)
+                                    add_to_bin(search, 0, -page, ties[0], shift, 1, num_threads)
                         cross_bins(search, 0, thread, ties, shift, need, num_threads)
                         searching = T.if_then_else(shift > 0, 1, 0)
                         shift = T.max(shift - round_bits, 0)
@@ -291,8 +335,8 @@ def top_pages_kernel(page_size: int, max_pages_bound: int, config: TopPagesConfi
                         words[page // 32] = bits
             T.sync_threads()
             compact(
-                lambda word: words[word], offsets, T.ceildiv(num_pages, 32), scan_sums, num_threads, count,
-                lambda page: page, candidate_pages, batch, kv_head,
+                lambda i: words[i], offsets, T.ceildiv(num_pages, 32), scan_sums, num_threads, count,
+                lambda i: i, candidate_pages, batch, kv_head,
             )  # fmt: skip
             if thread == 0:
                 candidate_counts[batch, kv_head] = count[0]

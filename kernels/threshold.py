@@ -1,17 +1,20 @@
 """Threshold search and compaction inside one block: what the selector and the pruner have in common.
 
-Both look for the largest 32-bit key such that the items with that key or a larger one weigh at least `need`
-together. The selector's items weigh one each and it needs k of them; the pruner's weigh their attention and it
-needs p of the total. Masses are integers, so no order of summation can change a result.
+Both look for the largest 32-bit key such that the items with that key or a larger one weigh at
+least `need` together. The selector's items weigh one each and it needs k of them; the pruner's weigh
+their attention and it needs p of the total. Masses are integers, so no order of summation can change
+a result.
 
-A row of items is searched by `row_threads` threads, and a block may search several rows side by side. One round
-cuts the row's undecided range of keys into 4 * row_threads equal bins, adds up the mass of each bin with shared
-memory atomics, and keeps the one bin in which the running sum from the top crosses the need.
+A row of items is searched by `row_threads` threads, and a block may search several rows side by
+side. One round cuts the row's undecided range of keys into 4 * row_threads equal bins, adds up the
+mass of each bin with shared memory atomics, and keeps the one bin in which the running sum from the
+top crosses the need.
 """
 
 import tilelang.language as T
 
 BINS_PER_THREAD = 4
+WORDS_AT_ONCE = 4
 
 
 def bits_per_round(row_threads: int) -> int:
@@ -20,7 +23,7 @@ def bits_per_round(row_threads: int) -> int:
 
 
 def alloc_search(rows: int, row_threads: int) -> tuple:
-    """Shared memory of a search: the bins, one sum per warp, and (low, above, mass) of each row's bin."""
+    """Shared memory of a search: bins, one sum per warp, and each row's bin: (low, above, mass)."""
     # Static scope: atomics in the dynamic pool are taken to alias every other buffer there.
     bins = T.alloc_shared((rows, row_threads * BINS_PER_THREAD), T.int32, scope="shared")
     warp_sums = T.alloc_shared((rows, row_threads // 32), T.int32, scope="shared")
@@ -47,8 +50,9 @@ def add_to_bin(search, row, key, low, shift, mass, row_threads):
 def cross_bins(search, row, lane, bracket, shift, need, row_threads):
     """Moves `bracket` = (low, above, mass) to the bin where the sum from the top reaches the need.
 
-    `low` is the smallest key of the bin, `above` the mass of all larger keys, `mass` the bin's own. Where even
-    all bins together do not reach the need, the lowest bin is taken. All threads of the block take part.
+    `low` is the smallest key of the bin, `above` the mass of all larger keys, `mass` the bin's own.
+    Where even all bins together do not reach the need, the lowest bin is taken. All threads of the
+    block take part.
     """
     bins, warp_sums, state = search
     num_warps = row_threads // 32
@@ -82,7 +86,8 @@ def cross_bins(search, row, lane, bracket, shift, need, row_threads):
         for j in T.unroll(BINS_PER_THREAD):
             k = BINS_PER_THREAD - 1 - j
             if found == 0:
-                if running < need and (running + own[k] >= need or lane * BINS_PER_THREAD + k == 0):
+                is_lowest = lane * BINS_PER_THREAD + k == 0
+                if running < need and (running + own[k] >= need or is_lowest):
                     found = 1
                     state[row, 0] = bracket[0] + ((lane * BINS_PER_THREAD + k) << shift)
                     state[row, 1] = running
@@ -96,7 +101,7 @@ def cross_bins(search, row, lane, bracket, shift, need, row_threads):
 
 @T.macro
 def exclusive_sum(value, prefix, total, warp_sums, thread, num_threads):
-    """prefix = sum of `value` over the threads before this one, total = over all; both are one-element buffers."""
+    """prefix[0] = the sum of `value` over the threads before this one, total[0] = over all."""
     running = T.alloc_var(T.int32)
     num_warps = num_threads // 32
     running = value
@@ -117,8 +122,10 @@ def exclusive_sum(value, prefix, total, warp_sums, thread, num_threads):
 
 
 @T.macro
-def compact(word_at, offsets, num_words, warp_sums, num_threads, count, position, output, batch, kv_head):
-    """Writes position(i) for every set bit i to output[batch, kv_head], ascending; count[0] = how many.
+def compact(
+    word_at, offsets, num_words, warp_sums, num_threads, count, position, output, batch, kv_head
+):
+    """Writes position(i) of every set bit i to output[batch, kv_head], ascending; count[0] = how many.
 
     `word_at(w)` holds bits 32 w to 32 w + 31.    `offsets` has room for one int32 per word: the bits set in the words before it.
     """
@@ -126,22 +133,30 @@ def compact(word_at, offsets, num_words, warp_sums, num_threads, count, position
     prefix = T.alloc_local((1,), T.int32)
     total = T.alloc_local((1,), T.int32)
     bits = T.alloc_var(T.uint32)
+    positions = T.alloc_local((WORDS_AT_ONCE,), T.int32)
+    num_warps = num_threads // 32
     count[0] = 0
     for base in T.serial(T.ceildiv(num_words, num_threads)):
         word = base * num_threads + thread
         bits = T.uint32(0)
         if word < num_words:
             bits = word_at(word)
-        exclusive_sum(T.cast(T.popcount(bits), T.int32), prefix, total, warp_sums, thread, num_threads)
+        ones = T.cast(T.popcount(bits), T.int32)
+        exclusive_sum(ones, prefix, total, warp_sums, thread, num_threads)
         if word < num_words:
             offsets[word] = count[0] + prefix[0]
         count[0] += total[0]
     T.sync_threads()
-    for step in T.serial(T.ceildiv(num_words, num_threads // 32)):
-        word = step * (num_threads // 32) + thread // 32
-        if word < num_words:
-            bits = word_at(word)
-            bit = T.cast(thread % 32, T.uint32)
-            if (bits >> bit) & T.uint32(1) != T.uint32(0):
-                lower = T.cast(T.popcount(bits & ((T.uint32(1) << bit) - T.uint32(1))), T.int32)
-                output[batch, kv_head, offsets[word] + lower] = position(word * 32 + thread % 32)
+    # Positions are read ahead of the bits that ask for them: their latencies overlap.
+    for step in T.serial(T.ceildiv(num_words, num_warps * WORDS_AT_ONCE)):
+        for i in T.unroll(WORDS_AT_ONCE):
+            word = (step * WORDS_AT_ONCE + i) * num_warps + thread // 32
+            positions[i] = position(T.min(word, num_words - 1) * 32 + thread % 32)
+        for i in T.unroll(WORDS_AT_ONCE):
+            word = (step * WORDS_AT_ONCE + i) * num_warps + thread // 32
+            if word < num_words:
+                bits = word_at(word)
+                bit = T.cast(thread % 32, T.uint32)
+                if (bits >> bit) & T.uint32(1) != T.uint32(0):
+                    lower = T.popcount(bits & ((T.uint32(1) << bit) - T.uint32(1)))
+                    output[batch, kv_head, offsets[word] + T.cast(lower, T.int32)] = positions[i]

@@ -1,5 +1,6 @@
 """Checks of arguments, made before anything is launched."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -20,8 +21,8 @@ def check_tensor(
 ) -> None:
     """Raises ValueError unless `tensor` is a contiguous CUDA tensor of this shape and dtype.
 
-    None in `shape` allows any size. `device` asks for the same device as another tensor, `align` for an address
-    that is a multiple of so many bytes.
+    None in `shape` allows any size. `device` asks for the same device as another tensor, `align`
+    for an address that is a multiple of so many bytes.
     """
     dtypes = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
     if not isinstance(tensor, torch.Tensor):
@@ -32,7 +33,7 @@ def check_tensor(
         raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
     if tensor.dtype not in dtypes:
         expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(f"{name}: expected dtype {expected}, got {str(tensor.dtype).removeprefix('torch.')}")
+        raise ValueError(f"{name}: expected dtype {expected}, got {dtype_name(tensor)}")
     fits = tensor.ndim == len(shape) and all(
         size is None or size == got for size, got in zip(shape, tensor.shape, strict=True)
     )
@@ -42,7 +43,8 @@ def check_tensor(
     if not tensor.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
     if tensor.data_ptr() % align != 0:
-        raise ValueError(f"{name}: expected {align}-byte alignment, got address {tensor.data_ptr():#x}")
+        address = f"{tensor.data_ptr():#x}"
+        raise ValueError(f"{name}: expected {align}-byte alignment, got address {address}")
 
 
 def check_count(name: str, value: int, least: int, most: int | None = None) -> None:
@@ -75,6 +77,21 @@ def check_query(q: torch.Tensor, cache: "PagedKVCache") -> int:  # noqa: F821
     group_size, rest = divmod(num_qo_heads, cache.num_kv_heads)
     if rest != 0 or not 1 <= group_size <= MAX_GROUP_SIZE:
         raise ValueError(
-            f"q: expected 1 to {MAX_GROUP_SIZE} query heads for each of {cache.num_kv_heads} KV heads, got {num_qo_heads}"
+            f"q: expected 1 to {MAX_GROUP_SIZE} query heads for each of {cache.num_kv_heads} KV "
+            f"heads, got {num_qo_heads}"
         )
     return group_size
+
+
+def check_scale(sm_scale: float | None, head_dim: int) -> float:
+    """The factor of the logits: head_dim ** -0.5 where None; raises ValueError unless finite."""
+    if sm_scale is None:
+        return head_dim**-0.5
+    if not isinstance(sm_scale, float | int) or not math.isfinite(sm_scale):
+        raise ValueError(f"sm_scale: expected a finite number, got {sm_scale!r}")
+    return float(sm_scale)
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    """The dtype as TileLang spells it: "float16"."""
+    return str(tensor.dtype).removeprefix("torch.")

@@ -79,7 +79,9 @@ class TileLang:
         out = torch.empty_like(q)
 
         def call() -> torch.Tensor:
-            launch_attention(q, cache, source, indices, counts, workspace, out)
+            launch_attention(
+                q, cache, source, indices, counts, workspace, out, cache.head_dim**-0.5
+            )
             return out
 
         return call

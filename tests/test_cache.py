@@ -211,7 +211,9 @@ def test_append_leaves_a_full_request_alone(device, rng):
     assert cache.seq_lens.tolist() == [4, cache.capacity, 4]
     full_page = cache.page_table[1, 0]
     for name in before.keys() - {"page_table", "seq_lens", "k_offset"}:
-        assert torch.equal(getattr(cache, name)[full_page], before[name][full_page]), name
+        got, expected = getattr(cache, name)[full_page], before[name][full_page]
+        # Unused slots hold the NaN of fresh memory, so bytes are compared.
+        assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8)), name
     assert torch.equal(cache.k_cache[cache.page_table[0, 0], 3], k[0])
 
 

@@ -79,9 +79,9 @@ class LazyStep:
 
 
 def small_cache(package, device: torch.device | str):
-    """24 and 40 tokens in up to 4 pages of 16: capacity 64."""
+    """33 and 40 tokens in up to 4 pages of 16: capacity 64."""
     k = torch.ones(2, 40, 2, 128, dtype=torch.float16, device=device)
-    lengths = torch.tensor([24, 40], dtype=torch.int32, device=device)
+    lengths = torch.tensor([33, 40], dtype=torch.int32, device=device)
     return package.PagedKVCache.from_contiguous(k, k.clone(), lengths, max_pages=4)
 
 

@@ -1,0 +1,248 @@
+"""The kernels that write a cache: K and V, the 4-bit mirror of K, and the page bounds.
+
+One warp handles one key of one KV head: a lane holds head_dim / 32 neighbouring channels of it.
+"""
+
+import tilelang
+import tilelang.language as T
+
+from kernels.config import EXACT_MATH
+
+MAX_CODE = 15
+
+
+@T.macro
+def quantize_key(key, offset, codes, scale_zero, page, kv_head, slot, lane, channels):
+    """Writes code = round((key - offset - zero) / scale) for a warp's key, and (scale, zero).
+
+    zero rounds down and scale rounds up, so that the fp16 pair still spans every channel. A constant
+    key has scale 0 and codes 0.
+    """
+    shifted = T.alloc_local((channels,), T.float32)
+    packed = T.alloc_local((channels // 2,), T.uint8)
+    zero = T.alloc_var(T.float32)
+    scale = T.alloc_var(T.float32)
+    bits = T.alloc_var(T.uint16)  # of an fp16, to step to its neighbour
+    for c in T.unroll(channels):
+        shifted[c] = T.cast(key[c], T.float32) - offset[c]
+    zero = shifted[0]
+    scale = shifted[0]
+    for c in T.unroll(channels):
+        zero = T.min(zero, shifted[c])
+        scale = T.max(scale, shifted[c])
+    zero = T.warp_reduce_min(zero)
+    scale = T.warp_reduce_max(scale)
+
+    bits = T.reinterpret(T.cast(zero, T.float16), T.uint16)
+    if T.cast(T.reinterpret(bits, T.float16), T.float32) > zero:
+        if bits == T.uint16(0):
+            bits = T.uint16(0x8001)
+        elif bits < T.uint16(0x8000):
+            bits -= T.uint16(1)
+        else:
+            bits += T.uint16(1)
+    zero = T.cast(T.reinterpret(bits, T.float16), T.float32)
+    if lane == 0:
+        scale_zero[page, kv_head, slot, 1] = T.reinterpret(bits, T.float16)
+    scale = (scale - zero) / T.float32(MAX_CODE)
+    bits = T.reinterpret(T.cast(scale, T.float16), T.uint16)
+    if T.cast(T.reinterpret(bits, T.float16), T.float32) < scale:
+        bits += T.uint16(1)
+    scale = T.cast(T.reinterpret(bits, T.float16), T.float32)
+    if lane == 0:
+        scale_zero[page, kv_head, slot, 0] = T.reinterpret(bits, T.float16)
+
+    for c in T.unroll(channels):
+        if scale > 0.0:
+            level = T.nearbyint((shifted[c] - zero) / scale)
+            shifted[c] = T.min(T.max(level, 0.0), T.float32(MAX_CODE))
+        else:
+            shifted[c] = 0.0
+    for c in T.unroll(channels // 2):
+        low, high = T.cast(shifted[c * 2], T.int32), T.cast(shifted[c * 2 + 1], T.int32)
+        packed[c] = T.cast(low + high * 16, T.uint8)
+    for c in T.vectorized(channels // 2):
+        codes[page, kv_head, slot, lane * (channels // 2) + c] = packed[c]
+
+
+@T.macro
+def extend_bounds(key, low, high, is_first, channels):
+    for c in T.unroll(channels):
+        low[c] = T.if_then_else(is_first, key[c], T.min(low[c], key[c]))
+        high[c] = T.if_then_else(is_first, key[c], T.max(high[c], key[c]))
+
+
+@T.macro
+def mirror_page(
+    k_cache, k_offset, codes, scale_zero, page_min, page_max,
+    page, kv_head, fill, lane, channels, page_size, dtype,
+):  # fmt: skip
+    """One warp writes mirror and bounds of a page's first `fill` tokens; other slots get codes 0."""
+    key = T.alloc_local((channels,), dtype)
+    low = T.alloc_local((channels,), dtype)
+    high = T.alloc_local((channels,), dtype)
+    offset = T.alloc_local((channels,), T.float32)
+    for c in T.unroll(channels):
+        low[c] = T.cast(0, dtype)
+        high[c] = T.cast(0, dtype)
+    for c in T.vectorized(channels):
+        offset[c] = k_offset[kv_head, lane * channels + c]
+    for slot in T.serial(page_size):
+        if slot < fill:
+            for c in T.vectorized(channels):
+                key[c] = k_cache[page, slot, kv_head, lane * channels + c]
+            extend_bounds(key, low, high, slot == 0, channels)
+            quantize_key(key, offset, codes, scale_zero, page, kv_head, slot, lane, channels)
+        else:
+            for c in T.vectorized(channels // 2):
+                codes[page, kv_head, slot, lane * (channels // 2) + c] = T.uint8(0)
+            if lane < 2:
+                scale_zero[page, kv_head, slot, lane] = T.float16(0)
+    for c in T.vectorized(channels):
+        page_min[page, kv_head, lane * channels + c] = low[c]
+    for c in T.vectorized(channels):
+        page_max[page, kv_head, lane * channels + c] = high[c]
+
+
+@tilelang.jit(pass_configs=EXACT_MATH)
+def prefill_kernel(head_dim: int, page_size: int, dtype: str):
+    """Grid: (logical page, kv_head, batch), one warp each."""
+    batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
+    num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
+    max_seq_len = T.dynamic("max_seq_len")
+    channels = head_dim // 32
+
+    @T.prim_func
+    def prefill_pages(
+        k: T.Tensor[(batch_size, max_seq_len, num_kv_heads, head_dim), dtype],
+        v: T.Tensor[(batch_size, max_seq_len, num_kv_heads, head_dim), dtype],
+        page_table: T.Tensor[(batch_size, max_pages), T.int32],
+        seq_lens: T.Tensor[(batch_size,), T.int32],
+        k_offset: T.Tensor[(num_kv_heads, head_dim), T.float32],
+        k_cache: T.Tensor[(num_pages, page_size, num_kv_heads, head_dim), dtype],
+        v_cache: T.Tensor[(num_pages, page_size, num_kv_heads, head_dim), dtype],
+        codes: T.Tensor[(num_pages, num_kv_heads, page_size, head_dim // 2), T.uint8],
+        scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
+        page_min: T.Tensor[(num_pages, num_kv_heads, head_dim), dtype],
+        page_max: T.Tensor[(num_pages, num_kv_heads, head_dim), dtype],
+    ):
+        with T.Kernel(max_pages, num_kv_heads, batch_size, threads=32) as (logical, kv_head, batch):
+            lane = T.get_thread_binding()
+            fill = T.min(seq_lens[batch] - logical * page_size, page_size)
+            if fill > 0:
+                page = page_table[batch, logical]
+                for slot in T.serial(fill):
+                    token = logical * page_size + slot
+                    for c in T.vectorized(channels):
+                        channel = lane * channels + c
+                        k_cache[page, slot, kv_head, channel] = k[batch, token, kv_head, channel]
+                    for c in T.vectorized(channels):
+                        channel = lane * channels + c
+                        v_cache[page, slot, kv_head, channel] = v[batch, token, kv_head, channel]
+                mirror_page(
+                    k_cache, k_offset, codes, scale_zero, page_min, page_max,
+                    page, kv_head, fill, lane, channels, page_size, dtype,
+                )  # fmt: skip
+
+    return prefill_pages
+
+
+@tilelang.jit(pass_configs=EXACT_MATH)
+def mirror_kernel(head_dim: int, page_size: int, dtype: str):
+    """Grid: (physical page, kv_head), one warp each. `page_fill`: tokens in each page of the pool."""
+    num_kv_heads, num_pages = T.dynamic("num_kv_heads"), T.dynamic("num_pages")
+    channels = head_dim // 32
+
+    @T.prim_func
+    def mirror_pages(
+        page_fill: T.Tensor[(num_pages,), T.int32],
+        k_offset: T.Tensor[(num_kv_heads, head_dim), T.float32],
+        k_cache: T.Tensor[(num_pages, page_size, num_kv_heads, head_dim), dtype],
+        codes: T.Tensor[(num_pages, num_kv_heads, page_size, head_dim // 2), T.uint8],
+        scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
+        page_min: T.Tensor[(num_pages, num_kv_heads, head_dim), dtype],
+        page_max: T.Tensor[(num_pages, num_kv_heads, head_dim), dtype],
+    ):
+        with T.Kernel(num_pages, num_kv_heads, threads=32) as (page, kv_head):
+            lane = T.get_thread_binding()
+            if page_fill[page] > 0:
+                mirror_page(
+                    k_cache, k_offset, codes, scale_zero, page_min, page_max,
+                    page, kv_head, page_fill[page], lane, channels, page_size, dtype,
+                )  # fmt: skip
+
+    return mirror_pages
+
+
+@tilelang.jit(pass_configs=EXACT_MATH)
+def append_kernel(head_dim: int, page_size: int, dtype: str):
+    """Grid: (batch); a warp takes every eighth KV head. The length moves once all are written."""
+    batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
+    num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
+    channels = head_dim // 32
+    num_warps = 8
+
+    @T.prim_func
+    def append_tokens(
+        k: T.Tensor[(batch_size, num_kv_heads, head_dim), dtype],
+        v: T.Tensor[(batch_size, num_kv_heads, head_dim), dtype],
+        page_table: T.Tensor[(batch_size, max_pages), T.int32],
+        seq_lens: T.Tensor[(batch_size,), T.int32],
+        k_offset: T.Tensor[(num_kv_heads, head_dim), T.float32],
+        k_cache: T.Tensor[(num_pages, page_size, num_kv_heads, head_dim), dtype],
+        v_cache: T.Tensor[(num_pages, page_size, num_kv_heads, head_dim), dtype],
+        codes: T.Tensor[(num_pages, num_kv_heads, page_size, head_dim // 2), T.uint8],
+        scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
+        page_min: T.Tensor[(num_pages, num_kv_heads, head_dim), dtype],
+        page_max: T.Tensor[(num_pages, num_kv_heads, head_dim), dtype],
+    ):
+        with T.Kernel(batch_size, threads=num_warps * 32) as batch:
+            thread = T.get_thread_binding()
+            first_channel = thread % 32 * channels
+            key = T.alloc_local((channels,), dtype)
+            value = T.alloc_local((channels,), dtype)
+            low = T.alloc_local((channels,), dtype)
+            high = T.alloc_local((channels,), dtype)
+            offset = T.alloc_local((channels,), T.float32)
+            token = seq_lens[batch]
+            slot = token % page_size
+            if token < max_pages * page_size:
+                page = page_table[batch, token // page_size]
+                for step in T.serial(T.ceildiv(num_kv_heads, num_warps)):
+                    kv_head = step * num_warps + thread // 32
+                    if kv_head < num_kv_heads:
+                        for c in T.vectorized(channels):
+                            key[c] = k[batch, kv_head, first_channel + c]
+                        for c in T.vectorized(channels):
+                            value[c] = v[batch, kv_head, first_channel + c]
+                        for c in T.vectorized(channels):
+                            low[c] = page_min[page, kv_head, first_channel + c]
+                        for c in T.vectorized(channels):
+                            high[c] = page_max[page, kv_head, first_channel + c]
+                        for c in T.vectorized(channels):
+                            offset[c] = k_offset[kv_head, first_channel + c]
+                        extend_bounds(key, low, high, slot == 0, channels)
+                        for c in T.vectorized(channels):
+                            k_cache[page, slot, kv_head, first_channel + c] = key[c]
+                        for c in T.vectorized(channels):
+                            v_cache[page, slot, kv_head, first_channel + c] = value[c]
+                        for c in T.vectorized(channels):
+                            page_min[page, kv_head, first_channel + c] = low[c]
+                        for c in T.vectorized(channels):
+                            page_max[page, kv_head, first_channel + c] = high[c]
+                        quantize_key(
+                            key,
+                            offset,
+                            codes,
+                            scale_zero,
+                            page,
+                            kv_head,
+                            slot,
+                            thread % 32,
+                            channels,
+                        )
+                T.sync_threads()
+                if thread == 0:
+                    seq_lens[batch] = token + 1
+
+    return append_tokens
