@@ -1,9 +1,9 @@
 """Flash-TopK-Attention: exact paged decode attention over the listed tokens only.
 
-Rows (one KV head of one request) differ in length by 100x and more, so the work is cut into items of
-at most `split_tokens` tokens, and persistent blocks stride over the list of items: no padding, and no
-plan on the host. An item's result is defined by its tokens alone; rows of several items are merged by
-log-sum-exp in a fixed order.
+Rows (one KV head of one request) differ in length by 100x and more, so the work is cut into items
+of at most `split_tokens` tokens, and persistent blocks stride over the list of items: no padding,
+and no plan on the host. An item's result is defined by its tokens alone; rows of several items are
+merged by log-sum-exp in a fixed order.
 """
 
 from dataclasses import dataclass

@@ -19,7 +19,7 @@ from kernels.validate import (
 
 @dataclass
 class PagedKVCache:
-    """The tensors of one layer's cache (Twilight, section 4.2; page bounds as in Quest, section 3.2).
+    """The tensors of one layer's cache (Twilight, section 4.2; bounds as in Quest, section 3.2).
 
     k_cache, v_cache    [num_pages, page_size, num_kv_heads, head_dim], fp16 or bf16: the layout of
                         vLLM and of FlashInfer's NHD

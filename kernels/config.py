@@ -28,7 +28,7 @@ class EstimatorConfig:
 
     @classmethod
     def for_tiles(cls, num_tiles: int, head_dim: int) -> "EstimatorConfig":
-        """Few tiles are spread over more warps; wide heads have their loads in flight with fewer."""
+        """Few tiles are spread over more warps; wide heads fill them with fewer."""
         few = num_tiles < 16384 or head_dim > 128
         return cls(tiles_per_warp=2) if few else cls()
 
@@ -36,13 +36,15 @@ class EstimatorConfig:
 @dataclass(frozen=True)
 class PrunerConfig:
     block_threads: int = 256  # a block searches block_threads / 256 query heads side by side
+    blocks_per_sm: int = 4  # that registers must allow for
 
     @classmethod
-    def for_rows(cls, num_rows: int, width: int) -> "PrunerConfig":
-        """Few rows are searched with all their heads at once; many keep the GPU busy by themselves."""
-        if num_rows > 128:
-            return cls()
-        return cls(block_threads=1024 if width <= 8192 else 512)
+    def for_rows(cls, num_rows: int, width: int, capability: tuple[int, int]) -> "PrunerConfig":
+        """Few rows are searched with all their heads at once; many fill the GPU as they are."""
+        if num_rows <= 128:
+            return cls(block_threads=1024 if width <= 8192 else 512, blocks_per_sm=1)
+        # Code for compute capability 10 needs more registers than four blocks leave it.
+        return cls(blocks_per_sm=4 if capability < (10, 0) else 3)
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class PageScoreConfig:
     @classmethod
     def for_pages(cls, num_pages: int) -> "PageScoreConfig":
         """Few pages (over all rows) are spread over more blocks."""
-        return cls() if num_pages >= 2**18 else cls(tiles_per_block=1, num_stages=1)
+        return cls() if num_pages >= 2**18 else cls(tiles_per_block=2)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,6 @@ class AttentionConfig:
     split_tokens: int = 128  # tokens of one work item; part of the result's definition
     num_threads: int = 128
     blocks_per_sm: int = 3
-    merge_threads: int = 128
 
 
 def num_multiprocessors(device: torch.device) -> int:

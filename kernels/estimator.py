@@ -82,11 +82,12 @@ def estimator_kernel(
     """Grid: (blocks of candidate tiles, kv_head, batch); a warp takes `tiles_per_warp` tiles of 16
     tokens, and issues all their loads before the first product.
 
-    With codes u, k_hat = u * scale + zero, so q . k_hat = scale * (q . u) + zero * sum(q): the codes
-    go to the tensor cores as they are. A nibble pair masked out of a word, `x & 0x000f000f`, is read
-    as two fp16 subnormals u * 2^-24, and `x & 0x00f000f0` as u * 2^-20; both are exact, so unpacking
-    needs no arithmetic. Channels are permuted alike in u and q: lane c of the four that share a
-    token holds a quarter of its channels, eight to a word, nibble n of a word being channel n.
+    With codes u, k_hat = u * scale + zero, so q . k_hat = scale * (q . u) + zero * sum(q): the
+    codes go to the tensor cores as they are. A nibble pair masked out of a word, `x & 0x000f000f`,
+    is read as two fp16 subnormals u * 2^-24, and `x & 0x00f000f0` as u * 2^-20; both are exact, so
+    unpacking needs no arithmetic. Channels are permuted alike in u and q: lane c of the four that
+    share a token holds a quarter of its channels, eight to a word, nibble n of a word being channel
+    n.
     """
     batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
     num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")

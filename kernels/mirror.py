@@ -15,8 +15,8 @@ MAX_CODE = 15
 def quantize_key(key, offset, codes, scale_zero, page, kv_head, slot, lane, channels):
     """Writes code = round((key - offset - zero) / scale) for a warp's key, and (scale, zero).
 
-    zero rounds down and scale rounds up, so that the fp16 pair still spans every channel. A constant
-    key has scale 0 and codes 0.
+    zero rounds down and scale rounds up, so that the fp16 pair still spans every channel. A
+    constant key has scale 0 and codes 0.
     """
     shifted = T.alloc_local((channels,), T.float32)
     packed = T.alloc_local((channels // 2,), T.uint8)
@@ -77,7 +77,7 @@ def mirror_page(
     k_cache, k_offset, codes, scale_zero, page_min, page_max,
     page, kv_head, fill, lane, channels, page_size, dtype,
 ):  # fmt: skip
-    """One warp writes mirror and bounds of a page's first `fill` tokens; other slots get codes 0."""
+    """One warp mirrors and bounds a page's first `fill` tokens; other slots get codes 0."""
     key = T.alloc_local((channels,), dtype)
     low = T.alloc_local((channels,), dtype)
     high = T.alloc_local((channels,), dtype)
@@ -149,7 +149,7 @@ def prefill_kernel(head_dim: int, page_size: int, dtype: str):
 
 @tilelang.jit(pass_configs=EXACT_MATH)
 def mirror_kernel(head_dim: int, page_size: int, dtype: str):
-    """Grid: (physical page, kv_head), one warp each. `page_fill`: tokens in each page of the pool."""
+    """Grid: (physical page, kv_head), one warp each. `page_fill`: tokens in each page."""
     num_kv_heads, num_pages = T.dynamic("num_kv_heads"), T.dynamic("num_pages")
     channels = head_dim // 32
 

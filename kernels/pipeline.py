@@ -75,7 +75,7 @@ class TwilightDecode:
         self.out = torch.empty(*heads, cache.head_dim, dtype=cache.k_cache.dtype, device=device)
 
     def run(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
-        """One step. Launches only, so that it can be captured; `out` is overwritten by the next run.
+        """One step. Launches only, so that it can be captured; the next run overwrites `out`.
 
         Args:
             q: [batch_size, num_qo_heads, head_dim] in the cache's dtype.

@@ -116,7 +116,8 @@ def launch_prune_top_p(
     grouped = (cache.batch_size, cache.num_kv_heads, logits.shape[1] // cache.num_kv_heads)
     width = logits.shape[2]
     forced = num_sink_tokens > 0 or num_recent_tokens > 0
-    config = PrunerConfig.for_rows(grouped[0] * grouped[1], width)
+    capability = torch.cuda.get_device_capability(logits.device)
+    config = PrunerConfig.for_rows(grouped[0] * grouped[1], width, capability)
     width_bound = next_power_of_two(max(width, 32))
     kernel = pruner_kernel(grouped[2], cache.page_size, forced, width_bound, config)
     kernel(
@@ -167,11 +168,11 @@ def row_sum(value, result, warp_values, row, lane):
 def pruner_kernel(
     group_size: int, page_size: int, forced: bool, width_bound: int, config: PrunerConfig
 ):
-    """Grid: (kv_head, batch). A block searches up to block_threads / HEAD_THREADS query heads side by side.
+    """Grid: (kv_head, batch); block_threads / HEAD_THREADS query heads are searched side by side.
 
-    weight = exp(logit - max), in (0, 1]. Weights below (1 - p) * total / n may all go, whatever they
-    are; what survives that cut is gathered in shared memory and searched there. Its mass in the
-    search is the integer weight * 2^30 / total, rounded down, so that no order of summation can
+    weight = exp(logit - max), in (0, 1]. Weights below (1 - p) * total / n may all go, whatever
+    they are; what survives that cut is gathered in shared memory and searched there. Its mass in
+    the search is the nearest integer to weight * 2^30 / total, so that no order of summation can
     change the set. The search key is the weight's bit pattern: positive floats are ordered as
     integers.
 
@@ -203,7 +204,7 @@ def pruner_kernel(
         kept_mass: T.Tensor[(batch_size, num_kv_heads, group_size), T.float32],
     ):
         with T.Kernel(num_kv_heads, batch_size, threads=num_threads) as (kv_head, batch):
-            T.annotate_min_blocks_per_sm(1024 // num_threads)
+            T.annotate_min_blocks_per_sm(max(config.blocks_per_sm - forced, 1))
             T.assume(width % 16 == 0)
             thread = T.get_thread_binding()
             row = thread // HEAD_THREADS
@@ -247,7 +248,7 @@ def pruner_kernel(
                 position(i) < num_sink_tokens, position(i) >= seq_lens[batch] - num_recent_tokens
             )
             key = lambda x: T.reinterpret(x, T.int32)
-            mass = lambda x: T.cast(x * (1073741824.0 / total), T.int32)
+            mass = lambda x: T.cast(x * (1073741824.0 / total) + 0.5, T.int32)
 
             clear_bins(search, row, lane)
             for first_head in T.serial(0, group_size, block_heads):
@@ -314,7 +315,7 @@ def pruner_kernel(
                                     for e in T.unroll(GROUP):
                                         add_to_bin(
                                             search, row, key(values[g, e]), bracket[0], shift,
-                                            mass(values[g, e]), HEAD_THREADS,
+                                            mass(values[g, e]), 1 << round_bits,
                                         )  # fmt: skip
                         else:
                             left = T.ceildiv(num_survivors[row] - lane, HEAD_THREADS)
@@ -322,7 +323,7 @@ def pruner_kernel(
                                 weight = survivors[row, step * HEAD_THREADS + lane]
                                 add_to_bin(
                                     search, row, key(weight), bracket[0], shift, mass(weight),
-                                    HEAD_THREADS,
+                                    1 << round_bits,
                                 )  # fmt: skip
                     cross_bins(search, row, lane, bracket, shift, need, HEAD_THREADS)
                     searching = T.if_then_else(shift > NEAR_TIE_BITS, searching, 0)
@@ -342,9 +343,10 @@ def pruner_kernel(
                                 keep = key(values[g, e]) >= bracket[0]
                                 if forced:
                                     keep = T.Or(keep, is_forced(token + e))
-                                if keep and token + e < num_tokens:
+                                if keep:
                                     bits |= 1 << e
                                     partial += values[g, e]
+                            bits &= (1 << T.max(T.min(num_tokens - token, GROUP), 0)) - 1
                             if first_head > 0:
                                 bits |= T.cast(masks[row, token // GROUP], T.int32)
                             masks[row, token // GROUP] = T.cast(bits, T.uint8)

@@ -1,4 +1,4 @@
-"""Selectors: which pages are worth estimating. Quest's bounds and the top pages, or simply every page."""
+"""Selectors: which pages are worth estimating. The top pages by Quest's bounds, or every page."""
 
 import tilelang
 import tilelang.language as T
@@ -16,7 +16,7 @@ from kernels.threshold import (
 )
 from kernels.validate import check_count, check_query, dtype_name
 
-LOWEST_KEY = -(2**31)
+LOWEST_KEY, HIGHEST_KEY = -(2**31), 2**31 - 1
 
 
 def select_pages(
@@ -27,7 +27,7 @@ def select_pages(
     num_sink_tokens: int = 0,
     num_recent_tokens: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pages with the largest bound on any logit of the group's query heads (Quest, section 3.2).
+    """The pages with the largest bound on a logit of the group's query heads (Quest, section 3.2).
 
     Args:
         q: [batch_size, num_qo_heads, head_dim], fp16 or bf16, as the cache.
@@ -77,8 +77,8 @@ def page_budget(
     )
     if always_in > width and width < cache.max_pages:
         raise ValueError(
-            f"token_budget: expected at least {always_in * cache.page_size} for sinks, recent tokens "
-            f"and the newest page, got {token_budget}"
+            f"token_budget: expected at least {always_in * cache.page_size} for sinks, recent "
+            f"tokens and the newest page, got {token_budget}"
         )
     return width
 
@@ -250,6 +250,7 @@ def top_pages_kernel(page_size: int, max_pages_bound: int, config: TopPagesConfi
             lowest = T.alloc_var(T.int32)
             highest = T.alloc_var(T.int32)
             shift = T.alloc_var(T.int32)
+            num_bins = T.alloc_var(T.int32)
             searching = T.alloc_var(T.int32)
 
             num_pages = T.ceildiv(seq_lens[batch], page_size)
@@ -263,18 +264,21 @@ def top_pages_kernel(page_size: int, max_pages_bound: int, config: TopPagesConfi
             is_open = lambda page: T.And(page >= sink_pages, page < first_recent)
             bits_of = lambda page: T.reinterpret(scores[batch, kv_head, page], T.int32)
             read_key = lambda page: T.if_then_else(
-                is_open(page), bits_of(page) ^ ((bits_of(page) >> 31) & 0x7FFFFFFF), LOWEST_KEY
+                is_open(page), bits_of(page) ^ ((bits_of(page) >> 31) & HIGHEST_KEY), LOWEST_KEY
             )
             key_of = lambda chunk, r: read_key(page_of(chunk, r)) if wide else keys[r]
 
             bracket[0] = LOWEST_KEY  # takes every page
             ties[0] = LOWEST_KEY
-            if num_pages > width:
+            if num_pages > width and need == 0:
+                bracket[0] = HIGHEST_KEY  # takes none
+                ties[0] = 1
+            if num_pages > width and need > 0:
                 clear_bins(search, 0, thread)
                 if not wide:
                     for r in T.unroll(per_thread):
                         keys[r] = read_key(page_of(0, r))
-                lowest = 0x7FFFFFFF
+                lowest = HIGHEST_KEY
                 highest = LOWEST_KEY
                 for chunk in T.serial(num_chunks):
                     for r in T.unroll(per_thread):
@@ -293,6 +297,7 @@ def top_pages_kernel(page_size: int, max_pages_bound: int, config: TopPagesConfi
 
                 bracket[0] = lowest
                 bracket[1] = 0
+                num_bins = 1 << round_bits
                 shift = T.max(32 - round_bits - T.clz(highest - lowest), 0)
                 searching = 1
                 while searching != 0:
@@ -300,14 +305,16 @@ def top_pages_kernel(page_size: int, max_pages_bound: int, config: TopPagesConfi
                         for r in T.unroll(per_thread):
                             if is_open(page_of(chunk, r)):
                                 key = key_of(chunk, r)
-                                add_to_bin(search, 0, key, bracket[0], shift, 1, num_threads)
+                                add_to_bin(search, 0, key, bracket[0], shift, 1, num_bins)
                     cross_bins(search, 0, thread, bracket, shift, need, num_threads)
                     searching = T.if_then_else(shift > 0 and bracket[1] + bracket[2] != need, 1, 0)
+                    num_bins = 1 << T.min(shift, round_bits)  # only the chosen bin is open
                     shift = T.max(shift - round_bits, 0)
 
                 if bracket[1] + bracket[2] > need:
                     ties[0] = -num_pages
                     ties[1] = bracket[1]
+                    num_bins = 1 << round_bits
                     shift = T.max(32 - round_bits - T.clz(num_pages), 0)
                     searching = 1
                     while searching != 0:
@@ -315,9 +322,10 @@ def top_pages_kernel(page_size: int, max_pages_bound: int, config: TopPagesConfi
                             for r in T.unroll(per_thread):
                                 if is_open(page_of(chunk, r)) and key_of(chunk, r) == bracket[0]:
                                     page = page_of(chunk, r)
-                                    add_to_bin(search, 0, -page, ties[0], shift, 1, num_threads)
+                                    add_to_bin(search, 0, -page, ties[0], shift, 1, num_bins)
                         cross_bins(search, 0, thread, ties, shift, need, num_threads)
                         searching = T.if_then_else(shift > 0, 1, 0)
+                        num_bins = 1 << T.min(shift, round_bits)
                         shift = T.max(shift - round_bits, 0)
 
             for chunk in T.serial(num_chunks):
@@ -335,8 +343,8 @@ def top_pages_kernel(page_size: int, max_pages_bound: int, config: TopPagesConfi
                         words[page // 32] = bits
             T.sync_threads()
             compact(
-                lambda i: words[i], offsets, T.ceildiv(num_pages, 32), scan_sums, num_threads, count,
-                lambda i: i, candidate_pages, batch, kv_head,
+                lambda i: words[i], offsets, T.ceildiv(num_pages, 32), scan_sums, num_threads,
+                count, lambda i: i, candidate_pages, batch, kv_head,
             )  # fmt: skip
             if thread == 0:
                 candidate_counts[batch, kv_head] = count[0]

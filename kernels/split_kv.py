@@ -32,7 +32,7 @@ def count_tokens(source, page_size, seq_lens, indices, counts, batch, kv_head, n
 
 @tilelang.jit(pass_configs=TILE_LEVEL)
 def plan_kernel(page_size: int, source: str, config: AttentionConfig):
-    """Grid: (kv_head, batch). Appends the row's items to the list; no result depends on their order."""
+    """Grid: (kv_head, batch). Appends the row's items to the list, in no order that matters."""
     batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
     width, max_items = T.dynamic("width"), T.dynamic("max_items")
     num_threads = 64
@@ -71,10 +71,10 @@ def plan_kernel(page_size: int, source: str, config: AttentionConfig):
 def attention_kernel(
     group_size: int, head_dim: int, page_size: int, dtype: str, source: str, config: AttentionConfig
 ):
-    """Persistent blocks over the items. All of an item's K and V are in flight before its first product.
+    """Persistent blocks over the items; all of an item's K and V are in flight before any product.
 
-    The group's query heads are the rows of a 16-row tile; rows beyond the group repeat its last head
-    and are not written. Tokens beyond the item's repeat its last one and weigh nothing.
+    The group's query heads are the rows of a 16-row tile; rows beyond the group repeat its last
+    head and are not written. Tokens beyond the item's repeat its last one and weigh nothing.
     """
     batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
     num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
@@ -101,7 +101,7 @@ def attention_kernel(
         lse: T.Tensor[(batch_size, num_kv_heads, group_size), T.float32],
     ):
         with T.Kernel(num_blocks, threads=config.num_threads) as block:
-            # Static scope: in the dynamic pool, reading it between two copies would cost a barrier each time.
+            # Static scope: from the dynamic pool, each copy that reads it would wait at a barrier.
             slots = T.alloc_shared((split_tokens,), T.int32, scope="shared")
             q_shared = T.alloc_shared((QUERY_ROWS, head_dim), dtype)
             k_shared = T.alloc_shared((split_tokens, head_dim), dtype)

@@ -1,9 +1,9 @@
-"""Threshold search and compaction inside one block: what the selector and the pruner have in common.
+"""Threshold search and compaction in one block: what selector and pruner have in common.
 
 Both look for the largest 32-bit key such that the items with that key or a larger one weigh at
-least `need` together. The selector's items weigh one each and it needs k of them; the pruner's weigh
-their attention and it needs p of the total. Masses are integers, so no order of summation can change
-a result.
+least `need` together. The selector's items weigh one each and it needs k of them; the pruner's
+weigh their attention and it needs p of the total. Masses are integers, so no order of summation can
+change a result.
 
 A row of items is searched by `row_threads` threads, and a block may search several rows side by
 side. One round cuts the row's undecided range of keys into 4 * row_threads equal bins, adds up the
@@ -18,7 +18,7 @@ WORDS_AT_ONCE = 4
 
 
 def bits_per_round(row_threads: int) -> int:
-    """Bits of the key that one round settles."""
+    """Bits of the key that one round settles: the log2 of its bins."""
     return (row_threads * BINS_PER_THREAD).bit_length() - 1
 
 
@@ -38,11 +38,11 @@ def clear_bins(search, row, lane):
 
 
 @T.macro
-def add_to_bin(search, row, key, low, shift, mass, row_threads):
-    """Adds an item's mass to its bin, unless its key lies outside the bins."""
+def add_to_bin(search, row, key, low, shift, mass, num_bins):
+    """Adds an item's mass to its bin of 2^shift keys, unless its key lies outside the num_bins."""
     if key >= low:
         bin_index = T.cast(T.cast(key - low, T.uint32) >> T.cast(shift, T.uint32), T.int32)
-        if bin_index < row_threads * BINS_PER_THREAD:
+        if bin_index < num_bins:
             T.atomic_add(search[0][row, bin_index], mass)
 
 
@@ -125,9 +125,10 @@ def exclusive_sum(value, prefix, total, warp_sums, thread, num_threads):
 def compact(
     word_at, offsets, num_words, warp_sums, num_threads, count, position, output, batch, kv_head
 ):
-    """Writes position(i) of every set bit i to output[batch, kv_head], ascending; count[0] = how many.
+    """Writes position(i) of every set bit i to output[batch, kv_head], ascending.
 
-    `word_at(w)` holds bits 32 w to 32 w + 31.    `offsets` has room for one int32 per word: the bits set in the words before it.
+    count[0] = how many. word_at(w) holds bits 32 w to 32 w + 31; `offsets` has room for one number
+    per word: the bits set in the words before it.
     """
     thread = T.get_thread_binding()
     prefix = T.alloc_local((1,), T.int32)

@@ -69,8 +69,8 @@ def check_page_size(page_size: int) -> None:
         raise ValueError(f"page_size: expected a multiple of {TILE_TOKENS}, got {page_size}")
 
 
-def check_query(q: torch.Tensor, cache: "PagedKVCache") -> int:  # noqa: F821
-    """Raises ValueError unless q [batch_size, num_qo_heads, head_dim] fits the cache; returns group_size."""
+def check_query(q: torch.Tensor, cache: "PagedKVCache") -> None:  # noqa: F821
+    """Raises ValueError unless q [batch_size, num_qo_heads, head_dim] fits the cache."""
     shape = (cache.batch_size, None, cache.head_dim)
     check_tensor("q", q, shape, cache.k_cache.dtype, cache.k_cache.device, align=16)
     num_qo_heads = q.shape[1]
@@ -80,7 +80,6 @@ def check_query(q: torch.Tensor, cache: "PagedKVCache") -> int:  # noqa: F821
             f"q: expected 1 to {MAX_GROUP_SIZE} query heads for each of {cache.num_kv_heads} KV "
             f"heads, got {num_qo_heads}"
         )
-    return group_size
 
 
 def check_scale(sm_scale: float | None, head_dim: int) -> float:
