@@ -14,7 +14,6 @@ top crosses the need.
 import tilelang.language as T
 
 BINS_PER_THREAD = 4
-WORDS_AT_ONCE = 4
 
 
 def bits_per_round(row_threads: int) -> int:
@@ -42,7 +41,8 @@ def add_to_bin(search, row, key, low, shift, mass, num_bins):
     """Adds an item's mass to its bin of 2^shift keys, unless its key lies outside the num_bins."""
     if key >= low:
         bin_index = T.cast(T.cast(key - low, T.uint32) >> T.cast(shift, T.uint32), T.int32)
-        if bin_index < num_bins:
+        # Keys more than 2^31 apart, a large negative and a large positive score, wrap around.
+        if bin_index >= 0 and bin_index < num_bins:
             T.atomic_add(search[0][row, bin_index], mass)
 
 
@@ -134,7 +134,8 @@ def compact(
     prefix = T.alloc_local((1,), T.int32)
     total = T.alloc_local((1,), T.int32)
     bits = T.alloc_var(T.uint32)
-    positions = T.alloc_local((WORDS_AT_ONCE,), T.int32)
+    at_once = 8 if num_threads < 1024 else 4  # 1024 threads have 64 registers each
+    positions = T.alloc_local((at_once,), T.int32)
     num_warps = num_threads // 32
     count[0] = 0
     for base in T.serial(T.ceildiv(num_words, num_threads)):
@@ -149,12 +150,12 @@ def compact(
         count[0] += total[0]
     T.sync_threads()
     # Positions are read ahead of the bits that ask for them: their latencies overlap.
-    for step in T.serial(T.ceildiv(num_words, num_warps * WORDS_AT_ONCE)):
-        for i in T.unroll(WORDS_AT_ONCE):
-            word = (step * WORDS_AT_ONCE + i) * num_warps + thread // 32
+    for step in T.serial(T.ceildiv(num_words, num_warps * at_once)):
+        for i in T.unroll(at_once):
+            word = (step * at_once + i) * num_warps + thread // 32
             positions[i] = position(T.min(word, num_words - 1) * 32 + thread % 32)
-        for i in T.unroll(WORDS_AT_ONCE):
-            word = (step * WORDS_AT_ONCE + i) * num_warps + thread // 32
+        for i in T.unroll(at_once):
+            word = (step * at_once + i) * num_warps + thread // 32
             if word < num_words:
                 bits = word_at(word)
                 bit = T.cast(thread % 32, T.uint32)
