@@ -298,7 +298,8 @@ def top_pages_kernel(page_size: int, max_pages_bound: int, config: TopPagesConfi
                 bracket[0] = lowest
                 bracket[1] = 0
                 num_bins = 1 << round_bits
-                shift = T.max(32 - round_bits - T.clz(highest - lowest), 0)
+                key_span = T.cast(T.cast(highest, T.int64) - T.cast(lowest, T.int64), T.uint32)
+                shift = T.max(32 - round_bits - T.cast(T.clz(key_span), T.int32), 0)
                 searching = 1
                 while searching != 0:
                     for chunk in T.serial(num_chunks):

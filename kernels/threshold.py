@@ -40,10 +40,10 @@ def clear_bins(search, row, lane):
 def add_to_bin(search, row, key, low, shift, mass, num_bins):
     """Adds an item's mass to its bin of 2^shift keys, unless its key lies outside the num_bins."""
     if key >= low:
-        bin_index = T.cast(T.cast(key - low, T.uint32) >> T.cast(shift, T.uint32), T.int32)
-        # Keys more than 2^31 apart, a large negative and a large positive score, wrap around.
-        if bin_index >= 0 and bin_index < num_bins:
-            T.atomic_add(search[0][row, bin_index], mass)
+        # 64 bits: a large negative and a large positive score are more than 2^31 keys apart.
+        bin_index = (T.cast(key, T.int64) - T.cast(low, T.int64)) >> T.cast(shift, T.int64)
+        if bin_index < T.cast(num_bins, T.int64):
+            T.atomic_add(search[0][row, T.cast(bin_index, T.int32)], mass)
 
 
 @T.macro
@@ -89,7 +89,9 @@ def cross_bins(search, row, lane, bracket, shift, need, row_threads):
                 is_lowest = lane * BINS_PER_THREAD + k == 0
                 if running < need and (running + own[k] >= need or is_lowest):
                     found = 1
-                    state[row, 0] = bracket[0] + ((lane * BINS_PER_THREAD + k) << shift)
+                    bin_index = T.cast(lane * BINS_PER_THREAD + k, T.int64)
+                    lowest_key = T.cast(bracket[0], T.int64) + (bin_index << T.cast(shift, T.int64))
+                    state[row, 0] = T.cast(lowest_key, T.int32)
                     state[row, 1] = running
                     state[row, 2] = own[k]
                 else:
