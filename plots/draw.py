@@ -88,8 +88,32 @@ def markdown_table(frames: Frames) -> str:
     seen = {name: ", ".join(sorted(map(str, every[name].unique()))) for name in every.columns}
     lines.append(
         f"\nMedian microseconds on {seen['gpu']}, {seen['dtype']}, timer {seen['timer']}, "
-        f"read ceiling {seen['read_tbps']} TB/s, commit {seen['commit']}, {seen['date']}."
+        f"read ceiling {every['read_tbps'].max():.2f} TB/s, commit {seen['commit']}, {seen['date']}."
     )
+    return "\n".join(lines)
+
+
+def stage_table(frames: Frames) -> str:
+    """The README's second table: each stage's time, bytes per time and share of its byte floor."""
+    stages = ("selector", "estimator", "pruner", "attention")
+    rows = pd.concat([standard_rows(frames, stage) for stage in stages])
+    lines = [
+        "| workload | kept per KV head | " + " | ".join(stages) + " |",
+        "|---|---" + "|---" * len(stages) + "|",
+    ]
+    for workload, own in rows.groupby("workload", sort=False):
+        by_stage = own.set_index("stage")
+        cells = []
+        for stage in stages:
+            if stage not in by_stage.index:
+                raise MissingData(f"{stage}.csv: no row with workload {workload}")
+            row = by_stage.loc[stage]
+            tbps = row["bytes"] / row["median_us"] / 1e6
+            cells.append(
+                f"{row['median_us']:,.1f} us, {tbps:.2f} TB/s, {100 * row['reached']:.0f} %"
+            )
+        kept = by_stage.loc["attention", "kept_mean"]
+        lines.append(f"| {workload} | {kept:.0f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -97,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     """Draw the figures, or print the table, of every GPU that has results."""
     parser = argparse.ArgumentParser(prog="python -m plots.draw", description=__doc__)
     parser.add_argument("--gpu", help="this GPU only, by its folder's name")
-    parser.add_argument("--table", action="store_true", help="print the README's table instead")
+    parser.add_argument("--table", action="store_true", help="print the README's tables instead")
     parser.add_argument("--present", action="store_true", help="skip what lacks data, say what")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
     parser.add_argument("--figures", type=Path, default=FIGURES_FOLDER, help="where figures go")
@@ -111,7 +135,8 @@ def main(argv: list[str] | None = None) -> int:
         folder = arguments.results / name
         try:
             if arguments.table:
-                print(markdown_table(Results(folder)), end="\n\n")
+                results = Results(folder)
+                print(markdown_table(results), stage_table(results), sep="\n\n", end="\n\n")
             else:
                 drawn = draw(folder, arguments.figures / name, arguments.present)
                 where = os.path.relpath(arguments.figures / name)

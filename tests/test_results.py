@@ -193,6 +193,13 @@ def test_committed_results_conform(path: Path) -> None:
     assert (floor_us - frame["floor_us"]).abs().le(0.01 + 1e-3 * floor_us).all()
 
 
+def test_readme_holds_the_tables_of_the_committed_results() -> None:
+    frames = draw.Results(RESULTS / "h200")
+    readme = (RESULTS.parents[1] / "README.md").read_text()
+    assert draw.markdown_table(frames) in readme
+    assert draw.stage_table(frames) in readme
+
+
 def test_bytes_are_those_of_the_design() -> None:
     """gqa-32k: per token 32 B of bounds, 68 B of mirror per candidate, 512 B per kept token."""
     work = GPU_WORKLOADS[0].work("quest+twilight")
