@@ -86,9 +86,10 @@ def markdown_table(frames: Frames) -> str:
         )
     every = pd.concat([steps, dense])
     seen = {name: ", ".join(sorted(map(str, every[name].unique()))) for name in every.columns}
+    ceiling = every["read_tbps"].max()
     lines.append(
         f"\nMedian microseconds on {seen['gpu']}, {seen['dtype']}, timer {seen['timer']}, "
-        f"read ceiling {every['read_tbps'].max():.2f} TB/s, commit {seen['commit']}, {seen['date']}."
+        f"read ceiling {ceiling:.2f} TB/s, commit {seen['commit']}, {seen['date']}."
     )
     return "\n".join(lines)
 
