@@ -25,12 +25,13 @@ THREAD_LEVEL = TILE_LEVEL | {
 class EstimatorConfig:
     num_warps: int = 4
     tiles_per_warp: int = 4  # tiles of 16 tokens whose loads one warp issues together
+    steps: int = 4  # that a warp takes one after another
 
     @classmethod
     def for_tiles(cls, num_tiles: int, head_dim: int) -> "EstimatorConfig":
         """Few tiles are spread over more warps; wide heads fill them with fewer."""
         few = num_tiles < 16384 or head_dim > 128
-        return cls(tiles_per_warp=2) if few else cls()
+        return cls(tiles_per_warp=2, steps=1) if few else cls()
 
 
 @dataclass(frozen=True)

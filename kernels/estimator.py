@@ -75,12 +75,25 @@ def launch_estimate_logits(
     )
 
 
+@T.macro
+def find_pages(
+    pages, physical, first_tile, num_tiles, tiles_per_page,
+    candidate_pages, page_table, batch, kv_head, count,
+):  # fmt: skip
+    """Logical and physical pages of `count` tiles; beyond the last tile, the last one's."""
+    for i in T.unroll(count):
+        tile = T.min(first_tile + i, num_tiles - 1)
+        pages[i] = candidate_pages[batch, kv_head, tile // tiles_per_page]
+    for i in T.unroll(count):
+        physical[i] = page_table[batch, pages[i]]
+
+
 @tilelang.jit(pass_configs=TILE_LEVEL)
 def estimator_kernel(
     group_size: int, head_dim: int, page_size: int, dtype: str, config: EstimatorConfig
 ):
-    """Grid: (blocks of candidate tiles, kv_head, batch); a warp takes `tiles_per_warp` tiles of 16
-    tokens, and issues all their loads before the first product.
+    """Grid: (blocks of candidate tiles, kv_head, batch); in each of `steps`, a warp takes
+    `tiles_per_warp` tiles of 16 tokens, and issues all their loads before the first product.
 
     With codes u, k_hat = u * scale + zero, so q . k_hat = scale * (q . u) + zero * sum(q): the
     codes go to the tensor cores as they are. A nibble pair masked out of a word, `x & 0x000f000f`,
@@ -96,7 +109,8 @@ def estimator_kernel(
     lane_words = row_words // 4
     head_tiles = -(-group_size // TILE_HEADS)
     tiles_per_page = page_size // TILE_TOKENS
-    block_tiles = config.num_warps * config.tiles_per_warp
+    step_tiles = config.num_warps * config.tiles_per_warp
+    block_tiles = step_tiles * config.steps
 
     @T.prim_func
     def estimate_logits(
@@ -121,32 +135,25 @@ def estimator_kernel(
             lane = thread % 4
             num_tiles = candidate_counts[batch, kv_head] * tiles_per_page
             seq_len = seq_lens[batch]
-            first_tile = block * block_tiles + thread // 32 * config.tiles_per_warp
+            warp_tile = block * block_tiles + thread // 32 * config.tiles_per_warp
 
             q_words = T.alloc_local((lane_words * 8,), dtype)
             q_fragment = T.alloc_local((head_tiles, lane_words * 8), T.float16)
             q_sum = T.alloc_local((head_tiles, 2), T.float32)
             partial = T.alloc_var(T.float32)
+            next_page = T.alloc_local((config.tiles_per_warp,), T.int32)
+            next_physical = T.alloc_local((config.tiles_per_warp,), T.int32)
             tile_page = T.alloc_local((config.tiles_per_warp,), T.int32)
             tile_codes = T.alloc_local((config.tiles_per_warp, 2, lane_words), T.int32)
             tile_scale_zero = T.alloc_local((config.tiles_per_warp, 2, 2), T.float16)
             a_fragment = T.alloc_local((4,), T.uint32)
             acc = T.alloc_local((4,), T.float32)
 
-            if first_tile < num_tiles:
-                for i in T.unroll(config.tiles_per_warp):
-                    tile = T.min(first_tile + i, num_tiles - 1)
-                    tile_page[i] = candidate_pages[batch, kv_head, tile // tiles_per_page]
-                for i in T.unroll(config.tiles_per_warp):
-                    tile = T.min(first_tile + i, num_tiles - 1)
-                    page = page_table[batch, tile_page[i]]
-                    token = tile % tiles_per_page * TILE_TOKENS + row
-                    for t in T.unroll(2):
-                        for w in T.vectorized(lane_words):
-                            word = lane * lane_words + w
-                            tile_codes[i, t, w] = codes[page, kv_head, token + t * 8, word]
-                        for e in T.vectorized(2):
-                            tile_scale_zero[i, t, e] = scale_zero[page, kv_head, token + t * 8, e]
+            if warp_tile < num_tiles:
+                find_pages(
+                    next_page, next_physical, warp_tile, num_tiles, tiles_per_page,
+                    candidate_pages, page_table, batch, kv_head, config.tiles_per_warp,
+                )  # fmt: skip
 
                 for n in T.unroll(head_tiles):
                     head = n * TILE_HEADS + row
@@ -166,6 +173,29 @@ def estimator_kernel(
                             odd = T.cast(q_words[s // 2 * 8 + s % 2 * 2 + e * 4 + 1], T.float32)
                             q_fragment[n, s * 4 + e] = T.cast(even, T.float16)
                             q_fragment[n, s * 4 + 2 + e] = T.cast(odd * 0.0625, T.float16)
+
+            for step in T.serial(config.steps):
+                first_tile = warp_tile + step * step_tiles
+                if first_tile < num_tiles:
+                    for i in T.unroll(config.tiles_per_warp):
+                        tile = T.min(first_tile + i, num_tiles - 1)
+                        page = next_physical[i]
+                        token = tile % tiles_per_page * TILE_TOKENS + row
+                        tile_page[i] = next_page[i]
+                        for t in T.unroll(2):
+                            cell = token + t * 8
+                            for w in T.vectorized(lane_words):
+                                word = lane * lane_words + w
+                                tile_codes[i, t, w] = codes[page, kv_head, cell, word]
+                            for e in T.vectorized(2):
+                                tile_scale_zero[i, t, e] = scale_zero[page, kv_head, cell, e]
+                    # The next step's page ids arrive with this step's codes.
+                    if step + 1 < config.steps:
+                        find_pages(
+                            next_page, next_physical, first_tile + step_tiles, num_tiles,
+                            tiles_per_page, candidate_pages, page_table, batch, kv_head,
+                            config.tiles_per_warp,
+                        )  # fmt: skip
 
                 for i in T.unroll(config.tiles_per_warp):
                     if first_tile + i < num_tiles:
