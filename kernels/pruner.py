@@ -152,6 +152,22 @@ def to_weights(values, row_max, groups):
 
 
 @T.macro
+def find_alive(values, alive, low, staged, row, lane, groups):
+    """alive[0] = one bit per weight whose key reaches low[0]; all weights go to `staged`.
+
+    A thread reads back only what it staged itself: registers cannot be indexed at run time.
+    """
+    alive[0] = T.uint32(0)
+    for g in T.unroll(groups):
+        for e in T.unroll(GROUP):
+            if T.reinterpret(values[g, e], T.int32) >= low[0]:
+                alive[0] |= T.uint32(1 << (g * GROUP + e))
+        for half in T.unroll(2):
+            for e in T.vectorized(4):
+                staged[row, g * 2 + half, lane, e] = values[g, half * 4 + e]
+
+
+@T.macro
 def row_sum(value, result, warp_values, row, lane):
     """result[0] = the sum of `value` over the row's threads, in a fixed order."""
     result[0] = T.warp_reduce_sum(value)
@@ -171,14 +187,12 @@ def pruner_kernel(
     """Grid: (kv_head, batch); block_threads / HEAD_THREADS query heads are searched side by side.
 
     weight = exp(logit - max), in (0, 1]. Weights below (1 - p) * total / n may all go, whatever
-    they are; what survives that cut is gathered in shared memory and searched there. Its mass in
-    the search is the nearest integer to weight * 2^30 / total, so that no order of summation can
-    change the set. The search key is the weight's bit pattern: positive floats are ordered as
-    integers.
+    they are; only what survives that cut is searched. Its mass in the search is the nearest integer
+    to weight * 2^30 / total, so that no order of summation can change the set. The search key is
+    the weight's bit pattern: positive floats are ordered as integers.
 
-    A row of at most HEAD_THREADS * 32 logits stays in registers. A wider one is read again by every
-    pass, and searched without a list of survivors; its sums run in the same order, so that both
-    forms give the same bits.
+    A row of at most HEAD_THREADS * 32 logits is read once. A wider one is read again by every pass;
+    its sums run in the same order, so that both forms give the same bits.
     """
     batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
     width_pages, width = T.dynamic("width_pages"), T.dynamic("width")
@@ -213,8 +227,7 @@ def pruner_kernel(
             search = alloc_search(block_heads, HEAD_THREADS)
             warp_values = T.alloc_shared((block_heads, num_warps), T.float32, scope="shared")
             scan_sums = T.alloc_shared((num_threads // 32,), T.int32, scope="shared")
-            num_survivors = T.alloc_shared((block_heads,), T.int32, scope="shared")
-            survivors = T.alloc_shared((block_heads, 1 if wide else chunk_tokens), T.float32)
+            staged = T.alloc_shared((block_heads, groups * 2, HEAD_THREADS, 4), T.float32)
             masks = T.alloc_shared((block_heads, width_bound // 8), T.uint8)
             words = T.view(masks, (block_heads, width_bound // 32), T.uint32)
             offsets = T.alloc_shared((width_bound // 32,), T.int32)
@@ -227,7 +240,8 @@ def pruner_kernel(
             bracket = T.alloc_local((3,), T.int32)
             shift = T.alloc_var(T.int32)
             searching = T.alloc_var(T.int32)
-            slot = T.alloc_local((1,), T.int32)
+            alive = T.alloc_local((1,), T.uint32)
+            rest = T.alloc_var(T.uint32)
             bits = T.alloc_var(T.int32)
             count = T.alloc_local((1,), T.int32)
 
@@ -240,12 +254,12 @@ def pruner_kernel(
                 0,
             )
             num_chunks = T.ceildiv(num_tokens, chunk_tokens) if wide else 1
-            page_of = lambda i: candidate_pages[
-                batch, kv_head, T.min(i // page_size, num_pages - 1)
+            page_of = lambda at: candidate_pages[
+                batch, kv_head, T.min(at // page_size, num_pages - 1)
             ]
-            position = lambda i: page_of(i) * page_size + i % page_size
-            is_forced = lambda i: T.Or(
-                position(i) < num_sink_tokens, position(i) >= seq_lens[batch] - num_recent_tokens
+            position = lambda at: page_of(at) * page_size + at % page_size
+            is_forced = lambda at: T.Or(
+                position(at) < num_sink_tokens, position(at) >= seq_lens[batch] - num_recent_tokens
             )
             key = lambda x: T.reinterpret(x, T.int32)
             mass = lambda x: T.cast(x * (1073741824.0 / total) + 0.5, T.int32)
@@ -253,7 +267,7 @@ def pruner_kernel(
             clear_bins(search, row, lane)
             for first_head in T.serial(0, group_size, block_heads):
                 head = T.min(first_head + row, group_size - 1)
-                logit = lambda i: logits[batch, kv_head, head, i]
+                logit = lambda at: logits[batch, kv_head, head, at]
                 token_of = lambda chunk, g: ((chunk * groups + g) * HEAD_THREADS + lane) * GROUP
 
                 # 1. The largest logit.
@@ -266,8 +280,6 @@ def pruner_kernel(
                 row_max = T.warp_reduce_max(row_max)
                 if lane % 32 == 0:
                     warp_values[row, lane // 32] = row_max
-                if lane == 0:
-                    num_survivors[row] = 0
                 T.sync_threads()
                 for warp in T.unroll(num_warps):
                     row_max = T.max(row_max, warp_values[row, warp])
@@ -294,37 +306,23 @@ def pruner_kernel(
                 need = T.cast(T.ceil(p * 1073741824.0), T.int32)
                 searching = T.if_then_else(p < 1.0, 1, 0)
                 if not wide:
-                    slot[0] = 0
-                    for g in T.unroll(groups):
-                        for e in T.unroll(GROUP):
-                            if key(values[g, e]) >= bracket[0]:
-                                slot[0] += 1
-                    reserve_slots(slot, num_survivors, row, lane)
-                    for g in T.unroll(groups):
-                        for e in T.unroll(GROUP):
-                            if key(values[g, e]) >= bracket[0]:
-                                survivors[row, slot[0]] = values[g, e]
-                                slot[0] += 1
+                    find_alive(values, alive, bracket, staged, row, lane, groups)
                 while T.syncthreads_or(searching) != 0:
                     if searching != 0:
-                        if wide:
-                            for chunk in T.serial(num_chunks):
+                        for chunk in T.serial(num_chunks):
+                            if wide:
                                 load_row(values, logit, num_tokens, token_of, chunk, groups)
                                 to_weights(values, row_max, groups)
-                                for g in T.unroll(groups):
-                                    for e in T.unroll(GROUP):
-                                        add_to_bin(
-                                            search, row, key(values[g, e]), bracket[0], shift,
-                                            mass(values[g, e]), 1 << round_bits,
-                                        )  # fmt: skip
-                        else:
-                            left = T.ceildiv(num_survivors[row] - lane, HEAD_THREADS)
-                            for step in T.serial(left):
-                                weight = survivors[row, step * HEAD_THREADS + lane]
+                                find_alive(values, alive, bracket, staged, row, lane, groups)
+                            rest = alive[0]
+                            while rest != T.uint32(0):
+                                i = 31 - T.cast(T.clz(rest), T.int32)
+                                weight = staged[row, i // 4, lane, i % 4]
                                 add_to_bin(
                                     search, row, key(weight), bracket[0], shift, mass(weight),
                                     1 << round_bits,
                                 )  # fmt: skip
+                                rest = rest ^ (T.uint32(1) << T.cast(i, T.uint32))
                     cross_bins(search, row, lane, bracket, shift, need, HEAD_THREADS)
                     searching = T.if_then_else(shift > NEAR_TIE_BITS, searching, 0)
                     shift = T.max(shift - round_bits, 0)
@@ -335,17 +333,25 @@ def pruner_kernel(
                     if wide:
                         load_row(values, logit, num_tokens, token_of, chunk, groups)
                         to_weights(values, row_max, groups)
+                        find_alive(values, alive, bracket, staged, row, lane, groups)
+                    rest = alive[0]
+                    while rest != T.uint32(0):
+                        i = 31 - T.cast(T.clz(rest), T.int32)
+                        weight = staged[row, i // 4, lane, i % 4]
+                        rest = rest ^ (T.uint32(1) << T.cast(i, T.uint32))
+                        if key(weight) >= bracket[0]:
+                            partial += weight
+                        else:
+                            alive[0] = alive[0] ^ (T.uint32(1) << T.cast(i, T.uint32))
                     for g in T.unroll(groups):
                         token = token_of(chunk, g)
                         if token < T.ceildiv(num_tokens, 32) * 32:
-                            bits = 0
-                            for e in T.unroll(GROUP):
-                                keep = key(values[g, e]) >= bracket[0]
-                                if forced:
-                                    keep = T.Or(keep, is_forced(token + e))
-                                if keep:
-                                    bits |= 1 << e
-                                    partial += values[g, e]
+                            bits = T.cast(alive[0] >> T.uint32(g * GROUP), T.int32) & 0xFF
+                            if forced:
+                                for e in T.unroll(GROUP):
+                                    if ((bits >> e) & 1) == 0 and is_forced(token + e):
+                                        bits |= 1 << e
+                                        partial += staged[row, g * 2 + e // 4, lane, e % 4]
                             bits &= (1 << T.max(T.min(num_tokens - token, GROUP), 0)) - 1
                             if first_head > 0:
                                 bits |= T.cast(masks[row, token // GROUP], T.int32)
@@ -365,19 +371,3 @@ def pruner_kernel(
                 kept_counts[batch, kv_head] = count[0]
 
     return prune_top_p
-
-
-@T.macro
-def reserve_slots(slot, num_slots, row, lane):
-    """Turns slot[0] = how many slots this thread wants into the first of them."""
-    inclusive = T.alloc_var(T.int32)
-    base = T.alloc_var(T.int32)
-    inclusive = slot[0]
-    for step in T.unroll(5):
-        lower = T.shfl_up(inclusive, 1 << step)
-        if lane % 32 >= (1 << step):
-            inclusive += lower
-    base = 0
-    if lane % 32 == 31:
-        base = T.atomic_add(num_slots[row], inclusive, return_prev=True)
-    slot[0] = T.shfl_sync(base, 31) + inclusive - slot[0]

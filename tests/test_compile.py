@@ -17,7 +17,7 @@ from autotune.space import SHARED_MEMORY_LIMIT, KernelShape, KernelVariant, defa
 # Each shape with the GPUs that it is compiled for: one for all three, the odd ones for one.
 SHAPES = {
     "gqa4-d128": (KernelShape(4, 128, 16, "float16", 512, 2048, 8192), tuple(SHARED_MEMORY_LIMIT)),
-    "gqa4-solo-long": (KernelShape(4, 128, 16, "float16", 8, 16384, 262144), ("sm_90a",)),
+    "gqa4-solo-long": (KernelShape(4, 128, 16, "float16", 8, 16384, 262144), ("sm_80", "sm_90a")),
     "gqa16-d64-p64": (KernelShape(16, 64, 64, "bfloat16", 8, 512, 8192), ("sm_80",)),
     "mha-d256": (KernelShape(1, 256, 16, "float16", 64, 300, 1024), ("sm_90a",)),
 }
