@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import tilelang
-from tilelang import tvm
+from tilelang import PassConfigKey
 from tilelang.contrib.nvcc import default_compile_options, get_nvcc_compiler
-from tvm.target import Target
 
 from autotune.space import SHARED_MEMORY_LIMIT, KernelShape, KernelVariant, default_variants
+from tests.emulate import lower
 
 # Each shape with the GPUs that it is compiled for: one for all three, the odd ones for one.
 SHAPES = {
@@ -33,15 +32,11 @@ class Compiled:
 
 
 def compile_for(variant: KernelVariant, arch: str, folder: Path) -> Compiled:
-    target = Target({"kind": "cuda", "arch": arch})
-    function = variant.factory.get_tir(*variant.arguments)
-    configs = {key.value: value for key, value in variant.factory.pass_configs.items()}
-    with tvm.transform.PassContext(opt_level=3, config=configs), target:
-        artifact = tilelang.lower(function, target=target)
+    artifact = lower(variant.factory, variant.arguments, arch)
     source = folder / f"{variant.name}.cu"
     source.write_text(artifact.kernel_source)
     options = [*default_compile_options(), "-O3", f"-arch={arch}", "-Xptxas", "-v", "--cubin"]
-    if configs.get("tl.enable_fast_math"):
+    if PassConfigKey.TL_ENABLE_FAST_MATH in variant.factory.pass_configs:
         options.append("--use_fast_math")
     command = [get_nvcc_compiler(), *options, str(source), "-o", str(source.with_suffix(".cubin"))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

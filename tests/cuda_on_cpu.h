@@ -1,0 +1,226 @@
+// Just enough of CUDA and of TileLang's device library to run a generated kernel on a CPU: one
+// std::thread per CUDA thread, one block at a time, barriers for __syncthreads and for each warp.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#define __global__
+#define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
+#define CUDART_INF_F INFINITY
+
+using std::max;
+using std::min;
+using uint = unsigned int;
+using uchar = unsigned char;
+using ushort = unsigned short;
+using half_t = _Float16;
+struct uchar2 { uchar x, y; };
+struct uchar4 { uchar x, y, z, w; };
+struct uint1 { uint x; };
+struct int2 { int x, y; };
+struct uint2 { uint x, y; };
+struct float2 { float x, y; };
+struct int4 { int x, y, z, w; };
+struct uint4 { uint x, y, z, w; };
+struct float4 { float x, y, z, w; };
+struct __half2 { _Float16 x, y; };
+using half2 = __half2;
+inline half2 __float22half2_rn(float2 v) {
+  return {static_cast<half_t>(v.x), static_cast<half_t>(v.y)};
+}
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+inline uchar2 make_uchar2(uchar x, uchar y) { return {x, y}; }
+inline uint2 make_uint2(uint x, uint y) { return {x, y}; }
+inline uint4 make_uint4(uint x, uint y, uint z, uint w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint __pack_half2(half_t x, half_t y) {
+  half_t both[2] = {x, y};
+  uint bits;
+  memcpy(&bits, both, 4);
+  return bits;
+}
+
+struct Index { int x, y, z; };
+inline thread_local Index threadIdx;
+inline Index blockIdx;
+inline std::unique_ptr<std::barrier<>> block_barrier;
+inline std::vector<std::unique_ptr<std::barrier<>>> warp_barriers;
+inline std::atomic<int> vote{0};
+inline uint64_t mailbox[1024][4];
+
+inline int warp() { return threadIdx.x / 32; }
+inline int lane() { return threadIdx.x % 32; }
+inline void sync_warp() { warp_barriers[warp()]->arrive_and_wait(); }
+inline void __syncthreads() { block_barrier->arrive_and_wait(); }
+inline int __syncthreads_or(int predicate) {
+  if (predicate) vote = 1;
+  __syncthreads();
+  int any = vote;
+  __syncthreads();
+  vote = 0;
+  __syncthreads();
+  return any;
+}
+
+// The value of thread `source`; `sync` makes every taker wait before and after.
+template <class T, class Sync> T take(T value, int source, Sync sync) {
+  memcpy(mailbox[threadIdx.x], &value, sizeof(T));
+  sync();
+  T taken;
+  memcpy(&taken, mailbox[source], sizeof(T));
+  sync();
+  return taken;
+}
+template <class T> T from_lane(T value, int source) {
+  bool inside = source >= 0 && source < 32;
+  return take(value, warp() * 32 + (inside ? source : lane()), sync_warp);
+}
+template <class T> T __shfl_sync(uint, T v, int source, int) { return from_lane(v, source); }
+template <class T> T __shfl_xor_sync(uint, T v, int d, int) { return from_lane(v, lane() ^ d); }
+template <class T> T __shfl_up_sync(uint, T v, int d, int) { return from_lane(v, lane() - d); }
+template <class T> T __shfl_down_sync(uint, T v, int d, int) { return from_lane(v, lane() + d); }
+inline unsigned long long __ballot_sync(uint, bool predicate) {
+  unsigned long long votes = 0;
+  for (int i = 0; i < 32; ++i)
+    votes |= static_cast<unsigned long long>(from_lane<int>(predicate, i)) << i;
+  return votes;
+}
+
+inline int __popc(uint x) { return __builtin_popcount(x); }
+inline int __clz(uint x) { return x ? __builtin_clz(x) : 32; }
+template <class T, class U> void AtomicAdd(T* p, U v, int = 0) {
+  __atomic_fetch_add(p, static_cast<T>(v), __ATOMIC_RELAXED);
+}
+template <class T, class U> T AtomicAddRet(T* p, U v, int = 0) {
+  return __atomic_fetch_add(p, static_cast<T>(v), __ATOMIC_RELAXED);
+}
+
+namespace cutlass {
+using half_t = _Float16;
+}
+inline half_t __hmin(half_t a, half_t b) { return a < b ? a : b; }
+inline half_t __hmax(half_t a, half_t b) { return a > b ? a : b; }
+
+namespace tl {
+enum class DataType { kFloat16, kFloat32 };
+struct MaxOp { template <class T> T operator()(T a, T b) { return max(a, b); } };
+struct MinOp { template <class T> T operator()(T a, T b) { return min(a, b); } };
+struct SumOp { template <class T> T operator()(T a, T b) { return a + b; } };
+template <class Op, class T> T warp_reduce(T value) {
+  for (int d = 16; d > 0; d /= 2) value = Op()(value, from_lane(value, lane() ^ d));
+  return value;
+}
+template <class T> T warp_reduce_max(T value) { return warp_reduce<MaxOp>(value); }
+template <class T> T warp_reduce_min(T value) { return warp_reduce<MinOp>(value); }
+template <class T> T warp_reduce_sum(T value) { return warp_reduce<SumOp>(value); }
+
+// A wide value filled with copies of a narrow one.
+template <class To, class Unit> To broadcast(Unit unit) {
+  To value;
+  for (size_t at = 0; at < sizeof(To); at += sizeof(Unit))
+    memcpy(reinterpret_cast<char*>(&value) + at, &unit, sizeof(Unit));
+  return value;
+}
+template <class To> To from_uint1(uint1 bits) {
+  To value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+template <class From> uint1 to_uint1(From value) {
+  uint1 bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
+inline __half2 max2(__half2 a, __half2 b) { return {max(a.x, b.x), max(a.y, b.y)}; }
+inline __half2 min2(__half2 a, __half2 b) { return {min(a.x, b.x), min(a.y, b.y)}; }
+
+template <int threads> struct NamedBarrier {};
+// Butterfly over the threads whose numbers differ in the bits from `scale` to `threads` / 2.
+template <class Op, int threads, int scale, int offset, class Barrier> struct AllReduce {
+  template <class T> static T run(T value, T* = nullptr) {
+    for (int d = threads / 2; d >= scale; d /= 2)
+      value = Op()(value, take(value, threadIdx.x ^ d, __syncthreads));
+    return value;
+  }
+};
+
+template <int bytes> void cp_async_gs(const void* to, const void* from) {
+  memcpy(const_cast<void*>(to), from, bytes);
+}
+inline void cp_async_commit() {}
+template <int> void cp_async_wait() {}
+
+// ldmatrix of 8 x 8 matrices of halves: lane 8 i + r holds the address of row r of matrix i; lane l
+// gets elements 2 (l % 4) and the next of row l / 4 of each matrix (of column l / 4 for trans).
+template <int count, bool trans> void load_matrices(const void* row, void* registers) {
+  uint64_t address = reinterpret_cast<uint64_t>(row);
+  for (int i = 0; i < count; ++i) {
+    half_t pair[2];
+    for (int e = 0; e < 2; ++e) {
+      int r = trans ? 2 * (lane() % 4) + e : lane() / 4;
+      int c = trans ? lane() / 4 : 2 * (lane() % 4) + e;
+      pair[e] = reinterpret_cast<half_t*>(from_lane(address, 8 * i + r))[c];
+    }
+    memcpy(static_cast<char*>(registers) + 4 * i, pair, 4);
+  }
+}
+inline void ptx_ldmatrix_x2(const void* row, void* to) { load_matrices<2, false>(row, to); }
+inline void ptx_ldmatrix_x4(const void* row, void* to) { load_matrices<4, false>(row, to); }
+inline void ptx_ldmatrix_x4_trans(const void* row, void* to) { load_matrices<4, true>(row, to); }
+
+// m16n8k16: with g = lane / 4, t = lane % 4, a holds rows g and g + 8 at k = 2t and 2t + 8, b holds
+// column g at the same k, c holds rows g and g + 8 of columns 2t and 2t + 1.
+template <DataType, DataType, DataType, int m, int n, int k, bool, bool>
+void mma_sync(float* c, const uint* a, const uint* b) {
+  static_assert(m == 16 && n == 8 && k == 16);
+  struct Operands { half_t a[4][2], b[2][2]; } mine;
+  memcpy(mine.a, a, 16);
+  memcpy(mine.b, b, 8);
+  static Operands all[1024];
+  all[threadIdx.x] = mine;
+  sync_warp();
+  const Operands* w = all + warp() * 32;
+  for (int i = 0; i < 4; ++i) {
+    int upper = i / 2, column = 2 * (lane() % 4) + i % 2;
+    float sum = c[i];
+    for (int t = 0; t < 4; ++t)
+      for (int half = 0; half < 2; ++half)
+        for (int e = 0; e < 2; ++e) {
+          float left = w[lane() / 4 * 4 + t].a[half * 2 + upper][e];
+          sum += left * static_cast<float>(w[column * 4 + t].b[half][e]);
+        }
+    c[i] = sum;
+  }
+  sync_warp();
+}
+}  // namespace tl
+
+alignas(1024) inline uchar buf_dyn_shmem[256 * 1024];
+
+template <class Kernel> void run_grid(int grid_x, int grid_y, int grid_z, int threads, Kernel kernel) {
+  for (int z = 0; z < grid_z; ++z)
+    for (int y = 0; y < grid_y; ++y)
+      for (int x = 0; x < grid_x; ++x) {
+        blockIdx = {x, y, z};
+        block_barrier = std::make_unique<std::barrier<>>(threads);
+        warp_barriers.clear();
+        for (int i = 0; i < threads / 32; ++i)
+          warp_barriers.push_back(std::make_unique<std::barrier<>>(32));
+        std::vector<std::thread> pool;
+        for (int t = 0; t < threads; ++t)
+          pool.emplace_back([=] {
+            threadIdx = {t, 0, 0};
+            kernel();
+          });
+        for (auto& thread : pool) thread.join();
+      }
+}

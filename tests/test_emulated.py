@@ -1,0 +1,331 @@
+"""The kernels' generated code, run on the CPU against the reference: every stage at small sizes.
+
+What only a GPU shows (races, asynchronous copies, wgmma, bf16) is left to the tests marked `gpu`.
+"""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import reference
+from kernels.config import (
+    AttentionConfig,
+    EstimatorConfig,
+    PageScoreConfig,
+    PrunerConfig,
+    TopPagesConfig,
+)
+from kernels.estimator import estimator_kernel
+from kernels.mirror import append_kernel, mirror_kernel, prefill_kernel
+from kernels.pruner import HEAD_THREADS, pruner_kernel
+from kernels.selector import (
+    all_pages_kernel,
+    next_power_of_two,
+    page_score_kernel,
+    top_pages_kernel,
+)
+from kernels.split_kv import attention_kernel, merge_kernel, plan_kernel
+from reference.hazards import contiguous
+from reference.inputs import DecodeShape, random_inputs
+from tests.emulate import emulated
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+
+GQA = DecodeShape(2, 8, 2, 128, 16, (77, 300), torch.float16)
+SHAPES = {
+    "gqa4": GQA,
+    "mha-d64-p64": DecodeShape(2, 2, 2, 64, 64, (200, 1), torch.float16),
+    "gqa3-d256": DecodeShape(1, 6, 2, 256, 16, (150,), torch.float16),
+    "gqa16": DecodeShape(1, 16, 1, 64, 16, (90,), torch.float16),
+}
+MIRROR = ("k_int4", "k_scale_zero", "page_min", "page_max")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("emulated")
+
+
+@pytest.fixture(params=SHAPES)
+def inputs(request):
+    return random_inputs(SHAPES[request.param], seed=0, spare_tokens=3)
+
+
+def sizes(cache, **more) -> dict:
+    """The kernels' symbolic sizes."""
+    names = ("batch_size", "num_kv_heads", "num_pages", "max_pages")
+    return {name: getattr(cache, name) for name in names} | more
+
+
+def grouped(tensor: torch.Tensor, cache) -> torch.Tensor:
+    """[batch_size, num_qo_heads, ...] as [batch_size, num_kv_heads, group_size, ...]."""
+    return tensor.unflatten(1, (cache.num_kv_heads, -1)).contiguous()
+
+
+def blank(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """What no kernel may leave behind: NaN, or a number far beyond any index."""
+    return torch.full(shape, float("nan") if dtype.is_floating_point else 10**9, dtype=dtype)
+
+
+def mirrored_by(cache) -> dict:
+    return dict(
+        k_offset=torch.zeros(cache.num_kv_heads, cache.head_dim),
+        k_cache=cache.k_cache, v_cache=cache.v_cache, codes=cache.k_int4,
+        scale_zero=cache.k_scale_zero, page_min=cache.page_min, page_max=cache.page_max,
+    )  # fmt: skip
+
+
+def assert_same_pages(cache, expected) -> None:
+    for request, length in enumerate(expected.seq_lens.tolist()):
+        pages = expected.page_table[request, : -(-length // expected.page_size)].long()
+        for name in MIRROR:
+            got, wanted = getattr(cache, name)[pages], getattr(expected, name)[pages]
+            assert torch.equal(got.view(torch.uint8), wanted.view(torch.uint8)), name
+
+
+def test_prefill_mirror_and_append_write_the_reference_cache(inputs, folder):
+    expected = reference.PagedKVCache.wrap(*inputs.paged())
+    cache = dataclasses.replace(
+        expected,
+        seq_lens=expected.seq_lens - 1,
+        k_cache=torch.zeros_like(expected.k_cache),
+        v_cache=torch.zeros_like(expected.v_cache),
+        **{name: torch.zeros_like(getattr(expected, name)) for name in MIRROR},
+    )
+    k, v = contiguous(inputs)
+    static = (cache.head_dim, cache.page_size, "float16")
+    emulated(prefill_kernel, static, folder)(
+        (cache.max_pages, cache.num_kv_heads, cache.batch_size), 32, k=k, v=v,
+        page_table=cache.page_table, seq_lens=cache.seq_lens, max_seq_len=k.shape[1],
+        **mirrored_by(cache), **sizes(cache),
+    )  # fmt: skip
+    last = (torch.arange(cache.batch_size), cache.seq_lens.long())
+    emulated(append_kernel, static, folder)(
+        (cache.batch_size,), 256, k=k[last].contiguous(), v=v[last].contiguous(),
+        page_table=cache.page_table, seq_lens=cache.seq_lens, **mirrored_by(cache), **sizes(cache),
+    )  # fmt: skip
+    assert torch.equal(cache.seq_lens, expected.seq_lens)
+    assert_same_pages(cache, expected)
+
+    page_fill = torch.zeros(cache.num_pages, dtype=torch.int32)
+    for request, length in enumerate(cache.seq_lens.tolist()):
+        for page in range(-(-length // cache.page_size)):
+            fill = min(length - page * cache.page_size, cache.page_size)
+            page_fill[cache.page_table[request, page]] = fill
+    again = dataclasses.replace(
+        cache, **{name: torch.zeros_like(getattr(cache, name)) for name in MIRROR}
+    )
+    emulated(mirror_kernel, static, folder)(
+        (cache.num_pages, cache.num_kv_heads), 32,
+        page_fill=page_fill, **mirrored_by(again), **sizes(cache),
+    )  # fmt: skip
+    assert_same_pages(again, expected)
+
+
+def test_page_scores_are_quest_bounds(inputs, folder):
+    cache = reference.PagedKVCache.wrap(*inputs.paged())
+    q = grouped(inputs.q, cache)
+    config = PageScoreConfig(tiles_per_block=2)
+    scores = blank(cache.batch_size, cache.num_kv_heads, cache.max_pages)
+    static = (q.shape[2], cache.head_dim, cache.page_size, "float16", config)
+    emulated(page_score_kernel, static, folder)(
+        (1, cache.num_kv_heads, cache.batch_size), config.num_threads,
+        q=q, page_min=cache.page_min, page_max=cache.page_max, page_table=cache.page_table,
+        seq_lens=cache.seq_lens, scores=scores, **sizes(cache),
+    )  # fmt: skip
+    for request, length in enumerate(cache.seq_lens.tolist()):
+        pages = cache.page_table[request, : -(-length // cache.page_size)].long()
+        low, high = cache.page_min[pages].double(), cache.page_max[pages].double()
+        for head in range(cache.num_kv_heads):
+            query = q[request, head].double()[:, None]
+            bound = torch.maximum(query * low[:, head], query * high[:, head]).sum(-1).amax(0)
+            torch.testing.assert_close(
+                scores[request, head, : len(pages)].double(), bound, rtol=1e-5, atol=1e-3
+            )
+
+
+def signed(num_pages: int) -> torch.Tensor:
+    """Large scores of both signs, whose keys are more than 2^31 apart."""
+    scores = torch.randn(1, 2, num_pages) * 3
+    scores[..., :5] -= 800
+    scores[..., -9:] -= 700
+    return scores
+
+
+SCORES = {  # scores [1, heads, pages], pages that fit, sink tokens, recent tokens
+    "signed-threshold-below-zero": (signed(66), 62, 0, 0),
+    "signed-windows": (signed(66), 32, 20, 33),
+    "only-forced": (torch.randn(1, 1, 40), 1, 0, 0),
+    "all-equal": (torch.ones(1, 2, 100), 50, 0, 0),
+    "two-levels": (torch.tensor([-1e30, 1e30, 1.0, 1.0] * 25)[None, None], 40, 1, 16),
+    "negative": (-torch.rand(1, 1, 300) * 1e4, 77, 0, 0),
+    "many": (torch.randn(1, 1, 2048) * 10 + 150, 512, 0, 0),
+    "fits": (torch.randn(1, 1, 33), 40, 0, 0),
+}
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["registers", "wide"])
+@pytest.mark.parametrize("name", SCORES)
+def test_top_pages_are_the_best(name, wide, folder):
+    scores, width, num_sink_tokens, num_recent_tokens = SCORES[name]
+    _, num_kv_heads, num_pages = scores.shape
+    config = TopPagesConfig(pages_per_thread=1 if wide and num_pages > 256 else 8)
+    pages = blank(1, num_kv_heads, width, dtype=torch.int32)
+    counts = blank(1, num_kv_heads, dtype=torch.int32)
+    emulated(top_pages_kernel, (16, next_power_of_two(num_pages), config), folder)(
+        (num_kv_heads, 1), config.num_threads, scores=scores,
+        seq_lens=torch.tensor([num_pages * 16], dtype=torch.int32),
+        num_sink_tokens=num_sink_tokens, num_recent_tokens=num_recent_tokens,
+        candidate_pages=pages, candidate_counts=counts,
+        batch_size=1, num_kv_heads=num_kv_heads, max_pages=num_pages, width=width,
+    )  # fmt: skip
+    first_recent = min((num_pages * 16 - num_recent_tokens) // 16, num_pages - 1)
+    ranked = scores[0].clone()
+    ranked[:, : -(-num_sink_tokens // 16)] = torch.inf
+    ranked[:, first_recent:] = torch.inf
+    count = min(width, num_pages)
+    best = ranked.sort(dim=-1, descending=True, stable=True).indices[:, :count].sort(-1).values
+    assert counts.tolist() == [[count] * num_kv_heads]
+    assert torch.equal(pages[0, :, :count].long(), best)
+
+
+CONFIGS = {
+    "default": EstimatorConfig(),
+    "few": EstimatorConfig.for_tiles(1, 128),
+    "one-warp": EstimatorConfig(num_warps=1, tiles_per_warp=2, steps=3),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_estimated_logits_match_reference(config, inputs, folder):
+    cache = reference.PagedKVCache.wrap(*inputs.paged())
+    config = CONFIGS[config]
+    pages, counts = reference.select_pages(inputs.q, cache, cache.page_size * 5)
+    expected = reference.estimate_logits(inputs.q, cache, pages, counts)
+    q, width = grouped(inputs.q, cache), pages.shape[2]
+    logits = blank(*q.shape[:3], width, cache.page_size)
+    block_tiles = config.num_warps * config.tiles_per_warp * config.steps
+    blocks = -(-width * cache.page_size // 16 // block_tiles)
+    static = (q.shape[2], cache.head_dim, cache.page_size, "float16", config)
+    emulated(estimator_kernel, static, folder)(
+        (blocks, cache.num_kv_heads, cache.batch_size), config.num_warps * 32,
+        q=q, codes=cache.k_int4, scale_zero=cache.k_scale_zero, page_table=cache.page_table,
+        seq_lens=cache.seq_lens, candidate_pages=pages, candidate_counts=counts,
+        sm_scale=cache.head_dim**-0.5, logits=logits, width_pages=width, **sizes(cache),
+    )  # fmt: skip
+    listed = torch.arange(width)[None, None] < counts[..., None]
+    got = logits.transpose(2, 3)[listed]
+    wanted = expected.view(logits.shape).transpose(2, 3)[listed]
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+DRAWS = {
+    "normal": lambda size: torch.randn(size) * 2,
+    "skewed": lambda size: torch.where(torch.rand(size) < 0.03, 9.0, 0.0) + torch.randn(size) / 2,
+    "one-hot": lambda size: torch.full(size, -40.0).index_fill_(-1, torch.tensor(0), 0.0),
+    "all-equal": lambda size: torch.ones(size),
+    "wild": lambda size: torch.randn(size) * 2e4,
+}
+ROWS = {  # seq_len, group size, sinks, recent, config
+    "gqa4": (700, 4, 0, 0, PrunerConfig()),
+    "gqa3-windows": (333, 3, 4, 24, PrunerConfig()),
+    "side-by-side": (700, 4, 0, 0, PrunerConfig(block_threads=1024, blocks_per_sm=1)),
+    "wide": (20_005, 2, 0, 0, PrunerConfig(block_threads=512, blocks_per_sm=1)),
+}
+
+
+@pytest.mark.parametrize("top_p", [0.85, 0.999, 1.0])
+@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("row", ROWS)
+def test_pruned_sets_match_reference(row, draw, top_p, folder):
+    torch.manual_seed(0)
+    seq_len, group_size, num_sink_tokens, num_recent_tokens, config = ROWS[row]
+    cache = reference.PagedKVCache.empty(1, 1, -(-seq_len // 16), 1, 64, page_table=torch.zeros(
+        1, -(-seq_len // 16), dtype=torch.int32))  # fmt: skip
+    cache.seq_lens.fill_(seq_len)
+    pages, counts = reference.select_all(cache)
+    width = cache.capacity
+    logits = torch.full((1, group_size, width), -torch.inf)
+    logits[..., :seq_len] = DRAWS[draw]((group_size, seq_len))
+    expected = reference.prune_top_p(
+        logits, cache, pages, counts, top_p,
+        num_sink_tokens=num_sink_tokens, num_recent_tokens=num_recent_tokens,
+    )  # fmt: skip
+    kept_tokens, kept_counts = blank(1, 1, width, dtype=torch.int32), counts.clone()
+    kept_mass = blank(1, 1, group_size)
+    forced = num_sink_tokens + num_recent_tokens > 0
+    static = (group_size, 16, forced, next_power_of_two(width), config)
+    block_heads = min(group_size, config.block_threads // HEAD_THREADS)
+    emulated(pruner_kernel, static, folder)(
+        (1, 1), block_heads * HEAD_THREADS, logits=logits, seq_lens=cache.seq_lens,
+        candidate_pages=pages, candidate_counts=counts,
+        top_p=torch.full((1, 1, group_size), top_p), num_sink_tokens=num_sink_tokens,
+        num_recent_tokens=num_recent_tokens, kept_tokens=kept_tokens, kept_counts=kept_counts,
+        kept_mass=kept_mass, batch_size=1, num_kv_heads=1, width_pages=pages.shape[2], width=width,
+    )  # fmt: skip
+    count = int(expected[1])
+    # Weights equal to one part in 10^4 may fall either way.
+    assert abs(int(kept_counts) - count) <= count // 1000
+    if int(kept_counts) == count:
+        assert torch.equal(kept_tokens[..., :count], expected[0][..., :count].int())
+    torch.testing.assert_close(kept_mass[0], expected[2].float(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 5])
+@pytest.mark.parametrize("source", ["tokens", "pages", "all"])
+def test_attention_matches_reference(source, num_blocks, inputs, folder):
+    cache = reference.PagedKVCache.wrap(*inputs.paged())
+    q = grouped(inputs.q, cache)
+    rows = (cache.batch_size, cache.num_kv_heads)
+    pages, counts = reference.select_pages(inputs.q, cache, cache.page_size * 12)
+    if source == "tokens":
+        indices, counts, _ = reference.prune_top_p(
+            reference.estimate_logits(inputs.q, cache, pages, counts), cache, pages, counts, 0.9
+        )
+        expected = reference.flash_topk_attention(inputs.q, cache, indices, counts, return_lse=True)
+        width = indices.shape[2]
+    elif source == "pages":
+        indices, width = pages, pages.shape[2] * cache.page_size
+        expected = reference.page_attention(inputs.q, cache, pages, counts, return_lse=True)
+    else:
+        counts = cache.seq_lens[:, None].expand(rows).contiguous()
+        indices, width = counts[..., None].contiguous(), cache.capacity
+        expected = reference.dense_attention(inputs.q, cache, return_lse=True)
+
+    config = AttentionConfig()
+    max_splits = -(-width // config.split_tokens)
+    partials = (*rows, max_splits, q.shape[2])
+    shared = dict(
+        seq_lens=cache.seq_lens, indices=indices, counts=counts, q=q, k_cache=cache.k_cache,
+        v_cache=cache.v_cache, page_table=cache.page_table,
+        items=blank(rows[0] * rows[1] * max_splits, 4, dtype=torch.int32),
+        num_items=torch.zeros(1, dtype=torch.int32), num_blocks=num_blocks,
+        sm_scale=cache.head_dim**-0.5, partial_out=blank(*partials, cache.head_dim),
+        partial_lse=blank(*partials, 2), out=blank(*q.shape, dtype=torch.float16),
+        lse=blank(*q.shape[:3]), width=indices.shape[2], max_splits=max_splits,
+        max_items=rows[0] * rows[1] * max_splits, **sizes(cache),
+    )  # fmt: skip
+    static = (q.shape[2], cache.head_dim, cache.page_size, "float16", source, config)
+    emulated(plan_kernel, (cache.page_size, source, config), folder)(rows[::-1], 64, **shared)
+    emulated(attention_kernel, static, folder)((num_blocks,), config.num_threads, **shared)
+    grid = (q.shape[2], cache.num_kv_heads, cache.batch_size)
+    emulated(merge_kernel, static, folder)(grid, cache.head_dim, **shared)
+    out, lse = shared["out"].flatten(1, 2), shared["lse"].flatten(1, 2)
+    torch.testing.assert_close(out, expected[0], rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(lse, expected[1].float(), rtol=1e-5, atol=1e-4)
+    assert shared["num_items"].item() == 0
+
+
+def test_all_pages_lists_every_page(folder):
+    seq_lens = torch.tensor([0, 1, 700], dtype=torch.int32)
+    pages = blank(3, 2, 44, dtype=torch.int32)
+    counts = blank(3, 2, dtype=torch.int32)
+    emulated(all_pages_kernel, (16,), folder)(
+        (2, 3), 256, seq_lens=seq_lens, candidate_pages=pages, candidate_counts=counts,
+        batch_size=3, num_kv_heads=2, max_pages=44,
+    )  # fmt: skip
+    assert counts.tolist() == [[0, 0], [1, 1], [44, 44]]
+    assert torch.equal(pages[2, 1], torch.arange(44, dtype=torch.int32))
