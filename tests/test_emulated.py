@@ -150,13 +150,13 @@ def test_page_scores_are_quest_bounds(inputs, folder):
 def signed(num_pages: int) -> torch.Tensor:
     """Large scores of both signs, whose keys are more than 2^31 apart."""
     scores = torch.randn(1, 2, num_pages) * 3
-    scores[..., :5] -= 800
+    scores[..., :5] = -800
     scores[..., -9:] -= 700
     return scores
 
 
 SCORES = {  # scores [1, heads, pages], pages that fit, sink tokens, recent tokens
-    "signed-threshold-below-zero": (signed(66), 62, 0, 0),
+    "signed-ties-below-zero": (signed(66), 64, 0, 0),
     "signed-windows": (signed(66), 32, 20, 33),
     "only-forced": (torch.randn(1, 1, 40), 1, 0, 0),
     "all-equal": (torch.ones(1, 2, 100), 50, 0, 0),
