@@ -21,6 +21,7 @@ from kernels.selector import (
     top_pages_kernel,
 )
 from kernels.split_kv import attention_kernel, merge_kernel, plan_kernel
+from kernels.validate import TILE_TOKENS
 
 # Bytes of shared memory that one block may use, and compute capability.
 SHARED_MEMORY_LIMIT = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024, "sm_100a": 227 * 1024}
@@ -55,7 +56,7 @@ def default_variants(shape: KernelShape, arch: str) -> list[KernelVariant]:
     page_size, dtype = shape.page_size, shape.dtype
     score = PageScoreConfig.for_pages(shape.num_rows * shape.max_pages)
     top = TopPagesConfig.for_width(shape.max_pages)
-    estimator = EstimatorConfig.for_tiles(shape.num_rows * shape.width // 16, head_dim)
+    estimator = EstimatorConfig.for_tiles(shape.num_rows * shape.width // TILE_TOKENS, head_dim)
     pruner = PrunerConfig.for_rows(shape.num_rows, shape.width, CAPABILITY[arch])
     width_bound = next_power_of_two(max(shape.width, 32))
     variants = [

@@ -20,9 +20,8 @@ from kernels.validate import check_query, check_scale, check_tensor, dtype_name
 class AttentionWorkspace:
     """What attention over rows of at most `width` tokens needs beside its inputs."""
 
-    items: (
-        torch.Tensor
-    )  # [max_items, 4] i32: batch, kv_head, split (-1: the row's only one), tokens
+    # [max_items, 4] i32: batch, kv_head, split (-1: the row's only one), tokens
+    items: torch.Tensor
     num_items: torch.Tensor  # [1] i32, zero between calls
     partial_out: torch.Tensor  # [batch_size, num_kv_heads, max_splits, group_size, head_dim] f32
     partial_lse: torch.Tensor  # [..., max_splits, group_size, 2] f32: max (in log2 units), sum

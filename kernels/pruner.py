@@ -168,6 +168,15 @@ def find_alive(values, alive, low, staged, row, lane, groups):
 
 
 @T.macro
+def pop_weight(rest, at, weight, staged, row, lane):
+    """Takes the highest bit out of rest[0]: at[0] = that bit, weight[0] = the staged weight."""
+    place = 31 - T.cast(T.clz(rest[0]), T.int32)
+    weight[0] = staged[row, place // 4, lane, place % 4]
+    at[0] = T.uint32(1) << T.cast(place, T.uint32)
+    rest[0] = rest[0] ^ at[0]
+
+
+@T.macro
 def row_sum(value, result, warp_values, row, lane):
     """result[0] = the sum of `value` over the row's threads, in a fixed order."""
     result[0] = T.warp_reduce_sum(value)
@@ -241,7 +250,9 @@ def pruner_kernel(
             shift = T.alloc_var(T.int32)
             searching = T.alloc_var(T.int32)
             alive = T.alloc_local((1,), T.uint32)
-            rest = T.alloc_var(T.uint32)
+            rest = T.alloc_local((1,), T.uint32)
+            at_bit = T.alloc_local((1,), T.uint32)
+            weight = T.alloc_local((1,), T.float32)
             bits = T.alloc_var(T.int32)
             count = T.alloc_local((1,), T.int32)
 
@@ -314,15 +325,13 @@ def pruner_kernel(
                                 load_row(values, logit, num_tokens, token_of, chunk, groups)
                                 to_weights(values, row_max, groups)
                                 find_alive(values, alive, bracket, staged, row, lane, groups)
-                            rest = alive[0]
-                            while rest != T.uint32(0):
-                                i = 31 - T.cast(T.clz(rest), T.int32)
-                                weight = staged[row, i // 4, lane, i % 4]
+                            rest[0] = alive[0]
+                            while rest[0] != T.uint32(0):
+                                pop_weight(rest, at_bit, weight, staged, row, lane)
                                 add_to_bin(
-                                    search, row, key(weight), bracket[0], shift, mass(weight),
-                                    1 << round_bits,
+                                    search, row, key(weight[0]), bracket[0], shift,
+                                    mass(weight[0]), 1 << round_bits,
                                 )  # fmt: skip
-                                rest = rest ^ (T.uint32(1) << T.cast(i, T.uint32))
                     cross_bins(search, row, lane, bracket, shift, need, HEAD_THREADS)
                     searching = T.if_then_else(shift > NEAR_TIE_BITS, searching, 0)
                     shift = T.max(shift - round_bits, 0)
@@ -334,15 +343,13 @@ def pruner_kernel(
                         load_row(values, logit, num_tokens, token_of, chunk, groups)
                         to_weights(values, row_max, groups)
                         find_alive(values, alive, bracket, staged, row, lane, groups)
-                    rest = alive[0]
-                    while rest != T.uint32(0):
-                        i = 31 - T.cast(T.clz(rest), T.int32)
-                        weight = staged[row, i // 4, lane, i % 4]
-                        rest = rest ^ (T.uint32(1) << T.cast(i, T.uint32))
-                        if key(weight) >= bracket[0]:
-                            partial += weight
+                    rest[0] = alive[0]
+                    while rest[0] != T.uint32(0):
+                        pop_weight(rest, at_bit, weight, staged, row, lane)
+                        if key(weight[0]) >= bracket[0]:
+                            partial += weight[0]
                         else:
-                            alive[0] = alive[0] ^ (T.uint32(1) << T.cast(i, T.uint32))
+                            alive[0] = alive[0] ^ at_bit[0]
                     for g in T.unroll(groups):
                         token = token_of(chunk, g)
                         if token < T.ceildiv(num_tokens, 32) * 32:
