@@ -43,9 +43,7 @@ class PrunerConfig:
     def for_rows(cls, num_rows: int, width: int, capability: tuple[int, int]) -> "PrunerConfig":
         """Few rows are searched with all their heads at once; many fill the GPU as they are."""
         if num_rows <= 128:
-            # The masks of a wide row leave shared memory for fewer heads.
-            wide_threads = 512 if capability >= (9, 0) else 256
-            return cls(block_threads=1024 if width <= 8192 else wide_threads, blocks_per_sm=1)
+            return cls(block_threads=1024 if width <= 8192 else 512, blocks_per_sm=1)
         # Code for compute capability 10 needs more registers than four blocks leave it.
         return cls(blocks_per_sm=4 if capability < (10, 0) else 3)
 

@@ -152,31 +152,6 @@ def to_weights(values, row_max, groups):
 
 
 @T.macro
-def find_alive(values, alive, low, staged, row, lane, groups):
-    """alive[0] = one bit per weight whose key reaches low[0]; all weights go to `staged`.
-
-    A thread reads back only what it staged itself: registers cannot be indexed at run time.
-    """
-    alive[0] = T.uint32(0)
-    for g in T.unroll(groups):
-        for e in T.unroll(GROUP):
-            if T.reinterpret(values[g, e], T.int32) >= low[0]:
-                alive[0] |= T.uint32(1 << (g * GROUP + e))
-        for half in T.unroll(2):
-            for e in T.vectorized(4):
-                staged[row, g * 2 + half, lane, e] = values[g, half * 4 + e]
-
-
-@T.macro
-def pop_weight(rest, at, weight, staged, row, lane):
-    """Takes the highest bit out of rest[0]: at[0] = that bit, weight[0] = the staged weight."""
-    place = 31 - T.cast(T.clz(rest[0]), T.int32)
-    weight[0] = staged[row, place // 4, lane, place % 4]
-    at[0] = T.uint32(1) << T.cast(place, T.uint32)
-    rest[0] = rest[0] ^ at[0]
-
-
-@T.macro
 def row_sum(value, result, warp_values, row, lane):
     """result[0] = the sum of `value` over the row's threads, in a fixed order."""
     result[0] = T.warp_reduce_sum(value)
@@ -196,12 +171,14 @@ def pruner_kernel(
     """Grid: (kv_head, batch); block_threads / HEAD_THREADS query heads are searched side by side.
 
     weight = exp(logit - max), in (0, 1]. Weights below (1 - p) * total / n may all go, whatever
-    they are; only what survives that cut is searched. Its mass in the search is the nearest integer
-    to weight * 2^30 / total, so that no order of summation can change the set. The search key is
-    the weight's bit pattern: positive floats are ordered as integers.
+    they are; what survives that cut is gathered in shared memory and searched there. Its mass in
+    the search is the nearest integer to weight * 2^30 / total, so that no order of summation can
+    change the set. The search key is the weight's bit pattern: positive floats are ordered as
+    integers.
 
-    A row of at most HEAD_THREADS * 32 logits is read once. A wider one is read again by every pass;
-    its sums run in the same order, so that both forms give the same bits.
+    A row of at most HEAD_THREADS * 32 logits stays in registers. A wider one is read again by every
+    pass, and searched without a list of survivors; its sums run in the same order, so that both
+    forms give the same bits.
     """
     batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
     width_pages, width = T.dynamic("width_pages"), T.dynamic("width")
@@ -236,7 +213,8 @@ def pruner_kernel(
             search = alloc_search(block_heads, HEAD_THREADS)
             warp_values = T.alloc_shared((block_heads, num_warps), T.float32, scope="shared")
             scan_sums = T.alloc_shared((num_threads // 32,), T.int32, scope="shared")
-            staged = T.alloc_shared((block_heads, groups * 2, HEAD_THREADS, 4), T.float32)
+            num_survivors = T.alloc_shared((block_heads,), T.int32, scope="shared")
+            survivors = T.alloc_shared((block_heads, 1 if wide else chunk_tokens), T.float32)
             masks = T.alloc_shared((block_heads, width_bound // 8), T.uint8)
             words = T.view(masks, (block_heads, width_bound // 32), T.uint32)
             offsets = T.alloc_shared((width_bound // 32,), T.int32)
@@ -249,10 +227,7 @@ def pruner_kernel(
             bracket = T.alloc_local((3,), T.int32)
             shift = T.alloc_var(T.int32)
             searching = T.alloc_var(T.int32)
-            alive = T.alloc_local((1,), T.uint32)
-            rest = T.alloc_local((1,), T.uint32)
-            at_bit = T.alloc_local((1,), T.uint32)
-            weight = T.alloc_local((1,), T.float32)
+            slot = T.alloc_local((1,), T.int32)
             bits = T.alloc_var(T.int32)
             count = T.alloc_local((1,), T.int32)
 
@@ -291,6 +266,8 @@ def pruner_kernel(
                 row_max = T.warp_reduce_max(row_max)
                 if lane % 32 == 0:
                     warp_values[row, lane // 32] = row_max
+                if lane == 0:
+                    num_survivors[row] = 0
                 T.sync_threads()
                 for warp in T.unroll(num_warps):
                     row_max = T.max(row_max, warp_values[row, warp])
@@ -317,20 +294,36 @@ def pruner_kernel(
                 need = T.cast(T.ceil(p * 1073741824.0), T.int32)
                 searching = T.if_then_else(p < 1.0, 1, 0)
                 if not wide:
-                    find_alive(values, alive, bracket, staged, row, lane, groups)
+                    slot[0] = 0
+                    for g in T.unroll(groups):
+                        for e in T.unroll(GROUP):
+                            if key(values[g, e]) >= bracket[0]:
+                                slot[0] += 1
+                    reserve_slots(slot, num_survivors, row, lane)
+                    for g in T.unroll(groups):
+                        for e in T.unroll(GROUP):
+                            if key(values[g, e]) >= bracket[0]:
+                                survivors[row, slot[0]] = values[g, e]
+                                slot[0] += 1
                 while T.syncthreads_or(searching) != 0:
                     if searching != 0:
-                        for chunk in T.serial(num_chunks):
-                            if wide:
+                        if wide:
+                            for chunk in T.serial(num_chunks):
                                 load_row(values, logit, num_tokens, token_of, chunk, groups)
                                 to_weights(values, row_max, groups)
-                                find_alive(values, alive, bracket, staged, row, lane, groups)
-                            rest[0] = alive[0]
-                            while rest[0] != T.uint32(0):
-                                pop_weight(rest, at_bit, weight, staged, row, lane)
+                                for g in T.unroll(groups):
+                                    for e in T.unroll(GROUP):
+                                        add_to_bin(
+                                            search, row, key(values[g, e]), bracket[0], shift,
+                                            mass(values[g, e]), 1 << round_bits,
+                                        )  # fmt: skip
+                        else:
+                            left = T.ceildiv(num_survivors[row] - lane, HEAD_THREADS)
+                            for step in T.serial(left):
+                                weight = survivors[row, step * HEAD_THREADS + lane]
                                 add_to_bin(
-                                    search, row, key(weight[0]), bracket[0], shift,
-                                    mass(weight[0]), 1 << round_bits,
+                                    search, row, key(weight), bracket[0], shift, mass(weight),
+                                    1 << round_bits,
                                 )  # fmt: skip
                     cross_bins(search, row, lane, bracket, shift, need, HEAD_THREADS)
                     searching = T.if_then_else(shift > NEAR_TIE_BITS, searching, 0)
@@ -342,23 +335,17 @@ def pruner_kernel(
                     if wide:
                         load_row(values, logit, num_tokens, token_of, chunk, groups)
                         to_weights(values, row_max, groups)
-                        find_alive(values, alive, bracket, staged, row, lane, groups)
-                    rest[0] = alive[0]
-                    while rest[0] != T.uint32(0):
-                        pop_weight(rest, at_bit, weight, staged, row, lane)
-                        if key(weight[0]) >= bracket[0]:
-                            partial += weight[0]
-                        else:
-                            alive[0] = alive[0] ^ at_bit[0]
                     for g in T.unroll(groups):
                         token = token_of(chunk, g)
                         if token < T.ceildiv(num_tokens, 32) * 32:
-                            bits = T.cast(alive[0] >> T.uint32(g * GROUP), T.int32) & 0xFF
-                            if forced:
-                                for e in T.unroll(GROUP):
-                                    if ((bits >> e) & 1) == 0 and is_forced(token + e):
-                                        bits |= 1 << e
-                                        partial += staged[row, g * 2 + e // 4, lane, e % 4]
+                            bits = 0
+                            for e in T.unroll(GROUP):
+                                keep = key(values[g, e]) >= bracket[0]
+                                if forced:
+                                    keep = T.Or(keep, is_forced(token + e))
+                                if keep:
+                                    bits |= 1 << e
+                                    partial += values[g, e]
                             bits &= (1 << T.max(T.min(num_tokens - token, GROUP), 0)) - 1
                             if first_head > 0:
                                 bits |= T.cast(masks[row, token // GROUP], T.int32)
@@ -378,3 +365,19 @@ def pruner_kernel(
                 kept_counts[batch, kv_head] = count[0]
 
     return prune_top_p
+
+
+@T.macro
+def reserve_slots(slot, num_slots, row, lane):
+    """Turns slot[0] = how many slots this thread wants into the first of them."""
+    inclusive = T.alloc_var(T.int32)
+    base = T.alloc_var(T.int32)
+    inclusive = slot[0]
+    for step in T.unroll(5):
+        lower = T.shfl_up(inclusive, 1 << step)
+        if lane % 32 >= (1 << step):
+            inclusive += lower
+    base = 0
+    if lane % 32 == 31:
+        base = T.atomic_add(num_slots[row], inclusive, return_prev=True)
+    slot[0] = T.shfl_sync(base, 31) + inclusive - slot[0]

@@ -67,33 +67,14 @@ def plan_kernel(page_size: int, source: str, config: AttentionConfig):
     return plan_items
 
 
-@T.macro
-def find_slots(slots, items, item, indices, page_table, source, page_size, split_tokens):
-    """slots[i] = page * page_size + offset of the item's i-th token; beyond its last, of that."""
-    for i in T.Parallel(split_tokens):
-        batch = items[item, 0]
-        kv_head = items[item, 1]
-        index = T.max(items[item, 2], 0) * split_tokens + T.min(i, items[item, 3] - 1)
-        if source == "tokens":
-            token = indices[batch, kv_head, index]
-        elif source == "pages":
-            page = indices[batch, kv_head, index // page_size]
-            token = page * page_size + index % page_size
-        else:
-            token = index
-        physical = page_table[batch, token // page_size]
-        slots[i] = physical * page_size + token % page_size
-
-
 @tilelang.jit(pass_configs=TILE_LEVEL)
 def attention_kernel(
     group_size: int, head_dim: int, page_size: int, dtype: str, source: str, config: AttentionConfig
 ):
     """Persistent blocks over the items; all of an item's K and V are in flight before any product.
 
-    Meanwhile it is looked up where the next item's tokens lie. The group's query heads are the rows
-    of a 16-row tile; rows beyond the group repeat its last head and are not written. Tokens beyond
-    the item's repeat its last one and weigh nothing.
+    The group's query heads are the rows of a 16-row tile; rows beyond the group repeat its last
+    head and are not written. Tokens beyond the item's repeat its last one and weigh nothing.
     """
     batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
     num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
@@ -128,23 +109,28 @@ def attention_kernel(
             weights_shared = T.alloc_shared((QUERY_ROWS, split_tokens), dtype)
             logits = T.alloc_fragment((QUERY_ROWS, split_tokens), T.float32)
             acc = T.alloc_fragment((QUERY_ROWS, head_dim), T.float32)
-            next_slots = T.alloc_fragment((split_tokens,), T.int32)
             row_max = T.alloc_fragment((QUERY_ROWS,), T.float32)
             row_sum = T.alloc_fragment((QUERY_ROWS,), T.float32)
             item = T.alloc_var(T.int32)
 
             item = block
-            if item < num_items[0]:
-                find_slots(
-                    next_slots, items, item, indices, page_table, source, page_size, split_tokens
-                )
             while item < num_items[0]:
                 batch = items[item, 0]
                 kv_head = items[item, 1]
                 split = items[item, 2]
                 num_tokens = items[item, 3]
 
-                T.copy(next_slots, slots)
+                for i in T.Parallel(split_tokens):
+                    index = T.max(split, 0) * split_tokens + T.min(i, num_tokens - 1)
+                    if source == "tokens":
+                        token = indices[batch, kv_head, index]
+                    elif source == "pages":
+                        page = indices[batch, kv_head, index // page_size]
+                        token = page * page_size + index % page_size
+                    else:
+                        token = index
+                    physical = page_table[batch, token // page_size]
+                    slots[i] = physical * page_size + token % page_size
                 T.sync_threads()
                 for i, j in T.Parallel(split_tokens, head_dim, **IN_FLIGHT):
                     page, slot = slots[i] // page_size, slots[i] % page_size
@@ -154,11 +140,6 @@ def attention_kernel(
                     page, slot = slots[i] // page_size, slots[i] % page_size
                     v_shared[i, j] = v_cache[page, slot, kv_head, j]
                 T.ptx_commit_group()
-                if item + num_blocks < num_items[0]:
-                    find_slots(
-                        next_slots, items, item + num_blocks, indices, page_table,
-                        source, page_size, split_tokens,
-                    )  # fmt: skip
                 for i, j in T.Parallel(QUERY_ROWS, head_dim):
                     q_shared[i, j] = q[batch, kv_head, T.min(i, group_size - 1), j]
 
