@@ -59,6 +59,7 @@ def default_variants(shape: KernelShape, arch: str) -> list[KernelVariant]:
     estimator = EstimatorConfig.for_tiles(shape.num_rows * shape.width // TILE_TOKENS, head_dim)
     pruner = PrunerConfig.for_rows(shape.num_rows, shape.width, CAPABILITY[arch])
     width_bound = next_power_of_two(max(shape.width, 32))
+    split_tokens = AttentionConfig().split_tokens
     variants = [
         KernelVariant("prefill", prefill_kernel, (head_dim, page_size, dtype)),
         KernelVariant("mirror", mirror_kernel, (head_dim, page_size, dtype)),
@@ -75,7 +76,7 @@ def default_variants(shape: KernelShape, arch: str) -> list[KernelVariant]:
         ),
     ]
     for forced in (False, True):
-        arguments = (group_size, page_size, forced, width_bound, pruner)
+        arguments = (group_size, page_size, forced, width_bound, split_tokens, pruner)
         variants.append(KernelVariant(f"pruner_forced{forced:d}", pruner_kernel, arguments))
     config = AttentionConfig()
     for source in ("tokens", "pages", "all"):

@@ -136,17 +136,20 @@ def launch_attention(
     workspace: AttentionWorkspace,
     out: torch.Tensor,
     sm_scale: float,
+    planned: bool = False,
 ) -> None:
-    """Three launches into allocated memory: the list of items, their attention, the merge."""
+    """Three launches into allocated memory: the list of items, unless the pruner has written it
+    (`planned`), their attention, the merge."""
     config = AttentionConfig()
     group_size = q.shape[1] // cache.num_kv_heads
     grouped = (cache.batch_size, cache.num_kv_heads, group_size)
     shape = (group_size, cache.head_dim, cache.page_size, dtype_name(q), source, config)
     partials = (workspace.partial_out, workspace.partial_lse)
     outputs = (out.view(*grouped, cache.head_dim), workspace.lse.view(grouped))
-    plan_kernel(cache.page_size, source, config)(
-        cache.seq_lens, indices, counts, workspace.items, workspace.num_items
-    )
+    if not planned:
+        plan_kernel(cache.page_size, source, config)(
+            cache.seq_lens, indices, counts, workspace.items, workspace.num_items
+        )
     attention_kernel(*shape)(
         q.view(*grouped, cache.head_dim), cache.k_cache, cache.v_cache, cache.page_table, indices,
         workspace.items, workspace.num_items,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import tilelang
+import tilelang.language as T
 import torch
 
 PassKey = tilelang.PassConfigKey
@@ -21,11 +22,22 @@ THREAD_LEVEL = TILE_LEVEL | {
 }
 
 
+@T.macro
+def start_early(pdl):
+    """Programmatic dependent launch: this kernel's blocks are placed while the kernel before it in
+    the stream finishes, and wait here for the end of it. Nothing may be read or written before.
+    """
+    if pdl:
+        T.pdl_trigger()
+        T.pdl_sync()
+
+
 @dataclass(frozen=True)
 class EstimatorConfig:
     num_warps: int = 4
     tiles_per_warp: int = 4  # tiles of 16 tokens whose loads one warp issues together
     steps: int = 4  # that a warp takes one after another
+    pdl: bool = False
 
     @classmethod
     def for_tiles(cls, num_tiles: int, head_dim: int) -> "EstimatorConfig":
@@ -36,14 +48,20 @@ class EstimatorConfig:
 
 @dataclass(frozen=True)
 class PrunerConfig:
-    block_threads: int = 256  # a block searches block_threads / 256 query heads side by side
+    head_threads: int = 256  # that search one query head's row
+    block_threads: int = 256  # a block searches block_threads / head_threads heads side by side
+    groups: int = 4  # of 8 logits that a thread keeps in registers
     blocks_per_sm: int = 4  # that registers must allow for
+    pdl: bool = False
 
     @classmethod
     def for_rows(cls, num_rows: int, width: int, capability: tuple[int, int]) -> "PrunerConfig":
         """Few rows are searched with all their heads at once; many fill the GPU as they are."""
         if num_rows <= 128:
-            return cls(block_threads=1024 if width <= 8192 else 512, blocks_per_sm=1)
+            if width <= 8192:
+                return cls(block_threads=1024, groups=2, blocks_per_sm=1)
+            # The masks of a wide row leave shared memory for fewer heads.
+            return cls(block_threads=512 if capability >= (9, 0) else 256, blocks_per_sm=1)
         # Code for compute capability 10 needs more registers than four blocks leave it.
         return cls(blocks_per_sm=4 if capability < (10, 0) else 3)
 
@@ -54,6 +72,7 @@ class PageScoreConfig:
     tiles_per_block: int = 4
     num_stages: int = 2
     num_threads: int = 128
+    pdl: bool = False
 
     @classmethod
     def for_pages(cls, num_pages: int) -> "PageScoreConfig":
@@ -65,6 +84,7 @@ class PageScoreConfig:
 class TopPagesConfig:
     num_threads: int = 256
     pages_per_thread: int = 8  # scores that a thread keeps in registers
+    pdl: bool = False
 
     @classmethod
     def for_width(cls, max_pages: int) -> "TopPagesConfig":
@@ -77,6 +97,7 @@ class AttentionConfig:
     split_tokens: int = 128  # tokens of one work item; part of the result's definition
     num_threads: int = 128
     blocks_per_sm: int = 3
+    pdl: bool = False
 
 
 def num_multiprocessors(device: torch.device) -> int:

@@ -7,11 +7,20 @@ import tilelang
 import tilelang.language as T
 import torch
 
+from kernels.attention import AttentionWorkspace
 from kernels.cache import PagedKVCache
-from kernels.config import THREAD_LEVEL, PrunerConfig
+from kernels.config import THREAD_LEVEL, AttentionConfig, PrunerConfig, start_early
 from kernels.selector import next_power_of_two
+from kernels.softmax import (
+    LOG2E,
+    UNIT_TOKENS,
+    allocate_units,
+    count_candidates,
+    launch_sum_units,
+    merge_units,
+)
+from kernels.split_kv import append_items
 from kernels.threshold import (
-    add_to_bin,
     alloc_search,
     bits_per_round,
     clear_bins,
@@ -20,12 +29,11 @@ from kernels.threshold import (
 )
 from kernels.validate import check_count, check_tensor
 
-LOG2E = 1.4426950408889634
-ONE_BITS = 0x3F800000  # the bits of 1.0, the largest weight
-NEAR_TIE_BITS = 9  # weights that differ in their last 9 bits only are equal to 1 part in 10^4
-HEAD_THREADS = 256  # that search one query head's row; part of the order of its sums
+STEPS = 16384.0  # of a distance per nat: weights that share a step are equal to 1 part in 10^4
+DISTANCE_BITS = 20  # of the farthest distance that can matter: ln(tokens / (1 - p)) nats
+UNITY = 1073741824.0  # 2^30, the mass of all weights
 GROUP = 8  # neighbouring logits that a thread loads together
-MAX_GROUPS = 4  # that it keeps in registers
+LIST_LOGITS = 8192  # of one row that may be listed in shared memory
 
 
 def prune_top_p(
@@ -77,9 +85,12 @@ def prune_top_p(
     kept_tokens = torch.empty(*rows, width, dtype=torch.int32, device=device)
     kept_counts = torch.empty(rows, dtype=torch.int32, device=device)
     kept_mass = torch.empty(cache.batch_size, num_qo_heads, dtype=torch.float32, device=device)
+    units = allocate_units(logits)
+    launch_sum_units(logits, cache, candidate_pages, candidate_counts, units)
+    workspace = AttentionWorkspace.allocate(cache, num_qo_heads // cache.num_kv_heads, width)
     launch_prune_top_p(
-        logits, cache, candidate_pages, candidate_counts, top_p,
-        num_sink_tokens, num_recent_tokens, kept_tokens, kept_counts, kept_mass,
+        logits, units, cache, candidate_pages, candidate_counts, top_p,
+        num_sink_tokens, num_recent_tokens, kept_tokens, kept_counts, kept_mass, workspace,
     )  # fmt: skip
     return kept_tokens, kept_counts, kept_mass
 
@@ -102,6 +113,7 @@ def expand_top_p(
 
 def launch_prune_top_p(
     logits: torch.Tensor,
+    units: torch.Tensor,
     cache: PagedKVCache,
     candidate_pages: torch.Tensor,
     candidate_counts: torch.Tensor,
@@ -111,19 +123,22 @@ def launch_prune_top_p(
     kept_tokens: torch.Tensor,
     kept_counts: torch.Tensor,
     kept_mass: torch.Tensor,
+    workspace: AttentionWorkspace,
 ) -> None:
-    """One launch into allocated memory."""
+    """One launch into allocated memory; attention's list of items goes to its workspace."""
     grouped = (cache.batch_size, cache.num_kv_heads, logits.shape[1] // cache.num_kv_heads)
     width = logits.shape[2]
     forced = num_sink_tokens > 0 or num_recent_tokens > 0
     capability = torch.cuda.get_device_capability(logits.device)
     config = PrunerConfig.for_rows(grouped[0] * grouped[1], width, capability)
     width_bound = next_power_of_two(max(width, 32))
-    kernel = pruner_kernel(grouped[2], cache.page_size, forced, width_bound, config)
+    split_tokens = AttentionConfig().split_tokens
+    kernel = pruner_kernel(grouped[2], cache.page_size, forced, width_bound, split_tokens, config)
     kernel(
-        logits.view(*grouped, width), cache.seq_lens, candidate_pages, candidate_counts,
+        logits.view(*grouped, width), units.view(*grouped, *units.shape[2:]), cache.seq_lens, candidate_pages, candidate_counts,
         top_p.view(grouped), num_sink_tokens, num_recent_tokens,
         kept_tokens, kept_counts, kept_mass.view(grouped),
+        workspace.items, workspace.num_items,
     )  # fmt: skip
 
 
@@ -145,54 +160,79 @@ def load_row(values, row, num_tokens, token_of, chunk, groups):
 
 
 @T.macro
-def to_weights(values, row_max, groups):
+def to_distances(values, row_max, groups):
+    """Logits to how far they lie below the largest one, in steps."""
     for g in T.unroll(groups):
         for e in T.unroll(GROUP):
-            values[g, e] = T.exp2((values[g, e] - row_max) * LOG2E)
+            values[g, e] = row_max * STEPS - values[g, e] * STEPS
 
 
 @T.macro
-def row_sum(value, result, warp_values, row, lane):
-    """result[0] = the sum of `value` over the row's threads, in a fixed order."""
-    result[0] = T.warp_reduce_sum(value)
-    if lane % 32 == 0:
-        warp_values[row, lane // 32] = result[0]
-    T.sync_threads()
-    result[0] = 0.0
-    for warp in T.unroll(HEAD_THREADS // 32):
-        result[0] += warp_values[row, warp]
-    T.sync_threads()
+def gather_near(distances, farthest, near, num_near, parity, capacity, row, lane, groups):
+    """Lists the distances up to `farthest` in near[row], in no order that matters.
+
+    num_near[parity, row] counts them all; those beyond the capacity are not stored.
+    """
+    slot = T.alloc_var(T.int32)
+    inclusive = T.alloc_var(T.int32)
+    first = T.alloc_var(T.int32)
+    slot = 0
+    for g in T.unroll(groups):
+        for e in T.unroll(GROUP):
+            if distances[g, e] <= farthest:
+                slot += 1
+    inclusive = slot
+    for step in T.unroll(5):
+        lower = T.shfl_up(inclusive, 1 << step)
+        if lane % 32 >= (1 << step):
+            inclusive += lower
+    first = 0
+    if lane % 32 == 31:
+        first = T.atomic_add(num_near[parity, row], inclusive, return_prev=True)
+    slot = T.shfl_sync(first, 31) + inclusive - slot
+    for g in T.unroll(groups):
+        for e in T.unroll(GROUP):
+            if distances[g, e] <= farthest:
+                if slot < capacity:
+                    near[row, slot] = distances[g, e]
+                slot += 1
 
 
 @tilelang.jit(pass_configs=THREAD_LEVEL)
 def pruner_kernel(
-    group_size: int, page_size: int, forced: bool, width_bound: int, config: PrunerConfig
+    group_size: int,
+    page_size: int,
+    forced: bool,
+    width_bound: int,
+    split_tokens: int,
+    config: PrunerConfig,
 ):
-    """Grid: (kv_head, batch); block_threads / HEAD_THREADS query heads are searched side by side.
+    """Grid: (kv_head, batch); block_threads / head_threads query heads are searched side by side.
 
-    weight = exp(logit - max), in (0, 1]. Weights below (1 - p) * total / n may all go, whatever
-    they are; what survives that cut is gathered in shared memory and searched there. Its mass in
-    the search is the nearest integer to weight * 2^30 / total, so that no order of summation can
-    change the set. The search key is the weight's bit pattern: positive floats are ordered as
-    integers.
+    weight = exp(logit - max). A weight is searched by its logit's distance from the largest, in
+    whole steps. Weights below (1 - p) * total / n may all go, whatever they are: the nearer ones
+    are listed in shared memory and searched there. The mass of a weight is the nearest integer to
+    weight * 2^30 / total, so that no order of summation can change the set.
 
-    A row of at most HEAD_THREADS * 32 logits stays in registers. A wider one is read again by every
-    pass, and searched without a list of survivors; its sums run in the same order, so that both
-    forms give the same bits.
+    A row stays in registers where a thread's groups hold it. A wider one is read once to list and
+    once to mark, and by every round where the list is too short.
     """
     batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
     width_pages, width = T.dynamic("width_pages"), T.dynamic("width")
-    block_heads = min(group_size, config.block_threads // HEAD_THREADS)
-    num_threads = block_heads * HEAD_THREADS
-    groups = min(MAX_GROUPS, -(-width_bound // (HEAD_THREADS * GROUP)))
-    chunk_tokens = HEAD_THREADS * GROUP * groups
-    wide = width_bound > chunk_tokens
-    num_warps = HEAD_THREADS // 32
-    round_bits = bits_per_round(HEAD_THREADS)
+    num_units, max_items = T.dynamic("num_units"), T.dynamic("max_items")
+    head_threads = config.head_threads
+    block_heads = min(group_size, config.block_threads // head_threads)
+    num_threads = block_heads * head_threads
+    groups = min(config.groups, -(-width_bound // (head_threads * GROUP)))
+    chunk_tokens = head_threads * GROUP * groups
+    held = width_bound <= chunk_tokens
+    capacity = min(width_bound, LIST_LOGITS)
+    round_bits = bits_per_round(head_threads)
 
     @T.prim_func
     def prune_top_p(
         logits: T.Tensor[(batch_size, num_kv_heads, group_size, width), T.float32],
+        units: T.Tensor[(batch_size, num_kv_heads, group_size, num_units, 2), T.float32],
         seq_lens: T.Tensor[(batch_size,), T.int32],
         candidate_pages: T.Tensor[(batch_size, num_kv_heads, width_pages), T.int32],
         candidate_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
@@ -202,182 +242,163 @@ def pruner_kernel(
         kept_tokens: T.Tensor[(batch_size, num_kv_heads, width), T.int32],
         kept_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
         kept_mass: T.Tensor[(batch_size, num_kv_heads, group_size), T.float32],
+        items: T.Tensor[(max_items, 4), T.int32],
+        num_items: T.Tensor[(1,), T.int32],
     ):
         with T.Kernel(num_kv_heads, batch_size, threads=num_threads) as (kv_head, batch):
             T.annotate_min_blocks_per_sm(max(config.blocks_per_sm - forced, 1))
             T.assume(width % 16 == 0)
+            start_early(config.pdl)
             thread = T.get_thread_binding()
-            row = thread // HEAD_THREADS
-            lane = thread % HEAD_THREADS
+            row = thread // head_threads
+            lane = thread % head_threads
 
-            search = alloc_search(block_heads, HEAD_THREADS)
-            warp_values = T.alloc_shared((block_heads, num_warps), T.float32, scope="shared")
+            search = alloc_search(block_heads, head_threads)
             scan_sums = T.alloc_shared((num_threads // 32,), T.int32, scope="shared")
-            num_survivors = T.alloc_shared((block_heads,), T.int32, scope="shared")
-            survivors = T.alloc_shared((block_heads, 1 if wide else chunk_tokens), T.float32)
+            num_near = T.alloc_shared((2, block_heads), T.int32, scope="shared")
+            first_item = T.alloc_shared((1,), T.int32, scope="shared")
+            forced_mass = T.alloc_shared((block_heads,), T.int32, scope="shared")
+            near = T.alloc_shared((block_heads, capacity), T.float32)
             masks = T.alloc_shared((block_heads, width_bound // 8), T.uint8)
             words = T.view(masks, (block_heads, width_bound // 32), T.uint32)
             offsets = T.alloc_shared((width_bound // 32,), T.int32)
 
             values = T.alloc_local((groups, GROUP), T.float32)
-            sum_local = T.alloc_local((1,), T.float32)
-            row_max = T.alloc_var(T.float32)
-            total = T.alloc_var(T.float32)
-            partial = T.alloc_var(T.float32)
+            row_max = T.alloc_local((1,), T.float32)
+            total = T.alloc_local((1,), T.float32)
+            num_tokens = T.alloc_local((1,), T.int32)
             bracket = T.alloc_local((3,), T.int32)
-            shift = T.alloc_var(T.int32)
-            searching = T.alloc_var(T.int32)
-            slot = T.alloc_local((1,), T.int32)
-            bits = T.alloc_var(T.int32)
             count = T.alloc_local((1,), T.int32)
+            farthest = T.alloc_var(T.float32)
+            limit = T.alloc_var(T.float32)
+            shift = T.alloc_var(T.int32)
+            num_bins = T.alloc_var(T.int32)
+            bits = T.alloc_var(T.int32)
 
-            num_pages = candidate_counts[batch, kv_head]
-            last_page = candidate_pages[batch, kv_head, T.max(num_pages - 1, 0)]
-            num_tokens = T.if_then_else(
-                num_pages > 0,
-                (num_pages - 1) * page_size
-                + T.min(page_size, seq_lens[batch] - last_page * page_size),
-                0,
+            count_candidates(
+                candidate_pages, candidate_counts, seq_lens, page_size, batch, kv_head, num_tokens
             )
-            num_chunks = T.ceildiv(num_tokens, chunk_tokens) if wide else 1
-            page_of = lambda at: candidate_pages[
-                batch, kv_head, T.min(at // page_size, num_pages - 1)
-            ]
+            num_chunks = 1 if held else T.ceildiv(num_tokens[0], chunk_tokens)
+            last_page = T.max(candidate_counts[batch, kv_head] - 1, 0)
+            page_of = lambda at: candidate_pages[batch, kv_head, T.min(at // page_size, last_page)]
             position = lambda at: page_of(at) * page_size + at % page_size
             is_forced = lambda at: T.Or(
                 position(at) < num_sink_tokens, position(at) >= seq_lens[batch] - num_recent_tokens
             )
-            key = lambda x: T.reinterpret(x, T.int32)
-            mass = lambda x: T.cast(x * (1073741824.0 / total) + 0.5, T.int32)
+            mass = lambda x: T.cast(
+                T.exp2(x * (-LOG2E / STEPS)) * (UNITY / total[0]) + 0.5, T.int32
+            )
+            # How many steps inside the bracket's low end.
+            inside = lambda x: -T.cast(T.ceil(x), T.int32) - bracket[0]
 
             clear_bins(search, row, lane)
-            for first_head in T.serial(0, group_size, block_heads):
-                head = T.min(first_head + row, group_size - 1)
+            if lane == 0:
+                num_near[0, row] = 0
+            T.sync_threads()
+            for turn in T.serial(T.ceildiv(group_size, block_heads)):
+                head = T.min(turn * block_heads + row, group_size - 1)
                 logit = lambda at: logits[batch, kv_head, head, at]
-                token_of = lambda chunk, g: ((chunk * groups + g) * HEAD_THREADS + lane) * GROUP
+                token_of = lambda chunk, g: ((chunk * groups + g) * head_threads + lane) * GROUP
+                if held:
+                    load_row(values, logit, num_tokens[0], token_of, 0, groups)
 
-                # 1. The largest logit.
-                row_max = -T.infinity(T.float32)
-                for chunk in T.serial(num_chunks):
-                    load_row(values, logit, num_tokens, token_of, chunk, groups)
-                    for g in T.unroll(groups):
-                        for e in T.unroll(GROUP):
-                            row_max = T.max(row_max, values[g, e])
-                row_max = T.warp_reduce_max(row_max)
-                if lane % 32 == 0:
-                    warp_values[row, lane // 32] = row_max
-                if lane == 0:
-                    num_survivors[row] = 0
-                T.sync_threads()
-                for warp in T.unroll(num_warps):
-                    row_max = T.max(row_max, warp_values[row, warp])
-                T.sync_threads()
+                # 1. The softmax's maximum and denominator.
+                merge_units(
+                    lambda at, part: units[batch, kv_head, head, at, part],
+                    T.ceildiv(num_tokens[0], UNIT_TOKENS), row_max, total,
+                )  # fmt: skip
 
-                # 2. The softmax's denominator.
-                partial = 0.0
-                for chunk in T.serial(num_chunks):
-                    if wide:
-                        load_row(values, logit, num_tokens, token_of, chunk, groups)
-                    to_weights(values, row_max, groups)
-                    for g in T.unroll(groups):
-                        for e in T.unroll(GROUP):
-                            partial += values[g, e]
-                row_sum(partial, sum_local, warp_values, row, lane)
-                total = sum_local[0]
-
-                # 3. The smallest weight that is kept: bracket[0], as a key.
+                # 2. What can matter: all heavier than the cut.
                 p = top_p[batch, kv_head, head]
-                cut = (1.0 - p) * total / T.cast(num_tokens, T.float32) * 0.9999
-                bracket[0] = key(T.max(cut, 0.0))
+                cut = (1.0 - p) / T.cast(num_tokens[0], T.float32) * total[0] * 0.9999
+                farthest = T.if_then_else(p < 1.0, T.ceil(-T.log2(cut) * (STEPS / LOG2E)), -1.0)
+                for chunk in T.serial(num_chunks):
+                    if not held:
+                        load_row(values, logit, num_tokens[0], token_of, chunk, groups)
+                    to_distances(values, row_max[0], groups)
+                    gather_near(
+                        values, farthest, near, num_near, turn % 2, capacity, row, lane, groups
+                    )
+                T.sync_threads()
+
+                # 3. The largest distance that is kept.
+                need = T.cast(T.ceil(p * UNITY), T.int32)
+                bracket[0] = -T.cast(T.max(farthest, 0.0), T.int32)
                 bracket[1] = 0
-                shift = T.max(32 - round_bits - T.clz(ONE_BITS - bracket[0]), 0)
-                need = T.cast(T.ceil(p * 1073741824.0), T.int32)
-                searching = T.if_then_else(p < 1.0, 1, 0)
-                if not wide:
-                    slot[0] = 0
-                    for g in T.unroll(groups):
-                        for e in T.unroll(GROUP):
-                            if key(values[g, e]) >= bracket[0]:
-                                slot[0] += 1
-                    reserve_slots(slot, num_survivors, row, lane)
-                    for g in T.unroll(groups):
-                        for e in T.unroll(GROUP):
-                            if key(values[g, e]) >= bracket[0]:
-                                survivors[row, slot[0]] = values[g, e]
-                                slot[0] += 1
-                while T.syncthreads_or(searching) != 0:
-                    if searching != 0:
-                        if wide:
+                shift = T.max(32 - round_bits - T.clz(-bracket[0]), 0)
+                num_bins = 1 << round_bits
+                listed = num_near[turn % 2, row]
+                for _ in T.unroll(-(-DISTANCE_BITS // round_bits)):
+                    if listed <= capacity:
+                        for step in T.serial(T.ceildiv(listed - lane, head_threads)):
+                            distance = near[row, step * head_threads + lane]
+                            bin_index = inside(distance) >> shift
+                            if inside(distance) >= 0 and bin_index < num_bins:
+                                T.atomic_add(search[0][row, bin_index], mass(distance))
+                    if width_bound > capacity:
+                        if listed > capacity:
                             for chunk in T.serial(num_chunks):
-                                load_row(values, logit, num_tokens, token_of, chunk, groups)
-                                to_weights(values, row_max, groups)
+                                load_row(values, logit, num_tokens[0], token_of, chunk, groups)
+                                to_distances(values, row_max[0], groups)
                                 for g in T.unroll(groups):
                                     for e in T.unroll(GROUP):
-                                        add_to_bin(
-                                            search, row, key(values[g, e]), bracket[0], shift,
-                                            mass(values[g, e]), 1 << round_bits,
-                                        )  # fmt: skip
-                        else:
-                            left = T.ceildiv(num_survivors[row] - lane, HEAD_THREADS)
-                            for step in T.serial(left):
-                                weight = survivors[row, step * HEAD_THREADS + lane]
-                                add_to_bin(
-                                    search, row, key(weight), bracket[0], shift, mass(weight),
-                                    1 << round_bits,
-                                )  # fmt: skip
-                    cross_bins(search, row, lane, bracket, shift, need, HEAD_THREADS)
-                    searching = T.if_then_else(shift > NEAR_TIE_BITS, searching, 0)
+                                        if values[g, e] <= farthest:
+                                            bin_index = inside(values[g, e]) >> shift
+                                            if inside(values[g, e]) >= 0 and bin_index < num_bins:
+                                                T.atomic_add(
+                                                    search[0][row, bin_index], mass(values[g, e])
+                                                )
+                    cross_bins(search, row, lane, bracket, shift, need, head_threads)
+                    num_bins = 1 << T.min(shift, round_bits)  # only the chosen bin is open
                     shift = T.max(shift - round_bits, 0)
+                limit = T.if_then_else(
+                    p < 1.0, T.cast(-bracket[0], T.float32), T.infinity(T.float32)
+                )
+                if lane == 0:
+                    num_near[(turn + 1) % 2, row] = 0
+                    forced_mass[row] = 0
+                if forced:
+                    T.sync_threads()
 
                 # 4. One bit per token, joined over the heads that share this row of threads.
-                partial = 0.0
                 for chunk in T.serial(num_chunks):
-                    if wide:
-                        load_row(values, logit, num_tokens, token_of, chunk, groups)
-                        to_weights(values, row_max, groups)
+                    if not held:
+                        load_row(values, logit, num_tokens[0], token_of, chunk, groups)
+                        to_distances(values, row_max[0], groups)
                     for g in T.unroll(groups):
                         token = token_of(chunk, g)
-                        if token < T.ceildiv(num_tokens, 32) * 32:
+                        if token < T.ceildiv(num_tokens[0], 32) * 32:
                             bits = 0
                             for e in T.unroll(GROUP):
-                                keep = key(values[g, e]) >= bracket[0]
-                                if forced:
-                                    keep = T.Or(keep, is_forced(token + e))
-                                if keep:
+                                if values[g, e] <= limit:
                                     bits |= 1 << e
-                                    partial += values[g, e]
-                            bits &= (1 << T.max(T.min(num_tokens - token, GROUP), 0)) - 1
-                            if first_head > 0:
+                                elif forced:
+                                    if token + e < num_tokens[0] and is_forced(token + e):
+                                        bits |= 1 << e
+                                        T.atomic_add(forced_mass[row], mass(values[g, e]))
+                            bits &= (1 << T.max(T.min(num_tokens[0] - token, GROUP), 0)) - 1
+                            if turn > 0:
                                 bits |= T.cast(masks[row, token // GROUP], T.int32)
                             masks[row, token // GROUP] = T.cast(bits, T.uint8)
-                row_sum(partial, sum_local, warp_values, row, lane)
-                if lane == 0 and first_head + row < group_size:
-                    kept_mass[batch, kv_head, head] = sum_local[0] / total
+                T.sync_threads()
+                if lane == 0 and turn * block_heads + row < group_size:
+                    kept = T.cast(bracket[1] + bracket[2] + forced_mass[row], T.float32) / UNITY
+                    kept_mass[batch, kv_head, head] = T.if_then_else(
+                        p < 1.0, T.min(kept, 1.0), T.if_then_else(num_tokens[0] > 0, 1.0, 0.0)
+                    )
 
             union = lambda word: functools.reduce(
                 operator.or_, [words[each, word] for each in range(block_heads)]
             )
             compact(
-                union, offsets, T.ceildiv(num_tokens, 32), scan_sums, num_threads, count,
+                union, offsets, T.ceildiv(num_tokens[0], 32), scan_sums, num_threads, count,
                 position, kept_tokens, batch, kv_head,
+            )  # fmt: skip
+            append_items(
+                items, num_items, first_item, count[0], split_tokens,
+                batch, kv_head, thread, num_threads,
             )  # fmt: skip
             if thread == 0:
                 kept_counts[batch, kv_head] = count[0]
 
     return prune_top_p
-
-
-@T.macro
-def reserve_slots(slot, num_slots, row, lane):
-    """Turns slot[0] = how many slots this thread wants into the first of them."""
-    inclusive = T.alloc_var(T.int32)
-    base = T.alloc_var(T.int32)
-    inclusive = slot[0]
-    for step in T.unroll(5):
-        lower = T.shfl_up(inclusive, 1 << step)
-        if lane % 32 >= (1 << step):
-            inclusive += lower
-    base = 0
-    if lane % 32 == 31:
-        base = T.atomic_add(num_slots[row], inclusive, return_prev=True)
-    slot[0] = T.shfl_sync(base, 31) + inclusive - slot[0]

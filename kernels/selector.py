@@ -5,7 +5,13 @@ import tilelang.language as T
 import torch
 
 from kernels.cache import PagedKVCache
-from kernels.config import THREAD_LEVEL, TILE_LEVEL, PageScoreConfig, TopPagesConfig
+from kernels.config import (
+    THREAD_LEVEL,
+    TILE_LEVEL,
+    PageScoreConfig,
+    TopPagesConfig,
+    start_early,
+)
 from kernels.threshold import (
     add_to_bin,
     alloc_search,
@@ -168,6 +174,7 @@ def page_score_kernel(
             batch_size,
             threads=config.num_threads,
         ) as (block, kv_head, batch):
+            start_early(config.pdl)
             q_positive = T.alloc_shared((columns, head_dim), dtype)
             q_negative = T.alloc_shared((columns, head_dim), dtype)
             max_shared = T.alloc_shared((block_pages, head_dim), dtype)
@@ -236,6 +243,7 @@ def top_pages_kernel(page_size: int, max_pages_bound: int, config: TopPagesConfi
         candidate_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
     ):
         with T.Kernel(num_kv_heads, batch_size, threads=num_threads) as (kv_head, batch):
+            start_early(config.pdl)
             thread = T.get_thread_binding()
             warp = thread // 32
             search = alloc_search(1, num_threads)

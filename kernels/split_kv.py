@@ -7,7 +7,8 @@ A row is one KV head of one request. An item is at most `split_tokens` of its to
 import tilelang
 import tilelang.language as T
 
-from kernels.config import TILE_LEVEL, AttentionConfig
+from kernels.config import TILE_LEVEL, AttentionConfig, start_early
+from kernels.softmax import count_candidates
 
 LOG2E = 1.4426950408889634
 QUERY_ROWS = 16  # rows of the tensor-core tile: the group's query heads, padded
@@ -21,18 +22,36 @@ IN_FLIGHT = {
 @T.macro
 def count_tokens(source, page_size, seq_lens, indices, counts, batch, kv_head, num_tokens):
     """num_tokens[0] = the row's tokens; a page list may end in a part-filled last page."""
-    num_tokens[0] = counts[batch, kv_head]
     if source == "pages":
-        if num_tokens[0] > 0:
-            last_page = indices[batch, kv_head, num_tokens[0] - 1]
-            num_tokens[0] = (num_tokens[0] - 1) * page_size + T.min(
-                page_size, seq_lens[batch] - last_page * page_size
-            )
+        count_candidates(indices, counts, seq_lens, page_size, batch, kv_head, num_tokens)
+    else:
+        num_tokens[0] = counts[batch, kv_head]
+
+
+@T.macro
+def append_items(
+    items, num_items, first_item, num_tokens, split_tokens, batch, kv_head, thread, num_threads
+):
+    """Appends the row's items to the list, in no order that matters.
+
+    first_item is one int32 of shared memory. All threads of the block take part.
+    """
+    num_splits = T.ceildiv(num_tokens, split_tokens)
+    if thread == 0:
+        first_item[0] = T.atomic_add(num_items[0], num_splits, return_prev=True)
+    T.sync_threads()
+    for step in T.serial(T.ceildiv(num_splits, num_threads)):
+        split = step * num_threads + thread
+        if split < num_splits:
+            items[first_item[0] + split, 0] = batch
+            items[first_item[0] + split, 1] = kv_head
+            items[first_item[0] + split, 2] = T.if_then_else(num_splits == 1, -1, split)
+            items[first_item[0] + split, 3] = T.min(split_tokens, num_tokens - split * split_tokens)
 
 
 @tilelang.jit(pass_configs=TILE_LEVEL)
 def plan_kernel(page_size: int, source: str, config: AttentionConfig):
-    """Grid: (kv_head, batch). Appends the row's items to the list, in no order that matters."""
+    """Grid: (kv_head, batch)."""
     batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
     width, max_items = T.dynamic("width"), T.dynamic("max_items")
     num_threads = 64
@@ -46,23 +65,15 @@ def plan_kernel(page_size: int, source: str, config: AttentionConfig):
         num_items: T.Tensor[(1,), T.int32],
     ):
         with T.Kernel(num_kv_heads, batch_size, threads=num_threads) as (kv_head, batch):
+            start_early(config.pdl)
             thread = T.get_thread_binding()
             first_item = T.alloc_shared((1,), T.int32, scope="shared")
             num_tokens = T.alloc_local((1,), T.int32)
             count_tokens(source, page_size, seq_lens, indices, counts, batch, kv_head, num_tokens)
-            num_splits = T.ceildiv(num_tokens[0], config.split_tokens)
-            if thread == 0:
-                first_item[0] = T.atomic_add(num_items[0], num_splits, return_prev=True)
-            T.sync_threads()
-            for step in T.serial(T.ceildiv(num_splits, num_threads)):
-                split = step * num_threads + thread
-                if split < num_splits:
-                    items[first_item[0] + split, 0] = batch
-                    items[first_item[0] + split, 1] = kv_head
-                    items[first_item[0] + split, 2] = T.if_then_else(num_splits == 1, -1, split)
-                    items[first_item[0] + split, 3] = T.min(
-                        config.split_tokens, num_tokens[0] - split * config.split_tokens
-                    )
+            append_items(
+                items, num_items, first_item, num_tokens[0], config.split_tokens,
+                batch, kv_head, thread, num_threads,
+            )  # fmt: skip
 
     return plan_items
 
@@ -101,6 +112,7 @@ def attention_kernel(
         lse: T.Tensor[(batch_size, num_kv_heads, group_size), T.float32],
     ):
         with T.Kernel(num_blocks, threads=config.num_threads) as block:
+            start_early(config.pdl)
             # Static scope: from the dynamic pool, each copy that reads it would wait at a barrier.
             slots = T.alloc_shared((split_tokens,), T.int32, scope="shared")
             q_shared = T.alloc_shared((QUERY_ROWS, head_dim), dtype)
@@ -213,6 +225,7 @@ def merge_kernel(
             kv_head,
             batch,
         ):
+            start_early(config.pdl)
             channel = T.get_thread_binding()
             lane = channel % 32
             num_tokens = T.alloc_local((1,), T.int32)
