@@ -17,12 +17,34 @@ from kernels.validate import check_query, check_scale, check_tensor, dtype_name
 
 
 @dataclass
-class AttentionWorkspace:
-    """What attention over rows of at most `width` tokens needs beside its inputs."""
+class WorkList:
+    """The items of attention over rows of at most `width` tokens."""
 
     # [max_items, 4] i32: batch, kv_head, split (-1: the row's only one), tokens
     items: torch.Tensor
-    num_items: torch.Tensor  # [1] i32, zero between calls
+    num_items: torch.Tensor  # [1] i32
+    tickets: torch.Tensor  # [2] i32, zeros between launches
+
+    @classmethod
+    def allocate(cls, cache: PagedKVCache, width: int) -> "WorkList":
+        max_items = cache.batch_size * cache.num_kv_heads * max_splits(width)
+        like = dict(device=cache.k_cache.device)
+        return cls(
+            items=torch.empty(max_items, 4, dtype=torch.int32, **like),
+            num_items=torch.zeros(1, dtype=torch.int32, **like),
+            tickets=torch.zeros(2, dtype=torch.int32, **like),
+        )
+
+
+def max_splits(width: int) -> int:
+    return -(-width // AttentionConfig().split_tokens)
+
+
+@dataclass
+class AttentionWorkspace:
+    """What attention over rows of at most `width` tokens needs beside its inputs."""
+
+    work: WorkList
     partial_out: torch.Tensor  # [batch_size, num_kv_heads, max_splits, group_size, head_dim] f32
     partial_lse: torch.Tensor  # [..., max_splits, group_size, 2] f32: max (in log2 units), sum
     lse: torch.Tensor  # [batch_size, num_qo_heads] f32
@@ -31,12 +53,9 @@ class AttentionWorkspace:
     def allocate(cls, cache: PagedKVCache, group_size: int, width: int) -> "AttentionWorkspace":
         batch_size, num_kv_heads = cache.batch_size, cache.num_kv_heads
         device = cache.k_cache.device
-        max_splits = -(-width // AttentionConfig().split_tokens)
-        max_items = batch_size * num_kv_heads * max_splits
-        partials = (batch_size, num_kv_heads, max_splits, group_size)
+        partials = (batch_size, num_kv_heads, max_splits(width), group_size)
         return cls(
-            items=torch.empty(max_items, 4, dtype=torch.int32, device=device),
-            num_items=torch.zeros(1, dtype=torch.int32, device=device),
+            work=WorkList.allocate(cache, width),
             partial_out=torch.empty(*partials, cache.head_dim, device=device),
             partial_lse=torch.empty(*partials, 2, device=device),
             lse=torch.empty(batch_size, num_kv_heads * group_size, device=device),
@@ -138,9 +157,9 @@ def launch_attention(
     sm_scale: float,
     planned: bool = False,
 ) -> None:
-    """Three launches into allocated memory: the list of items, unless the pruner has written it
+    """Launches into allocated memory: the list of items, unless the pruner has just written it
     (`planned`), their attention, the merge."""
-    config = AttentionConfig()
+    config, work = AttentionConfig(), workspace.work
     group_size = q.shape[1] // cache.num_kv_heads
     grouped = (cache.batch_size, cache.num_kv_heads, group_size)
     shape = (group_size, cache.head_dim, cache.page_size, dtype_name(q), source, config)
@@ -148,11 +167,11 @@ def launch_attention(
     outputs = (out.view(*grouped, cache.head_dim), workspace.lse.view(grouped))
     if not planned:
         plan_kernel(cache.page_size, source, config)(
-            cache.seq_lens, indices, counts, workspace.items, workspace.num_items
+            cache.seq_lens, indices, counts, work.items, work.num_items, work.tickets
         )
     attention_kernel(*shape)(
         q.view(*grouped, cache.head_dim), cache.k_cache, cache.v_cache, cache.page_table, indices,
-        workspace.items, workspace.num_items,
+        work.items, work.num_items,
         config.blocks_per_sm * num_multiprocessors(q.device), sm_scale, *partials, *outputs,
     )  # fmt: skip
-    merge_kernel(*shape)(cache.seq_lens, indices, counts, *partials, workspace.num_items, *outputs)
+    merge_kernel(*shape)(cache.seq_lens, indices, counts, *partials, *outputs)

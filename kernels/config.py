@@ -48,9 +48,7 @@ class EstimatorConfig:
 
 @dataclass(frozen=True)
 class PrunerConfig:
-    head_threads: int = 256  # that search one query head's row
-    block_threads: int = 256  # a block searches block_threads / head_threads heads side by side
-    groups: int = 4  # of 8 logits that a thread keeps in registers
+    block_threads: int = 256  # a block searches block_threads / 256 query heads side by side
     blocks_per_sm: int = 4  # that registers must allow for
     pdl: bool = False
 
@@ -58,10 +56,9 @@ class PrunerConfig:
     def for_rows(cls, num_rows: int, width: int, capability: tuple[int, int]) -> "PrunerConfig":
         """Few rows are searched with all their heads at once; many fill the GPU as they are."""
         if num_rows <= 128:
-            if width <= 8192:
-                return cls(block_threads=1024, groups=2, blocks_per_sm=1)
-            # The masks of a wide row leave shared memory for fewer heads.
-            return cls(block_threads=512 if capability >= (9, 0) else 256, blocks_per_sm=1)
+            # Shared memory holds four rows where it is large and the rows are short.
+            fits = width <= 8192 and capability >= (9, 0)
+            return cls(block_threads=1024 if fits else 512, blocks_per_sm=1)
         # Code for compute capability 10 needs more registers than four blocks leave it.
         return cls(blocks_per_sm=4 if capability < (10, 0) else 3)
 

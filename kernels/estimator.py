@@ -1,4 +1,4 @@
-"""Estimated logits of the candidates, from the 4-bit mirror of K, and their softmax by units."""
+"""Estimated logits of the candidates, from the 4-bit mirror of K."""
 
 import tilelang
 import tilelang.language as T
@@ -6,7 +6,6 @@ import torch
 
 from kernels.cache import PagedKVCache
 from kernels.config import TILE_LEVEL, EstimatorConfig, start_early
-from kernels.softmax import UNIT_TILES, allocate_units, sum_unit
 from kernels.validate import TILE_TOKENS, check_query, check_scale, check_tensor, dtype_name
 
 TILE_HEADS = 8  # the tensor-core instruction is m16n8k16: tokens x query heads x channels
@@ -44,8 +43,7 @@ def estimate_logits(
     check_tensor("candidate_counts", candidate_counts, rows, torch.int32, q.device)
     width = candidate_pages.shape[2] * cache.page_size
     logits = torch.empty(*q.shape[:2], width, dtype=torch.float32, device=q.device)
-    units = allocate_units(logits)
-    launch_estimate_logits(q, cache, candidate_pages, candidate_counts, logits, units, sm_scale)
+    launch_estimate_logits(q, cache, candidate_pages, candidate_counts, logits, sm_scale)
     return logits
 
 
@@ -55,7 +53,6 @@ def launch_estimate_logits(
     candidate_pages: torch.Tensor,
     candidate_counts: torch.Tensor,
     logits: torch.Tensor,
-    units: torch.Tensor,
     sm_scale: float,
 ) -> None:
     """One launch into allocated memory."""
@@ -75,7 +72,6 @@ def launch_estimate_logits(
         candidate_counts,
         sm_scale,
         logits.view(*grouped, -1, cache.page_size),
-        units.view(*grouped, *units.shape[2:]),
     )
 
 
@@ -108,7 +104,7 @@ def estimator_kernel(
     """
     batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
     num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
-    width_pages, num_units = T.dynamic("width_pages"), T.dynamic("num_units")
+    width_pages = T.dynamic("width_pages")
     row_words = head_dim // 8
     lane_words = row_words // 4
     head_tiles = -(-group_size // TILE_HEADS)
@@ -127,7 +123,6 @@ def estimator_kernel(
         candidate_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
         sm_scale: T.float32,
         logits: T.Tensor[(batch_size, num_kv_heads, group_size, width_pages, page_size), T.float32],
-        units: T.Tensor[(batch_size, num_kv_heads, group_size, num_units, 2), T.float32],
     ):
         with T.Kernel(
             T.ceildiv(width_pages * tiles_per_page, block_tiles),
@@ -154,8 +149,6 @@ def estimator_kernel(
             tile_scale_zero = T.alloc_local((config.tiles_per_warp, 2, 2), T.float16)
             a_fragment = T.alloc_local((4,), T.uint32)
             acc = T.alloc_local((4,), T.float32)
-            unit_logits = T.alloc_local((2, UNIT_TILES * 2), T.float32)
-            max_sum = T.alloc_local((2,), T.float32)
 
             if warp_tile < num_tiles:
                 find_pages(
@@ -205,48 +198,35 @@ def estimator_kernel(
                             config.tiles_per_warp,
                         )  # fmt: skip
 
-                for unit in T.unroll(config.tiles_per_warp // UNIT_TILES):
-                    if first_tile + unit * UNIT_TILES < num_tiles:
+                for i in T.unroll(config.tiles_per_warp):
+                    if first_tile + i < num_tiles:
+                        slot = (first_tile + i) // tiles_per_page
+                        token = (first_tile + i) % tiles_per_page * TILE_TOKENS + row
                         for n in T.unroll(head_tiles):
-                            for u in T.unroll(UNIT_TILES):
-                                i = unit * UNIT_TILES + u
-                                tile = first_tile + i
-                                for e in T.unroll(4):
-                                    acc[e] = 0.0
-                                for s in T.unroll(lane_words * 2):
-                                    for t in T.unroll(2):
-                                        word = tile_codes[i, t, s // 2] >> (s % 2 * 8)
-                                        a_fragment[t] = T.cast(word & 0x000F000F, T.uint32)
-                                        a_fragment[2 + t] = T.cast(word & 0x00F000F0, T.uint32)
-                                    T.ptx_mma(
-                                        "float32", "m16n8k16", "row", "col", "fp16", "fp16", "fp32",
-                                        a_fragment.data, 0, q_fragment.data,
-                                        n * lane_words * 8 + s * 4, acc.data, 0, T.bool(False),
-                                    )  # fmt: skip
+                            for e in T.unroll(4):
+                                acc[e] = 0.0
+                            for s in T.unroll(lane_words * 2):
                                 for t in T.unroll(2):
-                                    cell = tile % tiles_per_page * TILE_TOKENS + row + t * 8
-                                    is_valid = tile_page[i] * page_size + cell < seq_len
-                                    scale = T.cast(tile_scale_zero[i, t, 0], T.float32)
-                                    zero = T.cast(tile_scale_zero[i, t, 1], T.float32)
-                                    for h in T.unroll(2):
-                                        product = acc[t * 2 + h] * 16777216.0  # 2^24
-                                        logit = (scale * product + zero * q_sum[n, h]) * sm_scale
-                                        unit_logits[h, u * 2 + t] = T.if_then_else(
-                                            tile < num_tiles and is_valid,
-                                            logit,
-                                            -T.infinity(T.float32),
-                                        )
-                                        head = n * TILE_HEADS + lane * 2 + h
-                                        if head < group_size and tile < num_tiles:
-                                            logits[
-                                                batch, kv_head, head, tile // tiles_per_page, cell
-                                            ] = unit_logits[h, u * 2 + t]
+                                    word = tile_codes[i, t, s // 2] >> (s % 2 * 8)
+                                    a_fragment[t] = T.cast(word & 0x000F000F, T.uint32)
+                                    a_fragment[2 + t] = T.cast(word & 0x00F000F0, T.uint32)
+                                T.ptx_mma(
+                                    "float32", "m16n8k16", "row", "col", "fp16", "fp16", "fp32",
+                                    a_fragment.data, 0, q_fragment.data, n * lane_words * 8 + s * 4,
+                                    acc.data, 0, T.bool(False),
+                                )  # fmt: skip
                             for h in T.unroll(2):
                                 head = n * TILE_HEADS + lane * 2 + h
-                                sum_unit(lambda at: unit_logits[h, at], max_sum)
-                                if head < group_size and row == 0:
-                                    place = first_tile // UNIT_TILES + unit
-                                    for e in T.vectorized(2):
-                                        units[batch, kv_head, head, place, e] = max_sum[e]
+                                if head < group_size:
+                                    for t in T.unroll(2):
+                                        scale = T.cast(tile_scale_zero[i, t, 0], T.float32)
+                                        zero = T.cast(tile_scale_zero[i, t, 1], T.float32)
+                                        product = acc[t * 2 + h] * 16777216.0  # 2^24
+                                        logit = (scale * product + zero * q_sum[n, h]) * sm_scale
+                                        cell = token + t * 8
+                                        is_valid = tile_page[i] * page_size + cell < seq_len
+                                        logits[batch, kv_head, head, slot, cell] = T.if_then_else(
+                                            is_valid, logit, -T.infinity(T.float32)
+                                        )
 
     return estimate_logits

@@ -7,7 +7,6 @@ from kernels.cache import PagedKVCache
 from kernels.estimator import launch_estimate_logits
 from kernels.pruner import expand_top_p, launch_prune_top_p
 from kernels.selector import launch_select_all, launch_select_pages, page_budget
-from kernels.softmax import allocate_units
 from kernels.validate import MAX_GROUP_SIZE, check_choice, check_count, check_query, check_scale
 
 
@@ -69,7 +68,6 @@ class TwilightDecode:
         self.candidate_pages = torch.empty(*rows, width, **like)
         self.candidate_counts = torch.empty(rows, **like)
         self.logits = torch.empty(*heads, tokens, device=device)
-        self.units = allocate_units(self.logits)
         self.kept_tokens = torch.empty(*rows, tokens, **like)
         self.kept_counts = torch.empty(rows, **like)
         self.kept_mass = torch.empty(heads, device=device)
@@ -109,16 +107,15 @@ class TwilightDecode:
     def estimate(self, q: torch.Tensor, cache: PagedKVCache) -> None:
         """Estimated logits of the candidates -> logits."""
         launch_estimate_logits(
-            q, cache, self.candidate_pages, self.candidate_counts,
-            self.logits, self.units, self.sm_scale,
-        )  # fmt: skip
+            q, cache, self.candidate_pages, self.candidate_counts, self.logits, self.sm_scale
+        )
 
     def prune(self, cache: PagedKVCache) -> None:
         """What top-p keeps of them -> kept_tokens, kept_counts, kept_mass."""
         launch_prune_top_p(
-            self.logits, self.units, cache, self.candidate_pages, self.candidate_counts, self.top_p,
+            self.logits, cache, self.candidate_pages, self.candidate_counts, self.top_p,
             self.num_sink_tokens, self.num_recent_tokens,
-            self.kept_tokens, self.kept_counts, self.kept_mass, self.attention,
+            self.kept_tokens, self.kept_counts, self.kept_mass, self.attention.work,
         )  # fmt: skip
 
     def attend(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:

@@ -7,33 +7,20 @@ import tilelang
 import tilelang.language as T
 import torch
 
-from kernels.attention import AttentionWorkspace
+from kernels.attention import WorkList
 from kernels.cache import PagedKVCache
 from kernels.config import THREAD_LEVEL, AttentionConfig, PrunerConfig, start_early
 from kernels.selector import next_power_of_two
-from kernels.softmax import (
-    LOG2E,
-    UNIT_TOKENS,
-    allocate_units,
-    count_candidates,
-    launch_sum_units,
-    merge_units,
-)
-from kernels.split_kv import append_items
-from kernels.threshold import (
-    alloc_search,
-    bits_per_round,
-    clear_bins,
-    compact,
-    cross_bins,
-)
+from kernels.split_kv import LOG2E, append_items, count_tokens
+from kernels.threshold import alloc_search, bits_per_round, clear_bins, compact, cross_bins
 from kernels.validate import check_count, check_tensor
 
 STEPS = 16384.0  # of a distance per nat: weights that share a step are equal to 1 part in 10^4
 DISTANCE_BITS = 20  # of the farthest distance that can matter: ln(tokens / (1 - p)) nats
 UNITY = 1073741824.0  # 2^30, the mass of all weights
+HEAD_THREADS = 256  # that search one query head's row; part of the order of its sums
 GROUP = 8  # neighbouring logits that a thread loads together
-LIST_LOGITS = 8192  # of one row that may be listed in shared memory
+MAX_GROUPS = 4  # that it keeps
 
 
 def prune_top_p(
@@ -85,12 +72,10 @@ def prune_top_p(
     kept_tokens = torch.empty(*rows, width, dtype=torch.int32, device=device)
     kept_counts = torch.empty(rows, dtype=torch.int32, device=device)
     kept_mass = torch.empty(cache.batch_size, num_qo_heads, dtype=torch.float32, device=device)
-    units = allocate_units(logits)
-    launch_sum_units(logits, cache, candidate_pages, candidate_counts, units)
-    workspace = AttentionWorkspace.allocate(cache, num_qo_heads // cache.num_kv_heads, width)
     launch_prune_top_p(
-        logits, units, cache, candidate_pages, candidate_counts, top_p,
-        num_sink_tokens, num_recent_tokens, kept_tokens, kept_counts, kept_mass, workspace,
+        logits, cache, candidate_pages, candidate_counts, top_p,
+        num_sink_tokens, num_recent_tokens, kept_tokens, kept_counts, kept_mass,
+        WorkList.allocate(cache, width),
     )  # fmt: skip
     return kept_tokens, kept_counts, kept_mass
 
@@ -113,7 +98,6 @@ def expand_top_p(
 
 def launch_prune_top_p(
     logits: torch.Tensor,
-    units: torch.Tensor,
     cache: PagedKVCache,
     candidate_pages: torch.Tensor,
     candidate_counts: torch.Tensor,
@@ -123,9 +107,9 @@ def launch_prune_top_p(
     kept_tokens: torch.Tensor,
     kept_counts: torch.Tensor,
     kept_mass: torch.Tensor,
-    workspace: AttentionWorkspace,
+    work: WorkList,
 ) -> None:
-    """One launch into allocated memory; attention's list of items goes to its workspace."""
+    """One launch into allocated memory. It also writes attention's list of work."""
     grouped = (cache.batch_size, cache.num_kv_heads, logits.shape[1] // cache.num_kv_heads)
     width = logits.shape[2]
     forced = num_sink_tokens > 0 or num_recent_tokens > 0
@@ -135,10 +119,10 @@ def launch_prune_top_p(
     split_tokens = AttentionConfig().split_tokens
     kernel = pruner_kernel(grouped[2], cache.page_size, forced, width_bound, split_tokens, config)
     kernel(
-        logits.view(*grouped, width), units.view(*grouped, *units.shape[2:]), cache.seq_lens, candidate_pages, candidate_counts,
+        logits.view(*grouped, width), cache.seq_lens, candidate_pages, candidate_counts,
         top_p.view(grouped), num_sink_tokens, num_recent_tokens,
         kept_tokens, kept_counts, kept_mass.view(grouped),
-        workspace.items, workspace.num_items,
+        work.items, work.num_items, work.tickets,
     )  # fmt: skip
 
 
@@ -168,34 +152,30 @@ def to_distances(values, row_max, groups):
 
 
 @T.macro
-def gather_near(distances, farthest, near, num_near, parity, capacity, row, lane, groups):
-    """Lists the distances up to `farthest` in near[row], in no order that matters.
+def merge_warps(value, join, result, warp_values, part, row, lane):
+    """result[0] = the row's warps' values joined in a fixed order."""
+    if lane % 32 == 0:
+        warp_values[part, row, lane // 32] = value
+    T.sync_threads()
+    result[0] = warp_values[part, row, 0]
+    for warp in T.unroll(1, HEAD_THREADS // 32):
+        result[0] = join(result[0], warp_values[part, row, warp])
 
-    num_near[parity, row] counts them all; those beyond the capacity are not stored.
-    """
-    slot = T.alloc_var(T.int32)
+
+@T.macro
+def reserve_slots(count, slot, num_taken, parity, row, lane):
+    """slot[0] = the first of `count` slots of this thread's own, in no order that matters."""
     inclusive = T.alloc_var(T.int32)
     first = T.alloc_var(T.int32)
-    slot = 0
-    for g in T.unroll(groups):
-        for e in T.unroll(GROUP):
-            if distances[g, e] <= farthest:
-                slot += 1
-    inclusive = slot
+    inclusive = count
     for step in T.unroll(5):
         lower = T.shfl_up(inclusive, 1 << step)
         if lane % 32 >= (1 << step):
             inclusive += lower
     first = 0
     if lane % 32 == 31:
-        first = T.atomic_add(num_near[parity, row], inclusive, return_prev=True)
-    slot = T.shfl_sync(first, 31) + inclusive - slot
-    for g in T.unroll(groups):
-        for e in T.unroll(GROUP):
-            if distances[g, e] <= farthest:
-                if slot < capacity:
-                    near[row, slot] = distances[g, e]
-                slot += 1
+        first = T.atomic_add(num_taken[parity, row], inclusive, return_prev=True)
+    slot[0] = T.shfl_sync(first, 31) + inclusive - count
 
 
 @tilelang.jit(pass_configs=THREAD_LEVEL)
@@ -207,32 +187,30 @@ def pruner_kernel(
     split_tokens: int,
     config: PrunerConfig,
 ):
-    """Grid: (kv_head, batch); block_threads / head_threads query heads are searched side by side.
+    """Grid: (kv_head, batch); block_threads / HEAD_THREADS query heads are searched side by side.
 
     weight = exp(logit - max). A weight is searched by its logit's distance from the largest, in
-    whole steps. Weights below (1 - p) * total / n may all go, whatever they are: the nearer ones
-    are listed in shared memory and searched there. The mass of a weight is the nearest integer to
-    weight * 2^30 / total, so that no order of summation can change the set.
+    whole steps. Weights below (1 - p) * total / n may all go, whatever they are: only the few nearer
+    ones are searched. The mass of a weight is the nearest integer to weight * 2^30 / total, so that
+    no order of summation can change the set.
 
-    A row stays in registers where a thread's groups hold it. A wider one is read once to list and
-    once to mark, and by every round where the list is too short.
+    A row of at most HEAD_THREADS * 32 logits is read once; its distances go to shared memory, and
+    a list says where the near ones lie. A wider one is read again by every pass. Sums run in the
+    same order, so that both forms give the same bits.
     """
     batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
     width_pages, width = T.dynamic("width_pages"), T.dynamic("width")
-    num_units, max_items = T.dynamic("num_units"), T.dynamic("max_items")
-    head_threads = config.head_threads
-    block_heads = min(group_size, config.block_threads // head_threads)
-    num_threads = block_heads * head_threads
-    groups = min(config.groups, -(-width_bound // (head_threads * GROUP)))
-    chunk_tokens = head_threads * GROUP * groups
+    max_items = T.dynamic("max_items")
+    block_heads = min(group_size, config.block_threads // HEAD_THREADS)
+    num_threads = block_heads * HEAD_THREADS
+    groups = min(MAX_GROUPS, -(-width_bound // (HEAD_THREADS * GROUP)))
+    chunk_tokens = HEAD_THREADS * GROUP * groups
     held = width_bound <= chunk_tokens
-    capacity = min(width_bound, LIST_LOGITS)
-    round_bits = bits_per_round(head_threads)
+    round_bits = bits_per_round(HEAD_THREADS)
 
     @T.prim_func
     def prune_top_p(
         logits: T.Tensor[(batch_size, num_kv_heads, group_size, width), T.float32],
-        units: T.Tensor[(batch_size, num_kv_heads, group_size, num_units, 2), T.float32],
         seq_lens: T.Tensor[(batch_size,), T.int32],
         candidate_pages: T.Tensor[(batch_size, num_kv_heads, width_pages), T.int32],
         candidate_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
@@ -244,21 +222,27 @@ def pruner_kernel(
         kept_mass: T.Tensor[(batch_size, num_kv_heads, group_size), T.float32],
         items: T.Tensor[(max_items, 4), T.int32],
         num_items: T.Tensor[(1,), T.int32],
+        tickets: T.Tensor[(2,), T.int32],
     ):
         with T.Kernel(num_kv_heads, batch_size, threads=num_threads) as (kv_head, batch):
             T.annotate_min_blocks_per_sm(max(config.blocks_per_sm - forced, 1))
             T.assume(width % 16 == 0)
             start_early(config.pdl)
             thread = T.get_thread_binding()
-            row = thread // head_threads
-            lane = thread % head_threads
+            row = thread // HEAD_THREADS
+            lane = thread % HEAD_THREADS
 
-            search = alloc_search(block_heads, head_threads)
+            search = alloc_search(block_heads, HEAD_THREADS)
             scan_sums = T.alloc_shared((num_threads // 32,), T.int32, scope="shared")
+            warp_values = T.alloc_shared(
+                (2, block_heads, HEAD_THREADS // 32), T.float32, scope="shared"
+            )
             num_near = T.alloc_shared((2, block_heads), T.int32, scope="shared")
             first_item = T.alloc_shared((1,), T.int32, scope="shared")
             forced_mass = T.alloc_shared((block_heads,), T.int32, scope="shared")
-            near = T.alloc_shared((block_heads, capacity), T.float32)
+            near = T.alloc_shared((block_heads, chunk_tokens if held else 1), T.uint16)
+            staged = T.alloc_shared((block_heads, groups * 2, HEAD_THREADS, 4), T.float32)
+            flat = T.view(staged, (block_heads, chunk_tokens), T.float32)
             masks = T.alloc_shared((block_heads, width_bound // 8), T.uint8)
             words = T.view(masks, (block_heads, width_bound // 32), T.uint32)
             offsets = T.alloc_shared((width_bound // 32,), T.int32)
@@ -269,15 +253,20 @@ def pruner_kernel(
             num_tokens = T.alloc_local((1,), T.int32)
             bracket = T.alloc_local((3,), T.int32)
             count = T.alloc_local((1,), T.int32)
+            partial = T.alloc_var(T.float32)
             farthest = T.alloc_var(T.float32)
             limit = T.alloc_var(T.float32)
             shift = T.alloc_var(T.int32)
             num_bins = T.alloc_var(T.int32)
+            alive = T.alloc_var(T.uint32)  # this thread's near ones, bit g * GROUP + e each
+            rest = T.alloc_var(T.uint32)
+            slot = T.alloc_local((1,), T.int32)
             bits = T.alloc_var(T.int32)
 
-            count_candidates(
-                candidate_pages, candidate_counts, seq_lens, page_size, batch, kv_head, num_tokens
-            )
+            count_tokens(
+                "pages", page_size, seq_lens, candidate_pages, candidate_counts, batch, kv_head,
+                num_tokens,
+            )  # fmt: skip
             num_chunks = 1 if held else T.ceildiv(num_tokens[0], chunk_tokens)
             last_page = T.max(candidate_counts[batch, kv_head] - 1, 0)
             page_of = lambda at: candidate_pages[batch, kv_head, T.min(at // page_size, last_page)]
@@ -285,9 +274,8 @@ def pruner_kernel(
             is_forced = lambda at: T.Or(
                 position(at) < num_sink_tokens, position(at) >= seq_lens[batch] - num_recent_tokens
             )
-            mass = lambda x: T.cast(
-                T.exp2(x * (-LOG2E / STEPS)) * (UNITY / total[0]) + 0.5, T.int32
-            )
+            weight = lambda x: T.exp2(x * (-LOG2E / STEPS))
+            mass = lambda x: T.cast(weight(x) * (UNITY / total[0]) + 0.5, T.int32)
             # How many steps inside the bracket's low end.
             inside = lambda x: -T.cast(T.ceil(x), T.int32) - bracket[0]
 
@@ -298,28 +286,53 @@ def pruner_kernel(
             for turn in T.serial(T.ceildiv(group_size, block_heads)):
                 head = T.min(turn * block_heads + row, group_size - 1)
                 logit = lambda at: logits[batch, kv_head, head, at]
-                token_of = lambda chunk, g: ((chunk * groups + g) * head_threads + lane) * GROUP
-                if held:
-                    load_row(values, logit, num_tokens[0], token_of, 0, groups)
+                token_of = lambda chunk, g: ((chunk * groups + g) * HEAD_THREADS + lane) * GROUP
 
-                # 1. The softmax's maximum and denominator.
-                merge_units(
-                    lambda at, part: units[batch, kv_head, head, at, part],
-                    T.ceildiv(num_tokens[0], UNIT_TOKENS), row_max, total,
-                )  # fmt: skip
-
-                # 2. What can matter: all heavier than the cut.
+                # 1. The largest logit, and the softmax's denominator.
                 p = top_p[batch, kv_head, head]
-                cut = (1.0 - p) / T.cast(num_tokens[0], T.float32) * total[0] * 0.9999
-                farthest = T.if_then_else(p < 1.0, T.ceil(-T.log2(cut) * (STEPS / LOG2E)), -1.0)
+                partial = -T.infinity(T.float32)
+                for chunk in T.serial(num_chunks):
+                    load_row(values, logit, num_tokens[0], token_of, chunk, groups)
+                    for g in T.unroll(groups):
+                        for e in T.unroll(GROUP):
+                            partial = T.max(partial, values[g, e])
+                merge_warps(T.warp_reduce_max(partial), T.max, row_max, warp_values, 0, row, lane)
+                partial = 0.0
                 for chunk in T.serial(num_chunks):
                     if not held:
                         load_row(values, logit, num_tokens[0], token_of, chunk, groups)
                     to_distances(values, row_max[0], groups)
-                    gather_near(
-                        values, farthest, near, num_near, turn % 2, capacity, row, lane, groups
+                    for g in T.unroll(groups):
+                        for e in T.unroll(GROUP):
+                            partial += weight(values[g, e])
+                merge_warps(
+                    T.warp_reduce_sum(partial), operator.add, total, warp_values, 1, row, lane
+                )
+
+                # 2. What can matter: all heavier than the cut.
+                cut = (1.0 - p) / T.cast(num_tokens[0], T.float32) * total[0] * 0.9999
+                farthest = T.if_then_else(p < 1.0, T.ceil(-T.log2(cut) * (STEPS / LOG2E)), -1.0)
+                if held:
+                    alive = T.uint32(0)
+                    for g in T.unroll(groups):
+                        for e in T.unroll(GROUP):
+                            if values[g, e] <= farthest:
+                                alive |= T.uint32(1 << (g * GROUP + e))
+                        for half in T.unroll(2):
+                            for e in T.vectorized(4):
+                                staged[row, g * 2 + half, lane, e] = values[g, half * 4 + e]
+                    reserve_slots(
+                        T.cast(T.popcount(alive), T.int32), slot, num_near, turn % 2, row, lane
                     )
-                T.sync_threads()
+                    rest = alive
+                    while rest != T.uint32(0):
+                        place = 31 - T.cast(T.clz(rest), T.int32)
+                        near[row, slot[0]] = T.cast(
+                            place // 4 * (HEAD_THREADS * 4) + lane * 4 + place % 4, T.uint16
+                        )
+                        slot[0] += 1
+                        rest = rest ^ (T.uint32(1) << T.cast(place, T.uint32))
+                    T.sync_threads()
 
                 # 3. The largest distance that is kept.
                 need = T.cast(T.ceil(p * UNITY), T.int32)
@@ -327,28 +340,29 @@ def pruner_kernel(
                 bracket[1] = 0
                 shift = T.max(32 - round_bits - T.clz(-bracket[0]), 0)
                 num_bins = 1 << round_bits
-                listed = num_near[turn % 2, row]
                 for _ in T.unroll(-(-DISTANCE_BITS // round_bits)):
-                    if listed <= capacity:
-                        for step in T.serial(T.ceildiv(listed - lane, head_threads)):
-                            distance = near[row, step * head_threads + lane]
-                            bin_index = inside(distance) >> shift
-                            if inside(distance) >= 0 and bin_index < num_bins:
-                                T.atomic_add(search[0][row, bin_index], mass(distance))
-                    if width_bound > capacity:
-                        if listed > capacity:
-                            for chunk in T.serial(num_chunks):
-                                load_row(values, logit, num_tokens[0], token_of, chunk, groups)
-                                to_distances(values, row_max[0], groups)
-                                for g in T.unroll(groups):
-                                    for e in T.unroll(GROUP):
-                                        if values[g, e] <= farthest:
-                                            bin_index = inside(values[g, e]) >> shift
-                                            if inside(values[g, e]) >= 0 and bin_index < num_bins:
-                                                T.atomic_add(
-                                                    search[0][row, bin_index], mass(values[g, e])
-                                                )
-                    cross_bins(search, row, lane, bracket, shift, need, head_threads)
+                    if held:
+                        listed = num_near[turn % 2, row]
+                        for step in T.serial(T.ceildiv(listed, HEAD_THREADS)):
+                            if step * HEAD_THREADS + lane < listed:
+                                where = T.cast(near[row, step * HEAD_THREADS + lane], T.int32)
+                                distance = flat[row, where]
+                                bin_index = inside(distance) >> shift
+                                if inside(distance) >= 0 and bin_index < num_bins:
+                                    T.atomic_add(search[0][row, bin_index], mass(distance))
+                    else:
+                        for chunk in T.serial(num_chunks):
+                            load_row(values, logit, num_tokens[0], token_of, chunk, groups)
+                            to_distances(values, row_max[0], groups)
+                            for g in T.unroll(groups):
+                                for e in T.unroll(GROUP):
+                                    if values[g, e] <= farthest:
+                                        bin_index = inside(values[g, e]) >> shift
+                                        if inside(values[g, e]) >= 0 and bin_index < num_bins:
+                                            T.atomic_add(
+                                                search[0][row, bin_index], mass(values[g, e])
+                                            )
+                    cross_bins(search, row, lane, bracket, shift, need, HEAD_THREADS)
                     num_bins = 1 << T.min(shift, round_bits)  # only the chosen bin is open
                     shift = T.max(shift - round_bits, 0)
                 limit = T.if_then_else(
@@ -361,21 +375,37 @@ def pruner_kernel(
                     T.sync_threads()
 
                 # 4. One bit per token, joined over the heads that share this row of threads.
+                if held:
+                    rest = alive
+                    while rest != T.uint32(0):
+                        place = 31 - T.cast(T.clz(rest), T.int32)
+                        if staged[row, place // 4, lane, place % 4] > limit:
+                            alive = alive ^ (T.uint32(1) << T.cast(place, T.uint32))
+                        rest = rest ^ (T.uint32(1) << T.cast(place, T.uint32))
+                    if p >= 1.0:
+                        alive = T.uint32(0xFFFFFFFF)
                 for chunk in T.serial(num_chunks):
                     if not held:
                         load_row(values, logit, num_tokens[0], token_of, chunk, groups)
                         to_distances(values, row_max[0], groups)
+                        alive = T.uint32(0)
+                        for g in T.unroll(groups):
+                            for e in T.unroll(GROUP):
+                                if values[g, e] <= limit:
+                                    alive |= T.uint32(1 << (g * GROUP + e))
                     for g in T.unroll(groups):
                         token = token_of(chunk, g)
                         if token < T.ceildiv(num_tokens[0], 32) * 32:
-                            bits = 0
-                            for e in T.unroll(GROUP):
-                                if values[g, e] <= limit:
-                                    bits |= 1 << e
-                                elif forced:
-                                    if token + e < num_tokens[0] and is_forced(token + e):
-                                        bits |= 1 << e
-                                        T.atomic_add(forced_mass[row], mass(values[g, e]))
+                            bits = T.cast(alive >> T.uint32(g * GROUP), T.int32) & 0xFF
+                            if forced:
+                                for e in T.unroll(GROUP):
+                                    if ((bits >> e) & 1) == 0 and token + e < num_tokens[0]:
+                                        if is_forced(token + e):
+                                            bits |= 1 << e
+                                            T.atomic_add(
+                                                forced_mass[row],
+                                                mass(row_max[0] * STEPS - logit(token + e) * STEPS),
+                                            )
                             bits &= (1 << T.max(T.min(num_tokens[0] - token, GROUP), 0)) - 1
                             if turn > 0:
                                 bits |= T.cast(masks[row, token // GROUP], T.int32)
@@ -395,8 +425,8 @@ def pruner_kernel(
                 position, kept_tokens, batch, kv_head,
             )  # fmt: skip
             append_items(
-                items, num_items, first_item, count[0], split_tokens,
-                batch, kv_head, thread, num_threads,
+                items, num_items, tickets, first_item, count[0], split_tokens,
+                batch, kv_head, batch_size * num_kv_heads, thread, num_threads,
             )  # fmt: skip
             if thread == 0:
                 kept_counts[batch, kv_head] = count[0]

@@ -8,7 +8,6 @@ import tilelang
 import tilelang.language as T
 
 from kernels.config import TILE_LEVEL, AttentionConfig, start_early
-from kernels.softmax import count_candidates
 
 LOG2E = 1.4426950408889634
 QUERY_ROWS = 16  # rows of the tensor-core tile: the group's query heads, padded
@@ -22,23 +21,34 @@ IN_FLIGHT = {
 @T.macro
 def count_tokens(source, page_size, seq_lens, indices, counts, batch, kv_head, num_tokens):
     """num_tokens[0] = the row's tokens; a page list may end in a part-filled last page."""
+    num_tokens[0] = counts[batch, kv_head]
     if source == "pages":
-        count_candidates(indices, counts, seq_lens, page_size, batch, kv_head, num_tokens)
-    else:
-        num_tokens[0] = counts[batch, kv_head]
+        if num_tokens[0] > 0:
+            last_page = indices[batch, kv_head, num_tokens[0] - 1]
+            num_tokens[0] = (num_tokens[0] - 1) * page_size + T.min(
+                page_size, seq_lens[batch] - last_page * page_size
+            )
 
 
 @T.macro
 def append_items(
-    items, num_items, first_item, num_tokens, split_tokens, batch, kv_head, thread, num_threads
-):
+    items, num_items, tickets, first_item, num_tokens, split_tokens,
+    batch, kv_head, num_rows, thread, num_threads,
+):  # fmt: skip
     """Appends the row's items to the list, in no order that matters.
 
-    first_item is one int32 of shared memory. All threads of the block take part.
+    tickets counts the items that are taken and the rows that took theirs: the last row publishes
+    how many items there are and leaves zeros for the next launch. first_item is one int32 of shared
+    memory. All threads of the block take part.
     """
     num_splits = T.ceildiv(num_tokens, split_tokens)
     if thread == 0:
-        first_item[0] = T.atomic_add(num_items[0], num_splits, return_prev=True)
+        first_item[0] = T.atomic_add(tickets[0], num_splits, return_prev=True)
+        rows_before = T.atomic_add(tickets[1], 1, memory_order="acq_rel", return_prev=True)
+        if rows_before == num_rows - 1:
+            num_items[0] = T.atomic_add(tickets[0], 0, return_prev=True)
+            tickets[0] = 0
+            tickets[1] = 0
     T.sync_threads()
     for step in T.serial(T.ceildiv(num_splits, num_threads)):
         split = step * num_threads + thread
@@ -63,6 +73,7 @@ def plan_kernel(page_size: int, source: str, config: AttentionConfig):
         counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
         items: T.Tensor[(max_items, 4), T.int32],
         num_items: T.Tensor[(1,), T.int32],
+        tickets: T.Tensor[(2,), T.int32],
     ):
         with T.Kernel(num_kv_heads, batch_size, threads=num_threads) as (kv_head, batch):
             start_early(config.pdl)
@@ -71,8 +82,8 @@ def plan_kernel(page_size: int, source: str, config: AttentionConfig):
             num_tokens = T.alloc_local((1,), T.int32)
             count_tokens(source, page_size, seq_lens, indices, counts, batch, kv_head, num_tokens)
             append_items(
-                items, num_items, first_item, num_tokens[0], config.split_tokens,
-                batch, kv_head, thread, num_threads,
+                items, num_items, tickets, first_item, num_tokens[0], config.split_tokens,
+                batch, kv_head, batch_size * num_kv_heads, thread, num_threads,
             )  # fmt: skip
 
     return plan_items
@@ -216,7 +227,6 @@ def merge_kernel(
             (batch_size, num_kv_heads, max_splits, group_size, head_dim), T.float32
         ],
         partial_lse: T.Tensor[(batch_size, num_kv_heads, max_splits, group_size, 2), T.float32],
-        num_items: T.Tensor[(1,), T.int32],
         out: T.Tensor[(batch_size, num_kv_heads, group_size, head_dim), dtype],
         lse: T.Tensor[(batch_size, num_kv_heads, group_size), T.float32],
     ):
@@ -233,8 +243,6 @@ def merge_kernel(
             total = T.alloc_var(T.float32)
             acc = T.alloc_var(T.float32)
 
-            if channel == 0 and head == 0 and kv_head == 0 and batch == 0:
-                num_items[0] = 0  # the list is used up
             count_tokens(source, page_size, seq_lens, indices, counts, batch, kv_head, num_tokens)
             num_splits = T.ceildiv(num_tokens[0], config.split_tokens)
             if num_splits == 0:

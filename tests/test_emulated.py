@@ -20,14 +20,13 @@ from kernels.config import (
 )
 from kernels.estimator import estimator_kernel
 from kernels.mirror import append_kernel, mirror_kernel, prefill_kernel
-from kernels.pruner import pruner_kernel
+from kernels.pruner import HEAD_THREADS, pruner_kernel
 from kernels.selector import (
     all_pages_kernel,
     next_power_of_two,
     page_score_kernel,
     top_pages_kernel,
 )
-from kernels.softmax import UNIT_TOKENS, sum_units_kernel
 from kernels.split_kv import attention_kernel, merge_kernel, plan_kernel
 from reference.hazards import contiguous
 from reference.inputs import DecodeShape, random_inputs
@@ -208,8 +207,6 @@ def test_estimated_logits_match_reference(config, inputs, folder):
     expected = reference.estimate_logits(inputs.q, cache, pages, counts)
     q, width = grouped(inputs.q, cache), pages.shape[2]
     logits = blank(*q.shape[:3], width, cache.page_size)
-    num_units = -(-width * cache.page_size // UNIT_TOKENS)
-    units, again = blank(*q.shape[:3], num_units, 2), blank(*q.shape[:3], num_units, 2)
     block_tiles = config.num_warps * config.tiles_per_warp * config.steps
     blocks = -(-width * cache.page_size // 16 // block_tiles)
     static = (q.shape[2], cache.head_dim, cache.page_size, "float16", config)
@@ -217,21 +214,12 @@ def test_estimated_logits_match_reference(config, inputs, folder):
         (blocks, cache.num_kv_heads, cache.batch_size), config.num_warps * 32,
         q=q, codes=cache.k_int4, scale_zero=cache.k_scale_zero, page_table=cache.page_table,
         seq_lens=cache.seq_lens, candidate_pages=pages, candidate_counts=counts,
-        sm_scale=cache.head_dim**-0.5, logits=logits, units=units, width_pages=width,
-        num_units=num_units, **sizes(cache),
+        sm_scale=cache.head_dim**-0.5, logits=logits, width_pages=width, **sizes(cache),
     )  # fmt: skip
     listed = torch.arange(width)[None, None] < counts[..., None]
     got = logits.transpose(2, 3)[listed]
     wanted = expected.view(logits.shape).transpose(2, 3)[listed]
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
-    emulated(sum_units_kernel, (cache.page_size,), folder)(
-        (q.shape[2], cache.num_kv_heads, cache.batch_size), 256,
-        logits=logits.flatten(3), seq_lens=cache.seq_lens, candidate_pages=pages,
-        candidate_counts=counts, units=again, group_size=q.shape[2],
-        width=width * cache.page_size, width_pages=width, num_units=num_units, **sizes(cache),
-    )  # fmt: skip
-    used = ~again.isnan()  # behind the last token's unit, nobody reads
-    assert used.any() and torch.equal(units[used], again[used])
 
 
 DRAWS = {
@@ -246,7 +234,9 @@ ROWS = {  # seq_len, group size, sinks, recent, config
     "gqa3-windows": (333, 3, 4, 24, PrunerConfig()),
     "side-by-side": (700, 4, 0, 0, PrunerConfig(block_threads=1024, blocks_per_sm=1)),
     "wide": (20_005, 2, 0, 0, PrunerConfig(block_threads=512, blocks_per_sm=1)),
-    "one-head-per-block": (700, 1, 0, 0, PrunerConfig(head_threads=512, block_threads=512)),
+    "one-page": (11, 4, 0, 0, PrunerConfig(block_threads=1024, blocks_per_sm=1)),
+    "two-pages": (27, 4, 0, 0, PrunerConfig(block_threads=1024, blocks_per_sm=1)),
+    "one-head-per-block": (700, 1, 0, 0, PrunerConfig(blocks_per_sm=1)),
 }
 
 
@@ -270,28 +260,22 @@ def test_pruned_sets_match_reference(row, draw, top_p, folder):
     kept_tokens, kept_counts = blank(1, 1, width, dtype=torch.int32), counts.clone()
     kept_mass = blank(1, 1, group_size)
     items = blank(-(-width // 128), 4, dtype=torch.int32)
-    num_items = torch.zeros(1, dtype=torch.int32)
+    num_items, tickets = torch.zeros(1, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     forced = num_sink_tokens + num_recent_tokens > 0
-    static = (group_size, 16, forced, next_power_of_two(width), 128, config)
-    num_units = -(-width // UNIT_TOKENS)
-    units = blank(1, 1, group_size, num_units, 2)
-    emulated(sum_units_kernel, (16,), folder)(
-        (group_size, 1, 1), 256, logits=logits, seq_lens=cache.seq_lens, candidate_pages=pages,
-        candidate_counts=counts, units=units, group_size=group_size, width=width,
-        width_pages=pages.shape[2], num_units=num_units, batch_size=1, num_kv_heads=1,
-    )  # fmt: skip
-    block_heads = min(group_size, config.block_threads // config.head_threads)
+    static = (group_size, 16, forced, next_power_of_two(max(width, 32)), 128, config)
+    block_heads = min(group_size, config.block_threads // HEAD_THREADS)
     emulated(pruner_kernel, static, folder)(
-        (1, 1), block_heads * config.head_threads,
-        logits=logits, units=units, num_units=num_units, seq_lens=cache.seq_lens,
+        (1, 1), block_heads * HEAD_THREADS,
+        logits=logits, seq_lens=cache.seq_lens,
         candidate_pages=pages, candidate_counts=counts,
         top_p=torch.full((1, 1, group_size), top_p), num_sink_tokens=num_sink_tokens,
         num_recent_tokens=num_recent_tokens, kept_tokens=kept_tokens, kept_counts=kept_counts,
         kept_mass=kept_mass, batch_size=1, num_kv_heads=1, width_pages=pages.shape[2], width=width,
-        items=items, num_items=num_items, max_items=len(items),
+        items=items, num_items=num_items, tickets=tickets, max_items=len(items),
     )  # fmt: skip
     splits = -(-int(kept_counts) // 128)
-    assert num_items.item() == splits and items[:splits, 3].sum() == kept_counts
+    assert not tickets.any() and num_items.item() == splits
+    assert items[:splits, 3].sum() == kept_counts
     assert items[:splits, 2].tolist() == ([-1] if splits == 1 else list(range(splits)))
     count = int(expected[1])
     # Weights equal to one part in 10^4 may fall either way.
@@ -329,7 +313,8 @@ def test_attention_matches_reference(source, num_blocks, inputs, folder):
         seq_lens=cache.seq_lens, indices=indices, counts=counts, q=q, k_cache=cache.k_cache,
         v_cache=cache.v_cache, page_table=cache.page_table,
         items=blank(rows[0] * rows[1] * max_splits, 4, dtype=torch.int32),
-        num_items=torch.zeros(1, dtype=torch.int32), num_blocks=num_blocks,
+        num_items=torch.zeros(1, dtype=torch.int32), tickets=torch.zeros(2, dtype=torch.int32),
+        num_blocks=num_blocks,
         sm_scale=cache.head_dim**-0.5, partial_out=blank(*partials, cache.head_dim),
         partial_lse=blank(*partials, 2), out=blank(*q.shape, dtype=torch.float16),
         lse=blank(*q.shape[:3]), width=indices.shape[2], max_splits=max_splits,
@@ -343,7 +328,7 @@ def test_attention_matches_reference(source, num_blocks, inputs, folder):
     out, lse = shared["out"].flatten(1, 2), shared["lse"].flatten(1, 2)
     torch.testing.assert_close(out, expected[0], rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(lse, expected[1].float(), rtol=1e-5, atol=1e-4)
-    assert shared["num_items"].item() == 0
+    assert not shared["tickets"].any()
 
 
 def test_all_pages_lists_every_page(folder):
