@@ -75,9 +75,8 @@ def default_variants(shape: KernelShape, arch: str) -> list[KernelVariant]:
             "estimator", estimator_kernel, (group_size, head_dim, page_size, dtype, estimator)
         ),
     ]
-    for forced in (False, True):
-        arguments = (group_size, page_size, forced, width_bound, split_tokens, pruner)
-        variants.append(KernelVariant(f"pruner_forced{forced:d}", pruner_kernel, arguments))
+    arguments = (group_size, page_size, width_bound, split_tokens, pruner)
+    variants.append(KernelVariant("pruner", pruner_kernel, arguments))
     config = AttentionConfig()
     for source in ("tokens", "pages", "all"):
         arguments = (group_size, head_dim, page_size, dtype, source, config)

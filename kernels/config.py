@@ -34,16 +34,16 @@ def start_early(pdl):
 
 @dataclass(frozen=True)
 class EstimatorConfig:
-    num_warps: int = 4
+    num_warps: int = 2
     tiles_per_warp: int = 4  # tiles of 16 tokens whose loads one warp issues together
-    steps: int = 4  # that a warp takes one after another
+    steps: int = 8  # that a warp takes one after another
     pdl: bool = False
 
     @classmethod
     def for_tiles(cls, num_tiles: int, head_dim: int) -> "EstimatorConfig":
         """Few tiles are spread over more warps; wide heads fill them with fewer."""
         few = num_tiles < 16384 or head_dim > 128
-        return cls(tiles_per_warp=2, steps=1) if few else cls()
+        return cls(num_warps=4, tiles_per_warp=2, steps=1) if few else cls()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Top-p pruner: softmax, threshold search and compaction in one kernel, without a sort."""
 
-import functools
 import operator
 
 import tilelang
@@ -19,8 +18,7 @@ STEPS = 16384.0  # of a distance per nat: weights that share a step are equal to
 DISTANCE_BITS = 20  # of the farthest distance that can matter: ln(tokens / (1 - p)) nats
 UNITY = 1073741824.0  # 2^30, the mass of all weights
 HEAD_THREADS = 256  # that search one query head's row; part of the order of its sums
-GROUP = 8  # neighbouring logits that a thread loads together
-MAX_GROUPS = 4  # that it keeps
+MAX_VALUES = 32  # that a thread keeps in registers
 
 
 def prune_top_p(
@@ -112,12 +110,11 @@ def launch_prune_top_p(
     """One launch into allocated memory. It also writes attention's list of work."""
     grouped = (cache.batch_size, cache.num_kv_heads, logits.shape[1] // cache.num_kv_heads)
     width = logits.shape[2]
-    forced = num_sink_tokens > 0 or num_recent_tokens > 0
     capability = torch.cuda.get_device_capability(logits.device)
     config = PrunerConfig.for_rows(grouped[0] * grouped[1], width, capability)
     width_bound = next_power_of_two(max(width, 32))
     split_tokens = AttentionConfig().split_tokens
-    kernel = pruner_kernel(grouped[2], cache.page_size, forced, width_bound, split_tokens, config)
+    kernel = pruner_kernel(grouped[2], cache.page_size, width_bound, split_tokens, config)
     kernel(
         logits.view(*grouped, width), cache.seq_lens, candidate_pages, candidate_counts,
         top_p.view(grouped), num_sink_tokens, num_recent_tokens,
@@ -127,28 +124,19 @@ def launch_prune_top_p(
 
 
 @T.macro
-def load_row(values, row, num_tokens, token_of, chunk, groups):
-    """values[g, e] = row(token_of(chunk, g) + e), -inf from num_tokens on."""
-    for g in T.unroll(groups):
-        token = token_of(chunk, g)
-        if token < num_tokens:
-            for e in T.vectorized(GROUP):
-                values[g, e] = row(token + e)
-            if token + GROUP > num_tokens:
-                for e in T.unroll(GROUP):
-                    if token + e >= num_tokens:
-                        values[g, e] = -T.infinity(T.float32)
-        else:
-            for e in T.unroll(GROUP):
-                values[g, e] = -T.infinity(T.float32)
+def load_row(values, row, num_tokens, token_of, chunk, num_values):
+    """values[k] = row(token_of(chunk, k)), -inf from num_tokens on."""
+    for k in T.unroll(num_values):
+        values[k] = T.if_then_else(
+            token_of(chunk, k) < num_tokens, row(token_of(chunk, k)), -T.infinity(T.float32)
+        )
 
 
 @T.macro
-def to_distances(values, row_max, groups):
+def to_distances(values, row_max, num_values):
     """Logits to how far they lie below the largest one, in steps."""
-    for g in T.unroll(groups):
-        for e in T.unroll(GROUP):
-            values[g, e] = row_max * STEPS - values[g, e] * STEPS
+    for k in T.unroll(num_values):
+        values[k] = row_max * STEPS - values[k] * STEPS
 
 
 @T.macro
@@ -178,14 +166,18 @@ def reserve_slots(count, slot, num_taken, parity, row, lane):
     slot[0] = T.shfl_sync(first, 31) + inclusive - count
 
 
+@T.macro
+def set_bit(words, token):
+    """Neighbours may be set by other threads at the same time."""
+    T.call_extern(
+        "uint32", "atomicOr", T.access_ptr(words[token // 32], "rw"),
+        T.uint32(1) << T.cast(token % 32, T.uint32),
+    )  # fmt: skip
+
+
 @tilelang.jit(pass_configs=THREAD_LEVEL)
 def pruner_kernel(
-    group_size: int,
-    page_size: int,
-    forced: bool,
-    width_bound: int,
-    split_tokens: int,
-    config: PrunerConfig,
+    group_size: int, page_size: int, width_bound: int, split_tokens: int, config: PrunerConfig
 ):
     """Grid: (kv_head, batch); block_threads / HEAD_THREADS query heads are searched side by side.
 
@@ -194,8 +186,8 @@ def pruner_kernel(
     ones are searched. The mass of a weight is the nearest integer to weight * 2^30 / total, so that
     no order of summation can change the set.
 
-    A row of at most HEAD_THREADS * 32 logits is read once; its distances go to shared memory, and
-    a list says where the near ones lie. A wider one is read again by every pass. Sums run in the
+    A row of at most HEAD_THREADS * MAX_VALUES logits is read once: its distances go to shared
+    memory, beside a list of the near ones. A wider one is read again by every pass. Sums run in the
     same order, so that both forms give the same bits.
     """
     batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
@@ -203,8 +195,8 @@ def pruner_kernel(
     max_items = T.dynamic("max_items")
     block_heads = min(group_size, config.block_threads // HEAD_THREADS)
     num_threads = block_heads * HEAD_THREADS
-    groups = min(MAX_GROUPS, -(-width_bound // (HEAD_THREADS * GROUP)))
-    chunk_tokens = HEAD_THREADS * GROUP * groups
+    num_values = min(MAX_VALUES, -(-width_bound // HEAD_THREADS))
+    chunk_tokens = HEAD_THREADS * num_values
     held = width_bound <= chunk_tokens
     round_bits = bits_per_round(HEAD_THREADS)
 
@@ -225,8 +217,7 @@ def pruner_kernel(
         tickets: T.Tensor[(2,), T.int32],
     ):
         with T.Kernel(num_kv_heads, batch_size, threads=num_threads) as (kv_head, batch):
-            T.annotate_min_blocks_per_sm(max(config.blocks_per_sm - forced, 1))
-            T.assume(width % 16 == 0)
+            T.annotate_min_blocks_per_sm(config.blocks_per_sm)
             start_early(config.pdl)
             thread = T.get_thread_binding()
             row = thread // HEAD_THREADS
@@ -238,73 +229,69 @@ def pruner_kernel(
                 (2, block_heads, HEAD_THREADS // 32), T.float32, scope="shared"
             )
             num_near = T.alloc_shared((2, block_heads), T.int32, scope="shared")
-            first_item = T.alloc_shared((1,), T.int32, scope="shared")
             forced_mass = T.alloc_shared((block_heads,), T.int32, scope="shared")
+            first_item = T.alloc_shared((1,), T.int32, scope="shared")
+            distances = T.alloc_shared((block_heads, chunk_tokens if held else 1), T.float32)
             near = T.alloc_shared((block_heads, chunk_tokens if held else 1), T.uint16)
-            staged = T.alloc_shared((block_heads, groups * 2, HEAD_THREADS, 4), T.float32)
-            flat = T.view(staged, (block_heads, chunk_tokens), T.float32)
-            masks = T.alloc_shared((block_heads, width_bound // 8), T.uint8)
-            words = T.view(masks, (block_heads, width_bound // 32), T.uint32)
+            words = T.alloc_shared((width_bound // 32,), T.uint32)  # bits of what any head keeps
             offsets = T.alloc_shared((width_bound // 32,), T.int32)
 
-            values = T.alloc_local((groups, GROUP), T.float32)
+            values = T.alloc_local((num_values,), T.float32)
             row_max = T.alloc_local((1,), T.float32)
             total = T.alloc_local((1,), T.float32)
             num_tokens = T.alloc_local((1,), T.int32)
+            slot = T.alloc_local((1,), T.int32)
             bracket = T.alloc_local((3,), T.int32)
             count = T.alloc_local((1,), T.int32)
             partial = T.alloc_var(T.float32)
             farthest = T.alloc_var(T.float32)
             limit = T.alloc_var(T.float32)
+            alive = T.alloc_var(T.uint32)  # bit k: this thread's k-th value is near
+            rest = T.alloc_var(T.uint32)
             shift = T.alloc_var(T.int32)
             num_bins = T.alloc_var(T.int32)
-            alive = T.alloc_var(T.uint32)  # this thread's near ones, bit g * GROUP + e each
-            rest = T.alloc_var(T.uint32)
-            slot = T.alloc_local((1,), T.int32)
-            bits = T.alloc_var(T.int32)
 
             count_tokens(
                 "pages", page_size, seq_lens, candidate_pages, candidate_counts, batch, kv_head,
                 num_tokens,
             )  # fmt: skip
+            num_words = T.ceildiv(num_tokens[0], 32)
             num_chunks = 1 if held else T.ceildiv(num_tokens[0], chunk_tokens)
             last_page = T.max(candidate_counts[batch, kv_head] - 1, 0)
             page_of = lambda at: candidate_pages[batch, kv_head, T.min(at // page_size, last_page)]
             position = lambda at: page_of(at) * page_size + at % page_size
-            is_forced = lambda at: T.Or(
-                position(at) < num_sink_tokens, position(at) >= seq_lens[batch] - num_recent_tokens
-            )
+            token_of = lambda part, nth: (part * num_values + nth) * HEAD_THREADS + lane
             weight = lambda x: T.exp2(x * (-LOG2E / STEPS))
             mass = lambda x: T.cast(weight(x) * (UNITY / total[0]) + 0.5, T.int32)
             # How many steps inside the bracket's low end.
             inside = lambda x: -T.cast(T.ceil(x), T.int32) - bracket[0]
 
             clear_bins(search, row, lane)
+            for step in T.serial(T.ceildiv(num_words, num_threads)):
+                if step * num_threads + thread < num_words:
+                    words[step * num_threads + thread] = T.uint32(0)
             if lane == 0:
                 num_near[0, row] = 0
             T.sync_threads()
             for turn in T.serial(T.ceildiv(group_size, block_heads)):
                 head = T.min(turn * block_heads + row, group_size - 1)
                 logit = lambda at: logits[batch, kv_head, head, at]
-                token_of = lambda chunk, g: ((chunk * groups + g) * HEAD_THREADS + lane) * GROUP
+                p = top_p[batch, kv_head, head]
 
                 # 1. The largest logit, and the softmax's denominator.
-                p = top_p[batch, kv_head, head]
                 partial = -T.infinity(T.float32)
                 for chunk in T.serial(num_chunks):
-                    load_row(values, logit, num_tokens[0], token_of, chunk, groups)
-                    for g in T.unroll(groups):
-                        for e in T.unroll(GROUP):
-                            partial = T.max(partial, values[g, e])
+                    load_row(values, logit, num_tokens[0], token_of, chunk, num_values)
+                    for k in T.unroll(num_values):
+                        partial = T.max(partial, values[k])
                 merge_warps(T.warp_reduce_max(partial), T.max, row_max, warp_values, 0, row, lane)
                 partial = 0.0
                 for chunk in T.serial(num_chunks):
                     if not held:
-                        load_row(values, logit, num_tokens[0], token_of, chunk, groups)
-                    to_distances(values, row_max[0], groups)
-                    for g in T.unroll(groups):
-                        for e in T.unroll(GROUP):
-                            partial += weight(values[g, e])
+                        load_row(values, logit, num_tokens[0], token_of, chunk, num_values)
+                    to_distances(values, row_max[0], num_values)
+                    for k in T.unroll(num_values):
+                        partial += weight(values[k])
                 merge_warps(
                     T.warp_reduce_sum(partial), operator.add, total, warp_values, 1, row, lane
                 )
@@ -314,24 +301,19 @@ def pruner_kernel(
                 farthest = T.if_then_else(p < 1.0, T.ceil(-T.log2(cut) * (STEPS / LOG2E)), -1.0)
                 if held:
                     alive = T.uint32(0)
-                    for g in T.unroll(groups):
-                        for e in T.unroll(GROUP):
-                            if values[g, e] <= farthest:
-                                alive |= T.uint32(1 << (g * GROUP + e))
-                        for half in T.unroll(2):
-                            for e in T.vectorized(4):
-                                staged[row, g * 2 + half, lane, e] = values[g, half * 4 + e]
+                    for k in T.unroll(num_values):
+                        distances[row, token_of(0, k)] = values[k]
+                        if values[k] <= farthest:
+                            alive |= T.uint32(1 << k)
                     reserve_slots(
                         T.cast(T.popcount(alive), T.int32), slot, num_near, turn % 2, row, lane
                     )
                     rest = alive
                     while rest != T.uint32(0):
-                        place = 31 - T.cast(T.clz(rest), T.int32)
-                        near[row, slot[0]] = T.cast(
-                            place // 4 * (HEAD_THREADS * 4) + lane * 4 + place % 4, T.uint16
-                        )
+                        k_near = 31 - T.cast(T.clz(rest), T.int32)
+                        near[row, slot[0]] = T.cast(token_of(0, k_near), T.uint16)
                         slot[0] += 1
-                        rest = rest ^ (T.uint32(1) << T.cast(place, T.uint32))
+                        rest = rest ^ (T.uint32(1) << T.cast(k_near, T.uint32))
                     T.sync_threads()
 
                 # 3. The largest distance that is kept.
@@ -340,76 +322,60 @@ def pruner_kernel(
                 bracket[1] = 0
                 shift = T.max(32 - round_bits - T.clz(-bracket[0]), 0)
                 num_bins = 1 << round_bits
+                if lane == 0:
+                    num_near[(turn + 1) % 2, row] = 0
+                    forced_mass[row] = 0
                 for _ in T.unroll(-(-DISTANCE_BITS // round_bits)):
                     if held:
                         listed = num_near[turn % 2, row]
                         for step in T.serial(T.ceildiv(listed, HEAD_THREADS)):
                             if step * HEAD_THREADS + lane < listed:
-                                where = T.cast(near[row, step * HEAD_THREADS + lane], T.int32)
-                                distance = flat[row, where]
+                                token = T.cast(near[row, step * HEAD_THREADS + lane], T.int32)
+                                distance = distances[row, token]
                                 bin_index = inside(distance) >> shift
                                 if inside(distance) >= 0 and bin_index < num_bins:
                                     T.atomic_add(search[0][row, bin_index], mass(distance))
                     else:
                         for chunk in T.serial(num_chunks):
-                            load_row(values, logit, num_tokens[0], token_of, chunk, groups)
-                            to_distances(values, row_max[0], groups)
-                            for g in T.unroll(groups):
-                                for e in T.unroll(GROUP):
-                                    if values[g, e] <= farthest:
-                                        bin_index = inside(values[g, e]) >> shift
-                                        if inside(values[g, e]) >= 0 and bin_index < num_bins:
-                                            T.atomic_add(
-                                                search[0][row, bin_index], mass(values[g, e])
-                                            )
+                            load_row(values, logit, num_tokens[0], token_of, chunk, num_values)
+                            to_distances(values, row_max[0], num_values)
+                            for k in T.unroll(num_values):
+                                if values[k] <= farthest:
+                                    bin_index = inside(values[k]) >> shift
+                                    if inside(values[k]) >= 0 and bin_index < num_bins:
+                                        T.atomic_add(search[0][row, bin_index], mass(values[k]))
                     cross_bins(search, row, lane, bracket, shift, need, HEAD_THREADS)
                     num_bins = 1 << T.min(shift, round_bits)  # only the chosen bin is open
                     shift = T.max(shift - round_bits, 0)
-                limit = T.if_then_else(
-                    p < 1.0, T.cast(-bracket[0], T.float32), T.infinity(T.float32)
-                )
-                if lane == 0:
-                    num_near[(turn + 1) % 2, row] = 0
-                    forced_mass[row] = 0
-                if forced:
-                    T.sync_threads()
+                limit = T.cast(-bracket[0], T.float32)
 
-                # 4. One bit per token, joined over the heads that share this row of threads.
-                if held:
+                # 4. One bit per token, joined over the heads.
+                if p >= 1.0:
+                    for step in T.serial(T.ceildiv(num_words, HEAD_THREADS)):
+                        word = step * HEAD_THREADS + lane
+                        if word < num_words:
+                            words[word] = T.uint32(0xFFFFFFFF) >> T.cast(
+                                T.max(word * 32 + 32 - num_tokens[0], 0), T.uint32
+                            )
+                elif held:
                     rest = alive
                     while rest != T.uint32(0):
-                        place = 31 - T.cast(T.clz(rest), T.int32)
-                        if staged[row, place // 4, lane, place % 4] > limit:
-                            alive = alive ^ (T.uint32(1) << T.cast(place, T.uint32))
-                        rest = rest ^ (T.uint32(1) << T.cast(place, T.uint32))
-                    if p >= 1.0:
-                        alive = T.uint32(0xFFFFFFFF)
-                for chunk in T.serial(num_chunks):
-                    if not held:
-                        load_row(values, logit, num_tokens[0], token_of, chunk, groups)
-                        to_distances(values, row_max[0], groups)
-                        alive = T.uint32(0)
-                        for g in T.unroll(groups):
-                            for e in T.unroll(GROUP):
-                                if values[g, e] <= limit:
-                                    alive |= T.uint32(1 << (g * GROUP + e))
-                    for g in T.unroll(groups):
-                        token = token_of(chunk, g)
-                        if token < T.ceildiv(num_tokens[0], 32) * 32:
-                            bits = T.cast(alive >> T.uint32(g * GROUP), T.int32) & 0xFF
-                            if forced:
-                                for e in T.unroll(GROUP):
-                                    if ((bits >> e) & 1) == 0 and token + e < num_tokens[0]:
-                                        if is_forced(token + e):
-                                            bits |= 1 << e
-                                            T.atomic_add(
-                                                forced_mass[row],
-                                                mass(row_max[0] * STEPS - logit(token + e) * STEPS),
-                                            )
-                            bits &= (1 << T.max(T.min(num_tokens[0] - token, GROUP), 0)) - 1
-                            if turn > 0:
-                                bits |= T.cast(masks[row, token // GROUP], T.int32)
-                            masks[row, token // GROUP] = T.cast(bits, T.uint8)
+                        k_near = 31 - T.cast(T.clz(rest), T.int32)
+                        if distances[row, token_of(0, k_near)] <= limit:
+                            set_bit(words, token_of(0, k_near))
+                        rest = rest ^ (T.uint32(1) << T.cast(k_near, T.uint32))
+                else:
+                    for chunk in T.serial(num_chunks):
+                        load_row(values, logit, num_tokens[0], token_of, chunk, num_values)
+                        to_distances(values, row_max[0], num_values)
+                        for k in T.unroll(num_values):
+                            if values[k] <= limit:
+                                set_bit(words, token_of(chunk, k))
+                force_tokens(
+                    words, forced_mass, row, lane, num_tokens[0], num_sink_tokens,
+                    seq_lens[batch] - num_recent_tokens, position,
+                    lambda at: row_max[0] * STEPS - logit(at) * STEPS, limit, mass,
+                )  # fmt: skip
                 T.sync_threads()
                 if lane == 0 and turn * block_heads + row < group_size:
                     kept = T.cast(bracket[1] + bracket[2] + forced_mass[row], T.float32) / UNITY
@@ -417,11 +383,8 @@ def pruner_kernel(
                         p < 1.0, T.min(kept, 1.0), T.if_then_else(num_tokens[0] > 0, 1.0, 0.0)
                     )
 
-            union = lambda word: functools.reduce(
-                operator.or_, [words[each, word] for each in range(block_heads)]
-            )
             compact(
-                union, offsets, T.ceildiv(num_tokens[0], 32), scan_sums, num_threads, count,
+                lambda at: words[at], offsets, num_words, scan_sums, num_threads, count,
                 position, kept_tokens, batch, kv_head,
             )  # fmt: skip
             append_items(
@@ -432,3 +395,27 @@ def pruner_kernel(
                 kept_counts[batch, kv_head] = count[0]
 
     return prune_top_p
+
+
+@T.macro
+def force_tokens(
+    words, forced_mass, row, lane, num_tokens, num_sink_tokens, first_recent, position, distance,
+    limit, mass,
+):  # fmt: skip
+    """Keeps what lies before position num_sink_tokens or from first_recent on: candidates ascend,
+    so the sinks come first in the list and the recent tokens last."""
+    for step in T.serial(T.ceildiv(T.min(num_sink_tokens, num_tokens), HEAD_THREADS)):
+        early = step * HEAD_THREADS + lane
+        if early < num_tokens:
+            if position(early) < num_sink_tokens:
+                set_bit(words, early)
+                if distance(early) > limit:
+                    T.atomic_add(forced_mass[row], mass(distance(early)))
+    num_recent = T.min(position(num_tokens - 1) + 1 - first_recent, num_tokens)
+    for step in T.serial(T.ceildiv(T.max(num_recent, 0), HEAD_THREADS)):
+        late = num_tokens - 1 - (step * HEAD_THREADS + lane)
+        if late >= 0:
+            if position(late) >= T.max(first_recent, num_sink_tokens):
+                set_bit(words, late)
+                if distance(late) > limit:
+                    T.atomic_add(forced_mass[row], mass(distance(late)))

@@ -261,8 +261,7 @@ def test_pruned_sets_match_reference(row, draw, top_p, folder):
     kept_mass = blank(1, 1, group_size)
     items = blank(-(-width // 128), 4, dtype=torch.int32)
     num_items, tickets = torch.zeros(1, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
-    forced = num_sink_tokens + num_recent_tokens > 0
-    static = (group_size, 16, forced, next_power_of_two(max(width, 32)), 128, config)
+    static = (group_size, 16, next_power_of_two(max(width, 32)), 128, config)
     block_heads = min(group_size, config.block_threads // HEAD_THREADS)
     emulated(pruner_kernel, static, folder)(
         (1, 1), block_heads * HEAD_THREADS,
