@@ -12,13 +12,14 @@ from kernels.config import THREAD_LEVEL, AttentionConfig, PrunerConfig, start_ea
 from kernels.selector import next_power_of_two
 from kernels.split_kv import LOG2E, append_items, count_tokens
 from kernels.threshold import alloc_search, bits_per_round, clear_bins, compact, cross_bins
-from kernels.validate import check_count, check_tensor
+from kernels.validate import TILE_TOKENS, check_count, check_tensor
 
 STEPS = 16384.0  # of a distance per nat: weights that share a step are equal to 1 part in 10^4
 DISTANCE_BITS = 20  # of the farthest distance that can matter: ln(tokens / (1 - p)) nats
 UNITY = 1073741824.0  # 2^30, the mass of all weights
 HEAD_THREADS = 256  # that search one query head's row; part of the order of its sums
 MAX_VALUES = 32  # that a thread keeps in registers
+VECTOR = 4  # neighbours among them
 
 
 def prune_top_p(
@@ -35,7 +36,8 @@ def prune_top_p(
     union over its group (Twilight, sections 3 and 4.2).
 
     Args:
-        logits: [batch_size, num_qo_heads, width * page_size] f32, in the candidates' order.
+        logits: [batch_size, num_qo_heads, width * page_size] f32, in the candidates' order; -inf
+            behind a request's last token.
         cache: only page_size and seq_lens are read.
         candidate_pages: [batch_size, num_kv_heads, width] i32, ascending logical pages.
         candidate_counts: [batch_size, num_kv_heads] i32, how many of them are valid.
@@ -125,11 +127,15 @@ def launch_prune_top_p(
 
 @T.macro
 def load_row(values, row, num_tokens, token_of, chunk, num_values):
-    """values[k] = row(token_of(chunk, k)), -inf from num_tokens on."""
-    for k in T.unroll(num_values):
-        values[k] = T.if_then_else(
-            token_of(chunk, k) < num_tokens, row(token_of(chunk, k)), -T.infinity(T.float32)
-        )
+    """values[k] = row(token_of(chunk, k)), -inf beyond the last page of the list: up to there, the
+    logits themselves are -inf where no token is."""
+    for g in T.unroll(num_values // VECTOR):
+        if token_of(chunk, g * VECTOR) < T.ceildiv(num_tokens, TILE_TOKENS) * TILE_TOKENS:
+            for e in T.vectorized(VECTOR):
+                values[g * VECTOR + e] = row(token_of(chunk, g * VECTOR) + e)
+        else:
+            for e in T.unroll(VECTOR):
+                values[g * VECTOR + e] = -T.infinity(T.float32)
 
 
 @T.macro
@@ -162,7 +168,10 @@ def reserve_slots(count, slot, num_taken, parity, row, lane):
             inclusive += lower
     first = 0
     if lane % 32 == 31:
-        first = T.atomic_add(num_taken[parity, row], inclusive, return_prev=True)
+        # T.atomic_add with return_prev takes the slow way round through generic addresses.
+        first = T.call_extern(
+            "int32", "atomicAdd", T.access_ptr(num_taken[parity, row], "rw"), inclusive
+        )
     slot[0] = T.shfl_sync(first, 31) + inclusive - count
 
 
@@ -195,7 +204,7 @@ def pruner_kernel(
     max_items = T.dynamic("max_items")
     block_heads = min(group_size, config.block_threads // HEAD_THREADS)
     num_threads = block_heads * HEAD_THREADS
-    num_values = min(MAX_VALUES, -(-width_bound // HEAD_THREADS))
+    num_values = min(MAX_VALUES, max(width_bound // HEAD_THREADS, VECTOR))
     chunk_tokens = HEAD_THREADS * num_values
     held = width_bound <= chunk_tokens
     round_bits = bits_per_round(HEAD_THREADS)
@@ -218,6 +227,7 @@ def pruner_kernel(
     ):
         with T.Kernel(num_kv_heads, batch_size, threads=num_threads) as (kv_head, batch):
             T.annotate_min_blocks_per_sm(config.blocks_per_sm)
+            T.assume(width % TILE_TOKENS == 0)
             start_early(config.pdl)
             thread = T.get_thread_binding()
             row = thread // HEAD_THREADS
@@ -234,7 +244,6 @@ def pruner_kernel(
             distances = T.alloc_shared((block_heads, chunk_tokens if held else 1), T.float32)
             near = T.alloc_shared((block_heads, chunk_tokens if held else 1), T.uint16)
             words = T.alloc_shared((width_bound // 32,), T.uint32)  # bits of what any head keeps
-            offsets = T.alloc_shared((width_bound // 32,), T.int32)
 
             values = T.alloc_local((num_values,), T.float32)
             row_max = T.alloc_local((1,), T.float32)
@@ -260,7 +269,9 @@ def pruner_kernel(
             last_page = T.max(candidate_counts[batch, kv_head] - 1, 0)
             page_of = lambda at: candidate_pages[batch, kv_head, T.min(at // page_size, last_page)]
             position = lambda at: page_of(at) * page_size + at % page_size
-            token_of = lambda part, nth: (part * num_values + nth) * HEAD_THREADS + lane
+            token_of = lambda part, nth: (
+                ((part * num_values + nth) // VECTOR * HEAD_THREADS + lane) * VECTOR + nth % VECTOR
+            )
             weight = lambda x: T.exp2(x * (-LOG2E / STEPS))
             mass = lambda x: T.cast(weight(x) * (UNITY / total[0]) + 0.5, T.int32)
             # How many steps inside the bracket's low end.
@@ -302,9 +313,11 @@ def pruner_kernel(
                 if held:
                     alive = T.uint32(0)
                     for k in T.unroll(num_values):
-                        distances[row, token_of(0, k)] = values[k]
                         if values[k] <= farthest:
                             alive |= T.uint32(1 << k)
+                    for g in T.unroll(num_values // VECTOR):
+                        for e in T.vectorized(VECTOR):
+                            distances[row, token_of(0, g * VECTOR) + e] = values[g * VECTOR + e]
                     reserve_slots(
                         T.cast(T.popcount(alive), T.int32), slot, num_near, turn % 2, row, lane
                     )
@@ -384,7 +397,7 @@ def pruner_kernel(
                     )
 
             compact(
-                lambda at: words[at], offsets, num_words, scan_sums, num_threads, count,
+                lambda at: words[at], num_words, scan_sums, num_threads, count,
                 position, kept_tokens, batch, kv_head,
             )  # fmt: skip
             append_items(

@@ -250,7 +250,6 @@ def top_pages_kernel(page_size: int, max_pages_bound: int, config: TopPagesConfi
             extremes = T.alloc_shared((2, num_threads // 32), T.int32, scope="shared")
             scan_sums = T.alloc_shared((num_threads // 32,), T.int32, scope="shared")
             words = T.alloc_shared((max_words,), T.uint32)
-            offsets = T.alloc_shared((max_words,), T.int32)
             keys = T.alloc_local((per_thread,), T.int32)
             bracket = T.alloc_local((3,), T.int32)
             ties = T.alloc_local((3,), T.int32)
@@ -352,8 +351,8 @@ def top_pages_kernel(page_size: int, max_pages_bound: int, config: TopPagesConfi
                         words[page // 32] = bits
             T.sync_threads()
             compact(
-                lambda i: words[i], offsets, T.ceildiv(num_pages, 32), scan_sums, num_threads,
-                count, lambda i: i, candidate_pages, batch, kv_head,
+                lambda at: words[at], T.ceildiv(num_pages, 32), scan_sums, num_threads,
+                count, lambda at: at, candidate_pages, batch, kv_head,
             )  # fmt: skip
             if thread == 0:
                 candidate_counts[batch, kv_head] = count[0]

@@ -124,43 +124,29 @@ def exclusive_sum(value, prefix, total, warp_sums, thread, num_threads):
 
 
 @T.macro
-def compact(
-    word_at, offsets, num_words, warp_sums, num_threads, count, position, output, batch, kv_head
-):
+def compact(word_at, num_words, warp_sums, num_threads, count, position, output, batch, kv_head):
     """Writes position(i) of every set bit i to output[batch, kv_head], ascending.
 
-    count[0] = how many. word_at(w) holds bits 32 w to 32 w + 31; `offsets` has room for one number
-    per word: the bits set in the words before it.
+    count[0] = how many. word_at(w) holds bits 32 w to 32 w + 31; a thread takes a whole word.
     """
     thread = T.get_thread_binding()
     prefix = T.alloc_local((1,), T.int32)
     total = T.alloc_local((1,), T.int32)
     bits = T.alloc_var(T.uint32)
-    at_once = 8 if num_threads < 1024 else 4  # 1024 threads have 64 registers each
-    positions = T.alloc_local((at_once,), T.int32)
-    num_warps = num_threads // 32
+    slot = T.alloc_var(T.int32)
     count[0] = 0
     for base in T.serial(T.ceildiv(num_words, num_threads)):
         word = base * num_threads + thread
         bits = T.uint32(0)
         if word < num_words:
             bits = word_at(word)
-        ones = T.cast(T.popcount(bits), T.int32)
-        exclusive_sum(ones, prefix, total, warp_sums, thread, num_threads)
-        if word < num_words:
-            offsets[word] = count[0] + prefix[0]
+        exclusive_sum(
+            T.cast(T.popcount(bits), T.int32), prefix, total, warp_sums, thread, num_threads
+        )
+        slot = count[0] + prefix[0]
+        while bits != T.uint32(0):
+            lowest = bits & (T.uint32(0) - bits)
+            output[batch, kv_head, slot] = position(word * 32 + 31 - T.cast(T.clz(lowest), T.int32))
+            slot += 1
+            bits = bits ^ lowest
         count[0] += total[0]
-    T.sync_threads()
-    # Positions are read ahead of the bits that ask for them: their latencies overlap.
-    for step in T.serial(T.ceildiv(num_words, num_warps * at_once)):
-        for i in T.unroll(at_once):
-            word = (step * at_once + i) * num_warps + thread // 32
-            positions[i] = position(T.min(word, num_words - 1) * 32 + thread % 32)
-        for i in T.unroll(at_once):
-            word = (step * at_once + i) * num_warps + thread // 32
-            if word < num_words:
-                bits = word_at(word)
-                bit = T.cast(thread % 32, T.uint32)
-                if (bits >> bit) & T.uint32(1) != T.uint32(0):
-                    lower = T.popcount(bits & ((T.uint32(1) << bit) - T.uint32(1)))
-                    output[batch, kv_head, offsets[word] + T.cast(lower, T.int32)] = positions[i]

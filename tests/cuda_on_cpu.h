@@ -103,6 +103,9 @@ template <class T, class U> void AtomicAdd(T* p, U v, int = 0) {
 template <class T, class U> T AtomicAddRet(T* p, U v, int = 0) {
   return __atomic_fetch_add(p, static_cast<T>(v), __ATOMIC_RELAXED);
 }
+inline int atomicAdd(int* p, int value) {
+  return __atomic_fetch_add(p, value, __ATOMIC_RELAXED);
+}
 inline uint atomicOr(uint* p, uint bits) {
   return __atomic_fetch_or(p, bits, __ATOMIC_RELAXED);
 }

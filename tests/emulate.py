@@ -16,6 +16,7 @@ from tilelang import tvm
 from tvm.target import Target
 
 HEADER = Path(__file__).parent / "cuda_on_cpu.h"
+POOL = "buf_dyn_shmem"
 _built: dict[tuple, Callable[..., None]] = {}
 
 
@@ -41,7 +42,12 @@ def _build(factory, arguments: tuple, folder: Path) -> Callable[..., None]:
     parameters = [parameter.replace("__restrict__", "") for parameter in parameters.split(",")]
     names = [parameter.split()[-1].lstrip("*") for parameter in parameters]
     lines = (line for line in source.splitlines() if not line.startswith("#"))
-    body = "\n".join(line for line in lines if "extern __shared__" not in line)
+    # The pool of shared memory goes by its only buffer's name where there is one alone.
+    pool = re.compile(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];")
+    body = "\n".join(
+        pool.sub(lambda m: "" if m[2] == POOL else f"static {m[1]}* {m[2]} = ({m[1]}*){POOL};", line)
+        for line in lines
+    )
     body = body.replace("__restrict__", "").replace("__shared__", "static")
     body = body.replace(".to_half()", "")
     launch = (
