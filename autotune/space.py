@@ -1,6 +1,6 @@
 """Which kernels a shape launches by default, and what fits on which GPU."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tilelang.jit import JITImpl
 
@@ -10,6 +10,7 @@ from kernels.config import (
     PageScoreConfig,
     PrunerConfig,
     TopPagesConfig,
+    starts_early,
 )
 from kernels.estimator import estimator_kernel
 from kernels.mirror import append_kernel, mirror_kernel, prefill_kernel
@@ -59,6 +60,9 @@ def default_variants(shape: KernelShape, arch: str) -> list[KernelVariant]:
     estimator = EstimatorConfig.for_tiles(shape.num_rows * shape.width // TILE_TOKENS, head_dim)
     pruner = PrunerConfig.for_rows(shape.num_rows, shape.width, CAPABILITY[arch])
     width_bound = next_power_of_two(max(shape.width, 32))
+    early = starts_early(shape.num_rows, CAPABILITY[arch])
+    score, top = replace(score, pdl=early), replace(top, pdl=early)
+    estimator, pruner = replace(estimator, pdl=early), replace(pruner, pdl=early)
     split_tokens = AttentionConfig().split_tokens
     variants = [
         KernelVariant("prefill", prefill_kernel, (head_dim, page_size, dtype)),
@@ -77,7 +81,7 @@ def default_variants(shape: KernelShape, arch: str) -> list[KernelVariant]:
     ]
     arguments = (group_size, page_size, width_bound, split_tokens, pruner)
     variants.append(KernelVariant("pruner", pruner_kernel, arguments))
-    config = AttentionConfig()
+    config = AttentionConfig(pdl=early)
     for source in ("tokens", "pages", "all"):
         arguments = (group_size, head_dim, page_size, dtype, source, config)
         variants += [

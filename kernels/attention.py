@@ -6,12 +6,12 @@ and no plan on the host. An item's result is defined by its tokens alone; rows o
 merged by log-sum-exp in a fixed order.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from kernels.cache import PagedKVCache
-from kernels.config import AttentionConfig, num_multiprocessors
+from kernels.config import AttentionConfig, launches_early, num_multiprocessors
 from kernels.split_kv import attention_kernel, merge_kernel, plan_kernel
 from kernels.validate import check_query, check_scale, check_tensor, dtype_name
 
@@ -159,7 +159,7 @@ def launch_attention(
 ) -> None:
     """Launches into allocated memory: the list of items, unless the pruner has just written it
     (`planned`), their attention, the merge."""
-    config, work = AttentionConfig(), workspace.work
+    config, work = replace(AttentionConfig(), pdl=launches_early(cache)), workspace.work
     group_size = q.shape[1] // cache.num_kv_heads
     grouped = (cache.batch_size, cache.num_kv_heads, group_size)
     shape = (group_size, cache.head_dim, cache.page_size, dtype_name(q), source, config)

@@ -32,6 +32,12 @@ def start_early(pdl):
         T.pdl_sync()
 
 
+def starts_early(num_rows: int, capability: tuple[int, int]) -> bool:
+    """Whether a kernel is compiled with `start_early`: it hides launches where they are what costs;
+    many rows fill the GPU, and blocks that wait would only take room."""
+    return num_rows <= 128 and capability >= (9, 0)
+
+
 @dataclass(frozen=True)
 class EstimatorConfig:
     num_warps: int = 2
@@ -95,6 +101,12 @@ class AttentionConfig:
     num_threads: int = 128
     blocks_per_sm: int = 3
     pdl: bool = False
+
+
+def launches_early(cache) -> bool:
+    """`starts_early` for the rows of a cache on its GPU."""
+    capability = torch.cuda.get_device_capability(cache.k_cache.device)
+    return starts_early(cache.batch_size * cache.num_kv_heads, capability)
 
 
 def num_multiprocessors(device: torch.device) -> int:

@@ -1,11 +1,13 @@
 """Estimated logits of the candidates, from the 4-bit mirror of K."""
 
+from dataclasses import replace
+
 import tilelang
 import tilelang.language as T
 import torch
 
 from kernels.cache import PagedKVCache
-from kernels.config import TILE_LEVEL, EstimatorConfig, start_early
+from kernels.config import TILE_LEVEL, EstimatorConfig, launches_early, start_early
 from kernels.validate import TILE_TOKENS, check_query, check_scale, check_tensor, dtype_name
 
 TILE_HEADS = 8  # the tensor-core instruction is m16n8k16: tokens x query heads x channels
@@ -61,6 +63,7 @@ def launch_estimate_logits(
     config = EstimatorConfig.for_tiles(
         candidate_pages.numel() * cache.page_size // TILE_TOKENS, cache.head_dim
     )
+    config = replace(config, pdl=launches_early(cache))
     kernel = estimator_kernel(group_size, cache.head_dim, cache.page_size, dtype_name(q), config)
     kernel(
         q.view(*grouped, cache.head_dim),

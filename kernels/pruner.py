@@ -1,6 +1,7 @@
 """Top-p pruner: softmax, threshold search and compaction in one kernel, without a sort."""
 
 import operator
+from dataclasses import replace
 
 import tilelang
 import tilelang.language as T
@@ -8,7 +9,7 @@ import torch
 
 from kernels.attention import WorkList
 from kernels.cache import PagedKVCache
-from kernels.config import THREAD_LEVEL, AttentionConfig, PrunerConfig, start_early
+from kernels.config import THREAD_LEVEL, AttentionConfig, PrunerConfig, launches_early, start_early
 from kernels.selector import next_power_of_two
 from kernels.split_kv import LOG2E, append_items, count_tokens
 from kernels.threshold import alloc_search, bits_per_round, clear_bins, compact, cross_bins
@@ -114,6 +115,7 @@ def launch_prune_top_p(
     width = logits.shape[2]
     capability = torch.cuda.get_device_capability(logits.device)
     config = PrunerConfig.for_rows(grouped[0] * grouped[1], width, capability)
+    config = replace(config, pdl=launches_early(cache))
     width_bound = next_power_of_two(max(width, 32))
     split_tokens = AttentionConfig().split_tokens
     kernel = pruner_kernel(grouped[2], cache.page_size, width_bound, split_tokens, config)
@@ -191,9 +193,9 @@ def pruner_kernel(
     """Grid: (kv_head, batch); block_threads / HEAD_THREADS query heads are searched side by side.
 
     weight = exp(logit - max). A weight is searched by its logit's distance from the largest, in
-    whole steps. Weights below (1 - p) * total / n may all go, whatever they are: only the few nearer
-    ones are searched. The mass of a weight is the nearest integer to weight * 2^30 / total, so that
-    no order of summation can change the set.
+    whole steps. Weights below (1 - p) * total / n may all go, whatever they are: only the few that
+    are nearer are searched. The mass of a weight is the nearest integer to weight * 2^30 / total, so
+    that no order of summation can change the set.
 
     A row of at most HEAD_THREADS * MAX_VALUES logits is read once: its distances go to shared
     memory, beside a list of the near ones. A wider one is read again by every pass. Sums run in the

@@ -1,5 +1,7 @@
 """Selectors: which pages are worth estimating. The top pages by Quest's bounds, or every page."""
 
+from dataclasses import replace
+
 import tilelang
 import tilelang.language as T
 import torch
@@ -10,6 +12,7 @@ from kernels.config import (
     TILE_LEVEL,
     PageScoreConfig,
     TopPagesConfig,
+    launches_early,
     start_early,
 )
 from kernels.threshold import (
@@ -100,13 +103,14 @@ def launch_select_pages(
 ) -> None:
     """Two launches into allocated memory: page scores, top pages."""
     group_size = q.shape[1] // cache.num_kv_heads
-    config = PageScoreConfig.for_pages(scores.numel())
+    early = launches_early(cache)
+    config = replace(PageScoreConfig.for_pages(scores.numel()), pdl=early)
     score = page_score_kernel(group_size, cache.head_dim, cache.page_size, dtype_name(q), config)
     score(
         q.view(cache.batch_size, cache.num_kv_heads, group_size, cache.head_dim),
         cache.page_min, cache.page_max, cache.page_table, cache.seq_lens, scores,
     )  # fmt: skip
-    config = TopPagesConfig.for_width(cache.max_pages)
+    config = replace(TopPagesConfig.for_width(cache.max_pages), pdl=early)
     top = top_pages_kernel(cache.page_size, next_power_of_two(cache.max_pages), config)
     top(
         scores,

@@ -16,7 +16,6 @@ from tilelang import tvm
 from tvm.target import Target
 
 HEADER = Path(__file__).parent / "cuda_on_cpu.h"
-POOL = "buf_dyn_shmem"
 _built: dict[tuple, Callable[..., None]] = {}
 
 
@@ -42,12 +41,10 @@ def _build(factory, arguments: tuple, folder: Path) -> Callable[..., None]:
     parameters = [parameter.replace("__restrict__", "") for parameter in parameters.split(",")]
     names = [parameter.split()[-1].lstrip("*") for parameter in parameters]
     lines = (line for line in source.splitlines() if not line.startswith("#"))
-    # The pool of shared memory goes by its only buffer's name where there is one alone.
-    pool = re.compile(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];")
-    body = "\n".join(
-        pool.sub(lambda m: "" if m[2] == POOL else f"static {m[1]}* {m[2]} = ({m[1]}*){POOL};", line)
-        for line in lines
-    )
+    # The pool of shared memory goes by the name of its only buffer where there is one alone.
+    pool = re.compile(r"extern __shared__ __align__\(\d+\) (\w+) (?!buf_dyn_shmem)(\w+)\[\];")
+    lines = (pool.sub(r"static \1* \2 = (\1*)buf_dyn_shmem;", line) for line in lines)
+    body = "\n".join(line for line in lines if "extern __shared__" not in line)
     body = body.replace("__restrict__", "").replace("__shared__", "static")
     body = body.replace(".to_half()", "")
     launch = (
