@@ -41,7 +41,7 @@ SHAPES = {
     "gqa3-d256": DecodeShape(1, 6, 2, 256, 16, (150,), torch.float16),
     "gqa16": DecodeShape(1, 16, 1, 64, 16, (90,), torch.float16),
 }
-MIRROR = ("k_int4", "k_scale_zero", "page_min", "page_max")
+MIRROR = ("k_int4", "k_scale_zero", "page_bounds", "bounds_scale_zero")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,8 @@ def mirrored_by(cache) -> dict:
     return dict(
         k_offset=torch.zeros(cache.num_kv_heads, cache.head_dim),
         k_cache=cache.k_cache, v_cache=cache.v_cache, codes=cache.k_int4,
-        scale_zero=cache.k_scale_zero, page_min=cache.page_min, page_max=cache.page_max,
+        scale_zero=cache.k_scale_zero, bounds=cache.page_bounds,
+        bounds_scale_zero=cache.bounds_scale_zero,
     )  # fmt: skip
 
 
