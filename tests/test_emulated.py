@@ -126,26 +126,36 @@ def test_prefill_mirror_and_append_write_the_reference_cache(inputs, folder):
     assert_same_pages(again, expected)
 
 
-def test_page_scores_are_quest_bounds(inputs, folder):
+SCORE_CONFIGS = {
+    "default": PageScoreConfig(),
+    "few": PageScoreConfig.for_pages(1, 256),
+    "one-warp": PageScoreConfig(num_warps=1, tiles_per_warp=1, steps=2),
+}
+
+
+@pytest.mark.parametrize("config", SCORE_CONFIGS)
+def test_page_scores_are_quest_bounds(config, inputs, folder):
     cache = reference.PagedKVCache.wrap(*inputs.paged())
     q = grouped(inputs.q, cache)
-    config = PageScoreConfig(tiles_per_block=2)
+    config = SCORE_CONFIGS[config]
     scores = blank(cache.batch_size, cache.num_kv_heads, cache.max_pages)
     static = (q.shape[2], cache.head_dim, cache.page_size, "float16", config)
     emulated(page_score_kernel, static, folder)(
-        (1, cache.num_kv_heads, cache.batch_size), config.num_threads,
-        q=q, page_min=cache.page_min, page_max=cache.page_max, page_table=cache.page_table,
+        (-(-cache.max_pages // config.block_pages), cache.num_kv_heads, cache.batch_size),
+        config.num_warps * 32, q=q, bounds=cache.page_bounds,
+        bounds_scale_zero=cache.bounds_scale_zero, page_table=cache.page_table,
         seq_lens=cache.seq_lens, scores=scores, **sizes(cache),
     )  # fmt: skip
     for request, length in enumerate(cache.seq_lens.tolist()):
         pages = cache.page_table[request, : -(-length // cache.page_size)].long()
-        low, high = cache.page_min[pages].double(), cache.page_max[pages].double()
-        for head in range(cache.num_kv_heads):
-            query = q[request, head].double()[:, None]
-            bound = torch.maximum(query * low[:, head], query * high[:, head]).sum(-1).amax(0)
-            torch.testing.assert_close(
-                scores[request, head, : len(pages)].double(), bound, rtol=1e-5, atol=1e-3
-            )
+        low, high = reference.dequantize_bounds(
+            cache.page_bounds[pages], cache.bounds_scale_zero[pages], dtype=torch.float64
+        )
+        bounds = reference.quest_bounds(inputs.q[request], low, high, dtype=torch.float64)
+        expected = bounds.unflatten(0, (cache.num_kv_heads, -1)).amax(1)
+        got = scores[request, :, : len(pages)].double()
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-3)
+        assert scores[request, :, len(pages) :].isnan().all()
 
 
 def signed(num_pages: int) -> torch.Tensor:
