@@ -33,9 +33,10 @@ class PagedKVCache:
                         smallest k - k_offset of each channel of a page, rounded outward
     bounds_scale_zero   [num_pages, num_kv_heads, 2] f32: a bound is code * scale + zero
     k_offset            [num_kv_heads, head_dim] f32, zeros where none was asked for: subtracted
-                        before keys are quantized or bounded. It moves all logits and all page
-                        scores of a query by one constant, so no softmax and no ranking sees it;
-                        and it takes outlier channels out of the range that codes must span.
+                        before keys are quantized or bounded. It moves all logits and page bounds of
+                        a query head by one constant: no softmax and no order of pages sees it. It
+                        takes outlier channels out of the range that codes must span, and out of
+                        the comparison of a group's heads by which pages are scored.
 
     Physical pages may be shared between requests and come in any order. Page ids and lengths lie on
     the device: they are the caller's promise, and `validate_cache` checks them on request.

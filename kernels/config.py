@@ -59,11 +59,11 @@ class PageScoreConfig:
         return self.num_warps * self.tiles_per_warp * self.steps * 16
 
     @classmethod
-    def for_pages(cls, num_pages: int, head_dim: int) -> "PageScoreConfig":
-        """Few pages (over all rows) are spread over more blocks; wide heads fill a warp sooner."""
-        return cls(
-            tiles_per_warp=2 if head_dim <= 128 else 1, steps=4 if num_pages >= 2**18 else 1
-        )
+    def for_pages(cls, num_pages: int, group_size: int, head_dim: int) -> "PageScoreConfig":
+        """Few pages (over all rows) are spread over more blocks; wide heads, or many, fill a warp's
+        registers with fewer tiles."""
+        wide = head_dim > 128 or (head_dim == 128 and group_size > 8)
+        return cls(tiles_per_warp=1 if wide else 2, steps=4 if num_pages >= 2**18 else 1)
 
 
 @dataclass(frozen=True)

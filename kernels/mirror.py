@@ -155,9 +155,7 @@ def mirror_page(
                 codes[page, kv_head, slot, lane * (channels // 2) + c] = T.uint8(0)
             if lane < 2:
                 scale_zero[page, kv_head, slot, lane] = T.float16(0)
-    quantize_bounds(
-        low, high, offset, bounds, bounds_scale_zero, page, kv_head, lane, channels
-    )
+    quantize_bounds(low, high, offset, bounds, bounds_scale_zero, page, kv_head, lane, channels)
 
 
 @tilelang.jit(pass_configs=EXACT_MATH)

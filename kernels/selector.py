@@ -95,7 +95,7 @@ def launch_select_pages(
 ) -> None:
     """Two launches into allocated memory: page scores, top pages."""
     group_size = q.shape[1] // cache.num_kv_heads
-    config = PageScoreConfig.for_pages(scores.numel(), cache.head_dim)
+    config = PageScoreConfig.for_pages(scores.numel(), group_size, cache.head_dim)
     score = page_score_kernel(group_size, cache.head_dim, cache.page_size, dtype_name(q), config)
     score(
         q.view(cache.batch_size, cache.num_kv_heads, group_size, cache.head_dim),
@@ -162,8 +162,8 @@ def page_score_kernel(
 
     the codes go to the tensor cores as they are. Two bytes masked out of a word, `x & 0x00ff00ff`
     (channels 0 and 2 of its four) or the same of `x >> 8` (1 and 3), are read as fp16 subnormals
-    u * 2^-24, which is exact. Channels are permuted alike in q: lane c of the four that share a page
-    holds 16 channels out of every 64, a load each. Columns beyond the group repeat its last head.
+    u * 2^-24, which is exact. Channels are permuted alike in q: of every 64, the four lanes that
+    share a page hold 16 each, one load. Columns beyond the group repeat its last head.
     """
     batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
     num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")

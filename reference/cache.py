@@ -64,9 +64,9 @@ class PagedKVCache:
             largest key, then of its smallest (see `quantize_bounds`).
         bounds_scale_zero: [num_pages, num_kv_heads, 2] fp32.
         k_offset: [num_kv_heads, head_dim] fp32 or None, subtracted from K before it is quantized or
-            bounded. It moves all estimated logits and all page scores of a query by one constant,
-            so no softmax and no ranking changes, and takes outlier channels out of the range that
-            the codes must span.
+            bounded. It moves all estimated logits and page bounds of a query head by one constant:
+            no softmax and no order of pages changes. It takes outlier channels out of the range
+            that the codes must span, and out of the largest bound of a group's heads.
     """
 
     k_cache: torch.Tensor

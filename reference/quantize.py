@@ -1,7 +1,8 @@
 """The small forms of keys: 4 bits a channel of one key row, 8 bits a bound of one page.
 
-INT4 keys: sixteen levels between a row's smallest and largest channel. Twilight, arXiv 2502.02770, section 4.2: asymmetric 4-bit keys, one scale and one zero per token and
-KV head. For a row x of head_dim channels (after any offset), in float32:
+INT4 keys: sixteen levels between a row's smallest and largest channel. Twilight, arXiv 2502.02770,
+section 4.2: asymmetric 4-bit keys, one scale and one zero per token and KV head. For a row x of
+head_dim channels (after any offset), in float32:
 
     zero  = largest  fp16 <= min(x)
     scale = smallest fp16 >= (max(x) - zero) / 15

@@ -5,9 +5,10 @@ Quest (arXiv 2406.10774, section 3): with the channelwise bounds m <= k <= M of 
     q . k = sum_c q_c k_c <= sum_c max(q_c m_c, q_c M_c)     for every key k of the page,
 
 so the bound is an upper estimate of every (unscaled) logit in the page. Here m and M are the 8-bit
-bounds, rounded outward; with a k_offset, all scores of a query lack the same constant. The query
-heads of a group read the same KV head and share its candidates: a page's score is its largest bound
-in the group.
+bounds, rounded outward; with a k_offset, all bounds of a query head lack the same constant. The
+query heads of a group read the same KV head and share its candidates: a page's score is its largest
+bound in the group. Channels far from zero push the heads of a group apart, and one head then speaks
+for all: that is what a k_offset is for.
 """
 
 import torch
