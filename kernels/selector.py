@@ -200,8 +200,8 @@ def page_score_kernel(
             q_sum = T.alloc_local((head_tiles, 2), T.float32)
             partial = T.alloc_var(T.float32)
             physical = T.alloc_local((config.tiles_per_warp, 2), T.int32)
-            codes = T.alloc_local((config.tiles_per_warp, 2, 2, half_words), T.int32)
-            scale_zero = T.alloc_local((config.tiles_per_warp, 2, 2), T.float32)
+            tile_codes = T.alloc_local((config.tiles_per_warp, 2, 2, half_words), T.int32)
+            tile_scale_zero = T.alloc_local((config.tiles_per_warp, 2, 2), T.float32)
             a_fragment = T.alloc_local((4,), T.uint32)
             acc = T.alloc_local((head_tiles, 4), T.float32)
             best = T.alloc_local((2,), T.float32)
@@ -237,11 +237,11 @@ def page_score_kernel(
                                 for k in T.unroll(half_loads):
                                     for w in T.vectorized(4):
                                         word = (k * 4 + lane) * 4 + w
-                                        codes[i, t, side, k * 4 + w] = bounds[
+                                        tile_codes[i, t, side, k * 4 + w] = bounds[
                                             page, kv_head, side, word
                                         ]
                             for e in T.vectorized(2):
-                                scale_zero[i, t, e] = bounds_scale_zero[page, kv_head, e]
+                                tile_scale_zero[i, t, e] = bounds_scale_zero[page, kv_head, e]
                     # The next step's page ids arrive with this step's codes.
                     if step + 1 < config.steps:
                         find_rows(
@@ -257,7 +257,7 @@ def page_score_kernel(
                         for side in T.unroll(2):
                             for w in T.unroll(half_words):
                                 for t in T.unroll(2):
-                                    word = codes[i, t, side, w]
+                                    word = tile_codes[i, t, side, w]
                                     a_fragment[t] = T.cast(word & 0x00FF00FF, T.uint32)
                                     a_fragment[2 + t] = T.cast((word >> 8) & 0x00FF00FF, T.uint32)
                                 for n in T.unroll(head_tiles):
@@ -279,8 +279,8 @@ def page_score_kernel(
                                 for h in T.unroll(2):
                                     product = acc[n, t * 2 + h] * 16777216.0  # 2^24
                                     bound = (
-                                        scale_zero[i, t, 0] * product
-                                        + scale_zero[i, t, 1] * q_sum[n, h]
+                                        tile_scale_zero[i, t, 0] * product
+                                        + tile_scale_zero[i, t, 1] * q_sum[n, h]
                                     )
                                     best[t] = T.max(best[t], bound)
                             best[t] = T.max(best[t], T.shfl_xor(best[t], 1))
