@@ -232,8 +232,8 @@ def mirror_kernel(head_dim: int, page_size: int, dtype: str):
 def append_kernel(head_dim: int, page_size: int, dtype: str):
     """Grid: (batch); a warp takes every eighth KV head. The length moves once all are written.
 
-    The page's bounds are found anew from its keys, so that they have the bits of a prefill: from
-    codes they could only grow coarser.
+    The page's bounds are found anew from its keys, so that they have the bits of a prefill: grown
+    from their codes, they would get coarser with every token.
     """
     batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
     num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
