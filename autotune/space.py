@@ -55,7 +55,7 @@ def default_variants(shape: KernelShape, arch: str) -> list[KernelVariant]:
     """Every kernel of cache, selectors, estimator, pruner and attention at its default config."""
     group_size, head_dim = shape.group_size, shape.head_dim
     page_size, dtype = shape.page_size, shape.dtype
-    score = PageScoreConfig.for_pages(shape.num_rows * shape.max_pages)
+    score = PageScoreConfig.for_pages(shape.num_rows * shape.max_pages, group_size, head_dim)
     top = TopPagesConfig.for_width(shape.max_pages)
     estimator = EstimatorConfig.for_tiles(shape.num_rows * shape.width // TILE_TOKENS, head_dim)
     pruner = PrunerConfig.for_rows(shape.num_rows, shape.width, CAPABILITY[arch])

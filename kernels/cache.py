@@ -29,10 +29,14 @@ class PagedKVCache:
                         2j in its low four bits and channel 2j + 1 in its high four
     k_scale_zero        [num_pages, num_kv_heads, page_size, 2] fp16: k - k_offset is about
                         code * scale + zero
-    page_min, page_max  [num_pages, num_kv_heads, head_dim] as k_cache: bounds of a page's tokens
+    page_bounds         [num_pages, num_kv_heads, 2, head_dim] u8: codes of the largest, then of the
+                        smallest k - k_offset of each channel of a page, rounded outward
+    bounds_scale_zero   [num_pages, num_kv_heads, 2] f32: a bound is code * scale + zero
     k_offset            [num_kv_heads, head_dim] f32, zeros where none was asked for: subtracted
-                        before quantization. It moves all logits of a query by one constant, so no
-                        softmax sees it.
+                        before keys are quantized or bounded. It moves all logits and page bounds of
+                        a query head by one constant: no softmax and no order of pages sees it. It
+                        takes outlier channels out of the range that codes must span, and out of
+                        the comparison of a group's heads by which pages are scored.
 
     Physical pages may be shared between requests and come in any order. Page ids and lengths lie on
     the device: they are the caller's promise, and `validate_cache` checks them on request.
@@ -44,21 +48,25 @@ class PagedKVCache:
     seq_lens: torch.Tensor
     k_int4: torch.Tensor
     k_scale_zero: torch.Tensor
-    page_min: torch.Tensor
-    page_max: torch.Tensor
+    page_bounds: torch.Tensor
+    bounds_scale_zero: torch.Tensor
     k_offset: torch.Tensor
     longest: int = 0  # host's upper bound on seq_lens; replays of a captured append do not move it
 
     def __post_init__(self) -> None:
         _check_pages(self.k_cache, self.v_cache, self.page_table, self.seq_lens, self.k_offset)
         num_pages, page_size, num_kv_heads, head_dim = self.k_cache.shape
-        device, dtype = self.k_cache.device, self.k_cache.dtype
+        device = self.k_cache.device
         rows = (num_pages, num_kv_heads, page_size)
-        bounds = (num_pages, num_kv_heads, head_dim)
+        pairs = (num_pages, num_kv_heads, 2)
         check_tensor("k_int4", self.k_int4, (*rows, head_dim // 2), torch.uint8, device, align=16)
         check_tensor("k_scale_zero", self.k_scale_zero, (*rows, 2), torch.float16, device, align=16)
-        check_tensor("page_min", self.page_min, bounds, dtype, device, align=16)
-        check_tensor("page_max", self.page_max, bounds, dtype, device, align=16)
+        check_tensor(
+            "page_bounds", self.page_bounds, (*pairs, head_dim), torch.uint8, device, align=16
+        )
+        check_tensor(
+            "bounds_scale_zero", self.bounds_scale_zero, pairs, torch.float32, device, align=16
+        )
 
     @property
     def num_pages(self) -> int:
@@ -212,7 +220,7 @@ class PagedKVCache:
         page_fill.scatter_reduce_(0, ids, used.flatten().int(), "amax")
         mirror_kernel(cache.head_dim, cache.page_size, dtype_name(k_cache))(
             page_fill, cache.k_offset, k_cache,
-            cache.k_int4, cache.k_scale_zero, cache.page_min, cache.page_max,
+            cache.k_int4, cache.k_scale_zero, cache.page_bounds, cache.bounds_scale_zero,
         )  # fmt: skip
         return cache
 
@@ -245,8 +253,7 @@ class PagedKVCache:
         """Allocates mirror and bounds for K and V pages, unwritten."""
         num_pages, page_size, num_kv_heads, head_dim = k_cache.shape
         device = k_cache.device
-        rows = (num_pages, num_kv_heads, page_size)
-        bounds = (num_pages, num_kv_heads, head_dim)
+        pages, rows = (num_pages, num_kv_heads), (num_pages, num_kv_heads, page_size)
         if k_offset is None:
             k_offset = torch.zeros(num_kv_heads, head_dim, device=device)
         return cls(
@@ -256,8 +263,8 @@ class PagedKVCache:
             seq_lens,
             k_int4=torch.empty(*rows, head_dim // 2, dtype=torch.uint8, device=device),
             k_scale_zero=torch.empty(*rows, 2, dtype=torch.float16, device=device),
-            page_min=torch.empty(bounds, dtype=k_cache.dtype, device=device),
-            page_max=torch.empty(bounds, dtype=k_cache.dtype, device=device),
+            page_bounds=torch.empty(*pages, 2, head_dim, dtype=torch.uint8, device=device),
+            bounds_scale_zero=torch.empty(*pages, 2, dtype=torch.float32, device=device),
             k_offset=k_offset,
         )
 
@@ -265,7 +272,7 @@ class PagedKVCache:
         """The offset and what prefill and append write, in their kernels' order."""
         return (
             self.k_offset, self.k_cache, self.v_cache,
-            self.k_int4, self.k_scale_zero, self.page_min, self.page_max,
+            self.k_int4, self.k_scale_zero, self.page_bounds, self.bounds_scale_zero,
         )  # fmt: skip
 
 

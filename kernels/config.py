@@ -71,16 +71,21 @@ class PrunerConfig:
 
 @dataclass(frozen=True)
 class PageScoreConfig:
-    block_pages: int = 64  # pages of one tile
-    tiles_per_block: int = 4
-    num_stages: int = 2
-    num_threads: int = 128
+    num_warps: int = 4
+    tiles_per_warp: int = 2  # tiles of 16 pages whose loads one warp issues together
+    steps: int = 4  # that a warp takes one after another
     pdl: bool = False
 
+    @property
+    def block_pages(self) -> int:
+        return self.num_warps * self.tiles_per_warp * self.steps * 16
+
     @classmethod
-    def for_pages(cls, num_pages: int) -> "PageScoreConfig":
-        """Few pages (over all rows) are spread over more blocks."""
-        return cls() if num_pages >= 2**18 else cls(tiles_per_block=2)
+    def for_pages(cls, num_pages: int, group_size: int, head_dim: int) -> "PageScoreConfig":
+        """Few pages (over all rows) are spread over more blocks; wide heads, or many, fill a warp's
+        registers with fewer tiles."""
+        wide = head_dim > 128 or (head_dim == 128 and group_size > 8)
+        return cls(tiles_per_warp=1 if wide else 2, steps=4 if num_pages >= 2**18 else 1)
 
 
 @dataclass(frozen=True)

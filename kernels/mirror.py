@@ -9,6 +9,9 @@ import tilelang.language as T
 from kernels.config import EXACT_MATH
 
 MAX_CODE = 15
+MAX_BOUND_CODE = 255
+SCALE_UP = 1 + 2**-20  # so that 255 rounded steps still reach the largest bound
+ROWS_IN_FLIGHT = 16  # rows of a page whose loads append issues together
 
 
 @T.macro
@@ -66,42 +69,93 @@ def quantize_key(key, offset, codes, scale_zero, page, kv_head, slot, lane, chan
 
 
 @T.macro
-def extend_bounds(key, low, high, is_first, channels):
+def extend_bounds(low, high, key, channels):
     for c in T.unroll(channels):
-        low[c] = T.if_then_else(is_first, key[c], T.min(low[c], key[c]))
-        high[c] = T.if_then_else(is_first, key[c], T.max(high[c], key[c]))
+        low[c] = T.min(low[c], key[c])
+        high[c] = T.max(high[c], key[c])
+
+
+@T.macro
+def quantize_bounds(low, high, offset, bounds, bounds_scale_zero, page, kv_head, lane, channels):
+    """Writes the outward codes of a warp's bounds (less the offset), and (scale, zero).
+
+    code * scale is compared with a difference, never added to anything: no product can be fused
+    into a multiply-add, so every operation rounds once, as in the reference.
+    """
+    above = T.alloc_local((channels,), T.float32)
+    below = T.alloc_local((channels,), T.float32)
+    packed_high = T.alloc_local((channels,), T.uint8)
+    packed_low = T.alloc_local((channels,), T.uint8)
+    zero = T.alloc_var(T.float32)
+    scale = T.alloc_var(T.float32)
+    code = T.alloc_var(T.float32)
+    for c in T.unroll(channels):
+        above[c] = T.cast(high[c], T.float32) - offset[c]
+        below[c] = T.cast(low[c], T.float32) - offset[c]
+    zero = below[0]
+    scale = above[0]
+    for c in T.unroll(channels):
+        zero = T.min(zero, below[c])
+        scale = T.max(scale, above[c])
+    zero = T.warp_reduce_min(zero)
+    scale = T.warp_reduce_max(scale)
+    scale = (scale - zero) / T.float32(MAX_BOUND_CODE) * T.float32(SCALE_UP)
+    if lane == 0:
+        bounds_scale_zero[page, kv_head, 0] = scale
+        bounds_scale_zero[page, kv_head, 1] = zero
+
+    for c in T.unroll(channels):
+        packed_high[c] = T.uint8(0)
+        packed_low[c] = T.uint8(0)
+        if scale > 0.0:  # a rounded quotient may miss the code by one
+            above[c] -= zero
+            code = T.ceil(above[c] / scale)
+            if (code - 1.0) * scale >= above[c]:
+                code -= 1.0
+            if code * scale < above[c]:
+                code += 1.0
+            packed_high[c] = T.cast(T.min(T.max(code, 0.0), T.float32(MAX_BOUND_CODE)), T.uint8)
+            below[c] -= zero
+            code = T.floor(below[c] / scale)
+            if (code + 1.0) * scale <= below[c]:
+                code += 1.0
+            if code * scale > below[c]:
+                code -= 1.0
+            packed_low[c] = T.cast(T.min(T.max(code, 0.0), T.float32(MAX_BOUND_CODE)), T.uint8)
+    for c in T.vectorized(channels):
+        bounds[page, kv_head, 0, lane * channels + c] = packed_high[c]
+    for c in T.vectorized(channels):
+        bounds[page, kv_head, 1, lane * channels + c] = packed_low[c]
 
 
 @T.macro
 def mirror_page(
-    k_cache, k_offset, codes, scale_zero, page_min, page_max,
+    k_cache, k_offset, codes, scale_zero, bounds, bounds_scale_zero,
     page, kv_head, fill, lane, channels, page_size, dtype,
 ):  # fmt: skip
-    """One warp mirrors and bounds a page's first `fill` tokens; other slots get codes 0."""
+    """One warp mirrors and bounds a page's first `fill` >= 1 tokens; other slots get codes 0."""
     key = T.alloc_local((channels,), dtype)
     low = T.alloc_local((channels,), dtype)
     high = T.alloc_local((channels,), dtype)
     offset = T.alloc_local((channels,), T.float32)
+    for c in T.vectorized(channels):
+        low[c] = k_cache[page, 0, kv_head, lane * channels + c]
     for c in T.unroll(channels):
-        low[c] = T.cast(0, dtype)
-        high[c] = T.cast(0, dtype)
+        high[c] = low[c]
     for c in T.vectorized(channels):
         offset[c] = k_offset[kv_head, lane * channels + c]
     for slot in T.serial(page_size):
         if slot < fill:
             for c in T.vectorized(channels):
                 key[c] = k_cache[page, slot, kv_head, lane * channels + c]
-            extend_bounds(key, low, high, slot == 0, channels)
+            extend_bounds(low, high, key, channels)
             quantize_key(key, offset, codes, scale_zero, page, kv_head, slot, lane, channels)
         else:
             for c in T.vectorized(channels // 2):
                 codes[page, kv_head, slot, lane * (channels // 2) + c] = T.uint8(0)
             if lane < 2:
                 scale_zero[page, kv_head, slot, lane] = T.float16(0)
-    for c in T.vectorized(channels):
-        page_min[page, kv_head, lane * channels + c] = low[c]
-    for c in T.vectorized(channels):
-        page_max[page, kv_head, lane * channels + c] = high[c]
+    quantize_bounds(low, high, offset, bounds, bounds_scale_zero, page, kv_head, lane, channels)
 
 
 @tilelang.jit(pass_configs=EXACT_MATH)
@@ -123,8 +177,8 @@ def prefill_kernel(head_dim: int, page_size: int, dtype: str):
         v_cache: T.Tensor[(num_pages, page_size, num_kv_heads, head_dim), dtype],
         codes: T.Tensor[(num_pages, num_kv_heads, page_size, head_dim // 2), T.uint8],
         scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
-        page_min: T.Tensor[(num_pages, num_kv_heads, head_dim), dtype],
-        page_max: T.Tensor[(num_pages, num_kv_heads, head_dim), dtype],
+        bounds: T.Tensor[(num_pages, num_kv_heads, 2, head_dim), T.uint8],
+        bounds_scale_zero: T.Tensor[(num_pages, num_kv_heads, 2), T.float32],
     ):
         with T.Kernel(max_pages, num_kv_heads, batch_size, threads=32) as (logical, kv_head, batch):
             lane = T.get_thread_binding()
@@ -140,7 +194,7 @@ def prefill_kernel(head_dim: int, page_size: int, dtype: str):
                         channel = lane * channels + c
                         v_cache[page, slot, kv_head, channel] = v[batch, token, kv_head, channel]
                 mirror_page(
-                    k_cache, k_offset, codes, scale_zero, page_min, page_max,
+                    k_cache, k_offset, codes, scale_zero, bounds, bounds_scale_zero,
                     page, kv_head, fill, lane, channels, page_size, dtype,
                 )  # fmt: skip
 
@@ -160,14 +214,14 @@ def mirror_kernel(head_dim: int, page_size: int, dtype: str):
         k_cache: T.Tensor[(num_pages, page_size, num_kv_heads, head_dim), dtype],
         codes: T.Tensor[(num_pages, num_kv_heads, page_size, head_dim // 2), T.uint8],
         scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
-        page_min: T.Tensor[(num_pages, num_kv_heads, head_dim), dtype],
-        page_max: T.Tensor[(num_pages, num_kv_heads, head_dim), dtype],
+        bounds: T.Tensor[(num_pages, num_kv_heads, 2, head_dim), T.uint8],
+        bounds_scale_zero: T.Tensor[(num_pages, num_kv_heads, 2), T.float32],
     ):
         with T.Kernel(num_pages, num_kv_heads, threads=32) as (page, kv_head):
             lane = T.get_thread_binding()
             if page_fill[page] > 0:
                 mirror_page(
-                    k_cache, k_offset, codes, scale_zero, page_min, page_max,
+                    k_cache, k_offset, codes, scale_zero, bounds, bounds_scale_zero,
                     page, kv_head, page_fill[page], lane, channels, page_size, dtype,
                 )  # fmt: skip
 
@@ -176,11 +230,16 @@ def mirror_kernel(head_dim: int, page_size: int, dtype: str):
 
 @tilelang.jit(pass_configs=EXACT_MATH)
 def append_kernel(head_dim: int, page_size: int, dtype: str):
-    """Grid: (batch); a warp takes every eighth KV head. The length moves once all are written."""
+    """Grid: (batch); a warp takes every eighth KV head. The length moves once all are written.
+
+    The page's bounds are found anew from its keys, so that they have the bits of a prefill: grown
+    from their codes, they would get coarser with every token.
+    """
     batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
     num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
     channels = head_dim // 32
     num_warps = 8
+    num_chunks = page_size // ROWS_IN_FLIGHT
 
     @T.prim_func
     def append_tokens(
@@ -193,14 +252,15 @@ def append_kernel(head_dim: int, page_size: int, dtype: str):
         v_cache: T.Tensor[(num_pages, page_size, num_kv_heads, head_dim), dtype],
         codes: T.Tensor[(num_pages, num_kv_heads, page_size, head_dim // 2), T.uint8],
         scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
-        page_min: T.Tensor[(num_pages, num_kv_heads, head_dim), dtype],
-        page_max: T.Tensor[(num_pages, num_kv_heads, head_dim), dtype],
+        bounds: T.Tensor[(num_pages, num_kv_heads, 2, head_dim), T.uint8],
+        bounds_scale_zero: T.Tensor[(num_pages, num_kv_heads, 2), T.float32],
     ):
         with T.Kernel(batch_size, threads=num_warps * 32) as batch:
             thread = T.get_thread_binding()
             first_channel = thread % 32 * channels
             key = T.alloc_local((channels,), dtype)
             value = T.alloc_local((channels,), dtype)
+            rows = T.alloc_local((ROWS_IN_FLIGHT, channels), dtype)
             low = T.alloc_local((channels,), dtype)
             high = T.alloc_local((channels,), dtype)
             offset = T.alloc_local((channels,), T.float32)
@@ -216,20 +276,29 @@ def append_kernel(head_dim: int, page_size: int, dtype: str):
                         for c in T.vectorized(channels):
                             value[c] = v[batch, kv_head, first_channel + c]
                         for c in T.vectorized(channels):
-                            low[c] = page_min[page, kv_head, first_channel + c]
-                        for c in T.vectorized(channels):
-                            high[c] = page_max[page, kv_head, first_channel + c]
-                        for c in T.vectorized(channels):
                             offset[c] = k_offset[kv_head, first_channel + c]
-                        extend_bounds(key, low, high, slot == 0, channels)
+                        for c in T.unroll(channels):
+                            low[c] = key[c]
+                            high[c] = key[c]
+                        for chunk in T.serial(num_chunks):
+                            if chunk * ROWS_IN_FLIGHT < slot:
+                                for r in T.unroll(ROWS_IN_FLIGHT):
+                                    # Rows from the new one on repeat the last one before it.
+                                    row = T.min(chunk * ROWS_IN_FLIGHT + r, slot - 1)
+                                    for c in T.vectorized(channels):
+                                        rows[r, c] = k_cache[page, row, kv_head, first_channel + c]
+                                for r in T.unroll(ROWS_IN_FLIGHT):
+                                    for c in T.unroll(channels):
+                                        low[c] = T.min(low[c], rows[r, c])
+                                        high[c] = T.max(high[c], rows[r, c])
                         for c in T.vectorized(channels):
                             k_cache[page, slot, kv_head, first_channel + c] = key[c]
                         for c in T.vectorized(channels):
                             v_cache[page, slot, kv_head, first_channel + c] = value[c]
-                        for c in T.vectorized(channels):
-                            page_min[page, kv_head, first_channel + c] = low[c]
-                        for c in T.vectorized(channels):
-                            page_max[page, kv_head, first_channel + c] = high[c]
+                        quantize_bounds(
+                            low, high, offset, bounds, bounds_scale_zero,
+                            page, kv_head, thread % 32, channels,
+                        )  # fmt: skip
                         quantize_key(
                             key,
                             offset,

@@ -194,8 +194,8 @@ def pruner_kernel(
 
     weight = exp(logit - max). A weight is searched by its logit's distance from the largest, in
     whole steps. Weights below (1 - p) * total / n may all go, whatever they are: only the few that
-    are nearer are searched. The mass of a weight is the nearest integer to weight * 2^30 / total, so
-    that no order of summation can change the set.
+    are nearer are searched. The mass of a weight is the nearest integer to weight * 2^30 / total,
+    so that no order of summation can change the set.
 
     A row of at most HEAD_THREADS * MAX_VALUES logits is read once: its distances go to shared
     memory, beside a list of the near ones. A wider one is read again by every pass. Sums run in the

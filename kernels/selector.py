@@ -25,6 +25,7 @@ from kernels.threshold import (
 )
 from kernels.validate import check_count, check_query, dtype_name
 
+TILE_PAGES, TILE_HEADS = 16, 8  # the tensor-core instruction is m16n8k16: pages x heads x channels
 LOWEST_KEY, HIGHEST_KEY = -(2**31), 2**31 - 1
 
 
@@ -104,11 +105,13 @@ def launch_select_pages(
     """Two launches into allocated memory: page scores, top pages."""
     group_size = q.shape[1] // cache.num_kv_heads
     early = launches_early(cache)
-    config = replace(PageScoreConfig.for_pages(scores.numel()), pdl=early)
+    config = PageScoreConfig.for_pages(scores.numel(), group_size, cache.head_dim)
+    config = replace(config, pdl=early)
     score = page_score_kernel(group_size, cache.head_dim, cache.page_size, dtype_name(q), config)
     score(
         q.view(cache.batch_size, cache.num_kv_heads, group_size, cache.head_dim),
-        cache.page_min, cache.page_max, cache.page_table, cache.seq_lens, scores,
+        cache.page_bounds.view(torch.int32), cache.bounds_scale_zero,
+        cache.page_table, cache.seq_lens, scores,
     )  # fmt: skip
     config = replace(TopPagesConfig.for_width(cache.max_pages), pdl=early)
     top = top_pages_kernel(cache.page_size, next_power_of_two(cache.max_pages), config)
@@ -147,75 +150,156 @@ def next_power_of_two(value: int) -> int:
     return 1 << (value - 1).bit_length()
 
 
+@T.macro
+def find_rows(physical, first_tile, used_pages, page_table, batch, row, count):
+    """Physical ids of a thread's two pages of `count` tiles; beyond the last page, the last one."""
+    for i in T.unroll(count):
+        for t in T.unroll(2):
+            page = (first_tile + i) * TILE_PAGES + row + t * 8
+            physical[i, t] = page_table[batch, T.min(page, used_pages - 1)]
+
+
 @tilelang.jit(pass_configs=TILE_LEVEL)
 def page_score_kernel(
     group_size: int, head_dim: int, page_size: int, dtype: str, config: PageScoreConfig
 ):
-    """Grid: (blocks of pages, kv_head, batch). Score = the largest Quest bound over the group's
-    query heads.
+    """Grid: (blocks of pages, kv_head, batch); in each of `steps`, a warp takes `tiles_per_warp`
+    tiles of 16 pages, and issues all their loads before the first product. Score = the largest
+    Quest bound over the group's query heads.
 
-    sum_c max(q_c * min_c, q_c * max_c) = max(q, 0) . page_max + min(q, 0) . page_min: two matrix
-    products into one accumulator. The tile has 8 or 16 columns; those beyond the group repeat its
-    last head.
+    With codes M and m of a page's bounds, and q split by sign into q+ + q-,
+
+        sum_c max(q_c * lo_c, q_c * hi_c) = scale * (q+ . M + q- . m) + zero * sum(q):
+
+    the codes go to the tensor cores as they are. Two bytes masked out of a word, `x & 0x00ff00ff`
+    (channels 0 and 2 of its four) or the same of `x >> 8` (1 and 3), are read as fp16 subnormals
+    u * 2^-24, which is exact. Channels are permuted alike in q: of every 64, the four lanes that
+    share a page hold 16 each, one load. Columns beyond the group repeat its last head.
     """
     batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
     num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
-    block_pages = config.block_pages
-    columns = 8 if group_size <= 8 else 16
+    half_loads = head_dim // 64  # of 16 bytes, per lane and bound
+    half_words = half_loads * 4
+    head_tiles = -(-group_size // TILE_HEADS)
+    step_tiles = config.num_warps * config.tiles_per_warp
 
     @T.prim_func
     def score_pages(
         q: T.Tensor[(batch_size, num_kv_heads, group_size, head_dim), dtype],
-        page_min: T.Tensor[(num_pages, num_kv_heads, head_dim), dtype],
-        page_max: T.Tensor[(num_pages, num_kv_heads, head_dim), dtype],
+        bounds: T.Tensor[(num_pages, num_kv_heads, 2, head_dim // 4), T.int32],
+        bounds_scale_zero: T.Tensor[(num_pages, num_kv_heads, 2), T.float32],
         page_table: T.Tensor[(batch_size, max_pages), T.int32],
         seq_lens: T.Tensor[(batch_size,), T.int32],
         scores: T.Tensor[(batch_size, num_kv_heads, max_pages), T.float32],
     ):
         with T.Kernel(
-            T.ceildiv(max_pages, block_pages * config.tiles_per_block),
+            T.ceildiv(max_pages, config.block_pages),
             num_kv_heads,
             batch_size,
-            threads=config.num_threads,
+            threads=config.num_warps * 32,
         ) as (block, kv_head, batch):
             start_early(config.pdl)
-            q_positive = T.alloc_shared((columns, head_dim), dtype)
-            q_negative = T.alloc_shared((columns, head_dim), dtype)
-            max_shared = T.alloc_shared((block_pages, head_dim), dtype)
-            min_shared = T.alloc_shared((block_pages, head_dim), dtype)
-            bounds = T.alloc_fragment((block_pages, columns), T.float32)
-            group_bound = T.alloc_fragment((block_pages,), T.float32)
-
+            thread = T.get_thread_binding()
+            row = thread % 32 // 4  # this thread's pages of a tile: row and row + 8
+            lane = thread % 4
             used_pages = T.ceildiv(seq_lens[batch], page_size)
-            first_page = block * config.tiles_per_block * block_pages
-            if first_page < used_pages:
-                for i, j in T.Parallel(columns, head_dim):
-                    channel = q[batch, kv_head, T.min(i, group_size - 1), j]
-                    q_positive[i, j] = T.max(channel, T.cast(0, dtype))
-                    q_negative[i, j] = T.min(channel, T.cast(0, dtype))
-                for tile in T.Pipelined(config.tiles_per_block, num_stages=config.num_stages):
-                    for i, j in T.Parallel(block_pages, head_dim):
-                        page = T.min(first_page + tile * block_pages + i, used_pages - 1)
-                        max_shared[i, j] = page_max[page_table[batch, page], kv_head, j]
-                    for i, j in T.Parallel(block_pages, head_dim):
-                        page = T.min(first_page + tile * block_pages + i, used_pages - 1)
-                        min_shared[i, j] = page_min[page_table[batch, page], kv_head, j]
-                    T.gemm(
-                        max_shared, q_positive, bounds,
-                        transpose_B=True, policy=T.GemmWarpPolicy.FullRow, clear_accum=True,
-                    )  # fmt: skip
-                    T.gemm(
-                        min_shared,
-                        q_negative,
-                        bounds,
-                        transpose_B=True,
-                        policy=T.GemmWarpPolicy.FullRow,
-                    )
-                    T.reduce_max(bounds, group_bound, dim=1)
-                    for i in T.Parallel(block_pages):
-                        page = first_page + tile * block_pages + i
-                        if page < used_pages:
-                            scores[batch, kv_head, page] = group_bound[i]
+            num_tiles = T.ceildiv(used_pages, TILE_PAGES)
+            warp_tile = block * (step_tiles * config.steps) + thread // 32 * config.tiles_per_warp
+
+            q_words = T.alloc_local((half_words * 4,), dtype)
+            q_fragment = T.alloc_local((head_tiles, half_words * 4), T.float16)
+            b_fragment = T.alloc_local((4,), T.float16)
+            q_sum = T.alloc_local((head_tiles, 2), T.float32)
+            partial = T.alloc_var(T.float32)
+            physical = T.alloc_local((config.tiles_per_warp, 2), T.int32)
+            tile_codes = T.alloc_local((config.tiles_per_warp, 2, 2, half_words), T.int32)
+            tile_scale_zero = T.alloc_local((config.tiles_per_warp, 2, 2), T.float32)
+            a_fragment = T.alloc_local((4,), T.uint32)
+            acc = T.alloc_local((head_tiles, 4), T.float32)
+            best = T.alloc_local((2,), T.float32)
+
+            if warp_tile < num_tiles:
+                find_rows(
+                    physical, warp_tile, used_pages, page_table, batch, row, config.tiles_per_warp
+                )
+                for n in T.unroll(head_tiles):
+                    head = T.min(n * TILE_HEADS + row, group_size - 1)
+                    partial = 0.0
+                    for i in T.unroll(half_loads):
+                        for j in T.vectorized(16):
+                            q_words[i * 16 + j] = q[batch, kv_head, head, (i * 4 + lane) * 16 + j]
+                    for j in T.unroll(half_words * 4):
+                        partial += T.cast(q_words[j], T.float32)
+                    partial += T.shfl_xor(partial, 1)
+                    partial += T.shfl_xor(partial, 2)
+                    for h in T.unroll(2):
+                        q_sum[n, h] = T.shfl_sync(partial, (lane * 2 + h) * 4)
+                    for w in T.unroll(half_words):
+                        for e in T.unroll(4):
+                            channel = T.cast(q_words[w * 4 + e % 2 * 2 + e // 2], T.float32)
+                            q_fragment[n, w * 4 + e] = T.cast(channel, T.float16)
+
+            for step in T.serial(config.steps):
+                first_tile = warp_tile + step * step_tiles
+                if first_tile < num_tiles:
+                    for i in T.unroll(config.tiles_per_warp):
+                        for t in T.unroll(2):
+                            page = physical[i, t]
+                            for side in T.unroll(2):
+                                for k in T.unroll(half_loads):
+                                    for w in T.vectorized(4):
+                                        word = (k * 4 + lane) * 4 + w
+                                        tile_codes[i, t, side, k * 4 + w] = bounds[
+                                            page, kv_head, side, word
+                                        ]
+                            for e in T.vectorized(2):
+                                tile_scale_zero[i, t, e] = bounds_scale_zero[page, kv_head, e]
+                    # The next step's page ids arrive with this step's codes.
+                    if step + 1 < config.steps:
+                        find_rows(
+                            physical, first_tile + step_tiles, used_pages, page_table, batch, row,
+                            config.tiles_per_warp,
+                        )  # fmt: skip
+
+                for i in T.unroll(config.tiles_per_warp):
+                    if first_tile + i < num_tiles:
+                        for n in T.unroll(head_tiles):
+                            for e in T.unroll(4):
+                                acc[n, e] = 0.0
+                        for side in T.unroll(2):
+                            for w in T.unroll(half_words):
+                                for t in T.unroll(2):
+                                    word = tile_codes[i, t, side, w]
+                                    a_fragment[t] = T.cast(word & 0x00FF00FF, T.uint32)
+                                    a_fragment[2 + t] = T.cast((word >> 8) & 0x00FF00FF, T.uint32)
+                                for n in T.unroll(head_tiles):
+                                    for e in T.vectorized(4):
+                                        channel = q_fragment[n, w * 4 + e]
+                                        b_fragment[e] = (
+                                            T.max(channel, T.float16(0))
+                                            if side == 0
+                                            else T.min(channel, T.float16(0))
+                                        )
+                                    T.ptx_mma(
+                                        "float32", "m16n8k16", "row", "col", "fp16", "fp16", "fp32",
+                                        a_fragment.data, 0, b_fragment.data, 0,
+                                        acc.data, n * 4, T.bool(False),
+                                    )  # fmt: skip
+                        for t in T.unroll(2):
+                            best[t] = -T.infinity(T.float32)
+                            for n in T.unroll(head_tiles):
+                                for h in T.unroll(2):
+                                    product = acc[n, t * 2 + h] * 16777216.0  # 2^24
+                                    bound = (
+                                        tile_scale_zero[i, t, 0] * product
+                                        + tile_scale_zero[i, t, 1] * q_sum[n, h]
+                                    )
+                                    best[t] = T.max(best[t], bound)
+                            best[t] = T.max(best[t], T.shfl_xor(best[t], 1))
+                            best[t] = T.max(best[t], T.shfl_xor(best[t], 2))
+                            page = (first_tile + i) * TILE_PAGES + row + t * 8
+                            if lane == t and page < used_pages:
+                                scores[batch, kv_head, page] = best[t]
 
     return score_pages
 

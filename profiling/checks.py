@@ -64,9 +64,10 @@ def check_selector(q: torch.Tensor, cache: Any, step: Any) -> float:
         ):
             raise CheckFailed(f"candidate_pages: expected ascending pages 0..{num_pages - 1}")
         pages = one.page_table[0, :num_pages].long()
-        bounds = reference.quest_bounds(
-            q[request], one.page_min[pages], one.page_max[pages], dtype=ORACLE
+        bounds = reference.dequantize_bounds(
+            one.page_bounds[pages], one.bounds_scale_zero[pages], dtype=ORACLE
         )
+        bounds = reference.quest_bounds(q[request], *bounds, dtype=ORACLE)
         scores = bounds.view(one.num_kv_heads, -1, num_pages).amax(dim=1)
         largest = scores.abs().amax()
         scores[:, -1] = math.inf  # the newest page always belongs to the candidates

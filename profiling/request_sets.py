@@ -41,7 +41,7 @@ def pool_bytes(shape: DecodeShape, with_mirror: bool = True) -> int:
     itemsize = torch.finfo(shape.dtype).bits // 8
     per_token = 2 * shape.head_dim * itemsize
     if with_mirror:
-        per_token += shape.head_dim // 2 + 4 + 2 * shape.head_dim * itemsize // shape.page_size
+        per_token += shape.head_dim // 2 + 4 + -(-(2 * shape.head_dim + 8) // shape.page_size)
     return per_token * shape.num_kv_heads * sum(shape.lengths)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 CODE_BITS = 4
 SCALE_ZERO_BYTES = 4  # fp16 scale and zero of each token and KV head
+BOUNDS_SCALE_ZERO_BYTES = 8  # fp32 scale and zero of each page and KV head
 LOGIT_BYTES = 4
 INDEX_BYTES = 4
 
@@ -45,7 +46,7 @@ class Work:
 
 def bytes_moved(stage: str, method: str, work: Work) -> int:
     """Bytes that must cross the memory bus in one call of a stage of a method."""
-    bounds = 2 * work.head_dim * work.itemsize * work.num_bounds
+    bounds = (2 * work.head_dim + BOUNDS_SCALE_ZERO_BYTES) * work.num_bounds
     mirror = (work.head_dim * CODE_BITS // 8 + SCALE_ZERO_BYTES) * work.candidate_tokens
     logits = LOGIT_BYTES * work.group_size * work.candidate_tokens
     indices = INDEX_BYTES * work.kept_tokens

@@ -10,11 +10,18 @@ from reference.attention import (
     gather_tokens,
     page_attention,
 )
-from reference.cache import PagedKVCache, page_bounds, validate_cache
+from reference.cache import PagedKVCache, exact_page_bounds, validate_cache
 from reference.estimator import candidate_tokens, estimate_logits
 from reference.pipeline import TwilightDecode
 from reference.pruner import group_union, prune_top_p, top_p_set_sorted, top_p_threshold
-from reference.quantize import dequantize_int4, pack_int4, quantize_int4, unpack_int4
+from reference.quantize import (
+    dequantize_bounds,
+    dequantize_int4,
+    pack_int4,
+    quantize_bounds,
+    quantize_int4,
+    unpack_int4,
+)
 from reference.selector import quest_bounds, select_all, select_pages
 
 __all__ = [
@@ -22,15 +29,17 @@ __all__ = [
     "TwilightDecode",
     "candidate_tokens",
     "dense_attention",
+    "dequantize_bounds",
     "dequantize_int4",
     "estimate_logits",
+    "exact_page_bounds",
     "flash_topk_attention",
     "gather_tokens",
     "group_union",
     "pack_int4",
     "page_attention",
-    "page_bounds",
     "prune_top_p",
+    "quantize_bounds",
     "quantize_int4",
     "quest_bounds",
     "select_all",

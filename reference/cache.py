@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from reference.quantize import quantize_int4
+from reference.quantize import quantize_bounds, quantize_int4
 from reference.validate import FLOAT_DTYPES, INT_DTYPES, check_positive, check_tensor
 
 CHUNK_ELEMENTS = 1 << 26  # keys converted to float32 at a time
@@ -19,7 +19,7 @@ def pages_of(tokens: int, page_size: int) -> int:
     return -(-tokens // page_size)
 
 
-def page_bounds(
+def exact_page_bounds(
     k_cache: torch.Tensor, page_tokens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The smallest and largest key of every page, channel by channel (Quest, arXiv 2406.10774).
@@ -60,9 +60,13 @@ class PagedKVCache:
         seq_lens: [batch_size] int32.
         k_int4: [num_pages, num_kv_heads, page_size, head_dim // 2] uint8 (see `pack_int4`).
         k_scale_zero: [num_pages, num_kv_heads, page_size, 2] fp16.
-        page_min, page_max: [num_pages, num_kv_heads, head_dim], dtype of k_cache.
-        k_offset: [num_kv_heads, head_dim] fp32 or None, subtracted from K before quantization. It
-            moves all estimated logits of a query by one constant, so no softmax changes.
+        page_bounds: [num_pages, num_kv_heads, 2, head_dim] uint8, the codes of every channel's
+            largest key, then of its smallest (see `quantize_bounds`).
+        bounds_scale_zero: [num_pages, num_kv_heads, 2] fp32.
+        k_offset: [num_kv_heads, head_dim] fp32 or None, subtracted from K before it is quantized or
+            bounded. It moves all estimated logits and page bounds of a query head by one constant:
+            no softmax and no order of pages changes. It takes outlier channels out of the range
+            that the codes must span, and out of the largest bound of a group's heads.
     """
 
     k_cache: torch.Tensor
@@ -71,8 +75,8 @@ class PagedKVCache:
     seq_lens: torch.Tensor
     k_int4: torch.Tensor
     k_scale_zero: torch.Tensor
-    page_min: torch.Tensor
-    page_max: torch.Tensor
+    page_bounds: torch.Tensor
+    bounds_scale_zero: torch.Tensor
     k_offset: torch.Tensor | None = None
 
     @property
@@ -203,8 +207,8 @@ class PagedKVCache:
             seq_lens,
             torch.zeros(*mirror_shape, head_dim // 2, dtype=torch.uint8, device=device),
             torch.zeros(*mirror_shape, 2, dtype=torch.float16, device=device),
-            k_cache.new_zeros(num_pages, num_kv_heads, head_dim),
-            k_cache.new_zeros(num_pages, num_kv_heads, head_dim),
+            torch.zeros(num_pages, num_kv_heads, 2, head_dim, dtype=torch.uint8, device=device),
+            torch.zeros(num_pages, num_kv_heads, 2, dtype=torch.float32, device=device),
             k_offset,
         )
         page_tokens = tokens_per_page(page_table, seq_lens, num_pages, page_size)
@@ -232,28 +236,33 @@ class PagedKVCache:
         request = torch.arange(self.batch_size, device=length.device)
         page = self.page_table[request, length // self.page_size].long()
         slot = length % self.page_size
-        first = (slot == 0)[:, None, None]
         self.k_cache[page, slot] = k
         self.v_cache[page, slot] = v
-        self.k_int4[page, :, slot], self.k_scale_zero[page, :, slot] = self._quantize(k)
-        self.page_min[page] = torch.where(first, k, torch.minimum(self.page_min[page], k))
-        self.page_max[page] = torch.where(first, k, torch.maximum(self.page_max[page], k))
+        self.k_int4[page, :, slot], self.k_scale_zero[page, :, slot] = quantize_int4(self._shift(k))
+        self._bound_pages(page, slot + 1)
         self.seq_lens += 1
 
-    def _quantize(self, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Packed codes and (scale, zero) of key rows k: [..., num_kv_heads, head_dim]."""
+    def _shift(self, k: torch.Tensor) -> torch.Tensor:
+        """k - k_offset in float32, for k: [..., num_kv_heads, head_dim]."""
         x = k.to(torch.float32)
-        return quantize_int4(x if self.k_offset is None else x - self.k_offset)
+        return x if self.k_offset is None else x - self.k_offset
 
     def _mirror_pages(self, pages: torch.Tensor, page_tokens: torch.Tensor) -> None:
         """Write mirror and bounds of these physical pages from their first page_tokens keys."""
+        self._bound_pages(pages, page_tokens)
         k = self.k_cache[pages]
-        self.page_min[pages], self.page_max[pages] = page_bounds(k, page_tokens)
         slots = torch.arange(self.page_size, device=k.device)
         used = (slots < page_tokens[:, None])[:, :, None, None]
-        packed, scale_zero = self._quantize(k)
+        packed, scale_zero = quantize_int4(self._shift(k))
         self.k_int4[pages] = torch.where(used, packed, 0).transpose(1, 2)
         self.k_scale_zero[pages] = torch.where(used, scale_zero, 0.0).transpose(1, 2)
+
+    def _bound_pages(self, pages: torch.Tensor, page_tokens: torch.Tensor) -> None:
+        """Write the bounds of these physical pages from their first page_tokens keys."""
+        page_min, page_max = exact_page_bounds(self.k_cache[pages], page_tokens)
+        self.page_bounds[pages], self.bounds_scale_zero[pages] = quantize_bounds(
+            self._shift(page_min), self._shift(page_max)
+        )
 
 
 def default_page_table(

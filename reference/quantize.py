@@ -1,7 +1,8 @@
-"""The INT4 form of one key row: sixteen levels between its smallest and largest channel.
+"""The small forms of keys: 4 bits a channel of one key row, 8 bits a bound of one page.
 
-Twilight, arXiv 2502.02770, section 4.2: asymmetric 4-bit keys, one scale and one zero per token and
-KV head. For a row x of head_dim channels (after any offset), in float32:
+INT4 keys: sixteen levels between a row's smallest and largest channel. Twilight, arXiv 2502.02770,
+section 4.2: asymmetric 4-bit keys, one scale and one zero per token and KV head. For a row x of
+head_dim channels (after any offset), in float32:
 
     zero  = largest  fp16 <= min(x)
     scale = smallest fp16 >= (max(x) - zero) / 15
@@ -9,7 +10,18 @@ KV head. For a row x of head_dim channels (after any offset), in float32:
 
 Rounding zero down and scale up makes [zero, zero + 15 scale] hold the whole row. So every channel
 is within half a step of its code, |x - (code * scale + zero)| <= scale / 2, and a constant row of a
-number that fp16 can hold is exact. Keys must lie in fp16's range.
+number that fp16 can hold is exact.
+
+8-bit bounds: 256 levels between the smallest and the largest bound of a page and KV head. With
+m[c] <= k[c] <= M[c] of its keys (after any offset), every operation rounded once to float32:
+
+    zero       = min(m)
+    scale      = ((max(M) - zero) / 255) * (1 + 2**-20)
+    code(M[c]) = smallest code with code * scale >= M[c] - zero
+    code(m[c]) = largest  code with code * scale <= m[c] - zero,     both 0 where scale == 0
+
+Codes round outward, so code * scale + zero bounds the keys again, up to that rounding; the factor
+keeps 255 steps from ending short of max(M). Keys must lie in fp16's range.
 """
 
 import torch
@@ -81,3 +93,52 @@ def dequantize_int4(
     dtype = torch.float32 if dtype is None else dtype
     scale, zero = scale_zero.to(dtype)[..., None, :].unbind(dim=-1)
     return unpack_int4(packed).to(dtype) * scale + zero
+
+
+def quantize_bounds(
+    page_min: torch.Tensor, page_max: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize the bounds of pages; the module's docstring is the definition.
+
+    Args:
+        page_min, page_max: [..., head_dim] any float, finite. Arithmetic is float32.
+
+    Returns:
+        codes: [..., 2, head_dim] uint8, those of page_max first, and scale_zero: [..., 2] float32.
+    """
+    page_min, page_max = page_min.to(torch.float32), page_max.to(torch.float32)
+    zero = page_min.amin(dim=-1, keepdim=True)
+    # A tensor of 255s: division by a number becomes a product with a rounded 1/255 on a GPU.
+    scale = (page_max.amax(dim=-1, keepdim=True) - zero) / torch.full_like(zero, 255)
+    scale = scale * (1 + 2**-20)
+    step = torch.where(scale > 0, scale, 1.0)
+    above, below = page_max - zero, page_min - zero
+    # A rounded quotient may miss the code by one.
+    high = torch.ceil(above / step)
+    high = torch.where((high - 1) * step >= above, high - 1, high)
+    high = torch.where(high * step < above, high + 1, high)
+    low = torch.floor(below / step)
+    low = torch.where((low + 1) * step <= below, low + 1, low)
+    low = torch.where(low * step > below, low - 1, low)
+    codes = torch.stack((high, low), dim=-2).clamp(0, 255)
+    codes = torch.where(scale[..., None] > 0, codes, 0.0).to(torch.uint8)
+    return codes, torch.cat((scale, zero), dim=-1)
+
+
+def dequantize_bounds(
+    codes: torch.Tensor, scale_zero: torch.Tensor, *, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """bound = code * scale + zero.
+
+    Args:
+        codes: [..., 2, head_dim] uint8.
+        scale_zero: [..., 2] float32.
+        dtype: of the arithmetic and the result (None: float32).
+
+    Returns:
+        page_min, page_max: [..., head_dim].
+    """
+    dtype = torch.float32 if dtype is None else dtype
+    scale, zero = scale_zero.to(dtype)[..., None, None, :].unbind(dim=-1)
+    page_max, page_min = (codes.to(dtype) * scale + zero).unbind(dim=-2)
+    return page_min, page_max

@@ -4,13 +4,17 @@ Quest (arXiv 2406.10774, section 3): with the channelwise bounds m <= k <= M of 
 
     q . k = sum_c q_c k_c <= sum_c max(q_c m_c, q_c M_c)     for every key k of the page,
 
-so the bound is an upper estimate of every (unscaled) logit in the page. The query heads of a group
-read the same KV head and share its candidates: a page's score is its largest bound in the group.
+so the bound is an upper estimate of every (unscaled) logit in the page. Here m and M are the 8-bit
+bounds, rounded outward; with a k_offset, all bounds of a query head lack the same constant. The
+query heads of a group read the same KV head and share its candidates: a page's score is its largest
+bound in the group. Channels far from zero push the heads of a group apart, and one head then speaks
+for all: that is what a k_offset is for.
 """
 
 import torch
 
 from reference.cache import PagedKVCache, pages_of
+from reference.quantize import dequantize_bounds
 from reference.validate import check_positive, check_query, check_windows, compute_dtype
 
 
@@ -71,7 +75,10 @@ def select_pages(
         if count == 0:
             continue
         pages = cache.page_table[batch, :num_pages].long()
-        bounds = quest_bounds(q[batch], cache.page_min[pages], cache.page_max[pages], dtype=dtype)
+        page_min, page_max = dequantize_bounds(
+            cache.page_bounds[pages], cache.bounds_scale_zero[pages], dtype=dtype
+        )
+        bounds = quest_bounds(q[batch], page_min, page_max, dtype=dtype)
         scores = bounds.view(cache.num_kv_heads, -1, num_pages).amax(dim=1)
         scores[:, -1] = float("inf")
         scores[:, : pages_of(num_sink_tokens, cache.page_size)] = float("inf")

@@ -150,8 +150,8 @@ def poison_unused(cache) -> None:
     cache.v_cache[~used] = NAN
     cache.k_int4.transpose(1, 2)[~used] = 0xA7
     cache.k_scale_zero.transpose(1, 2)[~used] = NAN
-    cache.page_min[~used.any(1)] = NAN
-    cache.page_max[~used.any(1)] = NAN
+    cache.page_bounds[~used.any(1)] = 0xA7
+    cache.bounds_scale_zero[~used.any(1)] = NAN
 
 
 def _heavy_keys(q: torch.Tensor, k: torch.Tensor, rng: torch.Generator) -> torch.Tensor:

@@ -48,14 +48,34 @@ def as_mask(entries: torch.Tensor, counts: torch.Tensor, size: int) -> torch.Ten
 def page_scores(q: torch.Tensor, cache) -> torch.Tensor:
     """fp64 [batch_size, num_kv_heads, max_pages]: the group's largest bound; -inf past the end."""
     table = cache.page_table.long().clamp(0, cache.num_pages - 1)
-    low, high = (
-        bound[table].double().transpose(1, 2) for bound in (cache.page_min, cache.page_max)
+    bounds = reference.dequantize_bounds(
+        cache.page_bounds[table], cache.bounds_scale_zero[table], dtype=torch.float64
     )
+    low, high = (bound.transpose(1, 2) for bound in bounds)
     queries = q.double().unflatten(1, (cache.num_kv_heads, -1))
     bounds = queries.clamp(min=0) @ high.mT + queries.clamp(max=0) @ low.mT
     page = torch.arange(cache.max_pages, device=q.device)
     absent = page >= num_used_pages(cache)[:, None]
     return bounds.amax(dim=2).masked_fill(absent[:, None], -torch.inf)
+
+
+def assert_bounds_hold(q: torch.Tensor, cache) -> None:
+    """Quest's bound of a page >= every logit in it, up to the codes' float32 rounding."""
+    keys = cache.k_cache.float() - (0 if cache.k_offset is None else cache.k_offset)
+    for request, length in enumerate(cache.seq_lens.tolist()):
+        pages = cache.page_table[request, : -(-length // cache.page_size)].long()
+        scale_zero = cache.bounds_scale_zero[pages]
+        bounds = reference.dequantize_bounds(
+            cache.page_bounds[pages], scale_zero, dtype=torch.float64
+        )
+        bounds = reference.quest_bounds(q[request], *bounds, dtype=torch.float64)
+        grouped = q[request].double().unflatten(0, (cache.num_kv_heads, -1))
+        logits = torch.einsum("ngd,ptnd->ngpt", grouped, keys[pages].double()).flatten(0, 1)
+        unused = torch.arange(logits[0].numel(), device=q.device).view_as(logits[0]) >= length
+        span = (255 * scale_zero[..., 0]).T.repeat_interleave(grouped.shape[1], dim=0)
+        rounding = 2**-22 * span * q[request].double().abs().sum(-1, keepdim=True)
+        highest = logits.masked_fill(unused, -torch.inf).amax(-1)
+        assert (bounds >= highest - rounding).all()
 
 
 def forced_pages(cache, num_sink_tokens: int, num_recent_tokens: int) -> torch.Tensor:

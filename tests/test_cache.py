@@ -64,7 +64,7 @@ def assert_same_tokens(actual, expected) -> None:
         ("k_int4", "k_scale_zero"), used_mirror(actual), used_mirror(expected), strict=True
     ):
         assert torch.equal(got, want), name
-    for name in ("page_min", "page_max"):
+    for name in ("page_bounds", "bounds_scale_zero"):
         assert torch.equal(getattr(actual, name)[pages], getattr(expected, name)[pages]), name
 
 
@@ -147,8 +147,9 @@ def test_wrap_bounds_a_shared_page_over_its_longest_use(device, rng):
     k_cache = torch.randn(1, 16, 2, 128, generator=rng, device=device).half()
     for lengths in (seq_lens, seq_lens.flip(0)):
         cache = kernels.PagedKVCache.wrap(k_cache, k_cache.clone(), page_table, lengths)
-        assert torch.equal(cache.page_min[0], k_cache[0].amin(0))
-        assert torch.equal(cache.page_max[0], k_cache[0].amax(0))
+        bounds, scale_zero = reference.quantize_bounds(*k_cache[0].aminmax(dim=0))
+        assert torch.equal(cache.page_bounds[0], bounds)
+        assert torch.equal(cache.bounds_scale_zero[0], scale_zero)
         assert (cache.k_scale_zero[0, :, :, 0] > 0).all()
 
 
@@ -163,6 +164,25 @@ def test_append_token_by_token_equals_a_prefill(device, rng):
     whole = kernels.PagedKVCache.from_contiguous(k, v, cache.seq_lens.clone(), **options)
     assert cache.seq_lens.tolist() == [35, 35, 35]
     assert_same_tokens(cache, whole)
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_append_bounds_a_filling_page_as_a_prefill(page_size, device, rng):
+    """Bit for bit at every fill of a page, with outlier channels and an offset for some of them."""
+    k = torch.randn(1, page_size + 2, 2, 128, generator=rng, device=device).half()
+    k[..., ::20] += 15
+    options = dict(page_size=page_size, k_offset=torch.zeros(2, 128, device=device))
+    options["k_offset"][:, ::40] = 15
+    cache = kernels.PagedKVCache.empty(2, 1, 2, 2, 128, device=device, **options)
+    poison_unused(cache)
+    for token in range(page_size + 2):
+        cache.append(k[:, token].contiguous(), k[:, token].contiguous())
+        assert_same_tokens(
+            cache,
+            reference.PagedKVCache.from_contiguous(
+                k, k, cache.seq_lens.clone(), max_pages=2, **options
+            ),
+        )
 
 
 @pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 31, 32], ids=lambda n: f"n{n}")

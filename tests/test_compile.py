@@ -21,7 +21,7 @@ SHAPES = {
     "mha-d256": (KernelShape(1, 256, 16, "float16", 64, 300, 1024), ("sm_90a",)),
 }
 # What a cache of more than 2**31 elements is indexed by.
-CACHE_POINTERS = ("k_cache", "v_cache", "codes", "scale_zero", "page_min", "page_max")
+CACHE_POINTERS = ("k_cache", "v_cache", "codes", "scale_zero", "bounds", "bounds_scale_zero")
 
 
 @dataclass(frozen=True)

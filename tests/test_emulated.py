@@ -28,9 +28,10 @@ from kernels.selector import (
     top_pages_kernel,
 )
 from kernels.split_kv import attention_kernel, merge_kernel, plan_kernel
-from reference.hazards import contiguous
+from reference.hazards import contiguous, poison_unused
 from reference.inputs import DecodeShape, random_inputs
 from tests.emulate import emulated
+from tests.properties import assert_bounds_hold
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
@@ -41,7 +42,7 @@ SHAPES = {
     "gqa3-d256": DecodeShape(1, 6, 2, 256, 16, (150,), torch.float16),
     "gqa16": DecodeShape(1, 16, 1, 64, 16, (90,), torch.float16),
 }
-MIRROR = ("k_int4", "k_scale_zero", "page_min", "page_max")
+MIRROR = ("k_int4", "k_scale_zero", "page_bounds", "bounds_scale_zero")
 
 
 @pytest.fixture(scope="module")
@@ -71,17 +72,19 @@ def blank(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def mirrored_by(cache) -> dict:
+    no_offset = torch.zeros(cache.num_kv_heads, cache.head_dim)
     return dict(
-        k_offset=torch.zeros(cache.num_kv_heads, cache.head_dim),
+        k_offset=no_offset if cache.k_offset is None else cache.k_offset,
         k_cache=cache.k_cache, v_cache=cache.v_cache, codes=cache.k_int4,
-        scale_zero=cache.k_scale_zero, page_min=cache.page_min, page_max=cache.page_max,
+        scale_zero=cache.k_scale_zero, bounds=cache.page_bounds,
+        bounds_scale_zero=cache.bounds_scale_zero,
     )  # fmt: skip
 
 
-def assert_same_pages(cache, expected) -> None:
+def assert_same_pages(cache, expected, names=MIRROR) -> None:
     for request, length in enumerate(expected.seq_lens.tolist()):
         pages = expected.page_table[request, : -(-length // expected.page_size)].long()
-        for name in MIRROR:
+        for name in names:
             got, wanted = getattr(cache, name)[pages], getattr(expected, name)[pages]
             assert torch.equal(got.view(torch.uint8), wanted.view(torch.uint8)), name
 
@@ -125,26 +128,63 @@ def test_prefill_mirror_and_append_write_the_reference_cache(inputs, folder):
     assert_same_pages(again, expected)
 
 
-def test_page_scores_are_quest_bounds(inputs, folder):
+@pytest.mark.parametrize("with_offset", [False, True], ids=["plain", "offset"])
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_append_bounds_a_filling_page_as_a_prefill(page_size, with_offset, folder):
+    """Bit for bit at every fill of a page, with outlier channels, beside leftovers of NaN."""
+    shape = DecodeShape(1, 4, 2, 64, page_size, (page_size + 2,))
+    inputs = random_inputs(shape, seed=0)
+    inputs.k_cache[..., ::20] += 15
+    offset = torch.zeros(2, 64).index_fill_(1, torch.tensor([0, 40]), 15.1)
+    options = dict(page_table=inputs.page_table, k_offset=offset if with_offset else None)
+    k, v = contiguous(inputs)
+    cache = reference.PagedKVCache.empty(2, 1, 2, 2, 64, page_size, **options)
+    poison_unused(cache)
+    append = emulated(append_kernel, (64, page_size, "float16"), folder)
+    for token in range(page_size + 2):
+        append(
+            (1,), 256, k=k[:, token].contiguous(), v=v[:, token].contiguous(),
+            page_table=cache.page_table, seq_lens=cache.seq_lens,
+            **mirrored_by(cache), **sizes(cache),
+        )  # fmt: skip
+        assert cache.seq_lens.item() == token + 1
+        expected = reference.PagedKVCache.from_contiguous(
+            k, v, cache.seq_lens, page_size, **options
+        )
+        assert_same_pages(cache, expected, ("page_bounds", "bounds_scale_zero"))
+        assert_bounds_hold(inputs.q, cache)
+
+
+SCORE_CONFIGS = {
+    "default": PageScoreConfig(),
+    "few": PageScoreConfig.for_pages(1, 1, 256),
+    "one-warp": PageScoreConfig(num_warps=1, tiles_per_warp=1, steps=2),
+}
+
+
+@pytest.mark.parametrize("config", SCORE_CONFIGS)
+def test_page_scores_are_quest_bounds(config, inputs, folder):
     cache = reference.PagedKVCache.wrap(*inputs.paged())
     q = grouped(inputs.q, cache)
-    config = PageScoreConfig(tiles_per_block=2)
+    config = SCORE_CONFIGS[config]
     scores = blank(cache.batch_size, cache.num_kv_heads, cache.max_pages)
     static = (q.shape[2], cache.head_dim, cache.page_size, "float16", config)
     emulated(page_score_kernel, static, folder)(
-        (1, cache.num_kv_heads, cache.batch_size), config.num_threads,
-        q=q, page_min=cache.page_min, page_max=cache.page_max, page_table=cache.page_table,
+        (-(-cache.max_pages // config.block_pages), cache.num_kv_heads, cache.batch_size),
+        config.num_warps * 32, q=q, bounds=cache.page_bounds,
+        bounds_scale_zero=cache.bounds_scale_zero, page_table=cache.page_table,
         seq_lens=cache.seq_lens, scores=scores, **sizes(cache),
     )  # fmt: skip
     for request, length in enumerate(cache.seq_lens.tolist()):
         pages = cache.page_table[request, : -(-length // cache.page_size)].long()
-        low, high = cache.page_min[pages].double(), cache.page_max[pages].double()
-        for head in range(cache.num_kv_heads):
-            query = q[request, head].double()[:, None]
-            bound = torch.maximum(query * low[:, head], query * high[:, head]).sum(-1).amax(0)
-            torch.testing.assert_close(
-                scores[request, head, : len(pages)].double(), bound, rtol=1e-5, atol=1e-3
-            )
+        low, high = reference.dequantize_bounds(
+            cache.page_bounds[pages], cache.bounds_scale_zero[pages], dtype=torch.float64
+        )
+        bounds = reference.quest_bounds(inputs.q[request], low, high, dtype=torch.float64)
+        expected = bounds.unflatten(0, (cache.num_kv_heads, -1)).amax(1)
+        got = scores[request, :, : len(pages)].double()
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-3)
+        assert scores[request, :, len(pages) :].isnan().all()
 
 
 def signed(num_pages: int) -> torch.Tensor:

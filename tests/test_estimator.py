@@ -65,7 +65,7 @@ def test_estimate_logits_never_reads_keys(rng):
     tensors = make_tensors(BASE, rng)
     cache = build_cache(kernels, tensors)
     candidates = kernels.select_all(cache)
-    for tensor in (cache.k_cache, cache.v_cache, cache.page_min, cache.page_max):
+    for tensor in (cache.k_cache, cache.v_cache, cache.bounds_scale_zero):
         tensor.fill_(float("nan"))
     logits = kernels.estimate_logits(tensors.q, cache, *candidates)
     assert_logits_close(logits, tensors.q, cache, *candidates)

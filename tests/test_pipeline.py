@@ -226,9 +226,8 @@ def test_graph_of_append_stops_at_capacity(rng):
         graph.replay()
     full = int(cache.seq_lens.argmax())
     last_page = cache.page_table[full, -1].long()
-    before = {
-        name: getattr(cache, name)[last_page].clone() for name in ("k_cache", "k_int4", "page_min")
-    }
+    names = ("k_cache", "k_int4", "page_bounds", "bounds_scale_zero")
+    before = {name: getattr(cache, name)[last_page].clone() for name in names}
     k.fill_(-99.0)
     graph.replay()
     assert cache.seq_lens[full] == cache.capacity

@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 
 from reference import (
     PagedKVCache,
+    dequantize_bounds,
     dequantize_int4,
+    exact_page_bounds,
     pack_int4,
-    page_bounds,
+    quantize_bounds,
     quantize_int4,
     unpack_int4,
     validate_cache,
@@ -20,7 +22,7 @@ from reference.inputs import DecodeShape, random_inputs
 
 SEEDS = st.integers(0, 2**31)
 DTYPES = st.sampled_from([torch.float16, torch.bfloat16, torch.float32])
-MIRROR = ("k_int4", "k_scale_zero", "page_min", "page_max")
+MIRROR = ("k_int4", "k_scale_zero", "page_bounds", "bounds_scale_zero")
 quick = settings(deadline=None, max_examples=40)
 
 
@@ -92,15 +94,62 @@ def test_quantize_int4_is_exact_on_constant_rows(value, head_dim):
     assert not packed.any() and scale_zero[0, 0] == 0
 
 
+def bound_codes(value: np.float32, scale: np.float32) -> tuple[int, int]:
+    """(smallest code of at least, largest code of at most) value, by trying all 256."""
+    steps = np.arange(256, dtype=np.float32) * scale
+    return int((steps < value).sum()), int((steps <= value).sum()) - 1
+
+
+@quick
+@given(seed=SEEDS, head_dim=st.sampled_from([1, 2, 16, 64]), dtype=DTYPES)
+def test_quantize_bounds_matches_scalar_definition(seed, head_dim, dtype):
+    low, high = draw_rows(seed, 2 * head_dim, dtype).float().unflatten(1, (2, -1)).unbind(1)
+    low, high = torch.minimum(low, high), torch.maximum(low, high)
+    codes, scale_zero = quantize_bounds(low, high)
+    for page in range(len(low)):
+        scale, zero = scale_zero[page].numpy()
+        top = high[page].max().numpy()
+        assert zero == low[page].min().numpy()
+        assert scale == (top - zero) / np.float32(255) * np.float32(1 + 2**-20)
+        assert scale == 0 or 255 * scale >= top - zero
+        for channel in range(head_dim if scale > 0 else 0):
+            upper, _ = bound_codes(high[page, channel].numpy() - zero, scale)
+            _, lower = bound_codes(low[page, channel].numpy() - zero, scale)
+            assert codes[page, :, channel].tolist() == [upper, lower]
+
+
+@quick
+@given(seed=SEEDS, head_dim=st.sampled_from([2, 64]), dtype=DTYPES, outlier=st.integers(0, 1000))
+def test_quantized_bounds_hold_the_exact_ones(seed, head_dim, dtype, outlier):
+    """Outward, by less than a step (here fp64, up to the definition's float32 rounding)."""
+    low, high = draw_rows(seed, 2 * head_dim, dtype).float().unflatten(1, (2, -1)).unbind(1)
+    low, high = torch.minimum(low, high), torch.maximum(low, high)
+    high[:, 0] += outlier
+    codes, scale_zero = quantize_bounds(low, high)
+    lower, upper = dequantize_bounds(codes, scale_zero, dtype=torch.float64)
+    step = scale_zero[:, :1].double()
+    rounding = 255 * step * 2**-22
+    assert (lower <= low + rounding).all() and (upper >= high - rounding).all()
+    assert (low - lower <= step + rounding).all() and (upper - high <= step + rounding).all()
+
+
+@quick
+@given(value=st.floats(-60000, 60000, width=16), head_dim=st.sampled_from([2, 64]))
+def test_quantize_bounds_is_exact_on_a_constant_page(value, head_dim):
+    bound = torch.full((1, head_dim), value, dtype=torch.float16)
+    codes, scale_zero = quantize_bounds(bound, bound)
+    assert not codes.any() and scale_zero.tolist() == [[0, value]]
+
+
 @quick
 @given(seed=SEEDS, dtype=DTYPES, page_size=st.sampled_from([1, 3, 16]))
-def test_page_bounds_matches_loops(seed, dtype, page_size):
+def test_exact_page_bounds_matches_loops(seed, dtype, page_size):
     generator = torch.Generator().manual_seed(seed)
     k_cache = torch.randn(6, page_size, 2, 4, generator=generator).to(dtype)
     tokens = torch.randint(0, page_size + 1, (6,), generator=generator)
     for page, count in enumerate(tokens.tolist()):
         k_cache[page, count:] = float("nan")
-    page_min, page_max = page_bounds(k_cache, tokens)
+    page_min, page_max = exact_page_bounds(k_cache, tokens)
     assert page_min.dtype == page_max.dtype == dtype
     for page, count in enumerate(tokens.tolist()):
         for kv_head in range(2):
@@ -180,7 +229,9 @@ def test_wrap_covers_the_most_tokens_of_a_shared_page():
     inputs.page_table[1, 0] = inputs.page_table[0, 0]
     cache = PagedKVCache.wrap(*inputs.paged())
     page = int(inputs.page_table[0, 0])
-    assert torch.equal(cache.page_max[page], inputs.k_cache[page].amax(0))
+    bounds, scale_zero = quantize_bounds(*inputs.k_cache[page].aminmax(dim=0))
+    assert torch.equal(cache.page_bounds[page], bounds)
+    assert torch.equal(cache.bounds_scale_zero[page], scale_zero)
     assert (cache.k_scale_zero[page, 0, :, 0] > 0).all()
 
 

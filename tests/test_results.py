@@ -201,14 +201,14 @@ def test_readme_holds_the_tables_of_the_committed_results() -> None:
 
 
 def test_bytes_are_those_of_the_design() -> None:
-    """gqa-32k: per token 32 B of bounds, 68 B of mirror per candidate, 512 B per kept token."""
+    """gqa-32k: per page 264 B of bounds, 68 B of mirror per candidate, 512 B per kept token."""
     work = GPU_WORKLOADS[0].work("quest+twilight")
     pairs = 64 * 8
-    assert traffic.bytes_moved("selector", "quest+twilight", work) == pairs * 32_768 * 32
+    assert traffic.bytes_moved("selector", "quest+twilight", work) == pairs * 2048 * 264
     assert traffic.bytes_moved("estimator", "quest+twilight", work) == pairs * 8192 * (68 + 4 * 4)
     assert traffic.bytes_moved("pruner", "quest+twilight", work) == pairs * (8192 * 16 + 512 * 4)
     assert traffic.bytes_moved("attention", "quest+twilight", work) == pairs * 512 * (512 + 4)
-    whole = pairs * (32_768 * 32 + 8192 * 68 + 512 * 512)
+    whole = pairs * (2048 * 264 + 8192 * 68 + 512 * 512)
     assert traffic.bytes_moved("pipeline", "quest+twilight", work) == whole
     dense = GPU_WORKLOADS[0].work("dense")
     assert traffic.bytes_moved("dense", "dense", dense) == pairs * 32_768 * 512
