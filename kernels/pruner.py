@@ -426,7 +426,8 @@ def force_tokens(
                 set_bit(words, early)
                 if distance(early) > limit:
                     T.atomic_add(forced_mass[row], mass(distance(early)))
-    num_recent = T.min(position(num_tokens - 1) + 1 - first_recent, num_tokens)
+    last = position(T.max(num_tokens - 1, 0))  # of an empty row, whatever lies there
+    num_recent = T.min(last + 1 - first_recent, num_tokens)
     for step in T.serial(T.ceildiv(T.max(num_recent, 0), HEAD_THREADS)):
         late = num_tokens - 1 - (step * HEAD_THREADS + lane)
         if late >= 0:
