@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from tilelang.jit import JITImpl
 
+from kernels.attention import ATTENTION_KERNELS
 from kernels.config import (
     AttentionConfig,
     EstimatorConfig,
@@ -20,7 +21,7 @@ from kernels.selector import (
     page_score_kernel,
     top_pages_kernel,
 )
-from kernels.split_kv import attention_kernel, merge_kernel, plan_kernel
+from kernels.split_kv import merge_kernel, plan_kernel
 from kernels.validate import TILE_TOKENS
 
 # Bytes of shared memory that one block may use, and compute capability.
@@ -77,12 +78,12 @@ def default_variants(shape: KernelShape, arch: str) -> list[KernelVariant]:
     for forced in (False, True):
         arguments = (group_size, page_size, forced, width_bound, pruner)
         variants.append(KernelVariant(f"pruner_forced{forced:d}", pruner_kernel, arguments))
-    config = AttentionConfig()
+    config = AttentionConfig.for_heads(group_size, head_dim)
     for source in ("tokens", "pages", "all"):
         arguments = (group_size, head_dim, page_size, dtype, source, config)
         variants += [
             KernelVariant(f"plan_{source}", plan_kernel, (page_size, source, config)),
-            KernelVariant(f"attention_{source}", attention_kernel, arguments),
+            KernelVariant(f"attention_{source}", ATTENTION_KERNELS[config.form], arguments),
             KernelVariant(f"merge_{source}", merge_kernel, arguments),
         ]
     return variants

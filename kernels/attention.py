@@ -10,16 +10,21 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.attend_lanes import lanes_kernel
+from kernels.attend_tiles import item_kernel, ring_kernel
 from kernels.cache import PagedKVCache
 from kernels.config import AttentionConfig, num_multiprocessors
-from kernels.split_kv import attention_kernel, merge_kernel, plan_kernel
+from kernels.split_kv import merge_kernel, plan_kernel
 from kernels.validate import check_query, check_scale, check_tensor, dtype_name
+
+ATTENTION_KERNELS = {"item": item_kernel, "ring": ring_kernel, "lanes": lanes_kernel}
 
 
 @dataclass
 class AttentionWorkspace:
     """What attention over rows of at most `width` tokens needs beside its inputs."""
 
+    config: AttentionConfig
     # [max_items, 4] i32: batch, kv_head, split (-1: the row's only one), tokens
     items: torch.Tensor
     num_items: torch.Tensor  # [1] i32, zero between calls
@@ -28,13 +33,22 @@ class AttentionWorkspace:
     lse: torch.Tensor  # [batch_size, num_qo_heads] f32
 
     @classmethod
-    def allocate(cls, cache: PagedKVCache, group_size: int, width: int) -> "AttentionWorkspace":
+    def allocate(
+        cls,
+        cache: PagedKVCache,
+        group_size: int,
+        width: int,
+        config: AttentionConfig | None = None,
+    ) -> "AttentionWorkspace":
+        """For rows of at most `width` tokens; at the shape's default configuration where None."""
+        config = config or AttentionConfig.for_heads(group_size, cache.head_dim)
         batch_size, num_kv_heads = cache.batch_size, cache.num_kv_heads
         device = cache.k_cache.device
-        max_splits = -(-width // AttentionConfig().split_tokens)
+        max_splits = -(-width // config.split_tokens)
         max_items = batch_size * num_kv_heads * max_splits
         partials = (batch_size, num_kv_heads, max_splits, group_size)
         return cls(
+            config=config,
             items=torch.empty(max_items, 4, dtype=torch.int32, device=device),
             num_items=torch.zeros(1, dtype=torch.int32, device=device),
             partial_out=torch.empty(*partials, cache.head_dim, device=device),
@@ -123,8 +137,22 @@ def _attend(q, cache, source, indices, counts, width, sm_scale, return_lse):
     sm_scale = check_scale(sm_scale, cache.head_dim)
     out = torch.empty_like(q)
     workspace = AttentionWorkspace.allocate(cache, q.shape[1] // cache.num_kv_heads, width)
+    launch_plan(cache, source, indices, counts, workspace)
     launch_attention(q, cache, source, indices, counts, workspace, out, sm_scale)
     return (out, workspace.lse) if return_lse else out
+
+
+def launch_plan(
+    cache: PagedKVCache,
+    source: str,
+    indices: torch.Tensor,
+    counts: torch.Tensor,
+    workspace: AttentionWorkspace,
+) -> None:
+    """One launch: the list of items, where no earlier kernel has written it."""
+    plan_kernel(cache.page_size, source, workspace.config)(
+        cache.seq_lens, indices, counts, workspace.items, workspace.num_items
+    )
 
 
 def launch_attention(
@@ -137,18 +165,16 @@ def launch_attention(
     out: torch.Tensor,
     sm_scale: float,
 ) -> None:
-    """Three launches into allocated memory: the list of items, their attention, the merge."""
-    config = AttentionConfig()
+    """Two launches into allocated memory: the listed items' attention, the merge."""
+    config = workspace.config
     group_size = q.shape[1] // cache.num_kv_heads
     grouped = (cache.batch_size, cache.num_kv_heads, group_size)
     shape = (group_size, cache.head_dim, cache.page_size, dtype_name(q), source, config)
+    k_rows, v_rows = (each.view(-1, cache.head_dim) for each in (cache.k_cache, cache.v_cache))
     partials = (workspace.partial_out, workspace.partial_lse)
     outputs = (out.view(*grouped, cache.head_dim), workspace.lse.view(grouped))
-    plan_kernel(cache.page_size, source, config)(
-        cache.seq_lens, indices, counts, workspace.items, workspace.num_items
-    )
-    attention_kernel(*shape)(
-        q.view(*grouped, cache.head_dim), cache.k_cache, cache.v_cache, cache.page_table, indices,
+    ATTENTION_KERNELS[config.form](*shape)(
+        q.view(*grouped, cache.head_dim), k_rows, v_rows, cache.page_table, indices,
         workspace.items, workspace.num_items,
         config.blocks_per_sm * num_multiprocessors(q.device), sm_scale, *partials, *outputs,
     )  # fmt: skip

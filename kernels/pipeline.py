@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.attention import AttentionWorkspace, launch_attention
+from kernels.attention import AttentionWorkspace, launch_attention, launch_plan
 from kernels.cache import PagedKVCache
 from kernels.estimator import launch_estimate_logits
 from kernels.pruner import expand_top_p, launch_prune_top_p
@@ -120,6 +120,7 @@ class TwilightDecode:
 
     def attend(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
         """Attention over the kept tokens -> out."""
+        launch_plan(cache, "tokens", self.kept_tokens, self.kept_counts, self.attention)
         launch_attention(
             q, cache, "tokens", self.kept_tokens, self.kept_counts,
             self.attention, self.out, self.sm_scale,

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import reference
+from kernels.attention import ATTENTION_KERNELS
 from kernels.config import (
     AttentionConfig,
     EstimatorConfig,
@@ -27,7 +28,7 @@ from kernels.selector import (
     page_score_kernel,
     top_pages_kernel,
 )
-from kernels.split_kv import attention_kernel, merge_kernel, plan_kernel
+from kernels.split_kv import merge_kernel, plan_kernel
 from reference.hazards import contiguous
 from reference.inputs import DecodeShape, random_inputs
 from tests.emulate import emulated
@@ -274,9 +275,20 @@ def test_pruned_sets_match_reference(row, draw, top_p, folder):
     torch.testing.assert_close(kept_mass[0], expected[2].float(), rtol=0, atol=1e-4)
 
 
+FORMS = {
+    "item": AttentionConfig(),
+    "item-small": AttentionConfig(split_tokens=64),
+    "ring-block": AttentionConfig("ring", 128, num_threads=128, tile_tokens=64, num_stages=2),
+    "ring-warp": AttentionConfig("ring", 64, num_threads=32, tile_tokens=16, num_stages=3),
+    "lanes": AttentionConfig("lanes", 256, tile_tokens=8),
+    "lanes-group": AttentionConfig("lanes", 128, tile_tokens=4),
+}
+
+
 @pytest.mark.parametrize("num_blocks", [1, 5])
 @pytest.mark.parametrize("source", ["tokens", "pages", "all"])
-def test_attention_matches_reference(source, num_blocks, inputs, folder):
+@pytest.mark.parametrize("form", FORMS)
+def test_attention_matches_reference(form, source, num_blocks, inputs, folder):
     cache = reference.PagedKVCache.wrap(*inputs.paged())
     q = grouped(inputs.q, cache)
     rows = (cache.batch_size, cache.num_kv_heads)
@@ -295,7 +307,7 @@ def test_attention_matches_reference(source, num_blocks, inputs, folder):
         indices, width = counts[..., None].contiguous(), cache.capacity
         expected = reference.dense_attention(inputs.q, cache, return_lse=True)
 
-    config = AttentionConfig()
+    config = FORMS[form]
     max_splits = -(-width // config.split_tokens)
     partials = (*rows, max_splits, q.shape[2])
     shared = dict(
@@ -306,11 +318,13 @@ def test_attention_matches_reference(source, num_blocks, inputs, folder):
         sm_scale=cache.head_dim**-0.5, partial_out=blank(*partials, cache.head_dim),
         partial_lse=blank(*partials, 2), out=blank(*q.shape, dtype=torch.float16),
         lse=blank(*q.shape[:3]), width=indices.shape[2], max_splits=max_splits,
-        max_items=rows[0] * rows[1] * max_splits, **sizes(cache),
+        max_items=rows[0] * rows[1] * max_splits,
+        num_rows=cache.k_cache.numel() // cache.head_dim, **sizes(cache),
     )  # fmt: skip
     static = (q.shape[2], cache.head_dim, cache.page_size, "float16", source, config)
-    emulated(plan_kernel, (cache.page_size, source, config), folder)(rows[::-1], 64, **shared)
-    emulated(attention_kernel, static, folder)((num_blocks,), config.num_threads, **shared)
+    emulated(plan_kernel, (cache.page_size, source, config), folder)(rows[::-1], 32, **shared)
+    attend = emulated(ATTENTION_KERNELS[form.split("-")[0]], static, folder)
+    attend((num_blocks,), config.num_threads, **shared)
     grid = (q.shape[2], cache.num_kv_heads, cache.batch_size)
     emulated(merge_kernel, static, folder)(grid, cache.head_dim, **shared)
     out, lse = shared["out"].flatten(1, 2), shared["lse"].flatten(1, 2)
