@@ -121,10 +121,10 @@ def item_kernel(
                     logits[i, j] = T.if_then_else(
                         j < num_tokens, logits[i, j] * (sm_scale * LOG2E), -T.infinity(T.float32)
                     )
-                T.reduce_max(logits, row_max, dim=1, clear=True, batch=2)
+                T.reduce_max(logits, row_max, dim=1, clear=True)
                 for i, j in T.Parallel(QUERY_ROWS, split_tokens):
                     logits[i, j] = T.exp2(logits[i, j] - row_max[i])
-                T.reduce_sum(logits, row_sum, dim=1, clear=True, batch=2)
+                T.reduce_sum(logits, row_sum, dim=1, clear=True)
                 T.copy(logits, weights_shared)
                 T.ptx_wait_group(0)
                 T.sync_threads()
@@ -291,7 +291,7 @@ def ring_kernel(
                             -T.infinity(T.float32),
                         )
                     T.copy(row_max, scale)
-                    T.reduce_max(logits, row_max, dim=1, clear=False, batch=2)
+                    T.reduce_max(logits, row_max, dim=1, clear=False)
                     for i, j in T.Parallel(QUERY_ROWS, tile_tokens):
                         logits[i, j] = T.exp2(logits[i, j] - row_max[i])
                     for i in T.Parallel(QUERY_ROWS):
@@ -306,7 +306,7 @@ def ring_kernel(
                         weights_shared, v_ring[ready, :, :], acc, policy=T.GemmWarpPolicy.FullCol
                     )
                     if tile[LEFT] <= tile_tokens:
-                        T.reduce_sum(weights, row_sum, dim=1, clear=True, batch=2)
+                        T.reduce_sum(weights, row_sum, dim=1, clear=True)
                         write_item(
                             acc, row_max, row_sum, tile[BATCH], tile[KV_HEAD], tile[SPLIT],
                             partial_out, partial_lse, out, lse, group_size, head_dim, dtype,

@@ -144,18 +144,12 @@ inline __half2 max2(__half2 a, __half2 b) { return {max(a.x, b.x), max(a.y, b.y)
 inline __half2 min2(__half2 a, __half2 b) { return {min(a.x, b.x), min(a.y, b.y)}; }
 
 template <int threads> struct NamedBarrier {};
-struct SyncThreadsBarrier {};
 // Butterfly over the threads whose numbers differ in the bits from `scale` to `threads` / 2.
-template <class Op, int threads, int scale, int offset = 0, class Barrier = SyncThreadsBarrier,
-          int batch = 1, int stride = 0>
-struct AllReduce {
+template <class Op, int threads, int scale, int offset, class Barrier> struct AllReduce {
   template <class T> static T run(T value, T* = nullptr) {
     for (int d = threads / 2; d >= scale; d /= 2)
       value = Op()(value, take(value, threadIdx.x ^ d, __syncthreads));
     return value;
-  }
-  template <class T> static void run_batch(T* values, T* = nullptr) {
-    for (int i = 0; i < batch; ++i) values[i] = run(values[i]);
   }
 };
 

@@ -1,6 +1,7 @@
 """Every kernel compiles for every supported GPU: without spills, within its shared memory, and with
 64-bit addresses into the cache. No GPU is needed."""
 
+import dataclasses
 import re
 import subprocess
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from tilelang import PassConfigKey
 from tilelang.contrib.nvcc import default_compile_options, get_nvcc_compiler
 
 from autotune.space import SHARED_MEMORY_LIMIT, KernelShape, KernelVariant, default_variants
+from kernels.attention import ATTENTION_KERNELS
+from tests.cases import FORMS
 from tests.emulate import lower
 
 # Each shape with the GPUs that it is compiled for: one for all three, the odd ones for one.
@@ -54,6 +57,12 @@ CASES = [
     for arch in archs
     for variant in default_variants(shape, arch)
 ]
+for name, form in FORMS.items():
+    for arch in SHARED_MEMORY_LIMIT:
+        config = dataclasses.replace(form, overlap=arch != "sm_80")
+        arguments = (1 if form.form == "lanes" else 4, 128, 16, "float16", "tokens", config)
+        variant = KernelVariant(name, ATTENTION_KERNELS[form.form], arguments)
+        CASES.append(pytest.param(variant, arch, id=f"form-{arch}-{name}"))
 
 
 @pytest.mark.parametrize("variant, arch", CASES)

@@ -13,7 +13,6 @@ import torch
 import reference
 from kernels.attention import ATTENTION_KERNELS
 from kernels.config import (
-    AttentionConfig,
     EstimatorConfig,
     PageScoreConfig,
     PrunerConfig,
@@ -23,7 +22,6 @@ from kernels.estimator import estimator_kernel
 from kernels.mirror import append_kernel, mirror_kernel, prefill_kernel
 from kernels.pruner import HEAD_THREADS, pruner_kernel
 from kernels.selector import (
-    all_pages_kernel,
     next_power_of_two,
     page_score_kernel,
     top_pages_kernel,
@@ -31,6 +29,7 @@ from kernels.selector import (
 from kernels.split_kv import merge_kernel, plan_kernel
 from reference.hazards import contiguous
 from reference.inputs import DecodeShape, random_inputs
+from tests.cases import FORMS
 from tests.emulate import emulated
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
@@ -275,20 +274,13 @@ def test_pruned_sets_match_reference(row, draw, top_p, folder):
     torch.testing.assert_close(kept_mass[0], expected[2].float(), rtol=0, atol=1e-4)
 
 
-FORMS = {
-    "item": AttentionConfig(),
-    "item-small": AttentionConfig(split_tokens=64),
-    "ring-block": AttentionConfig("ring", 128, num_threads=128, tile_tokens=64, num_stages=2),
-    "ring-warp": AttentionConfig("ring", 64, num_threads=32, tile_tokens=16, num_stages=3),
-    "lanes": AttentionConfig("lanes", 256, tile_tokens=8),
-    "lanes-group": AttentionConfig("lanes", 128, tile_tokens=4),
-}
+ATTENDED = [(form, "tokens") for form in FORMS] + [
+    (form, source) for form in ("item", "ring-warp", "lanes") for source in ("pages", "all")
+]
 
 
-@pytest.mark.parametrize("num_blocks", [1, 5])
-@pytest.mark.parametrize("source", ["tokens", "pages", "all"])
-@pytest.mark.parametrize("form", FORMS)
-def test_attention_matches_reference(form, source, num_blocks, inputs, folder):
+@pytest.mark.parametrize("form, source", ATTENDED)
+def test_attention_matches_reference(form, source, inputs, folder):
     cache = reference.PagedKVCache.wrap(*inputs.paged())
     q = grouped(inputs.q, cache)
     rows = (cache.batch_size, cache.num_kv_heads)
@@ -309,37 +301,29 @@ def test_attention_matches_reference(form, source, num_blocks, inputs, folder):
 
     config = FORMS[form]
     max_splits = -(-width // config.split_tokens)
+    max_items = rows[0] * rows[1] * max_splits
     partials = (*rows, max_splits, q.shape[2])
-    shared = dict(
-        seq_lens=cache.seq_lens, indices=indices, counts=counts, q=q, k_cache=cache.k_cache,
-        v_cache=cache.v_cache, page_table=cache.page_table,
-        items=blank(rows[0] * rows[1] * max_splits, 4, dtype=torch.int32),
-        num_items=torch.zeros(1, dtype=torch.int32), num_blocks=num_blocks,
-        sm_scale=cache.head_dim**-0.5, partial_out=blank(*partials, cache.head_dim),
-        partial_lse=blank(*partials, 2), out=blank(*q.shape, dtype=torch.float16),
-        lse=blank(*q.shape[:3]), width=indices.shape[2], max_splits=max_splits,
-        max_items=rows[0] * rows[1] * max_splits,
-        num_rows=cache.k_cache.numel() // cache.head_dim, **sizes(cache),
-    )  # fmt: skip
     static = (q.shape[2], cache.head_dim, cache.page_size, "float16", source, config)
-    emulated(plan_kernel, (cache.page_size, source, config), folder)(rows[::-1], 32, **shared)
-    attend = emulated(ATTENTION_KERNELS[form.split("-")[0]], static, folder)
-    attend((num_blocks,), config.num_threads, **shared)
-    grid = (q.shape[2], cache.num_kv_heads, cache.batch_size)
-    emulated(merge_kernel, static, folder)(grid, cache.head_dim, **shared)
-    out, lse = shared["out"].flatten(1, 2), shared["lse"].flatten(1, 2)
+    results = []
+    for num_blocks in (1, 5):
+        shared = dict(
+            seq_lens=cache.seq_lens, indices=indices, counts=counts, q=q, k_cache=cache.k_cache,
+            v_cache=cache.v_cache, page_table=cache.page_table,
+            items=blank(max_items, 4, dtype=torch.int32),
+            num_items=torch.zeros(1, dtype=torch.int32), num_blocks=num_blocks,
+            sm_scale=cache.head_dim**-0.5, partial_out=blank(*partials, cache.head_dim),
+            partial_lse=blank(*partials, 2), out=blank(*q.shape, dtype=torch.float16),
+            lse=blank(*q.shape[:3]), width=indices.shape[2], max_splits=max_splits,
+            max_items=max_items, num_rows=cache.k_cache.numel() // cache.head_dim, **sizes(cache),
+        )  # fmt: skip
+        emulated(plan_kernel, (cache.page_size, source, config), folder)(rows[::-1], 32, **shared)
+        attend = emulated(ATTENTION_KERNELS[config.form], static, folder)
+        attend((num_blocks,), config.num_threads, **shared)
+        grid = (q.shape[2], cache.num_kv_heads, cache.batch_size)
+        emulated(merge_kernel, static, folder)(grid, cache.head_dim, **shared)
+        assert shared["num_items"] == 0
+        results.append((shared["out"].flatten(1, 2), shared["lse"].flatten(1, 2)))
+    (out, lse), again = results
     torch.testing.assert_close(out, expected[0], rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(lse, expected[1].float(), rtol=1e-5, atol=1e-4)
-    assert shared["num_items"].item() == 0
-
-
-def test_all_pages_lists_every_page(folder):
-    seq_lens = torch.tensor([0, 1, 700], dtype=torch.int32)
-    pages = blank(3, 2, 44, dtype=torch.int32)
-    counts = blank(3, 2, dtype=torch.int32)
-    emulated(all_pages_kernel, (16,), folder)(
-        (2, 3), 256, seq_lens=seq_lens, candidate_pages=pages, candidate_counts=counts,
-        batch_size=3, num_kv_heads=2, max_pages=44,
-    )  # fmt: skip
-    assert counts.tolist() == [[0, 0], [1, 1], [44, 44]]
-    assert torch.equal(pages[2, 1], torch.arange(44, dtype=torch.int32))
+    assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
