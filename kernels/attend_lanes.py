@@ -4,7 +4,7 @@ import tilelang
 import tilelang.language as T
 
 from kernels.config import THREAD_LEVEL, AttentionConfig
-from kernels.split_kv import LOG2E, await_previous, cache_row, listed_token
+from kernels.split_kv import LOG2E, await_previous, cache_row, listed_token, load_words
 
 CHANNELS = 8  # of a lane: 16 bytes
 
@@ -76,10 +76,10 @@ def lanes_kernel(
             item = T.alloc_var(T.int32)
 
             item = block
+            load_words(words, items, item, max_items)
             while item < num_items[0]:
-                for w in T.vectorized(4):
-                    words[w] = items[item, w]
                 batch, kv_head, split, num_tokens = words[0], words[1], words[2], words[3]
+                load_words(words, items, item + num_blocks, max_items)
                 first = T.max(split, 0) * config.split_tokens
                 # Steps are dealt to the warps in turn.
                 position = lambda step, offset: (step * num_warps + warp) * step_tokens + offset

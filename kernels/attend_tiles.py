@@ -8,7 +8,7 @@ import tilelang
 import tilelang.language as T
 
 from kernels.config import THREAD_LEVEL, TILE_LEVEL, AttentionConfig
-from kernels.split_kv import LOG2E, await_previous, cache_row, listed_token
+from kernels.split_kv import LOG2E, await_previous, cache_row, listed_token, load_words
 
 QUERY_ROWS = 16
 # Leaves the copies of a T.Parallel loop in flight: the kernel waits for them itself.
@@ -143,12 +143,6 @@ def item_kernel(
     return attend_items
 
 
-@T.macro
-def load_words(words, items, item):
-    for w in T.vectorized(4):
-        words[w] = items[item, w]
-
-
 @tilelang.jit(pass_configs=THREAD_LEVEL)
 def ring_kernel(
     group_size: int, head_dim: int, page_size: int, dtype: str, source: str, config: AttentionConfig
@@ -214,8 +208,8 @@ def ring_kernel(
             steps_left = T.alloc_var(T.int32)
 
             total = num_items[0]
-            load_words(words, items, T.min(block, max_items - 1))
-            load_words(next_words, items, T.min(block + num_blocks, max_items - 1))
+            load_words(words, items, block, max_items)
+            load_words(next_words, items, block + num_blocks, max_items)
             for i in T.Parallel(TILES):
                 tiles[i, LEFT] = 0
             T.clear(query)
@@ -264,7 +258,7 @@ def ring_kernel(
                     first = 0
                     for w in T.unroll(4):
                         words[w] = next_words[w]
-                    load_words(next_words, items, T.min(item + num_blocks, max_items - 1))
+                    load_words(next_words, items, item + num_blocks, max_items)
                 if left <= 0:
                     steps_left -= 1
 

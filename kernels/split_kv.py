@@ -65,6 +65,13 @@ def append_items(items, num_items, batch, kv_head, num_tokens, split_tokens, lan
             items[first + split, 3] = T.min(split_tokens, num_tokens - split * split_tokens)
 
 
+@T.macro
+def load_words(words, items, item, max_items):
+    """words = (batch, kv_head, split, tokens); anything for an item behind the list's end."""
+    for w in T.vectorized(4):
+        words[w] = items[T.min(item, max_items - 1), w]
+
+
 @tilelang.jit(pass_configs=TILE_LEVEL)
 def plan_kernel(page_size: int, source: str, config: AttentionConfig):
     """Grid: (kv_head, batch); one warp lists the row's items."""
