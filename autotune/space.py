@@ -1,6 +1,14 @@
-"""Which kernels a shape launches by default, and what fits on which GPU."""
+"""What may be tuned: per kernel the values of its fields, and which of their combinations make
+sense on a GPU and a shape. Also which kernels a shape launches by default.
 
-from dataclasses import dataclass
+To tune one more field, or try one more value, is one line in `SPACES`.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from tilelang.jit import JITImpl
 
@@ -13,7 +21,7 @@ from kernels.config import (
 )
 from kernels.estimator import estimator_kernel
 from kernels.mirror import append_kernel, mirror_kernel, prefill_kernel
-from kernels.pruner import pruner_kernel
+from kernels.pruner import HEAD_THREADS, pruner_kernel
 from kernels.selector import (
     all_pages_kernel,
     next_power_of_two,
@@ -21,11 +29,16 @@ from kernels.selector import (
     top_pages_kernel,
 )
 from kernels.split_kv import attention_kernel, merge_kernel, plan_kernel
+from kernels.tuned import Bucket
 from kernels.validate import TILE_TOKENS
 
 # Bytes of shared memory that one block may use, and compute capability.
 SHARED_MEMORY_LIMIT = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024, "sm_100a": 227 * 1024}
 CAPABILITY = {"sm_80": (8, 0), "sm_90a": (9, 0), "sm_100a": (10, 0)}
+REGISTERS = 65536  # of one SM; and how many threads it holds:
+SM_THREADS = 2048
+FULL_GPU = 128  # blocks; fewer leave multiprocessors of a large GPU idle
+MANY_TILES = 65536  # of 16 candidates: the estimator fills the GPU many times over
 
 
 @dataclass(frozen=True)
@@ -50,39 +63,297 @@ class KernelVariant:
     arguments: tuple
 
 
+Rule = tuple[
+    str, Callable[[Any, KernelShape, str], bool]
+]  # says what holds of (config, shape, arch)
+
+
+@dataclass(frozen=True)
+class Space:
+    """The configs of one kernel.
+
+    Attributes:
+        stage: of the benchmark, in which the kernel is checked and timed.
+        values: what each tuned field may be; the others keep the default's value.
+        limits: what a config must meet to run at all.
+        sensible: what it must meet to be worth a try; known bad regions are ruled out here.
+        default: the config where nothing is tuned.
+        width: the kernel's width of a row, as in `Bucket`.
+        variants: the kernels that launch with a config.
+    """
+
+    stage: str
+    values: dict[str, tuple]
+    limits: tuple[Rule, ...]
+    sensible: tuple[Rule, ...]
+    default: Callable[[KernelShape, str], Any]
+    width: Callable[[KernelShape], int]
+    variants: Callable[[KernelShape, Any], list[KernelVariant]]
+
+
+def broken_limit(kernel: str, config: Any, shape: KernelShape, arch: str) -> str | None:
+    """The limit that keeps a config from running on a shape, in words; None if it can run."""
+    return next((text for text, ok in SPACES[kernel].limits if not ok(config, shape, arch)), None)
+
+
+def candidates(kernel: str, shape: KernelShape, arch: str) -> list[Any]:
+    """The configs to try, the default first."""
+    space = SPACES[kernel]
+    default = space.default(shape, arch)
+    rules = (*space.limits, *space.sensible)
+    found = [default]
+    for values in itertools.product(*space.values.values()):
+        config = replace(default, **dict(zip(space.values, values, strict=True)))
+        if config != default and all(ok(config, shape, arch) for _, ok in rules):
+            found.append(config)
+    return found
+
+
+def space_id(configs: Sequence[Any]) -> str:
+    """Hash of what was tried: another list of candidates is another search."""
+    return hashlib.sha256(repr(tuple(configs)).encode()).hexdigest()[:12]
+
+
+def bucket_of(kernel: str, shape: KernelShape) -> Bucket:
+    """The bucket that a kernel's launch of this shape belongs to."""
+    statics = (shape.group_size, shape.head_dim, shape.page_size, shape.dtype)
+    return Bucket(*statics, shape.num_rows, SPACES[kernel].width(shape))
+
+
+def shape_of(kernel: str, bucket: Bucket) -> KernelShape:
+    """A shape whose launch of this kernel belongs to the bucket."""
+    statics = (bucket.group_size, bucket.head_dim, bucket.page_size, bucket.dtype)
+    if SPACES[kernel].stage == "selector":
+        max_pages = bucket.width
+        width = max_pages * bucket.page_size
+    else:
+        width = bucket.width
+        max_pages = -(-width // bucket.page_size)
+    return KernelShape(*statics, bucket.rows, max_pages, width)
+
+
+def arch_of(capability: tuple[int, int]) -> str:
+    """The newest of our targets that a GPU of this compute capability is at least."""
+    return max((arch for arch, own in CAPABILITY.items() if own <= capability), key=CAPABILITY.get)
+
+
 def default_variants(shape: KernelShape, arch: str) -> list[KernelVariant]:
     """Every kernel of cache, selectors, estimator, pruner and attention at its default config."""
-    group_size, head_dim = shape.group_size, shape.head_dim
-    page_size, dtype = shape.page_size, shape.dtype
-    score = PageScoreConfig.for_pages(shape.num_rows * shape.max_pages)
-    top = TopPagesConfig.for_width(shape.max_pages)
-    estimator = EstimatorConfig.for_tiles(shape.num_rows * shape.width // TILE_TOKENS, head_dim)
-    pruner = PrunerConfig.for_rows(shape.num_rows, shape.width, CAPABILITY[arch])
-    width_bound = next_power_of_two(max(shape.width, 32))
+    head_dim, page_size, dtype = shape.head_dim, shape.page_size, shape.dtype
     variants = [
         KernelVariant("prefill", prefill_kernel, (head_dim, page_size, dtype)),
         KernelVariant("mirror", mirror_kernel, (head_dim, page_size, dtype)),
         KernelVariant("append", append_kernel, (head_dim, page_size, dtype)),
-        KernelVariant(
-            "page_score", page_score_kernel, (group_size, head_dim, page_size, dtype, score)
-        ),
-        KernelVariant(
-            "top_pages", top_pages_kernel, (page_size, next_power_of_two(shape.max_pages), top)
-        ),
         KernelVariant("all_pages", all_pages_kernel, (page_size,)),
-        KernelVariant(
-            "estimator", estimator_kernel, (group_size, head_dim, page_size, dtype, estimator)
-        ),
     ]
-    for forced in (False, True):
-        arguments = (group_size, page_size, forced, width_bound, pruner)
-        variants.append(KernelVariant(f"pruner_forced{forced:d}", pruner_kernel, arguments))
-    config = AttentionConfig()
-    for source in ("tokens", "pages", "all"):
-        arguments = (group_size, head_dim, page_size, dtype, source, config)
-        variants += [
-            KernelVariant(f"plan_{source}", plan_kernel, (page_size, source, config)),
-            KernelVariant(f"attention_{source}", attention_kernel, arguments),
-            KernelVariant(f"merge_{source}", merge_kernel, arguments),
-        ]
+    for space in SPACES.values():
+        variants += space.variants(shape, space.default(shape, arch))
+    for source in ("pages", "all"):
+        variants += _attention_variants(shape, AttentionConfig(), source)
     return variants
+
+
+def _page_score_variants(shape: KernelShape, config: PageScoreConfig) -> list[KernelVariant]:
+    arguments = (shape.group_size, shape.head_dim, shape.page_size, shape.dtype, config)
+    return [KernelVariant("page_score", page_score_kernel, arguments)]
+
+
+def _top_pages_variants(shape: KernelShape, config: TopPagesConfig) -> list[KernelVariant]:
+    arguments = (shape.page_size, next_power_of_two(shape.max_pages), config)
+    return [KernelVariant("top_pages", top_pages_kernel, arguments)]
+
+
+def _estimator_variants(shape: KernelShape, config: EstimatorConfig) -> list[KernelVariant]:
+    arguments = (shape.group_size, shape.head_dim, shape.page_size, shape.dtype, config)
+    return [KernelVariant("estimator", estimator_kernel, arguments)]
+
+
+def _pruner_variants(shape: KernelShape, config: PrunerConfig) -> list[KernelVariant]:
+    width_bound = next_power_of_two(max(shape.width, 32))
+    return [
+        KernelVariant(
+            f"pruner_forced{forced:d}",
+            pruner_kernel,
+            (shape.group_size, shape.page_size, forced, width_bound, config),
+        )
+        for forced in (False, True)
+    ]
+
+
+def _attention_variants(
+    shape: KernelShape, config: AttentionConfig, source: str = "tokens"
+) -> list[KernelVariant]:
+    sizes = (shape.group_size, shape.head_dim, shape.page_size, shape.dtype)
+    return [
+        KernelVariant(f"plan_{source}", plan_kernel, (shape.page_size, source, config)),
+        KernelVariant(f"attention_{source}", attention_kernel, (*sizes, source, config)),
+        KernelVariant(f"merge_{source}", merge_kernel, (*sizes, source, config)),
+    ]
+
+
+def _page_score_shared(config: PageScoreConfig, shape: KernelShape) -> int:
+    """Bytes: tiles of page_min and page_max in every stage, q twice."""
+    columns = 8 if shape.group_size <= 8 else 16
+    return 4 * shape.head_dim * (config.num_stages * config.block_pages + columns)
+
+
+def _page_score_blocks(config: PageScoreConfig, shape: KernelShape) -> int:
+    return shape.num_rows * -(-shape.max_pages // (config.block_pages * config.tiles_per_block))
+
+
+def _estimator_blocks(config: EstimatorConfig, shape: KernelShape) -> int:
+    block_tiles = config.num_warps * config.tiles_per_warp * config.steps
+    return shape.num_rows * -(-shape.width // (TILE_TOKENS * block_tiles))
+
+
+def _many_tiles(shape: KernelShape) -> bool:
+    return shape.num_rows * shape.width // TILE_TOKENS >= MANY_TILES
+
+
+def _pruner_shared(config: PrunerConfig, shape: KernelShape) -> int:
+    """Bytes of a block: per head its bins, mask and, where a row stays in registers, survivors."""
+    width = next_power_of_two(max(shape.width, 32))
+    survivors = 4 * width if width <= 32 * HEAD_THREADS else 0
+    heads = min(shape.group_size, config.block_threads // HEAD_THREADS)
+    return heads * (16 * HEAD_THREADS + survivors + width // 8) + width // 8
+
+
+SPACES = {
+    "page_score": Space(
+        stage="selector",
+        values={
+            "block_pages": (64, 128),
+            "tiles_per_block": (1, 2, 4, 8),
+            "num_stages": (1, 2, 3),
+            "num_threads": (128, 256),
+        },
+        limits=(
+            (
+                "tiles of all stages fit in shared memory",
+                lambda c, s, arch: _page_score_shared(c, s) <= SHARED_MEMORY_LIMIT[arch],
+            ),
+            (
+                "a warp scores 16 pages of a tile",
+                lambda c, s, arch: c.block_pages == 16 * c.num_threads // 32,
+            ),
+        ),
+        sensible=(
+            (
+                "two blocks share a multiprocessor, or nothing hides their start and end",
+                lambda c, s, arch: 2 * _page_score_shared(c, s) <= SHARED_MEMORY_LIMIT[arch],
+            ),
+            ("no stage stays empty", lambda c, s, arch: c.num_stages <= c.tiles_per_block),
+            ("every SM has a block", lambda c, s, arch: _page_score_blocks(c, s) >= FULL_GPU),
+            (
+                "where pages are many, a block's start is shared by several tiles",
+                lambda c, s, arch: c.tiles_per_block > 1 or s.num_rows * s.max_pages < 2**18,
+            ),
+        ),
+        default=lambda s, arch: PageScoreConfig.for_pages(s.num_rows * s.max_pages),
+        width=lambda s: s.max_pages,
+        variants=_page_score_variants,
+    ),
+    "top_pages": Space(
+        stage="selector",
+        values={"num_threads": (128, 256, 512, 1024), "pages_per_thread": (4, 8, 16)},
+        limits=(
+            (
+                "scores and some 40 other values of every thread fit in registers",
+                lambda c, s, arch: c.num_threads * (c.pages_per_thread + 40) <= REGISTERS,
+            ),
+        ),
+        sensible=(
+            (
+                "a row that fits in registers stays there",
+                lambda c, s, arch: c.num_threads * c.pages_per_thread >= min(s.max_pages, 2**14),
+            ),
+            (
+                "at least half of the registers hold pages",
+                lambda c, s, arch: (
+                    c.num_threads * c.pages_per_thread <= 2 * next_power_of_two(s.max_pages)
+                ),
+            ),
+        ),
+        default=lambda s, arch: TopPagesConfig.for_width(s.max_pages),
+        width=lambda s: s.max_pages,
+        variants=_top_pages_variants,
+    ),
+    "estimator": Space(
+        stage="estimator",
+        values={
+            "num_warps": (2, 4, 8),
+            "tiles_per_warp": (1, 2, 4),
+            "steps": (1, 2, 4, 8),
+        },
+        limits=(
+            (
+                "codes of all tiles in flight fit in a thread's registers",
+                lambda c, s, arch: c.tiles_per_warp * s.head_dim <= 512,
+            ),
+        ),
+        sensible=(
+            ("every SM has a block", lambda c, s, arch: _estimator_blocks(c, s) >= FULL_GPU),
+            (
+                "many tiles: 4 warps or more, 2 tiles or more in flight, and several steps, or "
+                "too few bytes are on their way (measured: NOTES.md)",
+                lambda c, s, arch: (
+                    not _many_tiles(s)
+                    or (c.num_warps >= 4 and c.tiles_per_warp >= 2 and c.steps >= 2)
+                ),
+            ),
+            (
+                "few tiles are spread over many warps",
+                lambda c, s, arch: _many_tiles(s) or (c.tiles_per_warp <= 2 and c.steps <= 2),
+            ),
+        ),
+        default=lambda s, arch: EstimatorConfig.for_tiles(
+            s.num_rows * s.width // TILE_TOKENS, s.head_dim
+        ),
+        width=lambda s: s.width,
+        variants=_estimator_variants,
+    ),
+    "pruner": Space(
+        stage="pruner",
+        values={"block_threads": (256, 512, 1024), "blocks_per_sm": (1, 2, 3, 4, 5, 6)},
+        limits=(
+            (
+                "every thread has a query head to search",
+                lambda c, s, arch: c.block_threads <= s.group_size * HEAD_THREADS,
+            ),
+            (
+                "threads of all blocks fit on a multiprocessor, each with 40 registers",
+                lambda c, s, arch: (
+                    c.block_threads * c.blocks_per_sm <= min(SM_THREADS, REGISTERS // 40)
+                ),
+            ),
+            (
+                "shared memory of all blocks fits on a multiprocessor",
+                lambda c, s, arch: (
+                    c.blocks_per_sm * _pruner_shared(c, s) <= SHARED_MEMORY_LIMIT[arch]
+                ),
+            ),
+        ),
+        sensible=(
+            (
+                "many rows are searched one head at a time (measured: NOTES.md)",
+                lambda c, s, arch: c.block_threads == HEAD_THREADS or s.num_rows < 512,
+            ),
+            (
+                "few rows are one block on a multiprocessor, with all its registers",
+                lambda c, s, arch: c.blocks_per_sm == 1 or s.num_rows > FULL_GPU,
+            ),
+        ),
+        default=lambda s, arch: PrunerConfig.for_rows(s.num_rows, s.width, CAPABILITY[arch]),
+        width=lambda s: s.width,
+        variants=_pruner_variants,
+    ),
+    "attention": Space(
+        stage="attention",
+        values={"blocks_per_sm": (1, 2, 3, 4, 6)},
+        limits=(),
+        sensible=(),
+        default=lambda s, arch: AttentionConfig(),
+        width=lambda s: s.width,
+        variants=_attention_variants,
+    ),
+}

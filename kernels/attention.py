@@ -13,6 +13,7 @@ import torch
 from kernels.cache import PagedKVCache
 from kernels.config import AttentionConfig, num_multiprocessors
 from kernels.split_kv import attention_kernel, merge_kernel, plan_kernel
+from kernels.tuned import config_for
 from kernels.validate import check_query, check_scale, check_tensor, dtype_name
 
 
@@ -138,8 +139,10 @@ def launch_attention(
     sm_scale: float,
 ) -> None:
     """Three launches into allocated memory: the list of items, their attention, the merge."""
-    config = AttentionConfig()
     group_size = q.shape[1] // cache.num_kv_heads
+    config = AttentionConfig()
+    if source == "tokens":  # what is tuned
+        config = config_for("attention", cache, group_size, indices.shape[2], config)
     grouped = (cache.batch_size, cache.num_kv_heads, group_size)
     shape = (group_size, cache.head_dim, cache.page_size, dtype_name(q), source, config)
     partials = (workspace.partial_out, workspace.partial_lse)

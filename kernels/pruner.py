@@ -18,6 +18,7 @@ from kernels.threshold import (
     compact,
     cross_bins,
 )
+from kernels.tuned import config_for
 from kernels.validate import check_count, check_tensor
 
 LOG2E = 1.4426950408889634
@@ -117,7 +118,8 @@ def launch_prune_top_p(
     width = logits.shape[2]
     forced = num_sink_tokens > 0 or num_recent_tokens > 0
     capability = torch.cuda.get_device_capability(logits.device)
-    config = PrunerConfig.for_rows(grouped[0] * grouped[1], width, capability)
+    default = PrunerConfig.for_rows(grouped[0] * grouped[1], width, capability)
+    config = config_for("pruner", cache, grouped[2], width, default)
     width_bound = next_power_of_two(max(width, 32))
     kernel = pruner_kernel(grouped[2], cache.page_size, forced, width_bound, config)
     kernel(

@@ -14,6 +14,7 @@ from kernels.threshold import (
     compact,
     cross_bins,
 )
+from kernels.tuned import config_for
 from kernels.validate import check_count, check_query, dtype_name
 
 LOWEST_KEY, HIGHEST_KEY = -(2**31), 2**31 - 1
@@ -94,13 +95,15 @@ def launch_select_pages(
 ) -> None:
     """Two launches into allocated memory: page scores, top pages."""
     group_size = q.shape[1] // cache.num_kv_heads
-    config = PageScoreConfig.for_pages(scores.numel())
+    default = PageScoreConfig.for_pages(scores.numel())
+    config = config_for("page_score", cache, group_size, cache.max_pages, default)
     score = page_score_kernel(group_size, cache.head_dim, cache.page_size, dtype_name(q), config)
     score(
         q.view(cache.batch_size, cache.num_kv_heads, group_size, cache.head_dim),
         cache.page_min, cache.page_max, cache.page_table, cache.seq_lens, scores,
     )  # fmt: skip
-    config = TopPagesConfig.for_width(cache.max_pages)
+    default = TopPagesConfig.for_width(cache.max_pages)
+    config = config_for("top_pages", cache, group_size, cache.max_pages, default)
     top = top_pages_kernel(cache.page_size, next_power_of_two(cache.max_pages), config)
     top(
         scores,
