@@ -9,7 +9,6 @@ import tilelang
 from tilelang import PassConfigKey, tvm
 from tilelang.contrib.nvcc import default_compile_options, get_nvcc_compiler
 from tilelang.jit import JITImpl
-from tvm.target import Target
 
 from autotune.space import SHARED_MEMORY_LIMIT, KernelVariant
 
@@ -38,7 +37,7 @@ class Compiled:
 
 def lower(factory: JITImpl, arguments: tuple, arch: str):
     """The lowered kernel of a `tilelang.jit` factory."""
-    target = Target({"kind": "cuda", "arch": arch})
+    target = tvm.target.Target({"kind": "cuda", "arch": arch})
     configs = {key.value: value for key, value in factory.pass_configs.items()}
     with tvm.transform.PassContext(opt_level=3, config=configs), target:
         return tilelang.lower(factory.get_tir(*arguments), target=target)

@@ -15,6 +15,7 @@ from autotune.space import SPACES, KernelShape
 from autotune.worker import SetupFailed, Worker, WorkerFailed
 
 COMPILE_SECONDS = 180.0
+MAX_COMPILERS = 16  # each takes about a gigabyte
 
 
 class Compiler:
@@ -38,9 +39,10 @@ class Compiler:
 class Farm:
     """Compilers that share out the work; what compiles to the same kernels is compiled once."""
 
-    def __init__(self, make: Callable[..., Any], arch: str, size: int | None = None) -> None:
+    def __init__(self, make: Callable[..., Any], arch: str) -> None:
         self._make, self._arch = make, arch
-        self._pool = ThreadPoolExecutor(size or max(1, (os.cpu_count() or 2) - 1))
+        spare = len(os.sched_getaffinity(0)) - 1  # one core is for what measures
+        self._pool = ThreadPoolExecutor(min(max(spare, 1), MAX_COMPILERS))
         self._own = threading.local()
         self._workers: list[Worker] = []
         self._faults: dict[tuple, Future[str | None]] = {}

@@ -258,8 +258,8 @@ SPACES = {
         values={"num_threads": (128, 256, 512, 1024), "pages_per_thread": (4, 8, 16)},
         limits=(
             (
-                "scores and some 40 other values of every thread fit in registers",
-                lambda c, s, arch: c.num_threads * (c.pages_per_thread + 40) <= REGISTERS,
+                "scores and some 56 other values of every thread fit in registers",
+                lambda c, s, arch: c.num_threads * (c.pages_per_thread + 56) <= REGISTERS,
             ),
         ),
         sensible=(
@@ -314,16 +314,16 @@ SPACES = {
     ),
     "pruner": Space(
         stage="pruner",
-        values={"block_threads": (256, 512, 1024), "blocks_per_sm": (1, 2, 3, 4, 5, 6)},
+        values={"block_threads": (256, 512, 1024), "blocks_per_sm": (1, 2, 3, 4)},
         limits=(
             (
                 "every thread has a query head to search",
                 lambda c, s, arch: c.block_threads <= s.group_size * HEAD_THREADS,
             ),
             (
-                "threads of all blocks fit on a multiprocessor, each with 40 registers",
+                "threads of all blocks fit on a multiprocessor, each with 56 registers",
                 lambda c, s, arch: (
-                    c.block_threads * c.blocks_per_sm <= min(SM_THREADS, REGISTERS // 40)
+                    c.block_threads * c.blocks_per_sm <= min(SM_THREADS, REGISTERS // 56)
                 ),
             ),
             (

@@ -35,8 +35,7 @@ class Worker:
         """What the method returns; WorkerFailed says why it does not within `seconds`."""
         if self._process is None:
             self._start()
-        self._connection.send((method, arguments))
-        return self._answer(seconds)
+        return self._answer(seconds, (method, arguments))
 
     def kill(self) -> None:
         """End the process, whatever it is doing."""
@@ -63,15 +62,17 @@ class Worker:
         except WorkerFailed as error:
             raise SetupFailed(str(error)) from error
 
-    def _answer(self, seconds: float) -> Any:
+    def _answer(self, seconds: float, request: tuple | None = None) -> Any:
         reason = f"no answer in {seconds:g} s"
         try:
+            if request is not None:
+                self._connection.send(request)
             if self._connection.poll(seconds):
                 succeeded, answer = self._connection.recv()
                 if succeeded:
                     return answer
                 reason = answer
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):
             self._process.join()
             reason = f"the process died with exit code {self._process.exitcode}"
         except BaseException:

@@ -185,7 +185,7 @@ def tuned_gain(frames: Frames) -> Figure:
     workloads = list(dict.fromkeys(tuned.sort_values("workload")["workload"]))
     figure, (axes,) = _figure(1, (10.5, 4.4))
     width = 0.84 / len(KERNEL_COLORS)
-    for place, (kernel, color) in enumerate(KERNEL_COLORS.items()):
+    for place, kernel in enumerate(KERNEL_COLORS):
         own = tuned[tuned["kernel"] == kernel].set_index("workload").reindex(workloads)
         x = [i + (place - (len(KERNEL_COLORS) - 1) / 2) * width for i in range(len(workloads))]
         gain = 100 * (1 - own["time_us"] / own["default_us"])
