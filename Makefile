@@ -15,7 +15,7 @@ WORKERS = $$($(PYTHON) -c 'import importlib.util as u, os; \
 	print(f"-n {$(or $(JOBS),min(8, os.cpu_count()))} --dist loadgroup" if u.find_spec("xdist") else "")')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format test test-gpu bench plots check clean
+.PHONY: help setup lint format test test-gpu tune bench plots check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
@@ -41,12 +41,16 @@ test: $(READY)  ## every test; those marked gpu skip where there is no GPU
 test-gpu: $(READY)  ## the tests marked gpu; fails where there is no GPU
 	@$(PYTHON) -c '$(NEED_GPU)' && $(PYTHON) -m pytest -q -m gpu $(WORKERS)
 
+tune: $(READY)  ## search launch configs on this GPU: [STAGE=pruner] [WORKLOAD=gqa-32k] [BUDGET_MINUTES=15] [FORCE=1]
+	@$(PYTHON) -m autotune.tune $(if $(STAGE),--stage $(STAGE)) $(if $(WORKLOAD),--workload $(WORKLOAD)) \
+		$(if $(FORCE),--force) $(if $(BUDGET_MINUTES),--minutes $(BUDGET_MINUTES))
+
 bench: $(READY)  ## check, time, save rows, draw: [STAGE=pruner] [WORKLOAD=gqa-32k] [FORCE=1] [MINUTES=8]
 	@$(PYTHON) -m profiling.bench $(if $(STAGE),--stage $(STAGE)) $(if $(WORKLOAD),--workload $(WORKLOAD)) \
 		$(if $(FORCE),--force) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(COMMIT),--commit $(COMMIT)); status=$$?; $(PYTHON) -m plots.draw --present && exit $$status
 
-plots: $(READY)  ## draw every figure from the CSV files, print the README's table
-	@$(PYTHON) -m plots.draw --table && $(PYTHON) -m plots.draw
+plots: $(READY)  ## draw every figure from the data files, print the README's tables, write that of the tuner
+	@$(PYTHON) -m plots.draw --table && $(PYTHON) -m autotune.show --readme && $(PYTHON) -m plots.draw
 
 check: lint test  ## lint and test
 	@echo 'check: ok'

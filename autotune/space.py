@@ -1,9 +1,18 @@
-"""Which kernels a shape launches by default, and what fits on which GPU."""
+"""What may be tuned: per kernel the values of its fields, and which of their combinations make
+sense on a GPU and a shape. Also which kernels a shape launches by default.
 
+To tune one more field, or try one more value, is one line in `SPACES`.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tilelang.jit import JITImpl
 
+from kernels.attention import ATTENTION_KERNELS
 from kernels.config import (
     AttentionConfig,
     EstimatorConfig,
@@ -14,19 +23,26 @@ from kernels.config import (
 )
 from kernels.estimator import estimator_kernel
 from kernels.mirror import append_kernel, mirror_kernel, prefill_kernel
-from kernels.pruner import pruner_kernel
+from kernels.pruner import HEAD_THREADS, MAX_VALUES, pruner_kernel
 from kernels.selector import (
     all_pages_kernel,
     next_power_of_two,
     page_score_kernel,
     top_pages_kernel,
 )
-from kernels.split_kv import attention_kernel, merge_kernel, plan_kernel
+from kernels.split_kv import merge_kernel, plan_kernel
+from kernels.threshold import BINS_PER_THREAD
+from kernels.tuned import Bucket
 from kernels.validate import TILE_TOKENS
 
 # Bytes of shared memory that one block may use, and compute capability.
 SHARED_MEMORY_LIMIT = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024, "sm_100a": 227 * 1024}
 CAPABILITY = {"sm_80": (8, 0), "sm_90a": (9, 0), "sm_100a": (10, 0)}
+REGISTERS = 65536  # of one SM; and how many threads it holds:
+SM_THREADS = 2048
+FULL_GPU = 128  # blocks; fewer leave multiprocessors of a large GPU idle
+MANY_PAGES = 2**18  # over all rows, and
+MANY_TILES = 65536  # of 16 candidates: the estimator fills the GPU many times over
 
 
 @dataclass(frozen=True)
@@ -51,42 +67,314 @@ class KernelVariant:
     arguments: tuple
 
 
+Rule = tuple[
+    str, Callable[[Any, KernelShape, str], bool]
+]  # says what holds of (config, shape, arch)
+
+
+@dataclass(frozen=True)
+class Space:
+    """The configs of one kernel.
+
+    Attributes:
+        stage: of the benchmark, in which the kernel is checked and timed.
+        values: what each tuned field may be; the others keep the default's value.
+        limits: what a config must meet to run at all.
+        sensible: what it must meet to be worth a try; known bad regions are ruled out here.
+        default: the config where nothing is tuned.
+        width: the kernel's width of a row, as in `Bucket`.
+        variants: the kernels that launch with a config.
+    """
+
+    stage: str
+    values: dict[str, tuple]
+    limits: tuple[Rule, ...]
+    sensible: tuple[Rule, ...]
+    default: Callable[[KernelShape, str], Any]
+    width: Callable[[KernelShape], int]
+    variants: Callable[[KernelShape, Any], list[KernelVariant]]
+
+
+def broken_limit(kernel: str, config: Any, shape: KernelShape, arch: str) -> str | None:
+    """The limit that keeps a config from running on a shape, in words; None if it can run."""
+    return next((text for text, ok in SPACES[kernel].limits if not ok(config, shape, arch)), None)
+
+
+def candidates(kernel: str, shape: KernelShape, arch: str) -> list[Any]:
+    """The configs to try, the default first."""
+    space = SPACES[kernel]
+    default = space.default(shape, arch)
+    rules = (*space.limits, *space.sensible)
+    found = [default]
+    for values in itertools.product(*space.values.values()):
+        config = replace(default, **dict(zip(space.values, values, strict=True)))
+        if config != default and all(ok(config, shape, arch) for _, ok in rules):
+            found.append(config)
+    return found
+
+
+def space_id(configs: Sequence[Any]) -> str:
+    """Hash of what was tried: another list of candidates is another search."""
+    return hashlib.sha256(repr(tuple(configs)).encode()).hexdigest()[:12]
+
+
+def bucket_of(kernel: str, shape: KernelShape) -> Bucket:
+    """The bucket that a kernel's launch of this shape belongs to."""
+    statics = (shape.group_size, shape.head_dim, shape.page_size, shape.dtype)
+    return Bucket(*statics, shape.num_rows, SPACES[kernel].width(shape))
+
+
+def shape_of(kernel: str, bucket: Bucket) -> KernelShape:
+    """A shape whose launch of this kernel belongs to the bucket."""
+    statics = (bucket.group_size, bucket.head_dim, bucket.page_size, bucket.dtype)
+    if SPACES[kernel].stage == "selector":
+        max_pages = bucket.width
+        width = max_pages * bucket.page_size
+    else:
+        width = bucket.width
+        max_pages = -(-width // bucket.page_size)
+    return KernelShape(*statics, bucket.rows, max_pages, width)
+
+
+def as_launched(config: Any, shape: KernelShape, arch: str) -> Any:
+    """A config as the launch functions complete it: `pdl` follows from the shape."""
+    return replace(config, pdl=starts_early(shape.num_rows, CAPABILITY[arch]))
+
+
+def variants_of(kernel: str, shape: KernelShape, config: Any, arch: str) -> list[KernelVariant]:
+    """The kernels that launch with a config."""
+    return SPACES[kernel].variants(shape, as_launched(config, shape, arch))
+
+
+def arch_of(capability: tuple[int, int]) -> str:
+    """The newest of our targets that a GPU of this compute capability is at least."""
+    return max((arch for arch, own in CAPABILITY.items() if own <= capability), key=CAPABILITY.get)
+
+
 def default_variants(shape: KernelShape, arch: str) -> list[KernelVariant]:
     """Every kernel of cache, selectors, estimator, pruner and attention at its default config."""
-    group_size, head_dim = shape.group_size, shape.head_dim
-    page_size, dtype = shape.page_size, shape.dtype
-    score = PageScoreConfig.for_pages(shape.num_rows * shape.max_pages, group_size, head_dim)
-    top = TopPagesConfig.for_width(shape.max_pages)
-    estimator = EstimatorConfig.for_tiles(shape.num_rows * shape.width // TILE_TOKENS, head_dim)
-    pruner = PrunerConfig.for_rows(shape.num_rows, shape.width, CAPABILITY[arch])
-    width_bound = next_power_of_two(max(shape.width, 32))
-    early = starts_early(shape.num_rows, CAPABILITY[arch])
-    score, top = replace(score, pdl=early), replace(top, pdl=early)
-    estimator, pruner = replace(estimator, pdl=early), replace(pruner, pdl=early)
-    split_tokens = AttentionConfig().split_tokens
+    head_dim, page_size, dtype = shape.head_dim, shape.page_size, shape.dtype
     variants = [
         KernelVariant("prefill", prefill_kernel, (head_dim, page_size, dtype)),
         KernelVariant("mirror", mirror_kernel, (head_dim, page_size, dtype)),
         KernelVariant("append", append_kernel, (head_dim, page_size, dtype)),
-        KernelVariant(
-            "page_score", page_score_kernel, (group_size, head_dim, page_size, dtype, score)
-        ),
-        KernelVariant(
-            "top_pages", top_pages_kernel, (page_size, next_power_of_two(shape.max_pages), top)
-        ),
         KernelVariant("all_pages", all_pages_kernel, (page_size,)),
-        KernelVariant(
-            "estimator", estimator_kernel, (group_size, head_dim, page_size, dtype, estimator)
-        ),
     ]
-    arguments = (group_size, page_size, width_bound, split_tokens, pruner)
-    variants.append(KernelVariant("pruner", pruner_kernel, arguments))
-    config = AttentionConfig(pdl=early)
+    for kernel, space in SPACES.items():
+        variants += variants_of(kernel, shape, space.default(shape, arch), arch)
+    config = as_launched(SPACES["attention"].default(shape, arch), shape, arch)
     for source in ("tokens", "pages", "all"):
-        arguments = (group_size, head_dim, page_size, dtype, source, config)
-        variants += [
-            KernelVariant(f"plan_{source}", plan_kernel, (page_size, source, config)),
-            KernelVariant(f"attention_{source}", attention_kernel, arguments),
-            KernelVariant(f"merge_{source}", merge_kernel, arguments),
-        ]
+        variants.append(KernelVariant(f"plan_{source}", plan_kernel, (page_size, source, config)))
+        if source != "tokens":
+            variants += _attention_variants(shape, config, source)
     return variants
+
+
+def _page_score_variants(shape: KernelShape, config: PageScoreConfig) -> list[KernelVariant]:
+    arguments = (shape.group_size, shape.head_dim, shape.page_size, shape.dtype, config)
+    return [KernelVariant("page_score", page_score_kernel, arguments)]
+
+
+def _top_pages_variants(shape: KernelShape, config: TopPagesConfig) -> list[KernelVariant]:
+    arguments = (shape.page_size, next_power_of_two(shape.max_pages), config)
+    return [KernelVariant("top_pages", top_pages_kernel, arguments)]
+
+
+def _estimator_variants(shape: KernelShape, config: EstimatorConfig) -> list[KernelVariant]:
+    arguments = (shape.group_size, shape.head_dim, shape.page_size, shape.dtype, config)
+    return [KernelVariant("estimator", estimator_kernel, arguments)]
+
+
+def _pruner_variants(shape: KernelShape, config: PrunerConfig) -> list[KernelVariant]:
+    split_tokens = AttentionConfig.for_heads(shape.group_size, shape.head_dim).split_tokens
+    arguments = (shape.group_size, shape.page_size, _width_bound(shape), split_tokens, config)
+    return [KernelVariant("pruner", pruner_kernel, arguments)]
+
+
+def _attention_variants(
+    shape: KernelShape, config: AttentionConfig, source: str = "tokens"
+) -> list[KernelVariant]:
+    sizes = (shape.group_size, shape.head_dim, shape.page_size, shape.dtype)
+    arguments = (*sizes, source, config)
+    return [
+        KernelVariant(f"attention_{source}", ATTENTION_KERNELS[config.form], arguments),
+        KernelVariant(f"merge_{source}", merge_kernel, arguments),
+    ]
+
+
+def _width_bound(shape: KernelShape) -> int:
+    return next_power_of_two(max(shape.width, 32))
+
+
+def _page_score_blocks(config: PageScoreConfig, shape: KernelShape) -> int:
+    return shape.num_rows * -(-shape.max_pages // config.block_pages)
+
+
+def _many_pages(shape: KernelShape) -> bool:
+    return shape.num_rows * shape.max_pages >= MANY_PAGES
+
+
+def _estimator_blocks(config: EstimatorConfig, shape: KernelShape) -> int:
+    block_tiles = config.num_warps * config.tiles_per_warp * config.steps
+    return shape.num_rows * -(-shape.width // (TILE_TOKENS * block_tiles))
+
+
+def _many_tiles(shape: KernelShape) -> bool:
+    return shape.num_rows * shape.width // TILE_TOKENS >= MANY_TILES
+
+
+def _pruner_shared(config: PrunerConfig, shape: KernelShape) -> int:
+    """Bytes of a block: per head its bins and, of a row that is read once, distances and the list
+    of the near ones; one mask; a little more."""
+    width = _width_bound(shape)
+    row = 6 * max(width, 4 * HEAD_THREADS) if width <= MAX_VALUES * HEAD_THREADS else 0
+    heads = min(shape.group_size, config.block_threads // HEAD_THREADS)
+    return heads * (4 * BINS_PER_THREAD * HEAD_THREADS + row) + width // 8 + 1024
+
+
+SPACES = {
+    "page_score": Space(
+        stage="selector",
+        values={
+            "num_warps": (2, 4, 8),
+            "tiles_per_warp": (1, 2, 4),
+            "steps": (1, 2, 4, 8),
+        },
+        limits=(
+            (
+                "codes of all tiles in flight fit in a thread's registers",
+                lambda c, s, arch: c.tiles_per_warp * s.head_dim <= 512,
+            ),
+        ),
+        sensible=(
+            ("every SM has a block", lambda c, s, arch: _page_score_blocks(c, s) >= FULL_GPU),
+            (
+                "many pages: 8 to 16 tiles of a block in flight, and several steps share its start",
+                lambda c, s, arch: (
+                    not _many_pages(s)
+                    or (8 <= c.num_warps * c.tiles_per_warp <= 16 and c.steps >= 2)
+                ),
+            ),
+            (
+                "few pages are spread over many warps",
+                lambda c, s, arch: _many_pages(s) or (c.tiles_per_warp <= 2 and c.steps <= 2),
+            ),
+        ),
+        default=lambda s, arch: PageScoreConfig.for_pages(
+            s.num_rows * s.max_pages, s.group_size, s.head_dim
+        ),
+        width=lambda s: s.max_pages,
+        variants=_page_score_variants,
+    ),
+    "top_pages": Space(
+        stage="selector",
+        values={"num_threads": (128, 256, 512, 1024), "pages_per_thread": (4, 8, 16)},
+        limits=(
+            (
+                "scores and some 56 other values of every thread fit in registers",
+                lambda c, s, arch: c.num_threads * (c.pages_per_thread + 56) <= REGISTERS,
+            ),
+        ),
+        sensible=(
+            (
+                "a row that fits in registers stays there",
+                lambda c, s, arch: c.num_threads * c.pages_per_thread >= min(s.max_pages, 2**14),
+            ),
+            (
+                "at least half of the registers hold pages",
+                lambda c, s, arch: (
+                    c.num_threads * c.pages_per_thread <= 2 * next_power_of_two(s.max_pages)
+                ),
+            ),
+        ),
+        default=lambda s, arch: TopPagesConfig.for_width(s.max_pages),
+        width=lambda s: s.max_pages,
+        variants=_top_pages_variants,
+    ),
+    "estimator": Space(
+        stage="estimator",
+        values={
+            "num_warps": (2, 4, 8),
+            "tiles_per_warp": (1, 2, 4),
+            "steps": (1, 2, 4, 8),
+        },
+        limits=(
+            (
+                "codes of all tiles in flight fit in a thread's registers",
+                lambda c, s, arch: c.tiles_per_warp * s.head_dim <= 512,
+            ),
+        ),
+        sensible=(
+            ("every SM has a block", lambda c, s, arch: _estimator_blocks(c, s) >= FULL_GPU),
+            (
+                "many tiles: 2 or more in flight per warp, 8 per block, and several steps, or too "
+                "few bytes are on their way (measured: NOTES.md)",
+                lambda c, s, arch: (
+                    not _many_tiles(s)
+                    or (
+                        c.tiles_per_warp >= 2
+                        and c.num_warps * c.tiles_per_warp >= 8
+                        and c.steps >= 2
+                    )
+                ),
+            ),
+            (
+                "few tiles are spread over many warps",
+                lambda c, s, arch: _many_tiles(s) or (c.tiles_per_warp <= 2 and c.steps <= 2),
+            ),
+        ),
+        default=lambda s, arch: EstimatorConfig.for_tiles(
+            s.num_rows * s.width // TILE_TOKENS, s.head_dim
+        ),
+        width=lambda s: s.width,
+        variants=_estimator_variants,
+    ),
+    "pruner": Space(
+        stage="pruner",
+        values={"block_threads": (256, 512, 1024), "blocks_per_sm": (1, 2, 3, 4)},
+        limits=(
+            (
+                "every thread has a query head to search",
+                lambda c, s, arch: c.block_threads <= s.group_size * HEAD_THREADS,
+            ),
+            (
+                "threads of all blocks fit on a multiprocessor, each with 56 registers",
+                lambda c, s, arch: (
+                    c.block_threads * c.blocks_per_sm <= min(SM_THREADS, REGISTERS // 56)
+                ),
+            ),
+            (
+                "a block's shared memory fits",
+                lambda c, s, arch: _pruner_shared(c, s) <= SHARED_MEMORY_LIMIT[arch],
+            ),
+        ),
+        sensible=(
+            (
+                "shared memory of all blocks fits on a multiprocessor",
+                lambda c, s, arch: (
+                    c.blocks_per_sm * _pruner_shared(c, s) <= SHARED_MEMORY_LIMIT[arch]
+                ),
+            ),
+            (
+                "many rows are searched one head at a time (measured: NOTES.md)",
+                lambda c, s, arch: c.block_threads == HEAD_THREADS or s.num_rows < 512,
+            ),
+            (
+                "few rows are one block on a multiprocessor, with all its registers",
+                lambda c, s, arch: c.blocks_per_sm == 1 or s.num_rows > FULL_GPU,
+            ),
+        ),
+        default=lambda s, arch: PrunerConfig.for_rows(s.num_rows, s.width, CAPABILITY[arch]),
+        width=lambda s: s.width,
+        variants=_pruner_variants,
+    ),
+    "attention": Space(
+        stage="attention",
+        values={"blocks_per_sm": (1, 2, 3, 4, 6)},
+        limits=(),
+        sensible=(),
+        default=lambda s, arch: AttentionConfig.for_heads(s.group_size, s.head_dim),
+        width=lambda s: s.width,
+        variants=_attention_variants,
+    ),
+}

@@ -10,52 +10,66 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from kernels.attend_lanes import lanes_kernel
+from kernels.attend_tiles import item_kernel, ring_kernel
 from kernels.cache import PagedKVCache
 from kernels.config import AttentionConfig, launches_early, num_multiprocessors
-from kernels.split_kv import attention_kernel, merge_kernel, plan_kernel
+from kernels.split_kv import merge_kernel, plan_kernel
+from kernels.tuned import config_for
 from kernels.validate import check_query, check_scale, check_tensor, dtype_name
+
+ATTENTION_KERNELS = {"item": item_kernel, "ring": ring_kernel, "lanes": lanes_kernel}
 
 
 @dataclass
 class WorkList:
     """The items of attention over rows of at most `width` tokens."""
 
+    split_tokens: int  # of one item
     # [max_items, 4] i32: batch, kv_head, split (-1: the row's only one), tokens
     items: torch.Tensor
     num_items: torch.Tensor  # [1] i32
     tickets: torch.Tensor  # [2] i32, zeros between launches
 
     @classmethod
-    def allocate(cls, cache: PagedKVCache, width: int) -> "WorkList":
-        max_items = cache.batch_size * cache.num_kv_heads * max_splits(width)
+    def allocate(cls, cache: PagedKVCache, width: int, split_tokens: int) -> "WorkList":
+        max_items = cache.batch_size * cache.num_kv_heads * -(-width // split_tokens)
         like = dict(device=cache.k_cache.device)
         return cls(
+            split_tokens=split_tokens,
             items=torch.empty(max_items, 4, dtype=torch.int32, **like),
             num_items=torch.zeros(1, dtype=torch.int32, **like),
             tickets=torch.zeros(2, dtype=torch.int32, **like),
         )
 
 
-def max_splits(width: int) -> int:
-    return -(-width // AttentionConfig().split_tokens)
-
-
 @dataclass
 class AttentionWorkspace:
     """What attention over rows of at most `width` tokens needs beside its inputs."""
 
+    config: AttentionConfig
     work: WorkList
     partial_out: torch.Tensor  # [batch_size, num_kv_heads, max_splits, group_size, head_dim] f32
     partial_lse: torch.Tensor  # [..., max_splits, group_size, 2] f32: max (in log2 units), sum
     lse: torch.Tensor  # [batch_size, num_qo_heads] f32
 
     @classmethod
-    def allocate(cls, cache: PagedKVCache, group_size: int, width: int) -> "AttentionWorkspace":
+    def allocate(
+        cls,
+        cache: PagedKVCache,
+        group_size: int,
+        width: int,
+        config: AttentionConfig | None = None,
+    ) -> "AttentionWorkspace":
+        """For rows of at most `width` tokens; at the shape's default configuration where None."""
+        config = config or AttentionConfig.for_heads(group_size, cache.head_dim)
         batch_size, num_kv_heads = cache.batch_size, cache.num_kv_heads
         device = cache.k_cache.device
-        partials = (batch_size, num_kv_heads, max_splits(width), group_size)
+        max_splits = -(-width // config.split_tokens)
+        partials = (batch_size, num_kv_heads, max_splits, group_size)
         return cls(
-            work=WorkList.allocate(cache, width),
+            config=config,
+            work=WorkList.allocate(cache, width, config.split_tokens),
             partial_out=torch.empty(*partials, cache.head_dim, device=device),
             partial_lse=torch.empty(*partials, 2, device=device),
             lse=torch.empty(batch_size, num_kv_heads * group_size, device=device),
@@ -142,8 +156,23 @@ def _attend(q, cache, source, indices, counts, width, sm_scale, return_lse):
     sm_scale = check_scale(sm_scale, cache.head_dim)
     out = torch.empty_like(q)
     workspace = AttentionWorkspace.allocate(cache, q.shape[1] // cache.num_kv_heads, width)
+    launch_plan(cache, source, indices, counts, workspace)
     launch_attention(q, cache, source, indices, counts, workspace, out, sm_scale)
     return (out, workspace.lse) if return_lse else out
+
+
+def launch_plan(
+    cache: PagedKVCache,
+    source: str,
+    indices: torch.Tensor,
+    counts: torch.Tensor,
+    workspace: AttentionWorkspace,
+) -> None:
+    """One launch: the list of items, where the pruner has not written it."""
+    config, work = replace(workspace.config, pdl=launches_early(cache)), workspace.work
+    plan_kernel(cache.page_size, source, config)(
+        cache.seq_lens, indices, counts, work.items, work.num_items, work.tickets
+    )
 
 
 def launch_attention(
@@ -155,23 +184,21 @@ def launch_attention(
     workspace: AttentionWorkspace,
     out: torch.Tensor,
     sm_scale: float,
-    planned: bool = False,
 ) -> None:
-    """Launches into allocated memory: the list of items, unless the pruner has just written it
-    (`planned`), their attention, the merge."""
-    config, work = replace(AttentionConfig(), pdl=launches_early(cache)), workspace.work
+    """Two launches into allocated memory: the listed items' attention, the merge."""
     group_size = q.shape[1] // cache.num_kv_heads
+    config = workspace.config
+    if source == "tokens":  # what is tuned
+        config = config_for("attention", cache, group_size, indices.shape[2], config)
+    config = replace(config, pdl=launches_early(cache))
     grouped = (cache.batch_size, cache.num_kv_heads, group_size)
     shape = (group_size, cache.head_dim, cache.page_size, dtype_name(q), source, config)
+    k_rows, v_rows = (each.view(-1, cache.head_dim) for each in (cache.k_cache, cache.v_cache))
     partials = (workspace.partial_out, workspace.partial_lse)
     outputs = (out.view(*grouped, cache.head_dim), workspace.lse.view(grouped))
-    if not planned:
-        plan_kernel(cache.page_size, source, config)(
-            cache.seq_lens, indices, counts, work.items, work.num_items, work.tickets
-        )
-    attention_kernel(*shape)(
-        q.view(*grouped, cache.head_dim), cache.k_cache, cache.v_cache, cache.page_table, indices,
-        work.items, work.num_items,
+    ATTENTION_KERNELS[config.form](*shape)(
+        q.view(*grouped, cache.head_dim), k_rows, v_rows, cache.page_table, indices,
+        workspace.work.items, workspace.work.num_items,
         config.blocks_per_sm * num_multiprocessors(q.device), sm_scale, *partials, *outputs,
     )  # fmt: skip
     merge_kernel(*shape)(cache.seq_lens, indices, counts, *partials, *outputs)

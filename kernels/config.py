@@ -102,10 +102,18 @@ class TopPagesConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
+    form: str = "item"  # "item" or "ring" (tensor cores), "lanes" (CUDA cores)
     split_tokens: int = 128  # tokens of one work item; part of the result's definition
     num_threads: int = 128
-    blocks_per_sm: int = 3
+    blocks_per_sm: int = 3  # of the grid; blocks stride over the items
+    tile_tokens: int = 64  # of one tile of the ring; that lanes load together
+    num_stages: int = 2  # tiles in the ring
     pdl: bool = False
+
+    @classmethod
+    def for_heads(cls, group_size: int, head_dim: int) -> "AttentionConfig":
+        """One form for each group size and head_dim, whatever the batch: it shapes the results."""
+        return cls()
 
 
 def launches_early(cache) -> bool:

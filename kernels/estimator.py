@@ -8,6 +8,7 @@ import torch
 
 from kernels.cache import PagedKVCache
 from kernels.config import TILE_LEVEL, EstimatorConfig, launches_early, start_early
+from kernels.tuned import config_for
 from kernels.validate import TILE_TOKENS, check_query, check_scale, check_tensor, dtype_name
 
 TILE_HEADS = 8  # the tensor-core instruction is m16n8k16: tokens x query heads x channels
@@ -60,9 +61,10 @@ def launch_estimate_logits(
     """One launch into allocated memory."""
     group_size = q.shape[1] // cache.num_kv_heads
     grouped = (cache.batch_size, cache.num_kv_heads, group_size)
-    config = EstimatorConfig.for_tiles(
+    default = EstimatorConfig.for_tiles(
         candidate_pages.numel() * cache.page_size // TILE_TOKENS, cache.head_dim
     )
+    config = config_for("estimator", cache, group_size, logits.shape[2], default)
     config = replace(config, pdl=launches_early(cache))
     kernel = estimator_kernel(group_size, cache.head_dim, cache.page_size, dtype_name(q), config)
     kernel(

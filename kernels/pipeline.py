@@ -119,10 +119,10 @@ class TwilightDecode:
         )  # fmt: skip
 
     def attend(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
-        """Attention over the kept tokens -> out."""
+        """Attention over the kept tokens, which prune() has listed -> out."""
         launch_attention(
             q, cache, "tokens", self.kept_tokens, self.kept_counts,
-            self.attention, self.out, self.sm_scale, planned=True,
+            self.attention, self.out, self.sm_scale,
         )  # fmt: skip
         return self.out
 

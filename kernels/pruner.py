@@ -13,6 +13,7 @@ from kernels.config import THREAD_LEVEL, AttentionConfig, PrunerConfig, launches
 from kernels.selector import next_power_of_two
 from kernels.split_kv import LOG2E, append_items, count_tokens
 from kernels.threshold import alloc_search, bits_per_round, clear_bins, compact, cross_bins
+from kernels.tuned import config_for
 from kernels.validate import TILE_TOKENS, check_count, check_tensor
 
 STEPS = 16384.0  # of a distance per nat: weights that share a step are equal to 1 part in 10^4
@@ -76,7 +77,7 @@ def prune_top_p(
     launch_prune_top_p(
         logits, cache, candidate_pages, candidate_counts, top_p,
         num_sink_tokens, num_recent_tokens, kept_tokens, kept_counts, kept_mass,
-        WorkList.allocate(cache, width),
+        WorkList.allocate(cache, width, AttentionConfig().split_tokens),
     )  # fmt: skip
     return kept_tokens, kept_counts, kept_mass
 
@@ -114,11 +115,11 @@ def launch_prune_top_p(
     grouped = (cache.batch_size, cache.num_kv_heads, logits.shape[1] // cache.num_kv_heads)
     width = logits.shape[2]
     capability = torch.cuda.get_device_capability(logits.device)
-    config = PrunerConfig.for_rows(grouped[0] * grouped[1], width, capability)
+    default = PrunerConfig.for_rows(grouped[0] * grouped[1], width, capability)
+    config = config_for("pruner", cache, grouped[2], width, default)
     config = replace(config, pdl=launches_early(cache))
     width_bound = next_power_of_two(max(width, 32))
-    split_tokens = AttentionConfig().split_tokens
-    kernel = pruner_kernel(grouped[2], cache.page_size, width_bound, split_tokens, config)
+    kernel = pruner_kernel(grouped[2], cache.page_size, width_bound, work.split_tokens, config)
     kernel(
         logits.view(*grouped, width), cache.seq_lens, candidate_pages, candidate_counts,
         top_p.view(grouped), num_sink_tokens, num_recent_tokens,

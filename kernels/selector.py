@@ -23,6 +23,7 @@ from kernels.threshold import (
     compact,
     cross_bins,
 )
+from kernels.tuned import config_for
 from kernels.validate import check_count, check_query, dtype_name
 
 TILE_PAGES, TILE_HEADS = 16, 8  # the tensor-core instruction is m16n8k16: pages x heads x channels
@@ -105,7 +106,8 @@ def launch_select_pages(
     """Two launches into allocated memory: page scores, top pages."""
     group_size = q.shape[1] // cache.num_kv_heads
     early = launches_early(cache)
-    config = PageScoreConfig.for_pages(scores.numel(), group_size, cache.head_dim)
+    default = PageScoreConfig.for_pages(scores.numel(), group_size, cache.head_dim)
+    config = config_for("page_score", cache, group_size, cache.max_pages, default)
     config = replace(config, pdl=early)
     score = page_score_kernel(group_size, cache.head_dim, cache.page_size, dtype_name(q), config)
     score(
@@ -113,7 +115,9 @@ def launch_select_pages(
         cache.page_bounds.view(torch.int32), cache.bounds_scale_zero,
         cache.page_table, cache.seq_lens, scores,
     )  # fmt: skip
-    config = replace(TopPagesConfig.for_width(cache.max_pages), pdl=early)
+    default = TopPagesConfig.for_width(cache.max_pages)
+    config = config_for("top_pages", cache, group_size, cache.max_pages, default)
+    config = replace(config, pdl=early)
     top = top_pages_kernel(cache.page_size, next_power_of_two(cache.max_pages), config)
     top(
         scores,

@@ -1,4 +1,4 @@
-"""The kernels of split-KV attention over listed tokens: plan the items, attend to each, merge.
+"""Split-KV attention over listed tokens: what its kernels share, the list of items, and the merge.
 
 A row is one KV head of one request. An item is at most `split_tokens` of its tokens, in list order.
 `source` says what indices and counts hold: "tokens", "pages", or "all" (only counts matter).
@@ -10,12 +10,21 @@ import tilelang.language as T
 from kernels.config import TILE_LEVEL, AttentionConfig, start_early
 
 LOG2E = 1.4426950408889634
-QUERY_ROWS = 16  # rows of the tensor-core tile: the group's query heads, padded
-# Leaves the copies of a T.Parallel loop in flight: the kernel waits for them itself.
-IN_FLIGHT = {
-    "prefer_async": True,
-    "annotations": {"parallel_async_without_async_commit_wait": True},
-}
+
+
+def listed_token(source, page_size, indices, batch, kv_head, index):
+    """The logical position that the row's list names at `index`."""
+    if source == "tokens":
+        return indices[batch, kv_head, index]
+    if source == "pages":
+        return indices[batch, kv_head, index // page_size] * page_size + index % page_size
+    return index
+
+
+def cache_row(page_table, page_size, num_kv_heads, batch, kv_head, token):
+    """Where the token's K and V lie: a row of the cache seen as [rows, head_dim]."""
+    slot = page_table[batch, token // page_size] * page_size + token % page_size
+    return slot * num_kv_heads + kv_head
 
 
 @T.macro
@@ -59,6 +68,13 @@ def append_items(
             items[first_item[0] + split, 3] = T.min(split_tokens, num_tokens - split * split_tokens)
 
 
+@T.macro
+def load_words(words, items, item, max_items):
+    """words = (batch, kv_head, split, tokens); anything for an item behind the list's end."""
+    for w in T.vectorized(4):
+        words[w] = items[T.min(item, max_items - 1), w]
+
+
 @tilelang.jit(pass_configs=TILE_LEVEL)
 def plan_kernel(page_size: int, source: str, config: AttentionConfig):
     """Grid: (kv_head, batch)."""
@@ -87,126 +103,6 @@ def plan_kernel(page_size: int, source: str, config: AttentionConfig):
             )  # fmt: skip
 
     return plan_items
-
-
-@tilelang.jit(pass_configs=TILE_LEVEL)
-def attention_kernel(
-    group_size: int, head_dim: int, page_size: int, dtype: str, source: str, config: AttentionConfig
-):
-    """Persistent blocks over the items; all of an item's K and V are in flight before any product.
-
-    The group's query heads are the rows of a 16-row tile; rows beyond the group repeat its last
-    head and are not written. Tokens beyond the item's repeat its last one and weigh nothing.
-    """
-    batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
-    num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
-    width, max_items = T.dynamic("width"), T.dynamic("max_items")
-    max_splits = T.dynamic("max_splits")
-    split_tokens = config.split_tokens
-
-    @T.prim_func
-    def attend_items(
-        q: T.Tensor[(batch_size, num_kv_heads, group_size, head_dim), dtype],
-        k_cache: T.Tensor[(num_pages, page_size, num_kv_heads, head_dim), dtype],
-        v_cache: T.Tensor[(num_pages, page_size, num_kv_heads, head_dim), dtype],
-        page_table: T.Tensor[(batch_size, max_pages), T.int32],
-        indices: T.Tensor[(batch_size, num_kv_heads, width), T.int32],
-        items: T.Tensor[(max_items, 4), T.int32],
-        num_items: T.Tensor[(1,), T.int32],
-        num_blocks: T.int32,
-        sm_scale: T.float32,
-        partial_out: T.Tensor[
-            (batch_size, num_kv_heads, max_splits, group_size, head_dim), T.float32
-        ],
-        partial_lse: T.Tensor[(batch_size, num_kv_heads, max_splits, group_size, 2), T.float32],
-        out: T.Tensor[(batch_size, num_kv_heads, group_size, head_dim), dtype],
-        lse: T.Tensor[(batch_size, num_kv_heads, group_size), T.float32],
-    ):
-        with T.Kernel(num_blocks, threads=config.num_threads) as block:
-            start_early(config.pdl)
-            # Static scope: from the dynamic pool, each copy that reads it would wait at a barrier.
-            slots = T.alloc_shared((split_tokens,), T.int32, scope="shared")
-            q_shared = T.alloc_shared((QUERY_ROWS, head_dim), dtype)
-            k_shared = T.alloc_shared((split_tokens, head_dim), dtype)
-            v_shared = T.alloc_shared((split_tokens, head_dim), dtype)
-            weights_shared = T.alloc_shared((QUERY_ROWS, split_tokens), dtype)
-            logits = T.alloc_fragment((QUERY_ROWS, split_tokens), T.float32)
-            acc = T.alloc_fragment((QUERY_ROWS, head_dim), T.float32)
-            row_max = T.alloc_fragment((QUERY_ROWS,), T.float32)
-            row_sum = T.alloc_fragment((QUERY_ROWS,), T.float32)
-            item = T.alloc_var(T.int32)
-
-            item = block
-            while item < num_items[0]:
-                batch = items[item, 0]
-                kv_head = items[item, 1]
-                split = items[item, 2]
-                num_tokens = items[item, 3]
-
-                for i in T.Parallel(split_tokens):
-                    index = T.max(split, 0) * split_tokens + T.min(i, num_tokens - 1)
-                    if source == "tokens":
-                        token = indices[batch, kv_head, index]
-                    elif source == "pages":
-                        page = indices[batch, kv_head, index // page_size]
-                        token = page * page_size + index % page_size
-                    else:
-                        token = index
-                    physical = page_table[batch, token // page_size]
-                    slots[i] = physical * page_size + token % page_size
-                T.sync_threads()
-                for i, j in T.Parallel(split_tokens, head_dim, **IN_FLIGHT):
-                    page, slot = slots[i] // page_size, slots[i] % page_size
-                    k_shared[i, j] = k_cache[page, slot, kv_head, j]
-                T.ptx_commit_group()
-                for i, j in T.Parallel(split_tokens, head_dim, **IN_FLIGHT):
-                    page, slot = slots[i] // page_size, slots[i] % page_size
-                    v_shared[i, j] = v_cache[page, slot, kv_head, j]
-                T.ptx_commit_group()
-                for i, j in T.Parallel(QUERY_ROWS, head_dim):
-                    q_shared[i, j] = q[batch, kv_head, T.min(i, group_size - 1), j]
-
-                T.ptx_wait_group(1)
-                T.sync_threads()
-                T.gemm(
-                    q_shared, k_shared, logits,
-                    transpose_B=True, policy=T.GemmWarpPolicy.FullCol, clear_accum=True,
-                )  # fmt: skip
-                for i, j in T.Parallel(QUERY_ROWS, split_tokens):
-                    logits[i, j] = T.if_then_else(
-                        j < num_tokens, logits[i, j] * (sm_scale * LOG2E), -T.infinity(T.float32)
-                    )
-                T.reduce_max(logits, row_max, dim=1, clear=True)
-                for i, j in T.Parallel(QUERY_ROWS, split_tokens):
-                    logits[i, j] = T.exp2(logits[i, j] - row_max[i])
-                T.reduce_sum(logits, row_sum, dim=1, clear=True)
-                T.copy(logits, weights_shared)
-                T.ptx_wait_group(0)
-                T.sync_threads()
-                T.gemm(
-                    weights_shared, v_shared, acc,
-                    policy=T.GemmWarpPolicy.FullCol, clear_accum=True,
-                )  # fmt: skip
-
-                if split < 0:
-                    for i, j in T.Parallel(QUERY_ROWS, head_dim):
-                        if i < group_size:
-                            out[batch, kv_head, i, j] = T.cast(acc[i, j] / row_sum[i], dtype)
-                    for i in T.Parallel(QUERY_ROWS):
-                        if i < group_size:
-                            lse[batch, kv_head, i] = (row_max[i] + T.log2(row_sum[i])) / LOG2E
-                else:
-                    for i, j in T.Parallel(QUERY_ROWS, head_dim):
-                        if i < group_size:
-                            partial_out[batch, kv_head, split, i, j] = acc[i, j]
-                    for i in T.Parallel(QUERY_ROWS):
-                        if i < group_size:
-                            partial_lse[batch, kv_head, split, i, 0] = row_max[i]
-                            partial_lse[batch, kv_head, split, i, 1] = row_sum[i]
-                T.sync_threads()
-                item += num_blocks
-
-    return attend_items
 
 
 @tilelang.jit(pass_configs=TILE_LEVEL)

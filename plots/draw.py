@@ -1,28 +1,33 @@
-"""Command line: read the CSV files, write the figures. `python -m plots.draw --help`"""
+"""Command line: read the data files, write the figures. `python -m plots.draw --help`"""
 
 import argparse
+import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pandas as pd
 
-from plots.figures import FIGURES, SIZES, Frames, MissingData, standard_rows
+from plots.figures import FIGURES, SIZES, TUNED_FIGURES, Frames, MissingData, standard_rows
 from plots.style import DPI
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "profiling" / "results"
 FIGURES_FOLDER = ROOT / "plots" / "figures"
+CONFIGS = ROOT / "autotune" / "configs"
 TEXT = ("commit", "torch", "tilelang")  # may look like numbers
 
 
 class Results(Mapping[str, pd.DataFrame]):
-    """The CSV files of one GPU; a file that is not there is an error with its path."""
+    """The CSV files of one GPU, and its tuned configs; a file that is not there is an error with
+    its path."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, configs: Path = CONFIGS) -> None:
+        self.folder, self.configs = folder, configs / f"{folder.name}.json"
 
     def __getitem__(self, stage: str) -> pd.DataFrame:
+        if stage == "tuned":
+            return tuned_rows(self.configs)
         path = self.folder / f"{stage}.csv"
         if not path.is_file():
             raise MissingData(f"{path}: no such file; `make bench` writes it")
@@ -35,16 +40,33 @@ class Results(Mapping[str, pd.DataFrame]):
         return sum(1 for _ in self)
 
 
-def draw(results: Path, figures: Path, present_only: bool = False) -> int:
-    """Draw every figure of one GPU and return how many.
+def tuned_rows(path: Path) -> pd.DataFrame:
+    """Times of the tuner: one row per kernel and workload that launches it."""
+    if not path.is_file():
+        raise MissingData(f"{path}: no such file; `make tune` writes it")
+    data = json.loads(path.read_text())
+    rows = [
+        {"gpu": data["gpu"], "kernel": kernel, "workload": workload}
+        | {name: entry[name] for name in ("time_us", "default_us", "noise_us")}
+        for kernel, own in data["kernels"].items()
+        for entry in own.values()
+        for workload in entry["workloads"]
+    ]
+    return pd.DataFrame(rows)
+
+
+def draw(results: Path, figures: Path, present_only: bool = False, configs: Path = CONFIGS) -> int:
+    """Draw every figure of one GPU and return how many; that of the tuner if the GPU is tuned.
 
     Args:
         results: folder of its CSV files.
         figures: folder of its figures; made if absent.
+        configs: folder of the tuned configs.
         present_only: say which figures lack data and go on, instead of raising MissingData.
     """
-    frames, drawn = Results(results), 0
-    for name, make in FIGURES.items():
+    frames, drawn = Results(results, configs), 0
+    wanted = FIGURES | (TUNED_FIGURES if frames.configs.is_file() else {})
+    for name, make in wanted.items():
         try:
             figure = make(frames)
         except MissingData as error:
@@ -126,6 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--present", action="store_true", help="skip what lacks data, say what")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
     parser.add_argument("--figures", type=Path, default=FIGURES_FOLDER, help="where figures go")
+    parser.add_argument("--configs", type=Path, default=CONFIGS, help="folder of the tuned configs")
     arguments = parser.parse_args(argv)
     folders = [path for path in sorted(arguments.results.glob("*")) if any(path.glob("*.csv"))]
     names = [arguments.gpu] if arguments.gpu else [path.name for path in folders]
@@ -139,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
                 results = Results(folder)
                 print(markdown_table(results), stage_table(results), sep="\n\n", end="\n\n")
             else:
-                drawn = draw(folder, arguments.figures / name, arguments.present)
+                drawn = draw(folder, arguments.figures / name, arguments.present, arguments.configs)
                 where = os.path.relpath(arguments.figures / name)
                 print(f"{drawn} figures -> {where}")
         except MissingData as error:

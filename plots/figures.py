@@ -1,4 +1,5 @@
-"""The figures, each from frames read from CSV files: `frames[stage]` holds the rows of one stage.
+"""The figures, each from frames read from data files: `frames[stage]` holds the rows of one stage,
+`frames["tuned"]` those of the tuner.
 
 A figure whose rows are missing raises `MissingData` with the name of the file; nothing is guessed.
 """
@@ -10,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from plots.style import (
+    KERNEL_COLORS,
     LOOKS,
     STAGE_COLORS,
     STAGE_HATCHES,
@@ -174,12 +176,49 @@ def stage_floor(frames: Frames) -> Figure:
     return figure
 
 
+@styled
+def tuned_gain(frames: Frames) -> Figure:
+    """What the tuned configs gain over the defaults, a group of bars per workload."""
+    tuned = frames["tuned"]
+    if tuned.empty:
+        raise MissingData("no tuned config; `make tune` writes them")
+    workloads = list(dict.fromkeys(tuned.sort_values("workload")["workload"]))
+    figure, (axes,) = _figure(1, (10.5, 4.4))
+    width = 0.84 / len(KERNEL_COLORS)
+    for place, kernel in enumerate(KERNEL_COLORS):
+        own = tuned[tuned["kernel"] == kernel].set_index("workload").reindex(workloads)
+        x = [i + (place - (len(KERNEL_COLORS) - 1) / 2) * width for i in range(len(workloads))]
+        gain = 100 * (1 - own["time_us"] / own["default_us"])
+        bars = axes.bar(
+            x,
+            gain,
+            width * 0.92,
+            yerr=100 * own["noise_us"] / own["default_us"],
+            error_kw={"lw": 1.0, "ecolor": "#777777"},
+            label=kernel,
+            **_bar_look(kernel),
+        )
+        texts = own["time_us"].map(three_digits).where(own["time_us"].notna(), "")
+        axes.bar_label(bars, texts, fontsize=8, padding=2, bbox=LABEL_BOX)
+    axes.axhline(0, color="#111111", lw=1.0, zorder=0.9)
+    axes.set_xticks(range(len(workloads)), workloads)
+    axes.margins(y=0.15)
+    axes.grid(axis="x", visible=False)
+    axes.set_ylabel("time of the stage saved, %")
+    shown = "numbers: us of the stage when tuned; whiskers: noise, gains within it are not taken"
+    gpu = ", ".join(sorted(tuned["gpu"].unique()))
+    figure.suptitle(f"Tuned configs against the defaults ({gpu.upper()})\n{shown}")
+    legend_below(figure, [axes], len(KERNEL_COLORS))
+    return figure
+
+
 FIGURES: dict[str, Callable[[Frames], Figure]] = {
     "attention_budget": attention_budget,
     "pipeline_length": pipeline_length,
     "pipeline_share": pipeline_share,
     "stage_floor": stage_floor,
 }
+TUNED_FIGURES: dict[str, Callable[[Frames], Figure]] = {"tuned_gain": tuned_gain}
 
 
 def standard_rows(frames: Frames, stage: str, **wanted: object) -> pd.DataFrame:
@@ -262,7 +301,7 @@ def _floor(axes: Axes, x: pd.Series, y: pd.Series, text: str = "byte floor") -> 
 
 def _bar_look(stage: str) -> dict[str, object]:
     return {
-        "color": STAGE_COLORS[stage],
+        "color": {**STAGE_COLORS, **KERNEL_COLORS}[stage],
         "hatch": STAGE_HATCHES.get(stage),
         "edgecolor": "white",
         "linewidth": 0.5,

@@ -57,6 +57,11 @@ STAGE_COLORS = {
     "pipeline": "#444444",
     "dense": "#b8bdc7",
 }
+KERNEL_COLORS = {
+    "page_score": STAGE_COLORS["selector"],
+    "top_pages": "#8fa3bf",
+    **{stage: STAGE_COLORS[stage] for stage in ("estimator", "pruner", "attention")},
+}
 STAGE_HATCHES = {"estimator": "//", "attention": "..", "dense": "xx"}
 
 

@@ -73,12 +73,13 @@ class TileLang:
         counts: torch.Tensor,
         width: int,
     ) -> Call:
-        from kernels.attention import AttentionWorkspace, launch_attention
+        from kernels.attention import AttentionWorkspace, launch_attention, launch_plan
 
         workspace = AttentionWorkspace.allocate(cache, q.shape[1] // cache.num_kv_heads, width)
         out = torch.empty_like(q)
 
         def call() -> torch.Tensor:
+            launch_plan(cache, source, indices, counts, workspace)
             launch_attention(
                 q, cache, source, indices, counts, workspace, out, cache.head_dim**-0.5
             )

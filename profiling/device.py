@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.metadata
-import re
 import subprocess
 from pathlib import Path
 
@@ -14,19 +13,13 @@ SOURCES = ("kernels", "reference", "profiling", "autotune")
 DEFAULT_L2_BYTES = 64 << 20
 
 
-def gpu_slug(name: str) -> str:
-    """Short lower-case name of a GPU: "NVIDIA H100 80GB HBM3" is "h100"."""
-    words = [word for word in re.split(r"[\s\-]+", name.lower()) if word]
-    words = [word for word in words if word not in ("nvidia", "geforce", "tesla", "quadro")]
-    if not words:
-        raise ValueError(f"name: expected the name of a GPU, got {name!r}")
-    short = words[0] + words[1] if words[0] in ("rtx", "gtx") and len(words) > 1 else words[0]
-    return re.sub(r"[^a-z0-9]", "", short)
-
-
 def gpu_label() -> str:
     """The slug of the current GPU, or `cpu-reference` where there is none."""
-    return gpu_slug(torch.cuda.get_device_name()) if torch.cuda.is_available() else CPU_LABEL
+    if not torch.cuda.is_available():
+        return CPU_LABEL
+    from kernels.tuned import gpu_slug  # only where there is a GPU
+
+    return gpu_slug(torch.cuda.get_device_name())
 
 
 def l2_bytes() -> int:

@@ -83,10 +83,35 @@ class StageBuilder:
             return [self._twilight(m) for m in METHODS if m.endswith("twilight")] + [self._quest()]
         return [self._stage(stage)]
 
+    def slots(self, stage: str, method: str) -> list[Slot]:
+        """Slots that keep a stage cold, their steps run once, as far as their workspaces allow.
+
+        The pruner reads its workspace only, so for it slots may share an input set.
+        """
+        workload, sets = self.workload, self.sets
+        work = workload.work(method)
+        workspace = 2 * 4 * work.candidate_tokens * (work.group_size + 1)
+        wanted = min(self._num_cold(stage, method), max(1, WORKSPACE_BYTES // workspace))
+        wanted = min(wanted, MAX_SLOTS if stage == "pruner" else sets.num_sets)
+        slots = self._slots.setdefault(method, [])
+        while len(slots) < wanted:
+            index = len(slots) % sets.num_sets
+            q, cache = sets.queries[index], sets.caches[index]
+            step = self.backend.step(
+                cache,
+                q.shape[1],
+                selector="full" if method == "full+twilight" else "quest",
+                token_budget=workload.token_budget,
+                top_p=workload.top_p,
+            )
+            step.run(q, cache)
+            slots.append(Slot(q, cache, step))
+        return slots[:wanted]
+
     def _stage(self, stage: str) -> Provider:
         """One stage of quest+twilight, on what the stages before it left in the workspaces."""
         method = METHODS[0]
-        slots = self._method_slots(stage, method)
+        slots = self.slots(stage, method)
         call = {
             "selector": lambda slot: partial(slot.step.select, slot.q, slot.cache),
             "estimator": lambda slot: partial(slot.step.estimate, slot.q, slot.cache),
@@ -108,7 +133,7 @@ class StageBuilder:
         return self._provider(stage, method, slots, calls, check)
 
     def _twilight(self, method: str) -> Provider:
-        slots = self._method_slots("pipeline", method)
+        slots = self.slots("pipeline", method)
         calls, (q, cache, step) = (
             [partial(s.step.run, s.q, s.cache) for s in slots],
             _parts(slots[0]),
@@ -178,31 +203,6 @@ class StageBuilder:
     def _cold_sets(self, stage: str, method: str) -> tuple[list[torch.Tensor], list[Any]]:
         wanted = self._num_cold(stage, method)
         return self.sets.queries[:wanted], self.sets.caches[:wanted]
-
-    def _method_slots(self, stage: str, method: str) -> list[Slot]:
-        """Slots that keep a stage cold, their steps run once, as far as their workspaces allow.
-
-        The pruner reads its workspace only, so for it slots may share an input set.
-        """
-        workload, sets = self.workload, self.sets
-        work = workload.work(method)
-        workspace = 2 * 4 * work.candidate_tokens * (work.group_size + 1)
-        wanted = min(self._num_cold(stage, method), max(1, WORKSPACE_BYTES // workspace))
-        wanted = min(wanted, MAX_SLOTS if stage == "pruner" else sets.num_sets)
-        slots = self._slots.setdefault(method, [])
-        while len(slots) < wanted:
-            index = len(slots) % sets.num_sets
-            q, cache = sets.queries[index], sets.caches[index]
-            step = self.backend.step(
-                cache,
-                q.shape[1],
-                selector="full" if method == "full+twilight" else "quest",
-                token_budget=workload.token_budget,
-                top_p=workload.top_p,
-            )
-            step.run(q, cache)
-            slots.append(Slot(q, cache, step))
-        return slots[:wanted]
 
 
 def sets_wanted(workload: Workload, l2_bytes: int) -> int:

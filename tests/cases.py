@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from kernels.config import AttentionConfig
 from reference.inputs import DecodeShape
 
 NAN = float("nan")
@@ -171,3 +172,16 @@ def _normal_like(rng: torch.Generator):
         return torch.randn(*size, generator=rng, device=rng.device)
 
     return normal
+
+
+# Every form of attention.
+FORMS = {
+    "item": AttentionConfig("item", split_tokens=128),
+    "item64": AttentionConfig("item", split_tokens=64, blocks_per_sm=5),
+    "ring-block": AttentionConfig("ring", num_threads=128, tile_tokens=64, num_stages=2),
+    "ring-warp": AttentionConfig(
+        "ring", split_tokens=64, num_threads=32, blocks_per_sm=8, tile_tokens=16, num_stages=3
+    ),
+    "lanes": AttentionConfig("lanes", split_tokens=256, blocks_per_sm=16, tile_tokens=8),
+    "lanes-few": AttentionConfig("lanes", split_tokens=128, blocks_per_sm=16, tile_tokens=4),
+}

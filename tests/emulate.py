@@ -10,21 +10,12 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import tilelang
 import torch
-from tilelang import tvm
-from tvm.target import Target
+
+from autotune.compiled import lower
 
 HEADER = Path(__file__).parent / "cuda_on_cpu.h"
 _built: dict[tuple, Callable[..., None]] = {}
-
-
-def lower(factory, arguments: tuple, arch: str):
-    """The lowered kernel of a `tilelang.jit` factory, for a GPU that need not be there."""
-    target = Target({"kind": "cuda", "arch": arch})
-    configs = {key.value: value for key, value in factory.pass_configs.items()}
-    with tvm.transform.PassContext(opt_level=3, config=configs), target:
-        return tilelang.lower(factory.get_tir(*arguments), target=target)
 
 
 def emulated(factory, arguments: tuple, folder: Path) -> Callable[..., None]:

@@ -1,13 +1,18 @@
 """flash_topk_attention, page_attention and dense_attention against fp64, and against each other."""
 
+import dataclasses
+
 import pytest
 import torch
 
 import kernels
 import reference
+from kernels.attention import AttentionWorkspace, launch_attention, launch_plan
+from kernels.config import AttentionConfig
+from kernels.tuned import pinned
 from reference.compare import assert_close
 from reference.inputs import LAYER_BUDGETS
-from tests.cases import BASE, CASES, NAMED, Tensors, build_cache, make_tensors, poison_unused
+from tests.cases import BASE, CASES, FORMS, NAMED, Tensors, build_cache, make_tensors, poison_unused
 from tests.properties import as_reference, assert_attention_close, candidate_positions
 
 pytestmark = pytest.mark.gpu
@@ -52,6 +57,53 @@ def test_flash_topk_attention_matches_reference(case, rng):
     kept = random_tokens(tensors.seq_lens.tolist(), skewed_counts(cache, rng), rng)
     result = kernels.flash_topk_attention(tensors.q, cache, *kept, return_lse=True)
     assert_attention_close(result, tensors.q, cache, *kept)
+
+
+def attend_as(config, q, cache, kept_tokens, kept_counts) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of flash_topk_attention at a configuration of choice."""
+    width = kept_tokens.shape[2]
+    workspace = AttentionWorkspace.allocate(cache, q.shape[1] // cache.num_kv_heads, width, config)
+    out = torch.empty_like(q)
+    launch_plan(cache, "tokens", kept_tokens, kept_counts, workspace)
+    with pinned({}):  # whatever is tuned
+        launch_attention(
+            q, cache, "tokens", kept_tokens, kept_counts, workspace, out, cache.head_dim**-0.5
+        )
+    return out, workspace.lse
+
+
+def forms_of(group_size: int) -> dict[str, AttentionConfig]:
+    """Those that are meant for it: lanes keep every query head of the group in registers."""
+    return {name: form for name, form in FORMS.items() if form.form != "lanes" or group_size <= 4}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_form_matches_reference(case, rng):
+    tensors = make_tensors(case, rng)
+    cache = build_cache(kernels, tensors)
+    poison_unused(cache)
+    kept = random_tokens(tensors.seq_lens.tolist(), skewed_counts(cache, rng), rng)
+    for config in forms_of(tensors.q.shape[1] // cache.num_kv_heads).values():
+        result = attend_as(config, tensors.q, cache, *kept)
+        assert_attention_close(result, tensors.q, cache, *kept)
+
+
+@pytest.mark.parametrize("pdl", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_bits_from_any_grid(form, pdl, rng, monkeypatch):
+    if pdl and torch.cuda.get_device_capability(rng.device) < (9, 0):
+        pytest.skip("early starts need compute capability 9")
+    monkeypatch.setattr("kernels.attention.launches_early", lambda cache: pdl)
+    tensors = layer_tensors(rng, 3008)
+    cache = build_cache(kernels, tensors)
+    counts = torch.tensor(LAYER_BUDGETS, dtype=torch.int32, device=rng.device).view(8, 4)
+    kept = random_tokens(tensors.seq_lens.tolist(), counts, rng)
+    expected = attend_as(FORMS[form], tensors.q, cache, *kept)
+    for blocks_per_sm in (1, 5, 16):
+        config = dataclasses.replace(FORMS[form], blocks_per_sm=blocks_per_sm)
+        for _ in range(3):
+            result = attend_as(config, tensors.q, cache, *kept)
+            assert all(map(torch.equal, result, expected))
 
 
 def test_flash_topk_attention_returns_out_alone(rng):

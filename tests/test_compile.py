@@ -1,17 +1,15 @@
 """Every kernel compiles for every supported GPU: without spills, within its shared memory, and with
 64-bit addresses into the cache. No GPU is needed."""
 
+import dataclasses
 import re
-import subprocess
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-from tilelang import PassConfigKey
-from tilelang.contrib.nvcc import default_compile_options, get_nvcc_compiler
 
+from autotune.compiled import compile_for
 from autotune.space import SHARED_MEMORY_LIMIT, KernelShape, KernelVariant, default_variants
-from tests.emulate import lower
+from kernels.attention import ATTENTION_KERNELS
+from tests.cases import FORMS
 
 # Each shape with the GPUs that it is compiled for: one for all three, the odd ones for one.
 SHAPES = {
@@ -24,45 +22,24 @@ SHAPES = {
 CACHE_POINTERS = ("k_cache", "v_cache", "codes", "scale_zero", "bounds", "bounds_scale_zero")
 
 
-@dataclass(frozen=True)
-class Compiled:
-    source: str
-    report: str  # of ptxas
-    shared_memory: int  # bytes
-
-
-def compile_for(variant: KernelVariant, arch: str, folder: Path) -> Compiled:
-    artifact = lower(variant.factory, variant.arguments, arch)
-    source = folder / f"{variant.name}.cu"
-    source.write_text(artifact.kernel_source)
-    options = [*default_compile_options(), "-O3", f"-arch={arch}", "-Xptxas", "-v", "--cubin"]
-    if PassConfigKey.TL_ENABLE_FAST_MATH in variant.factory.pass_configs:
-        options.append("--use_fast_math")
-    command = [get_nvcc_compiler(), *options, str(source), "-o", str(source.with_suffix(".cubin"))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    report = done.stdout + done.stderr
-    dynamic = [f.attrs.get("dyn_shared_memory_buf") for f in artifact.device_mod.functions.values()]
-    static = re.findall(r"(\d+) bytes smem", report)
-    shared_memory = sum(int(size) for size in dynamic if size is not None) + sum(map(int, static))
-    return Compiled(artifact.kernel_source, report, shared_memory)
-
-
 CASES = [
     pytest.param(variant, arch, id=f"{name}-{arch}-{variant.name}")
     for name, (shape, archs) in SHAPES.items()
     for arch in archs
     for variant in default_variants(shape, arch)
 ]
+for name, form in FORMS.items():
+    for arch in SHARED_MEMORY_LIMIT:
+        config = dataclasses.replace(form, pdl=arch != "sm_80")
+        arguments = (1 if form.form == "lanes" else 4, 128, 16, "float16", "tokens", config)
+        variant = KernelVariant(name, ATTENTION_KERNELS[form.form], arguments)
+        CASES.append(pytest.param(variant, arch, id=f"form-{arch}-{name}"))
 
 
 @pytest.mark.parametrize("variant, arch", CASES)
 def test_kernel_compiles_cleanly(variant, arch, tmp_path):
     compiled = compile_for(variant, arch, tmp_path)
-    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", compiled.report)
-    assert spills, f"no ptxas report in:\n{compiled.report}"
-    assert not any(map(int, spills)), compiled.report
-    assert compiled.shared_memory <= SHARED_MEMORY_LIMIT[arch]
+    assert compiled.fault(arch) is None, compiled.report
     assert narrow_cache_accesses(compiled.source) == []
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import reference
+from kernels.attention import ATTENTION_KERNELS
 from kernels.config import (
-    AttentionConfig,
     EstimatorConfig,
     PageScoreConfig,
     PrunerConfig,
@@ -27,9 +27,10 @@ from kernels.selector import (
     page_score_kernel,
     top_pages_kernel,
 )
-from kernels.split_kv import attention_kernel, merge_kernel, plan_kernel
+from kernels.split_kv import merge_kernel, plan_kernel
 from reference.hazards import contiguous, poison_unused
 from reference.inputs import DecodeShape, random_inputs
+from tests.cases import FORMS
 from tests.emulate import emulated
 from tests.properties import assert_bounds_hold
 
@@ -324,9 +325,13 @@ def test_pruned_sets_match_reference(row, draw, top_p, folder):
     torch.testing.assert_close(kept_mass[0], expected[2].float(), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("num_blocks", [1, 5])
-@pytest.mark.parametrize("source", ["tokens", "pages", "all"])
-def test_attention_matches_reference(source, num_blocks, inputs, folder):
+ATTENDED = [(form, "tokens") for form in FORMS] + [
+    (form, source) for form in ("item", "ring-warp", "lanes") for source in ("pages", "all")
+]
+
+
+@pytest.mark.parametrize("form, source", ATTENDED)
+def test_attention_matches_reference(form, source, inputs, folder):
     cache = reference.PagedKVCache.wrap(*inputs.paged())
     q = grouped(inputs.q, cache)
     rows = (cache.batch_size, cache.num_kv_heads)
@@ -345,29 +350,35 @@ def test_attention_matches_reference(source, num_blocks, inputs, folder):
         indices, width = counts[..., None].contiguous(), cache.capacity
         expected = reference.dense_attention(inputs.q, cache, return_lse=True)
 
-    config = AttentionConfig()
+    config = FORMS[form]
     max_splits = -(-width // config.split_tokens)
+    max_items = rows[0] * rows[1] * max_splits
     partials = (*rows, max_splits, q.shape[2])
-    shared = dict(
-        seq_lens=cache.seq_lens, indices=indices, counts=counts, q=q, k_cache=cache.k_cache,
-        v_cache=cache.v_cache, page_table=cache.page_table,
-        items=blank(rows[0] * rows[1] * max_splits, 4, dtype=torch.int32),
-        num_items=torch.zeros(1, dtype=torch.int32), tickets=torch.zeros(2, dtype=torch.int32),
-        num_blocks=num_blocks,
-        sm_scale=cache.head_dim**-0.5, partial_out=blank(*partials, cache.head_dim),
-        partial_lse=blank(*partials, 2), out=blank(*q.shape, dtype=torch.float16),
-        lse=blank(*q.shape[:3]), width=indices.shape[2], max_splits=max_splits,
-        max_items=rows[0] * rows[1] * max_splits, **sizes(cache),
-    )  # fmt: skip
     static = (q.shape[2], cache.head_dim, cache.page_size, "float16", source, config)
-    emulated(plan_kernel, (cache.page_size, source, config), folder)(rows[::-1], 64, **shared)
-    emulated(attention_kernel, static, folder)((num_blocks,), config.num_threads, **shared)
-    grid = (q.shape[2], cache.num_kv_heads, cache.batch_size)
-    emulated(merge_kernel, static, folder)(grid, cache.head_dim, **shared)
-    out, lse = shared["out"].flatten(1, 2), shared["lse"].flatten(1, 2)
+    results = []
+    for num_blocks in (1, 5):
+        shared = dict(
+            seq_lens=cache.seq_lens, indices=indices, counts=counts, q=q, k_cache=cache.k_cache,
+            v_cache=cache.v_cache, page_table=cache.page_table,
+            items=blank(max_items, 4, dtype=torch.int32),
+            num_items=torch.zeros(1, dtype=torch.int32),
+            tickets=torch.zeros(2, dtype=torch.int32), num_blocks=num_blocks,
+            sm_scale=cache.head_dim**-0.5, partial_out=blank(*partials, cache.head_dim),
+            partial_lse=blank(*partials, 2), out=blank(*q.shape, dtype=torch.float16),
+            lse=blank(*q.shape[:3]), width=indices.shape[2], max_splits=max_splits,
+            max_items=max_items, num_rows=cache.k_cache.numel() // cache.head_dim, **sizes(cache),
+        )  # fmt: skip
+        emulated(plan_kernel, (cache.page_size, source, config), folder)(rows[::-1], 64, **shared)
+        attend = emulated(ATTENTION_KERNELS[config.form], static, folder)
+        attend((num_blocks,), config.num_threads, **shared)
+        grid = (q.shape[2], cache.num_kv_heads, cache.batch_size)
+        emulated(merge_kernel, static, folder)(grid, cache.head_dim, **shared)
+        assert not shared["tickets"].any()
+        results.append((shared["out"].flatten(1, 2), shared["lse"].flatten(1, 2)))
+    (out, lse), again = results
     torch.testing.assert_close(out, expected[0], rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(lse, expected[1].float(), rtol=1e-5, atol=1e-4)
-    assert not shared["tickets"].any()
+    assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
 
 
 def test_all_pages_lists_every_page(folder):

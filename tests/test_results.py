@@ -10,7 +10,7 @@ import torch
 
 from plots import draw
 from plots.figures import FIGURES, MissingData
-from profiling import bench, device, traffic
+from profiling import bench, traffic
 from profiling.checks import CheckFailed, check_attention, check_pruner, check_selector
 from profiling.plan import row_key
 from profiling.request_sets import affordable_sets, cold_sets, random_tokens, workload_sets
@@ -244,20 +244,6 @@ def test_random_tokens_are_distinct_and_ascending() -> None:
     assert tokens.shape == (2, 2, 40) and tokens.dtype == torch.int32
     assert bool((tokens.diff(dim=-1) > 0).all())
     assert int(tokens.amin()) >= 0 and int(tokens.amax()) < 256
-
-
-@pytest.mark.parametrize(
-    ("name", "slug"),
-    [
-        ("NVIDIA H200", "h200"),
-        ("NVIDIA H100 80GB HBM3", "h100"),
-        ("NVIDIA A100-SXM4-80GB", "a100"),
-        ("NVIDIA GeForce RTX 4090", "rtx4090"),
-        ("Tesla T4", "t4"),
-    ],
-)
-def test_gpu_slug_is_short(name: str, slug: str) -> None:
-    assert device.gpu_slug(name) == slug
 
 
 def test_timing_orders_its_quantiles() -> None:

@@ -1,0 +1,63 @@
+"""Compiles a kernel for a GPU that need not be there, and reads what ptxas says about it."""
+
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import tilelang
+from tilelang import PassConfigKey, tvm
+from tilelang.contrib.nvcc import default_compile_options, get_nvcc_compiler
+from tilelang.jit import JITImpl
+
+from autotune.space import SHARED_MEMORY_LIMIT, KernelVariant
+
+
+class CompileError(Exception):
+    """A kernel does not compile, with what the compiler says."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel for one GPU generation."""
+
+    source: str
+    report: str  # of ptxas
+    spill_bytes: int  # stored and loaded
+    shared_memory: int  # bytes of a block
+
+    def fault(self, arch: str) -> str | None:
+        """Why this kernel is not worth running; None if it is."""
+        if self.spill_bytes:
+            return f"spills {self.spill_bytes} bytes"
+        if self.shared_memory > SHARED_MEMORY_LIMIT[arch]:
+            return f"needs {self.shared_memory} bytes of shared memory"
+        return None
+
+
+def lower(factory: JITImpl, arguments: tuple, arch: str):
+    """The lowered kernel of a `tilelang.jit` factory."""
+    target = tvm.target.Target({"kind": "cuda", "arch": arch})
+    configs = {key.value: value for key, value in factory.pass_configs.items()}
+    with tvm.transform.PassContext(opt_level=3, config=configs), target:
+        return tilelang.lower(factory.get_tir(*arguments), target=target)
+
+
+def compile_for(variant: KernelVariant, arch: str, folder: Path) -> Compiled:
+    """Compile one kernel into `folder`; CompileError where nvcc fails."""
+    artifact = lower(variant.factory, variant.arguments, arch)
+    source = folder / f"{variant.name}.cu"
+    source.write_text(artifact.kernel_source)
+    options = [*default_compile_options(), "-O3", f"-arch={arch}", "-Xptxas", "-v", "--cubin"]
+    if PassConfigKey.TL_ENABLE_FAST_MATH in variant.factory.pass_configs:
+        options.append("--use_fast_math")
+    command = [get_nvcc_compiler(), *options, str(source), "-o", str(source.with_suffix(".cubin"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    report = done.stdout + done.stderr
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", report)
+    if done.returncode != 0 or not spills:
+        raise CompileError(f"{variant.name}: {report}")
+    dynamic = [f.attrs.get("dyn_shared_memory_buf") for f in artifact.device_mod.functions.values()]
+    static = re.findall(r"(\d+) bytes smem", report)
+    shared_memory = sum(int(size) for size in dynamic if size is not None) + sum(map(int, static))
+    return Compiled(artifact.kernel_source, report, sum(map(int, spills)), shared_memory)

@@ -1,0 +1,93 @@
+"""The search over one kernel's configs on one workload, whatever measures them.
+
+`worker` answers four calls: `verify(kernel)` checks the default config against the reference;
+`check(kernel, config)` raises unless a config's result is right; `quick(kernel, config)` returns
+its time over the default's, roughly; `final(kernel, config)` returns a `Measured`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from autotune.worker import Worker, WorkerFailed
+
+CALL_SECONDS = 60.0  # a call that takes longer hangs
+VERIFY_SECONDS = 300.0  # the first one compiles the kernels of a whole step
+FINALISTS = 3
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Times of one config and of the default, measured in turns, in microseconds."""
+
+    time_us: float
+    default_us: float
+    noise_us: float  # by which equal configs differ
+
+    @property
+    def wins(self) -> bool:
+        """Whether the config is faster by more than the noise."""
+        return self.default_us - self.time_us > self.noise_us
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The config to keep, its times, and why others could not win."""
+
+    config: Any
+    measured: Measured
+    rejected: dict[Any, str]
+
+
+def settle(
+    kernel: str,
+    configs: Sequence[Any],
+    worker: Worker,
+    fault: Callable[[Any], str | None] = lambda config: None,
+    tried: Callable[[], object] = lambda: None,
+    seconds: float = CALL_SECONDS,
+) -> Settled:
+    """Find the fastest of `configs`; the first is the default, and stays unless one clearly wins.
+
+    Args:
+        fault: why a config need not be run at all, or None.
+        tried: called when a config is done with.
+        seconds: limit of one call.
+
+    Raises:
+        WorkerFailed: the default is wrong or cannot be measured.
+        SetupFailed: there is no worker to measure with.
+    """
+
+    def ask(method: str, config: Any) -> Any:
+        return worker.ask(method, kernel, config, seconds=seconds)
+
+    default, *others = configs
+    worker.ask("verify", kernel, seconds=VERIFY_SECONDS)
+    rejected: dict[Any, str] = {}
+    ratios: dict[Any, float] = {}
+    for config in others:
+        reason = fault(config)
+        if reason is None:
+            try:
+                ask("check", config)  # a wrong result is never timed
+                ratios[config] = ask("quick", config)
+            except WorkerFailed as error:
+                reason = str(error)
+        if reason is not None:
+            rejected[config] = reason
+        tried()
+    finalists = sorted((c for c in ratios if ratios[c] < 1), key=ratios.__getitem__)[:FINALISTS]
+    measured: dict[Any, Measured] = {}
+    for config in finalists:
+        try:
+            measured[config] = ask("final", config)
+        except WorkerFailed as error:
+            rejected[config] = str(error)
+    winners = [config for config in measured if measured[config].wins]
+    if winners:
+        best = min(winners, key=lambda c: measured[c].time_us / measured[c].default_us)
+        return Settled(best, measured[best], rejected)
+    same = ask("final", default)
+    noise_us = max(same.noise_us, abs(same.default_us - same.time_us))
+    return Settled(default, Measured(same.default_us, same.default_us, noise_us), rejected)

@@ -1,0 +1,302 @@
+"""The tuner without a GPU: its spaces, its search over made-up kernels, what it keeps."""
+
+import dataclasses
+import json
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from autotune import measure, tune
+from autotune.measure import WrongResult, compare_bits, measured, written_by
+from autotune.search import Measured, settle
+from autotune.space import SPACES, broken_limit, bucket_of, candidates, shape_of, space_id
+from autotune.store import open_configs, path_of
+from autotune.worker import SetupFailed, Worker, WorkerFailed
+from kernels import tuned
+from kernels.tuned import KERNELS
+from profiling.backends import Torch, TorchStep
+from profiling.timing import Timing
+from profiling.workloads import Workload
+from reference.inputs import DecodeShape
+from tests.fake_bench import (
+    DyingCompiler,
+    FakeBench,
+    FineCompiler,
+    bench_of_workload,
+    slow_start,
+)
+
+
+@pytest.fixture
+def search():
+    """settle() over a plan for FakeBench; kills every worker in the end."""
+    workers = []
+
+    def run(plan, **options):
+        workers.append(Worker(FakeBench, plan, options.pop("log", None), setup_seconds=60))
+        configs = ["default", *(name for name in plan if name != "default")]
+        return settle("pruner", configs, workers[-1], **{"seconds": 30.0, **options})
+
+    yield run
+    for worker in workers:
+        worker.close()
+
+
+def test_the_fastest_right_config_wins(search) -> None:
+    found = search({"a": 90.0, "b": 70.0, "c": 80.0, "d": 95.0, "slow": 130.0})
+    assert (found.config, found.measured.time_us, found.rejected) == ("b", 70.0, {})
+
+
+def test_a_wrong_config_is_never_timed_and_never_wins(search, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    found = search({"fast but wrong": "wrong", "right": 90.0}, log=str(log))
+    assert found.config == "right"
+    assert "3 % of its bytes differ" in found.rejected["fast but wrong"]
+    assert log.read_text().splitlines() == [
+        *("setup", "check fast but wrong"),
+        *("setup", "check right", "quick right"),  # in a process that the wrong one has not touched
+    ]
+
+
+def test_a_crash_is_recorded_and_the_search_goes_on(search) -> None:
+    found = search({"a": "crash", "b": "late crash", "c": 90.0})
+    assert found.config == "c"
+    assert {name: why[-2:] for name, why in found.rejected.items()} == {"a": "11", "b": "12"}
+
+
+def test_a_hang_is_recorded_and_the_search_goes_on(search) -> None:
+    found = search({"a": "hang", "b": 90.0}, seconds=2.0)
+    assert found.config == "b"
+    assert found.rejected == {"a": "no answer in 2 s"}
+
+
+def test_a_gain_within_the_noise_is_none(search) -> None:
+    found = search({"a": 99.5, "b": 99.0})  # noise: 1 us
+    assert (found.config, found.measured.time_us) == ("default", 100.0)
+    assert search({"a": 98.9}).config == "a"
+
+
+def test_a_config_that_does_not_compile_is_not_run(search, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    found = search({"a": 50.0}, fault={"a": "spills 48 bytes"}.get, log=str(log))
+    assert (found.config, found.rejected) == ("default", {"a": "spills 48 bytes"})
+    assert "check a" not in log.read_text()
+
+
+def test_a_wrong_default_is_a_failure(search) -> None:
+    with pytest.raises(WorkerFailed, match="the default is wrong"):
+        search({"default": "wrong", "a": 50.0})
+
+
+def test_a_worker_that_does_not_get_ready_is_a_failure_of_its_own() -> None:
+    worker = Worker(slow_start, 60.0, setup_seconds=1.0)
+    with pytest.raises(SetupFailed, match="no answer in 1 s"):
+        worker.ask("check", "pruner", "a", seconds=1.0)
+
+
+def test_noise_is_what_separates_equal_runs_or_their_samples() -> None:
+    timing = lambda median, spread: Timing(median, median - spread / 2, median + spread / 2, "t")  # noqa: E731
+    tried = timing(90.0, 9.0)
+    steady = measured(timing(100.0, 0.5), tried, timing(103.0, 0.5))
+    assert (steady.time_us, steady.default_us, steady.noise_us) == (90.0, 101.5, 3.0)
+    assert measured(timing(100.0, 0.5), tried, timing(100.0, 12.0)).noise_us == 12.0
+    assert not measured(timing(100.0, 0.5), tried, timing(100.0, 12.0)).wins
+
+
+class Step:
+    """Two outputs, of which a call writes what it is told to."""
+
+    def __init__(self) -> None:
+        self.logits = torch.zeros(4)
+        self.counts = torch.zeros(4, dtype=torch.int32)
+
+    def write(self, upto: int, value: float) -> None:
+        self.logits[:upto] = value
+        self.counts[:] = 1
+
+
+def test_bits_are_compared_after_the_outputs_were_poisoned() -> None:
+    step, names = Step(), ("logits", "counts")
+    expected = written_by(partial(step.write, 4, 0.0), step, names, {})
+    same = written_by(partial(step.write, 4, 0.0), step, names, {})
+    for name in names:
+        compare_bits(name, same[name], expected[name])
+    for odd in (partial(step.write, 3, 0.0), partial(step.write, 4, -0.0)):
+        written = written_by(odd, step, names, {})
+        compare_bits("counts", written["counts"], expected["counts"])
+        with pytest.raises(WrongResult, match="logits"):
+            compare_bits("logits", written["logits"], expected["logits"])
+
+
+class PinnedStep(TorchStep):
+    """The reference's step, whose estimator goes wrong with the config "wrong"."""
+
+    def estimate(self, q, cache) -> None:
+        super().estimate(q, cache)
+        if tuned._pinned.get("estimator") == "wrong":
+            self.logits[-1, -1, -1] += 1e-4
+
+
+def test_bench_checks_configs_on_the_inputs_of_the_benchmark(monkeypatch) -> None:
+    backend = Torch()
+    backend.step = lambda cache, num_qo_heads, **options: PinnedStep(**options)
+    monkeypatch.setattr(measure, "TileLang", lambda: backend)
+    monkeypatch.setattr(measure.device, "l2_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(measure, "time_providers", made_up_times)
+    shape = DecodeShape(2, 4, 2, 32, seq_lens=256, dtype=torch.float32)
+    bench = measure.Bench(Workload("small", shape, token_budget=128, kept_mean=24))
+    for kernel in ("estimator", "pruner"):
+        bench.verify(kernel)
+        bench.check(kernel, "right")
+    with pytest.raises(WrongResult, match="logits"):
+        bench.check("estimator", "wrong")
+    assert bench.quick("pruner", "right") == 0.5
+    assert bench.final("pruner", "right") == Measured(5.0, 10.0, 1.0)
+
+
+def made_up_times(providers, **options) -> dict[str, Timing]:
+    """10 us for every provider but the one that is tried; each must have run."""
+    for calls in providers.values():
+        calls[0]()
+    us = {name: 5.0 if name == "tried" else 10.0 for name in providers}
+    return {name: Timing(own, own - 0.5, own + 0.5, "made up") for name, own in us.items()}
+
+
+def test_spaces_vary_only_what_cannot_change_a_result() -> None:
+    assert set(SPACES) == set(KERNELS)
+    for kernel, space in SPACES.items():
+        assert set(space.values) <= KERNELS[kernel].tunable_fields
+        for task in tune.tasks_of(tune.WORKLOADS, (space.stage,), "sm_90a"):
+            for name in KERNELS[task.kernel].result_fields:
+                assert len({getattr(config, name) for config in task.configs}) == 1
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a"])
+def test_candidates_are_few_legal_and_begin_with_the_default(arch: str) -> None:
+    for task in tune.tasks_of(tune.WORKLOADS, tune.STAGES, arch):
+        assert task.configs[0] == SPACES[task.kernel].default(task.shape, arch)
+        assert 2 <= len(set(task.configs)) == len(task.configs) <= 16
+        for config in task.configs:
+            assert broken_limit(task.kernel, config, task.shape, arch) is None, config
+
+
+def test_broken_limit_names_the_limit() -> None:
+    (task,) = [t for t in tune.tasks_of(tune.WORKLOADS[:1], ("pruner",), "sm_90a")]
+    greedy = dataclasses.replace(task.configs[0], blocks_per_sm=16)
+    assert "registers" in broken_limit("pruner", greedy, task.shape, "sm_90a")
+
+
+def test_every_bucket_comes_once_and_knows_its_workloads() -> None:
+    tasks = tune.tasks_of(tune.WORKLOADS, tune.STAGES, "sm_90a")
+    assert len({(task.kernel, task.bucket) for task in tasks}) == len(tasks)
+    assert sum(len(task.names) for task in tasks) == len(SPACES) * len(tune.WORKLOADS)
+    shared = [t.names for t in tasks if t.kernel == "pruner" and t.bucket.rows == 8]
+    assert shared == [("solo-128k", "solo-32k")]
+    (alone,) = tune.tasks_of([tune.WORKLOADS[4]], ("pruner",), "sm_90a")
+    assert alone.workload.name == "solo-32k" and alone.names == shared[0]
+    for task in tasks:
+        assert bucket_of(task.kernel, shape_of(task.kernel, task.bucket)) == task.bucket
+
+
+def run_of(folder: Path, **options) -> tune.Run:
+    options = {"make_bench": bench_of_workload, "make_compiler": FineCompiler, **options}
+    return tune.Run("h200", "sm_90a", folder, **options)
+
+
+SOLO = [workload for workload in tune.WORKLOADS if workload.name == "solo-32k"]
+
+
+def test_a_run_writes_what_it_finds_and_the_next_does_nothing(tmp_path: Path) -> None:
+    tasks = tune.tasks_of(SOLO, ("pruner", "attention"), "sm_90a")
+    run = run_of(tmp_path)
+    run.settle(tasks)
+    assert (run.settled, run.improved, run.unfinished, run.failures) == (2, 2, 0, [])
+    text = path_of("h200", tmp_path).read_text()
+    assert text == json.dumps(json.loads(text), indent=2) + "\n"
+    configs = open_configs("h200", "sm_90a", tmp_path)
+    (entry,) = configs.fresh("attention").values()
+    assert (entry.time_us, entry.default_us, entry.noise_us) == (80.0, 100.0, 1.0)
+    assert set(entry.config) == KERNELS["attention"].tunable_fields
+
+    again = run_of(tmp_path, make_bench=None)  # nothing may be started
+    before = time.monotonic()
+    again.settle(tasks)
+    assert (again.settled, time.monotonic() - before < 1.0) == (0, True)
+    assert path_of("h200", tmp_path).read_text() == text
+
+
+def test_more_candidates_or_other_sources_open_a_bucket_again(tmp_path: Path, monkeypatch) -> None:
+    (task,) = tune.tasks_of(SOLO, ("attention",), "sm_90a")
+    run = run_of(tmp_path)
+    run.settle([task])
+    assert run._done(task)
+    assert not run._done(dataclasses.replace(task, configs=task.configs[:-1]))
+    monkeypatch.setitem(
+        KERNELS, "attention", dataclasses.replace(KERNELS["attention"], sources=("config.py",))
+    )
+    assert not run._done(task)
+
+
+def test_a_compiler_that_dies_is_recorded_and_the_default_stays(tmp_path: Path) -> None:
+    tasks = tune.tasks_of(SOLO, ("pruner",), "sm_90a")
+    run = run_of(tmp_path, make_compiler=DyingCompiler)
+    run.settle(tasks)
+    assert (run.settled, run.improved) == (1, 0)
+    (entry,) = run.configs.fresh("pruner").values()
+    assert len(entry.rejected) == len(tasks[0].configs) - 1
+    assert all("exit code 13" in why for why in entry.rejected.values())
+
+
+def test_a_failed_bucket_is_reported_and_the_others_are_settled(tmp_path: Path) -> None:
+    tasks = tune.tasks_of(SOLO, ("pruner", "attention"), "sm_90a")
+    broken = dataclasses.replace(tasks[0], workload=dataclasses.replace(SOLO[0], name="broken"))
+    run = run_of(tmp_path, make_bench=fails_on_broken)
+    run.settle([broken, tasks[1]])
+    assert [failure.split(":")[0] for failure in run.failures] == [f"broken {tasks[0].kernel}"]
+    assert (run.settled, run.unfinished) == (1, 0)
+    assert tune.report(run, "here") == 1
+
+
+def fails_on_broken(workload) -> FakeBench:
+    if workload.name == "broken":
+        raise RuntimeError("its inputs do not fit")
+    return bench_of_workload(workload)
+
+
+def test_ctrl_c_keeps_what_is_settled(tmp_path: Path, monkeypatch, capsys) -> None:
+    settled = tune.settle
+
+    def interrupted(kernel, *arguments, **options):
+        if kernel == "attention":
+            raise KeyboardInterrupt
+        return settled(kernel, *arguments, **options)
+
+    monkeypatch.setattr(tune, "settle", interrupted)
+    run = run_of(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run.settle(tune.tasks_of(SOLO, ("pruner", "attention"), "sm_90a"))
+    assert tune.report(run, "here") == 1
+    assert "1 buckets left, run again" in capsys.readouterr().out
+    assert set(open_configs("h200", "sm_90a", tmp_path).entries) == {"pruner"}
+
+
+def test_nothing_is_started_after_the_time_is_up(tmp_path: Path) -> None:
+    run = run_of(tmp_path, minutes=0.0)
+    run.settle(tune.tasks_of(SOLO, ("pruner", "attention"), "sm_90a"))
+    assert (run.settled, run.unfinished) == (0, 2)
+
+
+def test_without_a_gpu_the_tuner_says_so(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tune.main([]) == 1
+    assert "no GPU" in capsys.readouterr().out
+
+
+def test_space_id_depends_on_every_candidate() -> None:
+    (task,) = tune.tasks_of(SOLO, ("attention",), "sm_90a")
+    assert space_id(task.configs) == space_id(list(task.configs))
+    assert space_id(task.configs) != space_id(task.configs[:-1])
+    assert task.configs == tuple(candidates("attention", task.shape, "sm_90a"))

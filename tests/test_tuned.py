@@ -1,0 +1,404 @@
+"""Look-up of tuned configs, the files they come from, and what is committed."""
+
+import dataclasses
+import json
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from autotune import show
+from autotune.compiled import compile_for
+from autotune.space import SPACES, KernelVariant, broken_limit, shape_of, variants_of
+from autotune.store import path_of, with_entry, write_configs
+from kernels import tuned
+from kernels.config import PrunerConfig
+from kernels.tuned import CONFIGS, KERNELS, Bucket, Configs, Entry, choose, load_configs
+from plots.draw import MissingData, draw
+from profiling.workloads import Workload
+from reference.inputs import DecodeShape
+
+HOME = Bucket(4, 128, 16, "float16", 512, 8192)
+DEFAULT = PrunerConfig()
+FASTER = {"block_threads": 512, "blocks_per_sm": 2}
+
+
+def entry_of(kernel: str, config: dict, **changes) -> Entry:
+    """An entry as the tuner writes it."""
+    made = Entry(
+        config=config,
+        workloads=["gqa-32k"],
+        time_us=90.0,
+        default_us=100.0,
+        noise_us=1.0,
+        rejected={"block_threads=1024": "spills 48 bytes"},
+        source=KERNELS[kernel].source,
+        space="0123456789ab",
+        date="2026-01-31",
+        torch="2.13.0",
+        tilelang="0.1.15",
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def configs_of(kernel: str, entries: dict[Bucket, Entry], gpu: str = "h200") -> Configs:
+    return Configs(gpu, "sm_90a", {kernel: entries})
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """A file with one entry for the pruner."""
+    return write_configs(configs_of("pruner", {HOME: entry_of("pruner", FASTER)}), tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(tuned.VARIABLE, raising=False)
+    tuned.forget()
+    yield
+    tuned.forget()
+
+
+def test_an_exact_bucket_is_taken() -> None:
+    choice = choose(
+        "pruner", HOME, DEFAULT, configs_of("pruner", {HOME: entry_of("pruner", FASTER)})
+    )
+    assert (choice.config, choice.reason, choice.bucket) == (PrunerConfig(512, 2), "exact", HOME)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"rows": 256}, True),
+        ({"rows": 1024}, True),
+        ({"rows": 255}, False),
+        ({"rows": 1025}, False),
+        ({"width": 4112}, True),
+        ({"width": 4096}, False),  # the pruner is compiled for 4096 then
+        ({"width": 8208}, False),
+        ({"group_size": 8}, False),
+        ({"head_dim": 64}, False),
+        ({"page_size": 32}, False),
+        ({"dtype": "bfloat16"}, False),
+    ],
+)
+def test_the_nearest_bucket_has_the_same_statics_and_half_to_double_the_size(change, found) -> None:
+    configs = configs_of("pruner", {HOME: entry_of("pruner", FASTER)})
+    choice = choose("pruner", dataclasses.replace(HOME, **change), DEFAULT, configs)
+    assert (choice.bucket == HOME) == found
+    assert choice.config == (PrunerConfig(512, 2) if found else DEFAULT)
+    assert choice.reason.startswith("nearest" if found else "default")
+
+
+def test_a_kernel_that_is_not_compiled_for_its_width_takes_any_near_one() -> None:
+    configs = configs_of("attention", {HOME: entry_of("attention", {"blocks_per_sm": 6})})
+    default = KERNELS["attention"].config()
+    for width, blocks in ((4096, 6), (16384, 6), (4095, 3), (16385, 3)):
+        bucket = dataclasses.replace(HOME, width=width)
+        assert choose("attention", bucket, default, configs).config.blocks_per_sm == blocks
+
+
+def test_of_several_the_nearest_is_taken() -> None:
+    at = [dataclasses.replace(HOME, rows=rows) for rows in (256, 400, 900)]
+    entries = {own: entry_of("pruner", {"blocks_per_sm": i}) for i, own in enumerate(at, 1)}
+    assert choose("pruner", HOME, DEFAULT, configs_of("pruner", entries)).bucket == at[1]
+
+
+def test_fields_of_the_result_come_from_the_default() -> None:
+    configs = configs_of("attention", {HOME: entry_of("attention", {"blocks_per_sm": 6})})
+    default = KERNELS["attention"].config(split_tokens=64, num_threads=256)
+    expected = dataclasses.replace(default, blocks_per_sm=6)
+    assert choose("attention", HOME, default, configs).config == expected
+
+
+def test_a_stale_entry_is_ignored_and_reported_once(written: Path, monkeypatch) -> None:
+    monkeypatch.setenv(tuned.VARIABLE, str(written))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    changed = dataclasses.replace(KERNELS["pruner"], sources=("selector.py",))
+    monkeypatch.setitem(KERNELS, "pruner", changed)
+    lookup = lambda: tuned.config_for("pruner", cache_of(HOME), 4, HOME.width, DEFAULT)  # noqa: E731
+    with pytest.warns(UserWarning, match="h200.json: entries of pruner .* other sources"):
+        assert lookup() == DEFAULT
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert lookup() == DEFAULT
+    assert "other sources" in choose("pruner", HOME, DEFAULT, load_configs_quietly()).reason
+
+
+def load_configs_quietly() -> Configs:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return load_configs("h200")
+
+
+def test_a_stale_entry_may_name_fields_of_its_time(tmp_path: Path) -> None:
+    old = entry_of("pruner", {"gone": 1}, source="another")
+    path = write_configs(configs_of("pruner", {HOME: old}), tmp_path)
+    assert tuned.read_configs(path).stale("pruner")
+
+
+def cache_of(bucket: Bucket) -> SimpleNamespace:
+    """What a look-up reads of a cache."""
+    return SimpleNamespace(
+        head_dim=bucket.head_dim,
+        page_size=bucket.page_size,
+        batch_size=bucket.rows // 8,
+        num_kv_heads=8,
+        k_cache=SimpleNamespace(dtype=torch.float16, device=torch.device("cuda", 0)),
+    )
+
+
+def test_a_launch_looks_its_config_up_once(written: Path, monkeypatch) -> None:
+    monkeypatch.setenv(tuned.VARIABLE, str(written))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    lookup = lambda: tuned.config_for("pruner", cache_of(HOME), 4, HOME.width, DEFAULT)  # noqa: E731
+    assert lookup() == PrunerConfig(512, 2)
+    written.unlink()  # not read again
+    assert lookup() == PrunerConfig(512, 2)
+    with tuned.pinned({"pruner": PrunerConfig(1024, 1)}):
+        assert lookup() == PrunerConfig(1024, 1)
+        with tuned.pinned({}):
+            assert lookup() == DEFAULT
+    assert lookup() == PrunerConfig(512, 2)
+
+
+def test_without_a_file_defaults_are_taken(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(tuned, "CONFIGS", tmp_path)
+    assert load_configs("h200") is None
+    assert choose("pruner", HOME, DEFAULT, None).config == DEFAULT
+
+
+def test_the_variable_names_another_file(written: Path, monkeypatch) -> None:
+    monkeypatch.setattr(tuned, "CONFIGS", written.parent / "elsewhere")
+    assert load_configs("h200") is None
+    monkeypatch.setenv(tuned.VARIABLE, str(written))
+    assert load_configs("h200").fresh("pruner")
+    monkeypatch.setenv(tuned.VARIABLE, str(written.parent / "missing.json"))
+    with pytest.raises(ValueError, match="missing.json"):
+        load_configs("h200")
+
+
+def test_a_file_of_another_gpu_is_refused(written: Path, monkeypatch) -> None:
+    monkeypatch.setenv(tuned.VARIABLE, str(written))
+    with pytest.raises(ValueError, match="h200.json: expected configs of gpu a100, got h200"):
+        load_configs("a100")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("{", "", "Expecting|Extra data"),
+        ('"gpu": "h200"', '"GPU": "h200"', "expected the keys arch, gpu, kernels"),
+        ('"pruner": {', '"sampler": {', "unknown kernel sampler"),
+        ("block_threads\": 512", "block_thread\": 512", "unknown field block_thread"),
+        ("block_threads\": 512", "block_threads\": \"512\"", "block_threads: expected int"),
+        ("rows=512", "rows=many", "expected a bucket like"),
+        (" rows=512", "", "expected a bucket like"),
+        ('"time_us": 90.0,', "", "expected the keys"),
+        ('"time_us": 90.0', '"time_us": "90"', "time_us: expected float"),
+    ],
+)  # fmt: skip
+def test_a_malformed_file_is_refused_by_name(written: Path, old, new, problem) -> None:
+    text = written.read_text()
+    assert old in text
+    written.write_text(text.replace(old, new, 1))
+    with pytest.raises(ValueError, match=rf"h200\.json: .*({problem})"):
+        tuned.read_configs(written)
+
+
+def test_a_field_of_the_result_is_refused(tmp_path: Path) -> None:
+    odd = entry_of("attention", {"split_tokens": 64})
+    path = write_configs(configs_of("attention", {HOME: odd}), tmp_path)
+    with pytest.raises(ValueError, match="unknown field split_tokens of AttentionConfig"):
+        tuned.read_configs(path)
+
+
+def test_files_are_sorted_and_survive_the_way_there_and_back(tmp_path: Path) -> None:
+    configs = Configs("h200", "sm_90a", {})
+    for kernel, rows in (("pruner", 512), ("pruner", 64), ("attention", 8)):
+        bucket = dataclasses.replace(HOME, rows=rows)
+        configs = with_entry(configs, kernel, bucket, entry_of(kernel, {"blocks_per_sm": 2}))
+    path = write_configs(configs, tmp_path)
+    assert tuned.read_configs(path) == configs
+    kernels = json.loads(path.read_text())["kernels"]
+    assert list(kernels) == ["attention", "pruner"]
+    assert [Bucket.parse(key).rows for key in kernels["pruner"]] == [64, 512]
+
+
+def test_sources_are_those_of_the_kernels() -> None:
+    """An entry goes stale with the file that holds its kernel."""
+    shape = shape_of("pruner", HOME)
+    for kernel, space in SPACES.items():
+        for variant in variants_of(kernel, shape, space.default(shape, "sm_90a"), "sm_90a"):
+            file = Path(variant.factory.func.orig_func.__code__.co_filename).name
+            assert file in KERNELS[kernel].sources
+        for name in KERNELS[kernel].sources:
+            assert (tuned.PACKAGE / name).is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "slug"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("Tesla T4", "t4"),
+    ],
+)
+def test_gpu_slug_is_short(name: str, slug: str) -> None:
+    assert tuned.gpu_slug(name) == slug
+
+
+SYNTHETIC = Configs(
+    "h200",
+    "sm_90a",
+    {
+        "top_pages": {
+            dataclasses.replace(HOME, width=2048): entry_of(
+                "top_pages", {"num_threads": 512, "pages_per_thread": 4}
+            )
+        }
+    },
+)
+
+
+def stored(configs: Configs) -> list[tuple]:
+    """(arch, kernel, shape, config) of every entry that counts."""
+    found = []
+    for kernel in configs.entries:
+        for bucket, entry in configs.fresh(kernel).items():
+            shape = shape_of(kernel, bucket)
+            default = SPACES[kernel].default(shape, configs.arch)
+            config = dataclasses.replace(default, **entry.config)
+            found.append((configs.arch, kernel, shape, config))
+    return found
+
+
+def illegal(configs: Configs) -> list[str]:
+    """The stored configs that cannot run, and the limit that each breaks."""
+    broken = ((kernel, broken_limit(kernel, c, s, arch)) for arch, kernel, s, c in stored(configs))
+    return [f"{kernel}: {limit}" for kernel, limit in broken if limit is not None]
+
+
+def stored_kernels(configs: Configs) -> dict[str, tuple[str, KernelVariant]]:
+    """(arch, kernel) of every stored config by a name; what compiles alike comes once."""
+    by_arguments = {
+        (arch, variant.name, variant.arguments): (arch, variant)
+        for arch, kernel, shape, config in stored(configs)
+        for variant in variants_of(kernel, shape, config, arch)
+    }
+    every = enumerate(by_arguments.values())
+    return {f"{configs.gpu}-{variant.name}-{i}": (arch, variant) for i, (arch, variant) in every}
+
+
+COMMITTED = [tuned.read_configs(path) for path in sorted(CONFIGS.glob("*.json"))]
+STORED = [
+    pytest.param(*pair, id=f"{source}-{name}")
+    for source, every in (("synthetic", [SYNTHETIC]), ("committed", COMMITTED))
+    for configs in every
+    for name, pair in stored_kernels(configs).items()
+]
+
+
+@pytest.mark.parametrize(("arch", "variant"), STORED)
+def test_stored_configs_compile_cleanly(arch: str, variant: KernelVariant, tmp_path: Path) -> None:
+    compiled = compile_for(variant, arch, tmp_path)
+    assert compiled.fault(arch) is None, compiled.report
+
+
+def test_stored_configs_are_legal() -> None:
+    for configs in (SYNTHETIC, *COMMITTED):
+        assert illegal(configs) == []
+    bucket = dataclasses.replace(HOME, width=2048)
+    greedy = entry_of("top_pages", {"num_threads": 1024, "pages_per_thread": 64})
+    (broken,) = illegal(configs_of("top_pages", {bucket: greedy}))
+    assert broken.startswith("top_pages: scores and some")
+
+
+def test_committed_configs_are_in_the_file_of_their_gpu() -> None:
+    for path, configs in zip(sorted(CONFIGS.glob("*.json")), COMMITTED, strict=True):
+        assert path == path_of(configs.gpu)
+
+
+ENTRIES = [
+    pytest.param(configs, kernel, bucket, id=f"{configs.gpu}-{kernel}-{bucket}".replace(" ", "-"))
+    for configs in COMMITTED
+    for kernel in configs.entries
+    for bucket in configs.fresh(kernel)
+]
+
+
+def small_workload(bucket: Bucket, kernel: str) -> Workload:
+    """Two requests of two KV heads that launch a kernel at the bucket's sizes but for the rows."""
+    shape = shape_of(kernel, bucket)
+    return Workload(
+        "stored",
+        DecodeShape(
+            2, 2 * shape.group_size, 2, shape.head_dim, shape.page_size,
+            shape.max_pages * shape.page_size, getattr(torch, shape.dtype),
+        ),
+        token_budget=min(8192, shape.max_pages * shape.page_size),
+        kept_mean=256,
+        max_sets=1,
+    )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("configs", "kernel", "bucket"), ENTRIES)
+def test_stored_configs_give_right_results(configs: Configs, kernel: str, bucket: Bucket) -> None:
+    """The default is compared with the reference, the stored config with the default's bits."""
+    from autotune.measure import Bench
+
+    bench = Bench(small_workload(bucket, kernel))
+    default = SPACES[kernel].default(shape_of(kernel, bucket), configs.arch)
+    stored = choose(kernel, bucket, default, configs)
+    assert stored.reason == "exact"
+    bench.verify(kernel)
+    bench.check(kernel, stored.config)
+
+
+def test_small_workload_has_the_sizes_of_the_bucket() -> None:
+    for kernel, width in (("pruner", 8192), ("page_score", 512)):
+        bucket = dataclasses.replace(HOME, width=width)
+        shape = small_workload(bucket, kernel).shape
+        assert (shape.group_size, shape.head_dim, shape.max_seq_len) == (4, 128, 8192)
+
+
+def test_show_says_what_is_launched_and_why(written: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv(tuned.VARIABLE, str(written))
+    assert show.main(["--workload", "gqa-32k", "--gpu", "h200"]) == 0
+    text = capsys.readouterr().out
+    config = "PrunerConfig(block_threads=512, blocks_per_sm=2, pdl=False)"
+    assert f"pruner: {config}\n    exact; 100.0 -> 90.0" in text
+    assert "estimator: EstimatorConfig" in text and "default: no bucket is near" in text
+    assert show.main(["--batch-size", "32", "--seq-len", "9000", "--gpu", "h200"]) == 0
+    assert "nearest: rows=512 width=8192" in capsys.readouterr().out
+
+
+def test_table_is_written_between_its_markers(written: Path, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{show.BEGIN}\nold\n{show.END}\nafter\n")
+    show.write_table(readme, written.parent)
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "| gqa-32k | - | - | - | 100.0 -> 90.0 | - |" in text
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="markers"):
+        show.write_table(readme, written.parent)
+
+
+def test_readme_holds_the_table_of_the_committed_configs() -> None:
+    assert f"{show.BEGIN}\n{show.gain_table()}\n{show.END}" in show.README.read_text()
+
+
+def test_gains_are_drawn_from_the_file(written: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("plots.draw.FIGURES", {})
+    assert draw(tmp_path / "h200", tmp_path / "figures", configs=written.parent) == 1
+    assert (tmp_path / "figures" / "tuned_gain.png").stat().st_size > 20_000
+    assert draw(tmp_path / "a100", tmp_path / "figures", configs=written.parent) == 0
+    write_configs(Configs("h200", "sm_90a", {}), written.parent)
+    with pytest.raises(MissingData, match="no tuned config"):
+        draw(tmp_path / "h200", tmp_path / "figures", configs=written.parent)
