@@ -129,11 +129,11 @@ def launch_prune_top_p(
 
 
 @T.macro
-def load_row(values, row, num_tokens, token_of, chunk, num_values):
-    """values[k] = row(token_of(chunk, k)), -inf beyond the last page of the list: up to there, the
-    logits themselves are -inf where no token is."""
+def load_row(values, row, num_listed, token_of, chunk, num_values):
+    """values[k] = row(token_of(chunk, k)), -inf beyond the listed pages: in them, the logits
+    themselves are -inf where no token is."""
     for g in T.unroll(num_values // VECTOR):
-        if token_of(chunk, g * VECTOR) < T.ceildiv(num_tokens, TILE_TOKENS) * TILE_TOKENS:
+        if token_of(chunk, g * VECTOR) < num_listed:
             for e in T.vectorized(VECTOR):
                 values[g * VECTOR + e] = row(token_of(chunk, g * VECTOR) + e)
         else:
@@ -210,6 +210,7 @@ def pruner_kernel(
     num_values = min(MAX_VALUES, max(width_bound // HEAD_THREADS, VECTOR))
     chunk_tokens = HEAD_THREADS * num_values
     held = width_bound <= chunk_tokens
+    ahead = held and num_threads <= 512  # 1024 threads lack the registers
     round_bits = bits_per_round(HEAD_THREADS)
 
     @T.prim_func
@@ -256,6 +257,7 @@ def pruner_kernel(
             bracket = T.alloc_local((3,), T.int32)
             count = T.alloc_local((1,), T.int32)
             partial = T.alloc_var(T.float32)
+            scale = T.alloc_var(T.float32)  # from weight to mass
             farthest = T.alloc_var(T.float32)
             limit = T.alloc_var(T.float32)
             alive = T.alloc_var(T.uint32)  # bit k: this thread's k-th value is near
@@ -263,6 +265,15 @@ def pruner_kernel(
             shift = T.alloc_var(T.int32)
             num_bins = T.alloc_var(T.int32)
 
+            token_of = lambda part, nth: (
+                ((part * num_values + nth) // VECTOR * HEAD_THREADS + lane) * VECTOR + nth % VECTOR
+            )
+            num_listed = candidate_counts[batch, kv_head] * page_size
+            if ahead:  # asked for first: the number of tokens takes two more look-ups
+                load_row(
+                    values, lambda at: logits[batch, kv_head, T.min(row, group_size - 1), at],
+                    num_listed, token_of, 0, num_values,
+                )  # fmt: skip
             count_tokens(
                 "pages", page_size, seq_lens, candidate_pages, candidate_counts, batch, kv_head,
                 num_tokens,
@@ -272,11 +283,8 @@ def pruner_kernel(
             last_page = T.max(candidate_counts[batch, kv_head] - 1, 0)
             page_of = lambda at: candidate_pages[batch, kv_head, T.min(at // page_size, last_page)]
             position = lambda at: page_of(at) * page_size + at % page_size
-            token_of = lambda part, nth: (
-                ((part * num_values + nth) // VECTOR * HEAD_THREADS + lane) * VECTOR + nth % VECTOR
-            )
             weight = lambda x: T.exp2(x * (-LOG2E / STEPS))
-            mass = lambda x: T.cast(weight(x) * (UNITY / total[0]) + 0.5, T.int32)
+            mass = lambda x: T.cast(weight(x) * scale + 0.5, T.int32)
             # How many steps inside the bracket's low end.
             inside = lambda x: -T.cast(T.ceil(x), T.int32) - bracket[0]
 
@@ -295,20 +303,23 @@ def pruner_kernel(
                 # 1. The largest logit, and the softmax's denominator.
                 partial = -T.infinity(T.float32)
                 for chunk in T.serial(num_chunks):
-                    load_row(values, logit, num_tokens[0], token_of, chunk, num_values)
+                    if not ahead:
+                        load_row(values, logit, num_listed, token_of, chunk, num_values)
                     for k in T.unroll(num_values):
                         partial = T.max(partial, values[k])
                 merge_warps(T.warp_reduce_max(partial), T.max, row_max, warp_values, 0, row, lane)
                 partial = 0.0
                 for chunk in T.serial(num_chunks):
                     if not held:
-                        load_row(values, logit, num_tokens[0], token_of, chunk, num_values)
+                        load_row(values, logit, num_listed, token_of, chunk, num_values)
                     to_distances(values, row_max[0], num_values)
                     for k in T.unroll(num_values):
                         partial += weight(values[k])
                 merge_warps(
                     T.warp_reduce_sum(partial), operator.add, total, warp_values, 1, row, lane
                 )
+
+                scale = UNITY / total[0]
 
                 # 2. What can matter: all heavier than the cut.
                 cut = (1.0 - p) / T.cast(num_tokens[0], T.float32) * total[0] * 0.9999
@@ -331,6 +342,13 @@ def pruner_kernel(
                         slot[0] += 1
                         rest = rest ^ (T.uint32(1) << T.cast(k_near, T.uint32))
                     T.sync_threads()
+                    if ahead and (turn + 1) * block_heads < group_size:
+                        # The next head's logits arrive while this one's are searched.
+                        following = T.min((turn + 1) * block_heads + row, group_size - 1)
+                        load_row(
+                            values, lambda at: logits[batch, kv_head, following, at],
+                            num_listed, token_of, 0, num_values,
+                        )  # fmt: skip
 
                 # 3. The largest distance that is kept.
                 need = T.cast(T.ceil(p * UNITY), T.int32)
@@ -353,7 +371,7 @@ def pruner_kernel(
                                     T.atomic_add(search[0][row, bin_index], mass(distance))
                     else:
                         for chunk in T.serial(num_chunks):
-                            load_row(values, logit, num_tokens[0], token_of, chunk, num_values)
+                            load_row(values, logit, num_listed, token_of, chunk, num_values)
                             to_distances(values, row_max[0], num_values)
                             for k in T.unroll(num_values):
                                 if values[k] <= farthest:
@@ -382,7 +400,7 @@ def pruner_kernel(
                         rest = rest ^ (T.uint32(1) << T.cast(k_near, T.uint32))
                 else:
                     for chunk in T.serial(num_chunks):
-                        load_row(values, logit, num_tokens[0], token_of, chunk, num_values)
+                        load_row(values, logit, num_listed, token_of, chunk, num_values)
                         to_distances(values, row_max[0], num_values)
                         for k in T.unroll(num_values):
                             if values[k] <= limit:
@@ -427,7 +445,7 @@ def force_tokens(
                 set_bit(words, early)
                 if distance(early) > limit:
                     T.atomic_add(forced_mass[row], mass(distance(early)))
-    last = position(T.max(num_tokens - 1, 0))  # of an empty row, whatever lies there
+    last = position(T.max(num_tokens - 1, 0))
     num_recent = T.min(last + 1 - first_recent, num_tokens)
     for step in T.serial(T.ceildiv(T.max(num_recent, 0), HEAD_THREADS)):
         late = num_tokens - 1 - (step * HEAD_THREADS + lane)
