@@ -179,6 +179,14 @@ def reserve_slots(count, slot, num_taken, parity, row, lane):
 
 
 @T.macro
+def add_distance(search, row, distance, inside, shift, num_bins, mass):
+    """Adds the mass at a distance to its bin of 2^shift steps, unless it lies outside the bins."""
+    bin_index = inside(distance) >> shift
+    if inside(distance) >= 0 and bin_index < num_bins:
+        T.atomic_add(search[0][row, bin_index], mass(distance))
+
+
+@T.macro
 def set_bit(words, token):
     """Neighbours may be set by other threads at the same time."""
     T.call_extern(
@@ -365,19 +373,19 @@ def pruner_kernel(
                         for step in T.serial(T.ceildiv(listed, HEAD_THREADS)):
                             if step * HEAD_THREADS + lane < listed:
                                 token = T.cast(near[row, step * HEAD_THREADS + lane], T.int32)
-                                distance = distances[row, token]
-                                bin_index = inside(distance) >> shift
-                                if inside(distance) >= 0 and bin_index < num_bins:
-                                    T.atomic_add(search[0][row, bin_index], mass(distance))
+                                add_distance(
+                                    search, row, distances[row, token], inside, shift, num_bins,
+                                    mass,
+                                )  # fmt: skip
                     else:
                         for chunk in T.serial(num_chunks):
                             load_row(values, logit, num_listed, token_of, chunk, num_values)
                             to_distances(values, row_max[0], num_values)
                             for k in T.unroll(num_values):
                                 if values[k] <= farthest:
-                                    bin_index = inside(values[k]) >> shift
-                                    if inside(values[k]) >= 0 and bin_index < num_bins:
-                                        T.atomic_add(search[0][row, bin_index], mass(values[k]))
+                                    add_distance(
+                                        search, row, values[k], inside, shift, num_bins, mass
+                                    )
                     cross_bins(search, row, lane, bracket, shift, need, HEAD_THREADS)
                     num_bins = 1 << T.min(shift, round_bits)  # only the chosen bin is open
                     shift = T.max(shift - round_bits, 0)

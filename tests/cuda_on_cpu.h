@@ -2,7 +2,6 @@
 // std::thread per CUDA thread, one block at a time, barriers for __syncthreads and for each warp.
 #pragma once
 #include <algorithm>
-#include <atomic>
 #include <barrier>
 #include <cmath>
 #include <cstdint>
@@ -54,22 +53,12 @@ inline thread_local Index threadIdx;
 inline Index blockIdx;
 inline std::unique_ptr<std::barrier<>> block_barrier;
 inline std::vector<std::unique_ptr<std::barrier<>>> warp_barriers;
-inline std::atomic<int> vote{0};
 inline uint64_t mailbox[1024][4];
 
 inline int warp() { return threadIdx.x / 32; }
 inline int lane() { return threadIdx.x % 32; }
 inline void sync_warp() { warp_barriers[warp()]->arrive_and_wait(); }
 inline void __syncthreads() { block_barrier->arrive_and_wait(); }
-inline int __syncthreads_or(int predicate) {
-  if (predicate) vote = 1;
-  __syncthreads();
-  int any = vote;
-  __syncthreads();
-  vote = 0;
-  __syncthreads();
-  return any;
-}
 
 // The value of thread `source`; `sync` makes every taker wait before and after.
 template <class T, class Sync> T take(T value, int source, Sync sync) {
