@@ -180,9 +180,14 @@ def assert_top_p(
 
 
 def head_weights(logits: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """fp64 [batch_size, num_kv_heads, group_size, width]: each head's softmax over candidates."""
+    """fp64 [batch_size, num_kv_heads, group_size, width]: each head's softmax over candidates.
+
+    Where there is none (NaN, +inf, nothing above -inf), all candidates weigh alike.
+    """
     grouped = logits.double().unflatten(1, (valid.shape[1], -1))
-    return grouped.masked_fill(~valid[:, :, None], -torch.inf).softmax(-1).nan_to_num(0.0)
+    weights = grouped.masked_fill(~valid[:, :, None], -torch.inf).softmax(-1).nan_to_num(0.0)
+    alike = (valid / valid.sum(-1, keepdim=True).clamp(min=1))[:, :, None].double()
+    return torch.where(weights.sum(-1, keepdim=True) > 0, weights, alike)
 
 
 def _head_sets(
