@@ -122,7 +122,7 @@ def shuffled_pages(
 def page_pool(tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V as an engine holds them: [num_pages, page_size, ...], NaN wherever no token is."""
     shape = (tensors.num_pages, tensors.page_size, *tensors.k.shape[2:])
-    pools = tuple(tensors.k.new_full(shape, NAN) for _ in range(2))
+    pools = tuple(tensors.k.new_empty(shape).fill_(NAN) for _ in range(2))
     for request, length in enumerate(tensors.seq_lens.tolist()):
         position = torch.arange(length, device=tensors.k.device)
         page = tensors.page_table[request, position // tensors.page_size].long()
@@ -136,23 +136,6 @@ def build_cache(package: ModuleType, tensors: Tensors):
     pool = page_pool(tensors)
     table, seq_lens = tensors.page_table.clone(), tensors.seq_lens.clone()
     return package.PagedKVCache.wrap(*pool, table, seq_lens, k_offset=tensors.k_offset)
-
-
-def poison_unused(cache) -> None:
-    """Overwrite every slot and page that no request uses, as a pool that has served others is."""
-    used = torch.zeros(
-        cache.num_pages, cache.page_size, dtype=torch.bool, device=cache.seq_lens.device
-    )
-    for request, length in enumerate(cache.seq_lens.tolist()):
-        position = torch.arange(length, device=used.device)
-        page = cache.page_table[request, position // cache.page_size].long()
-        used[page, position % cache.page_size] = True
-    cache.k_cache[~used] = NAN
-    cache.v_cache[~used] = NAN
-    cache.k_int4.transpose(1, 2)[~used] = 0xA7
-    cache.k_scale_zero.transpose(1, 2)[~used] = NAN
-    cache.page_bounds[~used.any(1)] = 0xA7
-    cache.bounds_scale_zero[~used.any(1)] = NAN
 
 
 def _heavy_keys(q: torch.Tensor, k: torch.Tensor, rng: torch.Generator) -> torch.Tensor:

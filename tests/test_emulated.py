@@ -5,6 +5,7 @@ What only a GPU shows (races, asynchronous copies, wgmma, bf16) is left to the t
 
 import dataclasses
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ from reference.hazards import contiguous, poison_unused
 from reference.inputs import DecodeShape, random_inputs
 from tests.cases import FORMS, NAN
 from tests.emulate import emulated
+from tests.guards import GuardedMemory
 from tests.properties import assert_bounds_hold
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
@@ -67,9 +69,18 @@ def grouped(tensor: torch.Tensor, cache) -> torch.Tensor:
     return tensor.unflatten(1, (cache.num_kv_heads, -1)).contiguous()
 
 
+MEMORY = GuardedMemory()
+
+
 def blank(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """What no kernel may leave behind: NaN, or a number far beyond any index."""
-    return torch.full(shape, float("nan") if dtype.is_floating_point else 10**9, dtype=dtype)
+    """What no kernel may leave behind, between canaries that none may touch."""
+    return MEMORY.blank(shape, dtype)
+
+
+@pytest.fixture(autouse=True)
+def canaries() -> Iterator[None]:
+    yield
+    MEMORY.check()
 
 
 def mirrored_by(cache) -> dict:

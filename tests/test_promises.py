@@ -10,6 +10,7 @@ import torch
 
 import kernels
 import reference
+from reference.hazards import poison_unused
 from reference.inputs import DecodeShape
 from tests.cases import (
     BASE,
@@ -19,7 +20,6 @@ from tests.cases import (
     Tensors,
     build_cache,
     make_tensors,
-    poison_unused,
     shuffled_pages,
 )
 from tests.properties import (
