@@ -11,6 +11,7 @@ from kernels.config import AttentionConfig
 from reference.inputs import DecodeShape
 
 NAN = float("nan")
+NO_PAGE = -(2**30)
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Case:
     token_budget: int
     with_offset: bool = False
     shared_pages: int = 0  # leading full pages that every request takes from the first one
+    max_pages: int | None = None  # width of the page table; None: one more than is needed
 
     def __str__(self) -> str:
         return self.name
@@ -101,9 +103,14 @@ def make_tensors(case: Case, rng: torch.Generator) -> Tensors:
         tensor[1:, :shared] = tensor[0, :shared]
         for request, length in enumerate(lengths):
             tensor[request, length:] = NAN
-    page_table, num_pages = shuffled_pages(
-        shape.batch_size, -(-max(lengths) // shape.page_size) + 1, rng, case.shared_pages
-    )
+    if case.max_pages is None:
+        page_table, num_pages = shuffled_pages(
+            shape.batch_size, -(-max(lengths) // shape.page_size) + 1, rng, case.shared_pages
+        )
+    else:
+        page_table, num_pages = ragged_pages(
+            lengths, shape.page_size, case.max_pages, rng, case.shared_pages
+        )
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device=rng.device)
     return Tensors(q, k, v, seq_lens, page_table, num_pages, shape.page_size, offset)
 
@@ -115,6 +122,26 @@ def shuffled_pages(
     num_pages = batch_size * max_pages + 7
     order = torch.randperm(num_pages, generator=rng, device=rng.device, dtype=torch.int32)
     page_table = order[: batch_size * max_pages].view(batch_size, max_pages).clone()
+    page_table[1:, :shared_pages] = page_table[0, :shared_pages]
+    return page_table, num_pages
+
+
+def ragged_pages(
+    lengths: list[int],
+    page_size: int,
+    max_pages: int,
+    rng: torch.Generator,
+    shared_pages: int = 0,
+) -> tuple[torch.Tensor, int]:
+    """The same where requests own only the pages of one token more than they have: the table's
+    other entries are no pages at all."""
+    owned = [min(length // page_size + 1, max_pages) for length in lengths]
+    num_pages = sum(owned) + 7
+    order = torch.randperm(num_pages, generator=rng, device=rng.device, dtype=torch.int32)
+    page_table = torch.full((len(lengths), max_pages), NO_PAGE, dtype=torch.int32)
+    page_table = page_table.to(rng.device)
+    for request, pages in enumerate(order[: sum(owned)].split(owned)):
+        page_table[request, : len(pages)] = pages
     page_table[1:, :shared_pages] = page_table[0, :shared_pages]
     return page_table, num_pages
 

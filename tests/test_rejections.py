@@ -286,7 +286,7 @@ GROUPS = [Fresh((2, 7, 128)), Fresh((2, 0, 128)), Fresh((2, 8, 128), torch.bfloa
 TOP_P = [0.0, -0.5, 1.0001, NAN, Fresh((8,)), Fresh((7,), FP32), Fresh((2, 8, 1), FP32)]
 WINDOWS = {"num_sink_tokens": [-1], "num_recent_tokens": [-1]}
 VALUES = {  # function -> argument, which the message must name -> what it may not be
-    "empty": {"head_dim": [96], "page_size": [0, -16], "dtype": [FP32], "num_pages": [5]},
+    "empty": {"head_dim": [96], "page_size": [0, -16, 8, 24], "dtype": [FP32], "num_pages": [5]},
     "from_contiguous": {"num_pages": [5], "page_size": [0]},
     "select_pages": {"q": GROUPS, "token_budget": [0, -16, 24], **WINDOWS},
     "estimate_logits": {"q": GROUPS, "sm_scale": [NAN]},
