@@ -159,13 +159,14 @@ def candidate_positions(
     return torch.where(valid, position, 0), valid
 
 
-def top_p_level(weights: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """bool, shape of weights: per row the smallest set with mass >= top_p, ties kept whole."""
+def top_p_level(weights: torch.Tensor, top_p: torch.Tensor, tie: float = 0.0) -> torch.Tensor:
+    """bool, shape of weights: per row the smallest set with mass >= top_p, and what weighs as much
+    as its lightest token, but for one part in 1 / tie."""
     descending = weights.sort(dim=-1, descending=True).values
     reached = descending.cumsum(-1) >= top_p[..., None]
     last = weights.shape[-1] - 1
     first = torch.where(reached.any(-1), reached.int().argmax(-1), last)
-    return weights >= descending.gather(-1, first[..., None])
+    return weights >= descending.gather(-1, first[..., None]) * (1 - tie)
 
 
 def assert_top_p(
@@ -183,7 +184,8 @@ def assert_top_p(
     A head's own set is a level set of its weights. It has mass >= top_p if and only if it contains
     the smallest such level set, and falls below without its lightest token (ties aside) if and only
     if it is contained in it. So the group's union lies between the unions of those sets at top_p
-    -/+ the tolerance, and the mass that each head reports between theirs.
+    -/+ the tolerance, the larger one with its ties, and the mass that each head reports between
+    theirs.
     """
     kept_tokens, kept_counts, kept_mass = result
     position, valid = candidate_positions(cache, candidate_pages, candidate_counts)
@@ -231,7 +233,8 @@ def _head_sets(
     target = target.expand(batch_size, num_kv_heads * group_size)
     target = target.reshape(batch_size, num_kv_heads, group_size)
     everything = (target >= 1)[..., None]
-    return (top_p_level(weights, target + slack) | everything) & valid[:, :, None]
+    tie = max(slack, 0.0)  # ties may be kept
+    return (top_p_level(weights, target + slack, tie) | everything) & valid[:, :, None]
 
 
 def assert_logits_close(

@@ -74,10 +74,10 @@ def test_kernels_keep_every_promise(bucket, chunk, device):
 @pytest.mark.parametrize("bucket", SMALL_BUCKETS, ids=str)
 def test_the_reference_keeps_every_promise(bucket):
     checked = run_cases(
-        lambda step: check_step(stand_in, step, torch.device("cpu")), bucket, 40, seed=0
+        lambda step: check_step(stand_in, step, torch.device("cpu")), bucket, 100, seed=0
     )
-    assert checked["cases"] >= 40
-    assert checked["rows"] >= 40 * bucket.num_kv_heads
+    assert checked["cases"] >= 100
+    assert checked["rows"] >= 100 * bucket.num_kv_heads
 
 
 def faulty(spoil: Callable) -> SimpleNamespace:
