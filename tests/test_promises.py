@@ -12,7 +12,7 @@ import kernels
 from reference.hazards import poison_unused
 from reference.inputs import DecodeShape
 from tests.cases import BASE, CASES, NAMED, Case, Tensors, build_cache, make_tensors
-from tests.promises import assert_identical, decode, decoded, take
+from tests.promises import assert_identical, decode, decoded, results_of, take
 from tests.properties import (
     as_mask,
     assert_attention_close,
@@ -157,6 +157,28 @@ def test_promise_5_every_run_gives_the_same_bits(case, rng):
             decoded(kernels, tensors, case.token_budget), first, strict=True
         ):
             assert_identical(actual, expected)
+
+
+@pytest.mark.parametrize("case", [BASE, NAMED["mha-ragged"], NAMED["gqa8-p64"]], ids=str)
+def test_promise_5_two_streams_at_once_give_the_same_bits(case, rng):
+    """Two workspaces on two caches, their launches side by side and in no fixed order."""
+    pairs = []
+    for _ in range(2):
+        tensors = make_tensors(case, rng)
+        cache = build_cache(kernels, tensors)
+        step, out = decode(kernels, tensors, cache, case.token_budget)
+        pairs.append((tensors, cache, step, results_of(step, out, cache)))
+    streams = [torch.cuda.Stream() for _ in pairs]
+    for _ in range(5):
+        torch.cuda.synchronize()
+        for _ in range(20):
+            for stream, (tensors, cache, step, _) in zip(streams, pairs, strict=True):
+                with torch.cuda.stream(stream):
+                    step.run(tensors.q, cache)
+        torch.cuda.synchronize()
+        for _, cache, step, expected in pairs:
+            for actual, wanted in zip(results_of(step, step.out, cache), expected, strict=True):
+                assert_identical(actual, wanted)
 
 
 CROWD = (1, 40, 700, 1041, 2048, 9000)  # tokens
