@@ -7,6 +7,7 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
@@ -38,6 +39,7 @@ def install(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0
     """Until monkeypatch's undo, torch allocates `GpuTensor`s where it is asked for CUDA memory."""
     for name in CREATORS:
         monkeypatch.setattr(torch, name, _on_fake(getattr(torch, name)))
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self.as_subclass(GpuTensor))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "fake")
     properties = type("Properties", (), {"multi_processor_count": 132})
@@ -72,10 +74,16 @@ def count_launches(monkeypatch: pytest.MonkeyPatch, launch: bool) -> list[str]:
 
         return make
 
-    for module in pkgutil.iter_modules(kernels.__path__, "kernels."):
-        holder = vars(importlib.import_module(module.name))
+    for module in kernel_modules():
+        holder = vars(module)
         for scope in (holder, *(each for each in holder.values() if isinstance(each, dict))):
             for name, value in list(scope.items()):
                 if isinstance(value, JITImpl):
                     monkeypatch.setitem(scope, name, counted(value, name))
     return launched
+
+
+def kernel_modules() -> list[ModuleType]:
+    """Every module of `kernels`."""
+    found = pkgutil.iter_modules(kernels.__path__, "kernels.")
+    return [importlib.import_module(module.name) for module in found]
