@@ -52,7 +52,8 @@ def prune_top_p(
         kept_tokens [batch_size, num_kv_heads, width * page_size] i32, ascending logical positions;
         kept_counts [batch_size, num_kv_heads] i32, how many of them are valid;
         kept_mass [batch_size, num_qo_heads] f32, the mass of each query head's own set. Weights
-        equal to one part in 10^4 are kept or dropped together.
+        equal to one part in 10^4 are kept or dropped together. A query head whose logits have no
+        softmax (a NaN or +inf among them, or nothing above -inf) keeps every candidate.
 
     Raises:
         ValueError: a wrong tensor, or a float top_p outside (0, 1].
@@ -305,7 +306,6 @@ def pruner_kernel(
             for turn in T.serial(T.ceildiv(group_size, block_heads)):
                 head = T.min(turn * block_heads + row, group_size - 1)
                 logit = lambda at: logits[batch, kv_head, head, at]
-                p = top_p[batch, kv_head, head]
 
                 # 1. The largest logit, and the softmax's denominator.
                 partial = -T.infinity(T.float32)
@@ -327,6 +327,8 @@ def pruner_kernel(
                 )
 
                 scale = UNITY / total[0]
+                # NaN where the row has no softmax: then nothing may be dropped.
+                p = T.if_then_else(total[0] >= 1.0, top_p[batch, kv_head, head], 1.0)
 
                 # 2. What can matter: all heavier than the cut.
                 cut = (1.0 - p) / T.cast(num_tokens[0], T.float32) * total[0] * 0.9999

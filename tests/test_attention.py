@@ -10,18 +10,9 @@ import reference
 from kernels.attention import AttentionWorkspace, launch_attention, launch_plan
 from kernels.tuned import pinned
 from reference.compare import assert_close
+from reference.hazards import poison_unused
 from reference.inputs import LAYER_BUDGETS
-from tests.cases import (
-    BASE,
-    CASES,
-    FORMS,
-    NAMED,
-    Tensors,
-    build_cache,
-    forms_for,
-    make_tensors,
-    poison_unused,
-)
+from tests.cases import BASE, CASES, FORMS, NAMED, Tensors, build_cache, forms_for, make_tensors
 from tests.properties import as_reference, assert_attention_close, candidate_positions
 
 pytestmark = pytest.mark.gpu
