@@ -270,7 +270,6 @@ def pruner_kernel(
             farthest = T.alloc_var(T.float32)
             limit = T.alloc_var(T.float32)
             alive = T.alloc_var(T.uint32)  # bit k: this thread's k-th value is near
-            rest = T.alloc_var(T.uint32)
             shift = T.alloc_var(T.int32)
             num_bins = T.alloc_var(T.int32)
 
@@ -345,12 +344,11 @@ def pruner_kernel(
                     reserve_slots(
                         T.cast(T.popcount(alive), T.int32), slot, num_near, turn % 2, row, lane
                     )
-                    rest = alive
-                    while rest != T.uint32(0):
-                        k_near = 31 - T.cast(T.clz(rest), T.int32)
+                    while alive != T.uint32(0):
+                        k_near = 31 - T.cast(T.clz(alive), T.int32)
                         near[row, slot[0]] = T.cast(token_of(0, k_near), T.uint16)
                         slot[0] += 1
-                        rest = rest ^ (T.uint32(1) << T.cast(k_near, T.uint32))
+                        alive = alive ^ (T.uint32(1) << T.cast(k_near, T.uint32))
                     T.sync_threads()
                     if ahead and (turn + 1) * block_heads < group_size:
                         # The next head's logits arrive while this one's are searched.
@@ -402,12 +400,12 @@ def pruner_kernel(
                                 T.max(word * 32 + 32 - num_tokens[0], 0), T.uint32
                             )
                 elif held:
-                    rest = alive
-                    while rest != T.uint32(0):
-                        k_near = 31 - T.cast(T.clz(rest), T.int32)
-                        if distances[row, token_of(0, k_near)] <= limit:
-                            set_bit(words, token_of(0, k_near))
-                        rest = rest ^ (T.uint32(1) << T.cast(k_near, T.uint32))
+                    listed = num_near[turn % 2, row]
+                    for step in T.serial(T.ceildiv(listed, HEAD_THREADS)):
+                        if step * HEAD_THREADS + lane < listed:
+                            token = T.cast(near[row, step * HEAD_THREADS + lane], T.int32)
+                            if distances[row, token] <= limit:
+                                set_bit(words, token)
                 else:
                     for chunk in T.serial(num_chunks):
                         load_row(values, logit, num_listed, token_of, chunk, num_values)

@@ -186,12 +186,13 @@ def _normal_like(rng: torch.Generator):
 
 # Every form of attention.
 FORMS = {
-    "item": AttentionConfig("item", split_tokens=128),
-    "item64": AttentionConfig("item", split_tokens=64, blocks_per_sm=5),
-    "ring-block": AttentionConfig("ring", num_threads=128, tile_tokens=64, num_stages=2),
-    "ring-warp": AttentionConfig(
-        "ring", split_tokens=64, num_threads=32, blocks_per_sm=8, tile_tokens=16, num_stages=3
-    ),
-    "lanes": AttentionConfig("lanes", split_tokens=256, blocks_per_sm=16, tile_tokens=8),
-    "lanes-few": AttentionConfig("lanes", split_tokens=128, blocks_per_sm=16, tile_tokens=4),
+    "tiles": AttentionConfig.for_group(4),
+    "tiles-short": AttentionConfig("tiles", split_tokens=64, blocks_per_sm=5),
+    "lanes": AttentionConfig.for_group(1),
+    "lanes-short": AttentionConfig("lanes", split_tokens=128, blocks_per_sm=16, lane_tokens=4),
 }
+
+
+def forms_for(group_size: int) -> list[str]:
+    """The names of those that a group can be attended by."""
+    return [name for name, form in FORMS.items() if form.form == "tiles" or group_size == 1]

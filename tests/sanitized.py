@@ -24,7 +24,7 @@ from kernels.config import (
 from kernels.tuned import pinned
 from reference.hazards import poison_unused
 from reference.inputs import DecodeShape
-from tests.cases import FORMS, NAMED, Case, Tensors, build_cache, make_tensors
+from tests.cases import FORMS, NAMED, Case, Tensors, build_cache, forms_for, make_tensors
 from tests.fake_gpu import count_launches
 
 WINDOWS = {"num_sink_tokens": 4, "num_recent_tokens": 20}
@@ -69,12 +69,11 @@ def every_case() -> None:
 
 
 def every_form() -> None:
-    """Of attention; lanes keep every query head of the group in registers."""
-    for form in FORMS.values():
-        with patch.object(AttentionConfig, "for_heads", lambda *_, form=form: form):
-            every_stage(small(2))
-            if form.form != "lanes":
-                every_stage(small(8, (129, 1)))
+    """Of attention, for the groups that it is meant for."""
+    for group_size, lengths in ((1, (300,)), (8, (129, 1))):
+        for name in forms_for(group_size):
+            with patch.object(AttentionConfig, "for_group", lambda *_, form=FORMS[name]: form):
+                every_stage(small(group_size, lengths))
 
 
 PINNED = (
