@@ -44,7 +44,8 @@ def prune_top_p(
         candidate_pages: [batch_size, num_kv_heads, width] i32, ascending logical pages.
         candidate_counts: [batch_size, num_kv_heads] i32, how many of them are valid.
         top_p: in (0, 1], 1 keeps all; a float, or f32 [num_qo_heads], [batch_size, 1] or
-            [batch_size, num_qo_heads].
+            [batch_size, num_qo_heads], whose values are not checked: NaN and more than 1 count as
+            1, less than 0 as 0, which keeps the heaviest token.
         num_sink_tokens, num_recent_tokens: candidates among the first and the last so many tokens
             are always kept.
 
@@ -86,7 +87,7 @@ def prune_top_p(
 def expand_top_p(
     top_p: float | torch.Tensor, batch_size: int, num_qo_heads: int, device: torch.device
 ) -> torch.Tensor:
-    """top_p as f32 [batch_size, num_qo_heads]. A tensor's values are the caller's promise."""
+    """top_p as f32 [batch_size, num_qo_heads]; a tensor's values lie on the device, unchecked."""
     if isinstance(top_p, torch.Tensor):
         shapes = ((num_qo_heads,), (batch_size, 1), (batch_size, num_qo_heads))
         if tuple(top_p.shape) not in shapes:
@@ -327,8 +328,9 @@ def pruner_kernel(
                 )
 
                 scale = UNITY / total[0]
-                # NaN where the row has no softmax: then nothing may be dropped.
-                p = T.if_then_else(total[0] >= 1.0, top_p[batch, kv_head, head], 1.0)
+                # The total is NaN where the row has no softmax: then nothing may be dropped.
+                asked = top_p[batch, kv_head, head]
+                p = T.if_then_else(T.And(total[0] >= 1.0, asked < 1.0), T.max(asked, 0.0), 1.0)
 
                 # 2. What can matter: all heavier than the cut.
                 cut = (1.0 - p) / T.cast(num_tokens[0], T.float32) * total[0] * 0.9999
@@ -359,7 +361,7 @@ def pruner_kernel(
                         )  # fmt: skip
 
                 # 3. The largest distance that is kept.
-                need = T.cast(T.ceil(p * UNITY), T.int32)
+                need = T.max(T.cast(T.ceil(p * UNITY), T.int32), 1)
                 bracket[0] = -T.cast(T.max(farthest, 0.0), T.int32)
                 bracket[1] = 0
                 shift = T.max(32 - round_bits - T.clz(-bracket[0]), 0)

@@ -15,7 +15,7 @@ COMPILED = ("tests/test_compile.py", "-k", "gqa4-d128-sm_90a")
 
 EMULATED = ("tests/test_emulated.py", "-k")
 MIRRORED = (*EMULATED, "prefill_mirror and gqa4")
-APPENDED = (*EMULATED, "bounds_a_filling_page and 16")
+APPENDED = (*EMULATED, "append_fills and 16")
 SCORED = (*EMULATED, "page_scores and gqa4 and default")
 TOPPED = (*EMULATED, "top_pages and registers")
 ESTIMATED = (*EMULATED, "estimated_logits and gqa4 and default")
@@ -39,7 +39,7 @@ class Mutant(NamedTuple):
 MUTANTS = (
     Mutant(
         "4-bit zero rounds up", "mirror.py",
-        "T.float32) > zero:", "T.float32) < zero:", CACHE, MIRRORED,
+        "T.float32) > zero:", "T.float32) < zero:", CACHE, APPENDED,
     ),
     Mutant(
         "4-bit scale rounds down", "mirror.py",
@@ -61,7 +61,7 @@ MUTANTS = (
     Mutant(
         "offset not subtracted from keys", "mirror.py",
         "shifted[c] = T.cast(key[c], T.float32) - offset[c]",
-        "shifted[c] = T.cast(key[c], T.float32)", CACHE,
+        "shifted[c] = T.cast(key[c], T.float32)", CACHE, APPENDED,
     ),
     Mutant(
         "append bounds a page without its last row", "mirror.py",
@@ -161,7 +161,7 @@ MUTANTS = (
     ),
     Mutant(
         "NaN prunes everything", "pruner.py",
-        "T.if_then_else(total[0] >= 1.0, top_p[batch, kv_head, head], 1.0)",
+        "T.And(total[0] >= 1.0, asked < 1.0)",
         "top_p[batch, kv_head, head]", PRUNER, UNKNOWN,
     ),
     Mutant(

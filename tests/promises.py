@@ -14,11 +14,13 @@ from reference.hazards import poison_unused
 from tests.cases import Tensors, build_cache, shuffled_pages
 from tests.properties import (
     as_mask,
+    assert_ascending,
     assert_bounds_hold,
     assert_codes_hold,
     assert_decode_step,
     assert_out_close,
     candidate_positions,
+    num_used_pages,
 )
 from tests.strategies import Step
 
@@ -174,7 +176,8 @@ def promise_6_nothing_unused_is_read(run: Run) -> None:
 
 
 def promise_6_no_request_reads_another(run: Run) -> None:
-    """The first request's query, or all its keys or values, become NaN or infinite."""
+    """The first request's query, or all its keys or values, become NaN or infinite: it still gets
+    lists that lie in range, and at least one token."""
     tensors, seed = run.tensors, run.generated.seed
     spoiled = tensors._replace(q=tensors.q.clone(), k=tensors.k.clone(), v=tensors.v.clone())
     own = (spoiled.q,) if run.generated.case.shared_pages else (spoiled.q, spoiled.k, spoiled.v)
@@ -182,6 +185,8 @@ def promise_6_no_request_reads_another(run: Run) -> None:
     cache = build_cache(run.package, spoiled)
     step, out = decode(run.package, spoiled, cache, **run.options)
     assert (step.kept_counts >= (cache.seq_lens > 0)[:, None]).all()
+    assert_ascending(step.candidate_pages, step.candidate_counts, num_used_pages(cache))
+    assert_ascending(step.kept_tokens, step.kept_counts, cache.seq_lens)
     results = results_of(step, out, cache)
     for actual, expected in zip(results[1:], run.results[1:], strict=True):
         assert_identical(actual, expected)

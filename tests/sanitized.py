@@ -8,6 +8,7 @@ initcheck sees what a kernel reads of its workspaces before it was written.
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -25,7 +26,7 @@ from kernels.tuned import pinned
 from reference.hazards import poison_unused
 from reference.inputs import DecodeShape
 from tests.cases import FORMS, NAMED, Case, Tensors, build_cache, forms_for, make_tensors
-from tests.fake_gpu import count_launches
+from tests.fake_gpu import count_launches, kernel_modules
 
 WINDOWS = {"num_sink_tokens": 4, "num_recent_tokens": 20}
 
@@ -63,9 +64,20 @@ def every_stage(case: Case) -> None:
     assert len(select) == len(kernels.select_all(cache))
 
 
-def every_case() -> None:
-    for case in NAMED.values():
+def cases(part: int) -> None:
+    """Every fourth of the named cases."""
+    for case in list(NAMED.values())[part::4]:
         every_stage(case)
+
+
+def without_early_starts() -> None:
+    """As where many rows fill the GPU: no kernel starts before the one ahead of it has ended."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for module in kernel_modules():
+            if hasattr(module, "launches_early"):
+                monkeypatch.setattr(module, "launches_early", lambda cache: False)
+        every_stage(small(1))
+        every_stage(small(4))
 
 
 def every_form() -> None:
@@ -100,9 +112,10 @@ def every_config() -> None:
 
 
 PARTS: dict[str, Callable[[], None]] = {
-    "cases": every_case,
+    **{f"cases-{part}": partial(cases, part) for part in range(4)},
     "forms": every_form,
     "configs": every_config,
+    "late": without_early_starts,
 }
 
 

@@ -33,11 +33,11 @@ from kernels.selector import (
 from kernels.split_kv import merge_kernel, plan_kernel
 from reference.hazards import contiguous, poison_unused
 from reference.inputs import DecodeShape, random_inputs
-from tests.cases import FORMS, forms_for
+from tests.cases import FORMS, NAN, forms_for
 from tests.emulate import emulated
 from tests.guards import GuardedMemory
 from tests.logits import LOGITS, NO_SOFTMAX, normal
-from tests.properties import assert_bounds_hold, assert_top_p
+from tests.properties import assert_bounds_hold, assert_top_p, token_slots
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
@@ -145,7 +145,7 @@ def test_prefill_mirror_and_append_write_the_reference_cache(inputs, folder):
 
 @pytest.mark.parametrize("with_offset", [False, True], ids=["plain", "offset"])
 @pytest.mark.parametrize("page_size", [16, 64])
-def test_append_bounds_a_filling_page_as_a_prefill(page_size, with_offset, folder):
+def test_append_fills_a_page_as_a_prefill(page_size, with_offset, folder):
     """Bit for bit at every fill of a page, with outlier channels, beside leftovers of NaN."""
     shape = DecodeShape(1, 4, 2, 64, page_size, (page_size + 2,))
     inputs = random_inputs(shape, seed=0)
@@ -167,6 +167,11 @@ def test_append_bounds_a_filling_page_as_a_prefill(page_size, with_offset, folde
             k, v, cache.seq_lens, page_size, **options
         )
         assert_same_pages(cache, expected, ("page_bounds", "bounds_scale_zero"))
+        pages, slots = token_slots(cache, 0, token + 1)
+        wanted_pages, _ = token_slots(expected, 0, token + 1)
+        for name in ("k_int4", "k_scale_zero"):
+            got = getattr(cache, name)[pages, :, slots]
+            assert torch.equal(got, getattr(expected, name)[wanted_pages, :, slots]), name
         assert_bounds_hold(inputs.q, cache)
 
 
@@ -316,6 +321,14 @@ def test_a_row_without_a_softmax_keeps_every_candidate(row, draw, rng, folder):
     _, counts, mass = prune_emulated(*problem, 0.5, {}, config, folder)
     assert counts.item() == seq_len and mass[0, -1] == 1
     assert (mass[0, :-1] < 0.8).all()
+
+
+@pytest.mark.parametrize("top_p, kept", [(NAN, 333), (1.5, 333), (0.0, 1), (-9.0, 1)])
+def test_a_top_p_out_of_range_keeps_all_or_one(top_p, kept, rng, folder):
+    """On the device it cannot be refused."""
+    problem = one_row([normal(333, rng)] * 3)
+    _, counts, _ = prune_emulated(*problem, top_p, {}, ROWS["gqa3-windows"][-1], folder)
+    assert counts.item() == kept
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)

@@ -18,8 +18,9 @@ from tests import ledger, stand_in
 from tests.promises import check_step
 from tests.strategies import BUCKETS, SMALL_BUCKETS, Bucket, Step, decode_steps
 
+# 2,000 cases in 16 buckets, or 208 in 8.
 FULL = os.environ.get("FULL") == "1"
-CHUNKS, CHUNK_CASES = (5, 25) if FULL else (1, 13)  # over 16 buckets: 2,000 and 208 cases
+CHUNKS, CHUNK_CASES = (5, 25) if FULL else (1, 26)
 
 
 def run_cases(
@@ -49,15 +50,16 @@ def run_cases(
     return checked
 
 
+# A bucket's kernels are compiled once, by one worker.
+PARAMETERS = [
+    pytest.param(bucket, marks=pytest.mark.xdist_group(bucket.name), id=bucket.name)
+    for bucket in (BUCKETS if FULL else BUCKETS[::2])
+]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("chunk", range(CHUNKS))
-@pytest.mark.parametrize(
-    "bucket",
-    [
-        pytest.param(each, marks=pytest.mark.xdist_group(each.name), id=each.name)
-        for each in BUCKETS
-    ],
-)
+@pytest.mark.parametrize("bucket", PARAMETERS)
 def test_kernels_keep_every_promise(bucket, chunk, device):
     """A chunk that passed for this code is not run again."""
     unit = f"{bucket.name}, seed {chunk}, {CHUNK_CASES} cases"
@@ -74,10 +76,10 @@ def test_kernels_keep_every_promise(bucket, chunk, device):
 @pytest.mark.parametrize("bucket", SMALL_BUCKETS, ids=str)
 def test_the_reference_keeps_every_promise(bucket):
     checked = run_cases(
-        lambda step: check_step(stand_in, step, torch.device("cpu")), bucket, 100, seed=0
+        lambda step: check_step(stand_in, step, torch.device("cpu")), bucket, 60, seed=0
     )
-    assert checked["cases"] >= 100
-    assert checked["rows"] >= 100 * bucket.num_kv_heads
+    assert checked["cases"] >= 60
+    assert checked["rows"] >= 60 * bucket.num_kv_heads
 
 
 def faulty(spoil: Callable) -> SimpleNamespace:

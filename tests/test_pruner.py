@@ -7,6 +7,7 @@ import torch
 
 import kernels
 import reference
+from tests.cases import NAN
 from tests.logits import LOGITS, NO_SOFTMAX, normal, skewed
 from tests.properties import (
     as_mask,
@@ -233,6 +234,15 @@ def test_prune_top_p_takes_a_tensor(form, rng):
     problem = make_problem(skewed, rng)
     top_p = TOP_P[form]().to(rng.device)
     problem.check(problem.prune(top_p), top_p)
+
+
+@pytest.mark.parametrize("value", [NAN, 1.5, 0.0, -9.0])
+def test_prune_top_p_of_values_out_of_range_keeps_all_or_one(value, rng):
+    """On the device they cannot be refused."""
+    problem = make_problem(normal, rng, **SIZES["mha"])
+    _, counts, _ = problem.prune(torch.full((4,), value, device=rng.device))
+    _, valid = candidate_positions(*problem[:3])
+    assert torch.equal(counts, valid.sum(-1).int() if not value <= 0 else torch.ones_like(counts))
 
 
 def test_prune_top_p_leaves_its_input_alone(rng):

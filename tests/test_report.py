@@ -41,8 +41,11 @@ def test_the_report_adds_up_what_was_checked(empty_ledger):
     text = report.render()
     assert "2,000 generated decode steps, 4,200 rows" in text
     assert "| gqa4 | 2,000 | 4,200 |" in text and "| gqa3 | 0 | 0 |" in text
-    assert "12 kernels: 1 of 12 runs clean" in text
-    assert "| memcheck | not clean | 0 errors in 40 launches | not clean |" in text
+    assert "12 kernels: 1 of 28 runs clean" in text
+    assert (
+        "| memcheck | not clean | not clean | not clean | not clean | 0 errors in 40 launches |"
+        in text
+    )
     assert "9 steps: 4,000 checks, 7 pages reused." in text
     assert f"1 of {len(MUTANTS)} planted faults caught" in text
     assert f"| {MUTANTS[0].name} | mirror.py | tests/test_cache.py::test_x |" in text

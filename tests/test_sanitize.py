@@ -47,7 +47,7 @@ def test_only_a_clean_run_is_recorded(summary, recorded, tmp_path, monkeypatch):
     monkeypatch.setattr(ledger, "LEDGER", tmp_path / "ledger.jsonl")
     monkeypatch.setenv("COMMIT", "0123456789")
 
-    def run(command, stdout, **options):
+    def run(command, *, stdout, **options):
         assert command[:3] == ["compute-sanitizer", "--tool", "racecheck"]
         stdout.write(WATCHED + summary)
 
