@@ -21,6 +21,7 @@ from plots.style import (
     STAGE_COLORS,
     STAGE_MARKERS,
     legend_below,
+    megabytes,
     three_digits,
 )
 
@@ -162,9 +163,7 @@ def stage_roofline(frames: Frames) -> Figure:
     axes.set_yscale("log")
     axes.set_xlim(*reach)
     axes.set_ylim(bottom, 2 * ceiling)
-    axes.xaxis.set_major_formatter(
-        lambda value, _: f"{value:g} MB" if value < 1e3 else f"{value / 1e3:g} GB"
-    )
+    axes.xaxis.set_major_formatter(megabytes)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("bytes that must move in one call")
     axes.set_ylabel("bytes / time, TB/s")

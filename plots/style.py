@@ -111,6 +111,11 @@ def microseconds(value: float, _position: object = None) -> str:
     return f"{value / 1000:g} ms" if value >= 1000 else f"{value:g} us"
 
 
+def megabytes(value: float, _position: object = None) -> str:
+    """A size in MB, in GB from 1,000 MB on."""
+    return f"{value / 1000:g} GB" if value >= 1000 else f"{value:g} MB"
+
+
 def three_digits(value: float) -> str:
     """Three digits, more only before the point: 3.14, 31.4, 314, 3,142."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

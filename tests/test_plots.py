@@ -7,7 +7,7 @@ import pytest
 from plots import draw
 from plots.figures import FIGURES, FULL_FIGURES
 from plots.frames import MissingData
-from profiling.rows import AnyRow
+from profiling.rows import AnyRow, table_of
 from tests.made_up_results import made_up_rows, write_frames
 
 
@@ -39,7 +39,7 @@ def test_missing_data_is_an_error_that_names_the_file(
     kept = [
         row
         for row in rows
-        if getattr(row, "stage", "") != "pruner" and not row.workload.startswith("budget-mha")
+        if table_of(row) != "pruner" and not row.workload.startswith("budget-mha")
     ]
     write_frames(kept, tmp_path)
     with pytest.raises(MissingData, match=r"pruner\.csv"):
