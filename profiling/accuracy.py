@@ -98,9 +98,9 @@ def prune(
 
 
 def accuracy_rows(builder: StageBuilder, gpu: str, origin: Origin) -> list[AccuracyRow]:
-    """A row for every method, width and p of a workload."""
-    variants = builder.workload.variants()
-    top_ps = tuple(variant.top_p for variant in variants)
+    """A row for every method, width and p of a workload, at its own token budget."""
+    workload = builder.workload
+    top_ps = workload.top_ps or (workload.top_p,)
     q, cache = builder.sets.queries[0], builder.sets.caches[0]
     num_requests = min(MAX_REQUESTS, cache.batch_size)
     found: dict[tuple[str, str, int], list[Kept]] = {}
@@ -108,13 +108,13 @@ def accuracy_rows(builder: StageBuilder, gpu: str, origin: Origin) -> list[Accur
         one = request_cache(cache, index)
         request = Request.of(q[index], one)
         for method in METHODS:
-            candidates = _candidates(method, q[index], one, builder.workload.token_budget)
+            candidates = _candidates(method, q[index], one, workload.token_budget)
             for bits in BITS:
                 for place, kept in enumerate(prune(request, candidates, bits, top_ps)):
                     found.setdefault((method, bits, place), []).append(kept)
     return [
         AccuracyRow(
-            **setting_of(variants[place], method, gpu),
+            **setting_of(dataclasses.replace(workload, top_p=top_ps[place]), method, gpu),
             bits=bits,
             num_requests=num_requests,
             **_summary(own),

@@ -65,8 +65,10 @@ class Observed:
             "memory": (METHOD, PARTS[0]),
             "timeline": (METHOD, "graph" if on_gpu else "host", "pipeline"),
         }[self.stage]
-        workload = self.workload.variants()[0] if self.stage == "accuracy" else self.workload
-        return [(*setting_of(workload, method, target.gpu).values(), *rest)]
+        setting = setting_of(self.workload, method, target.gpu)
+        if self.stage == "accuracy" and self.workload.top_ps:
+            setting["top_p"] = self.workload.top_ps[0]
+        return [(*setting.values(), *rest)]
 
 
 Group = Timed | Observed

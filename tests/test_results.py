@@ -10,14 +10,16 @@ import torch
 from plots import draw
 from profiling import bench, traffic
 from profiling.checks import CheckFailed, check_attention, check_pruner, check_selector
+from profiling.plan import Target, groups_of, prepare
 from profiling.request_sets import affordable_sets, cold_sets, random_tokens, workload_sets
 from profiling.results import RESULTS, Finished, path_of, read_rows, write_rows
 from profiling.rows import ROW_KEY, TIMED, Row
 from profiling.stages import sets_wanted
+from profiling.sweeps import CPU_FULL, GPU_FULL
 from profiling.timing import Timing, time_on_host
 from profiling.workloads import CPU_WORKLOADS, GPU_WORKLOADS, BudgetSweep, Workload
 from reference import PagedKVCache, TwilightDecode
-from reference.inputs import DecodeShape
+from reference.inputs import LAYER_BUDGETS, DecodeShape
 from tests.made_up_results import made_up_rows
 
 SMALL = Workload(
@@ -262,9 +264,65 @@ def test_bench_stops_in_time(tmp_path: Path, capsys) -> None:
     assert "run again" in capsys.readouterr().out
 
 
+EVERY = ((*GPU_WORKLOADS, *GPU_FULL), (*CPU_WORKLOADS, *CPU_FULL))
+
+
 def test_cpu_workloads_feed_every_figure() -> None:
     names = {workload.name for workload in CPU_WORKLOADS}
     assert {"budget-gqa", "budget-mha", "length-b1"} <= names
-    for sweep in (w for w in (*CPU_WORKLOADS, *GPU_WORKLOADS) if isinstance(w, BudgetSweep)):
-        standard = (w for w in (*CPU_WORKLOADS, *GPU_WORKLOADS) if isinstance(w, Workload))
-        assert any(w.shape == sweep.shape and "dense" in w.stages for w in standard)
+    for workloads in EVERY:
+        for sweep in (w for w in workloads if isinstance(w, BudgetSweep)):
+            standard = (w for w in workloads if isinstance(w, Workload) and "dense" in w.stages)
+            assert any(w.shape == sweep.shape for w in standard)
+
+
+@pytest.mark.parametrize("workloads", EVERY, ids=["gpu", "cpu"])
+def test_nothing_is_measured_twice(workloads: tuple[Workload | BudgetSweep, ...]) -> None:
+    target = Target(bench.Torch(), "any", 0, print)
+    groups = [group for workload in workloads for group in groups_of(workload, target)]
+    marks = [(group.stage, *mark) for group in groups for mark in group.marks(target)]
+    assert len(set(marks)) == len(marks)
+    assert all(group.marks(target) for group in groups)
+
+
+def test_skewed_budgets_keep_the_mean() -> None:
+    for sweep in (w for own in EVERY for w in own if isinstance(w, BudgetSweep)):
+        for budget in sweep.token_budgets:
+            counts = sweep.counts(budget)
+            assert len(counts) == sweep.shape.num_kv_heads
+            assert sum(counts) / len(counts) == pytest.approx(budget, rel=0.02)
+            assert (max(counts) > 3 * min(counts)) == sweep.name.endswith("-skewed")
+    with pytest.raises(ValueError, match="32768 tokens"):
+        BudgetSweep("big", GPU_WORKLOADS[1].shape, (8192,), LAYER_BUDGETS).counts(8192)
+
+
+def test_head_budgets_shape_what_the_inputs_keep() -> None:
+    equal = dataclasses.replace(SMALL, head_budgets=(1,), shape=DecodeShape(2, 8, 8, 32, 16, 1024))
+    for workload, largest in ((equal, 1.5), (dataclasses.replace(equal, head_budgets=(1, 8)), 9)):
+        sets = workload_sets(workload, 1, "cpu", PagedKVCache.wrap)
+        step = TwilightDecode(sets.caches[0], 8, selector="full")
+        step.run(sets.queries[0], sets.caches[0])
+        ratio = float(step.kept_counts.max() / step.kept_counts.min())
+        assert 2 / 3 * largest <= ratio <= 1.5 * largest
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_variants_share_their_inputs_and_are_measured_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = {"stages": ("pipeline", "accuracy", "timeline"), "token_budgets": (32, 64)}
+    full = dataclasses.replace(SMALL, name="more", top_ps=(0.5, 0.9), **more)
+    monkeypatch.setattr(bench, "CPU_FULL", (full,))
+    arguments = ["--results", str(tmp_path), "--commit", "one", "--full", "--workload", "more"]
+    assert bench.main(arguments) == 0
+    rows = read_rows(tmp_path / "cpu-reference" / "pipeline.csv")
+    settings = rows.groupby("method")[["token_budget", "top_p"]].apply(lambda own: len(own))
+    assert settings.to_dict() == {"quest+twilight": 4, "full+twilight": 2, "quest": 2}
+    pools = []
+    monkeypatch.setattr(
+        bench, "prepare", lambda *inputs: pools.append(prepare(*inputs)) or pools[-1]
+    )
+    (tmp_path / "cpu-reference" / "timeline.csv").unlink()
+    assert bench.main(arguments) == 0 and len(pools) == 1
+    assert (tmp_path / "cpu-reference" / "summary.json").exists()
+    assert bench.main(arguments) == 0 and len(pools) == 1
