@@ -119,16 +119,9 @@ def _speedup(frames: Frames, prefix: str, what: str) -> Figure:
         for method, chosen in _methods(rows, batch_size):
             line(axes, chosen, "seq_len", method, METHODS[method])
             if method == "quest+twilight":
-                for x, y in zip(chosen["seq_len"], chosen["median_us"], strict=True):
-                    axes.annotate(
-                        f"{three_digits(y)}x",
-                        (x, y),
-                        xytext=(0, 6),
-                        textcoords="offset points",
-                        ha="center",
-                        fontsize=9,
-                    )
+                _name_points(axes, chosen, rows)
         log_axes(axes, sorted(rows["seq_len"].unique()))
+        axes.margins(x=0.1)
         axes.yaxis.set_major_locator(FixedLocator([0.25, 0.5, 1, 2, 4, 8, 16, 32]))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -138,6 +131,16 @@ def _speedup(frames: Frames, prefix: str, what: str) -> Figure:
     title(figure, what, twilight, STEP_FIXED, BAND)
     legend_below(figure, [axes for axes, _ in grid], 4)
     return figure
+
+
+def _name_points(axes: Axes, chosen: pd.DataFrame, rows: pd.DataFrame) -> None:
+    """The speedup beside each point: above where it is the best of `rows`, below where not."""
+    best = rows.groupby("seq_len")["median_us"].max()
+    for x, y in zip(chosen["seq_len"], chosen["median_us"], strict=True):
+        offset, side = ((-3, 5), "right") if y == best[x] else ((3, -12), "left")
+        axes.annotate(
+            f"{y:.2g}x", (x, y), xytext=offset, textcoords="offset points", ha=side, fontsize=9
+        )
 
 
 def _methods(rows: pd.DataFrame, batch_size: int) -> list[tuple[str, pd.DataFrame]]:

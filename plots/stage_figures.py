@@ -92,7 +92,7 @@ def stage_timeline(frames: Frames) -> Figure:
         axes.margins(y=0.14)
         axes.grid(axis="x", visible=False)
     every[0].set_ylabel("us per step, from the first launch to the last")
-    title(figure, "The device's timeline of one step", rows, FIXED, "means, profiler on")
+    title(figure, "The device's timeline of one step", rows, FIXED, "means")
     legend_below(figure, [every[0]], 5)
     return figure
 
@@ -156,9 +156,8 @@ def stage_roofline(frames: Frames) -> Figure:
     reach = np.array([low / 2, high * 2])
     for time_us in (1, 10, 100, 1000):
         axes.plot(reach, reach / time_us, color="#bbbbbb", ls=":", lw=1.2, zorder=1)
-        x = time_us * 1.3 * bottom
-        if reach[0] < x < reach[1]:
-            axes.annotate(f"{time_us:,} us", (1.15 * x, 1.3 * bottom), fontsize=9, color="#777777")
+        y = max(1.3 * bottom, 1.2 * reach[0] / time_us)  # where the line enters the panel
+        axes.annotate(f"{time_us:,} us", (1.15 * y * time_us, y), fontsize=9, color="#777777")
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(*reach)

@@ -80,7 +80,7 @@ def prune(
     num_kv_heads, group_size, _ = request.q.shape
     valid = candidates.repeat_interleave(group_size, dim=0)
     weights = candidate_weights(request.estimate(bits), valid)
-    wanted = torch.tensor(top_ps, device=weights.device)[:, None, None]
+    wanted = torch.tensor(top_ps, dtype=ORACLE, device=weights.device)[:, None, None]
     keep = reference.top_p_threshold(weights.expand(len(top_ps), -1, -1), wanted) & valid
     estimated = torch.where(keep, weights, 0.0).sum(dim=-1) / weights.sum(dim=-1)
     true = request.logits.softmax(dim=-1)

@@ -1,5 +1,7 @@
 """All results of one folder as one JSON file, for other programs: summary.json.
 
+`make bench` writes it, and so does `python -m profiling.summary FOLDER`.
+
     {"gpu": ..., "commits": [...], "dates": [...], "read_tbps": ...,
      "rows": [{"id": "stage/workload/method/provider/b64/...", "median_us": ..., ...}, ...]}
 
@@ -9,6 +11,7 @@ id on any GPU and at any commit.
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +61,8 @@ def _entry(name: str, table: Table, row: dict[str, Any]) -> dict[str, Any]:
     named = [f"{row[column]}" for column in table.key if column != "gpu" and row[column] != name]
     values = {key: row[key] for key in table.types if key not in (*table.key, *ORIGIN)}
     return {"id": "/".join((name, *named)), **values, "commit": row["commit"]}
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        write_summary(Path(argument))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from profiling import compare
+from profiling.results import RESULTS
 from profiling.rows import Row
 from profiling.summary import FILE, summarize, write_summary
 from tests.made_up_results import made_up_rows, write_frames
@@ -79,6 +80,12 @@ def test_nothing_to_compare_is_an_error(rows: list[Row], tmp_path: Path, capsys)
     assert compare.main(folders) == 2
     assert compare.main([folders[0], str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob(f"*/{FILE}")), ids=lambda p: p.parent.name)
+def test_the_committed_summary_is_that_of_its_files(path: Path) -> None:
+    """If not: python -m profiling.summary FOLDER"""
+    assert json.loads(path.read_text()) == json.loads(json.dumps(summarize(path.parent)))
 
 
 def test_the_summary_holds_every_row_of_every_table(tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ import torch
 
 from profiling import bench, timing
 from profiling.results import read_rows
-from profiling.workloads import BudgetSweep, Workload
-from reference.inputs import DecodeShape
+from profiling.rows import STAGES
+from profiling.sweeps import COPY_TASK, EQUAL, trace_workload
+from profiling.workloads import LOOKED_ON, BudgetSweep, Workload
+from reference.inputs import LAYER_BUDGETS, DecodeShape
 
 
 class MadeUpGpu:
@@ -184,18 +186,30 @@ def test_gpu_timer_captures_what_it_can() -> None:
 @pytest.mark.gpu
 def test_bench_runs_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = DecodeShape(4, 8, 2, 128, seq_lens=4096)
-    tiny = (
-        Workload("tiny", shape, 1024, 64, max_sets=3),
+    stages = (*STAGES, *LOOKED_ON, "accuracy")
+    base = (
+        Workload("tiny", shape, 1024, 64, max_sets=3, stages=stages),
         BudgetSweep("budget-tiny", shape, (64,), max_sets=3),
     )
-    monkeypatch.setattr(bench, "GPU_WORKLOADS", tiny)
+    step = {"stages": ("pipeline",), "token_budgets": (64, 4096), "head_budgets": EQUAL}
+    full = (
+        Workload("budget-tiny", shape, 1024, 64, max_sets=3, **step),
+        BudgetSweep("budget-tiny-skewed", shape, (256,), LAYER_BUDGETS, max_sets=3),
+        trace_workload(COPY_TASK),
+    )
+    monkeypatch.setattr(bench, "GPU_WORKLOADS", base)
+    monkeypatch.setattr(bench, "GPU_FULL", full)
     monkeypatch.setattr(bench, "READ_BYTES", 1 << 30)
-    assert bench.main(["--results", str(tmp_path)]) == 0
+    assert bench.main(["--results", str(tmp_path), "--full"]) == 0
     frames = {path.stem: read_rows(path) for path in tmp_path.glob("*/*.csv")}
-    ours = {stage: frame[frame["provider"] == "tilelang"] for stage, frame in frames.items()}
+    assert {"accuracy", "kept", "memory", "timeline"} < frames.keys()
+    assert set(frames["timeline"]["timeline"]) == {"graph", "launches"}
+    ours = {stage: frames[stage][frames[stage]["provider"] == "tilelang"] for stage in STAGES}
     assert {stage: len(rows) for stage, rows in ours.items()} == {
         **dict.fromkeys(("selector", "estimator", "pruner", "dense"), 1),
-        **{"attention": 2, "pipeline": 3},
+        "attention": 3,
+        "pipeline": 3 + 5 + 17,  # the sweep's two budgets, and Full once; 8 p twice, and Quest once
     }
     for rows in ours.values():
         assert set(rows["timer"]) == {"graph-rotate"}
+        assert (rows["sm_mhz"] > 100).all()
