@@ -29,7 +29,6 @@ def accuracy_top_p(frames: Frames) -> Figure:
     """What p buys, by the bits of the estimate's keys: tokens kept, true mass that attention does
     not read, output error, and the time of the 4-bit step."""
     accuracy = frames["accuracy"].assign(lost=lambda rows: 1 - rows["captured_mean"])
-    accuracy["bits"] = accuracy["bits"].astype(str)
     workloads = list(dict.fromkeys(accuracy["workload"]))
     num_rows = len(METRICS)
     figure, every = panels(num_rows, len(workloads), (11, 2.7 * num_rows), sharey="row")

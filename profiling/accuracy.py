@@ -58,7 +58,7 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
+class Outcome:
     """What one request keeps: counts [num_kv_heads]; estimated and captured mass [num_qo_heads];
     the squared norms of the output's error and of the dense output."""
 
@@ -71,7 +71,7 @@ class Kept:
 
 def prune(
     request: Request, candidates: torch.Tensor, bits: str, top_ps: tuple[float, ...]
-) -> list[Kept]:
+) -> list[Outcome]:
     """Keep top_p of a request's candidates, for each p.
 
     Args:
@@ -93,7 +93,7 @@ def prune(
         out = logits.view(num_kv_heads, group_size, -1) @ request.v
         error = float((out - request.dense).square().sum())
         norm = float(request.dense.square().sum())
-        results.append(Kept(union.sum(dim=-1), own_estimated, captured, error, norm))
+        results.append(Outcome(union.sum(dim=-1), own_estimated, captured, error, norm))
     return results
 
 
@@ -103,7 +103,7 @@ def accuracy_rows(builder: StageBuilder, gpu: str, origin: Origin) -> list[Accur
     top_ps = workload.top_ps or (workload.top_p,)
     q, cache = builder.sets.queries[0], builder.sets.caches[0]
     num_requests = min(MAX_REQUESTS, cache.batch_size)
-    found: dict[tuple[str, str, int], list[Kept]] = {}
+    found: dict[tuple[str, str, int], list[Outcome]] = {}
     for index in range(num_requests):
         one = request_cache(cache, index)
         request = Request.of(q[index], one)
@@ -138,7 +138,7 @@ def _candidates(
     return chosen[:, :seq_len]
 
 
-def _summary(requests: list[Kept]) -> dict[str, Any]:
+def _summary(requests: list[Outcome]) -> dict[str, Any]:
     counts = torch.cat([own.counts for own in requests]).double()
     captured = torch.cat([own.captured for own in requests])
     error, norm = (sum(getattr(own, name) for own in requests) for name in ("error", "norm"))

@@ -16,8 +16,7 @@ class Row:
 
     workload: str
     stage: str
-    method: str  # what the row is part of: quest+twilight, full+twilight, quest, dense; or equal
-    # and skewed: attention over random tokens, as many for every KV head or not
+    method: str  # quest+twilight, full+twilight, quest, dense; random: attention over such tokens
     provider: str
     batch_size: int
     num_qo_heads: int

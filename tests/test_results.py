@@ -17,7 +17,13 @@ from profiling.rows import OBSERVED, ROW_KEY, TIMED, Row
 from profiling.stages import sets_wanted
 from profiling.sweeps import CPU_FULL, GPU_FULL
 from profiling.timing import Timing, time_on_host
-from profiling.workloads import CPU_WORKLOADS, GPU_WORKLOADS, BudgetSweep, Workload
+from profiling.workloads import (
+    CPU_WORKLOADS,
+    GPU_WORKLOADS,
+    LOOKED_ON,
+    BudgetSweep,
+    Workload,
+)
 from reference import PagedKVCache, TwilightDecode
 from reference.inputs import LAYER_BUDGETS, DecodeShape
 from tests.made_up_results import made_up_rows
@@ -326,7 +332,7 @@ def test_head_budgets_shape_what_the_inputs_keep() -> None:
 def test_variants_share_their_inputs_and_are_measured_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    more = {"stages": ("pipeline", "accuracy", "timeline"), "token_budgets": (32, 64)}
+    more = {"stages": ("pipeline", "accuracy", *LOOKED_ON), "token_budgets": (32, 64)}
     full = dataclasses.replace(SMALL, name="more", top_ps=(0.5, 0.9), **more)
     monkeypatch.setattr(bench, "CPU_FULL", (full,))
     arguments = ["--results", str(tmp_path), "--commit", "one", "--full", "--workload", "more"]
