@@ -1,10 +1,14 @@
 """The split of a step's timeline among its stages."""
 
+import types
+
 import pytest
 import torch
 
+from profiling import timeline
 from profiling.backends import TileLang, Torch
 from profiling.plan import Target, prepare
+from profiling.stages import Slot
 from profiling.timeline import STEPS, Share, Span, shares, timeline_rows
 from profiling.timing import time_providers
 from profiling.workloads import Workload
@@ -53,6 +57,69 @@ def test_stages_on_the_host_are_one_launch_each() -> None:
     assert whole.launches == 4 and whole.num_steps == STEPS - 1
     assert whole.busy_us == pytest.approx(sum(row.busy_us for row in rows.values()))
     assert all(row.launches == 1 and row.busy_us > 0 for row in rows.values())
+
+
+class MadeUpStep:
+    """A step on a made-up device: each launch takes 3 us, and 1 us passes before it, or 4 us if it
+    is not replayed from a graph."""
+
+    launches: list[Span] = []
+    pause = 4.0
+
+    def _launch(self, count: int) -> None:
+        for _ in range(count):
+            start = (self.launches[-1].end if self.launches else 0.0) + MadeUpStep.pause
+            self.launches.append(Span(start, start + 3.0))
+
+    def select(self, _q: object, _cache: object) -> None:
+        self._launch(2)
+
+    def estimate(self, _q: object, _cache: object) -> None:
+        self._launch(1)
+
+    def prune(self, _cache: object) -> None:
+        self._launch(1)
+
+    def attend(self, _q: object, _cache: object) -> None:
+        self._launch(2)
+
+    def run(self, q: object, cache: object) -> None:
+        self.select(q, cache)
+        self.estimate(q, cache)
+        self.prune(cache)
+        self.attend(q, cache)
+
+
+def test_a_step_on_a_device_is_seen_as_a_graph_and_launch_by_launch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def device_spans(work) -> list[Span]:
+        MadeUpStep.launches.clear()
+        work()
+        return list(MadeUpStep.launches)
+
+    def capture(runs: list, count: int) -> types.SimpleNamespace:
+        def replay() -> None:
+            monkeypatch.setattr(MadeUpStep, "pause", 1.0)
+            for run in runs:
+                run()
+            monkeypatch.setattr(MadeUpStep, "pause", 4.0)
+
+        assert len(runs) == count == 15
+        return types.SimpleNamespace(replay=replay)
+
+    monkeypatch.setattr(timeline, "device_spans", device_spans)
+    monkeypatch.setattr(timeline, "capture", capture)
+    slots = [Slot(torch.empty(0), None, MadeUpStep()) for _ in range(5)]
+    workload = small(torch.float16, 128)
+    builder = types.SimpleNamespace(
+        workload=workload, backend=TileLang, slots=lambda _stage, _method: slots
+    )
+    rows = timeline_rows(builder, "gpu", ORIGIN)
+    found = {(row.timeline, row.stage): (row.launches, row.busy_us, row.gap_us) for row in rows}
+    assert found[("graph", "selector")] == (2, 6.0, 2.0)
+    assert found[("graph", "pipeline")] == (6, 18.0, 6.0)
+    assert found[("launches", "pipeline")] == (6, 18.0, 24.0)
 
 
 @pytest.mark.gpu
