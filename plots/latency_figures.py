@@ -50,13 +50,16 @@ def pipeline_budget(frames: Frames) -> Figure:
     for axes, own in grid:
         _dense_line(axes, frames, own)
         skewed = own["workload"].str.endswith("-skewed")
-        parts = (("quest", skewed, "quest"), ("quest+twilight", ~skewed, "equal"))
-        for method, chosen, look in (*parts, ("quest+twilight", skewed, "quest+twilight")):
-            part = own[chosen & (own["method"] == method)]
-            kind = "" if method == "quest" else ", equal" if look == "equal" else ", skewed"
-            if len(part):
-                line(axes, part, "token_budget", look, METHODS[method] + kind)
-        floors = own[skewed & (own["method"] == "quest+twilight")].sort_values("token_budget")
+        twilight = own["method"] == "quest+twilight"
+        series = {
+            ("quest", METHODS["quest"]): skewed & (own["method"] == "quest"),
+            ("equal", "Quest + Twilight, equal"): ~skewed & twilight,
+            ("quest+twilight", "Quest + Twilight, skewed"): skewed & twilight,
+        }
+        for (look, text), chosen in series.items():
+            part = require(own[chosen], "pipeline", f"a budget sweep of {text}")
+            line(axes, part, "token_budget", look, text)
+        floors = part.sort_values("token_budget")
         floor(axes, floors["token_budget"], floors["floor_us"], "floor of Quest + Twilight")
     title(figure, "One decode step", rows, ["seq_len", "head_dim", "page_size"], BAND)
     legend_below(figure, [axes for axes, _ in grid], 3)

@@ -239,7 +239,8 @@ def main(argv: list[str] | None = None) -> int:
     run.measure(chosen, (arguments.stage,) if arguments.stage else tuple(TABLES))
     folder = run.folder / run.target.gpu
     print(summary(folder, [w.name for w in chosen], arguments.stage))
-    write_summary(folder)
+    if any(folder.glob("*.csv")):
+        write_summary(folder)
     for failure in run.failures:
         print(f"FAILED: {failure}")
     if run.unfinished:

@@ -3,10 +3,10 @@
 `make bench` writes it, and so does `python -m profiling.summary FOLDER`.
 
     {"gpu": ..., "commits": [...], "dates": [...], "read_tbps": ...,
-     "rows": [{"id": "stage/workload/method/provider/b64/...", "median_us": ..., ...}, ...]}
+     "rows": [{"id": "pipeline/gqa-32k/quest+twilight/tilelang/64/32/...", "median_us": ..., ...}]}
 
-A row's id is the columns that name it, without the GPU, so that the same measurement has the same
-id on any GPU and at any commit.
+A row's id is its table and the columns that name it, without the GPU, so that the same measurement
+has the same id on any GPU and at any commit.
 """
 
 import json
@@ -46,11 +46,8 @@ def summarize(folder: Path) -> dict[str, Any]:
 
 
 def write_summary(folder: Path) -> None:
-    """Write summary.json beside the CSV files, if there are any."""
-    try:
-        data = summarize(folder)
-    except FileNotFoundError:
-        return
+    """Write summary.json beside the CSV files."""
+    data = summarize(folder)
     rows = ",\n".join(json.dumps(row) for row in data.pop("rows"))
     partial = folder / f"{FILE}.partial"
     partial.write_text(f'{json.dumps(data)[:-1]}, "rows": [\n{rows}\n]}}\n')  # a line per row
