@@ -9,13 +9,15 @@ endif
 GPU_REPORT := import importlib.metadata as m, torch; \
 	gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None; \
 	print(f"tilelang {m.version('tilelang')}, torch {torch.__version__}, " + (f"GPU {gpu}" if gpu else "no GPU"))
-NEED_GPU := import sys, torch; sys.exit(0 if torch.cuda.is_available() else "test-gpu: no GPU on this machine")
+NEED_GPU := import sys, torch; sys.exit(0 if torch.cuda.is_available() else "no GPU on this machine")
+# tests/REPORT.md holds what the runs on a GPU found; a run that is cut off goes on where it stopped.
+REPORT = status=$$?; $(PYTHON) -m tests.report; exit $$status
 # pytest-xdist is used where it is installed; JOBS sets the number of its workers.
 WORKERS = $$($(PYTHON) -c 'import importlib.util as u, os; \
 	print(f"-n {$(or $(JOBS),min(8, os.cpu_count()))} --dist loadgroup" if u.find_spec("xdist") else "")')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format test test-gpu tune bench plots check clean
+.PHONY: help setup lint format test test-gpu sanitize soak mutants tune bench plots check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
@@ -38,8 +40,18 @@ format: $(READY)  ## ruff format, and safe fixes
 test: $(READY)  ## every test; those marked gpu skip where there is no GPU
 	@$(PYTHON) -m pytest -q $(WORKERS)
 
-test-gpu: $(READY)  ## the tests marked gpu; fails where there is no GPU
-	@$(PYTHON) -c '$(NEED_GPU)' && $(PYTHON) -m pytest -q -m gpu $(WORKERS)
+test-gpu: $(READY)  ## the tests marked gpu; fails where there is no GPU: [FULL=1: only the 2,000 generated cases]
+	@$(PYTHON) -c '$(NEED_GPU)' && $(PYTHON) -m pytest -q -m gpu $(if $(FULL),tests/test_generated.py) $(WORKERS); \
+		$(REPORT)
+
+sanitize: $(READY)  ## every kernel under compute-sanitizer; needs a GPU
+	@$(PYTHON) -c '$(NEED_GPU)' && $(PYTHON) -m tests.sanitize; $(REPORT)
+
+soak: $(READY)  ## 10,000 decode steps of a serving engine; needs a GPU: [STEPS=10000]
+	@$(PYTHON) -c '$(NEED_GPU)' && $(PYTHON) -m tests.soak $(if $(STEPS),--steps $(STEPS)); $(REPORT)
+
+mutants: $(READY)  ## plant faults in the kernels and see that tests catch them; without a GPU, in the emulator
+	@$(PYTHON) -m tests.mutate; $(REPORT)
 
 tune: $(READY)  ## search launch configs on this GPU: [STAGE=pruner] [WORKLOAD=gqa-32k] [BUDGET_MINUTES=15] [FORCE=1]
 	@$(PYTHON) -m autotune.tune $(if $(STAGE),--stage $(STAGE)) $(if $(WORKLOAD),--workload $(WORKLOAD)) \

@@ -186,7 +186,7 @@ def _estimator_variants(shape: KernelShape, config: EstimatorConfig) -> list[Ker
 
 
 def _pruner_variants(shape: KernelShape, config: PrunerConfig) -> list[KernelVariant]:
-    split_tokens = AttentionConfig.for_heads(shape.group_size, shape.head_dim).split_tokens
+    split_tokens = AttentionConfig.for_group(shape.group_size).split_tokens
     arguments = (shape.group_size, shape.page_size, _width_bound(shape), split_tokens, config)
     return [KernelVariant("pruner", pruner_kernel, arguments)]
 
@@ -373,7 +373,7 @@ SPACES = {
         values={"blocks_per_sm": (1, 2, 3, 4, 6)},
         limits=(),
         sensible=(),
-        default=lambda s, arch: AttentionConfig.for_heads(s.group_size, s.head_dim),
+        default=lambda s, arch: AttentionConfig.for_group(s.group_size),
         width=lambda s: s.width,
         variants=_attention_variants,
     ),

@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from kernels.attend_lanes import lanes_kernel
-from kernels.attend_tiles import item_kernel, ring_kernel
+from kernels.attend_tiles import tiles_kernel
 from kernels.cache import PagedKVCache
 from kernels.config import AttentionConfig, launches_early, num_multiprocessors
 from kernels.split_kv import merge_kernel, plan_kernel
 from kernels.tuned import config_for
 from kernels.validate import check_query, check_scale, check_tensor, dtype_name
 
-ATTENTION_KERNELS = {"item": item_kernel, "ring": ring_kernel, "lanes": lanes_kernel}
+ATTENTION_KERNELS = {"tiles": tiles_kernel, "lanes": lanes_kernel}
 
 
 @dataclass
@@ -61,8 +61,8 @@ class AttentionWorkspace:
         width: int,
         config: AttentionConfig | None = None,
     ) -> "AttentionWorkspace":
-        """For rows of at most `width` tokens; at the shape's default configuration where None."""
-        config = config or AttentionConfig.for_heads(group_size, cache.head_dim)
+        """For rows of at most `width` tokens; at the group's default configuration where None."""
+        config = config or AttentionConfig.for_group(group_size)
         batch_size, num_kv_heads = cache.batch_size, cache.num_kv_heads
         device = cache.k_cache.device
         max_splits = -(-width // config.split_tokens)

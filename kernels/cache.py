@@ -11,6 +11,7 @@ from kernels.validate import (
     HEAD_DIMS,
     check_choice,
     check_count,
+    check_machine,
     check_page_size,
     check_tensor,
     dtype_name,
@@ -127,6 +128,7 @@ class PagedKVCache:
         check_page_size(page_size)
         if torch.device(device).type != "cuda":
             raise ValueError(f"device: expected a CUDA device, got {device}")
+        check_machine(torch.device(device))
         if page_table is not None:
             check_tensor("page_table", page_table, (batch_size, max_pages), torch.int32)
         elif num_pages < batch_size * max_pages:
@@ -157,7 +159,8 @@ class PagedKVCache:
         page_table: torch.Tensor | None = None,
         k_offset: torch.Tensor | None = None,
     ) -> "PagedKVCache":
-        """Prefill: one launch copies k and v into pages and writes mirror and bounds.
+        """Prefill: one launch copies k and v into pages and writes mirror and bounds. Synchronizes
+        once.
 
         Args:
             k, v: [batch_size, max_seq_len, num_kv_heads, head_dim], fp16 or bf16; tokens from
@@ -168,7 +171,7 @@ class PagedKVCache:
             k_offset: [num_kv_heads, head_dim] f32.
 
         Raises:
-            ValueError: a tensor or a size does not fit.
+            ValueError: a tensor, a size or a length does not fit.
         """
         check_tensor("k", k, (None,) * 4, HALF_DTYPES, align=16)
         check_tensor("v", v, k.shape, k.dtype, k.device, align=16)
@@ -181,13 +184,14 @@ class PagedKVCache:
         needed_pages = -(-max_seq_len // page_size)
         max_pages = needed_pages if max_pages is None else max_pages
         check_count("max_pages", max_pages, least=needed_pages)
+        longest = _check_lengths(seq_lens, max_seq_len)
         num_pages = batch_size * max_pages if num_pages is None else num_pages
         cache = cls.empty(
             num_pages, batch_size, max_pages, num_kv_heads, head_dim, page_size,
             k.dtype, k.device, page_table, k_offset,
         )  # fmt: skip
         cache.seq_lens.copy_(seq_lens)
-        cache.longest = max_seq_len
+        cache.longest = longest
         prefill_kernel(head_dim, page_size, dtype_name(k))(
             k, v, cache.page_table, cache.seq_lens, *cache._written()
         )
@@ -208,11 +212,12 @@ class PagedKVCache:
         it. Page ids in use must lie inside the pool.
 
         Raises:
-            ValueError: a tensor does not fit.
+            ValueError: a tensor or a length does not fit.
         """
         _check_pages(k_cache, v_cache, page_table, seq_lens, k_offset)
+        longest = _check_lengths(seq_lens, page_table.shape[1] * k_cache.shape[1])
         cache = cls._around(k_cache, v_cache, page_table, seq_lens, k_offset)
-        cache.longest = int(seq_lens.max())
+        cache.longest = longest
         first_token = torch.arange(cache.max_pages, device=seq_lens.device) * cache.page_size
         used = (seq_lens[:, None] - first_token).clamp(0, cache.page_size)
         ids = torch.where(used > 0, page_table, 0).flatten().long()
@@ -286,6 +291,15 @@ def _check_pages(k_cache, v_cache, page_table, seq_lens, k_offset) -> None:
     check_tensor("page_table", page_table, (None, None), torch.int32, device)
     check_tensor("seq_lens", seq_lens, (page_table.shape[0],), torch.int32, device)
     _check_offset(k_offset, num_kv_heads, head_dim, device)
+    check_machine(device)
+
+
+def _check_lengths(seq_lens: torch.Tensor, most: int) -> int:
+    """The longest of them; raises ValueError unless all lie in [0, most]. Synchronizes."""
+    lengths = seq_lens.tolist()
+    if min(lengths) < 0 or max(lengths) > most:
+        raise ValueError(f"seq_lens: expected 0 to {most} tokens, got {lengths}")
+    return max(lengths)
 
 
 def _check_offset(k_offset, num_kv_heads, head_dim, device=None) -> None:

@@ -102,17 +102,18 @@ class TopPagesConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    form: str = "item"  # "item" or "ring" (tensor cores), "lanes" (CUDA cores)
+    form: str = "tiles"  # "tiles" (tensor cores, any group) or "lanes" (CUDA cores, group of 1)
     split_tokens: int = 128  # tokens of one work item; part of the result's definition
     num_threads: int = 128
     blocks_per_sm: int = 3  # of the grid; blocks stride over the items
-    tile_tokens: int = 64  # of one tile of the ring; that lanes load together
-    num_stages: int = 2  # tiles in the ring
+    lane_tokens: int = 8  # that the lanes of one team load together
     pdl: bool = False
 
     @classmethod
-    def for_heads(cls, group_size: int, head_dim: int) -> "AttentionConfig":
-        """One form for each group size and head_dim, whatever the batch: it shapes the results."""
+    def for_group(cls, group_size: int) -> "AttentionConfig":
+        """One form for each group size, whatever the batch: it shapes the results."""
+        if group_size == 1:
+            return cls("lanes", split_tokens=256, blocks_per_sm=16)
         return cls()
 
 

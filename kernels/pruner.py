@@ -52,7 +52,8 @@ def prune_top_p(
         kept_tokens [batch_size, num_kv_heads, width * page_size] i32, ascending logical positions;
         kept_counts [batch_size, num_kv_heads] i32, how many of them are valid;
         kept_mass [batch_size, num_qo_heads] f32, the mass of each query head's own set. Weights
-        equal to one part in 10^4 are kept or dropped together.
+        equal to one part in 10^4 are kept or dropped together. A query head whose logits have no
+        softmax (a NaN or +inf among them, or nothing above -inf) keeps every candidate.
 
     Raises:
         ValueError: a wrong tensor, or a float top_p outside (0, 1].
@@ -269,7 +270,6 @@ def pruner_kernel(
             farthest = T.alloc_var(T.float32)
             limit = T.alloc_var(T.float32)
             alive = T.alloc_var(T.uint32)  # bit k: this thread's k-th value is near
-            rest = T.alloc_var(T.uint32)
             shift = T.alloc_var(T.int32)
             num_bins = T.alloc_var(T.int32)
 
@@ -306,7 +306,6 @@ def pruner_kernel(
             for turn in T.serial(T.ceildiv(group_size, block_heads)):
                 head = T.min(turn * block_heads + row, group_size - 1)
                 logit = lambda at: logits[batch, kv_head, head, at]
-                p = top_p[batch, kv_head, head]
 
                 # 1. The largest logit, and the softmax's denominator.
                 partial = -T.infinity(T.float32)
@@ -328,6 +327,8 @@ def pruner_kernel(
                 )
 
                 scale = UNITY / total[0]
+                # NaN where the row has no softmax: then nothing may be dropped.
+                p = T.if_then_else(total[0] >= 1.0, top_p[batch, kv_head, head], 1.0)
 
                 # 2. What can matter: all heavier than the cut.
                 cut = (1.0 - p) / T.cast(num_tokens[0], T.float32) * total[0] * 0.9999
@@ -343,12 +344,11 @@ def pruner_kernel(
                     reserve_slots(
                         T.cast(T.popcount(alive), T.int32), slot, num_near, turn % 2, row, lane
                     )
-                    rest = alive
-                    while rest != T.uint32(0):
-                        k_near = 31 - T.cast(T.clz(rest), T.int32)
+                    while alive != T.uint32(0):
+                        k_near = 31 - T.cast(T.clz(alive), T.int32)
                         near[row, slot[0]] = T.cast(token_of(0, k_near), T.uint16)
                         slot[0] += 1
-                        rest = rest ^ (T.uint32(1) << T.cast(k_near, T.uint32))
+                        alive = alive ^ (T.uint32(1) << T.cast(k_near, T.uint32))
                     T.sync_threads()
                     if ahead and (turn + 1) * block_heads < group_size:
                         # The next head's logits arrive while this one's are searched.
@@ -400,12 +400,12 @@ def pruner_kernel(
                                 T.max(word * 32 + 32 - num_tokens[0], 0), T.uint32
                             )
                 elif held:
-                    rest = alive
-                    while rest != T.uint32(0):
-                        k_near = 31 - T.cast(T.clz(rest), T.int32)
-                        if distances[row, token_of(0, k_near)] <= limit:
-                            set_bit(words, token_of(0, k_near))
-                        rest = rest ^ (T.uint32(1) << T.cast(k_near, T.uint32))
+                    listed = num_near[turn % 2, row]
+                    for step in T.serial(T.ceildiv(listed, HEAD_THREADS)):
+                        if step * HEAD_THREADS + lane < listed:
+                            token = T.cast(near[row, step * HEAD_THREADS + lane], T.int32)
+                            if distances[row, token] <= limit:
+                                set_bit(words, token)
                 else:
                     for chunk in T.serial(num_chunks):
                         load_row(values, logit, num_listed, token_of, chunk, num_values)

@@ -69,7 +69,7 @@ KERNELS = {
     "attention": TunedKernel(
         AttentionConfig,
         ("attention.py", "attend_lanes.py", "attend_tiles.py", "split_kv.py"),
-        ("form", "split_tokens", "num_threads", "tile_tokens", "num_stages"),
+        ("form", "split_tokens", "num_threads", "lane_tokens"),
     ),
 }
 

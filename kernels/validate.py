@@ -1,13 +1,17 @@
 """Checks of arguments, made before anything is launched."""
 
+import functools
 import math
+import shutil
 from collections.abc import Sequence
 
 import torch
+from tilelang.contrib.nvcc import get_nvcc_compiler
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 128, 256)
 MAX_GROUP_SIZE = 16
+OLDEST_GPU = (8, 0)  # compute capability
 TILE_TOKENS = 16  # a page holds a whole number of tensor-core tiles of tokens
 
 
@@ -40,11 +44,30 @@ def check_tensor(
     if not fits:
         expected = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name}: expected shape [{expected}], got {list(tensor.shape)}")
+    if tensor.numel() == 0:
+        raise ValueError(f"{name}: expected no size of 0, got {list(tensor.shape)}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
     if tensor.data_ptr() % align != 0:
         address = f"{tensor.data_ptr():#x}"
         raise ValueError(f"{name}: expected {align}-byte alignment, got address {address}")
+
+
+@functools.cache
+def check_machine(device: torch.device) -> None:
+    """Raises ValueError on a GPU that is too old, RuntimeError where nothing can be compiled."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_GPU:
+        expected, got = (".".join(map(str, each)) for each in (OLDEST_GPU, capability))
+        raise ValueError(f"device: expected compute capability {expected} or newer, got {got}")
+    try:
+        compiler = get_nvcc_compiler()
+    except RuntimeError:  # no CUDA anywhere
+        compiler = "nvcc"
+    if shutil.which(compiler) is None:
+        raise RuntimeError(
+            f"nvcc: expected CUDA's compiler (see requirements.txt), got no {compiler}"
+        )
 
 
 def check_count(name: str, value: int, least: int, most: int | None = None) -> None:

@@ -43,6 +43,7 @@ def assert_close(
     name: str,
     *,
     unit_dtype: torch.dtype | None = None,
+    slack: torch.Tensor | float = 0.0,
 ) -> None:
     """Assert error(got) <= 2 error(same_precision) + one rounding unit, in every row.
 
@@ -52,6 +53,7 @@ def assert_close(
         oracle: the float64 result, same shape.
         name: of the tensor, for the message.
         unit_dtype: dtype of the rounding unit (None: that of `got`).
+        slack: error allowed beside these, for all rows or one for each.
 
     Raises:
         AssertionError: the worst row, with both errors. NaN never passes.
@@ -64,7 +66,7 @@ def assert_close(
     error = row_errors(got, oracle)
     reference_error = row_errors(same_precision, oracle)
     unit = rounding_unit(oracle, got.dtype if unit_dtype is None else unit_dtype)
-    allowed = 2 * reference_error + unit
+    allowed = 2 * reference_error + unit + slack
     failed = ~(error <= allowed) | allowed.isinf()  # a comparison with NaN is False
     if not bool(failed.any()):
         return

@@ -92,7 +92,9 @@ def prune_top_p(
     """Softmax over the candidates, top-p per query head, union per KV head.
 
     The first num_sink_tokens and the last num_recent_tokens tokens are kept wherever they are
-    candidates; so is at least one token of a request that has any.
+    candidates; so is at least one token of a request that has any. A query head whose logits have
+    no softmax (a NaN or +inf among them, or nothing above -inf) keeps every candidate: what could
+    go is not known.
 
     Args:
         logits: [batch_size, num_qo_heads, width * page_size] float; read where a token is.
@@ -132,9 +134,9 @@ def prune_top_p(
         valid = (token >= 0).repeat_interleave(num_qo_heads // cache.num_kv_heads, dim=0)
         forced = (token < num_sink_tokens) | (token >= length - num_recent_tokens)
         forced = forced.repeat_interleave(num_qo_heads // cache.num_kv_heads, dim=0)
-        weights = candidate_weights(logits[batch].to(dtype), valid)
+        weights, known = candidate_weights(logits[batch].to(dtype), valid)
         keep = top_p_threshold(weights, top_p[batch, :, None])
-        keep = (keep | forced) & valid
+        keep = (keep | forced | ~known) & valid
         total = weights.sum(dim=-1)
         kept = torch.where(keep, weights, 0.0).sum(dim=-1)
         kept_mass[batch] = kept / torch.where(total > 0, total, 1.0)
@@ -145,12 +147,19 @@ def prune_top_p(
     return kept_tokens, kept_counts, kept_mass
 
 
-def candidate_weights(logits: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """exp(logit - largest valid logit), 0 where no token is: softmax before its division."""
+def candidate_weights(
+    logits: torch.Tensor, valid: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """exp(logit - largest valid logit), 0 where no token is: softmax before its division.
+
+    Also whether the row has a softmax, [..., 1] bool. It has none where a valid logit is NaN or
+    +inf, or all are -inf; then every candidate weighs the same.
+    """
     logits = torch.where(valid, logits, float("-inf"))
     largest = logits.amax(dim=-1, keepdim=True)
-    weights = torch.exp(logits - torch.where(valid.any(-1, keepdim=True), largest, 0.0))
-    return torch.where(valid, weights, 0.0)
+    known = largest.isfinite()
+    weights = torch.exp(logits - torch.where(known, largest, 0.0))
+    return torch.where(valid, torch.where(known, weights, 1.0), 0.0), known
 
 
 def broadcast_top_p(

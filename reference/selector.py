@@ -79,6 +79,7 @@ def select_pages(
             cache.page_bounds[pages], cache.bounds_scale_zero[pages], dtype=dtype
         )
         bounds = quest_bounds(q[batch], page_min, page_max, dtype=dtype)
+        bounds = bounds.nan_to_num(nan=float("-inf"), neginf=float("-inf"))  # below what is forced
         scores = bounds.view(cache.num_kv_heads, -1, num_pages).amax(dim=1)
         scores[:, -1] = float("inf")
         scores[:, : pages_of(num_sink_tokens, cache.page_size)] = float("inf")

@@ -11,6 +11,7 @@ from kernels.config import AttentionConfig
 from reference.inputs import DecodeShape
 
 NAN = float("nan")
+NO_PAGE = -(2**30)
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Case:
     token_budget: int
     with_offset: bool = False
     shared_pages: int = 0  # leading full pages that every request takes from the first one
+    max_pages: int | None = None  # width of the page table; None: one more than is needed
 
     def __str__(self) -> str:
         return self.name
@@ -101,9 +103,14 @@ def make_tensors(case: Case, rng: torch.Generator) -> Tensors:
         tensor[1:, :shared] = tensor[0, :shared]
         for request, length in enumerate(lengths):
             tensor[request, length:] = NAN
-    page_table, num_pages = shuffled_pages(
-        shape.batch_size, -(-max(lengths) // shape.page_size) + 1, rng, case.shared_pages
-    )
+    if case.max_pages is None:
+        page_table, num_pages = shuffled_pages(
+            shape.batch_size, -(-max(lengths) // shape.page_size) + 1, rng, case.shared_pages
+        )
+    else:
+        page_table, num_pages = ragged_pages(
+            lengths, shape.page_size, case.max_pages, rng, case.shared_pages
+        )
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device=rng.device)
     return Tensors(q, k, v, seq_lens, page_table, num_pages, shape.page_size, offset)
 
@@ -119,10 +126,30 @@ def shuffled_pages(
     return page_table, num_pages
 
 
+def ragged_pages(
+    lengths: list[int],
+    page_size: int,
+    max_pages: int,
+    rng: torch.Generator,
+    shared_pages: int = 0,
+) -> tuple[torch.Tensor, int]:
+    """The same where requests own only the pages of one token more than they have: the table's
+    other entries are no pages at all."""
+    owned = [min(length // page_size + 1, max_pages) for length in lengths]
+    num_pages = sum(owned) + 7
+    order = torch.randperm(num_pages, generator=rng, device=rng.device, dtype=torch.int32)
+    page_table = torch.full((len(lengths), max_pages), NO_PAGE, dtype=torch.int32)
+    page_table = page_table.to(rng.device)
+    for request, pages in enumerate(order[: sum(owned)].split(owned)):
+        page_table[request, : len(pages)] = pages
+    page_table[1:, :shared_pages] = page_table[0, :shared_pages]
+    return page_table, num_pages
+
+
 def page_pool(tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V as an engine holds them: [num_pages, page_size, ...], NaN wherever no token is."""
     shape = (tensors.num_pages, tensors.page_size, *tensors.k.shape[2:])
-    pools = tuple(tensors.k.new_full(shape, NAN) for _ in range(2))
+    pools = tuple(tensors.k.new_empty(shape).fill_(NAN) for _ in range(2))
     for request, length in enumerate(tensors.seq_lens.tolist()):
         position = torch.arange(length, device=tensors.k.device)
         page = tensors.page_table[request, position // tensors.page_size].long()
@@ -136,23 +163,6 @@ def build_cache(package: ModuleType, tensors: Tensors):
     pool = page_pool(tensors)
     table, seq_lens = tensors.page_table.clone(), tensors.seq_lens.clone()
     return package.PagedKVCache.wrap(*pool, table, seq_lens, k_offset=tensors.k_offset)
-
-
-def poison_unused(cache) -> None:
-    """Overwrite every slot and page that no request uses, as a pool that has served others is."""
-    used = torch.zeros(
-        cache.num_pages, cache.page_size, dtype=torch.bool, device=cache.seq_lens.device
-    )
-    for request, length in enumerate(cache.seq_lens.tolist()):
-        position = torch.arange(length, device=used.device)
-        page = cache.page_table[request, position // cache.page_size].long()
-        used[page, position % cache.page_size] = True
-    cache.k_cache[~used] = NAN
-    cache.v_cache[~used] = NAN
-    cache.k_int4.transpose(1, 2)[~used] = 0xA7
-    cache.k_scale_zero.transpose(1, 2)[~used] = NAN
-    cache.page_bounds[~used.any(1)] = 0xA7
-    cache.bounds_scale_zero[~used.any(1)] = NAN
 
 
 def _heavy_keys(q: torch.Tensor, k: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
@@ -176,12 +186,13 @@ def _normal_like(rng: torch.Generator):
 
 # Every form of attention.
 FORMS = {
-    "item": AttentionConfig("item", split_tokens=128),
-    "item64": AttentionConfig("item", split_tokens=64, blocks_per_sm=5),
-    "ring-block": AttentionConfig("ring", num_threads=128, tile_tokens=64, num_stages=2),
-    "ring-warp": AttentionConfig(
-        "ring", split_tokens=64, num_threads=32, blocks_per_sm=8, tile_tokens=16, num_stages=3
-    ),
-    "lanes": AttentionConfig("lanes", split_tokens=256, blocks_per_sm=16, tile_tokens=8),
-    "lanes-few": AttentionConfig("lanes", split_tokens=128, blocks_per_sm=16, tile_tokens=4),
+    "tiles": AttentionConfig.for_group(4),
+    "tiles-short": AttentionConfig("tiles", split_tokens=64, blocks_per_sm=5),
+    "lanes": AttentionConfig.for_group(1),
+    "lanes-short": AttentionConfig("lanes", split_tokens=128, blocks_per_sm=16, lane_tokens=4),
 }
+
+
+def forms_for(group_size: int) -> list[str]:
+    """The names of those that a group can be attended by."""
+    return [name for name, form in FORMS.items() if form.form == "tiles" or group_size == 1]

@@ -1,11 +1,12 @@
-"""Fixtures: the device, randomness seeded by the test's name, and poisoned fresh memory."""
+"""Fixtures: the device, randomness seeded by the test's name, and guarded fresh memory."""
 
-import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+from tests.guards import GuardedMemory
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,28 +32,16 @@ def rng(request: pytest.FixtureRequest, device: torch.device) -> torch.Generator
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what torch.empty, empty_like and new_empty return on the GPU.
+def guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is allocated on the GPU is poisoned and lies between canaries; they are checked.
 
-    Floats get NaN and integers a number far beyond any index, so that reused memory, which may
-    hold an earlier and correct answer, cannot hide an output that a kernel failed to write.
+    Reused memory, which may hold an earlier and correct answer, cannot hide an output that a kernel
+    failed to write.
     """
     if not torch.cuda.is_available():
+        yield
         return
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, _poisoning(getattr(owner, name)))
-
-
-def _poisoning(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    @functools.wraps(allocate)
-    def poisoned(*args, **kwargs) -> torch.Tensor:
-        tensor = allocate(*args, **kwargs)
-        if not tensor.is_cuda:
-            return tensor
-        if tensor.is_floating_point():
-            return tensor.fill_(float("nan"))
-        return tensor.fill_(
-            True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max // 3
-        )
-
-    return poisoned
+    memory = GuardedMemory()
+    memory.install(monkeypatch, "cuda")
+    yield
+    memory.check()

@@ -17,6 +17,9 @@
 
 using std::max;
 using std::min;
+// Of a number and NaN, the number.
+inline float max(float a, float b) { return std::fmax(a, b); }
+inline float min(float a, float b) { return std::fmin(a, b); }
 using uint = unsigned int;
 using uchar = unsigned char;
 using ushort = unsigned short;

@@ -8,11 +8,11 @@ import torch
 import kernels
 import reference
 from kernels.attention import AttentionWorkspace, launch_attention, launch_plan
-from kernels.config import AttentionConfig
 from kernels.tuned import pinned
 from reference.compare import assert_close
+from reference.hazards import poison_unused
 from reference.inputs import LAYER_BUDGETS
-from tests.cases import BASE, CASES, FORMS, NAMED, Tensors, build_cache, make_tensors, poison_unused
+from tests.cases import BASE, CASES, FORMS, NAMED, Tensors, build_cache, forms_for, make_tensors
 from tests.properties import as_reference, assert_attention_close, candidate_positions
 
 pytestmark = pytest.mark.gpu
@@ -72,19 +72,14 @@ def attend_as(config, q, cache, kept_tokens, kept_counts) -> tuple[torch.Tensor,
     return out, workspace.lse
 
 
-def forms_of(group_size: int) -> dict[str, AttentionConfig]:
-    """Those that are meant for it: lanes keep every query head of the group in registers."""
-    return {name: form for name, form in FORMS.items() if form.form != "lanes" or group_size <= 4}
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_every_form_matches_reference(case, rng):
     tensors = make_tensors(case, rng)
     cache = build_cache(kernels, tensors)
     poison_unused(cache)
     kept = random_tokens(tensors.seq_lens.tolist(), skewed_counts(cache, rng), rng)
-    for config in forms_of(tensors.q.shape[1] // cache.num_kv_heads).values():
-        result = attend_as(config, tensors.q, cache, *kept)
+    for form in forms_for(tensors.q.shape[1] // cache.num_kv_heads):
+        result = attend_as(FORMS[form], tensors.q, cache, *kept)
         assert_attention_close(result, tensors.q, cache, *kept)
 
 

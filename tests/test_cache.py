@@ -5,7 +5,8 @@ import torch
 
 import kernels
 import reference
-from tests.cases import BASE, CASES, NAMED, Tensors, build_cache, make_tensors, poison_unused
+from reference.hazards import poison_unused
+from tests.cases import BASE, CASES, NAMED, Tensors, build_cache, make_tensors
 from tests.properties import as_reference, valid_entries
 
 pytestmark = pytest.mark.gpu
@@ -235,37 +236,6 @@ def test_append_leaves_a_full_request_alone(device, rng):
         # Unused slots hold the NaN of fresh memory, so bytes are compared.
         assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8)), name
     assert torch.equal(cache.k_cache[cache.page_table[0, 0], 3], k[0])
-
-
-def test_validate_cache_accepts(rng):
-    for case in (BASE, NAMED["gqa4-shared-pages"]):
-        cache = build_cache(kernels, make_tensors(case, rng))
-        assert kernels.validate_cache(cache) is None
-
-
-FINDINGS = {
-    "page-negative": ("page_table", lambda c: c.page_table[2, 3].fill_(-1)),
-    "page-past-the-pool": ("page_table", lambda c: c.page_table[3, 0].fill_(c.num_pages)),
-    "length-negative": ("seq_lens", lambda c: c.seq_lens[1].fill_(-1)),
-    "length-past-capacity": ("seq_lens", lambda c: c.seq_lens[0].fill_(c.capacity + 1)),
-    "page-twice-in-a-request": (
-        "page_table",
-        lambda c: c.page_table[2, 1].copy_(c.page_table[2, 0]),
-    ),
-    "part-filled-last-page-shared": (
-        "page_table",
-        lambda c: c.page_table[0, 0].copy_(c.page_table[2, 43]),
-    ),
-}
-
-
-@pytest.mark.parametrize("finding", FINDINGS)
-def test_validate_cache_finds(finding, rng):
-    name, spoil = FINDINGS[finding]
-    cache = build_cache(kernels, make_tensors(BASE, rng))
-    spoil(cache)
-    with pytest.raises(ValueError, match=name):
-        kernels.validate_cache(cache)
 
 
 @pytest.mark.parametrize("tensor, elements_per_byte", [("k_cache", 1), ("k_int4", 2)])

@@ -5,6 +5,7 @@ What only a GPU shows (races, asynchronous copies, wgmma, bf16) is left to the t
 
 import dataclasses
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,9 @@ from kernels.selector import (
 from kernels.split_kv import merge_kernel, plan_kernel
 from reference.hazards import contiguous, poison_unused
 from reference.inputs import DecodeShape, random_inputs
-from tests.cases import FORMS
+from tests.cases import FORMS, NAN, forms_for
 from tests.emulate import emulated
+from tests.guards import GuardedMemory
 from tests.properties import assert_bounds_hold
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
@@ -67,9 +69,18 @@ def grouped(tensor: torch.Tensor, cache) -> torch.Tensor:
     return tensor.unflatten(1, (cache.num_kv_heads, -1)).contiguous()
 
 
+MEMORY = GuardedMemory()
+
+
 def blank(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """What no kernel may leave behind: NaN, or a number far beyond any index."""
-    return torch.full(shape, float("nan") if dtype.is_floating_point else 10**9, dtype=dtype)
+    """What no kernel may leave behind, between canaries that none may touch."""
+    return MEMORY.blank(shape, dtype)
+
+
+@pytest.fixture(autouse=True)
+def canaries() -> Iterator[None]:
+    yield
+    MEMORY.check()
 
 
 def mirrored_by(cache) -> dict:
@@ -270,6 +281,13 @@ DRAWS = {
     "all-equal": lambda size: torch.ones(size),
     "wild": lambda size: torch.randn(size) * 2e4,
 }
+NO_SOFTMAX = {
+    "one-nan": lambda row: row.index_fill(0, torch.tensor(len(row) // 2), NAN),
+    "all-nan": lambda row: torch.full_like(row, NAN),
+    "one-infinite": lambda row: row.index_fill(0, torch.tensor(0), torch.inf),
+    "all-infinite": lambda row: torch.full_like(row, torch.inf),
+    "nothing-finite": lambda row: torch.full_like(row, -torch.inf),
+}
 ROWS = {  # seq_len, group size, sinks, recent, config
     "gqa4": (700, 4, 0, 0, PrunerConfig()),
     "gqa3-windows": (333, 3, 4, 24, PrunerConfig()),
@@ -285,19 +303,38 @@ ROWS = {  # seq_len, group size, sinks, recent, config
 @pytest.mark.parametrize("draw", DRAWS)
 @pytest.mark.parametrize("row", ROWS)
 def test_pruned_sets_match_reference(row, draw, top_p, folder):
-    torch.manual_seed(0)
     seq_len, group_size, num_sink_tokens, num_recent_tokens, config = ROWS[row]
-    cache = reference.PagedKVCache.empty(1, 1, -(-seq_len // 16), 1, 64, page_table=torch.zeros(
-        1, -(-seq_len // 16), dtype=torch.int32))  # fmt: skip
+    torch.manual_seed(0)
+    logits = DRAWS[draw]((group_size, seq_len))
+    windows = {"num_sink_tokens": num_sink_tokens, "num_recent_tokens": num_recent_tokens}
+    assert_pruned(logits, top_p, windows, config, folder)
+
+
+@pytest.mark.parametrize("draw", NO_SOFTMAX)
+@pytest.mark.parametrize("row", ["gqa3-windows", "side-by-side", "wide", "one-page"])
+def test_a_row_without_a_softmax_keeps_every_candidate(row, draw, folder):
+    """Of one query head; the others of its group are as they were."""
+    seq_len, group_size, *_, config = ROWS[row]
+    torch.manual_seed(0)
+    logits = torch.randn(group_size, seq_len)
+    logits[-1] = NO_SOFTMAX[draw](logits[-1])
+    kept_counts, kept_mass = assert_pruned(logits, 0.5, {}, config, folder)
+    assert kept_counts.item() == seq_len and kept_mass[0, -1] == 1
+    assert group_size == 1 or (kept_mass[0, :-1] < 0.8).all()
+
+
+def assert_pruned(logits, top_p, windows, config, folder):
+    """The kernel's result on one row of logits [group_size, seq_len] is the reference's."""
+    group_size, seq_len = logits.shape
+    max_pages = -(-seq_len // 16)
+    page_table = torch.zeros(1, max_pages, dtype=torch.int32)
+    cache = reference.PagedKVCache.empty(1, 1, max_pages, 1, 64, page_table=page_table)
     cache.seq_lens.fill_(seq_len)
     pages, counts = reference.select_all(cache)
+    padded = torch.full((1, group_size, cache.capacity), -torch.inf)
+    padded[..., :seq_len] = logits
+    expected = reference.prune_top_p(padded, cache, pages, counts, top_p, **windows)
     width = cache.capacity
-    logits = torch.full((1, group_size, width), -torch.inf)
-    logits[..., :seq_len] = DRAWS[draw]((group_size, seq_len))
-    expected = reference.prune_top_p(
-        logits, cache, pages, counts, top_p,
-        num_sink_tokens=num_sink_tokens, num_recent_tokens=num_recent_tokens,
-    )  # fmt: skip
     kept_tokens, kept_counts = blank(1, 1, width, dtype=torch.int32), counts.clone()
     kept_mass = blank(1, 1, group_size)
     items = blank(-(-width // 128), 4, dtype=torch.int32)
@@ -306,10 +343,10 @@ def test_pruned_sets_match_reference(row, draw, top_p, folder):
     block_heads = min(group_size, config.block_threads // HEAD_THREADS)
     emulated(pruner_kernel, static, folder)(
         (1, 1), block_heads * HEAD_THREADS,
-        logits=logits, seq_lens=cache.seq_lens,
+        logits=padded, seq_lens=cache.seq_lens,
         candidate_pages=pages, candidate_counts=counts,
-        top_p=torch.full((1, 1, group_size), top_p), num_sink_tokens=num_sink_tokens,
-        num_recent_tokens=num_recent_tokens, kept_tokens=kept_tokens, kept_counts=kept_counts,
+        top_p=torch.full((1, 1, group_size), top_p), **{"num_sink_tokens": 0,
+        "num_recent_tokens": 0} | windows, kept_tokens=kept_tokens, kept_counts=kept_counts,
         kept_mass=kept_mass, batch_size=1, num_kv_heads=1, width_pages=pages.shape[2], width=width,
         items=items, num_items=num_items, tickets=tickets, max_items=len(items),
     )  # fmt: skip
@@ -323,17 +360,16 @@ def test_pruned_sets_match_reference(row, draw, top_p, folder):
     if int(kept_counts) == count:
         assert torch.equal(kept_tokens[..., :count], expected[0][..., :count].int())
     torch.testing.assert_close(kept_mass[0], expected[2].float(), rtol=0, atol=1e-4)
+    return kept_counts, kept_mass[0]
 
 
-ATTENDED = [(form, "tokens") for form in FORMS] + [
-    (form, source) for form in ("item", "ring-warp", "lanes") for source in ("pages", "all")
-]
-
-
-@pytest.mark.parametrize("form, source", ATTENDED)
+@pytest.mark.parametrize("source", ["tokens", "pages", "all"])
+@pytest.mark.parametrize("form", FORMS)
 def test_attention_matches_reference(form, source, inputs, folder):
     cache = reference.PagedKVCache.wrap(*inputs.paged())
     q = grouped(inputs.q, cache)
+    if form not in forms_for(q.shape[2]):
+        pytest.skip("a form for one query head")
     rows = (cache.batch_size, cache.num_kv_heads)
     pages, counts = reference.select_pages(inputs.q, cache, cache.page_size * 12)
     if source == "tokens":

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import kernels
-from tests.cases import BASE, CASES, NAMED, build_cache, make_tensors, poison_unused
+from reference.hazards import poison_unused
+from tests.cases import BASE, CASES, NAMED, build_cache, make_tensors
 from tests.properties import assert_logits_close, listed_columns, num_used_pages
 
 pytestmark = pytest.mark.gpu

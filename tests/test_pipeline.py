@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import kernels
+from reference.hazards import poison_unused
 from tests.cases import (
     BASE,
     CASES,
@@ -15,7 +16,6 @@ from tests.cases import (
     Tensors,
     build_cache,
     make_tensors,
-    poison_unused,
 )
 from tests.properties import assert_decode_step
 

@@ -9,35 +9,21 @@ import pytest
 import torch
 
 import kernels
-import reference
+from reference.hazards import poison_unused
 from reference.inputs import DecodeShape
-from tests.cases import (
-    BASE,
-    CASES,
-    NAMED,
-    Case,
-    Tensors,
-    build_cache,
-    make_tensors,
-    poison_unused,
-    shuffled_pages,
-)
+from tests.cases import BASE, CASES, NAMED, Case, Tensors, build_cache, make_tensors
+from tests.promises import assert_identical, decode, decoded, results_of, take
 from tests.properties import (
     as_mask,
     assert_attention_close,
     assert_bounds_hold,
+    assert_codes_hold,
     candidate_positions,
     head_weights,
+    stored_keys,
 )
 
 pytestmark = pytest.mark.gpu
-
-
-def decode(tensors: Tensors, cache, case: Case, **options):
-    """(step, out) of one run; the step's results and out are its workspace."""
-    options = {"token_budget": case.token_budget, **options}
-    step = kernels.TwilightDecode(cache, tensors.q.shape[1], **options)
-    return step, step.run(tensors.q, cache)
 
 
 @pytest.mark.parametrize("top_p", [0.85, 0.95])
@@ -46,7 +32,7 @@ def test_promise_1_kept_mass_is_reached_and_needed(top_p, rng):
     case = NAMED["mha-ragged"]  # one query head per KV head: what is kept is that head's own set
     tensors = make_tensors(case, rng)
     cache = build_cache(kernels, tensors)
-    step, _ = decode(tensors, cache, case, top_p=top_p)
+    step, _ = decode(kernels, tensors, cache, case.token_budget, top_p=top_p)
     position, valid = candidate_positions(cache, step.candidate_pages, step.candidate_counts)
     weights = head_weights(step.logits, valid)[:, :, 0]
     kept = as_mask(step.kept_tokens, step.kept_counts, cache.capacity).gather(-1, position.long())
@@ -62,7 +48,7 @@ def test_promise_2_p_1_with_every_page_is_dense_attention(case, rng):
     tensors = make_tensors(case, rng)
     cache = build_cache(kernels, tensors)
     poison_unused(cache)
-    step, out = decode(tensors, cache, case, selector="full", top_p=1.0)
+    step, out = decode(kernels, tensors, cache, case.token_budget, selector="full", top_p=1.0)
     assert torch.equal(step.kept_counts, cache.seq_lens[:, None].expand_as(step.kept_counts))
     position = torch.arange(cache.capacity, dtype=torch.int32, device=rng.device)
     every = position.expand_as(step.kept_tokens).contiguous()
@@ -75,7 +61,7 @@ def test_promise_2_p_1_with_every_page_is_dense_attention(case, rng):
 def test_promise_2_p_1_is_dense_attention_over_the_candidates(case, rng):
     tensors = make_tensors(case, rng)
     cache = build_cache(kernels, tensors)
-    step, out = decode(tensors, cache, case, top_p=1.0)
+    step, out = decode(kernels, tensors, cache, case.token_budget, top_p=1.0)
     position, valid = candidate_positions(cache, step.candidate_pages, step.candidate_counts)
     kept = as_mask(step.kept_tokens, step.kept_counts, cache.capacity).gather(-1, position.long())
     assert torch.equal(kept & valid, valid)
@@ -97,24 +83,9 @@ def test_promise_3_page_bounds_hold(case, outlier, rng):
 
 @pytest.mark.parametrize("case", CASES)
 def test_promise_3_codes_are_within_half_a_step(case, rng):
-    tensors = make_tensors(case, rng)
-    cache = build_cache(kernels, tensors)
-    for request, length in enumerate(tensors.seq_lens.tolist()):
-        keys = tensors.k[request, :length].float()
-        keys = keys if tensors.k_offset is None else keys - tensors.k_offset
-        k_hat, scale = stored_keys(cache, request, length)
-        assert ((keys - k_hat).abs() <= (0.5 + 1e-4) * scale).all()
-        assert (scale > 0).all()
-
-
-def stored_keys(cache, request: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp64 [length, num_kv_heads, head_dim] keys as the mirror has them, and their scales."""
-    position = torch.arange(length, device=cache.seq_lens.device)
-    page = cache.page_table[request, position // cache.page_size].long()
-    slot = position % cache.page_size
-    codes, scale_zero = cache.k_int4[page, :, slot], cache.k_scale_zero[page, :, slot]
-    k_hat = reference.dequantize_int4(codes, scale_zero, dtype=torch.float64)
-    return k_hat, scale_zero[..., :1].double()
+    cache = build_cache(kernels, make_tensors(case, rng))
+    assert_codes_hold(cache)
+    assert (stored_keys(cache, 0, case.shape.lengths[0])[1] > 0).all()
 
 
 @pytest.mark.parametrize("case", [BASE, NAMED["gqa4-bf16"], NAMED["gqa8-d64-bf16"]], ids=str)
@@ -136,7 +107,15 @@ def test_promise_4_windows_are_kept(case, selector, rng):
     tensors = make_tensors(case, rng)
     cache = build_cache(kernels, tensors)
     windows = {"num_sink_tokens": 5, "num_recent_tokens": 19}
-    step, _ = decode(tensors, cache, case, selector=selector, top_p=1e-6, **windows)
+    step, _ = decode(
+        kernels,
+        tensors,
+        cache,
+        case.token_budget,
+        selector=selector,
+        top_p=1e-6,
+        **windows,
+    )
     kept = as_mask(step.kept_tokens, step.kept_counts, cache.capacity)
     position = torch.arange(cache.capacity, device=rng.device)
     length = cache.seq_lens[:, None]
@@ -149,47 +128,9 @@ def test_promise_4_windows_are_kept(case, selector, rng):
 def test_promise_4_at_least_one_token_is_kept(case, rng):
     tensors = make_tensors(case, rng)
     cache = build_cache(kernels, tensors)
-    step, out = decode(tensors, cache, case, top_p=1e-6)
+    step, out = decode(kernels, tensors, cache, case.token_budget, top_p=1e-6)
     assert (step.kept_counts >= 1).all() and (step.kept_counts <= case.shape.group_size).all()
     assert (step.kept_mass > 0).all() and torch.isfinite(out).all()
-
-
-def take(tensors: Tensors, requests: list[int], rng: torch.Generator, trim: bool) -> Tensors:
-    """These requests in this order, in other pages; trim: a page table no wider than they need."""
-    index = torch.tensor(requests, device=rng.device)
-    seq_lens = tensors.seq_lens[index]
-    longest = int(seq_lens.max()) if trim else tensors.k.shape[1]
-    page_table, num_pages = shuffled_pages(
-        len(requests), -(-longest // tensors.page_size) + (0 if trim else 1), rng
-    )
-    q, k, v = tensors.q[index], tensors.k[index, :longest], tensors.v[index, :longest]
-    return tensors._replace(
-        q=q, k=k, v=v, seq_lens=seq_lens, page_table=page_table, num_pages=num_pages
-    )
-
-
-def decoded(tensors: Tensors, case: Case, **options) -> list[dict[str, torch.Tensor]]:
-    """Per request: every defined result of a run, by name."""
-    cache = build_cache(kernels, tensors)
-    step, out = decode(tensors, cache, case, **options)
-    page_counts, kept_counts = step.candidate_counts.tolist(), step.kept_counts.tolist()
-    logits = step.logits.unflatten(1, (cache.num_kv_heads, -1))
-    results = []
-    for request in range(cache.batch_size):
-        named = {"out": out[request].clone(), "kept_mass": step.kept_mass[request].clone()}
-        for head in range(cache.num_kv_heads):
-            num_pages, num_kept = page_counts[request][head], kept_counts[request][head]
-            columns = num_pages * cache.page_size
-            named[f"pages of {head}"] = step.candidate_pages[request, head, :num_pages].clone()
-            named[f"logits of {head}"] = logits[request, head, :, :columns].clone()
-            named[f"kept_tokens of {head}"] = step.kept_tokens[request, head, :num_kept].clone()
-        results.append(named)
-    return results
-
-
-def assert_identical(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    different = [name for name in expected if not torch.equal(actual[name], expected[name])]
-    assert not different
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -197,23 +138,47 @@ def test_promise_5_results_are_bit_identical_wherever_a_request_is(case, rng):
     """In the case's batch, alone, and twice in a shuffled batch, each time in other pages."""
     tensors = make_tensors(case, rng)
     requests = list(range(case.shape.batch_size))
-    expected = decoded(tensors, case)
+    expected = decoded(kernels, tensors, case.token_budget)
     shuffled = torch.randperm(len(requests), generator=rng, device=rng.device).tolist() * 2
-    results = decoded(take(tensors, shuffled, rng, trim=False), case)
+    results = decoded(kernels, take(tensors, shuffled, rng, trim=False), case.token_budget)
     for place, request in enumerate(shuffled):
         assert_identical(results[place], expected[request])
     for request in requests:
-        alone = decoded(take(tensors, [request], rng, trim=True), case)
+        alone = decoded(kernels, take(tensors, [request], rng, trim=True), case.token_budget)
         assert_identical(alone[0], expected[request])
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_promise_5_every_run_gives_the_same_bits(case, rng):
     tensors = make_tensors(case, rng)
-    first = decoded(tensors, case)
+    first = decoded(kernels, tensors, case.token_budget)
     for _ in range(3):
-        for actual, expected in zip(decoded(tensors, case), first, strict=True):
+        for actual, expected in zip(
+            decoded(kernels, tensors, case.token_budget), first, strict=True
+        ):
             assert_identical(actual, expected)
+
+
+@pytest.mark.parametrize("case", [BASE, NAMED["mha-ragged"], NAMED["gqa8-p64"]], ids=str)
+def test_promise_5_two_streams_at_once_give_the_same_bits(case, rng):
+    """Two workspaces on two caches, their launches side by side and in no fixed order."""
+    pairs = []
+    for _ in range(2):
+        tensors = make_tensors(case, rng)
+        cache = build_cache(kernels, tensors)
+        step, out = decode(kernels, tensors, cache, case.token_budget)
+        pairs.append((tensors, cache, step, results_of(step, out, cache)))
+    streams = [torch.cuda.Stream() for _ in pairs]
+    for _ in range(5):
+        torch.cuda.synchronize()
+        for _ in range(20):
+            for stream, (tensors, cache, step, _) in zip(streams, pairs, strict=True):
+                with torch.cuda.stream(stream):
+                    step.run(tensors.q, cache)
+        torch.cuda.synchronize()
+        for _, cache, step, expected in pairs:
+            for actual, wanted in zip(results_of(step, step.out, cache), expected, strict=True):
+                assert_identical(actual, wanted)
 
 
 CROWD = (1, 40, 700, 1041, 2048, 9000)  # tokens
@@ -234,9 +199,16 @@ def test_promise_5_few_rows_and_many_give_the_same_bits(case, selector, top_p, r
     tensors, case = crowd(case, rng)
     requests = list(range(len(CROWD))) * (32 // case.shape.num_kv_heads)
     options = {"selector": selector, "top_p": top_p}
-    results = decoded(take(tensors, requests, rng, trim=False), case, **options)
+    results = decoded(
+        kernels, take(tensors, requests, rng, trim=False), case.token_budget, **options
+    )
     for request in range(len(CROWD)):
-        (alone,) = decoded(take(tensors, [request], rng, trim=True), case, **options)
+        (alone,) = decoded(
+            kernels,
+            take(tensors, [request], rng, trim=True),
+            case.token_budget,
+            **options,
+        )
         for place in range(request, len(requests), len(CROWD)):
             assert_identical(results[place], alone)
 
@@ -252,7 +224,7 @@ def test_promise_6_nothing_unused_is_read(case, rng):
             cached.nan_to_num_(0.0)
         if poisoned:
             poison_unused(cache)
-        step, out = decode(tensors, cache, case, top_p=0.9)
+        step, out = decode(kernels, tensors, cache, case.token_budget, top_p=0.9)
         dense = kernels.dense_attention(tensors.q, cache)
         kept = as_mask(step.kept_tokens, step.kept_counts, cache.capacity)
         named = {"out": out, "kept_mass": step.kept_mass, "kept_tokens": kept, "dense": dense}
@@ -264,9 +236,9 @@ def test_promise_6_nothing_unused_is_read(case, rng):
 def test_promise_6_no_request_reads_another(rng):
     """One request's query, keys and values are NaN; the others' results stay as they were."""
     tensors = make_tensors(BASE, rng)
-    expected = decoded(tensors, BASE)
+    expected = decoded(kernels, tensors, BASE.token_budget)
     for tensor in (tensors.q, tensors.k, tensors.v):
         tensor[2] = float("nan")
-    results = decoded(tensors, BASE)
+    results = decoded(kernels, tensors, BASE.token_budget)
     for request in (0, 1, 3):
         assert_identical(results[request], expected[request])

@@ -7,6 +7,7 @@ import torch
 
 import kernels
 import reference
+from tests.cases import NAN
 from tests.properties import (
     as_mask,
     as_reference,
@@ -127,6 +128,37 @@ DRAWS = {
     "logits-over-1e6": lambda n, rng: 1e6 * (2 * uniform(n, rng) - 1),
     "far-from-zero": lambda n, rng: normal(n, rng) - 3000,
 }
+
+
+def one_of(value: float, num_tokens: int, rng: torch.Generator) -> torch.Tensor:
+    logits = normal(num_tokens, rng)
+    logits[num_tokens // 2] = value
+    return logits
+
+
+NO_SOFTMAX = {
+    "one-nan": lambda n, rng: one_of(NAN, n, rng),
+    "all-nan": lambda n, rng: torch.full((n,), NAN, device=rng.device),
+    "one-infinite": lambda n, rng: one_of(torch.inf, n, rng),
+    "nothing-finite": lambda n, rng: torch.full((n,), -torch.inf, device=rng.device),
+}
+
+
+@pytest.mark.parametrize("seq_lens", [(700, 37, 1000), (9000, 1, 16)], ids=["held", "wide"])
+@pytest.mark.parametrize("draw", NO_SOFTMAX)
+def test_prune_top_p_without_a_softmax_keeps_every_candidate(draw, seq_lens, rng):
+    """Rows that have one, in the same launch, are as they were."""
+    width = -(-max(seq_lens) // 16)
+    problem = make_problem(normal, rng, seq_lens=seq_lens, width=width)
+    expected = [result.clone() for result in problem.prune(0.5)]
+    length = seq_lens[0]
+    problem.logits[0, 1, :length] = NO_SOFTMAX[draw](length, rng)
+    result = problem.prune(0.5)
+    problem.check(result, 0.5)
+    kept_counts, kept_mass = result[1:]
+    assert kept_counts[0, 0] == length and kept_mass[0, 1] == 1
+    assert torch.equal(kept_counts[1:], expected[1][1:])
+    assert torch.equal(kept_mass[1:], expected[2][1:])
 
 
 @pytest.mark.parametrize("top_p", [0.5, 0.85, 0.95, 0.999, 1.0])

@@ -176,6 +176,30 @@ def test_prune_top_p_keeps_every_candidate_at_one():
     assert kept_mass.tolist() == [[1.0] * 4, [1.0] * 4, [0.0] * 4]
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda row: row.index_fill_(0, torch.tensor(5), float("nan")),
+        lambda row: row.index_fill_(0, torch.tensor(5), float("inf")),
+        lambda row: row.fill_(float("nan")),
+        lambda row: row.fill_(float("-inf")),
+    ],
+    ids=["one-nan", "one-infinite", "all-nan", "nothing-finite"],
+)
+def test_prune_top_p_without_a_softmax_keeps_every_candidate(spoil):
+    """Where one query head's is missing, its KV head keeps all; the others are as they were."""
+    q, cache = small_step(3, [37, 5], (4, 2))
+    pages, counts = select_all(cache)
+    logits = estimate_logits(q, cache, pages, counts)
+    expected = prune_top_p(logits, cache, pages, counts, 0.3)
+    spoil(logits[0, 1, :37])
+    kept_tokens, kept_counts, kept_mass = prune_top_p(logits, cache, pages, counts, 0.3)
+    assert kept_counts[0, 0] == 37 and kept_mass[0, 1] == 1
+    assert kept_tokens[0, 0, :37].tolist() == list(range(37))
+    kept_counts[0, 0], kept_mass[0, 1] = expected[1][0, 0], expected[2][0, 1]
+    assert torch.equal(kept_counts, expected[1]) and torch.equal(kept_mass, expected[2])
+
+
 def test_prune_top_p_rejects_bad_arguments():
     q, cache = small_step(0, [40, 8], (4, 2))
     pages, counts = select_all(cache)

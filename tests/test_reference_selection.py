@@ -177,6 +177,14 @@ def test_select_all_lists_every_page(seed, lengths):
         assert candidate_counts[batch].tolist() == [num_pages] * 2
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_select_pages_of_a_spoiled_query_keeps_what_is_forced(value):
+    q, cache = small_step(0, [40], (2, 1))
+    q.fill_(value)
+    pages, counts = select_pages(q, cache, 12, num_sink_tokens=2, num_recent_tokens=1)
+    assert counts.tolist() == [[3]] and pages[0, 0, 0] == 0 and pages[0, 0, 2] == 9
+
+
 def test_select_pages_rejects_bad_budgets():
     q, cache = small_step(0, [40], (2, 2))
     with pytest.raises(ValueError, match=r"token_budget: expected a multiple of 4"):

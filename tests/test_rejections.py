@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import NamedTuple
 
@@ -11,8 +13,10 @@ import torch
 
 import kernels
 import reference
-
-gpu = pytest.mark.gpu
+from kernels import validate
+from kernels.validate import check_machine
+from tests import fake_gpu
+from tests.cases import BASE, NAMED, build_cache, make_tensors
 
 
 class Call(NamedTuple):
@@ -47,6 +51,7 @@ def valid_calls(cache, device: torch.device | str) -> dict[str, Call]:
         "empty": Call(build.empty, empty | {"page_table": layout["page_table"]}),
         "from_contiguous": Call(build.from_contiguous, {"k": k, "v": v, **layout}),
         "wrap": Call(build.wrap, {**pool, **layout}),
+        "PagedKVCache": Call(build, {"k_offset": layout["k_offset"], **tensors_of(cache)}),
         "append": Call(lambda cache, k, v: cache.append(k, v), {"cache": cache, **token}),
         "select_pages": Call(kernels.select_pages, {"q": q, "cache": cache, "token_budget": 64}),
         "select_all": Call(kernels.select_all, {"cache": cache}),
@@ -62,6 +67,12 @@ def valid_calls(cache, device: torch.device | str) -> dict[str, Call]:
         "TwilightDecode": Call(kernels.TwilightDecode, decode),
         "run": Call(LazyStep(cache).run, {"q": q, "cache": cache}),
     }
+
+
+def tensors_of(cache) -> dict[str, torch.Tensor]:
+    """A cache's tensors by name."""
+    named = {field.name: getattr(cache, field.name) for field in dataclasses.fields(cache)}
+    return {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
 
 
 class LazyStep:
@@ -86,14 +97,24 @@ def small_cache(package, device: torch.device | str):
 
 
 @pytest.fixture(scope="module")
-def calls() -> dict[str, Call]:
+def launched() -> Iterator[list[str]]:
+    """The kernels launched so far; where there is no GPU, by their names alone."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        has_gpu = torch.cuda.is_available()
+        if not has_gpu:
+            fake_gpu.install(monkeypatch)
+        yield fake_gpu.count_launches(monkeypatch, launch=has_gpu)
+
+
+@pytest.fixture(scope="module")
+def calls(launched) -> dict[str, Call]:
     calls = valid_calls(small_cache(kernels, "cuda"), "cuda")
     calls["run"].function(**calls["run"].arguments)  # makes its step
     return calls
 
 
 NAMES = (
-    *("empty", "from_contiguous", "wrap", "append", "select_pages", "select_all"),
+    *("empty", "from_contiguous", "wrap", "PagedKVCache", "append", "select_pages", "select_all"),
     *("estimate_logits", "prune_top_p", "flash_topk_attention", "page_attention"),
     *("dense_attention", "TwilightDecode", "run"),
 )
@@ -101,11 +122,13 @@ NAMES = (
 ON_ANY_CACHE = ("append", "select_all", "TwilightDecode")  # whose only device is the cache's
 
 
-@gpu
 @pytest.mark.parametrize("name", NAMES)
-def test_the_calls_below_are_accepted_as_they_are(name, calls):
+def test_the_calls_below_are_accepted_as_they_are(name, calls, launched):
     call = valid_calls(small_cache(kernels, "cuda"), "cuda")[name]
+    before = len(launched)
     call.function(**call.arguments)
+    launches_nothing = name in ("empty", "PagedKVCache", "TwilightDecode")
+    assert (len(launched) == before) == launches_nothing
     assert calls.keys() == set(NAMES)
 
 
@@ -117,27 +140,34 @@ def test_every_function_rejects_cpu_tensors(name):
         call.function(**call.arguments)
 
 
-def test_a_cache_rejects_cpu_tensors():
-    cache = small_cache(reference, "cpu")
-    tensors = {field.name: getattr(cache, field.name) for field in dataclasses.fields(cache)}
-    with pytest.raises(ValueError, match="k_cache: expected a CUDA tensor, got device cpu"):
-        kernels.PagedKVCache(**tensors)
+@pytest.fixture
+def rejects(launched) -> Callable[[Call, dict, str], None]:
+    """A check that a call with some changes raises, launches nothing and leaves its cache alone."""
+
+    def check(call: Call, changes: dict, match: str) -> None:
+        cache = call.arguments.get("cache")
+        before = None if cache is None else bytes_of(cache)
+        launches, allocations = len(launched), num_allocations()
+        with pytest.raises(ValueError, match=match):
+            call.function(**call.arguments | changes)
+        assert (len(launched), num_allocations()) == (launches, allocations)
+        assert cache is None or bytes_of(cache) == before
+
+    return check
 
 
-def rejects(call: Call, changes: dict, match: str) -> None:
-    """With these changes the call raises, allocates nothing and leaves its cache alone."""
-    arguments = call.arguments | changes
-    cache = call.arguments.get("cache")
-    before = None if cache is None else (cache.seq_lens.clone(), cache.k_cache.clone())
+def num_allocations() -> int:
+    """On the GPU, so far."""
+    if not torch.cuda.is_available():
+        return 0
     torch.cuda.synchronize()
-    allocations = torch.cuda.memory_stats()["allocation.all.allocated"]
-    with pytest.raises(ValueError, match=match):
-        call.function(**arguments)
-    assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocations
-    if before is not None:
-        assert torch.equal(cache.seq_lens, before[0])
-        # Fresh memory holds NaN, so bytes are compared.
-        assert torch.equal(cache.k_cache.view(torch.uint8), before[1].view(torch.uint8))
+    return torch.cuda.memory_stats()["allocation.all.allocated"]
+
+
+def bytes_of(cache) -> list[bytes]:
+    """All that a cache holds; as bytes, since fresh memory holds NaN."""
+    tensors = (each.cpu().contiguous() for each in tensors_of(cache).values())
+    return [each.view(torch.uint8).numpy().tobytes() for each in tensors]
 
 
 def misaligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -165,6 +195,7 @@ TENSORS = {
     "empty": ("page_table", "k_offset"),
     "from_contiguous": ("k", "v", "seq_lens", "page_table", "k_offset"),
     "wrap": ("k_cache", "v_cache", "seq_lens", "page_table", "k_offset"),
+    "PagedKVCache": ("k_int4", "k_scale_zero", "page_bounds", "bounds_scale_zero"),
     "append": ("k", "v"),
     "select_pages": ("q",),
     "estimate_logits": ("q", "candidate_pages", "candidate_counts"),
@@ -174,7 +205,7 @@ TENSORS = {
     "dense_attention": ("q",),
     "run": ("q",),
 }
-READ_AS_VECTORS = {"q", "k", "v", "k_cache", "v_cache", "k_offset"}
+READ_AS_VECTORS = {"q", "k", "v", "k_cache", "v_cache", "k_offset", *TENSORS["PagedKVCache"]}
 SPOILED = [
     pytest.param(name, tensor, how, id=f"{name}-{tensor}-{how}")
     for name, tensors in TENSORS.items()
@@ -184,9 +215,8 @@ SPOILED = [
 ]
 
 
-@gpu
 @pytest.mark.parametrize("name, tensor, how", SPOILED)
-def test_every_function_rejects_a_spoiled_tensor(name, tensor, how, calls):
+def test_every_function_rejects_a_spoiled_tensor(name, tensor, how, calls, rejects):
     match = rf"\b{tensor}: expected"
     if how == "cpu":
         match = rf"\b{tensor}: expected a CUDA tensor, got device cpu"
@@ -197,6 +227,7 @@ SIZES = {  # function -> tensor -> the dimension that is made one shorter
     "empty": {"page_table": 1, "k_offset": 1},
     "from_contiguous": {"v": 1, "seq_lens": 0, "page_table": 0, "k_offset": 0},
     "wrap": {"v_cache": 1, "seq_lens": 0, "k_offset": 1},
+    "PagedKVCache": {"k_int4": 3, "k_scale_zero": 2, "page_bounds": 0, "bounds_scale_zero": 1},
     "append": {"k": 2, "v": 0},
     "select_pages": {"q": 2},
     "estimate_logits": {"q": 0, "candidate_pages": 1, "candidate_counts": 1},
@@ -213,12 +244,28 @@ SHORTENED = [
 ]
 
 
-@gpu
 @pytest.mark.parametrize("name, tensor, dim", SHORTENED)
-def test_every_function_rejects_sizes_that_do_not_match(name, tensor, dim, calls):
+def test_every_function_rejects_sizes_that_do_not_match(name, tensor, dim, calls, rejects):
     given = calls[name].arguments[tensor]
     shorter = given.narrow(dim, 0, given.shape[dim] - 1).contiguous()
     rejects(calls[name], {tensor: shorter}, rf"\b{tensor}: expected")
+
+
+EMPTY = [  # function, tensor, the dimension of no size
+    *(("wrap", "page_table", dim) for dim in (0, 1)),
+    *(("wrap", "k_cache", dim) for dim in (0, 2)),
+    *(("from_contiguous", tensor, dim) for tensor in ("k",) for dim in (0, 1, 2)),
+    ("estimate_logits", "candidate_pages", 2),
+    ("prune_top_p", "candidate_pages", 2),
+    ("flash_topk_attention", "kept_tokens", 2),
+    ("page_attention", "candidate_pages", 2),
+]
+
+
+@pytest.mark.parametrize("name, tensor, dim", EMPTY)
+def test_every_function_rejects_a_size_of_zero(name, tensor, dim, calls, rejects):
+    nothing = calls[name].arguments[tensor].narrow(dim, 0, 0).contiguous()
+    rejects(calls[name], {tensor: nothing}, rf"\b{tensor}: expected no size of 0, got")
 
 
 class Fresh(NamedTuple):
@@ -239,7 +286,7 @@ GROUPS = [Fresh((2, 7, 128)), Fresh((2, 0, 128)), Fresh((2, 8, 128), torch.bfloa
 TOP_P = [0.0, -0.5, 1.0001, NAN, Fresh((8,)), Fresh((7,), FP32), Fresh((2, 8, 1), FP32)]
 WINDOWS = {"num_sink_tokens": [-1], "num_recent_tokens": [-1]}
 VALUES = {  # function -> argument, which the message must name -> what it may not be
-    "empty": {"head_dim": [96], "page_size": [0, -16], "dtype": [FP32], "num_pages": [5]},
+    "empty": {"head_dim": [96], "page_size": [0, -16, 8, 24], "dtype": [FP32], "num_pages": [5]},
     "from_contiguous": {"num_pages": [5], "page_size": [0]},
     "select_pages": {"q": GROUPS, "token_budget": [0, -16, 24], **WINDOWS},
     "estimate_logits": {"q": GROUPS, "sm_scale": [NAN]},
@@ -265,9 +312,8 @@ BAD_VALUES = [
 ]
 
 
-@gpu
 @pytest.mark.parametrize("name, argument, value", BAD_VALUES)
-def test_every_function_rejects_a_bad_value(name, argument, value, calls):
+def test_every_function_rejects_a_bad_value(name, argument, value, calls, rejects):
     value = value.make() if isinstance(value, Fresh) else value
     changes = {argument: value}
     if argument == "num_pages":  # counts pages for the default table
@@ -275,36 +321,121 @@ def test_every_function_rejects_a_bad_value(name, argument, value, calls):
     rejects(calls[name], changes, rf"\b{argument}: expected")
 
 
-@gpu
-def test_prune_top_p_rejects_a_top_p_on_the_cpu(calls):
+def test_prune_top_p_rejects_a_top_p_on_the_cpu(calls, rejects):
     match = "top_p: expected a CUDA tensor, got device cpu"
     rejects(calls["prune_top_p"], {"top_p": torch.full((8,), 0.9)}, match)
 
 
-@gpu
-def test_select_pages_rejects_windows_that_exceed_the_budget(calls):
+def test_select_pages_rejects_windows_that_exceed_the_budget(calls, rejects):
     """A page of sinks, one of recent tokens and the newest one do not fit into two of four."""
     changes = {"token_budget": 32, "num_sink_tokens": 16, "num_recent_tokens": 1}
     rejects(calls["select_pages"], changes, "token_budget|num_sink_tokens|num_recent_tokens")
 
 
-@gpu
 @pytest.mark.parametrize("name", ["from_contiguous", "wrap"])
-def test_constructors_reject_an_unsupported_head_dim(name, calls):
+def test_constructors_reject_an_unsupported_head_dim(name, calls, rejects):
     keys, values = [key for key in calls[name].arguments if key.startswith(("k", "v"))][:2]
     narrow = {key: calls[name].arguments[key][..., :96].contiguous() for key in (keys, values)}
     rejects(calls[name], {**narrow, "k_offset": None}, rf"head_dim: expected|\b{keys}: expected")
 
 
-@gpu
-def test_from_contiguous_rejects_a_table_too_narrow_for_its_tokens(calls):
+def test_from_contiguous_rejects_a_table_too_narrow_for_its_tokens(calls, rejects):
     changes = {"max_pages": 2, "page_table": None}
     rejects(calls["from_contiguous"], changes, "max_pages|seq_lens")
 
 
-@gpu
-def test_run_rejects_a_cache_of_another_shape(calls):
+def test_run_rejects_a_cache_of_another_shape(calls, rejects):
     other = kernels.PagedKVCache.empty(4, 1, 4, 2, 128, device="cuda")
     rejects(
         calls["run"], {"cache": other}, r"\b(cache|page_table|seq_lens|batch_size|q)\b.*expected"
     )
+
+
+@pytest.mark.parametrize("lengths", [(40, 41), (-1, 3)])
+def test_from_contiguous_rejects_lengths_beyond_its_tokens(lengths, calls, rejects):
+    seq_lens = calls["from_contiguous"].arguments["seq_lens"].clone()
+    seq_lens.copy_(torch.tensor(lengths))
+    match = rf"seq_lens: expected 0 to 40 tokens, got \[{lengths[0]}, {lengths[1]}\]"
+    rejects(calls["from_contiguous"], {"seq_lens": seq_lens}, match)
+
+
+@pytest.mark.parametrize("lengths", [(64, 65), (-1, 3)])
+def test_wrap_rejects_lengths_beyond_the_capacity(lengths, calls, rejects):
+    seq_lens = calls["wrap"].arguments["seq_lens"].clone()
+    seq_lens.copy_(torch.tensor(lengths))
+    rejects(calls["wrap"], {"seq_lens": seq_lens}, "seq_lens: expected 0 to 64 tokens, got")
+
+
+def test_append_rejects_a_full_request(calls, rejects):
+    cache = small_cache(kernels, "cuda")
+    cache.longest = cache.capacity
+    call = Call(calls["append"].function, calls["append"].arguments | {"cache": cache})
+    rejects(call, {}, "seq_lens: expected room below the capacity of 64 tokens")
+
+
+@pytest.fixture
+def other_machine(monkeypatch) -> Iterator[pytest.MonkeyPatch]:
+    """To pretend with; what is known of the real machine is forgotten before and after."""
+    check_machine.cache_clear()
+    yield monkeypatch
+    check_machine.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["empty", "from_contiguous", "wrap", "PagedKVCache"])
+def test_a_cache_rejects_an_old_gpu(name, calls, rejects, other_machine):
+    other_machine.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    match = "device: expected compute capability 8.0 or newer, got 7.5"
+    rejects(calls[name], {}, match)
+
+
+@pytest.mark.parametrize("found", ["nowhere", None])
+def test_a_cache_asks_for_nvcc(found, calls, other_machine):
+    def compiler() -> str:
+        if found is None:
+            raise RuntimeError("no CUDA")
+        return f"/{found}/bin/nvcc"
+
+    other_machine.setattr(validate, "get_nvcc_compiler", compiler)
+    other_machine.setenv("PATH", "")
+    with pytest.raises(RuntimeError, match="nvcc: expected CUDA's compiler"):
+        calls["empty"].function(**calls["empty"].arguments)
+
+
+def test_the_package_asks_for_tilelang():
+    hidden = "import sys; sys.modules['tilelang'] = None; import kernels"
+    done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True)
+    message = "tilelang: expected the version that requirements.txt names, got none installed"
+    assert done.returncode == 1 and message in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("package", [kernels, reference], ids=["kernels", "reference"])
+@pytest.mark.parametrize("case", [BASE, NAMED["gqa4-shared-pages"]], ids=str)
+def test_validate_cache_accepts(case, package, rng):
+    """A cache of either package: its indices are read back."""
+    assert package.validate_cache(build_cache(reference, make_tensors(case, rng))) is None
+
+
+FINDINGS = {
+    "page-negative": ("page_table", lambda c: c.page_table[2, 3].fill_(-1)),
+    "page-past-the-pool": ("page_table", lambda c: c.page_table[3, 0].fill_(c.num_pages)),
+    "length-negative": ("seq_lens", lambda c: c.seq_lens[1].fill_(-1)),
+    "length-past-capacity": ("seq_lens", lambda c: c.seq_lens[0].fill_(c.capacity + 1)),
+    "page-twice-in-a-request": (
+        "page_table",
+        lambda c: c.page_table[2, 1].copy_(c.page_table[2, 0]),
+    ),
+    "part-filled-last-page-shared": (
+        "page_table",
+        lambda c: c.page_table[0, 0].copy_(c.page_table[2, 43]),
+    ),
+}
+
+
+@pytest.mark.parametrize("package", [kernels, reference], ids=["kernels", "reference"])
+@pytest.mark.parametrize("finding", FINDINGS)
+def test_validate_cache_finds(finding, package, rng):
+    name, spoil = FINDINGS[finding]
+    cache = build_cache(reference, make_tensors(BASE, rng))
+    spoil(cache)
+    with pytest.raises(ValueError, match=rf"{name}.*: expected .*, got"):
+        package.validate_cache(cache)

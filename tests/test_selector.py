@@ -5,7 +5,8 @@ import torch
 
 import kernels
 import reference
-from tests.cases import BASE, CASES, NAMED, build_cache, make_tensors, poison_unused
+from reference.hazards import poison_unused
+from tests.cases import BASE, CASES, NAMED, build_cache, make_tensors
 from tests.properties import (
     SCORE_TOLERANCE,
     as_reference,

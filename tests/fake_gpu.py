@@ -1,0 +1,89 @@
+"""A GPU that is not there: tensors that say they lie on one, and kernels that are only counted.
+
+Under it every public function of `kernels` runs on any machine up to its launches.
+"""
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+import torch
+from tilelang.jit import JITImpl
+
+import kernels
+from kernels.validate import check_machine
+
+CUDA = torch.device("cuda", 0)
+CREATORS = ("arange", "empty", "full", "ones", "tensor", "zeros")
+
+
+class GpuTensor(torch.Tensor):
+    """A CPU tensor that claims to lie on a GPU."""
+
+    @property
+    def device(self) -> torch.device:
+        return CUDA
+
+    @property
+    def is_cuda(self) -> bool:
+        return True
+
+    def cpu(self) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+
+def install(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0)) -> None:
+    """Until monkeypatch's undo, torch allocates `GpuTensor`s where it is asked for CUDA memory."""
+    for name in CREATORS:
+        monkeypatch.setattr(torch, name, _on_fake(getattr(torch, name)))
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self.as_subclass(GpuTensor))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "fake")
+    properties = type("Properties", (), {"multi_processor_count": 132})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
+    check_machine.cache_clear()
+
+
+def _on_fake(create: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(create)
+    def wrapped(*args, **options) -> torch.Tensor:
+        device = options.get("device")
+        if device is None or torch.device(device).type != "cuda":
+            return create(*args, **options)
+        return create(*args, **options | {"device": "cpu"}).as_subclass(GpuTensor)
+
+    return wrapped
+
+
+def count_launches(monkeypatch: pytest.MonkeyPatch, launch: bool) -> list[str]:
+    """A list to which every launch of a kernel adds its name; without `launch`, that is all."""
+    launched: list[str] = []
+
+    def counted(factory: JITImpl, name: str) -> Callable:
+        def make(*static):
+            kernel = factory(*static) if launch else lambda *_: None
+
+            def run(*arguments):
+                launched.append(name)
+                return kernel(*arguments)
+
+            return run
+
+        return make
+
+    for module in kernel_modules():
+        holder = vars(module)
+        for scope in (holder, *(each for each in holder.values() if isinstance(each, dict))):
+            for name, value in list(scope.items()):
+                if isinstance(value, JITImpl):
+                    monkeypatch.setitem(scope, name, counted(value, name))
+    return launched
+
+
+def kernel_modules() -> list[ModuleType]:
+    """Every module of `kernels`."""
+    found = pkgutil.iter_modules(kernels.__path__, "kernels.")
+    return [importlib.import_module(module.name) for module in found]

@@ -1,0 +1,212 @@
+"""Faults for `make mutants` to plant, one at a time: each must be caught by the tests it names.
+
+A fault replaces one piece of a kernel's source by another, wherever it stands in the file.
+"""
+
+from typing import NamedTuple
+
+CACHE = ("tests/test_cache.py", "-k", "not 64_bit")
+SELECTOR = ("tests/test_selector.py",)
+ESTIMATOR = ("tests/test_estimator.py",)
+PRUNER = ("tests/test_pruner.py",)
+ATTENTION = ("tests/test_attention.py",)
+PIPELINE = ("tests/test_pipeline.py",)
+COMPILED = ("tests/test_compile.py", "-k", "gqa4-d128-sm_90a")
+
+EMULATED = "tests/test_emulated.py::test_"
+MIRRORED = (f"{EMULATED}prefill_mirror_and_append_write_the_reference_cache",)
+APPENDED = (f"{EMULATED}append_bounds_a_filling_page_as_a_prefill",)
+SCORED = (f"{EMULATED}page_scores_are_quest_bounds",)
+TOPPED = (f"{EMULATED}top_pages_are_the_best",)
+ESTIMATED = (f"{EMULATED}estimated_logits_match_reference",)
+PRUNED = (f"{EMULATED}pruned_sets_match_reference",)
+UNKNOWN = (f"{EMULATED}a_row_without_a_softmax_keeps_every_candidate",)
+ATTENDED = (f"{EMULATED}attention_matches_reference",)
+
+
+class Mutant(NamedTuple):
+    """One fault, and the arguments of pytest that select the tests to catch it."""
+
+    name: str
+    file: str  # in kernels/
+    before: str
+    after: str
+    gpu: tuple[str, ...]  # tests of the GPU suite
+    emulated: tuple[str, ...] = ()  # and those that see it on any machine
+
+
+MUTANTS = (
+    Mutant(
+        "4-bit zero rounds up", "mirror.py",
+        "T.float32) > zero:", "T.float32) < zero:", CACHE, MIRRORED,
+    ),
+    Mutant(
+        "4-bit scale rounds down", "mirror.py",
+        "T.float32) < scale:", "T.float32) > scale:", CACHE, MIRRORED,
+    ),
+    Mutant(
+        "largest 4-bit code never used", "mirror.py",
+        "T.min(T.max(level, 0.0), T.float32(MAX_CODE))",
+        "T.min(T.max(level, 0.0), T.float32(MAX_CODE - 1))", CACHE, MIRRORED,
+    ),
+    Mutant(
+        "nibbles swapped", "mirror.py",
+        "T.cast(low + high * 16, T.uint8)", "T.cast(high + low * 16, T.uint8)", CACHE, MIRRORED,
+    ),
+    Mutant(
+        "bounds' scale not widened", "mirror.py",
+        "SCALE_UP = 1 + 2**-20", "SCALE_UP = 1", CACHE, MIRRORED,
+    ),
+    Mutant(
+        "offset not subtracted from keys", "mirror.py",
+        "shifted[c] = T.cast(key[c], T.float32) - offset[c]",
+        "shifted[c] = T.cast(key[c], T.float32)", CACHE,
+    ),
+    Mutant(
+        "append bounds a page without its last row", "mirror.py",
+        "T.min(chunk * ROWS_IN_FLIGHT + r, slot - 1)",
+        "T.min(chunk * ROWS_IN_FLIGHT + r, T.max(slot - 2, 0))", CACHE, APPENDED,
+    ),
+    Mutant(
+        "append writes beyond the capacity", "mirror.py",
+        "if token < max_pages * page_size:", "if token <= max_pages * page_size:", CACHE,
+    ),
+    Mutant(
+        "prefill skips a page's last slot", "mirror.py",
+        "fill = T.min(seq_lens[batch] - logical * page_size, page_size)",
+        "fill = T.min(seq_lens[batch] - logical * page_size, page_size - 1)", CACHE, MIRRORED,
+    ),
+    Mutant(
+        "bounds of negative queries", "selector.py",
+        "else T.min(channel, T.float16(0))", "else T.max(channel, T.float16(0))", SELECTOR, SCORED,
+    ),
+    Mutant(
+        "pages scored for the first head alone", "selector.py",
+        "head = T.min(n * TILE_HEADS + row, group_size - 1)", "head = 0", SELECTOR, SCORED,
+    ),
+    Mutant(
+        "a page before the newest is never scored", "selector.py",
+        "if lane == t and page < used_pages:", "if lane == t and page < used_pages - 2:",
+        SELECTOR, SCORED,
+    ),
+    Mutant(
+        "newest page not forced", "selector.py",
+        "page_size, num_pages - 1\n", "page_size, num_pages\n", SELECTOR, TOPPED,
+    ),
+    Mutant(
+        "part of a sink page not forced", "selector.py",
+        "sink_pages = T.ceildiv(num_sink_tokens, page_size)",
+        "sink_pages = num_sink_tokens // page_size", SELECTOR, TOPPED,
+    ),
+    Mutant(
+        "a tied page dropped", "selector.py",
+        "and -page >= ties[0]", "and -page > ties[0]", SELECTOR, TOPPED,
+    ),
+    Mutant(
+        "> for >= at the page threshold", "selector.py",
+        "or key > bracket[0]", "or key >= bracket[0]", SELECTOR, TOPPED,
+    ),
+    Mutant(
+        "odd channels weigh double", "estimator.py",
+        "odd * 0.0625", "odd * 0.125", ESTIMATOR, ESTIMATED,
+    ),
+    Mutant(
+        "zero point left out", "estimator.py",
+        "(scale * product + zero * q_sum[n, h]) * sm_scale", "(scale * product) * sm_scale",
+        ESTIMATOR, ESTIMATED,
+    ),
+    Mutant(
+        "a logit behind the last token", "estimator.py",
+        "* page_size + cell < seq_len", "* page_size + cell <= seq_len", ESTIMATOR, ESTIMATED,
+    ),
+    Mutant(
+        "codes of a warp's first page for all its tiles", "estimator.py",
+        "page = next_physical[i]", "page = next_physical[0]", ESTIMATOR, ESTIMATED,
+    ),
+    Mutant(
+        "last query head of a group dropped from the union", "pruner.py",
+        "head = T.min(turn * block_heads + row, group_size - 1)",
+        "head = T.min(turn * block_heads + row, T.max(group_size - 2, 0))", PRUNER, PRUNED,
+    ),
+    Mutant(
+        "a little less mass than asked for", "pruner.py",
+        "T.ceil(p * UNITY)", "T.ceil(p * UNITY * 0.999)", PRUNER, PRUNED,
+    ),
+    Mutant(
+        "masses a little too small", "pruner.py",
+        "weight(x) * scale + 0.5", "weight(x) * scale * 0.999", PRUNER, PRUNED,
+    ),
+    Mutant(
+        "light weights cut that are needed", "pruner.py",
+        "* total[0] * 0.9999", "* total[0] * 20.0", PRUNER, PRUNED,
+    ),
+    Mutant(
+        "softmax summed over half of the warps", "pruner.py",
+        "T.unroll(1, HEAD_THREADS // 32)", "T.unroll(1, HEAD_THREADS // 64)", PRUNER, PRUNED,
+    ),
+    Mutant(
+        "one sink too few", "pruner.py",
+        "if position(early) < num_sink_tokens:", "if position(early) < num_sink_tokens - 1:",
+        PRUNER, PRUNED,
+    ),
+    Mutant(
+        "newest token not among the recent ones", "pruner.py",
+        "late = num_tokens - 1 - (step", "late = num_tokens - 2 - (step", PRUNER, PRUNED,
+    ),
+    Mutant(
+        "a bit behind the last token at p = 1", "pruner.py",
+        "T.max(word * 32 + 32 - num_tokens[0], 0)", "T.max(word * 32 + 31 - num_tokens[0], 0)",
+        PRUNER, PRUNED,
+    ),
+    Mutant(
+        "NaN prunes everything", "pruner.py",
+        "T.if_then_else(total[0] >= 1.0, top_p[batch, kv_head, head], 1.0)",
+        "top_p[batch, kv_head, head]", PRUNER, UNKNOWN,
+    ),
+    Mutant(
+        "no barrier before the bins are read", "threshold.py",
+        "    T.sync_threads()\n    for j in T.vectorized(BINS_PER_THREAD):\n        own[j]",
+        "    for j in T.vectorized(BINS_PER_THREAD):\n        own[j]", PRUNER, PRUNED,
+    ),
+    Mutant(
+        "own warp counted twice in a prefix sum", "threshold.py",
+        "if warp < thread // 32:", "if warp <= thread // 32:", PRUNER, PRUNED,
+    ),
+    Mutant(
+        "compaction forgets its first words", "threshold.py",
+        "slot = count[0] + prefix[0]", "slot = prefix[0]", PRUNER, PRUNED,
+    ),
+    Mutant(
+        "a full page counted after a part-filled one", "split_kv.py",
+        "num_tokens[0] = (num_tokens[0] - 1) * page_size + T.min(",
+        "num_tokens[0] = num_tokens[0] * page_size + T.min(", ATTENTION, PRUNED,
+    ),
+    Mutant(
+        "an item one token too long", "split_kv.py",
+        "T.min(split_tokens, num_tokens - split * split_tokens)",
+        "T.min(split_tokens, num_tokens - split * split_tokens + 1)", ATTENTION, ATTENDED,
+    ),
+    Mutant(
+        "splits merged with a wrong scale", "split_kv.py",
+        "total += scale * partial_lse", "total += partial_lse", ATTENTION, ATTENDED,
+    ),
+    Mutant(
+        "tickets not left at zero", "split_kv.py",
+        "            tickets[1] = 0\n", "            tickets[1] = 1\n", PIPELINE, PRUNED,
+    ),
+    Mutant(
+        "last token counted twice on tensor cores", "attend_tiles.py",
+        "j < num_tokens, logits", "j <= num_tokens, logits", ATTENTION, ATTENDED,
+    ),
+    Mutant(
+        "last token counted twice on CUDA cores", "attend_lanes.py",
+        "position(turn, t * warp_teams + team) < num_tokens",
+        "position(turn, t * warp_teams + team) <= num_tokens", ATTENTION, ATTENDED,
+    ),
+    Mutant(
+        "32-bit offsets into the cache", "config.py",
+        "    PassKey.TL_DISABLE_SAFE_MEMORY_ACCESS: True,",
+        "    PassKey.TL_DISABLE_SAFE_MEMORY_ACCESS: True,\n"
+        "    PassKey.TL_CONFIG_INDEX_BITWIDTH: 32,", COMPILED, COMPILED,
+    ),
+)  # fmt: skip

@@ -1,0 +1,131 @@
+"""Plants the faults of `tests.mutants` one at a time and sees whether the tests catch them.
+
+    python -m tests.mutate [words of a name]
+
+On a GPU its tests run; elsewhere the emulator's, for the faults that it can see. A fault is planted
+in a temporary copy of the tree. One that was caught for this code is not tried again.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from tests import ledger
+from tests.mutants import MUTANTS, Mutant
+
+FOLDERS = ("kernels", "reference", "tests", "autotune", "profiling")
+FILES = ("pyproject.toml", "requirements.txt")
+UNIT_SECONDS = 150
+BASELINE_SECONDS = 500
+AT_ONCE = 6 if torch.cuda.is_available() else 2
+TESTS_FAILED = 1  # of pytest's exit codes
+CAUGHT_BY_TIME = "time"
+
+
+def plant(mutant: Mutant, root: Path) -> None:
+    """Writes the fault into a tree; ValueError where its text is no longer there."""
+    path = root / "kernels" / mutant.file
+    source = path.read_text()
+    if mutant.before not in source:
+        raise ValueError(f"{mutant.name}: {mutant.file} does not hold {mutant.before!r}")
+    path.write_text(source.replace(mutant.before, mutant.after))
+
+
+def run_tests(selection: tuple[str, ...], root: Path, seconds: float) -> tuple[int, str]:
+    """pytest's exit code, and its output."""
+    command = [
+        *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
+        *(("-m", "gpu") if torch.cuda.is_available() and "compile" not in selection[0] else ()),
+        *selection,
+    ]
+    try:
+        done = subprocess.run(
+            command, cwd=root, capture_output=True, text=True, timeout=seconds,
+            env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return TESTS_FAILED, CAUGHT_BY_TIME
+    return done.returncode, done.stdout + done.stderr
+
+
+def copy_tree(to: Path) -> None:
+    for name in FOLDERS:
+        ignored = shutil.ignore_patterns("__pycache__", "results")
+        shutil.copytree(ledger.ROOT / name, to / name, ignore=ignored)
+    for name in FILES:
+        shutil.copy(ledger.ROOT / name, to / name)
+
+
+def selection_of(mutant: Mutant) -> tuple[str, ...]:
+    """The tests for this machine."""
+    return mutant.gpu if torch.cuda.is_available() else mutant.emulated
+
+
+def caught_by(mutant: Mutant) -> str | None:
+    """The test that fails with the fault planted, or how else it shows; None if it survives."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        copy_tree(root)
+        plant(mutant, root)
+        code, output = run_tests(selection_of(mutant), root, UNIT_SECONDS)
+    if code == 0:
+        return None
+    if output == CAUGHT_BY_TIME:
+        return CAUGHT_BY_TIME
+    failed = [line.split()[1] for line in output.splitlines() if line.startswith("FAILED")]
+    failed += [line.split()[1] for line in output.splitlines() if line.startswith("ERROR tests")]
+    if code != TESTS_FAILED or not failed:
+        raise RuntimeError(f"{mutant.name}: pytest exits with {code}\n{output[-2000:]}")
+    return failed[0]
+
+
+def try_mutant(mutant: Mutant) -> bool:
+    """Whether the tests catch it; noted in the ledger if so."""
+    section = "mutants" if torch.cuda.is_available() else "mutants-emulated"
+    done = ledger.passed(section, mutant.name)
+    caught = done["caught_by"] if done else caught_by(mutant)
+    if caught and not done:
+        ledger.record(section, mutant.name, {"caught_by": caught})
+    print(f"{mutant.name}: {f'caught by {caught}' if caught else 'SURVIVES'}", flush=True)
+    return caught is not None
+
+
+def baseline_passes(mutants: list[Mutant]) -> bool:
+    """The same tests pass on the code as it is: else a failure would mean nothing."""
+    unit = "baseline of " + ", ".join(sorted({mutant.file for mutant in mutants}))
+    if ledger.passed("baseline", unit) is not None:
+        return True
+    selections = sorted({selection_of(mutant) for mutant in mutants})
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        results = list(
+            pool.map(lambda each: run_tests(each, ledger.ROOT, BASELINE_SECONDS), selections)
+        )
+    for selection, (code, output) in zip(selections, results, strict=True):
+        if code != 0:
+            print(f"mutants: without a fault, {' '.join(selection)} fails\n{output[-2000:]}")
+    if any(code != 0 for code, _ in results):
+        return False
+    ledger.record("baseline", unit, {})
+    return True
+
+
+def main(words: list[str]) -> int:
+    wanted = [each for each in MUTANTS if all(word in each.name for word in words)]
+    mutants = [each for each in wanted if selection_of(each)]
+    if not mutants or not baseline_passes(mutants):
+        return 1
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        caught = list(pool.map(try_mutant, mutants))
+    survivors = [each.name for each, seen in zip(mutants, caught, strict=True) if not seen]
+    print(f"mutants: {sum(caught)} of {len(mutants)} caught; survivors: {survivors or 'none'}")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

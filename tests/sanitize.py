@@ -1,0 +1,78 @@
+"""Runs the small suite of `tests.sanitized` under NVIDIA's compute-sanitizer.
+
+    python -m tests.sanitize
+
+Each tool and part of the suite is a unit of the ledger: one that was clean is not run again.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+from tests import ledger
+from tests.sanitized import PARTS
+
+TOOLS = ("memcheck", "initcheck", "racecheck", "synccheck")
+UNIT_SECONDS = 420
+AT_ONCE = 4
+SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)")
+LAUNCHES = re.compile(r"sanitized: (\d+) launches of (\d+) kernels")
+
+
+def read_output(output: str) -> dict | None:
+    """What a tool found: errors (or hazards), and how much it watched. None if it broke off."""
+    summary, launches = SUMMARY.search(output), LAUNCHES.search(output)
+    if summary is None or launches is None:
+        return None
+    return {
+        "errors": int(summary[1]),
+        "launches": int(launches[1]),
+        "kernels": int(launches[2]),
+    }
+
+
+def run_unit(tool: str, part: str) -> dict | None:
+    """One run, its output kept beside the ledger; a clean one is recorded."""
+    unit = f"{tool}-{part}"
+    done = ledger.passed("sanitize", unit)
+    if done is not None:
+        return done
+    command = [
+        *("compute-sanitizer", "--tool", tool, "--target-processes", "application-only"),
+        *(sys.executable, "-m", "tests.sanitized", part),
+    ]
+    log = ledger.LEDGER.parent / f"sanitize-{unit}.log"
+    log.parent.mkdir(exist_ok=True)
+    with log.open("w") as output:
+        try:
+            subprocess.run(
+                command, cwd=ledger.ROOT, stdout=output, stderr=subprocess.STDOUT,
+                timeout=UNIT_SECONDS,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            output.write(f"sanitize: stopped after {UNIT_SECONDS} s\n")
+    found = read_output(log.read_text())
+    if found is not None and found["errors"] == 0:
+        ledger.record("sanitize", unit, found)
+    elif found is None:
+        print(f"{unit}: broke off; the end of {log}:\n{log.read_text()[-2000:]}")
+    print(f"{unit}: {found}", flush=True)
+    return found
+
+
+def main() -> int:
+    if shutil.which("compute-sanitizer") is None:
+        print("sanitize: expected compute-sanitizer (CUDA toolkit) on the PATH, got none")
+        return 1
+    units = [(tool, part) for tool in TOOLS for part in PARTS]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        found = list(pool.map(lambda unit: run_unit(*unit), units))
+    clean = sum(each is not None and each["errors"] == 0 for each in found)
+    print(f"sanitize: {clean} of {len(units)} runs clean")
+    return 0 if clean == len(units) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

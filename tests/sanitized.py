@@ -1,0 +1,118 @@
+"""The suite that `make sanitize` runs under each tool: every kernel and form, at small sizes.
+
+    python -m tests.sanitized PART
+
+Nothing is compared with anything: the tool watches. Caches are written in full first, so that
+initcheck sees what a kernel reads of its workspaces before it was written.
+"""
+
+import sys
+from collections.abc import Callable
+from unittest.mock import patch
+
+import pytest
+import torch
+
+import kernels
+from kernels.config import (
+    AttentionConfig,
+    EstimatorConfig,
+    PageScoreConfig,
+    PrunerConfig,
+    TopPagesConfig,
+)
+from kernels.tuned import pinned
+from reference.hazards import poison_unused
+from reference.inputs import DecodeShape
+from tests.cases import FORMS, NAMED, Case, Tensors, build_cache, forms_for, make_tensors
+from tests.fake_gpu import count_launches
+
+WINDOWS = {"num_sink_tokens": 4, "num_recent_tokens": 20}
+
+
+def small(group_size: int, lengths: tuple[int, ...] = (77, 300), head_dim: int = 128) -> Case:
+    shape = DecodeShape(len(lengths), 2 * group_size, 2, head_dim, 16, lengths, torch.float16)
+    return Case(f"gqa{group_size}", shape, 128)
+
+
+def every_stage(case: Case) -> None:
+    """A whole step with either selector, append, prefill, and the attentions beside."""
+    tensors = make_tensors(case, torch.Generator().manual_seed(0))
+    on_gpu = (each.cuda() if isinstance(each, torch.Tensor) else each for each in tensors)
+    tensors = Tensors(*on_gpu)
+    cache = build_cache(kernels, tensors)
+    poison_unused(cache)
+    q, token = tensors.q, tensors.k[:, 0].nan_to_num(0.0)
+    for selector in ("quest", "full"):
+        windows = WINDOWS if case.token_budget >= 128 else {}
+        step = kernels.TwilightDecode(
+            cache, q.shape[1], token_budget=case.token_budget, selector=selector, **windows
+        )
+        cache.append(token, token)
+        step.run(q, cache)
+    kernels.page_attention(q, cache, step.candidate_pages, step.candidate_counts)
+    kernels.dense_attention(q, cache)
+    lists = step.candidate_pages, step.candidate_counts
+    for top_p in (1e-6, 1.0):
+        logits = kernels.estimate_logits(q, cache, *lists)
+        kept = kernels.prune_top_p(logits, cache, *lists, top_p)
+        kernels.flash_topk_attention(q, cache, *kept[:2])
+    k, v = tensors.k.nan_to_num(0.0), tensors.v.nan_to_num(0.0)
+    kernels.PagedKVCache.from_contiguous(k, v, tensors.seq_lens, case.shape.page_size)
+    select = kernels.select_pages(q, cache, case.token_budget)
+    assert len(select) == len(kernels.select_all(cache))
+
+
+def every_case() -> None:
+    for case in NAMED.values():
+        every_stage(case)
+
+
+def every_form() -> None:
+    """Of attention, for the groups that it is meant for."""
+    for group_size, lengths in ((1, (300,)), (8, (129, 1))):
+        for name in forms_for(group_size):
+            with patch.object(AttentionConfig, "for_group", lambda *_, form=FORMS[name]: form):
+                every_stage(small(group_size, lengths))
+
+
+PINNED = (
+    {"pruner": PrunerConfig(block_threads=256, blocks_per_sm=1)},
+    {"pruner": PrunerConfig(block_threads=512, blocks_per_sm=1)},
+    {"pruner": PrunerConfig(block_threads=1024, blocks_per_sm=1)},
+    {"top_pages": TopPagesConfig(num_threads=128, pages_per_thread=1)},
+    {"top_pages": TopPagesConfig(num_threads=1024)},
+    {"estimator": EstimatorConfig()},
+    {"estimator": EstimatorConfig(num_warps=1, tiles_per_warp=2, steps=3)},
+    {"page_score": PageScoreConfig()},
+    {"page_score": PageScoreConfig(num_warps=1, tiles_per_warp=1, steps=2)},
+)
+
+
+def every_config() -> None:
+    """Rows in registers and rows read again, one search of a block and several."""
+    for configs in PINNED:
+        with pinned(configs):
+            every_stage(small(4, (333,), 64))
+    for configs in PINNED[:2] + PINNED[3:4]:
+        with pinned(configs):
+            every_stage(small(2, (9000,), 64))
+
+
+PARTS: dict[str, Callable[[], None]] = {
+    "cases": every_case,
+    "forms": every_form,
+    "configs": every_config,
+}
+
+
+def main(part: str) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        launched = count_launches(monkeypatch, launch=True)
+        PARTS[part]()
+        torch.cuda.synchronize()
+    print(f"sanitized: {len(launched)} launches of {len(set(launched))} kernels")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

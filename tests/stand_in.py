@@ -1,0 +1,61 @@
+"""The reference under the kernels' names, each request computed alone: it keeps every promise.
+
+What is tested with it on the CPU is the tests themselves.
+"""
+
+import dataclasses
+
+import torch
+
+import reference
+from reference import PagedKVCache, dense_attention
+from reference.pruner import broadcast_top_p
+
+__all__ = ["PagedKVCache", "TwilightDecode", "dense_attention"]
+
+RESULTS = {  # and what pads them
+    "candidate_pages": -1,
+    "candidate_counts": 0,
+    "logits": -torch.inf,
+    "kept_tokens": -1,
+    "kept_counts": 0,
+    "kept_mass": 0,
+}
+
+
+class TwilightDecode:
+    """As the reference's. A request's shapes, and so its bits, do not depend on the others."""
+
+    def __init__(self, cache: PagedKVCache, num_qo_heads: int, *, top_p=0.85, **options) -> None:
+        self.whole = reference.TwilightDecode(cache, num_qo_heads, top_p=top_p, **options)
+        self.selector = self.whole.selector
+        self.options = options
+        self.top_p = broadcast_top_p(top_p, cache.batch_size, num_qo_heads, cache.seq_lens.device)
+
+    def run(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
+        steps, outs = [], []
+        for request, length in enumerate(cache.seq_lens.tolist()):
+            used = max(-(-length // cache.page_size), 1)
+            alone = dataclasses.replace(
+                cache,
+                page_table=cache.page_table[request : request + 1, :used],
+                seq_lens=cache.seq_lens[request : request + 1],
+            )
+            top_p = self.top_p[request : request + 1].float()
+            steps.append(reference.TwilightDecode(alone, q.shape[1], top_p=top_p, **self.options))
+            outs.append(steps[-1].run(q[request : request + 1].contiguous(), alone))
+        width = cache.max_pages
+        if self.selector == "quest":
+            width = min(self.whole.token_budget // cache.page_size, width)
+        widths = {"candidate_pages": width} | dict.fromkeys(
+            ("logits", "kept_tokens"), width * cache.page_size
+        )
+        for name, padding in RESULTS.items():
+            rows = [getattr(step, name) for step in steps]
+            if name in widths:
+                rows = [
+                    torch.nn.functional.pad(row, (0, widths[name] - row.shape[-1]), value=padding)
+                    for row in rows
+                ]
+            setattr(self, name, torch.cat(rows))
+        return torch.cat(outs)

@@ -1,0 +1,150 @@
+"""Generated decode steps: every promise, held to the kernels on the GPU.
+
+Without one, the reference stands in: then what is tested is the generator and the properties, and
+that they catch faulty implementations.
+"""
+
+import os
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+import kernels
+from tests import ledger, stand_in
+from tests.promises import check_step
+from tests.strategies import BUCKETS, SMALL_BUCKETS, Bucket, Step, decode_steps
+
+FULL = os.environ.get("FULL") == "1"
+CHUNKS, CHUNK_CASES = (5, 25) if FULL else (1, 13)  # over 16 buckets: 2,000 and 208 cases
+
+
+def run_cases(
+    check: Callable[[Step], int], bucket: Bucket, num_cases: int, seed: int
+) -> dict[str, int]:
+    """Checks generated steps of a bucket, the same ones for the same seed.
+
+    Returns what was really checked: cases and rows. A failure is shrunk and raised.
+    """
+    checked = {"cases": 0, "rows": 0}
+
+    @hypothesis.seed(seed)
+    @settings(
+        max_examples=num_cases,
+        deadline=None,
+        database=None,
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    @hypothesis.given(decode_steps(bucket))
+    def every_property_holds(step: Step) -> None:
+        rows = check(step)
+        checked["cases"] += 1
+        checked["rows"] += rows
+
+    every_property_holds()
+    return checked
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+@pytest.mark.parametrize(
+    "bucket",
+    [
+        pytest.param(each, marks=pytest.mark.xdist_group(each.name), id=each.name)
+        for each in BUCKETS
+    ],
+)
+def test_kernels_keep_every_promise(bucket, chunk, device):
+    """A chunk that passed for this code is not run again."""
+    unit = f"{bucket.name}, seed {chunk}, {CHUNK_CASES} cases"
+    if ledger.passed("generated", unit) is not None:
+        return
+    checked = run_cases(
+        lambda step: check_step(kernels, step, device), bucket, CHUNK_CASES, seed=chunk
+    )
+    assert checked["cases"] >= CHUNK_CASES
+    assert checked["rows"] >= CHUNK_CASES * bucket.num_kv_heads
+    ledger.record("generated", unit, {"bucket": bucket.name, **checked})
+
+
+@pytest.mark.parametrize("bucket", SMALL_BUCKETS, ids=str)
+def test_the_reference_keeps_every_promise(bucket):
+    checked = run_cases(
+        lambda step: check_step(stand_in, step, torch.device("cpu")), bucket, 100, seed=0
+    )
+    assert checked["cases"] >= 100
+    assert checked["rows"] >= 100 * bucket.num_kv_heads
+
+
+def faulty(spoil: Callable) -> SimpleNamespace:
+    """The stand-in, with spoil(step, out, q, cache) -> out after every run."""
+
+    class TwilightDecode(stand_in.TwilightDecode):
+        def run(self, q, cache):
+            return spoil(self, super().run(q, cache), q, cache)
+
+    return SimpleNamespace(**vars(stand_in) | {"TwilightDecode": TwilightDecode})
+
+
+def drop_last_kept(step, out, q, cache):
+    step.kept_counts = (step.kept_counts - 1).clamp(min=0)
+    return out
+
+
+def keep_too_little(step, out, q, cache):
+    step.kept_mass = step.kept_mass - 2e-4
+    return out
+
+
+def skip_newest_page(step, out, q, cache):
+    step.candidate_counts = (step.candidate_counts - 1).clamp(min=1)
+    return out
+
+
+def shift_logits(step, out, q, cache):
+    step.logits = step.logits + 1e-2 * torch.rand(step.logits.shape[-1])
+    return out
+
+
+def lose_a_channel(step, out, q, cache):
+    out[..., -1] = 0
+    return out
+
+
+def depend_on_the_batch(step, out, q, cache):
+    out[0] *= 1 + 2e-3 * (cache.batch_size > 1)
+    return out
+
+
+def depend_on_the_pages(step, out, q, cache):
+    out[:, 0, 0] += 1e-3 * (cache.page_table[:, 0] % 3)
+    return out
+
+
+def read_an_unused_slot(step, out, q, cache):
+    unused = cache.k_cache[cache.page_table[:, 0].clamp(min=0).long(), -1].isnan().any()
+    return torch.where(unused, out * 1.0005, out)
+
+
+def read_the_neighbour(step, out, q, cache):
+    return out + 0 * q.roll(1, 0)
+
+
+FAULTS = (
+    *(drop_last_kept, keep_too_little, skip_newest_page, shift_logits, lose_a_channel),
+    *(depend_on_the_batch, depend_on_the_pages, read_an_unused_slot, read_the_neighbour),
+)
+
+
+@pytest.mark.parametrize("spoil", FAULTS, ids=lambda spoil: spoil.__name__)
+def test_a_faulty_implementation_is_caught(spoil):
+    implementation = faulty(spoil)
+    with pytest.raises(AssertionError):
+        run_cases(
+            lambda step: check_step(implementation, step, torch.device("cpu")),
+            SMALL_BUCKETS[0], 40, seed=0,
+        )  # fmt: skip

@@ -1,0 +1,73 @@
+"""The planted faults still fit the kernels, and what the tests say of one is understood."""
+
+import ast
+import shutil
+
+import pytest
+
+from tests import mutate
+from tests.ledger import ROOT
+from tests.mutants import MUTANTS
+
+EVERY = [pytest.param(mutant, id=mutant.name) for mutant in MUTANTS]
+
+
+@pytest.mark.parametrize("mutant", EVERY)
+def test_every_fault_still_applies(mutant, tmp_path):
+    """Its text is there, what it leaves is Python, and its tests exist."""
+    path = tmp_path / "kernels" / mutant.file
+    path.parent.mkdir()
+    shutil.copy(ROOT / "kernels" / mutant.file, path)
+    before = path.read_text()
+    mutate.plant(mutant, tmp_path)
+    assert path.read_text() != before
+    ast.parse(path.read_text())
+    for selection in filter(None, (mutant.gpu, mutant.emulated)):
+        file, _, function = selection[0].partition("::")
+        assert f"def {function}" in (ROOT / file).read_text()
+
+
+def test_faults_have_names_of_their_own():
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 30
+
+
+def test_a_fault_that_no_longer_applies_is_an_error(tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "mirror.py").write_text("nothing = 1\n")
+    with pytest.raises(ValueError, match="mirror.py does not hold"):
+        mutate.plant(MUTANTS[0], tmp_path)
+
+
+@pytest.mark.parametrize(
+    "code, output, caught",
+    [
+        (0, "9 passed", None),
+        (1, "FAILED tests/test_x.py::test_y[a] - AssertionError", "tests/test_x.py::test_y[a]"),
+        (
+            1,
+            "ERROR tests/test_x.py::test_y - RuntimeError: out of bounds",
+            "tests/test_x.py::test_y",
+        ),
+        (1, mutate.CAUGHT_BY_TIME, mutate.CAUGHT_BY_TIME),
+    ],
+    ids=["survives", "fails", "breaks", "hangs"],
+)
+def test_the_tests_are_heard(code, output, caught, monkeypatch):
+    monkeypatch.setattr(mutate, "run_tests", lambda *_: (code, output))
+    assert mutate.caught_by(MUTANTS[0]) == caught
+
+
+@pytest.mark.parametrize("code", [2, 4, 5])
+def test_tests_that_do_not_run_catch_nothing(code, monkeypatch):
+    monkeypatch.setattr(mutate, "run_tests", lambda *_: (code, "no tests ran"))
+    with pytest.raises(RuntimeError, match=f"pytest exits with {code}"):
+        mutate.caught_by(MUTANTS[0])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_a_planted_fault_is_caught(monkeypatch):
+    """By the emulator, on any machine."""
+    monkeypatch.setattr(mutate.torch.cuda, "is_available", lambda: False)
+    test = "tests/test_emulated.py::test_top_pages_are_the_best[all-equal-registers]"
+    (mutant,) = (each for each in MUTANTS if each.name == "a tied page dropped")
+    assert mutate.caught_by(mutant._replace(emulated=(test,))) == test

@@ -1,0 +1,56 @@
+"""What `make sanitize` runs reaches every kernel, and what the tools say is understood."""
+
+import subprocess
+
+import pytest
+from tilelang.jit import JITImpl
+
+from tests import fake_gpu, ledger, sanitize, sanitized
+
+CLEAN = "========= ERROR SUMMARY: 0 errors\n"
+RACES = "========= RACECHECK SUMMARY: 3 hazards displayed (2 errors, 1 warning)\n"
+WATCHED = "sanitized: 40 launches of 12 kernels\n"
+
+
+def every_factory() -> set[str]:
+    """The names of all kernel factories."""
+    scopes = map(vars, fake_gpu.kernel_modules())
+    return {name for scope in scopes for name, each in scope.items() if isinstance(each, JITImpl)}
+
+
+def test_the_suite_reaches_every_kernel(monkeypatch):
+    """Up to the launches, on any machine."""
+    factories = every_factory()
+    assert factories >= {"pruner_kernel", "append_kernel", "merge_kernel"}
+    fake_gpu.install(monkeypatch)
+    launched = fake_gpu.count_launches(monkeypatch, launch=False)
+    for part in sanitized.PARTS.values():
+        part()
+    assert {f"{name.removesuffix('_kernel')}_kernel" for name in launched} >= factories
+
+
+@pytest.mark.parametrize(
+    "output, found",
+    [
+        (WATCHED + CLEAN, {"errors": 0, "launches": 40, "kernels": 12}),
+        (WATCHED + RACES, {"errors": 3, "launches": 40, "kernels": 12}),
+        (CLEAN, None),  # the suite itself broke off
+        (WATCHED, None),  # the tool did
+    ],
+)
+def test_output_is_understood(output, found):
+    assert sanitize.read_output(output) == found
+
+
+@pytest.mark.parametrize("summary, recorded", [(CLEAN, True), (RACES, False)])
+def test_only_a_clean_run_is_recorded(summary, recorded, tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger, "LEDGER", tmp_path / "ledger.jsonl")
+    monkeypatch.setenv("COMMIT", "0123456789")
+
+    def run(command, stdout, **options):
+        assert command[:3] == ["compute-sanitizer", "--tool", "racecheck"]
+        stdout.write(WATCHED + summary)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    sanitize.run_unit("racecheck", "forms")
+    assert (ledger.passed("sanitize", "racecheck-forms") is not None) == recorded
