@@ -18,7 +18,6 @@ from profiling.checks import ORACLE, request_cache
 from profiling.observations import Origin, setting_of
 from profiling.rows import AccuracyRow
 from profiling.stages import StageBuilder
-from reference.pruner import candidate_weights
 
 METHODS = ("full+twilight", "quest+twilight")
 BITS = ("2", "3", "4", "8", "exact")
@@ -79,10 +78,10 @@ def prune(
     """
     num_kv_heads, group_size, _ = request.q.shape
     valid = candidates.repeat_interleave(group_size, dim=0)
-    weights = candidate_weights(request.estimate(bits), valid)
+    weights = request.estimate(bits).masked_fill(~valid, float("-inf")).softmax(dim=-1)
     wanted = torch.tensor(top_ps, dtype=ORACLE, device=weights.device)[:, None, None]
     keep = reference.top_p_threshold(weights.expand(len(top_ps), -1, -1), wanted) & valid
-    estimated = torch.where(keep, weights, 0.0).sum(dim=-1) / weights.sum(dim=-1)
+    estimated = torch.where(keep, weights, 0.0).sum(dim=-1)
     true = request.logits.softmax(dim=-1)
     results = []
     for own_keep, own_estimated in zip(keep, estimated, strict=True):
