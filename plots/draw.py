@@ -34,7 +34,7 @@ class Results(Mapping[str, pd.DataFrame]):
             return tuned_rows(self.configs)
         path = self.folder / f"{stage}.csv"
         if not path.is_file():
-            raise MissingData(f"{path}: no such file; `make bench` writes it")
+            raise MissingData(f"{path}: no such file; `make bench [FULL=1]` writes it")
         return pd.read_csv(path, dtype=dict.fromkeys(TEXT, str))
 
     def __iter__(self) -> Iterator[str]:

@@ -9,6 +9,7 @@ from profiling.plan import row_key
 from profiling.results import write_rows
 from profiling.rows import (
     OBSERVED,
+    TABLES,
     AccuracyRow,
     AnyRow,
     KeptRow,
@@ -57,7 +58,7 @@ def make_row(workload, stage, method, provider, settings, work, gpu="h200", slow
 def made_up_rows(workloads=(*GPU_WORKLOADS, *GPU_FULL)) -> list[AnyRow]:
     """Every row of a run, without a GPU."""
     rows = [row for workload in workloads for row in _rows_of(workload)]
-    return list({(table_of(row), str(_key(row))): row for row in rows}.values())
+    return list({_key(row): row for row in rows}.values())
 
 
 def write_frames(rows: list[AnyRow], folder: Path) -> None:
@@ -66,9 +67,9 @@ def write_frames(rows: list[AnyRow], folder: Path) -> None:
         write_rows(list(own), folder)
 
 
-def _key(row: AnyRow) -> list[object]:
-    names = OBSERVED[table_of(row)].key if table_of(row) in OBSERVED else list(vars(row))[:17]
-    return [getattr(row, name) for name in names]
+def _key(row: AnyRow) -> tuple:
+    name = table_of(row)
+    return (name, *(getattr(row, column) for column in TABLES[name].key))
 
 
 def _rows_of(workload: Workload | BudgetSweep) -> list[AnyRow]:
