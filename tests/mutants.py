@@ -13,15 +13,16 @@ ATTENTION = ("tests/test_attention.py",)
 PIPELINE = ("tests/test_pipeline.py",)
 COMPILED = ("tests/test_compile.py", "-k", "gqa4-d128-sm_90a")
 
-EMULATED = "tests/test_emulated.py::test_"
-MIRRORED = (f"{EMULATED}prefill_mirror_and_append_write_the_reference_cache",)
-APPENDED = (f"{EMULATED}append_bounds_a_filling_page_as_a_prefill",)
-SCORED = (f"{EMULATED}page_scores_are_quest_bounds",)
-TOPPED = (f"{EMULATED}top_pages_are_the_best",)
-ESTIMATED = (f"{EMULATED}estimated_logits_match_reference",)
-PRUNED = (f"{EMULATED}pruned_sets_match_reference",)
-UNKNOWN = (f"{EMULATED}a_row_without_a_softmax_keeps_every_candidate",)
-ATTENDED = (f"{EMULATED}attention_matches_reference",)
+EMULATED = ("tests/test_emulated.py", "-k")
+MIRRORED = (*EMULATED, "prefill_mirror and gqa4")
+APPENDED = (*EMULATED, "bounds_a_filling_page and 16")
+SCORED = (*EMULATED, "page_scores and gqa4 and default")
+TOPPED = (*EMULATED, "top_pages and registers")
+ESTIMATED = (*EMULATED, "estimated_logits and gqa4 and default")
+PRUNED = (*EMULATED, "pruned_sets and (gqa4 or gqa3) and (normal or skewed)")
+PRUNED_WIDE = (*EMULATED, "pruned_sets and wide and skewed")
+UNKNOWN = (*EMULATED, "without_a_softmax and gqa3")
+ATTENDED = (*EMULATED, "attention_matches and (gqa4 or mha) and (tokens or pages)")
 
 
 class Mutant(NamedTuple):
@@ -174,7 +175,7 @@ MUTANTS = (
     ),
     Mutant(
         "compaction forgets its first words", "threshold.py",
-        "slot = count[0] + prefix[0]", "slot = prefix[0]", PRUNER, PRUNED,
+        "slot = count[0] + prefix[0]", "slot = prefix[0]", PRUNER, PRUNED_WIDE,
     ),
     Mutant(
         "a full page counted after a part-filled one", "split_kv.py",

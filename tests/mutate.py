@@ -89,7 +89,11 @@ def try_mutant(mutant: Mutant) -> bool:
     """Whether the tests catch it; noted in the ledger if so."""
     section = "mutants" if torch.cuda.is_available() else "mutants-emulated"
     done = ledger.passed(section, mutant.name)
-    caught = done["caught_by"] if done else caught_by(mutant)
+    try:
+        caught = done["caught_by"] if done else caught_by(mutant)
+    except (RuntimeError, ValueError) as error:  # says nothing of the other faults
+        print(f"ERROR {error}", flush=True)
+        return False
     if caught and not done:
         ledger.record(section, mutant.name, {"caught_by": caught})
     print(f"{mutant.name}: {f'caught by {caught}' if caught else 'SURVIVES'}", flush=True)
@@ -123,7 +127,7 @@ def main(words: list[str]) -> int:
     with ThreadPoolExecutor(AT_ONCE) as pool:
         caught = list(pool.map(try_mutant, mutants))
     survivors = [each.name for each, seen in zip(mutants, caught, strict=True) if not seen]
-    print(f"mutants: {sum(caught)} of {len(mutants)} caught; survivors: {survivors or 'none'}")
+    print(f"mutants: {sum(caught)} of {len(mutants)} caught; not caught: {survivors or 'none'}")
     return 1 if survivors else 0
 
 

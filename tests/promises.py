@@ -60,14 +60,16 @@ def assert_identical(actual: Results, expected: Results) -> None:
     assert not different, f"other bits in {different}"
 
 
-def take(tensors: Tensors, requests: list[int], rng: torch.Generator, trim: bool) -> Tensors:
-    """These requests in this order, in other pages; trim: a page table no wider than they need."""
+def take(
+    tensors: Tensors, requests: list[int], rng: torch.Generator, max_pages: int | None = None
+) -> Tensors:
+    """These requests in this order, in other pages; max_pages: of the table, None for no more than
+    they need."""
     index = torch.tensor(requests, device=rng.device)
     seq_lens = tensors.seq_lens[index]
-    longest = max(int(seq_lens.max()), 1) if trim else tensors.k.shape[1]
-    page_table, num_pages = shuffled_pages(
-        len(requests), -(-longest // tensors.page_size) + (0 if trim else 1), rng
-    )
+    longest = max(int(seq_lens.max()), 1)
+    max_pages = -(-longest // tensors.page_size) if max_pages is None else max_pages
+    page_table, num_pages = shuffled_pages(len(requests), max_pages, rng)
     q, k, v = tensors.q[index], tensors.k[index, :longest], tensors.v[index, :longest]
     return tensors._replace(
         q=q, k=k, v=v, seq_lens=seq_lens, page_table=page_table, num_pages=num_pages
@@ -157,7 +159,7 @@ def promise_5_a_request_gives_the_same_bits_anywhere(run: Run) -> None:
     for actual, expected in zip(results_of(*again, run.cache), run.results, strict=True):
         assert_identical(actual, expected)
     for request in {0, run.cache.batch_size - 1}:
-        moved = take(run.tensors, [request], run.rng, trim=True)
+        moved = take(run.tensors, [request], run.rng, run.cache.max_pages)
         assert_identical(decoded(run.package, moved, **run.options)[0], run.results[request])
 
 
@@ -174,10 +176,9 @@ def promise_6_nothing_unused_is_read(run: Run) -> None:
 def promise_6_no_request_reads_another(run: Run) -> None:
     """The first request's query, or all its keys or values, become NaN or infinite."""
     tensors, seed = run.tensors, run.generated.seed
-    if run.generated.case.shared_pages:
-        tensors = take(tensors, list(range(len(tensors.q))), run.rng, trim=False)
     spoiled = tensors._replace(q=tensors.q.clone(), k=tensors.k.clone(), v=tensors.v.clone())
-    (spoiled.q, spoiled.k, spoiled.v)[seed % 3][0] = SPOILS[seed // 3 % 3]
+    own = (spoiled.q,) if run.generated.case.shared_pages else (spoiled.q, spoiled.k, spoiled.v)
+    own[seed % len(own)][0] = SPOILS[seed // 3 % 3]
     cache = build_cache(run.package, spoiled)
     step, out = decode(run.package, spoiled, cache, **run.options)
     assert (step.kept_counts >= (cache.seq_lens > 0)[:, None]).all()

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import reference
 from kernels.attention import ATTENTION_KERNELS
@@ -31,10 +33,11 @@ from kernels.selector import (
 from kernels.split_kv import merge_kernel, plan_kernel
 from reference.hazards import contiguous, poison_unused
 from reference.inputs import DecodeShape, random_inputs
-from tests.cases import FORMS, NAN, forms_for
+from tests.cases import FORMS, forms_for
 from tests.emulate import emulated
 from tests.guards import GuardedMemory
-from tests.properties import assert_bounds_hold
+from tests.logits import LOGITS, NO_SOFTMAX, normal
+from tests.properties import assert_bounds_hold, assert_top_p
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
@@ -274,20 +277,6 @@ def test_estimated_logits_match_reference(config, inputs, folder):
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
-DRAWS = {
-    "normal": lambda size: torch.randn(size) * 2,
-    "skewed": lambda size: torch.where(torch.rand(size) < 0.03, 9.0, 0.0) + torch.randn(size) / 2,
-    "one-hot": lambda size: torch.full(size, -40.0).index_fill_(-1, torch.tensor(0), 0.0),
-    "all-equal": lambda size: torch.ones(size),
-    "wild": lambda size: torch.randn(size) * 2e4,
-}
-NO_SOFTMAX = {
-    "one-nan": lambda row: row.index_fill(0, torch.tensor(len(row) // 2), NAN),
-    "all-nan": lambda row: torch.full_like(row, NAN),
-    "one-infinite": lambda row: row.index_fill(0, torch.tensor(0), torch.inf),
-    "all-infinite": lambda row: torch.full_like(row, torch.inf),
-    "nothing-finite": lambda row: torch.full_like(row, -torch.inf),
-}
 ROWS = {  # seq_len, group size, sinks, recent, config
     "gqa4": (700, 4, 0, 0, PrunerConfig()),
     "gqa3-windows": (333, 3, 4, 24, PrunerConfig()),
@@ -300,67 +289,90 @@ ROWS = {  # seq_len, group size, sinks, recent, config
 
 
 @pytest.mark.parametrize("top_p", [0.85, 0.999, 1.0])
-@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("draw", ["normal", "skewed", "one-hot", "all-equal", "within-2e4"])
 @pytest.mark.parametrize("row", ROWS)
-def test_pruned_sets_match_reference(row, draw, top_p, folder):
+def test_pruned_sets_match_reference(row, draw, top_p, rng, folder):
     seq_len, group_size, num_sink_tokens, num_recent_tokens, config = ROWS[row]
-    torch.manual_seed(0)
-    logits = DRAWS[draw]((group_size, seq_len))
     windows = {"num_sink_tokens": num_sink_tokens, "num_recent_tokens": num_recent_tokens}
-    assert_pruned(logits, top_p, windows, config, folder)
+    logits = [LOGITS[draw](seq_len, rng) for _ in range(group_size)]
+    problem = one_row(logits)
+    tokens, counts, mass = prune_emulated(*problem, top_p, windows, config, folder)
+    expected = reference.prune_top_p(*problem, top_p, **windows)
+    count = int(expected[1])
+    # Weights equal to one part in 10^4 may fall either way.
+    assert abs(int(counts) - count) <= count // 1000
+    if int(counts) == count:
+        assert torch.equal(tokens[..., :count], expected[0][..., :count])
+    torch.testing.assert_close(mass, expected[2], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("draw", NO_SOFTMAX)
 @pytest.mark.parametrize("row", ["gqa3-windows", "side-by-side", "wide", "one-page"])
-def test_a_row_without_a_softmax_keeps_every_candidate(row, draw, folder):
+def test_a_row_without_a_softmax_keeps_every_candidate(row, draw, rng, folder):
     """Of one query head; the others of its group are as they were."""
     seq_len, group_size, *_, config = ROWS[row]
-    torch.manual_seed(0)
-    logits = torch.randn(group_size, seq_len)
-    logits[-1] = NO_SOFTMAX[draw](logits[-1])
-    kept_counts, kept_mass = assert_pruned(logits, 0.5, {}, config, folder)
-    assert kept_counts.item() == seq_len and kept_mass[0, -1] == 1
-    assert group_size == 1 or (kept_mass[0, :-1] < 0.8).all()
+    logits = [normal(seq_len, rng) for _ in range(group_size - 1)]
+    problem = one_row([*logits, NO_SOFTMAX[draw](seq_len, rng)])
+    _, counts, mass = prune_emulated(*problem, 0.5, {}, config, folder)
+    assert counts.item() == seq_len and mass[0, -1] == 1
+    assert (mass[0, :-1] < 0.8).all()
 
 
-def assert_pruned(logits, top_p, windows, config, folder):
-    """The kernel's result on one row of logits [group_size, seq_len] is the reference's."""
-    group_size, seq_len = logits.shape
-    max_pages = -(-seq_len // 16)
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(
+    row=st.sampled_from(["gqa4", "side-by-side"]),
+    seq_len=st.integers(1, 1024),
+    draws=st.lists(st.sampled_from([*LOGITS, *NO_SOFTMAX]), min_size=4, max_size=4),
+    top_p=st.floats(1e-6, 1.0),
+    windows=st.sampled_from([(0, 0), (1, 0), (5, 33)]),
+    seed=st.integers(0, 2**31),
+)
+def test_generated_rows_keep_promise_1(folder, row, seq_len, draws, top_p, windows, seed):
+    """Any mixture of rows in one group, at any length up to the width."""
+    windows = dict(zip(("num_sink_tokens", "num_recent_tokens"), windows, strict=True))
+    rng = torch.Generator().manual_seed(seed)
+    rows = [(LOGITS | NO_SOFTMAX)[draw](seq_len, rng) for draw in draws]
+    problem = one_row(rows, max_pages=64)
+    result = prune_emulated(*problem, top_p, windows, ROWS[row][-1], folder)
+    assert_top_p(*problem, top_p, result, **windows)
+
+
+def one_row(logits: list[torch.Tensor], max_pages: int | None = None):
+    """(logits, cache, candidate_pages, candidate_counts) of one KV head whose query heads have
+    these logits, over every page of one request."""
+    seq_len = len(logits[0])
+    max_pages = -(-seq_len // 16) if max_pages is None else max_pages
     page_table = torch.zeros(1, max_pages, dtype=torch.int32)
     cache = reference.PagedKVCache.empty(1, 1, max_pages, 1, 64, page_table=page_table)
     cache.seq_lens.fill_(seq_len)
-    pages, counts = reference.select_all(cache)
-    padded = torch.full((1, group_size, cache.capacity), -torch.inf)
-    padded[..., :seq_len] = logits
-    expected = reference.prune_top_p(padded, cache, pages, counts, top_p, **windows)
-    width = cache.capacity
-    kept_tokens, kept_counts = blank(1, 1, width, dtype=torch.int32), counts.clone()
+    padded = torch.full((1, len(logits), cache.capacity), -torch.inf)
+    padded[..., :seq_len] = torch.stack(logits)
+    return padded, cache, *reference.select_all(cache)
+
+
+def prune_emulated(logits, cache, pages, counts, top_p, windows, config, folder):
+    """The kernel's (kept_tokens, kept_counts, kept_mass), its list of items checked."""
+    _, group_size, width = logits.shape
+    kept_tokens, kept_counts = blank(1, 1, width, dtype=torch.int32), blank(1, 1, dtype=torch.int32)
     kept_mass = blank(1, 1, group_size)
     items = blank(-(-width // 128), 4, dtype=torch.int32)
     num_items, tickets = torch.zeros(1, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     static = (group_size, 16, next_power_of_two(max(width, 32)), 128, config)
     block_heads = min(group_size, config.block_threads // HEAD_THREADS)
+    windows = {"num_sink_tokens": 0, "num_recent_tokens": 0} | windows
     emulated(pruner_kernel, static, folder)(
-        (1, 1), block_heads * HEAD_THREADS,
-        logits=padded, seq_lens=cache.seq_lens,
+        (1, 1), block_heads * HEAD_THREADS, logits=logits, seq_lens=cache.seq_lens,
         candidate_pages=pages, candidate_counts=counts,
-        top_p=torch.full((1, 1, group_size), top_p), **{"num_sink_tokens": 0,
-        "num_recent_tokens": 0} | windows, kept_tokens=kept_tokens, kept_counts=kept_counts,
-        kept_mass=kept_mass, batch_size=1, num_kv_heads=1, width_pages=pages.shape[2], width=width,
-        items=items, num_items=num_items, tickets=tickets, max_items=len(items),
+        top_p=torch.full((1, 1, group_size), top_p), **windows, kept_tokens=kept_tokens,
+        kept_counts=kept_counts, kept_mass=kept_mass, batch_size=1, num_kv_heads=1,
+        width_pages=pages.shape[2], width=width, items=items, num_items=num_items,
+        tickets=tickets, max_items=len(items),
     )  # fmt: skip
     splits = -(-int(kept_counts) // 128)
     assert not tickets.any() and num_items.item() == splits
     assert items[:splits, 3].sum() == kept_counts
     assert items[:splits, 2].tolist() == ([-1] if splits == 1 else list(range(splits)))
-    count = int(expected[1])
-    # Weights equal to one part in 10^4 may fall either way.
-    assert abs(int(kept_counts) - count) <= count // 1000
-    if int(kept_counts) == count:
-        assert torch.equal(kept_tokens[..., :count], expected[0][..., :count].int())
-    torch.testing.assert_close(kept_mass[0], expected[2].float(), rtol=0, atol=1e-4)
-    return kept_counts, kept_mass[0]
+    return kept_tokens, kept_counts, kept_mass[0]
 
 
 @pytest.mark.parametrize("source", ["tokens", "pages", "all"])

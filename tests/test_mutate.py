@@ -14,7 +14,7 @@ EVERY = [pytest.param(mutant, id=mutant.name) for mutant in MUTANTS]
 
 @pytest.mark.parametrize("mutant", EVERY)
 def test_every_fault_still_applies(mutant, tmp_path):
-    """Its text is there, what it leaves is Python, and its tests exist."""
+    """Its text is there, and what it leaves is Python."""
     path = tmp_path / "kernels" / mutant.file
     path.parent.mkdir()
     shutil.copy(ROOT / "kernels" / mutant.file, path)
@@ -22,9 +22,6 @@ def test_every_fault_still_applies(mutant, tmp_path):
     mutate.plant(mutant, tmp_path)
     assert path.read_text() != before
     ast.parse(path.read_text())
-    for selection in filter(None, (mutant.gpu, mutant.emulated)):
-        file, _, function = selection[0].partition("::")
-        assert f"def {function}" in (ROOT / file).read_text()
 
 
 def test_faults_have_names_of_their_own():

@@ -140,11 +140,13 @@ def test_promise_5_results_are_bit_identical_wherever_a_request_is(case, rng):
     requests = list(range(case.shape.batch_size))
     expected = decoded(kernels, tensors, case.token_budget)
     shuffled = torch.randperm(len(requests), generator=rng, device=rng.device).tolist() * 2
-    results = decoded(kernels, take(tensors, shuffled, rng, trim=False), case.token_budget)
+    results = decoded(
+        kernels, take(tensors, shuffled, rng, tensors.page_table.shape[1]), case.token_budget
+    )
     for place, request in enumerate(shuffled):
         assert_identical(results[place], expected[request])
     for request in requests:
-        alone = decoded(kernels, take(tensors, [request], rng, trim=True), case.token_budget)
+        alone = decoded(kernels, take(tensors, [request], rng), case.token_budget)
         assert_identical(alone[0], expected[request])
 
 
@@ -200,12 +202,15 @@ def test_promise_5_few_rows_and_many_give_the_same_bits(case, selector, top_p, r
     requests = list(range(len(CROWD))) * (32 // case.shape.num_kv_heads)
     options = {"selector": selector, "top_p": top_p}
     results = decoded(
-        kernels, take(tensors, requests, rng, trim=False), case.token_budget, **options
+        kernels,
+        take(tensors, requests, rng, tensors.page_table.shape[1]),
+        case.token_budget,
+        **options,
     )
     for request in range(len(CROWD)):
         (alone,) = decoded(
             kernels,
-            take(tensors, [request], rng, trim=True),
+            take(tensors, [request], rng),
             case.token_budget,
             **options,
         )

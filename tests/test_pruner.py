@@ -7,7 +7,7 @@ import torch
 
 import kernels
 import reference
-from tests.cases import NAN
+from tests.logits import LOGITS, NO_SOFTMAX, normal, skewed
 from tests.properties import (
     as_mask,
     as_reference,
@@ -92,58 +92,6 @@ def choose_pages(first: int, used: int, width: int, rng: torch.Generator) -> tor
     return torch.cat((others, others.new_tensor([used - 1] if used > first else [])))
 
 
-def uniform(num_tokens: int, rng: torch.Generator) -> torch.Tensor:
-    return torch.rand(num_tokens, generator=rng, device=rng.device)
-
-
-def normal(num_tokens: int, rng: torch.Generator) -> torch.Tensor:
-    return 2 * torch.randn(num_tokens, generator=rng, device=rng.device)
-
-
-def skewed(num_tokens: int, rng: torch.Generator) -> torch.Tensor:
-    return normal(num_tokens, rng) + 8.0 * (uniform(num_tokens, rng) < 0.03)
-
-
-def one_hot(num_tokens: int, rng: torch.Generator) -> torch.Tensor:
-    logits = torch.full((num_tokens,), -80.0, device=rng.device)
-    logits[(uniform(1, rng) * num_tokens).long()] = 0.0
-    return logits
-
-
-def last_token(num_tokens: int, rng: torch.Generator) -> torch.Tensor:
-    logits = normal(num_tokens, rng) - 40
-    logits[-1] = 0.0
-    return logits
-
-
-DRAWS = {
-    "normal": normal,
-    "skewed": skewed,
-    "one-hot": one_hot,
-    "last-token": last_token,
-    "all-equal": lambda n, rng: torch.full((n,), 0.3, device=rng.device),
-    "four-levels": lambda n, rng: (4 * uniform(n, rng)).floor(),
-    "two-levels": lambda n, rng: torch.where(uniform(n, rng) < 0.1, 3.0, 0.0),
-    "weights-over-1e6": lambda n, rng: -13.8 * uniform(n, rng),
-    "logits-over-1e6": lambda n, rng: 1e6 * (2 * uniform(n, rng) - 1),
-    "far-from-zero": lambda n, rng: normal(n, rng) - 3000,
-}
-
-
-def one_of(value: float, num_tokens: int, rng: torch.Generator) -> torch.Tensor:
-    logits = normal(num_tokens, rng)
-    logits[num_tokens // 2] = value
-    return logits
-
-
-NO_SOFTMAX = {
-    "one-nan": lambda n, rng: one_of(NAN, n, rng),
-    "all-nan": lambda n, rng: torch.full((n,), NAN, device=rng.device),
-    "one-infinite": lambda n, rng: one_of(torch.inf, n, rng),
-    "nothing-finite": lambda n, rng: torch.full((n,), -torch.inf, device=rng.device),
-}
-
-
 @pytest.mark.parametrize("seq_lens", [(700, 37, 1000), (9000, 1, 16)], ids=["held", "wide"])
 @pytest.mark.parametrize("draw", NO_SOFTMAX)
 def test_prune_top_p_without_a_softmax_keeps_every_candidate(draw, seq_lens, rng):
@@ -162,9 +110,9 @@ def test_prune_top_p_without_a_softmax_keeps_every_candidate(draw, seq_lens, rng
 
 
 @pytest.mark.parametrize("top_p", [0.5, 0.85, 0.95, 0.999, 1.0])
-@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("draw", LOGITS)
 def test_prune_top_p_keeps_the_smallest_set(draw, top_p, rng):
-    problem = make_problem(DRAWS[draw], rng)
+    problem = make_problem(LOGITS[draw], rng)
     problem.check(problem.prune(top_p), top_p)
 
 
@@ -173,7 +121,7 @@ def test_prune_top_p_keeps_the_smallest_set(draw, top_p, rng):
 @pytest.mark.parametrize("width", [1, 2, 512, 2048, 16384])
 def test_prune_top_p_at_every_width(width, draw, top_p, rng):
     seq_lens = (16 * width, 16 * width - 5, 3)
-    problem = make_problem(DRAWS[draw], rng, seq_lens=seq_lens, width=width)
+    problem = make_problem(LOGITS[draw], rng, seq_lens=seq_lens, width=width)
     problem.check(problem.prune(top_p), top_p)
 
 
@@ -188,7 +136,7 @@ SIZES = {
 @pytest.mark.parametrize("draw", ["normal", "skewed"])
 @pytest.mark.parametrize("sizes", SIZES)
 def test_prune_top_p_for_every_group(sizes, draw, rng):
-    problem = make_problem(DRAWS[draw], rng, **SIZES[sizes])
+    problem = make_problem(LOGITS[draw], rng, **SIZES[sizes])
     problem.check(problem.prune(0.9), 0.9)
 
 
@@ -249,7 +197,7 @@ def test_prune_top_p_never_invents_token_zero(rng):
 @pytest.mark.parametrize("draw", ["skewed", "last-token"])
 def test_prune_top_p_keeps_sinks_and_recent_tokens(draw, windows, rng):
     windows = dict(zip(("num_sink_tokens", "num_recent_tokens"), windows, strict=True))
-    problem = make_problem(DRAWS[draw], rng, width=64)  # wide enough for every page
+    problem = make_problem(LOGITS[draw], rng, width=64)  # wide enough for every page
     problem.check(problem.prune(0.7, **windows), 0.7, **windows)
 
 
@@ -261,7 +209,7 @@ def test_prune_top_p_keeps_only_candidates_of_the_windows(rng):
 
 @pytest.mark.parametrize("draw", ["normal", "one-hot"])
 def test_prune_top_p_keeps_at_least_one_token(draw, rng):
-    problem = make_problem(DRAWS[draw], rng, **SIZES["mha"])
+    problem = make_problem(LOGITS[draw], rng, **SIZES["mha"])
     _, counts, mass = problem.prune(1e-6)
     assert (counts == 1).all() and (mass > 0).all()
 
