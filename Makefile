@@ -57,9 +57,10 @@ tune: $(READY)  ## search launch configs on this GPU: [STAGE=pruner] [WORKLOAD=g
 	@$(PYTHON) -m autotune.tune $(if $(STAGE),--stage $(STAGE)) $(if $(WORKLOAD),--workload $(WORKLOAD)) \
 		$(if $(FORCE),--force) $(if $(BUDGET_MINUTES),--minutes $(BUDGET_MINUTES))
 
-bench: $(READY)  ## check, time, save rows, draw: [STAGE=pruner] [WORKLOAD=gqa-32k] [FORCE=1] [MINUTES=8]
+bench: $(READY)  ## check, time, save rows, draw: [FULL=1] [STAGE=pruner] [WORKLOAD=gqa-32k] [FORCE=1] [MINUTES=8]
 	@$(PYTHON) -m profiling.bench $(if $(STAGE),--stage $(STAGE)) $(if $(WORKLOAD),--workload $(WORKLOAD)) \
-		$(if $(FORCE),--force) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(COMMIT),--commit $(COMMIT)); status=$$?; $(PYTHON) -m plots.draw --present && exit $$status
+		$(if $(FULL),--full) $(if $(FORCE),--force) $(if $(MINUTES),--minutes $(MINUTES)) \
+		$(if $(COMMIT),--commit $(COMMIT)); status=$$?; $(PYTHON) -m plots.draw --present && exit $$status
 
 plots: $(READY)  ## draw every figure from the data files, print the README's tables, write that of the tuner
 	@$(PYTHON) -m plots.draw --table && $(PYTHON) -m autotune.show --readme && $(PYTHON) -m plots.draw

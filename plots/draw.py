@@ -1,4 +1,7 @@
-"""Command line: read the data files, write the figures. `python -m plots.draw --help`"""
+"""Command line: read the data files, write the figures and a page that shows them.
+
+`python -m plots.draw --help`
+"""
 
 import argparse
 import json
@@ -8,14 +11,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from plots.figures import FIGURES, SIZES, TUNED_FIGURES, Frames, MissingData, standard_rows
+from plots.figures import FIGURES, FULL_FIGURES, TUNED_FIGURES
+from plots.frames import SIZES, Frames, MissingData, standard_rows
 from plots.style import DPI
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "profiling" / "results"
 FIGURES_FOLDER = ROOT / "plots" / "figures"
 CONFIGS = ROOT / "autotune" / "configs"
-TEXT = ("commit", "torch", "tilelang")  # may look like numbers
+TEXT = ("commit", "torch", "tilelang", "bits")  # may look like numbers
 
 
 class Results(Mapping[str, pd.DataFrame]):
@@ -30,7 +34,7 @@ class Results(Mapping[str, pd.DataFrame]):
             return tuned_rows(self.configs)
         path = self.folder / f"{stage}.csv"
         if not path.is_file():
-            raise MissingData(f"{path}: no such file; `make bench` writes it")
+            raise MissingData(f"{path}: no such file; `make bench [FULL=1]` writes it")
         return pd.read_csv(path, dtype=dict.fromkeys(TEXT, str))
 
     def __iter__(self) -> Iterator[str]:
@@ -56,7 +60,9 @@ def tuned_rows(path: Path) -> pd.DataFrame:
 
 
 def draw(results: Path, figures: Path, present_only: bool = False, configs: Path = CONFIGS) -> int:
-    """Draw every figure of one GPU and return how many; that of the tuner if the GPU is tuned.
+    """Draw every figure of one GPU, and index.md that shows them, and return how many.
+
+    The tuner's figure is drawn if the GPU is tuned, those of a full run as far as there is one.
 
     Args:
         results: folder of its CSV files.
@@ -64,20 +70,30 @@ def draw(results: Path, figures: Path, present_only: bool = False, configs: Path
         configs: folder of the tuned configs.
         present_only: say which figures lack data and go on, instead of raising MissingData.
     """
-    frames, drawn = Results(results, configs), 0
-    wanted = FIGURES | (TUNED_FIGURES if frames.configs.is_file() else {})
+    frames, drawn = Results(results, configs), {}
+    wanted = FIGURES | FULL_FIGURES | (TUNED_FIGURES if frames.configs.is_file() else {})
     for name, make in wanted.items():
         try:
             figure = make(frames)
         except MissingData as error:
-            if not present_only:
+            if not present_only and name not in FULL_FIGURES:
                 raise
             print(f"not drawn: {name}: {error}")
             continue
         figures.mkdir(parents=True, exist_ok=True)
         figure.savefig(figures / f"{name}.png", dpi=DPI, metadata={"Software": None})
-        drawn += 1
-    return drawn
+        drawn[name] = " ".join(make.__doc__.split())
+    if drawn:
+        (figures / "index.md").write_text(index(results.name, drawn))
+    return len(drawn)
+
+
+def index(gpu: str, drawn: Mapping[str, str]) -> str:
+    """The page of all figures; `drawn` has a sentence for each."""
+    parts = [f"## {name}\n\n{text}\n\n![{name}]({name}.png)" for name, text in drawn.items()]
+    data = f"../../../profiling/results/{gpu}"
+    head = f"# Figures: {gpu}\n\nDrawn by `make plots` from [{gpu}]({data})."
+    return "\n\n".join([head, *parts]) + "\n"
 
 
 def markdown_table(frames: Frames) -> str:

@@ -36,6 +36,7 @@ class Look:
     marker: str = "o"
     line: str = "-"
     width: float = 1.8
+    hollow: bool = False  # the markers
 
 
 LOOKS = {
@@ -45,6 +46,16 @@ LOOKS = {
     "tilelang": Look("#c1121f", "o", "-", 2.8),
     "torch": Look("#c1121f", "o", "-", 2.8),
     "flashinfer": Look("#2a6f97", "s", "--"),
+    "tilelang, skewed": Look("#c1121f", "o", ":", 1.8, hollow=True),
+    "torch, skewed": Look("#c1121f", "o", ":", 1.8, hollow=True),
+    "flashinfer, skewed": Look("#2a6f97", "s", ":", 1.4, hollow=True),
+    "equal": Look("#c1121f", "o", ":", 1.8, hollow=True),
+    "2 bits": Look("#8fa3bf", "v", ":"),
+    "3 bits": Look("#6a97c4", "^", "-."),
+    "4 bits": Look("#c1121f", "o", "-", 2.8),
+    "8 bits": Look("#1d3557", "s", "--", 1.4),
+    "exact bits": Look("#111111", "", "-", 1.2),
+    "quest candidates": Look("#f28e2b", "D", "--", 1.8, hollow=True),
     "dense": Look("#8d99ae", "v", "-"),
     "baseline": Look("#111111", "s", "--"),
     "floor": Look("#777777", "", ":"),
@@ -56,13 +67,22 @@ STAGE_COLORS = {
     "attention": "#c1121f",
     "pipeline": "#444444",
     "dense": "#b8bdc7",
+    "gap": "#ffffff",
+}
+STAGE_MARKERS = {
+    "selector": "^",
+    "estimator": "s",
+    "pruner": "D",
+    "attention": "o",
+    "pipeline": "P",
+    "dense": "X",
 }
 KERNEL_COLORS = {
     "page_score": STAGE_COLORS["selector"],
     "top_pages": "#8fa3bf",
     **{stage: STAGE_COLORS[stage] for stage in ("estimator", "pruner", "attention")},
 }
-STAGE_HATCHES = {"estimator": "//", "attention": "..", "dense": "xx"}
+STAGE_HATCHES = {"estimator": "//", "attention": "..", "dense": "xx", "gap": "||"}
 
 
 def styled(make: Callable[..., Figure]) -> Callable[..., Figure]:
@@ -89,6 +109,11 @@ def count(value: float, _position: object = None) -> str:
 def microseconds(value: float, _position: object = None) -> str:
     """A time in us, in ms from 1,000 us on."""
     return f"{value / 1000:g} ms" if value >= 1000 else f"{value:g} us"
+
+
+def megabytes(value: float, _position: object = None) -> str:
+    """A size in MB, in GB from 1,000 MB on."""
+    return f"{value / 1000:g} GB" if value >= 1000 else f"{value:g} MB"
 
 
 def three_digits(value: float) -> str:

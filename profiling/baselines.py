@@ -46,12 +46,13 @@ def flashinfer_dense(queries: Sequence[torch.Tensor], caches: Sequence[Any]) -> 
 
 
 def flashinfer_tokens(
-    q: torch.Tensor, cache: Any, token_lists: Sequence[torch.Tensor]
+    q: torch.Tensor, cache: Any, token_lists: Sequence[torch.Tensor], counts: torch.Tensor
 ) -> list[Call]:
     """FlashInfer's paged decode over single tokens: pages of one token, a request per KV head.
 
     Args:
-        token_lists: per call [batch_size, num_kv_heads, token_budget] int32, all of it valid.
+        token_lists: per call [batch_size, num_kv_heads, width] int32, read up to the count.
+        counts: [batch_size, num_kv_heads] int32, at least 1 everywhere.
     """
     num_kv_heads, page_size, head_dim = cache.num_kv_heads, cache.page_size, cache.head_dim
     num_rows = cache.num_pages * page_size * num_kv_heads
@@ -61,18 +62,19 @@ def flashinfer_tokens(
     num_requests = cache.batch_size * num_kv_heads
     grouped = q.view(num_requests, -1, head_dim)
     heads = torch.arange(num_kv_heads, dtype=torch.int32, device=q.device)[:, None]
-    workspace = _flashinfer_workspace(q.device)
+    workspace, budgets = _flashinfer_workspace(q.device), counts.flatten()
+    columns = torch.arange(token_lists[0].shape[-1], device=q.device)
+    listed = columns < counts[..., None]
     calls = []
     for tokens in token_lists:
-        logical = (tokens // page_size).flatten(1).long()
+        logical = (tokens.clamp(min=0) // page_size).flatten(1).long()
         pages = torch.gather(cache.page_table, 1, logical).view_as(tokens)
         rows = (pages * page_size + tokens % page_size) * num_kv_heads + heads
-        budgets = tokens.new_full((num_requests,), tokens.shape[-1])
         run = _flashinfer_decode(
             workspace,
             num_heads=(grouped.shape[1], 1),
             pages_used=budgets,
-            indices=rows.flatten(),
+            indices=rows[listed],
             last_page_len=torch.ones_like(budgets),
             like=pool[0],
         )

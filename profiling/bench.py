@@ -18,9 +18,12 @@ from tqdm import tqdm
 from profiling import device, timing, traffic
 from profiling.backends import TileLang, Torch
 from profiling.checks import CheckFailed
-from profiling.plan import Group, Target, groups_of, label, prepare, row_key
-from profiling.results import KEY, RESULTS, STAGES, Finished, Row, write_row
+from profiling.plan import Group, Observed, Target, Timed, groups_of, label, prepare, row_key
+from profiling.results import RESULTS, Finished, write_rows
+from profiling.rows import TABLES, Row
 from profiling.stages import Provider
+from profiling.summary import write_summary
+from profiling.sweeps import CPU_FULL, GPU_FULL, trace_workload
 from profiling.table import summary
 from profiling.workloads import CPU_WORKLOADS, GPU_WORKLOADS, BudgetSweep, Workload
 
@@ -36,9 +39,13 @@ class Run:
         backend = TileLang() if self.on_gpu else Torch()
         l2_bytes = device.l2_bytes() if self.on_gpu else 0
         self.target = Target(backend, device.gpu_label(), l2_bytes, self.notice)
-        self.commit = arguments.commit or device.source_id()
+        self.origin = {
+            "torch": torch.__version__,
+            "commit": arguments.commit or device.source_id(),
+            "date": datetime.date.today().isoformat(),
+        }
         self.folder: Path = arguments.results
-        self.finished = Finished(self.target.gpu, self.commit, self.folder)
+        self.finished = Finished(self.target.gpu, self.origin["commit"], self.folder)
         self.force = arguments.force
         self.deadline = time.monotonic() + 60 * arguments.minutes
         self.failures: list[str] = []
@@ -52,12 +59,14 @@ class Run:
         todo = []
         for workload in workloads:
             groups = [own for own in groups_of(workload, self.target) if own.stage in stages]
-            groups = [own for own in groups if self.force or not self._done(workload, own)]
+            groups = [own for own in groups if self.force or not self._done(own)]
             todo += [(workload, groups)] if groups else []
         if not todo:
             return
         self.read_tbps = self._read_bandwidth()
-        self.notice(f"{self.target.gpu}: reads {self.read_tbps:.3f} TB/s; code {self.commit}")
+        self.notice(
+            f"{self.target.gpu}: reads {self.read_tbps:.3f} TB/s; code {self.origin['commit']}"
+        )
         num_groups = sum(len(groups) for _, groups in todo)
         with tqdm(total=num_groups, unit="group", mininterval=1.0) as progress:
             for workload, groups in todo:
@@ -86,14 +95,29 @@ class Run:
             if prepared is not None and time.monotonic() > self.deadline:
                 self.unfinished += 1
             elif prepared is not None:
-                self._measure_group(workload, group, prepared)
+                self._measure_group(group, prepared)
                 self._release()
             progress.update()
         del prepared
         self._release()
 
-    def _measure_group(self, workload: Workload | BudgetSweep, group: Group, prepared: Any) -> None:
-        name = f"{label(workload)} {group.stage}"
+    def _measure_group(self, group: Group, prepared: Any) -> None:
+        name = f"{label(group.workload)} {group.stage}"
+        if isinstance(group, Timed):
+            self._measure_times(name, group, prepared)
+        else:
+            self._look_on(name, group, prepared)
+
+    def _look_on(self, name: str, group: Observed, prepared: Any) -> None:
+        try:
+            rows = group.observe(prepared, self.target.gpu, self.origin)
+        except Exception as error:
+            self._fail(name, error)
+            return
+        write_rows(rows, self.folder)
+        self.num_rows += len(rows)
+
+    def _measure_times(self, name: str, group: Timed, prepared: Any) -> None:
         try:
             providers = {
                 f"{name} {own.method} {own.name}": own for own in group.providers(prepared)
@@ -113,9 +137,10 @@ class Run:
         for full_name in sorted(timings, key=lambda key: self._is_ours(providers[key])):
             own = providers[full_name]
             key = row_key(
-                workload, own.stage, own.method, own.name, settings[own.method], self.target.gpu
+                *(group.workload, own.stage, own.method, own.name),
+                *(settings[own.method], self.target.gpu),
             )
-            write_row(self._row(key, own, errors[full_name], timings[full_name]), self.folder)
+            write_rows([self._row(key, own, errors[full_name], timings[full_name])], self.folder)
             self.num_rows += 1
 
     def _time(self, providers: dict[str, Provider]) -> dict[str, timing.Timing]:
@@ -150,26 +175,13 @@ class Run:
             error=error,
             num_sets=len(provider.calls) if self.on_gpu else 1,
             timer=measured.timer,
-            torch=torch.__version__,
             tilelang=device.version("tilelang"),
-            commit=self.commit,
-            date=datetime.date.today().isoformat(),
+            sm_mhz=measured.sm_mhz,
+            **self.origin,
         )
 
-    def _done(self, workload: Workload | BudgetSweep, group: Group) -> bool:
-        """Our own rows are there; a baseline may have been left out."""
-        for method, settings in zip(group.methods, group.settings, strict=True):
-            key = row_key(
-                workload,
-                group.stage,
-                method,
-                self.target.backend.provider,
-                settings,
-                self.target.gpu,
-            )
-            if tuple(key[name] for name in KEY) not in self.finished:
-                return False
-        return True
+    def _done(self, group: Group) -> bool:
+        return all((group.stage, *mark) in self.finished for mark in group.marks(self.target))
 
     def _is_ours(self, provider: Provider) -> bool:
         return provider.name == self.target.backend.provider
@@ -202,29 +214,40 @@ class Run:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; 0 if everything asked for is measured and right."""
-    workloads = GPU_WORKLOADS if torch.cuda.is_available() else CPU_WORKLOADS
-    names = list(dict.fromkeys(workload.name for workload in workloads))
+    on_gpu = torch.cuda.is_available()
+    base, more = (GPU_WORKLOADS, GPU_FULL) if on_gpu else (CPU_WORKLOADS, CPU_FULL)
+    names = list(dict.fromkeys(workload.name for workload in (*base, *more)))
     parser = argparse.ArgumentParser(prog="python -m profiling.bench", description=__doc__)
-    parser.add_argument("--stage", choices=STAGES, help="measure this stage only")
+    parser.add_argument("--stage", choices=tuple(TABLES), help="measure this stage only")
     parser.add_argument("--workload", choices=names, help="measure this workload only")
+    parser.add_argument(
+        "--full", action="store_true", help="measure the workloads of sweeps.py too"
+    )
+    parser.add_argument("--trace", type=Path, help="measure this recording only, see trace.py")
     parser.add_argument("--force", action="store_true", help="measure finished rows again")
     parser.add_argument("--minutes", type=float, default=60.0, help="start nothing after these")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
     parser.add_argument("--commit", help="name of the code, where there is no git checkout")
     arguments = parser.parse_args(argv)
-    if not torch.cuda.is_available():
+    if not on_gpu:
         print("No GPU: running the PyTorch reference at small sizes; its times mean nothing.")
     run = Run(arguments)
+    workloads = (*base, *more) if arguments.full or arguments.workload else base
     chosen = [w for w in workloads if arguments.workload in (None, w.name)]
-    run.measure(chosen, (arguments.stage,) if arguments.stage else STAGES)
-    print(summary(run.folder / run.target.gpu, [w.name for w in chosen], arguments.stage))
+    if arguments.trace:
+        chosen = [trace_workload(arguments.trace)]
+    run.measure(chosen, (arguments.stage,) if arguments.stage else tuple(TABLES))
+    folder = run.folder / run.target.gpu
+    print(summary(folder, [w.name for w in chosen], arguments.stage))
+    if any(folder.glob("*.csv")):
+        write_summary(folder)
     for failure in run.failures:
         print(f"FAILED: {failure}")
     if run.unfinished:
         print(
             f"stopped after {arguments.minutes:g} minutes: {run.unfinished} groups left, run again"
         )
-    where = os.path.relpath(run.folder / run.target.gpu)
+    where = os.path.relpath(folder)
     print(f"bench: {run.num_rows} rows measured, {len(run.failures)} failed -> {where}")
     return 1 if run.failures or run.unfinished else 0
 

@@ -1,4 +1,4 @@
-"""Attention alone against the number of tokens it reads: equal budgets of random tokens."""
+"""Attention alone against the number of tokens it reads, at random places."""
 
 from collections.abc import Callable
 from functools import partial
@@ -24,31 +24,32 @@ def budget_providers(
     l2_bytes: int,
     notice: Notice,
 ) -> list[Provider]:
-    """The providers of one point: each KV head of each request reads `token_budget` tokens.
+    """The providers of one point: a KV head reads `token_budget` tokens, or as many in the mean.
 
     The calls share the requests and differ in their tokens.
     """
     shape, q, cache = sweep.shape, sets.queries[0], sets.caches[0]
-    rows = shape.batch_size * shape.num_kv_heads
-    work = work_of(shape, candidate_tokens=0, kept_tokens=rows * token_budget)
+    head_counts = sweep.counts(token_budget)
+    work = work_of(shape, candidate_tokens=0, kept_tokens=shape.batch_size * sum(head_counts))
     wanted = cold_sets(bytes_moved("attention", METHOD, work), l2_bytes)
     generator = torch.Generator(backend.device).manual_seed(SEED + token_budget)
     tokens = [
-        random_tokens(shape, token_budget, backend.device, generator)
+        random_tokens(shape, head_counts, backend.device, generator)
         for _ in range(min(wanted, sweep.max_sets))
     ]
-    counts = torch.full_like(tokens[0][..., 0], token_budget)
+    counts = torch.tensor(head_counts, dtype=torch.int32, device=backend.device)
+    counts = counts.expand(shape.batch_size, -1).contiguous()
     calls: dict[str, Calls] = {
         backend.provider: [backend.attend_tokens(q, cache, own, counts) for own in tokens]
     }
     if backend.device == "cuda":
         with optional(f"flashinfer, {token_budget} tokens", notice):
-            calls["flashinfer"] = baselines.flashinfer_tokens(q, cache, tokens)
+            calls["flashinfer"] = baselines.flashinfer_tokens(q, cache, tokens, counts)
 
     def check(call: Callable[[], torch.Tensor]) -> float:
         return checks.check_attention(call(), q, cache, tokens[0], counts)
 
-    kept = Kept.same(token_budget)
+    kept = Kept.of([counts])
     return [
         Provider("attention", METHOD, name, own, partial(check, own[0]), kept, work)
         for name, own in calls.items()

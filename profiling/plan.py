@@ -4,10 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from profiling import device
-from profiling.budget_sweep import METHOD, budget_providers
+from profiling import accuracy, device
+from profiling.budget_sweep import METHOD as RANDOM
+from profiling.budget_sweep import budget_providers
+from profiling.observations import METHOD, PARTS, Origin, kept_rows, memory_rows, setting_of
 from profiling.request_sets import affordable_sets, pool_bytes, sweep_sets, workload_sets
+from profiling.rows import ROW_KEY, AnyRow
 from profiling.stages import Notice, Provider, StageBuilder, methods_of, sets_wanted
+from profiling.timeline import timeline_rows
 from profiling.workloads import BudgetSweep, Workload
 from reference.inputs import DecodeShape
 
@@ -23,27 +27,73 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Rows that are measured together: one stage of a workload, or one budget of a sweep."""
+class Timed:
+    """Rows that are timed together: one stage of a workload, or one budget of a sweep."""
 
     stage: str
+    workload: Workload | BudgetSweep  # with the settings of this group
     methods: tuple[str, ...]
     settings: tuple[tuple[int, float], ...]  # (token_budget, top_p) of each method
     providers: Callable[[Any], list[Provider]]  # from what `prepare` returns
 
+    def marks(self, target: Target) -> list[tuple]:
+        """Keys of our own rows; a baseline's may be missing."""
+        rows = (
+            row_key(
+                *(self.workload, self.stage, method, target.backend.provider),
+                *(settings, target.gpu),
+            )
+            for method, settings in zip(self.methods, self.settings, strict=True)
+        )
+        return [tuple(row[name] for name in ROW_KEY) for row in rows]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Rows of a table that come from looking at a workload's inputs and steps."""
+
+    stage: str  # the table
+    workload: Workload
+    observe: Callable[[StageBuilder, str, Origin], list[AnyRow]]
+
+    def marks(self, target: Target) -> list[tuple]:
+        """Key of one row: all are written at once."""
+        on_gpu = target.backend.device == "cuda"
+        method, *rest = {
+            "accuracy": (accuracy.METHODS[0], accuracy.BITS[0]),
+            "kept": (METHOD, 0),
+            "memory": (METHOD, PARTS[0]),
+            "timeline": (METHOD, "graph" if on_gpu else "host", "pipeline"),
+        }[self.stage]
+        setting = setting_of(self.workload, method, target.gpu)
+        if self.stage == "accuracy" and self.workload.top_ps:
+            setting["top_p"] = self.workload.top_ps[0]
+        return [(*setting.values(), *rest)]
+
+
+Group = Timed | Observed
+OBSERVERS = {
+    "accuracy": accuracy.accuracy_rows,
+    "kept": kept_rows,
+    "memory": memory_rows,
+    "timeline": timeline_rows,
+}
+
 
 def label(workload: Workload | BudgetSweep) -> str:
-    """Name of a workload; a sweep over lengths needs the length too."""
-    return f"{workload.name}/{workload.shape.max_seq_len}"
+    """Name and sizes of a workload."""
+    shape = workload.shape
+    return f"{workload.name}/{shape.batch_size}x{shape.max_seq_len}"
 
 
 def groups_of(workload: Workload | BudgetSweep, target: Target) -> list[Group]:
     """What is measured together on one workload's inputs."""
     if isinstance(workload, BudgetSweep):
         return [
-            Group(
+            Timed(
                 "attention",
-                (METHOD,),
+                workload,
+                (RANDOM,),
                 ((token_budget, 1.0),),
                 lambda sets, token_budget=token_budget: budget_providers(
                     workload, token_budget, sets, target.backend, target.l2_bytes, target.notice
@@ -51,15 +101,34 @@ def groups_of(workload: Workload | BudgetSweep, target: Target) -> list[Group]:
             )
             for token_budget in workload.token_budgets
         ]
-    return [
-        Group(
-            stage,
-            methods_of(stage),
-            tuple(workload.settings(method) for method in methods_of(stage)),
-            lambda builder, stage=stage: builder.providers(stage),
+    groups: list[Group] = []
+    for stage in workload.stages:
+        if stage in OBSERVERS:
+            groups.append(Observed(stage, workload, OBSERVERS[stage]))
+        else:
+            groups += _timed(workload, stage)
+    return groups
+
+
+def _timed(workload: Workload, stage: str) -> list[Timed]:
+    """A group for each variant, with the methods that its settings change."""
+    groups, seen = [], set()
+    for variant in workload.variants() if stage == "pipeline" else [workload]:
+        settings = {method: variant.settings(method) for method in methods_of(stage)}
+        own = {method: value for method, value in settings.items() if (method, value) not in seen}
+        seen |= set(own.items())
+        groups.append(
+            Timed(
+                stage,
+                variant,
+                tuple(own),
+                tuple(own.values()),
+                lambda builder, variant=variant, methods=tuple(own): builder.variant(
+                    variant
+                ).providers(stage, methods),
+            )
         )
-        for stage in workload.stages
-    ]
+    return groups
 
 
 def prepare(workload: Workload | BudgetSweep, target: Target) -> Any:

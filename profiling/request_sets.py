@@ -4,12 +4,13 @@ in the L2 again.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from profiling.trace import read_trace
 from profiling.workloads import BudgetSweep, Workload
 from reference.inputs import DecodeShape, make_inputs, random_inputs
 
@@ -59,16 +60,24 @@ def affordable_sets(shape: DecodeShape, wanted: int, free_bytes: int) -> int:
 def workload_sets(
     workload: Workload, num_sets: int, device: str, wrap: Callable[..., Any]
 ) -> RequestSets:
-    """Requests on which top-p keeps about `workload.kept_mean` tokens per KV head.
+    """Requests on which top-p keeps about `workload.kept_mean` tokens per KV head, or the recorded
+    ones, which are the same in every set.
 
     Args:
         wrap: `PagedKVCache.wrap` of the package under test.
     """
     shape = workload.shape
-    pooled = dataclasses.replace(shape, batch_size=num_sets * shape.batch_size)
-    inputs = make_inputs(
-        pooled, SEED, device=device, kept_mean=workload.kept_mean, top_p=workload.top_p
-    )
+    if workload.trace is not None:
+        inputs = read_trace(workload.trace).inputs(shape.page_size, num_sets, SEED, device)
+    else:
+        inputs = make_inputs(
+            dataclasses.replace(shape, batch_size=num_sets * shape.batch_size),
+            SEED,
+            device=device,
+            kept_mean=workload.kept_mean,
+            top_p=workload.top_p,
+            head_budgets=workload.head_budgets,
+        )
     return _split(shape, inputs.q, wrap(*inputs.paged()), num_sets)
 
 
@@ -79,17 +88,19 @@ def sweep_sets(sweep: BudgetSweep, device: str, wrap: Callable[..., Any]) -> Req
 
 
 def random_tokens(
-    shape: DecodeShape, token_budget: int, device: str, generator: torch.Generator
+    shape: DecodeShape, counts: Sequence[int], device: str, generator: torch.Generator
 ) -> torch.Tensor:
-    """[batch_size, num_kv_heads, token_budget] int32: random distinct positions, ascending."""
+    """[batch_size, num_kv_heads, max(counts)] int32: random distinct positions, ascending; KV head
+    h has counts[h] of them, then -1."""
+    width, length = max(counts), shape.max_seq_len
     rows = torch.empty(
-        shape.batch_size, shape.num_kv_heads, token_budget, dtype=torch.int32, device=device
+        shape.batch_size, shape.num_kv_heads, width, dtype=torch.int32, device=device
     )
+    unused = torch.arange(width, device=device) >= torch.tensor(counts, device=device)[:, None]
     for row in rows:  # one request at a time: the keys to sort are as many as the tokens
-        order = torch.rand(
-            shape.num_kv_heads, shape.max_seq_len, device=device, generator=generator
-        )
-        row.copy_(order.argsort(dim=-1)[:, :token_budget].sort(dim=-1).values)
+        order = torch.rand(shape.num_kv_heads, length, device=device, generator=generator)
+        chosen = order.argsort(dim=-1)[:, :width].masked_fill(unused, length)
+        row.copy_(chosen.sort(dim=-1).values.masked_fill(unused, -1))
     return rows
 
 

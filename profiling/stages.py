@@ -3,6 +3,7 @@
 Everything that touches the implementation under test goes through `backends.py`.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 
 from profiling import baselines, checks
 from profiling.request_sets import RequestSets, cold_sets
+from profiling.rows import STAGES
 from profiling.timing import Calls
 from profiling.traffic import Work, bytes_moved
 from profiling.workloads import METHODS, Workload
@@ -33,7 +35,7 @@ class Kept:
 
     @classmethod
     def of(cls, counts: Sequence[torch.Tensor]) -> "Kept":
-        """From kept_counts of several sets."""
+        """From the counts of several sets."""
         every = torch.cat([count.flatten() for count in counts])
         return cls(float(every.double().mean()), int(every.min()), int(every.max()))
 
@@ -75,12 +77,18 @@ class StageBuilder:
         self.l2_bytes, self.notice = l2_bytes, notice
         self._slots: dict[str, list[Slot]] = {}
 
-    def providers(self, stage: str) -> list[Provider]:
-        """The providers of one stage, to be timed together."""
+    def variant(self, workload: Workload) -> "StageBuilder":
+        """A builder for other settings of this workload, on the same inputs."""
+        if workload == self.workload:
+            return self
+        return StageBuilder(workload, self.sets, self.backend, self.l2_bytes, self.notice)
+
+    def providers(self, stage: str, methods: Sequence[str] = METHODS) -> list[Provider]:
+        """The providers of one stage, to be timed together; `methods` are those of the pipeline."""
         if stage == "dense":
             return self._dense()
         if stage == "pipeline":
-            return [self._twilight(m) for m in METHODS if m.endswith("twilight")] + [self._quest()]
+            return [self._quest() if m == "quest" else self._twilight(m) for m in methods]
         return [self._stage(stage)]
 
     def slots(self, stage: str, method: str) -> list[Slot]:
@@ -208,11 +216,10 @@ class StageBuilder:
 def sets_wanted(workload: Workload, l2_bytes: int) -> int:
     """Input sets that keep every stage of a workload cold, as far as `max_sets` allows."""
     wanted = 1
-    for stage in workload.stages:
-        if stage != "pruner":  # it reads its workspace only
-            for method in methods_of(stage):
-                num_bytes = bytes_moved(stage, method, workload.work(method))
-                wanted = max(wanted, cold_sets(num_bytes, l2_bytes))
+    for stage in set(workload.stages) & set(STAGES) - {"pruner"}:  # it reads its workspace only
+        for method, variant in itertools.product(methods_of(stage), workload.variants()):
+            num_bytes = bytes_moved(stage, method, variant.work(method))
+            wanted = max(wanted, cold_sets(num_bytes, l2_bytes))
     return min(wanted, workload.max_sets)
 
 

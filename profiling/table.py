@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from profiling.results import STAGES, read_rows
+from profiling.results import read_rows
+from profiling.rows import STAGES
 
 SETUP = ["workload", "batch_size", "seq_len"]
 SHOWN = [*SETUP, "stage", "method", "provider", "token_budget", "kept_mean"]
@@ -13,7 +14,8 @@ SHOWN += ["median_us", "TB/s", "reached", "speedup"]
 
 def summary(folder: Path, workloads: list[str], stage: str | None = None) -> str:
     """One line per row: time, rate, share of the floor reached, speedup over the best dense."""
-    frames = {path.stem: read_rows(path) for path in sorted(folder.glob("*.csv"))}
+    paths = [folder / f"{name}.csv" for name in STAGES]
+    frames = {path.stem: read_rows(path) for path in paths if path.is_file()}
     if not frames:
         return "no rows"
     every = pd.concat(frames.values(), ignore_index=True)

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
+from profiling import device
+
 Calls = Sequence[Callable[[], object]]
 
 GRAPH_TIMER = "graph-rotate"
@@ -35,13 +37,14 @@ class Timing:
     p20_us: float
     p80_us: float
     timer: str
+    sm_mhz: int = 0  # clock of the SMs at the end; 0 where it cannot be read
 
     @classmethod
-    def of(cls, samples_us: Sequence[float], timer: str) -> "Timing":
+    def of(cls, samples_us: Sequence[float], timer: str, sm_mhz: int = 0) -> "Timing":
         """Summarise samples; `samples_us` must not be empty."""
         ordered = sorted(samples_us)
         low, high = (ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.8))
-        return cls(statistics.median(ordered), low, high, timer)
+        return cls(statistics.median(ordered), low, high, timer, sm_mhz)
 
 
 def time_providers(
@@ -78,8 +81,9 @@ def time_providers(
     for _ in range(min(max(rounds, MIN_ROUNDS), MAX_ROUNDS)):
         for runner in runners.values():
             runner.sample()
+    clock = device.sm_mhz()  # replays are still under way
     torch.cuda.synchronize()
-    return {name: runner.timing() for name, runner in runners.items()}
+    return {name: runner.timing(clock) for name, runner in runners.items()}
 
 
 def time_on_host(
@@ -122,13 +126,13 @@ class _GraphRunner:
     timer = GRAPH_TIMER
 
     def __init__(self, calls: Calls) -> None:
-        self.graph, self.num_calls = _capture(calls, len(calls)), len(calls)
+        self.graph, self.num_calls = capture(calls, len(calls)), len(calls)
         self.replay_us = self._measure()
         rotations = math.ceil(MIN_GRAPH_US / max(self.replay_us, 1.0))
         rotations = min(rotations, max(1, MAX_GRAPH_CALLS // len(calls)))
         if rotations > 1:
             self.num_calls = rotations * len(calls)
-            self.graph = _capture(calls, self.num_calls)
+            self.graph = capture(calls, self.num_calls)
             self.replay_us = self._measure()
         self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -148,9 +152,9 @@ class _GraphRunner:
         events[1].record()
         self.events.append(events)
 
-    def timing(self) -> Timing:
+    def timing(self, sm_mhz: int) -> Timing:
         samples = [start.elapsed_time(end) * 1e3 / self.num_calls for start, end in self.events]
-        return Timing.of(samples, self.timer)
+        return Timing.of(samples, self.timer, sm_mhz)
 
 
 class _FlushRunner(_GraphRunner):
@@ -190,7 +194,7 @@ def _runner(
     return _FlushRunner(calls)
 
 
-def _capture(calls: Calls, num_calls: int) -> torch.cuda.CUDAGraph:
+def capture(calls: Calls, num_calls: int) -> torch.cuda.CUDAGraph:
     """Capture `num_calls` calls, going round `calls`, after a warm-up on the capturing stream."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

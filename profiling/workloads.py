@@ -1,32 +1,46 @@
-"""The standard workloads and the two sweeps, for a GPU and in small for a machine without one."""
+"""The workloads of `make bench`, for a GPU and in small for a machine without one.
 
+FULL=1 adds those of sweeps.py. What does not fit the GPU's memory is left out, and the run says so.
+"""
+
+import dataclasses
+import itertools
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from profiling.rows import STAGES
 from profiling.traffic import Work
-from reference.inputs import DecodeShape
+from reference.inputs import LAYER_BUDGETS, DecodeShape
 
-HEAD_DIM = 128
 PAGE_SIZE = 16
 TOP_P = 0.85
-STEP_STAGES = ("selector", "estimator", "pruner", "attention", "pipeline", "dense")
 METHODS = ("quest+twilight", "full+twilight", "quest")
+LOOKED_ON = ("timeline", "kept", "memory")  # tables that are filled beside the timed stages
 MAX_SETS = 72
+LENGTHS = (4096, 8192, 16_384, 32_768, 65_536, 131_072, 262_144)
+BUDGETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768)
+SMALL_LENGTHS, SMALL_BUDGETS = (256, 512, 1024), (64, 128, 256, 512)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Decode steps to time over made-up requests of equal length.
+    """Decode steps to measure over requests of equal length, made up or recorded.
 
     Attributes:
         name: the `workload` column of the results.
         shape: the requests of one input set.
         token_budget: candidates of the Quest selector.
         kept_mean: tokens per KV head, after the group's union, that the inputs are made to keep.
-        stages: what is timed, in this order.
+        top_p: the mass that is kept, and that made-up inputs are made for.
+        stages: what is timed, and which tables are filled by looking on, in this order.
         dense_baselines: providers of dense decode beside ours.
         max_sets: input sets to go round, at most; fewer are made where fewer exceed the L2.
+        head_budgets: how made-up inputs share out what is kept: heads in turn keep in proportion.
+        token_budgets, top_ps: settings that the whole step is timed at, one after another, on the
+            same inputs; empty for token_budget and top_p.
+        trace: file of recorded inputs (see trace.py); None for made-up ones.
     """
 
     name: str
@@ -34,9 +48,21 @@ class Workload:
     token_budget: int
     kept_mean: int
     top_p: float = TOP_P
-    stages: tuple[str, ...] = STEP_STAGES
+    stages: tuple[str, ...] = STAGES
     dense_baselines: tuple[str, ...] = ("flashinfer", "cudnn", "flash")
     max_sets: int = MAX_SETS
+    head_budgets: tuple[int, ...] = LAYER_BUDGETS
+    token_budgets: tuple[int, ...] = ()
+    top_ps: tuple[float, ...] = ()
+    trace: Path | None = None
+
+    def variants(self) -> "list[Workload]":
+        """This workload once for every setting; the inputs are the same."""
+        return [
+            dataclasses.replace(self, token_budget=token_budget, top_p=top_p)
+            for token_budget in self.token_budgets or (self.token_budget,)
+            for top_p in self.top_ps or (self.top_p,)
+        ]
 
     def settings(self, method: str) -> tuple[int, float]:
         """(token_budget, top_p) of a method: what it does not limit is the whole sequence, or 1."""
@@ -49,7 +75,7 @@ class Workload:
         """The work of one call; kept_tokens over all rows, by default what is expected."""
         rows = self.shape.batch_size * self.shape.num_kv_heads
         candidates, top_p = self.settings(method)
-        kept = candidates if top_p == 1.0 else self.kept_mean
+        kept = candidates if top_p == 1.0 else min(self.kept_mean, candidates)
         return work_of(
             self.shape,
             candidate_tokens=rows * candidates,
@@ -59,12 +85,30 @@ class Workload:
 
 @dataclass(frozen=True)
 class BudgetSweep:
-    """Attention alone over `token_budgets` random tokens of every KV head."""
+    """Attention alone over `token_budgets` random tokens of every KV head.
+
+    head_budgets: the KV heads read in proportion, their query heads taken in turn, and
+    `token_budgets` are the means; one number for equal budgets.
+    """
 
     name: str
     shape: DecodeShape
     token_budgets: tuple[int, ...]
-    max_sets: int = 16
+    head_budgets: tuple[int, ...] = (1,)
+    max_sets: int = 128
+
+    def counts(self, token_budget: int) -> list[int]:
+        """Tokens that each KV head reads at one budget."""
+        budgets, size = itertools.cycle(self.head_budgets), self.shape.group_size
+        groups = [sum(itertools.islice(budgets, size)) for _ in range(self.shape.num_kv_heads)]
+        scale = token_budget * len(groups) / sum(groups)
+        counts = [max(1, round(group * scale)) for group in groups]
+        if max(counts) > self.shape.max_seq_len:
+            raise ValueError(
+                f"token_budget: {token_budget} gives one head {max(counts)} of "
+                f"{self.shape.max_seq_len} tokens"
+            )
+        return counts
 
 
 def work_of(shape: DecodeShape, *, candidate_tokens: int, kept_tokens: int) -> Work:
@@ -82,33 +126,26 @@ def work_of(shape: DecodeShape, *, candidate_tokens: int, kept_tokens: int) -> W
     )
 
 
-def _shape(
-    batch_size: int,
-    seq_len: int,
-    num_qo_heads: int,
-    num_kv_heads: int,
-    head_dim: int = HEAD_DIM,
-    dtype: torch.dtype = torch.float16,
-) -> DecodeShape:
-    return DecodeShape(
-        batch_size=batch_size,
-        num_qo_heads=num_qo_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        page_size=PAGE_SIZE,
-        seq_lens=seq_len,
-        dtype=dtype,
-    )
+def shape_of(batch_size: int, seq_len: int, num_kv_heads: int) -> DecodeShape:
+    """Sizes as in models of 7 to 8 billion parameters: 32 query heads of 128 channels."""
+    return DecodeShape(batch_size, 32, num_kv_heads, 128, PAGE_SIZE, seq_len, torch.float16)
 
 
-def _length_sweep(batch_size: int, seq_lens: tuple[int, ...]) -> list[Workload]:
+def kept_of(num_kv_heads: int) -> int:
+    """Tokens that a KV head of `shape_of` keeps: a query head's, or the union of a group's."""
+    return 512 if num_kv_heads == 8 else 256
+
+
+def lengths(
+    name: str, batch_size: int, num_kv_heads: int, seq_lens: tuple[int, ...]
+) -> list[Workload]:
     """The whole step and dense decode at growing length; a quarter is candidate, 8,192 at most."""
     return [
         Workload(
-            f"length-b{batch_size}",
-            _shape(batch_size, seq_len, 32, 8),
+            name,
+            shape_of(batch_size, seq_len, num_kv_heads),
             token_budget=min(8192, seq_len // 4),
-            kept_mean=512,
+            kept_mean=kept_of(num_kv_heads),
             stages=("pipeline", "dense"),
             dense_baselines=("flashinfer", "cudnn"),
             max_sets=48,
@@ -117,44 +154,43 @@ def _length_sweep(batch_size: int, seq_lens: tuple[int, ...]) -> list[Workload]:
     ]
 
 
-LENGTHS = (4096, 8192, 16_384, 32_768, 65_536, 131_072, 262_144)
-BUDGETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
+def _standard(name: str, batch_size: int, seq_len: int, num_kv_heads: int) -> Workload:
+    shape = shape_of(batch_size, seq_len, num_kv_heads)
+    return Workload(name, shape, 8192, kept_of(num_kv_heads), stages=(*STAGES, *LOOKED_ON))
+
 
 GPU_WORKLOADS: tuple[Workload | BudgetSweep, ...] = (
-    Workload("gqa-32k", _shape(64, 32_768, 32, 8), 8192, 512),
-    Workload("mha-32k", _shape(64, 32_768, 32, 32), 8192, 256),
-    Workload("gqa-128k", _shape(16, 131_072, 32, 8), 8192, 512),
-    Workload("solo-128k", _shape(1, 131_072, 32, 8), 8192, 512),
-    Workload("solo-32k", _shape(1, 32_768, 32, 8), 8192, 512),
-    BudgetSweep("budget-gqa", _shape(64, 32_768, 32, 8), BUDGETS),
-    BudgetSweep("budget-mha", _shape(64, 32_768, 32, 32), BUDGETS),
-    *_length_sweep(1, LENGTHS),
-    *_length_sweep(8, LENGTHS),
-    *_length_sweep(64, LENGTHS),
+    _standard("gqa-32k", 64, 32_768, 8),
+    _standard("mha-32k", 64, 32_768, 32),
+    _standard("gqa-128k", 16, 131_072, 8),
+    _standard("solo-128k", 1, 131_072, 8),
+    _standard("solo-32k", 1, 32_768, 8),
+    BudgetSweep("budget-gqa", shape_of(64, 32_768, 8), BUDGETS),
+    BudgetSweep("budget-mha", shape_of(64, 32_768, 32), BUDGETS),
+    *lengths("length-b1", 1, 8, LENGTHS),
+    *lengths("length-b8", 8, 8, LENGTHS),
+    *lengths("length-b64", 64, 8, LENGTHS),
 )
 
 
-def _small(name: str, batch_size: int, seq_len: int, kv_heads: int, **more: object) -> Workload:
-    shape = _shape(batch_size, seq_len, 8, kv_heads, head_dim=64, dtype=torch.float32)
-    return Workload(
-        name, shape, token_budget=seq_len // 4, kept_mean=48, dense_baselines=(), **more
-    )
+def small_shape(batch_size: int, seq_len: int, num_kv_heads: int) -> DecodeShape:
+    """Sizes for the reference on a CPU."""
+    return DecodeShape(batch_size, 8, num_kv_heads, 64, PAGE_SIZE, seq_len, torch.float32)
 
 
-def _small_budgets(name: str, kv_heads: int) -> BudgetSweep:
-    shape = _shape(4, 1024, 8, kv_heads, head_dim=64, dtype=torch.float32)
-    return BudgetSweep(name, shape, (64, 128, 256, 512))
+def small(name: str, batch_size: int, seq_len: int, num_kv_heads: int, **more: object) -> Workload:
+    """The whole step and dense decode, or more, on a CPU."""
+    shape = small_shape(batch_size, seq_len, num_kv_heads)
+    more = {"stages": ("pipeline", "dense")} | more
+    return Workload(name, shape, seq_len // 4, kept_mean=48, dense_baselines=(), **more)
 
 
 CPU_WORKLOADS: tuple[Workload | BudgetSweep, ...] = (
-    _small("gqa-1k", 4, 1024, 2),
-    _small("mha-1k", 4, 1024, 8),
-    _small("solo-2k", 1, 2048, 2),
-    _small_budgets("budget-gqa", 2),
-    _small_budgets("budget-mha", 8),
     *(
-        _small(f"length-b{batch_size}", batch_size, seq_len, 2, stages=("pipeline", "dense"))
-        for batch_size in (1, 2, 4)
-        for seq_len in (256, 512, 1024)
+        small(*sizes, stages=(*STAGES, *LOOKED_ON))
+        for sizes in (("gqa-1k", 4, 1024, 2), ("mha-1k", 4, 1024, 8), ("solo-2k", 1, 2048, 2))
     ),
+    BudgetSweep("budget-gqa", small_shape(4, 1024, 2), SMALL_BUDGETS),
+    BudgetSweep("budget-mha", small_shape(4, 1024, 8), SMALL_BUDGETS),
+    *(small(f"length-b{b}", b, seq_len, 2) for b in (1, 2, 4) for seq_len in SMALL_LENGTHS),
 )

@@ -17,9 +17,11 @@ from reference.pruner import group_union, prune_top_p, top_p_set_sorted, top_p_t
 from reference.quantize import (
     dequantize_bounds,
     dequantize_int4,
+    dequantize_rows,
     pack_int4,
     quantize_bounds,
     quantize_int4,
+    quantize_rows,
     unpack_int4,
 )
 from reference.selector import quest_bounds, select_all, select_pages
@@ -31,6 +33,7 @@ __all__ = [
     "dense_attention",
     "dequantize_bounds",
     "dequantize_int4",
+    "dequantize_rows",
     "estimate_logits",
     "exact_page_bounds",
     "flash_topk_attention",
@@ -41,6 +44,7 @@ __all__ = [
     "prune_top_p",
     "quantize_bounds",
     "quantize_int4",
+    "quantize_rows",
     "quest_bounds",
     "select_all",
     "select_pages",

@@ -6,6 +6,7 @@ into the paged pool, so a cache of tens of gigabytes needs no second copy.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -127,17 +128,19 @@ def make_inputs(
     kept_mean: float | None = None,
     top_p: float = 0.85,
     spare_tokens: int = 0,
+    head_budgets: Sequence[int] = LAYER_BUDGETS,
 ) -> DecodeInputs:
     """Inputs on which top-p keeps about kept_mean tokens per KV head (after the group's union).
 
     The queries of a group are orthogonal, of squared length head_dim. Query head h keeps a share of
-    kept_mean that follows LAYER_BUDGETS; its heavy keys are logit / (|q|^2 sm_scale) q plus noise.
+    kept_mean that follows head_budgets; its heavy keys are logit / (|q|^2 sm_scale) q plus noise.
     The heavy tokens hold a mass of 1 - (1 - top_p) / 4 over the whole sequence.
 
     Args:
         kept_mean: None for 1/64 of the mean length.
         top_p: the mass that will be asked for, in (0, 1).
         spare_tokens: room for appended tokens.
+        head_budgets: relative budgets, taken in turn; one number for equal budgets.
     """
     if not 0 < top_p < 1:
         raise ValueError(f"top_p: expected a number in (0, 1), got {top_p}")
@@ -152,7 +155,9 @@ def make_inputs(
     kept_share = 1 / 64 if kept_mean is None else kept_mean / max(mean_length, 1.0)
     generator = torch.Generator(device).manual_seed(seed + 1)
     for batch, length in enumerate(shape.lengths):
-        token, qo_head, logit = plan_request(shape, length, kept_share, top_p, plan_generator)
+        token, qo_head, logit = plan_request(
+            shape, length, kept_share, top_p, plan_generator, head_budgets
+        )
         token, qo_head = token.to(device), qo_head.to(device)
         noise = torch.empty(len(token), shape.head_dim, device=device)
         noise.normal_(0.0, HEAVY_STD, generator=generator)
@@ -179,6 +184,7 @@ def plan_request(
     kept_share: float,
     top_p: float,
     generator: torch.Generator,
+    head_budgets: Sequence[int] = LAYER_BUDGETS,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Heavy tokens of one request: (token, qo_head, logit), each [n], no token twice in a KV head.
 
@@ -190,7 +196,7 @@ def plan_request(
     heavy_mass = 1 - (1 - top_p) / 4
     held = top_p / ((1 + heavy_mass) / 2) * -math.expm1(-2 * LOGIT_SPREAD)
     kept_part = -math.log1p(-held) / (2 * LOGIT_SPREAD)
-    budgets = [LAYER_BUDGETS[head % len(LAYER_BUDGETS)] for head in range(shape.num_qo_heads)]
+    budgets = [head_budgets[head % len(head_budgets)] for head in range(shape.num_qo_heads)]
     scale = kept_share * length * shape.num_kv_heads / sum(budgets) / kept_part
     tokens, heads, logits = [], [], []
     for kv_head in range(shape.num_kv_heads):

@@ -57,6 +57,36 @@ def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
+def quantize_rows(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize key rows as the module's docstring defines it for 4 bits, with 2**bits levels.
+
+    Args:
+        x: [..., head_dim] any float, finite. Arithmetic is float32.
+        bits: 1 to 8.
+
+    Returns:
+        codes: [..., head_dim] uint8, and scale_zero: [..., 2] fp16 (scale, zero).
+    """
+    x, top = x.to(torch.float32), 2**bits - 1
+    zero = fp16_floor(x.amin(dim=-1))
+    base = zero.to(torch.float32)
+    # A tensor, not a number: on a GPU that would become a product with a rounded reciprocal.
+    scale = fp16_ceil((x.amax(dim=-1) - base) / torch.full_like(base, top))
+    step = scale.to(torch.float32)[..., None]
+    levels = torch.round((x - base[..., None]) / torch.where(step > 0, step, 1.0)).clamp(0, top)
+    codes = torch.where(step > 0, levels, 0.0).to(torch.uint8)
+    return codes, torch.stack((scale, zero), dim=-1)
+
+
+def dequantize_rows(
+    codes: torch.Tensor, scale_zero: torch.Tensor, *, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """The inverse of `quantize_rows`, code * scale + zero: [..., head_dim] (None: float32)."""
+    dtype = torch.float32 if dtype is None else dtype
+    scale, zero = scale_zero.to(dtype)[..., None, :].unbind(dim=-1)
+    return codes.to(dtype) * scale + zero
+
+
 def quantize_int4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize key rows; the module's docstring is the definition.
 
@@ -66,15 +96,8 @@ def quantize_int4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         packed: [..., head_dim // 2] uint8, and scale_zero: [..., 2] fp16 (scale, zero).
     """
-    x = x.to(torch.float32)
-    zero = fp16_floor(x.amin(dim=-1))
-    base = zero.to(torch.float32)
-    # A tensor of 15s: division by a number becomes a product with a rounded 1/15 on a GPU.
-    scale = fp16_ceil((x.amax(dim=-1) - base) / torch.full_like(base, 15))
-    step = scale.to(torch.float32)[..., None]
-    levels = torch.round((x - base[..., None]) / torch.where(step > 0, step, 1.0)).clamp(0, 15)
-    codes = torch.where(step > 0, levels, 0.0).to(torch.uint8)
-    return pack_int4(codes), torch.stack((scale, zero), dim=-1)
+    codes, scale_zero = quantize_rows(x, 4)
+    return pack_int4(codes), scale_zero
 
 
 def dequantize_int4(
@@ -90,9 +113,7 @@ def dequantize_int4(
     Returns:
         [..., head_dim].
     """
-    dtype = torch.float32 if dtype is None else dtype
-    scale, zero = scale_zero.to(dtype)[..., None, :].unbind(dim=-1)
-    return unpack_int4(packed).to(dtype) * scale + zero
+    return dequantize_rows(unpack_int4(packed), scale_zero, dtype=dtype)
 
 
 def quantize_bounds(

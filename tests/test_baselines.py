@@ -72,9 +72,10 @@ def test_flashinfer_gets_the_same_single_tokens(shape: DecodeShape) -> None:
     q, cache = make(shape)
     generator = torch.Generator().manual_seed(0)
     shortest = DecodeShape(**{**vars(shape), "seq_lens": min(shape.lengths)})
-    lists = [random_tokens(shortest, 20, "cpu", generator) for _ in range(2)]
-    counts = torch.full_like(lists[0][..., 0], 20)
-    calls = baselines.flashinfer_tokens(q, cache, lists)
+    head_counts = [20 - 2 * kv_head for kv_head in range(shape.num_kv_heads)]
+    lists = [random_tokens(shortest, head_counts, "cpu", generator) for _ in range(2)]
+    counts = torch.tensor(head_counts, dtype=torch.int32).expand(shape.batch_size, -1)
+    calls = baselines.flashinfer_tokens(q, cache, lists, counts)
     for call, tokens in zip(calls, lists, strict=True):
         expected = reference.flash_topk_attention(q, cache, tokens, counts)
         assert relative_error(call().reshape(q.shape), expected) < 1e-5

@@ -14,6 +14,7 @@ ALLOWED = {
         *("profiling", "kernels", "reference"),
         *("torch", "numpy", "pandas", "tqdm"),
         "flashinfer",  # a baseline, imported where it is installed
+        "transformers",  # to record a model, imported where one is recorded
     },
     "autotune": {
         *("autotune", "kernels", "reference", "profiling"),  # the benchmark's inputs and checks

@@ -8,8 +8,10 @@ import torch
 
 from profiling import bench, timing
 from profiling.results import read_rows
-from profiling.workloads import BudgetSweep, Workload
-from reference.inputs import DecodeShape
+from profiling.rows import STAGES
+from profiling.sweeps import COPY_TASK, EQUAL, trace_workload
+from profiling.workloads import LOOKED_ON, BudgetSweep, Workload
+from reference.inputs import LAYER_BUDGETS, DecodeShape
 
 
 class MadeUpGpu:
@@ -64,6 +66,7 @@ class MadeUpGpu:
         fakes |= {"synchronize": lambda: None}
         for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(timing.device, "sm_mhz", lambda: 1980)
         monkeypatch.setattr(torch, "zeros", lambda *_size, **_options: torch.empty(1))
         monkeypatch.setattr(torch, "amax", lambda _buffer: self._advance(150.0))
 
@@ -93,7 +96,7 @@ def test_graphs_go_round_the_sets_and_hold_enough_calls(gpu: MadeUpGpu) -> None:
     short = [gpu.kernel(seen, index, 7.0) for index in range(3)]
     long = [gpu.kernel([], 0, 9000.0)]
     times = timing.time_providers({"short": short, "long": long}, seconds=0.02)
-    assert times["short"] == timing.Timing(*[pytest.approx(7.0)] * 3, "graph-rotate")
+    assert times["short"] == timing.Timing(*[pytest.approx(7.0)] * 3, "graph-rotate", sm_mhz=1980)
     assert times["long"].median_us == pytest.approx(9000.0)
     replays = seen[3 + 3 :]  # after the warm-up before each capture; the first replays are short
     assert len(replays) > timing.MIN_ROUNDS * timing.MIN_GRAPH_US / 7.0
@@ -124,6 +127,52 @@ def test_a_provider_that_raises_is_left_out(gpu: MadeUpGpu) -> None:
         timing.time_providers({"broken": [broken]})
 
 
+def test_the_clock_is_read_from_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nvml:
+        failed = 0
+
+        def nvmlDeviceGetClockInfo(self, handle: int, kind: int, clock) -> int:
+            assert (handle, kind) == (7, 1)
+            clock._obj.value = 1755
+            return self.failed
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(timing.device, "_nvml", lambda _index: (Nvml(), 7))
+    assert timing.device.sm_mhz() == 1755
+    monkeypatch.setattr(Nvml, "failed", 999)
+    assert timing.device.sm_mhz() == 0
+    monkeypatch.setattr(timing.device, "_nvml", lambda _index: (None, 7))
+    assert timing.device.sm_mhz() == 0
+
+
+@pytest.mark.gpu
+def test_a_known_copy_has_the_known_bandwidth() -> None:
+    """Copies in a row, timed as one by events, tell the bandwidth; the timer must find the same."""
+    num_bytes = 1 << 30
+    pairs = [torch.empty(2, num_bytes, dtype=torch.uint8, device="cuda") for _ in range(3)]
+    calls = [lambda pair=pair: pair[0].copy_(pair[1]) for pair in pairs]
+    for call in calls:
+        call()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(10):
+        for call in calls:
+            call()
+    end.record()
+    torch.cuda.synchronize()
+    known_us = start.elapsed_time(end) * 1e3 / 30
+    timed = timing.time_providers({"copy": calls})["copy"]
+    assert timed.median_us == pytest.approx(known_us, rel=0.05)
+    assert 100 < timed.sm_mhz < 5000
+    small = [pair[:, : num_bytes // 16] for pair in pairs]  # 64 MB: still not in the L2 again
+    parts = [lambda pair=pair: pair[0].copy_(pair[1]) for pair in small]
+    for part in parts:
+        part()
+    timed = timing.time_providers({"copy": parts})["copy"]
+    assert timed.median_us * 16 == pytest.approx(known_us, rel=0.15)
+
+
 @pytest.mark.gpu
 def test_gpu_timer_captures_what_it_can() -> None:
     data = torch.ones(64 << 20, device="cuda")
@@ -137,18 +186,30 @@ def test_gpu_timer_captures_what_it_can() -> None:
 @pytest.mark.gpu
 def test_bench_runs_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = DecodeShape(4, 8, 2, 128, seq_lens=4096)
-    tiny = (
-        Workload("tiny", shape, 1024, 64, max_sets=3),
+    stages = (*STAGES, *LOOKED_ON, "accuracy")
+    base = (
+        Workload("tiny", shape, 1024, 64, max_sets=3, stages=stages),
         BudgetSweep("budget-tiny", shape, (64,), max_sets=3),
     )
-    monkeypatch.setattr(bench, "GPU_WORKLOADS", tiny)
+    step = {"stages": ("pipeline",), "token_budgets": (64, 4096), "head_budgets": EQUAL}
+    full = (
+        Workload("budget-tiny", shape, 1024, 64, max_sets=3, **step),
+        BudgetSweep("budget-tiny-skewed", shape, (256,), LAYER_BUDGETS, max_sets=3),
+        trace_workload(COPY_TASK),
+    )
+    monkeypatch.setattr(bench, "GPU_WORKLOADS", base)
+    monkeypatch.setattr(bench, "GPU_FULL", full)
     monkeypatch.setattr(bench, "READ_BYTES", 1 << 30)
-    assert bench.main(["--results", str(tmp_path)]) == 0
+    assert bench.main(["--results", str(tmp_path), "--full"]) == 0
     frames = {path.stem: read_rows(path) for path in tmp_path.glob("*/*.csv")}
-    ours = {stage: frame[frame["provider"] == "tilelang"] for stage, frame in frames.items()}
+    assert {"accuracy", "kept", "memory", "timeline"} < frames.keys()
+    assert set(frames["timeline"]["timeline"]) == {"graph", "launches"}
+    ours = {stage: frames[stage][frames[stage]["provider"] == "tilelang"] for stage in STAGES}
     assert {stage: len(rows) for stage, rows in ours.items()} == {
         **dict.fromkeys(("selector", "estimator", "pruner", "dense"), 1),
-        **{"attention": 2, "pipeline": 3},
+        "attention": 3,
+        "pipeline": 3 + 5 + 17,  # the sweep's two budgets, and Full once; 8 p twice, and Quest once
     }
     for rows in ours.values():
         assert set(rows["timer"]) == {"graph-rotate"}
+        assert (rows["sm_mhz"] > 100).all()

@@ -1,0 +1,134 @@
+"""The split of a step's timeline among its stages."""
+
+import types
+
+import pytest
+import torch
+
+from profiling import timeline
+from profiling.backends import TileLang, Torch
+from profiling.plan import Target, prepare
+from profiling.stages import Slot
+from profiling.timeline import STEPS, Share, Span, shares, timeline_rows
+from profiling.timing import time_providers
+from profiling.workloads import Workload
+from reference.inputs import DecodeShape
+
+LAUNCHES = {"selector": 2, "attention": 1}
+ORIGIN = {"torch": "x", "commit": "y", "date": "z"}
+
+
+def steps(*one: tuple[float, float], period: float, count: int = 3) -> list[Span]:
+    """The launches of one step, again and again."""
+    starts = [place * period for place in range(count)]
+    return [Span(start + first, start + last) for start in starts for first, last in one]
+
+
+def test_launches_and_gaps_add_up_to_the_step() -> None:
+    found = shares(steps((0, 2), (3, 6), (10, 14), period=20), LAUNCHES)
+    assert found == {"selector": Share(2, 5.0, 7.0), "attention": Share(1, 4.0, 4.0)}
+    assert sum(own.busy_us + own.gap_us for own in found.values()) == 20
+
+
+def test_an_overlap_counts_once_for_the_earlier_launch() -> None:
+    found = shares(steps((0, 8), (2, 5), (7, 10), period=10), LAUNCHES)
+    assert found == {"selector": Share(2, 8.0, 0.0), "attention": Share(1, 2.0, 0.0)}
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_less_than_two_steps_are_refused(count: int) -> None:
+    with pytest.raises(ValueError, match="two or more steps of 3"):
+        shares(steps((0, 1), (1, 2), (2, 3), period=5, count=count), LAUNCHES)
+    with pytest.raises(ValueError, match="got 7"):
+        shares(steps((0, 1), period=5, count=7), LAUNCHES)
+
+
+def small(dtype: torch.dtype, head_dim: int) -> Workload:
+    shape = DecodeShape(2, 8, 2, head_dim, seq_lens=1024, dtype=dtype)
+    return Workload("small", shape, token_budget=256, kept_mean=32)
+
+
+def test_stages_on_the_host_are_one_launch_each() -> None:
+    built = prepare(small(torch.float32, 32), Target(Torch(), "cpu-reference", 0, print))
+    rows = {row.stage: row for row in timeline_rows(built, "cpu-reference", ORIGIN)}
+    assert list(rows) == ["selector", "estimator", "pruner", "attention", "pipeline"]
+    assert {row.timeline for row in rows.values()} == {"host"}
+    whole = rows.pop("pipeline")
+    assert whole.launches == 4 and whole.num_steps == STEPS - 1
+    assert whole.busy_us == pytest.approx(sum(row.busy_us for row in rows.values()))
+    assert all(row.launches == 1 and row.busy_us > 0 for row in rows.values())
+
+
+class MadeUpStep:
+    """A step on a made-up device: each launch takes 3 us, and 1 us passes before it, or 4 us if it
+    is not replayed from a graph."""
+
+    launches: list[Span] = []
+    pause = 4.0
+
+    def _launch(self, count: int) -> None:
+        for _ in range(count):
+            start = (self.launches[-1].end if self.launches else 0.0) + MadeUpStep.pause
+            self.launches.append(Span(start, start + 3.0))
+
+    def select(self, _q: object, _cache: object) -> None:
+        self._launch(2)
+
+    def estimate(self, _q: object, _cache: object) -> None:
+        self._launch(1)
+
+    def prune(self, _cache: object) -> None:
+        self._launch(1)
+
+    def attend(self, _q: object, _cache: object) -> None:
+        self._launch(2)
+
+    def run(self, q: object, cache: object) -> None:
+        self.select(q, cache)
+        self.estimate(q, cache)
+        self.prune(cache)
+        self.attend(q, cache)
+
+
+def test_a_step_on_a_device_is_seen_as_a_graph_and_launch_by_launch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def device_spans(work) -> list[Span]:
+        MadeUpStep.launches.clear()
+        work()
+        return list(MadeUpStep.launches)
+
+    def capture(runs: list, count: int) -> types.SimpleNamespace:
+        def replay() -> None:
+            monkeypatch.setattr(MadeUpStep, "pause", 1.0)
+            for run in runs:
+                run()
+            monkeypatch.setattr(MadeUpStep, "pause", 4.0)
+
+        assert len(runs) == count == 15
+        return types.SimpleNamespace(replay=replay)
+
+    monkeypatch.setattr(timeline, "device_spans", device_spans)
+    monkeypatch.setattr(timeline, "capture", capture)
+    slots = [Slot(torch.empty(0), None, MadeUpStep()) for _ in range(5)]
+    workload = small(torch.float16, 128)
+    builder = types.SimpleNamespace(
+        workload=workload, backend=TileLang, slots=lambda _stage, _method: slots
+    )
+    rows = timeline_rows(builder, "gpu", ORIGIN)
+    found = {(row.timeline, row.stage): (row.launches, row.busy_us, row.gap_us) for row in rows}
+    assert found[("graph", "selector")] == (2, 6.0, 2.0)
+    assert found[("graph", "pipeline")] == (6, 18.0, 6.0)
+    assert found[("launches", "pipeline")] == (6, 18.0, 24.0)
+
+
+@pytest.mark.gpu
+def test_the_graph_s_timeline_takes_as_long_as_the_graph() -> None:
+    built = prepare(small(torch.float16, 128), Target(TileLang(), "gpu", 1 << 20, print))
+    rows = timeline_rows(built, "gpu", ORIGIN)
+    whole = {row.timeline: row for row in rows if row.stage == "pipeline"}
+    assert whole["graph"].launches == whole["launches"].launches >= 4
+    (provider,) = built.providers("pipeline", ("quest+twilight",))
+    timed = time_providers({"step": provider.calls})["step"].median_us
+    assert whole["graph"].busy_us + whole["graph"].gap_us == pytest.approx(timed, rel=0.3)
+    assert whole["launches"].gap_us >= whole["graph"].gap_us
