@@ -16,6 +16,7 @@ COMPILED = ("tests/test_compile.py", "-k", "gqa4-d128-sm_90a")
 EMULATED = ("tests/test_emulated.py", "-k")
 MIRRORED = (*EMULATED, "prefill_mirror and gqa4")
 APPENDED = (*EMULATED, "append_fills and 16")
+FULL = (*EMULATED, "append_leaves_a_full")
 SCORED = (*EMULATED, "page_scores and gqa4 and default")
 TOPPED = (*EMULATED, "top_pages and registers")
 ESTIMATED = (*EMULATED, "estimated_logits and gqa4 and default")
@@ -70,7 +71,7 @@ MUTANTS = (
     ),
     Mutant(
         "append writes beyond the capacity", "mirror.py",
-        "if token < max_pages * page_size:", "if token <= max_pages * page_size:", CACHE,
+        "if token < max_pages * page_size:", "if token <= max_pages * page_size:", CACHE, FULL,
     ),
     Mutant(
         "prefill skips a page's last slot", "mirror.py",

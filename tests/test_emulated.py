@@ -175,6 +175,26 @@ def test_append_fills_a_page_as_a_prefill(page_size, with_offset, folder):
         assert_bounds_hold(inputs.q, cache)
 
 
+def test_append_leaves_a_full_request_alone(folder):
+    inputs = random_inputs(DecodeShape(2, 4, 2, 64, 16, (16, 3)), seed=0)
+    cache = reference.PagedKVCache.wrap(*inputs.paged())
+    before = {name: getattr(cache, name).clone() for name in ("k_cache", "v_cache", *MIRROR)}
+    k, v = torch.randn(2, 2, 2, 64).half()
+    emulated(append_kernel, (64, 16, "float16"), folder)(
+        (2,), 256, k=k, v=v, page_table=cache.page_table, seq_lens=cache.seq_lens,
+        **mirrored_by(cache), **sizes(cache),
+    )  # fmt: skip
+    full, other = cache.page_table[:, 0].long()
+    assert cache.seq_lens.tolist() == [16, 4]
+    assert torch.equal(cache.k_cache[other, 3], k[1])
+    for name, tensor in before.items():
+        assert torch.equal(getattr(cache, name)[full], tensor[full]), name
+        if "bounds" not in name:
+            axis = 0 if name.endswith("cache") else 1
+            got, wanted = getattr(cache, name)[other], tensor[other]
+            assert torch.equal(got.narrow(axis, 0, 3), wanted.narrow(axis, 0, 3)), name
+
+
 SCORE_CONFIGS = {
     "default": PageScoreConfig(),
     "few": PageScoreConfig.for_pages(1, 1, 256),
