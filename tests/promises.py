@@ -19,6 +19,7 @@ from tests.properties import (
     assert_codes_hold,
     assert_decode_step,
     assert_out_close,
+    assert_top_p,
     candidate_positions,
     num_used_pages,
 )
@@ -118,8 +119,16 @@ class Run:
         return int((self.cache.seq_lens > 0).sum()) * self.cache.num_kv_heads
 
 
+def promise_1_kept_mass_is_reached_and_needed(run: Run) -> None:
+    step = run.step
+    assert_top_p(
+        step.logits, run.cache, step.candidate_pages, step.candidate_counts, run.top_p,
+        (step.kept_tokens, step.kept_counts, step.kept_mass), **run.generated.windows,
+    )  # fmt: skip
+
+
 def every_stage_is_right(run: Run) -> None:
-    """Promise 1 among them: the kept mass is reached, and needed."""
+    """Each judged on what the stage before it gave."""
     assert_decode_step(
         run.step, run.out, run.tensors.q, run.cache, run.generated.case.token_budget, run.top_p,
         **run.generated.windows,
@@ -228,6 +237,7 @@ def promise_8_a_view_is_refused_or_right(run: Run) -> None:
 
 
 PROPERTIES: tuple[Callable[[Run], None], ...] = (
+    promise_1_kept_mass_is_reached_and_needed,
     every_stage_is_right,
     promise_2_p_1_is_dense_over_the_candidates,
     promise_3_bounds_and_codes_hold,
