@@ -52,10 +52,11 @@ class Worker:
 
     def _start(self) -> None:
         self._connection, theirs = CONTEXT.Pipe()
-        self._process = CONTEXT.Process(
+        process = CONTEXT.Process(
             target=_serve, args=(theirs, self._make, self._arguments), daemon=True
         )
-        self._process.start()
+        process.start()
+        self._process = process  # not before: another thread may kill it
         theirs.close()
         try:
             self._answer(self._setup_seconds)
