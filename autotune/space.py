@@ -23,7 +23,7 @@ from kernels.config import (
 )
 from kernels.estimator import estimator_kernel
 from kernels.mirror import append_kernel, mirror_kernel, prefill_kernel
-from kernels.pruner import HEAD_THREADS, MAX_VALUES, pruner_kernel
+from kernels.pruner import MAX_VALUES, NUM_THREADS, pruner_kernel
 from kernels.selector import (
     all_pages_kernel,
     next_power_of_two,
@@ -38,8 +38,7 @@ from kernels.validate import TILE_TOKENS
 # Bytes of shared memory that one block may use, and compute capability.
 SHARED_MEMORY_LIMIT = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024, "sm_100a": 227 * 1024}
 CAPABILITY = {"sm_80": (8, 0), "sm_90a": (9, 0), "sm_100a": (10, 0)}
-REGISTERS = 65536  # of one SM; and how many threads it holds:
-SM_THREADS = 2048
+REGISTERS = 65536  # of one SM
 FULL_GPU = 128  # blocks; fewer leave multiprocessors of a large GPU idle
 MANY_PAGES = 2**18  # over all rows, and
 MANY_TILES = 65536  # of 16 candidates: the estimator fills the GPU many times over
@@ -223,13 +222,12 @@ def _many_tiles(shape: KernelShape) -> bool:
     return shape.num_rows * shape.width // TILE_TOKENS >= MANY_TILES
 
 
-def _pruner_shared(config: PrunerConfig, shape: KernelShape) -> int:
-    """Bytes of a block: per head its bins and, of a row that is read once, distances and the list
-    of the near ones; one mask; a little more."""
+def _pruner_shared(shape: KernelShape) -> int:
+    """Bytes of a block: its bins and, of a row that is read once, distances and the list of the
+    near ones; one mask; a little more."""
     width = _width_bound(shape)
-    row = 6 * max(width, 4 * HEAD_THREADS) if width <= MAX_VALUES * HEAD_THREADS else 0
-    heads = min(shape.group_size, config.block_threads // HEAD_THREADS)
-    return heads * (4 * BINS_PER_THREAD * HEAD_THREADS + row) + width // 8 + 1024
+    row = 6 * max(width, 4 * NUM_THREADS) if width <= MAX_VALUES * NUM_THREADS else 0
+    return 4 * BINS_PER_THREAD * NUM_THREADS + row + width // 8 + 1024
 
 
 SPACES = {
@@ -331,40 +329,32 @@ SPACES = {
     ),
     "pruner": Space(
         stage="pruner",
-        values={"block_threads": (256, 512, 1024), "blocks_per_sm": (1, 2, 3, 4)},
+        values={"heads_apart": (False, True), "blocks_per_sm": (1, 2, 3, 4)},
         limits=(
             (
-                "every thread has a query head to search",
-                lambda c, s, arch: c.block_threads <= s.group_size * HEAD_THREADS,
+                "heads of one can not be apart",
+                lambda c, s, arch: s.group_size > 1 or not c.heads_apart,
             ),
             (
                 "threads of all blocks fit on a multiprocessor, each with 56 registers",
-                lambda c, s, arch: (
-                    c.block_threads * c.blocks_per_sm <= min(SM_THREADS, REGISTERS // 56)
-                ),
+                lambda c, s, arch: NUM_THREADS * c.blocks_per_sm <= REGISTERS // 56,
             ),
             (
                 "a block's shared memory fits",
-                lambda c, s, arch: _pruner_shared(c, s) <= SHARED_MEMORY_LIMIT[arch],
+                lambda c, s, arch: _pruner_shared(s) <= SHARED_MEMORY_LIMIT[arch],
             ),
         ),
         sensible=(
             (
                 "shared memory of all blocks fits on a multiprocessor",
-                lambda c, s, arch: (
-                    c.blocks_per_sm * _pruner_shared(c, s) <= SHARED_MEMORY_LIMIT[arch]
-                ),
+                lambda c, s, arch: c.blocks_per_sm * _pruner_shared(s) <= SHARED_MEMORY_LIMIT[arch],
             ),
             (
-                "many rows are searched one head at a time (measured: NOTES.md)",
-                lambda c, s, arch: c.block_threads == HEAD_THREADS or s.num_rows < 512,
-            ),
-            (
-                "few rows are one block on a multiprocessor, with all its registers",
-                lambda c, s, arch: c.blocks_per_sm == 1 or s.num_rows > FULL_GPU,
+                "many rows fill the GPU with a block each",
+                lambda c, s, arch: not c.heads_apart or s.num_rows < 512,
             ),
         ),
-        default=lambda s, arch: PrunerConfig.for_rows(s.num_rows, s.width, CAPABILITY[arch]),
+        default=lambda s, arch: PrunerConfig.for_rows(s.num_rows, s.group_size, CAPABILITY[arch]),
         width=lambda s: s.width,
         variants=_pruner_variants,
     ),

@@ -54,19 +54,17 @@ class EstimatorConfig:
 
 @dataclass(frozen=True)
 class PrunerConfig:
-    block_threads: int = 256  # a block searches block_threads / 256 query heads side by side
+    heads_apart: bool = False  # a block for each query head, not for each KV head
     blocks_per_sm: int = 4  # that registers must allow for
     pdl: bool = False
 
     @classmethod
-    def for_rows(cls, num_rows: int, width: int, capability: tuple[int, int]) -> "PrunerConfig":
-        """Few rows are searched with all their heads at once; many fill the GPU as they are."""
-        if num_rows <= 128:
-            # Shared memory holds four rows where it is large and the rows are short.
-            fits = width <= 8192 and capability >= (9, 0)
-            return cls(block_threads=1024 if fits else 512, blocks_per_sm=1)
+    def for_rows(
+        cls, num_rows: int, group_size: int, capability: tuple[int, int]
+    ) -> "PrunerConfig":
+        """Few rows are spread over a block per query head; many fill the GPU as they are."""
         # Code for compute capability 10 needs more registers than four blocks leave it.
-        return cls(blocks_per_sm=4 if capability < (10, 0) else 3)
+        return cls(group_size > 1 and num_rows <= 128, 4 if capability < (10, 0) else 3)
 
 
 @dataclass(frozen=True)

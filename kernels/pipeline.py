@@ -5,7 +5,7 @@ import torch
 from kernels.attention import AttentionWorkspace, launch_attention
 from kernels.cache import PagedKVCache
 from kernels.estimator import launch_estimate_logits
-from kernels.pruner import expand_top_p, launch_prune_top_p
+from kernels.pruner import HeadUnion, expand_top_p, launch_prune_top_p
 from kernels.selector import launch_select_all, launch_select_pages, page_budget
 from kernels.validate import MAX_GROUP_SIZE, check_choice, check_count, check_query, check_scale
 
@@ -71,6 +71,7 @@ class TwilightDecode:
         self.kept_tokens = torch.empty(*rows, tokens, **like)
         self.kept_counts = torch.empty(rows, **like)
         self.kept_mass = torch.empty(heads, device=device)
+        self.union = HeadUnion.allocate(cache, tokens)
         self.attention = AttentionWorkspace.allocate(cache, group_size, tokens)
         self.out = torch.empty(*heads, cache.head_dim, dtype=cache.k_cache.dtype, device=device)
 
@@ -115,7 +116,7 @@ class TwilightDecode:
         launch_prune_top_p(
             self.logits, cache, self.candidate_pages, self.candidate_counts, self.top_p,
             self.num_sink_tokens, self.num_recent_tokens,
-            self.kept_tokens, self.kept_counts, self.kept_mass, self.attention.work,
+            self.kept_tokens, self.kept_counts, self.kept_mass, self.attention.work, self.union,
         )  # fmt: skip
 
     def attend(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:

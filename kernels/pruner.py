@@ -1,7 +1,7 @@
 """Top-p pruner: softmax, threshold search and compaction in one kernel, without a sort."""
 
 import operator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import tilelang
 import tilelang.language as T
@@ -19,9 +19,24 @@ from kernels.validate import TILE_TOKENS, check_count, check_tensor
 STEPS = 16384.0  # of a distance per nat: weights that share a step are equal to 1 part in 10^4
 DISTANCE_BITS = 20  # of the farthest distance that can matter: ln(tokens / (1 - p)) nats
 UNITY = 1073741824.0  # 2^30, the mass of all weights
-HEAD_THREADS = 256  # that search one query head's row; part of the order of its sums
+NUM_THREADS = 256  # that search a query head's logits; part of the order of their sums
 MAX_VALUES = 32  # that a thread keeps in registers
 VECTOR = 4  # neighbours among them
+
+
+@dataclass
+class HeadUnion:
+    """Where blocks that search the query heads of a KV head meet; zeros between launches."""
+
+    words: torch.Tensor  # [batch_size, num_kv_heads, width / 32] i32: a bit per candidate
+    arrived: torch.Tensor  # [batch_size, num_kv_heads] i32
+
+    @classmethod
+    def allocate(cls, cache: PagedKVCache, width: int) -> "HeadUnion":
+        rows = (cache.batch_size, cache.num_kv_heads)
+        like = dict(dtype=torch.int32, device=cache.seq_lens.device)
+        words = torch.zeros(*rows, -(-width // 32), **like)
+        return cls(words, torch.zeros(rows, **like))
 
 
 def prune_top_p(
@@ -80,6 +95,7 @@ def prune_top_p(
         logits, cache, candidate_pages, candidate_counts, top_p,
         num_sink_tokens, num_recent_tokens, kept_tokens, kept_counts, kept_mass,
         WorkList.allocate(cache, width, AttentionConfig().split_tokens),
+        HeadUnion.allocate(cache, width),
     )  # fmt: skip
     return kept_tokens, kept_counts, kept_mass
 
@@ -112,12 +128,13 @@ def launch_prune_top_p(
     kept_counts: torch.Tensor,
     kept_mass: torch.Tensor,
     work: WorkList,
+    union: HeadUnion,
 ) -> None:
     """One launch into allocated memory. It also writes attention's list of work."""
     grouped = (cache.batch_size, cache.num_kv_heads, logits.shape[1] // cache.num_kv_heads)
     width = logits.shape[2]
     capability = torch.cuda.get_device_capability(logits.device)
-    default = PrunerConfig.for_rows(grouped[0] * grouped[1], width, capability)
+    default = PrunerConfig.for_rows(grouped[0] * grouped[1], grouped[2], capability)
     config = config_for("pruner", cache, grouped[2], width, default)
     config = replace(config, pdl=launches_early(cache))
     width_bound = next_power_of_two(max(width, 32))
@@ -126,7 +143,7 @@ def launch_prune_top_p(
         logits.view(*grouped, width), cache.seq_lens, candidate_pages, candidate_counts,
         top_p.view(grouped), num_sink_tokens, num_recent_tokens,
         kept_tokens, kept_counts, kept_mass.view(grouped),
-        work.items, work.num_items, work.tickets,
+        work.items, work.num_items, work.tickets, union.words, union.arrived,
     )  # fmt: skip
 
 
@@ -151,41 +168,41 @@ def to_distances(values, row_max, num_values):
 
 
 @T.macro
-def merge_warps(value, join, result, warp_values, part, row, lane):
-    """result[0] = the row's warps' values joined in a fixed order."""
-    if lane % 32 == 0:
-        warp_values[part, row, lane // 32] = value
+def merge_warps(value, join, result, warp_values, part, thread):
+    """result[0] = the warps' values joined in a fixed order."""
+    if thread % 32 == 0:
+        warp_values[part, thread // 32] = value
     T.sync_threads()
-    result[0] = warp_values[part, row, 0]
-    for warp in T.unroll(1, HEAD_THREADS // 32):
-        result[0] = join(result[0], warp_values[part, row, warp])
+    result[0] = warp_values[part, 0]
+    for warp in T.unroll(1, NUM_THREADS // 32):
+        result[0] = join(result[0], warp_values[part, warp])
 
 
 @T.macro
-def reserve_slots(count, slot, num_taken, parity, row, lane):
+def reserve_slots(count, slot, num_taken, parity, thread):
     """slot[0] = the first of `count` slots of this thread's own, in no order that matters."""
     inclusive = T.alloc_var(T.int32)
     first = T.alloc_var(T.int32)
     inclusive = count
     for step in T.unroll(5):
         lower = T.shfl_up(inclusive, 1 << step)
-        if lane % 32 >= (1 << step):
+        if thread % 32 >= (1 << step):
             inclusive += lower
     first = 0
-    if lane % 32 == 31:
+    if thread % 32 == 31:
         # T.atomic_add with return_prev takes the slow way round through generic addresses.
         first = T.call_extern(
-            "int32", "atomicAdd", T.access_ptr(num_taken[parity, row], "rw"), inclusive
+            "int32", "atomicAdd", T.access_ptr(num_taken[parity], "rw"), inclusive
         )
     slot[0] = T.shfl_sync(first, 31) + inclusive - count
 
 
 @T.macro
-def add_distance(search, row, distance, inside, shift, num_bins, mass):
+def add_distance(search, distance, inside, shift, num_bins, mass):
     """Adds the mass at a distance to its bin of 2^shift steps, unless it lies outside the bins."""
     bin_index = inside(distance) >> shift
     if inside(distance) >= 0 and bin_index < num_bins:
-        T.atomic_add(search[0][row, bin_index], mass(distance))
+        T.atomic_add(search[0][bin_index], mass(distance))
 
 
 @T.macro
@@ -197,31 +214,66 @@ def set_bit(words, token):
     )  # fmt: skip
 
 
+@T.macro
+def meet(words, union_words, arrived, place, batch, kv_head, num_words, group_size, thread):
+    """Adds a query head's words to the union; place[0] = how many heads came before. The last one
+    takes the union into its words, and leaves zeros for the next launch."""
+    for step in T.serial(T.ceildiv(num_words, NUM_THREADS)):
+        word = step * NUM_THREADS + thread
+        if word < num_words:
+            if words[word] != T.uint32(0):
+                T.call_extern(
+                    "int32", "atomicOr", T.access_ptr(union_words[batch, kv_head, word], "rw"),
+                    T.cast(words[word], T.int32),
+                )  # fmt: skip
+    T.sync_threads()
+    if thread == 0:
+        place[0] = T.atomic_add(
+            arrived[batch, kv_head], 1, memory_order="acq_rel", return_prev=True
+        )
+    T.sync_threads()
+    if place[0] == group_size - 1:
+        for step in T.serial(T.ceildiv(num_words, NUM_THREADS)):
+            word = step * NUM_THREADS + thread
+            if word < num_words:
+                words[word] = T.cast(
+                    T.call_extern(
+                        "int32", "atomicExch",
+                        T.access_ptr(union_words[batch, kv_head, word], "rw"), 0,
+                    ),
+                    T.uint32,
+                )  # fmt: skip
+        if thread == 0:
+            arrived[batch, kv_head] = 0
+        T.sync_threads()
+
+
 @tilelang.jit(pass_configs=THREAD_LEVEL)
 def pruner_kernel(
     group_size: int, page_size: int, width_bound: int, split_tokens: int, config: PrunerConfig
 ):
-    """Grid: (kv_head, batch); block_threads / HEAD_THREADS query heads are searched side by side.
+    """A block walks the query heads of a KV head, or there is one for each: then their sets meet in
+    `union_words`, and the last of them goes on with the union. Grid: (1 or query head of the group,
+    kv_head, batch).
 
     weight = exp(logit - max). A weight is searched by its logit's distance from the largest, in
     whole steps. Weights below (1 - p) * total / n may all go, whatever they are: only the few that
     are nearer are searched. The mass of a weight is the nearest integer to weight * 2^30 / total,
     so that no order of summation can change the set.
 
-    A row of at most HEAD_THREADS * MAX_VALUES logits is read once: its distances go to shared
+    A row of at most NUM_THREADS * MAX_VALUES logits is read once: its distances go to shared
     memory, beside a list of the near ones. A wider one is read again by every pass. Sums run in the
     same order, so that both forms give the same bits.
     """
     batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
     width_pages, width = T.dynamic("width_pages"), T.dynamic("width")
     max_items = T.dynamic("max_items")
-    block_heads = min(group_size, config.block_threads // HEAD_THREADS)
-    num_threads = block_heads * HEAD_THREADS
-    num_values = min(MAX_VALUES, max(width_bound // HEAD_THREADS, VECTOR))
-    chunk_tokens = HEAD_THREADS * num_values
+    width_words = T.dynamic("width_words")
+    num_apart = group_size if config.heads_apart else 1
+    num_values = min(MAX_VALUES, max(width_bound // NUM_THREADS, VECTOR))
+    chunk_tokens = NUM_THREADS * num_values
     held = width_bound <= chunk_tokens
-    ahead = held and num_threads <= 512  # 1024 threads lack the registers
-    round_bits = bits_per_round(HEAD_THREADS)
+    round_bits = bits_per_round(NUM_THREADS)
 
     @T.prim_func
     def prune_top_p(
@@ -238,25 +290,28 @@ def pruner_kernel(
         items: T.Tensor[(max_items, 4), T.int32],
         num_items: T.Tensor[(1,), T.int32],
         tickets: T.Tensor[(2,), T.int32],
+        union_words: T.Tensor[(batch_size, num_kv_heads, width_words), T.int32],
+        arrived: T.Tensor[(batch_size, num_kv_heads), T.int32],
     ):
-        with T.Kernel(num_kv_heads, batch_size, threads=num_threads) as (kv_head, batch):
+        with T.Kernel(num_apart, num_kv_heads, batch_size, threads=NUM_THREADS) as (
+            first_head,
+            kv_head,
+            batch,
+        ):
             T.annotate_min_blocks_per_sm(config.blocks_per_sm)
             T.assume(width % TILE_TOKENS == 0)
             start_early(config.pdl)
             thread = T.get_thread_binding()
-            row = thread // HEAD_THREADS
-            lane = thread % HEAD_THREADS
 
-            search = alloc_search(block_heads, HEAD_THREADS)
-            scan_sums = T.alloc_shared((num_threads // 32,), T.int32, scope="shared")
-            warp_values = T.alloc_shared(
-                (2, block_heads, HEAD_THREADS // 32), T.float32, scope="shared"
-            )
-            num_near = T.alloc_shared((2, block_heads), T.int32, scope="shared")
-            forced_mass = T.alloc_shared((block_heads,), T.int32, scope="shared")
+            search = alloc_search(NUM_THREADS)
+            scan_sums = T.alloc_shared((NUM_THREADS // 32,), T.int32, scope="shared")
+            warp_values = T.alloc_shared((2, NUM_THREADS // 32), T.float32, scope="shared")
+            num_near = T.alloc_shared((2,), T.int32, scope="shared")
+            forced_mass = T.alloc_shared((1,), T.int32, scope="shared")
             first_item = T.alloc_shared((1,), T.int32, scope="shared")
-            distances = T.alloc_shared((block_heads, chunk_tokens if held else 1), T.float32)
-            near = T.alloc_shared((block_heads, chunk_tokens if held else 1), T.uint16)
+            place = T.alloc_shared((1,), T.int32, scope="shared")
+            distances = T.alloc_shared((chunk_tokens if held else 1,), T.float32)
+            near = T.alloc_shared((chunk_tokens if held else 1,), T.uint16)
             words = T.alloc_shared((width_bound // 32,), T.uint32)  # bits of what any head keeps
 
             values = T.alloc_local((num_values,), T.float32)
@@ -275,12 +330,12 @@ def pruner_kernel(
             num_bins = T.alloc_var(T.int32)
 
             token_of = lambda part, nth: (
-                ((part * num_values + nth) // VECTOR * HEAD_THREADS + lane) * VECTOR + nth % VECTOR
+                ((part * num_values + nth) // VECTOR * NUM_THREADS + thread) * VECTOR + nth % VECTOR
             )
             num_listed = candidate_counts[batch, kv_head] * page_size
-            if ahead:  # asked for first: the number of tokens takes two more look-ups
+            if held:  # asked for first: the number of tokens takes two more look-ups
                 load_row(
-                    values, lambda at: logits[batch, kv_head, T.min(row, group_size - 1), at],
+                    values, lambda at: logits[batch, kv_head, first_head, at],
                     num_listed, token_of, 0, num_values,
                 )  # fmt: skip
             count_tokens(
@@ -297,25 +352,25 @@ def pruner_kernel(
             # How many steps inside the bracket's low end.
             inside = lambda x: -T.cast(T.ceil(x), T.int32) - bracket[0]
 
-            clear_bins(search, row, lane)
-            for step in T.serial(T.ceildiv(num_words, num_threads)):
-                if step * num_threads + thread < num_words:
-                    words[step * num_threads + thread] = T.uint32(0)
-            if lane == 0:
-                num_near[0, row] = 0
+            clear_bins(search, thread)
+            for step in T.serial(T.ceildiv(num_words, NUM_THREADS)):
+                if step * NUM_THREADS + thread < num_words:
+                    words[step * NUM_THREADS + thread] = T.uint32(0)
+            if thread == 0:
+                num_near[0] = 0
             T.sync_threads()
-            for turn in T.serial(T.ceildiv(group_size, block_heads)):
-                head = T.min(turn * block_heads + row, group_size - 1)
+            for turn in T.serial(group_size // num_apart):
+                head = first_head + turn
                 logit = lambda at: logits[batch, kv_head, head, at]
 
                 # 1. The largest logit, and the softmax's denominator.
                 partial = -T.infinity(T.float32)
                 for chunk in T.serial(num_chunks):
-                    if not ahead:
+                    if not held:
                         load_row(values, logit, num_listed, token_of, chunk, num_values)
                     for k in T.unroll(num_values):
                         partial = T.max(partial, values[k])
-                merge_warps(T.warp_reduce_max(partial), T.max, row_max, warp_values, 0, row, lane)
+                merge_warps(T.warp_reduce_max(partial), T.max, row_max, warp_values, 0, thread)
                 partial = 0.0
                 for chunk in T.serial(num_chunks):
                     if not held:
@@ -323,9 +378,7 @@ def pruner_kernel(
                     to_distances(values, row_max[0], num_values)
                     for k in T.unroll(num_values):
                         partial += weight(values[k])
-                merge_warps(
-                    T.warp_reduce_sum(partial), operator.add, total, warp_values, 1, row, lane
-                )
+                merge_warps(T.warp_reduce_sum(partial), operator.add, total, warp_values, 1, thread)
 
                 scale = UNITY / total[0]
                 # The total is NaN where the row has no softmax: then nothing may be dropped.
@@ -342,21 +395,20 @@ def pruner_kernel(
                             alive |= T.uint32(1 << k)
                     for g in T.unroll(num_values // VECTOR):
                         for e in T.vectorized(VECTOR):
-                            distances[row, token_of(0, g * VECTOR) + e] = values[g * VECTOR + e]
+                            distances[token_of(0, g * VECTOR) + e] = values[g * VECTOR + e]
                     reserve_slots(
-                        T.cast(T.popcount(alive), T.int32), slot, num_near, turn % 2, row, lane
+                        T.cast(T.popcount(alive), T.int32), slot, num_near, turn % 2, thread
                     )
                     while alive != T.uint32(0):
                         k_near = 31 - T.cast(T.clz(alive), T.int32)
-                        near[row, slot[0]] = T.cast(token_of(0, k_near), T.uint16)
+                        near[slot[0]] = T.cast(token_of(0, k_near), T.uint16)
                         slot[0] += 1
                         alive = alive ^ (T.uint32(1) << T.cast(k_near, T.uint32))
                     T.sync_threads()
-                    if ahead and (turn + 1) * block_heads < group_size:
+                    if turn + 1 < group_size // num_apart:
                         # The next head's logits arrive while this one's are searched.
-                        following = T.min((turn + 1) * block_heads + row, group_size - 1)
                         load_row(
-                            values, lambda at: logits[batch, kv_head, following, at],
+                            values, lambda at: logits[batch, kv_head, head + 1, at],
                             num_listed, token_of, 0, num_values,
                         )  # fmt: skip
 
@@ -366,18 +418,17 @@ def pruner_kernel(
                 bracket[1] = 0
                 shift = T.max(32 - round_bits - T.clz(-bracket[0]), 0)
                 num_bins = 1 << round_bits
-                if lane == 0:
-                    num_near[(turn + 1) % 2, row] = 0
-                    forced_mass[row] = 0
+                if thread == 0:
+                    num_near[(turn + 1) % 2] = 0
+                    forced_mass[0] = 0
                 for _ in T.unroll(-(-DISTANCE_BITS // round_bits)):
                     if held:
-                        listed = num_near[turn % 2, row]
-                        for step in T.serial(T.ceildiv(listed, HEAD_THREADS)):
-                            if step * HEAD_THREADS + lane < listed:
-                                token = T.cast(near[row, step * HEAD_THREADS + lane], T.int32)
+                        listed = num_near[turn % 2]
+                        for step in T.serial(T.ceildiv(listed, NUM_THREADS)):
+                            if step * NUM_THREADS + thread < listed:
+                                token = T.cast(near[step * NUM_THREADS + thread], T.int32)
                                 add_distance(
-                                    search, row, distances[row, token], inside, shift, num_bins,
-                                    mass,
+                                    search, distances[token], inside, shift, num_bins, mass
                                 )  # fmt: skip
                     else:
                         for chunk in T.serial(num_chunks):
@@ -385,28 +436,26 @@ def pruner_kernel(
                             to_distances(values, row_max[0], num_values)
                             for k in T.unroll(num_values):
                                 if values[k] <= farthest:
-                                    add_distance(
-                                        search, row, values[k], inside, shift, num_bins, mass
-                                    )
-                    cross_bins(search, row, lane, bracket, shift, need, HEAD_THREADS)
+                                    add_distance(search, values[k], inside, shift, num_bins, mass)
+                    cross_bins(search, thread, bracket, shift, need, NUM_THREADS)
                     num_bins = 1 << T.min(shift, round_bits)  # only the chosen bin is open
                     shift = T.max(shift - round_bits, 0)
                 limit = T.cast(-bracket[0], T.float32)
 
                 # 4. One bit per token, joined over the heads.
                 if p >= 1.0:
-                    for step in T.serial(T.ceildiv(num_words, HEAD_THREADS)):
-                        word = step * HEAD_THREADS + lane
+                    for step in T.serial(T.ceildiv(num_words, NUM_THREADS)):
+                        word = step * NUM_THREADS + thread
                         if word < num_words:
                             words[word] = T.uint32(0xFFFFFFFF) >> T.cast(
                                 T.max(word * 32 + 32 - num_tokens[0], 0), T.uint32
                             )
                 elif held:
-                    listed = num_near[turn % 2, row]
-                    for step in T.serial(T.ceildiv(listed, HEAD_THREADS)):
-                        if step * HEAD_THREADS + lane < listed:
-                            token = T.cast(near[row, step * HEAD_THREADS + lane], T.int32)
-                            if distances[row, token] <= limit:
+                    listed = num_near[turn % 2]
+                    for step in T.serial(T.ceildiv(listed, NUM_THREADS)):
+                        if step * NUM_THREADS + thread < listed:
+                            token = T.cast(near[step * NUM_THREADS + thread], T.int32)
+                            if distances[token] <= limit:
                                 set_bit(words, token)
                 else:
                     for chunk in T.serial(num_chunks):
@@ -416,51 +465,57 @@ def pruner_kernel(
                             if values[k] <= limit:
                                 set_bit(words, token_of(chunk, k))
                 force_tokens(
-                    words, forced_mass, row, lane, num_tokens[0], num_sink_tokens,
+                    words, forced_mass, thread, num_tokens[0], num_sink_tokens,
                     seq_lens[batch] - num_recent_tokens, position,
                     lambda at: row_max[0] * STEPS - logit(at) * STEPS, limit, mass,
                 )  # fmt: skip
                 T.sync_threads()
-                if lane == 0 and turn * block_heads + row < group_size:
-                    kept = T.cast(bracket[1] + bracket[2] + forced_mass[row], T.float32) / UNITY
+                if thread == 0:
+                    kept = T.cast(bracket[1] + bracket[2] + forced_mass[0], T.float32) / UNITY
                     kept_mass[batch, kv_head, head] = T.if_then_else(
                         p < 1.0, T.min(kept, 1.0), T.if_then_else(num_tokens[0] > 0, 1.0, 0.0)
                     )
 
-            compact(
-                lambda at: words[at], num_words, scan_sums, num_threads, count,
-                position, kept_tokens, batch, kv_head,
-            )  # fmt: skip
-            append_items(
-                items, num_items, tickets, first_item, count[0], split_tokens,
-                batch, kv_head, batch_size * num_kv_heads, thread, num_threads,
-            )  # fmt: skip
-            if thread == 0:
-                kept_counts[batch, kv_head] = count[0]
+            if config.heads_apart:
+                meet(
+                    words, union_words, arrived, place, batch, kv_head, num_words, group_size,
+                    thread,
+                )  # fmt: skip
+            if not config.heads_apart or place[0] == group_size - 1:
+                compact(
+                    lambda at: words[at], num_words, scan_sums, NUM_THREADS, count,
+                    position, kept_tokens, batch, kv_head,
+                )  # fmt: skip
+                append_items(
+                    items, num_items, tickets, first_item, count[0], split_tokens,
+                    batch, kv_head, batch_size * num_kv_heads, thread, NUM_THREADS,
+                )  # fmt: skip
+                if thread == 0:
+                    kept_counts[batch, kv_head] = count[0]
 
     return prune_top_p
 
 
 @T.macro
 def force_tokens(
-    words, forced_mass, row, lane, num_tokens, num_sink_tokens, first_recent, position, distance,
+    words, forced_mass, thread, num_tokens, num_sink_tokens, first_recent, position, distance,
     limit, mass,
 ):  # fmt: skip
     """Keeps what lies before position num_sink_tokens or from first_recent on: candidates ascend,
     so the sinks come first in the list and the recent tokens last."""
-    for step in T.serial(T.ceildiv(T.min(num_sink_tokens, num_tokens), HEAD_THREADS)):
-        early = step * HEAD_THREADS + lane
+    for step in T.serial(T.ceildiv(T.min(num_sink_tokens, num_tokens), NUM_THREADS)):
+        early = step * NUM_THREADS + thread
         if early < num_tokens:
             if position(early) < num_sink_tokens:
                 set_bit(words, early)
                 if distance(early) > limit:
-                    T.atomic_add(forced_mass[row], mass(distance(early)))
+                    T.atomic_add(forced_mass[0], mass(distance(early)))
     last = position(T.max(num_tokens - 1, 0))
     num_recent = T.min(last + 1 - first_recent, num_tokens)
-    for step in T.serial(T.ceildiv(T.max(num_recent, 0), HEAD_THREADS)):
-        late = num_tokens - 1 - (step * HEAD_THREADS + lane)
+    for step in T.serial(T.ceildiv(T.max(num_recent, 0), NUM_THREADS)):
+        late = num_tokens - 1 - (step * NUM_THREADS + thread)
         if late >= 0:
             if position(late) >= T.max(first_recent, num_sink_tokens):
                 set_bit(words, late)
                 if distance(late) > limit:
-                    T.atomic_add(forced_mass[row], mass(distance(late)))
+                    T.atomic_add(forced_mass[0], mass(distance(late)))

@@ -338,7 +338,7 @@ def top_pages_kernel(page_size: int, max_pages_bound: int, config: TopPagesConfi
             start_early(config.pdl)
             thread = T.get_thread_binding()
             warp = thread // 32
-            search = alloc_search(1, num_threads)
+            search = alloc_search(num_threads)
             extremes = T.alloc_shared((2, num_threads // 32), T.int32, scope="shared")
             scan_sums = T.alloc_shared((num_threads // 32,), T.int32, scope="shared")
             words = T.alloc_shared((max_words,), T.uint32)
@@ -373,7 +373,7 @@ def top_pages_kernel(page_size: int, max_pages_bound: int, config: TopPagesConfi
                 bracket[0] = HIGHEST_KEY  # takes none
                 ties[0] = 1
             if num_pages > width and need > 0:
-                clear_bins(search, 0, thread)
+                clear_bins(search, thread)
                 if not wide:
                     for r in T.unroll(per_thread):
                         keys[r] = read_key(page_of(0, r))
@@ -405,8 +405,8 @@ def top_pages_kernel(page_size: int, max_pages_bound: int, config: TopPagesConfi
                         for r in T.unroll(per_thread):
                             if is_open(page_of(chunk, r)):
                                 key = key_of(chunk, r)
-                                add_to_bin(search, 0, key, bracket[0], shift, 1, num_bins)
-                    cross_bins(search, 0, thread, bracket, shift, need, num_threads)
+                                add_to_bin(search, key, bracket[0], shift, 1, num_bins)
+                    cross_bins(search, thread, bracket, shift, need, num_threads)
                     searching = T.if_then_else(shift > 0 and bracket[1] + bracket[2] != need, 1, 0)
                     num_bins = 1 << T.min(shift, round_bits)  # only the chosen bin is open
                     shift = T.max(shift - round_bits, 0)
@@ -422,8 +422,8 @@ def top_pages_kernel(page_size: int, max_pages_bound: int, config: TopPagesConfi
                             for r in T.unroll(per_thread):
                                 if is_open(page_of(chunk, r)) and key_of(chunk, r) == bracket[0]:
                                     page = page_of(chunk, r)
-                                    add_to_bin(search, 0, -page, ties[0], shift, 1, num_bins)
-                        cross_bins(search, 0, thread, ties, shift, need, num_threads)
+                                    add_to_bin(search, -page, ties[0], shift, 1, num_bins)
+                        cross_bins(search, thread, ties, shift, need, num_threads)
                         searching = T.if_then_else(shift > 0, 1, 0)
                         num_bins = 1 << T.min(shift, round_bits)
                         shift = T.max(shift - round_bits, 0)

@@ -5,10 +5,9 @@ least `need` together. The selector's items weigh one each and it needs k of the
 weigh their attention and it needs p of the total. Masses are integers, so no order of summation can
 change a result.
 
-A row of items is searched by `row_threads` threads, and a block may search several rows side by
-side. One round cuts the row's undecided range of keys into 4 * row_threads equal bins, adds up the
-mass of each bin with shared memory atomics, and keeps the one bin in which the running sum from the
-top crosses the need.
+One round cuts the undecided range of keys into 4 * num_threads equal bins, adds up the mass of each
+bin with shared memory atomics, and keeps the one bin in which the running sum from the top crosses
+the need.
 """
 
 import tilelang.language as T
@@ -16,38 +15,38 @@ import tilelang.language as T
 BINS_PER_THREAD = 4
 
 
-def bits_per_round(row_threads: int) -> int:
+def bits_per_round(num_threads: int) -> int:
     """Bits of the key that one round settles: the log2 of its bins."""
-    return (row_threads * BINS_PER_THREAD).bit_length() - 1
+    return (num_threads * BINS_PER_THREAD).bit_length() - 1
 
 
-def alloc_search(rows: int, row_threads: int) -> tuple:
-    """Shared memory of a search: bins, one sum per warp, and each row's bin: (low, above, mass)."""
+def alloc_search(num_threads: int) -> tuple:
+    """Shared memory of a search: bins, one sum per warp, and the bin found: (low, above, mass)."""
     # Static scope: atomics in the dynamic pool are taken to alias every other buffer there.
-    bins = T.alloc_shared((rows, row_threads * BINS_PER_THREAD), T.int32, scope="shared")
-    warp_sums = T.alloc_shared((rows, row_threads // 32), T.int32, scope="shared")
-    state = T.alloc_shared((rows, 3), T.int32, scope="shared")
+    bins = T.alloc_shared((num_threads * BINS_PER_THREAD,), T.int32, scope="shared")
+    warp_sums = T.alloc_shared((num_threads // 32,), T.int32, scope="shared")
+    state = T.alloc_shared((3,), T.int32, scope="shared")
     return bins, warp_sums, state
 
 
 @T.macro
-def clear_bins(search, row, lane):
+def clear_bins(search, thread):
     for j in T.vectorized(BINS_PER_THREAD):
-        search[0][row, lane * BINS_PER_THREAD + j] = 0
+        search[0][thread * BINS_PER_THREAD + j] = 0
 
 
 @T.macro
-def add_to_bin(search, row, key, low, shift, mass, num_bins):
+def add_to_bin(search, key, low, shift, mass, num_bins):
     """Adds an item's mass to its bin of 2^shift keys, unless its key lies outside the num_bins."""
     if key >= low:
         # 64 bits: a large negative and a large positive score are more than 2^31 keys apart.
         bin_index = (T.cast(key, T.int64) - T.cast(low, T.int64)) >> T.cast(shift, T.int64)
         if bin_index < T.cast(num_bins, T.int64):
-            T.atomic_add(search[0][row, T.cast(bin_index, T.int32)], mass)
+            T.atomic_add(search[0][T.cast(bin_index, T.int32)], mass)
 
 
 @T.macro
-def cross_bins(search, row, lane, bracket, shift, need, row_threads):
+def cross_bins(search, thread, bracket, shift, need, num_threads):
     """Moves `bracket` = (low, above, mass) to the bin where the sum from the top reaches the need.
 
     `low` is the smallest key of the bin, `above` the mass of all larger keys, `mass` the bin's own.
@@ -55,7 +54,7 @@ def cross_bins(search, row, lane, bracket, shift, need, row_threads):
     block take part.
     """
     bins, warp_sums, state = search
-    num_warps = row_threads // 32
+    num_warps = num_threads // 32
     own = T.alloc_local((BINS_PER_THREAD,), T.int32)
     thread_mass = T.alloc_var(T.int32)
     running = T.alloc_var(T.int32)
@@ -63,42 +62,42 @@ def cross_bins(search, row, lane, bracket, shift, need, row_threads):
 
     T.sync_threads()
     for j in T.vectorized(BINS_PER_THREAD):
-        own[j] = bins[row, lane * BINS_PER_THREAD + j]
+        own[j] = bins[thread * BINS_PER_THREAD + j]
     thread_mass = 0
     for j in T.unroll(BINS_PER_THREAD):
         thread_mass += own[j]
     running = thread_mass
     for step in T.unroll(5):
         higher = T.shfl_down(running, 1 << step)
-        if lane % 32 + (1 << step) < 32:
+        if thread % 32 + (1 << step) < 32:
             running += higher
-    if lane % 32 == 0:
-        warp_sums[row, lane // 32] = running
-    clear_bins(search, row, lane)
+    if thread % 32 == 0:
+        warp_sums[thread // 32] = running
+    clear_bins(search, thread)
     T.sync_threads()
     for warp in T.serial(num_warps):
-        if warp > lane // 32:
-            running += warp_sums[row, warp]
+        if warp > thread // 32:
+            running += warp_sums[warp]
 
     running += bracket[1] - thread_mass  # the mass above this thread's bins
-    if (running < need and running + thread_mass >= need) or lane == 0:
+    if (running < need and running + thread_mass >= need) or thread == 0:
         found = 0
         for j in T.unroll(BINS_PER_THREAD):
             k = BINS_PER_THREAD - 1 - j
             if found == 0:
-                is_lowest = lane * BINS_PER_THREAD + k == 0
+                is_lowest = thread * BINS_PER_THREAD + k == 0
                 if running < need and (running + own[k] >= need or is_lowest):
                     found = 1
-                    bin_index = T.cast(lane * BINS_PER_THREAD + k, T.int64)
+                    bin_index = T.cast(thread * BINS_PER_THREAD + k, T.int64)
                     lowest_key = T.cast(bracket[0], T.int64) + (bin_index << T.cast(shift, T.int64))
-                    state[row, 0] = T.cast(lowest_key, T.int32)
-                    state[row, 1] = running
-                    state[row, 2] = own[k]
+                    state[0] = T.cast(lowest_key, T.int32)
+                    state[1] = running
+                    state[2] = own[k]
                 else:
                     running += own[k]
     T.sync_threads()
     for j in T.unroll(3):
-        bracket[j] = state[row, j]
+        bracket[j] = state[j]
 
 
 @T.macro

@@ -98,8 +98,11 @@ template <class T, class U> T AtomicAddRet(T* p, U v, int = 0) {
 inline int atomicAdd(int* p, int value) {
   return __atomic_fetch_add(p, value, __ATOMIC_RELAXED);
 }
-inline uint atomicOr(uint* p, uint bits) {
+template <class T> T atomicOr(T* p, T bits) {
   return __atomic_fetch_or(p, bits, __ATOMIC_RELAXED);
+}
+inline int atomicExch(int* p, int value) {
+  return __atomic_exchange_n(p, value, __ATOMIC_RELAXED);
 }
 
 namespace cutlass {

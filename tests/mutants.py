@@ -21,6 +21,7 @@ SCORED = (*EMULATED, "page_scores and gqa4 and default")
 TOPPED = (*EMULATED, "top_pages and registers")
 ESTIMATED = (*EMULATED, "estimated_logits and gqa4 and default")
 PRUNED = (*EMULATED, "pruned_sets and (gqa4 or gqa3) and (normal or skewed)")
+PRUNED_APART = (*EMULATED, "pruned_sets and heads-apart and normal")
 PRUNED_WIDE = (*EMULATED, "pruned_sets and wide and skewed")
 UNKNOWN = (*EMULATED, "without_a_softmax and gqa3")
 ATTENDED = (*EMULATED, "attention_matches and (gqa4 or mha) and (tokens or pages)")
@@ -127,8 +128,8 @@ MUTANTS = (
     ),
     Mutant(
         "last query head of a group dropped from the union", "pruner.py",
-        "head = T.min(turn * block_heads + row, group_size - 1)",
-        "head = T.min(turn * block_heads + row, T.max(group_size - 2, 0))", PRUNER, PRUNED,
+        "head = first_head + turn\n",
+        "head = T.min(first_head + turn, T.max(group_size - 2, 0))\n", PRUNER, PRUNED,
     ),
     Mutant(
         "a little less mass than asked for", "pruner.py",
@@ -144,7 +145,11 @@ MUTANTS = (
     ),
     Mutant(
         "softmax summed over half of the warps", "pruner.py",
-        "T.unroll(1, HEAD_THREADS // 32)", "T.unroll(1, HEAD_THREADS // 64)", PRUNER, PRUNED,
+        "T.unroll(1, NUM_THREADS // 32)", "T.unroll(1, NUM_THREADS // 64)", PRUNER, PRUNED,
+    ),
+    Mutant(
+        "arrivals of heads not left at zero", "pruner.py",
+        "arrived[batch, kv_head] = 0", "arrived[batch, kv_head] = 1", PRUNER, PRUNED_APART,
     ),
     Mutant(
         "one sink too few", "pruner.py",

@@ -89,9 +89,8 @@ def every_form() -> None:
 
 
 PINNED = (
-    {"pruner": PrunerConfig(block_threads=256, blocks_per_sm=1)},
-    {"pruner": PrunerConfig(block_threads=512, blocks_per_sm=1)},
-    {"pruner": PrunerConfig(block_threads=1024, blocks_per_sm=1)},
+    {"pruner": PrunerConfig(heads_apart=False)},
+    {"pruner": PrunerConfig(heads_apart=True)},
     {"top_pages": TopPagesConfig(num_threads=128, pages_per_thread=1)},
     {"top_pages": TopPagesConfig(num_threads=1024)},
     {"estimator": EstimatorConfig()},
@@ -106,7 +105,7 @@ def every_config() -> None:
     for configs in PINNED:
         with pinned(configs):
             every_stage(small(4, (333,), 64))
-    for configs in PINNED[:2] + PINNED[3:4]:
+    for configs in PINNED[:3]:
         with pinned(configs):
             every_stage(small(2, (9000,), 64))
 

@@ -23,7 +23,7 @@ from kernels.config import (
 )
 from kernels.estimator import estimator_kernel
 from kernels.mirror import append_kernel, mirror_kernel, prefill_kernel
-from kernels.pruner import HEAD_THREADS, pruner_kernel
+from kernels.pruner import NUM_THREADS, HeadUnion, pruner_kernel
 from kernels.selector import (
     all_pages_kernel,
     next_power_of_two,
@@ -305,11 +305,12 @@ def test_estimated_logits_match_reference(config, inputs, folder):
 ROWS = {  # seq_len, group size, sinks, recent, config
     "gqa4": (700, 4, 0, 0, PrunerConfig()),
     "gqa3-windows": (333, 3, 4, 24, PrunerConfig()),
-    "side-by-side": (700, 4, 0, 0, PrunerConfig(block_threads=1024, blocks_per_sm=1)),
-    "wide": (20_005, 2, 0, 0, PrunerConfig(block_threads=512, blocks_per_sm=1)),
-    "one-page": (11, 4, 0, 0, PrunerConfig(block_threads=1024, blocks_per_sm=1)),
-    "two-pages": (27, 4, 0, 0, PrunerConfig(block_threads=1024, blocks_per_sm=1)),
-    "one-head-per-block": (700, 1, 0, 0, PrunerConfig(blocks_per_sm=1)),
+    "heads-apart": (700, 4, 4, 24, PrunerConfig(heads_apart=True)),
+    "wide": (20_005, 2, 0, 0, PrunerConfig(heads_apart=True)),
+    "one-page": (11, 4, 0, 0, PrunerConfig(heads_apart=True)),
+    "two-pages": (27, 4, 0, 0, PrunerConfig(heads_apart=True)),
+    "wide-walk": (9_000, 2, 0, 0, PrunerConfig()),
+    "one-head": (700, 1, 0, 0, PrunerConfig()),
 }
 
 
@@ -391,18 +392,21 @@ def prune_emulated(logits, cache, pages, counts, top_p, windows, config, folder)
     items = blank(-(-width // 128), 4, dtype=torch.int32)
     num_items, tickets = torch.zeros(1, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     static = (group_size, 16, next_power_of_two(max(width, 32)), 128, config)
-    block_heads = min(group_size, config.block_threads // HEAD_THREADS)
+    union = HeadUnion.allocate(cache, width)
     windows = {"num_sink_tokens": 0, "num_recent_tokens": 0} | windows
     emulated(pruner_kernel, static, folder)(
-        (1, 1), block_heads * HEAD_THREADS, logits=logits, seq_lens=cache.seq_lens,
+        (group_size if config.heads_apart else 1,), NUM_THREADS,
+        logits=logits, seq_lens=cache.seq_lens,
         candidate_pages=pages, candidate_counts=counts,
         top_p=torch.full((1, 1, group_size), top_p), **windows, kept_tokens=kept_tokens,
         kept_counts=kept_counts, kept_mass=kept_mass, batch_size=1, num_kv_heads=1,
         width_pages=pages.shape[2], width=width, items=items, num_items=num_items,
-        tickets=tickets, max_items=len(items),
+        tickets=tickets, max_items=len(items), union_words=union.words, arrived=union.arrived,
+        width_words=union.words.shape[2],
     )  # fmt: skip
     splits = -(-int(kept_counts) // 128)
     assert not tickets.any() and num_items.item() == splits
+    assert not union.words.any() and not union.arrived.any()
     assert items[:splits, 3].sum() == kept_counts
     assert items[:splits, 2].tolist() == ([-1] if splits == 1 else list(range(splits)))
     return kept_tokens, kept_counts, kept_mass[0]

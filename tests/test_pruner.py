@@ -7,6 +7,8 @@ import torch
 
 import kernels
 import reference
+from kernels.config import PrunerConfig
+from kernels.tuned import pinned
 from tests.cases import NAN
 from tests.logits import LOGITS, NO_SOFTMAX, normal, skewed
 from tests.properties import (
@@ -184,6 +186,20 @@ def test_prune_top_p_keeps_the_union_of_its_group(rng):
     union = as_mask(own_tokens, own_counts, alone.cache.capacity).unflatten(1, (2, 4)).any(2)
     assert torch.equal(as_mask(tokens, counts, grouped.cache.capacity), union)
     torch.testing.assert_close(mass, own_mass, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [32, 600])
+@pytest.mark.parametrize("top_p", [0.85, 1.0])
+def test_prune_top_p_gives_the_same_bits_with_heads_apart(top_p, width, rng):
+    problem = make_problem(skewed, rng, seq_lens=(9_700, 37, 1), width=width, group_size=3)
+    results = []
+    for config in (PrunerConfig(heads_apart=False), PrunerConfig(heads_apart=True)):
+        with pinned({"pruner": config}):
+            for _ in range(3):
+                tokens, counts, mass = problem.prune(top_p, num_sink_tokens=4, num_recent_tokens=9)
+                results.append((tokens[valid_entries(tokens, counts)], counts, mass))
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
 
 
 def test_prune_top_p_never_invents_token_zero(rng):

@@ -22,7 +22,7 @@ from reference.inputs import DecodeShape
 
 HOME = Bucket(4, 128, 16, "float16", 512, 8192)
 DEFAULT = PrunerConfig()
-FASTER = {"block_threads": 512, "blocks_per_sm": 2}
+FASTER = {"blocks_per_sm": 2, "heads_apart": True}
 
 
 def entry_of(kernel: str, config: dict, **changes) -> Entry:
@@ -33,7 +33,7 @@ def entry_of(kernel: str, config: dict, **changes) -> Entry:
         time_us=90.0,
         default_us=100.0,
         noise_us=1.0,
-        rejected={"block_threads=1024": "spills 48 bytes"},
+        rejected={"blocks_per_sm=1": "spills 48 bytes"},
         source=KERNELS[kernel].source,
         space="0123456789ab",
         date="2026-01-31",
@@ -65,7 +65,7 @@ def test_an_exact_bucket_is_taken() -> None:
     choice = choose(
         "pruner", HOME, DEFAULT, configs_of("pruner", {HOME: entry_of("pruner", FASTER)})
     )
-    assert (choice.config, choice.reason, choice.bucket) == (PrunerConfig(512, 2), "exact", HOME)
+    assert (choice.config, choice.reason, choice.bucket) == (PrunerConfig(True, 2), "exact", HOME)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_the_nearest_bucket_has_the_same_statics_and_half_to_double_the_size(cha
     configs = configs_of("pruner", {HOME: entry_of("pruner", FASTER)})
     choice = choose("pruner", dataclasses.replace(HOME, **change), DEFAULT, configs)
     assert (choice.bucket == HOME) == found
-    assert choice.config == (PrunerConfig(512, 2) if found else DEFAULT)
+    assert choice.config == (PrunerConfig(True, 2) if found else DEFAULT)
     assert choice.reason.startswith("nearest" if found else "default")
 
 
@@ -154,14 +154,14 @@ def test_a_launch_looks_its_config_up_once(written: Path, monkeypatch) -> None:
     monkeypatch.setenv(tuned.VARIABLE, str(written))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
     lookup = lambda: tuned.config_for("pruner", cache_of(HOME), 4, HOME.width, DEFAULT)  # noqa: E731
-    assert lookup() == PrunerConfig(512, 2)
+    assert lookup() == PrunerConfig(True, 2)
     written.unlink()  # not read again
-    assert lookup() == PrunerConfig(512, 2)
-    with tuned.pinned({"pruner": PrunerConfig(1024, 1)}):
-        assert lookup() == PrunerConfig(1024, 1)
+    assert lookup() == PrunerConfig(True, 2)
+    with tuned.pinned({"pruner": PrunerConfig(True, 1)}):
+        assert lookup() == PrunerConfig(True, 1)
         with tuned.pinned({}):
             assert lookup() == DEFAULT
-    assert lookup() == PrunerConfig(512, 2)
+    assert lookup() == PrunerConfig(True, 2)
 
 
 def test_without_a_file_defaults_are_taken(tmp_path: Path, monkeypatch) -> None:
@@ -192,8 +192,8 @@ def test_a_file_of_another_gpu_is_refused(written: Path, monkeypatch) -> None:
         ("{", "", "Expecting|Extra data"),
         ('"gpu": "h200"', '"GPU": "h200"', "expected the keys arch, gpu, kernels"),
         ('"pruner": {', '"sampler": {', "unknown kernel sampler"),
-        ("block_threads\": 512", "block_thread\": 512", "unknown field block_thread"),
-        ("block_threads\": 512", "block_threads\": \"512\"", "block_threads: expected int"),
+        ("heads_apart\": true", "head_apart\": true", "unknown field head_apart"),
+        ("heads_apart\": true", "heads_apart\": 1", "heads_apart: expected bool"),
         ("rows=512", "rows=many", "expected a bucket like"),
         (" rows=512", "", "expected a bucket like"),
         ('"time_us": 90.0,', "", "expected the keys"),
@@ -371,7 +371,7 @@ def test_show_says_what_is_launched_and_why(written: Path, monkeypatch, capsys) 
     monkeypatch.setenv(tuned.VARIABLE, str(written))
     assert show.main(["--workload", "gqa-32k", "--gpu", "h200"]) == 0
     text = capsys.readouterr().out
-    config = "PrunerConfig(block_threads=512, blocks_per_sm=2, pdl=False)"
+    config = "PrunerConfig(heads_apart=True, blocks_per_sm=2, pdl=False)"
     assert f"pruner: {config}\n    exact; 100.0 -> 90.0" in text
     assert "estimator: EstimatorConfig" in text and "default: no bucket is near" in text
     assert show.main(["--batch-size", "32", "--seq-len", "9000", "--gpu", "h200"]) == 0
