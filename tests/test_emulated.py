@@ -333,7 +333,7 @@ def test_pruned_sets_match_reference(row, draw, top_p, rng, folder):
 
 
 @pytest.mark.parametrize("draw", NO_SOFTMAX)
-@pytest.mark.parametrize("row", ["gqa3-windows", "side-by-side", "wide", "one-page"])
+@pytest.mark.parametrize("row", ["gqa3-windows", "heads-apart", "wide", "one-page"])
 def test_a_row_without_a_softmax_keeps_every_candidate(row, draw, rng, folder):
     """Of one query head; the others of its group are as they were."""
     seq_len, group_size, *_, config = ROWS[row]
@@ -354,7 +354,7 @@ def test_a_top_p_out_of_range_keeps_all_or_one(top_p, kept, rng, folder):
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(
-    row=st.sampled_from(["gqa4", "side-by-side"]),
+    row=st.sampled_from(["gqa4", "heads-apart"]),
     seq_len=st.integers(1, 1024),
     draws=st.lists(st.sampled_from([*LOGITS, *NO_SOFTMAX]), min_size=4, max_size=4),
     top_p=st.floats(1e-6, 1.0),
