@@ -147,7 +147,6 @@ def test_the_clock_is_read_from_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.alone
 def test_a_known_copy_has_the_known_bandwidth() -> None:
     """Copies in a row, timed as one by events, tell the bandwidth; the timer must find the same."""
     num_bytes = 1 << 30
