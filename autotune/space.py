@@ -230,20 +230,18 @@ def _pruner_shared(shape: KernelShape) -> int:
     return 4 * BINS_PER_THREAD * NUM_THREADS + row + width // 8 + 1024
 
 
+# Of the kernels whose warps take tiles of codes: page_score and estimator.
+TILES = {"num_warps": (2, 4, 8), "tiles_per_warp": (1, 2, 4), "steps": (1, 2, 4, 8)}
+TILES_FIT = (
+    "codes of all tiles in flight fit in a thread's registers",
+    lambda c, s, arch: c.tiles_per_warp * s.head_dim <= 512,
+)
+
 SPACES = {
     "page_score": Space(
         stage="selector",
-        values={
-            "num_warps": (2, 4, 8),
-            "tiles_per_warp": (1, 2, 4),
-            "steps": (1, 2, 4, 8),
-        },
-        limits=(
-            (
-                "codes of all tiles in flight fit in a thread's registers",
-                lambda c, s, arch: c.tiles_per_warp * s.head_dim <= 512,
-            ),
-        ),
+        values=TILES,
+        limits=(TILES_FIT,),
         sensible=(
             ("every SM has a block", lambda c, s, arch: _page_score_blocks(c, s) >= FULL_GPU),
             (
@@ -291,17 +289,8 @@ SPACES = {
     ),
     "estimator": Space(
         stage="estimator",
-        values={
-            "num_warps": (2, 4, 8),
-            "tiles_per_warp": (1, 2, 4),
-            "steps": (1, 2, 4, 8),
-        },
-        limits=(
-            (
-                "codes of all tiles in flight fit in a thread's registers",
-                lambda c, s, arch: c.tiles_per_warp * s.head_dim <= 512,
-            ),
-        ),
+        values=TILES,
+        limits=(TILES_FIT,),
         sensible=(
             ("every SM has a block", lambda c, s, arch: _estimator_blocks(c, s) >= FULL_GPU),
             (
