@@ -12,7 +12,8 @@ from pathlib import Path
 import pandas as pd
 
 from plots.figures import FIGURES, FULL_FIGURES, TUNED_FIGURES
-from plots.frames import SIZES, Frames, MissingData, standard_rows
+from plots.frames import SIZES, STEP_STAGES, Frames, MissingData, standard_rows
+from plots.parts import METHODS
 from plots.style import DPI
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,7 +112,7 @@ def markdown_table(frames: Frames) -> str:
             raise MissingData(f"dense.csv: no row with workload {workload}")
         best = own_dense.loc[own_dense["median_us"].idxmin()]
         by_method = rows.set_index("method")
-        for method in ("quest", "full+twilight", "quest+twilight"):
+        for method in METHODS:
             if method not in by_method.index:
                 raise MissingData(f"pipeline.csv: no row with workload {workload}, {method}")
         ours, times = by_method.loc["quest+twilight"], by_method["median_us"]
@@ -134,16 +135,15 @@ def markdown_table(frames: Frames) -> str:
 
 def stage_table(frames: Frames) -> str:
     """The README's second table: each stage's time, bytes per time and share of its byte floor."""
-    stages = ("selector", "estimator", "pruner", "attention")
-    rows = pd.concat([standard_rows(frames, stage) for stage in stages])
+    rows = pd.concat([standard_rows(frames, stage) for stage in STEP_STAGES])
     lines = [
-        "| workload | kept per KV head | " + " | ".join(stages) + " |",
-        "|---|---" + "|---" * len(stages) + "|",
+        "| workload | kept per KV head | " + " | ".join(STEP_STAGES) + " |",
+        "|---|---" + "|---" * len(STEP_STAGES) + "|",
     ]
     for workload, own in rows.groupby("workload", sort=False):
         by_stage = own.set_index("stage")
         cells = []
-        for stage in stages:
+        for stage in STEP_STAGES:
             if stage not in by_stage.index:
                 raise MissingData(f"{stage}.csv: no row with workload {workload}")
             row = by_stage.loc[stage]

@@ -11,7 +11,6 @@ from plots.frames import OURS, SIZES, Frames, fastest, require, rows_of, sweep
 from plots.parts import BAND, METHODS, PROVIDERS, floor, heads, line, panels, title
 from plots.style import LOOKS, legend_below, log_axes, three_digits
 
-STEP_METHODS = ("quest", "full+twilight", "quest+twilight")
 STEP_FIXED = ["num_qo_heads", "num_kv_heads", "head_dim", "page_size", "top_p"]
 
 
@@ -150,7 +149,7 @@ def _methods(rows: pd.DataFrame, batch_size: int) -> list[tuple[str, pd.DataFram
     what = f"at batch_size {batch_size}"
     return [
         (method, require(rows[rows["method"] == method], "pipeline", f"method {method} {what}"))
-        for method in STEP_METHODS
+        for method in METHODS
     ]
 
 

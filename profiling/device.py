@@ -5,6 +5,7 @@ import functools
 import hashlib
 import importlib.metadata
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -67,16 +68,26 @@ def version(package: str) -> str:
         return "none"
 
 
+def digest(root: Path, paths: Iterable[Path]) -> str:
+    """Hash of files and of their names below `root`."""
+    found = hashlib.sha256()
+    for path in sorted(paths):
+        found.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()
+
+
 def source_id(root: Path = ROOT) -> str:
     """Which code is measured: the commit, plus a hash of the sources where they differ from it.
 
     Outside a git checkout the hash stands alone. Two runs with the same id ran the same code.
     """
-    digest = hashlib.sha256()
-    for path in sorted(path for name in SOURCES for path in (root / name).rglob("*")):
-        if path.suffix == ".py" or (path.suffix == ".json" and path.parent.name == "configs"):
-            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    sources = "src." + digest.hexdigest()[:8]
+    every = (path for name in SOURCES for path in (root / name).rglob("*"))
+    own = (
+        path
+        for path in every
+        if path.suffix == ".py" or (path.suffix == ".json" and path.parent.name == "configs")
+    )
+    sources = "src." + digest(root, own)[:8]
     commit = _git(root, "rev-parse", "--short=10", "HEAD")
     sources_of = [f"{name}/*.py" for name in SOURCES] + ["autotune/configs/*.json"]
     changes = _git(root, "status", "--porcelain", "--", *sources_of)

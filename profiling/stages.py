@@ -66,6 +66,16 @@ class Slot:
     cache: Any
     step: Any
 
+    @property
+    def stage_calls(self) -> dict[str, Callable[[], object]]:
+        """Each stage of the step, in order; one needs what those before it left in the step."""
+        return {
+            "selector": partial(self.step.select, self.q, self.cache),
+            "estimator": partial(self.step.estimate, self.q, self.cache),
+            "pruner": partial(self.step.prune, self.cache),
+            "attention": partial(self.step.attend, self.q, self.cache),
+        }
+
 
 class StageBuilder:
     """Builds the providers of one workload; steps are made once and shared by the stages."""
@@ -120,13 +130,7 @@ class StageBuilder:
         """One stage of quest+twilight, on what the stages before it left in the workspaces."""
         method = METHODS[0]
         slots = self.slots(stage, method)
-        call = {
-            "selector": lambda slot: partial(slot.step.select, slot.q, slot.cache),
-            "estimator": lambda slot: partial(slot.step.estimate, slot.q, slot.cache),
-            "pruner": lambda slot: partial(slot.step.prune, slot.cache),
-            "attention": lambda slot: partial(slot.step.attend, slot.q, slot.cache),
-        }[stage]
-        calls, (q, cache, step) = [call(slot) for slot in slots], _parts(slots[0])
+        calls, (q, cache, step) = [slot.stage_calls[stage] for slot in slots], _parts(slots[0])
 
         def check() -> float:
             out = calls[0]()

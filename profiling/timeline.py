@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from profiling.observations import METHOD, Origin, setting_of
 from profiling.rows import TimelineRow
-from profiling.stages import Slot, StageBuilder
+from profiling.stages import StageBuilder
 from profiling.timing import capture
 
 STEPS = 12  # at least; the first does not count, as nothing runs before it
@@ -75,7 +75,7 @@ def timeline_rows(builder: StageBuilder, gpu: str, origin: Origin) -> list[Timel
     order = [slots[index % len(slots)] for index in range(steps)]
     runs = [partial(slot.step.run, slot.q, slot.cache) for slot in order]
     if builder.backend.device == "cuda":
-        alone = _stage_calls(slots[0])
+        alone = slots[0].stage_calls
         launches = {stage: len(device_spans(call)) for stage, call in alone.items()}
         graph = capture(runs, steps)
 
@@ -88,8 +88,8 @@ def timeline_rows(builder: StageBuilder, gpu: str, origin: Origin) -> list[Timel
             "launches": shares(device_spans(one_by_one), launches),
         }
     else:
-        stages = _stage_calls(slots[0])
-        spans = [host_span(call) for slot in order for call in _stage_calls(slot).values()]
+        stages = slots[0].stage_calls
+        spans = [host_span(call) for slot in order for call in slot.stage_calls.values()]
         found = {"host": shares(spans, dict.fromkeys(stages, 1))}
     return [
         TimelineRow(
@@ -129,16 +129,6 @@ def host_span(call: Callable[[], object]) -> Span:
     start = time.perf_counter()
     call()
     return Span(start * 1e6, time.perf_counter() * 1e6)
-
-
-def _stage_calls(slot: Slot) -> dict[str, Callable[[], object]]:
-    q, cache, step = slot.q, slot.cache, slot.step
-    return {
-        "selector": partial(step.select, q, cache),
-        "estimator": partial(step.estimate, q, cache),
-        "pruner": partial(step.prune, cache),
-        "attention": partial(step.attend, q, cache),
-    }
 
 
 def _whole(own: Mapping[str, Share]) -> Share:

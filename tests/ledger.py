@@ -5,7 +5,6 @@ passed it: `source` is a hash of kernels, reference and tests.
 """
 
 import functools
-import hashlib
 import json
 import os
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from profiling.device import gpu_label, source_id
+from profiling.device import digest, gpu_label, source_id
 
 ROOT = Path(__file__).resolve().parent.parent
 LEDGER = ROOT / ".trust" / "ledger.jsonl"
@@ -23,11 +22,8 @@ SOURCES = ("kernels", "reference", "tests")
 @functools.cache
 def source() -> str:
     """A hash of the code under test and of the tests."""
-    digest = hashlib.sha256()
-    for path in sorted(path for name in SOURCES for path in (ROOT / name).rglob("*")):
-        if path.suffix in (".py", ".h"):
-            digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:12]
+    paths = (path for name in SOURCES for path in (ROOT / name).rglob("*"))
+    return digest(ROOT, (path for path in paths if path.suffix in (".py", ".h")))[:12]
 
 
 def record(section: str, unit: str, result: dict) -> None:

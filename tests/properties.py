@@ -285,11 +285,8 @@ def assert_attention_close(
     """out and lse against exact attention over the same tokens; lse within 1e-4."""
     out, lse = result
     assert lse.dtype == torch.float32
-    arguments = q, as_reference(cache), kept_tokens, kept_counts
-    options = {"sm_scale": sm_scale, "return_lse": True, "dtype": torch.float64}
-    oracle_lse = reference.flash_topk_attention(*arguments, **options)[1]
+    oracle_lse = assert_out_close(out, q, cache, kept_tokens, kept_counts, sm_scale)
     torch.testing.assert_close(lse.double(), oracle_lse, rtol=1e-5, atol=1e-4)
-    assert_out_close(out, q, cache, kept_tokens, kept_counts, sm_scale)
 
 
 def assert_out_close(
@@ -299,13 +296,16 @@ def assert_out_close(
     kept_tokens: torch.Tensor,
     kept_counts: torch.Tensor,
     sm_scale: float | None = None,
-) -> None:
-    """out against exact attention over the same tokens."""
+) -> torch.Tensor:
+    """out against exact attention over the same tokens; returns that attention's lse in fp64."""
     assert out.dtype == q.dtype
     arguments = q, as_reference(cache), kept_tokens, kept_counts
     expected = reference.flash_topk_attention(*arguments, sm_scale=sm_scale)
-    oracle = reference.flash_topk_attention(*arguments, sm_scale=sm_scale, dtype=torch.float64)
+    oracle, oracle_lse = reference.flash_topk_attention(
+        *arguments, sm_scale=sm_scale, return_lse=True, dtype=torch.float64
+    )
     assert_close(out, expected, oracle, "out", slack=logit_rounding(q, cache, sm_scale))
+    return oracle_lse
 
 
 def logit_rounding(q: torch.Tensor, cache, sm_scale: float | None = None) -> torch.Tensor:
