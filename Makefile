@@ -38,10 +38,11 @@ format: $(READY)  ## ruff format, and safe fixes
 	@$(PYTHON) -m ruff format . && $(PYTHON) -m ruff check --quiet --fix . && echo 'format: done'
 
 test: $(READY)  ## every test; those marked gpu skip where there is no GPU
-	@$(PYTHON) -m pytest -q $(WORKERS)
+	@$(PYTHON) -m pytest -q -m "not alone" $(WORKERS) && $(PYTHON) -m pytest -q -m alone
 
 test-gpu: $(READY)  ## the tests marked gpu; fails where there is no GPU: [FULL=1: only the 2,000 generated cases]
-	@$(PYTHON) -c '$(NEED_GPU)' && $(PYTHON) -m pytest -q -m gpu $(if $(FULL),tests/test_generated.py) $(WORKERS); \
+	@$(PYTHON) -c '$(NEED_GPU)' && $(PYTHON) -m pytest -q -m "gpu and not alone" $(WORKERS) \
+		$(if $(FULL),tests/test_generated.py,&& $(PYTHON) -m pytest -q -m alone); \
 		$(REPORT)
 
 sanitize: $(READY)  ## every kernel under compute-sanitizer; needs a GPU

@@ -97,7 +97,7 @@ class TwilightDecode:
 
     def select(self, q: torch.Tensor, cache: PagedKVCache) -> None:
         """Candidates -> candidate_pages, candidate_counts."""
-        if self.selector == "full":
+        if self.candidate_pages.shape[2] == cache.max_pages:  # the budget has room for all
             launch_select_all(cache, self.candidate_pages, self.candidate_counts)
         else:
             launch_select_pages(

@@ -38,6 +38,11 @@ class Work:
     def group_size(self) -> int:
         return self.num_qo_heads // self.num_kv_heads
 
+    def chooses_pages(self, method: str) -> bool:
+        """Whether the method must read the bounds: not where every page is a candidate."""
+        every = self.batch_size * self.num_kv_heads * self.seq_len
+        return method in USES_BOUNDS and self.candidate_tokens < every
+
     @property
     def num_bounds(self) -> int:
         """Pages that have bounds, summed over requests and KV heads."""
@@ -64,7 +69,7 @@ def bytes_moved(stage: str, method: str, work: Work) -> int:
     if stage == "pipeline":
         return (
             rows
-            + (bounds if method in USES_BOUNDS else 0)
+            + (bounds if work.chooses_pages(method) else 0)
             + (mirror if method in USES_ESTIMATE else 0)
         )
     raise ValueError(f"stage: expected one of the stages, got {stage}")
@@ -91,7 +96,7 @@ def flops(stage: str, method: str, work: Work) -> int:
     if stage == "pipeline":
         return (
             exact
-            + (bounds if method in USES_BOUNDS else 0)
+            + (bounds if work.chooses_pages(method) else 0)
             + (estimate + softmax if method in USES_ESTIMATE else 0)
         )
     raise ValueError(f"stage: expected one of the stages, got {stage}")

@@ -161,6 +161,8 @@ def test_bytes_are_those_of_the_design() -> None:
     assert traffic.bytes_moved("attention", "quest+twilight", work) == pairs * 512 * (512 + 4)
     whole = pairs * (2048 * 264 + 8192 * 68 + 512 * 512)
     assert traffic.bytes_moved("pipeline", "quest+twilight", work) == whole
+    every = dataclasses.replace(work, candidate_tokens=pairs * 32_768)
+    assert traffic.bytes_moved("pipeline", "quest", every) == pairs * 512 * 512  # nothing to choose
     dense = GPU_WORKLOADS[0].work("dense")
     assert traffic.bytes_moved("dense", "dense", dense) == pairs * 32_768 * 512
     assert traffic.flops("dense", "dense", dense) == 64 * 32 * 32_768 * 128 * 4

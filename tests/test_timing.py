@@ -147,6 +147,35 @@ def test_the_clock_is_read_from_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
+def test_a_known_pass_has_the_known_bandwidth() -> None:
+    """Passes over known bytes, timed in a row by events, tell the bandwidth; the timer finds the
+    same. Not copies: in a graph they become memory operations, and another engine runs them."""
+    num_bytes = 1 << 30
+    pairs = [torch.ones(2, num_bytes // 4, dtype=torch.int32, device="cuda") for _ in range(3)]
+    calls = [lambda pair=pair: torch.bitwise_not(pair[1], out=pair[0]) for pair in pairs]
+    for call in calls:
+        call()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(10):
+        for call in calls:
+            call()
+    end.record()
+    torch.cuda.synchronize()
+    known_us = start.elapsed_time(end) * 1e3 / 30
+    timed = timing.time_providers({"pass": calls})["pass"]
+    assert timed.median_us == pytest.approx(known_us, rel=0.05)
+    assert 100 < timed.sm_mhz < 5000
+    small = [pair[:, : num_bytes // 64] for pair in pairs]  # 64 MB: still not in the L2 again
+    parts = [lambda pair=pair: torch.bitwise_not(pair[1], out=pair[0]) for pair in small]
+    for part in parts:
+        part()
+    timed = timing.time_providers({"pass": parts})["pass"]
+    assert timed.median_us * 16 == pytest.approx(known_us, rel=0.15)
+
+
+@pytest.mark.gpu
 def test_gpu_timer_captures_what_it_can() -> None:
     data = torch.ones(64 << 20, device="cuda")
     providers = {"sum": [lambda: data.sum()], "read back": [lambda: data[:8].sum().item()]}
