@@ -35,7 +35,7 @@ def start_early(pdl):
 def starts_early(num_rows: int, capability: tuple[int, int]) -> bool:
     """Whether a kernel is compiled with `start_early`: it hides launches where they are what costs;
     many rows fill the GPU, and blocks that wait would only take room."""
-    return num_rows <= 128 and capability >= (9, 0)
+    return num_rows <= 32 and capability >= (9, 0)
 
 
 @dataclass(frozen=True)
