@@ -31,8 +31,10 @@ def poison_unused(cache: PagedKVCache) -> None:
     page, slot = unused.nonzero(as_tuple=True)
     cache.k_int4[page, :, slot] = 255
     cache.k_scale_zero[page, :, slot] = float("nan")
-    cache.page_bounds[unused.all(dim=1)] = 255
-    cache.bounds_scale_zero[unused.all(dim=1)] = float("nan")
+    # By index: a mask would read what is there, and it may never have been written.
+    (page,) = unused.all(dim=1).nonzero(as_tuple=True)
+    cache.page_bounds[page] = 255
+    cache.bounds_scale_zero[page] = float("nan")
 
 
 def poisoned_cache(inputs: DecodeInputs) -> PagedKVCache:

@@ -10,7 +10,8 @@ SELECTOR = ("tests/test_selector.py",)
 ESTIMATOR = ("tests/test_estimator.py",)
 PRUNER = ("tests/test_pruner.py",)
 ATTENTION = ("tests/test_attention.py",)
-PIPELINE = ("tests/test_pipeline.py",)
+WINDOWS = ("tests/test_pruner.py", "-k", "sinks")
+REPEATED = ("tests/test_pipeline.py", "-k", "counters or replays")
 COMPILED = ("tests/test_compile.py", "-k", "gqa4-d128-sm_90a")
 
 EMULATED = ("tests/test_emulated.py", "-k")
@@ -149,16 +150,16 @@ MUTANTS = (
     ),
     Mutant(
         "arrivals of heads not left at zero", "pruner.py",
-        "arrived[batch, kv_head] = 0", "arrived[batch, kv_head] = 1", PRUNER, PRUNED_APART,
+        "arrived[batch, kv_head] = 0", "arrived[batch, kv_head] = 1", REPEATED, PRUNED_APART,
     ),
     Mutant(
         "one sink too few", "pruner.py",
         "if position(early) < num_sink_tokens:", "if position(early) < num_sink_tokens - 1:",
-        PRUNER, PRUNED,
+        WINDOWS, PRUNED,
     ),
     Mutant(
         "newest token not among the recent ones", "pruner.py",
-        "late = num_tokens - 1 - (step", "late = num_tokens - 2 - (step", PRUNER, PRUNED,
+        "late = num_tokens - 1 - (step", "late = num_tokens - 2 - (step", WINDOWS, PRUNED,
     ),
     Mutant(
         "a bit behind the last token at p = 1", "pruner.py",
@@ -195,11 +196,11 @@ MUTANTS = (
     ),
     Mutant(
         "splits merged with a wrong scale", "split_kv.py",
-        "total += scale * partial_lse", "total += partial_lse", ATTENTION, ATTENDED,
+        "row_sum += scale * partial_lse", "row_sum += partial_lse", ATTENTION, ATTENDED,
     ),
     Mutant(
         "tickets not left at zero", "split_kv.py",
-        "            tickets[1] = 0\n", "            tickets[1] = 1\n", PIPELINE, PRUNED,
+        "            tickets[1] = 0\n", "            tickets[1] = 1\n", REPEATED, PRUNED,
     ),
     Mutant(
         "last token counted twice on tensor cores", "attend_tiles.py",

@@ -4,6 +4,7 @@ What only a GPU shows (races, asynchronous copies, wgmma, bf16) is left to the t
 """
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 import reference
 from kernels.attention import ATTENTION_KERNELS
 from kernels.config import (
+    AttentionConfig,
     EstimatorConfig,
     PageScoreConfig,
     PrunerConfig,
@@ -30,7 +32,7 @@ from kernels.selector import (
     page_score_kernel,
     top_pages_kernel,
 )
-from kernels.split_kv import merge_kernel, plan_kernel
+from kernels.split_kv import MERGE_WARPS, merge_kernel, plan_kernel
 from reference.hazards import contiguous, poison_unused
 from reference.inputs import DecodeShape, random_inputs
 from tests.cases import FORMS, NAN, forms_for
@@ -457,13 +459,39 @@ def test_attention_matches_reference(form, source, inputs, folder):
         attend = emulated(ATTENTION_KERNELS[config.form], static, folder)
         attend((num_blocks,), config.num_threads, **shared)
         grid = (q.shape[2], cache.num_kv_heads, cache.batch_size)
-        emulated(merge_kernel, static, folder)(grid, cache.head_dim, **shared)
+        emulated(merge_kernel, static, folder)(grid, MERGE_WARPS * 32, **shared)
         assert not shared["tickets"].any()
         results.append((shared["out"].flatten(1, 2), shared["lse"].flatten(1, 2)))
     (out, lse), again = results
     torch.testing.assert_close(out, expected[0], rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(lse, expected[1].float(), rtol=1e-5, atol=1e-4)
     assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("num_splits", [2, 32, 33, 300])
+def test_merge_joins_splits(num_splits, head_dim, rng, folder):
+    """One lane's splits, several warps', several turns of all warps."""
+    config, group_size = AttentionConfig(), 2
+    partials = (1, 1, num_splits + 1, group_size)
+    max_log2 = torch.randn(partials, generator=rng) * 8
+    total = 1 + 99 * torch.rand(partials, generator=rng)
+    values = torch.randn(*partials, head_dim, generator=rng)
+    poison = torch.full((1, 1, 1, group_size), math.nan)
+    max_log2[:, :, -1:], total[:, :, -1:] = poison, poison  # of no item
+    outputs = dict(out=blank(1, 1, 2, head_dim, dtype=torch.float16), lse=blank(1, 1, 2))
+    emulated(merge_kernel, (group_size, head_dim, 16, "float16", "tokens", config), folder)(
+        (group_size, 1, 1), MERGE_WARPS * 32, seq_lens=torch.zeros(1, dtype=torch.int32),
+        indices=torch.zeros(1, 1, 1, dtype=torch.int32), width=1,
+        counts=torch.full((1, 1), num_splits * config.split_tokens - 5, dtype=torch.int32),
+        partial_out=values * total[..., None], partial_lse=torch.stack([max_log2, total], -1),
+        batch_size=1, num_kv_heads=1, max_splits=num_splits + 1, **outputs,
+    )  # fmt: skip
+    lse = (max_log2.double() * math.log(2) + total.double().log())[:, :, :num_splits]
+    weights = lse.softmax(2)[..., None]
+    expected = (weights * values[:, :, :num_splits]).sum(2)
+    torch.testing.assert_close(outputs["out"].double(), expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(outputs["lse"].double(), lse.logsumexp(2), rtol=1e-6, atol=1e-5)
 
 
 def test_all_pages_lists_every_page(folder):

@@ -45,17 +45,16 @@ def test_a_fault_that_no_longer_applies_is_an_error(tmp_path):
             "ERROR tests/test_x.py::test_y - RuntimeError: out of bounds",
             "tests/test_x.py::test_y",
         ),
-        (1, mutate.CAUGHT_BY_TIME, mutate.CAUGHT_BY_TIME),
     ],
-    ids=["survives", "fails", "breaks", "hangs"],
+    ids=["survives", "fails", "breaks"],
 )
 def test_the_tests_are_heard(code, output, caught, monkeypatch):
     monkeypatch.setattr(mutate, "run_tests", lambda *_: (code, output))
     assert mutate.caught_by(MUTANTS[0]) == caught
 
 
-@pytest.mark.parametrize("code", [2, 4, 5])
-def test_tests_that_do_not_run_catch_nothing(code, monkeypatch):
+@pytest.mark.parametrize("code", [2, 4, 5, mutate.TIMED_OUT])
+def test_tests_that_do_not_run_to_their_end_catch_nothing(code, monkeypatch):
     monkeypatch.setattr(mutate, "run_tests", lambda *_: (code, "no tests ran"))
     with pytest.raises(RuntimeError, match=f"pytest exits with {code}"):
         mutate.caught_by(MUTANTS[0])
