@@ -5,7 +5,7 @@ import tilelang
 import tilelang.language as T
 
 from kernels.config import THREAD_LEVEL, AttentionConfig, start_early
-from kernels.split_kv import LOG2E, cache_row, join_sums, listed_token, load_words
+from kernels.split_kv import LOG2E, cache_row, listed_token, load_words
 
 CHANNELS = 8  # of a lane: 16 bytes
 SM_THREADS = 512  # that registers must allow for
@@ -69,11 +69,11 @@ def lanes_kernel(
             v = T.alloc_local((lane_tokens, CHANNELS), dtype)
             weights = T.alloc_local((lane_tokens,), T.float32)
             acc = T.alloc_local((CHANNELS,), T.float32)
-            joined = T.alloc_local((2,), T.float32)
             row_max = T.alloc_var(T.float32)
             row_sum = T.alloc_var(T.float32)
             partial = T.alloc_var(T.float32)
             scale = T.alloc_var(T.float32)
+            total = T.alloc_var(T.float32)
             item = T.alloc_var(T.int32)
 
             item = block
@@ -139,23 +139,28 @@ def lanes_kernel(
                     team_max[warp * warp_teams + team] = row_max
                     team_sum[warp * warp_teams + team] = row_sum
                 T.sync_threads()
-                join_sums(team_max, team_sum, num_teams, joined)
+                scale = team_max[0]
+                for each in T.unroll(1, num_teams):
+                    scale = T.max(scale, team_max[each])
+                total = 0.0
+                for each in T.unroll(num_teams):
+                    total += team_sum[each] * T.exp2(team_max[each] - scale)
                 for part in T.unroll(-(-head_dim // num_threads)):
                     column = part * num_threads + thread
                     if column < head_dim:
                         partial = 0.0
                         for each in T.unroll(num_teams):
-                            partial += team_acc[each, column] * T.exp2(team_max[each] - joined[0])
+                            partial += team_acc[each, column] * T.exp2(team_max[each] - scale)
                         if split < 0:
-                            out[batch, kv_head, 0, column] = T.cast(partial / joined[1], dtype)
+                            out[batch, kv_head, 0, column] = T.cast(partial / total, dtype)
                         else:
                             partial_out[batch, kv_head, split, 0, column] = partial
                 if thread == 0:
                     if split < 0:
-                        lse[batch, kv_head, 0] = (joined[0] + T.log2(joined[1])) / LOG2E
+                        lse[batch, kv_head, 0] = (scale + T.log2(total)) / LOG2E
                     else:
-                        partial_lse[batch, kv_head, split, 0, 0] = joined[0]
-                        partial_lse[batch, kv_head, split, 0, 1] = joined[1]
+                        partial_lse[batch, kv_head, split, 0, 0] = scale
+                        partial_lse[batch, kv_head, split, 0, 1] = total
                 T.sync_threads()
                 item += num_blocks
 

@@ -103,7 +103,7 @@ class AttentionConfig:
     form: str = "tiles"  # "tiles" (tensor cores, any group) or "lanes" (CUDA cores, group of 1)
     split_tokens: int = 128  # tokens of one work item; part of the result's definition
     num_threads: int = 128
-    blocks_per_sm: int = 6  # of the grid; blocks stride over the items
+    blocks_per_sm: int = 3  # of the grid; blocks stride over the items
     lane_tokens: int = 8  # that the lanes of one team load together
     pdl: bool = False
 

@@ -7,11 +7,9 @@ A row is one KV head of one request. An item is at most `split_tokens` of its to
 import tilelang
 import tilelang.language as T
 
-from kernels.config import THREAD_LEVEL, TILE_LEVEL, AttentionConfig, start_early
+from kernels.config import TILE_LEVEL, AttentionConfig, start_early
 
 LOG2E = 1.4426950408889634
-MERGE_WARPS = 8
-SPLITS_IN_FLIGHT = 8  # of a merging warp
 
 
 def listed_token(source, page_size, indices, batch, kv_head, index):
@@ -107,28 +105,14 @@ def plan_kernel(page_size: int, source: str, config: AttentionConfig):
     return plan_items
 
 
-@T.macro
-def join_sums(part_max, part_sum, num_parts, joined):
-    """joined = the maximum of the parts, and their sums to that maximum added up in their order."""
-    joined[0] = part_max[0]
-    for part in T.unroll(1, num_parts):
-        joined[0] = T.max(joined[0], part_max[part])
-    joined[1] = 0.0
-    for part in T.unroll(num_parts):
-        joined[1] += part_sum[part] * T.exp2(part_max[part] - joined[0])
-
-
-@tilelang.jit(pass_configs=THREAD_LEVEL)
+@tilelang.jit(pass_configs=TILE_LEVEL)
 def merge_kernel(
     group_size: int, head_dim: int, page_size: int, dtype: str, source: str, config: AttentionConfig
 ):
-    """A block for each query head: its warps take 32 splits each in turn, 8 of them in flight, and
-    their results are joined in a fixed order. Grid: (query head of the group, kv_head, batch). A
-    row of one item is done already; a row of none gets out 0 and lse -inf."""
+    """Grid: (query head of the group, kv_head, batch); one thread per channel. A row of one item is
+    done already; a row of none gets out 0 and lse -inf."""
     batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
     width, max_splits = T.dynamic("width"), T.dynamic("max_splits")
-    lane_channels = head_dim // 32
-    num_threads = MERGE_WARPS * 32
 
     @T.prim_func
     def merge_splits(
@@ -142,84 +126,39 @@ def merge_kernel(
         out: T.Tensor[(batch_size, num_kv_heads, group_size, head_dim), dtype],
         lse: T.Tensor[(batch_size, num_kv_heads, group_size), T.float32],
     ):
-        with T.Kernel(group_size, num_kv_heads, batch_size, threads=num_threads) as (
+        with T.Kernel(group_size, num_kv_heads, batch_size, threads=head_dim) as (
             head,
             kv_head,
             batch,
         ):
             start_early(config.pdl)
-            thread = T.get_thread_binding()
-            warp, lane = thread // 32, thread % 32
-
-            warp_acc = T.alloc_shared((MERGE_WARPS, head_dim), T.float32, scope="shared")
-            warp_max = T.alloc_shared((MERGE_WARPS,), T.float32, scope="shared")
-            warp_sum = T.alloc_shared((MERGE_WARPS,), T.float32, scope="shared")
+            channel = T.get_thread_binding()
+            lane = channel % 32
             num_tokens = T.alloc_local((1,), T.int32)
-            loaded = T.alloc_local((SPLITS_IN_FLIGHT, lane_channels), T.float32)
-            acc = T.alloc_local((lane_channels,), T.float32)
-            joined = T.alloc_local((2,), T.float32)
-            row_max = T.alloc_var(T.float32)
-            row_sum = T.alloc_var(T.float32)
-            scale = T.alloc_var(T.float32)
+            max_log2 = T.alloc_var(T.float32)
             total = T.alloc_var(T.float32)
+            acc = T.alloc_var(T.float32)
 
             count_tokens(source, page_size, seq_lens, indices, counts, batch, kv_head, num_tokens)
             num_splits = T.ceildiv(num_tokens[0], config.split_tokens)
             if num_splits == 0:
-                for part in T.unroll(-(-head_dim // num_threads)):
-                    if part * num_threads + thread < head_dim:
-                        out[batch, kv_head, head, part * num_threads + thread] = T.cast(0, dtype)
-                if thread == 0:
+                out[batch, kv_head, head, channel] = T.cast(0, dtype)
+                if channel == 0:
                     lse[batch, kv_head, head] = -T.infinity(T.float32)
             if num_splits > 1:
-                first_of = lambda turn: (turn * MERGE_WARPS + warp) * 32
-                num_turns = T.ceildiv(num_splits, num_threads)
-                row_max = -T.infinity(T.float32)
-                for turn in T.serial(num_turns):
-                    if first_of(turn) + lane < num_splits:
-                        split = first_of(turn) + lane
-                        row_max = T.max(row_max, partial_lse[batch, kv_head, split, head, 0])
-                row_max = T.warp_reduce_max(row_max)
-                row_sum = 0.0
-                for c in T.unroll(lane_channels):
-                    acc[c] = 0.0
-                for turn in T.serial(num_turns):
-                    # Lane i holds the scale of the turn's i-th split, 0 beyond the last.
-                    scale = 0.0
-                    if first_of(turn) + lane < num_splits:
-                        split = first_of(turn) + lane
-                        scale = T.exp2(partial_lse[batch, kv_head, split, head, 0] - row_max)
-                        row_sum += scale * partial_lse[batch, kv_head, split, head, 1]
-                    for step in T.serial(32 // SPLITS_IN_FLIGHT):
-                        first = first_of(turn) + step * SPLITS_IN_FLIGHT
-                        if first < num_splits:
-                            for s in T.unroll(SPLITS_IN_FLIGHT):
-                                split = T.min(first + s, num_splits - 1)
-                                for c in T.vectorized(lane_channels):
-                                    loaded[s, c] = partial_out[
-                                        batch, kv_head, split, head, lane * lane_channels + c
-                                    ]
-                            for s in T.unroll(SPLITS_IN_FLIGHT):
-                                weight = T.shfl_sync(scale, step * SPLITS_IN_FLIGHT + s)
-                                for c in T.unroll(lane_channels):
-                                    acc[c] += weight * loaded[s, c]
-                row_sum = T.warp_reduce_sum(row_sum)
-                for c in T.vectorized(lane_channels):
-                    warp_acc[warp, lane * lane_channels + c] = acc[c]
-                if lane == 0:
-                    warp_max[warp] = row_max
-                    warp_sum[warp] = row_sum
-                T.sync_threads()
-
-                join_sums(warp_max, warp_sum, MERGE_WARPS, joined)
-                for part in T.unroll(-(-head_dim // num_threads)):
-                    channel = part * num_threads + thread
-                    if channel < head_dim:
-                        total = 0.0
-                        for each in T.unroll(MERGE_WARPS):
-                            total += warp_acc[each, channel] * T.exp2(warp_max[each] - joined[0])
-                        out[batch, kv_head, head, channel] = T.cast(total / joined[1], dtype)
-                if thread == 0:
-                    lse[batch, kv_head, head] = (joined[0] + T.log2(joined[1])) / LOG2E
+                max_log2 = -T.infinity(T.float32)
+                for step in T.serial(T.ceildiv(num_splits, 32)):
+                    split = T.min(step * 32 + lane, num_splits - 1)
+                    max_log2 = T.max(max_log2, partial_lse[batch, kv_head, split, head, 0])
+                max_log2 = T.warp_reduce_max(max_log2)
+                total = 0.0
+                acc = 0.0
+                for split in T.serial(num_splits):
+                    scale = T.exp2(partial_lse[batch, kv_head, split, head, 0] - max_log2)
+                    total += scale * partial_lse[batch, kv_head, split, head, 1]
+                    acc += scale * partial_out[batch, kv_head, split, head, channel]
+                out[batch, kv_head, head, channel] = T.cast(acc / total, dtype)
+                if channel == 0:
+                    lse[batch, kv_head, head] = (max_log2 + T.log2(total)) / LOG2E
 
     return merge_splits

@@ -196,7 +196,7 @@ MUTANTS = (
     ),
     Mutant(
         "splits merged with a wrong scale", "split_kv.py",
-        "row_sum += scale * partial_lse", "row_sum += partial_lse", ATTENTION, ATTENDED,
+        "total += scale * partial_lse", "total += partial_lse", ATTENTION, ATTENDED,
     ),
     Mutant(
         "tickets not left at zero", "split_kv.py",

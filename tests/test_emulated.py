@@ -32,7 +32,7 @@ from kernels.selector import (
     page_score_kernel,
     top_pages_kernel,
 )
-from kernels.split_kv import MERGE_WARPS, merge_kernel, plan_kernel
+from kernels.split_kv import merge_kernel, plan_kernel
 from reference.hazards import contiguous, poison_unused
 from reference.inputs import DecodeShape, random_inputs
 from tests.cases import FORMS, NAN, forms_for
@@ -459,7 +459,7 @@ def test_attention_matches_reference(form, source, inputs, folder):
         attend = emulated(ATTENTION_KERNELS[config.form], static, folder)
         attend((num_blocks,), config.num_threads, **shared)
         grid = (q.shape[2], cache.num_kv_heads, cache.batch_size)
-        emulated(merge_kernel, static, folder)(grid, MERGE_WARPS * 32, **shared)
+        emulated(merge_kernel, static, folder)(grid, cache.head_dim, **shared)
         assert not shared["tickets"].any()
         results.append((shared["out"].flatten(1, 2), shared["lse"].flatten(1, 2)))
     (out, lse), again = results
@@ -471,7 +471,7 @@ def test_attention_matches_reference(form, source, inputs, folder):
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("num_splits", [2, 32, 33, 300])
 def test_merge_joins_splits(num_splits, head_dim, rng, folder):
-    """One lane's splits, several warps', several turns of all warps."""
+    """As many as lanes, and more."""
     config, group_size = AttentionConfig(), 2
     partials = (1, 1, num_splits + 1, group_size)
     max_log2 = torch.randn(partials, generator=rng) * 8
@@ -481,7 +481,7 @@ def test_merge_joins_splits(num_splits, head_dim, rng, folder):
     max_log2[:, :, -1:], total[:, :, -1:] = poison, poison  # of no item
     outputs = dict(out=blank(1, 1, 2, head_dim, dtype=torch.float16), lse=blank(1, 1, 2))
     emulated(merge_kernel, (group_size, head_dim, 16, "float16", "tokens", config), folder)(
-        (group_size, 1, 1), MERGE_WARPS * 32, seq_lens=torch.zeros(1, dtype=torch.int32),
+        (group_size, 1, 1), head_dim, seq_lens=torch.zeros(1, dtype=torch.int32),
         indices=torch.zeros(1, 1, 1, dtype=torch.int32), width=1,
         counts=torch.full((1, 1), num_splits * config.split_tokens - 5, dtype=torch.int32),
         partial_out=values * total[..., None], partial_lse=torch.stack([max_log2, total], -1),
