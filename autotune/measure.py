@@ -20,7 +20,7 @@ from profiling import device
 from profiling.backends import TileLang
 from profiling.plan import Target, prepare
 from profiling.stages import Provider
-from profiling.timing import Timing, time_providers
+from profiling.timing import Calls, Timing, time_providers
 from profiling.workloads import METHODS, Workload
 
 QUICK_SECONDS, FINAL_SECONDS = 0.03, 0.3
@@ -66,15 +66,19 @@ class Bench:
 
     def quick(self, kernel: str, config: Any) -> float:
         """Time of a config over the default's."""
-        timings = self._time(kernel, QUICK_SECONDS, default={}, tried={kernel: config})
+        calls = self._stage(kernel)[0].calls
+        timings = _time(calls, QUICK_SECONDS, default={}, tried={kernel: config})
         return timings["tried"].median_us / timings["default"].median_us
 
     def final(self, kernel: str, config: Any) -> Measured:
         """Time a config between two runs of the default, whose difference shows the noise."""
-        timings = self._time(
-            kernel, FINAL_SECONDS, default={}, tried={kernel: config}, default_again={}
-        )
-        return measured(*timings.values())
+        return _measure(self._stage(kernel)[0].calls, {kernel: config})
+
+    def step(self, kernel: str, config: Any) -> Measured:
+        """The same for the whole step."""
+        with pinned({}):
+            slots = self._builder.slots("pipeline", METHODS[0])
+        return _measure([partial(s.step.run, s.q, s.cache) for s in slots], {kernel: config})
 
     def _stage(self, kernel: str) -> tuple[Provider, Any, dict[str, torch.Tensor]]:
         """A stage's calls, the step behind the first of them, and the bits that it writes."""
@@ -87,13 +91,6 @@ class Bench:
             expected = written_by(provider.calls[0], step, OUTPUTS[stage], {})
             self._stages[stage] = provider, step, expected
         return self._stages[stage]
-
-    def _time(self, kernel: str, seconds: float, **pins: Mapping[str, Any]) -> dict[str, Timing]:
-        calls = self._stage(kernel)[0].calls
-        providers = {
-            name: [partial(_pinned_call, own, call) for call in calls] for name, own in pins.items()
-        }
-        return time_providers(providers, seconds=seconds, on_fallback=_refuse)
 
 
 def written_by(
@@ -120,6 +117,17 @@ def measured(default: Timing, tried: Timing, default_again: Timing) -> Measured:
     spreads = (timing.p80_us - timing.p20_us for timing in (default, default_again))
     noise_us = max(abs(medians[0] - medians[1]), *spreads)
     return Measured(tried.median_us, sum(medians) / 2, noise_us)
+
+
+def _measure(calls: Calls, pins: Mapping[str, Any]) -> Measured:
+    return measured(*_time(calls, FINAL_SECONDS, default={}, tried=pins, default_again={}).values())
+
+
+def _time(calls: Calls, seconds: float, **pins: Mapping[str, Any]) -> dict[str, Timing]:
+    providers = {
+        name: [partial(_pinned_call, own, call) for call in calls] for name, own in pins.items()
+    }
+    return time_providers(providers, seconds=seconds, on_fallback=_refuse)
 
 
 def _pinned_call(pins: Mapping[str, Any], call: Callable[[], object]) -> object:

@@ -1,8 +1,9 @@
 """The search over one kernel's configs on one workload, whatever measures them.
 
-`worker` answers four calls: `verify(kernel)` checks the default config against the reference;
+`worker` answers five calls: `verify(kernel)` checks the default config against the reference;
 `check(kernel, config)` raises unless a config's result is right; `quick(kernel, config)` returns
-its time over the default's, roughly; `final(kernel, config)` returns a `Measured`.
+its time over the default's, roughly; `final(kernel, config)` returns a `Measured` of the kernel's
+stage, and `step(kernel, config)` one of the whole step: kernels that overlap can slow each other.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,6 +29,11 @@ class Measured:
     def wins(self) -> bool:
         """Whether the config is faster by more than the noise."""
         return self.default_us - self.time_us > self.noise_us
+
+    @property
+    def loses(self) -> bool:
+        """Whether it is slower by more than the noise."""
+        return self.time_us - self.default_us > self.noise_us
 
 
 @dataclass(frozen=True)
@@ -85,9 +91,15 @@ def settle(
         except WorkerFailed as error:
             rejected[config] = str(error)
     winners = [config for config in measured if measured[config].wins]
-    if winners:
-        best = min(winners, key=lambda c: measured[c].time_us / measured[c].default_us)
-        return Settled(best, measured[best], rejected)
+    for config in sorted(winners, key=lambda c: measured[c].time_us / measured[c].default_us):
+        try:
+            step = ask("step", config)
+        except WorkerFailed as error:
+            rejected[config] = str(error)
+            continue
+        if not step.loses:
+            return Settled(config, measured[config], rejected)
+        rejected[config] = f"slows the step from {step.default_us:.1f} to {step.time_us:.1f} us"
     same = ask("final", default)
     noise_us = max(same.noise_us, abs(same.default_us - same.time_us))
     return Settled(default, Measured(same.default_us, same.default_us, noise_us), rejected)

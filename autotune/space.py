@@ -12,8 +12,6 @@ from typing import Any
 
 from tilelang.jit import JITImpl
 
-from kernels.attend_lanes import CHANNELS
-from kernels.attend_tiles import QUERY_ROWS
 from kernels.attention import ATTENTION_KERNELS
 from kernels.config import (
     AttentionConfig,
@@ -232,14 +230,6 @@ def _pruner_shared(shape: KernelShape) -> int:
     return 4 * BINS_PER_THREAD * NUM_THREADS + row + width // 8 + 1024
 
 
-def _attention_shared(config: AttentionConfig, shape: KernelShape) -> int:
-    """Bytes of a block: K and V of an item, queries and weights; on CUDA cores, partial results."""
-    if config.form == "lanes":
-        return 4 * config.num_threads * CHANNELS
-    rows = 2 * config.split_tokens + QUERY_ROWS
-    return 2 * (rows * shape.head_dim + QUERY_ROWS * config.split_tokens) + 4 * config.split_tokens
-
-
 # Of the kernels whose warps take tiles of codes: page_score and estimator.
 TILES = {"num_warps": (2, 4, 8), "tiles_per_warp": (1, 2, 4), "steps": (1, 2, 4, 8)}
 TILES_FIT = (
@@ -361,16 +351,7 @@ SPACES = {
         stage="attention",
         values={"blocks_per_sm": (1, 2, 3, 4, 6, 16)},
         limits=(),
-        sensible=(
-            (
-                "where kernels start early, all blocks run at once: one that waits for room holds "
-                "up the merge (measured: NOTES.md)",
-                lambda c, s, arch: (
-                    not starts_early(s.num_rows, CAPABILITY[arch])
-                    or c.blocks_per_sm * _attention_shared(c, s) <= SHARED_MEMORY_LIMIT[arch]
-                ),
-            ),
-        ),
+        sensible=(),
         default=lambda s, arch: AttentionConfig.for_group(s.group_size),
         width=lambda s: s.width,
         variants=_attention_variants,

@@ -11,9 +11,9 @@ from autotune.search import Measured
 class FakeBench:
     """Answers like autotune.measure.Bench; `plan` says what each config does.
 
-    A number is a config's time in us, with right results. "wrong", "crash" and "hang" are what
-    `check` finds, "late crash" is what `final` does. A config without a plan takes `otherwise`, the
-    default 100 us, with a noise of 1.
+    A number is a config's time in us, with right results; of a pair, the second is the time of the
+    whole step, else 100 us. "wrong", "crash" and "hang" are what `check` finds, "late crash" what
+    `final` does. A config without a plan takes `otherwise`, the default 100 us, with a noise of 1.
     """
 
     def __init__(
@@ -45,8 +45,14 @@ class FakeBench:
             os._exit(12)
         return Measured(self._us(config), 100.0, 1.0)
 
+    def step(self, kernel: str, config: Any) -> Measured:
+        behaviour = self.plan.get(config)
+        return Measured(behaviour[1] if isinstance(behaviour, tuple) else 100.0, 100.0, 1.0)
+
     def _us(self, config: Any) -> float:
         behaviour = self.plan.get(config, self.otherwise)
+        if isinstance(behaviour, tuple):
+            return behaviour[0]
         return behaviour if isinstance(behaviour, float) else 50.0
 
     def _note(self, text: str) -> None:

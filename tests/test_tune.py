@@ -79,6 +79,13 @@ def test_a_gain_within_the_noise_is_none(search) -> None:
     assert search({"a": 98.9}).config == "a"
 
 
+def test_a_config_that_slows_the_step_does_not_win(search) -> None:
+    found = search({"a": (60.0, 101.1), "b": (70.0, 100.9), "c": 80.0})  # noise: 1 us
+    assert (found.config, found.measured.time_us) == ("b", 70.0)
+    assert found.rejected == {"a": "slows the step from 100.0 to 101.1 us"}
+    assert search({"a": (60.0, 110.0)}).config == "default"
+
+
 def test_a_config_that_does_not_compile_is_not_run(search, tmp_path: Path) -> None:
     log = tmp_path / "log"
     found = search({"a": 50.0}, fault={"a": "spills 48 bytes"}.get, log=str(log))
