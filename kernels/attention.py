@@ -32,14 +32,15 @@ class WorkList:
     tickets: torch.Tensor  # [2] i32, zeros between launches
 
     @classmethod
-    def allocate(cls, cache: PagedKVCache, width: int, split_tokens: int) -> "WorkList":
-        max_items = cache.batch_size * cache.num_kv_heads * -(-width // split_tokens)
-        like = dict(device=cache.k_cache.device)
+    def allocate(
+        cls, num_rows: int, width: int, split_tokens: int, device: torch.device
+    ) -> "WorkList":
+        like = dict(dtype=torch.int32, device=device)
         return cls(
             split_tokens=split_tokens,
-            items=torch.empty(max_items, 4, dtype=torch.int32, **like),
-            num_items=torch.zeros(1, dtype=torch.int32, **like),
-            tickets=torch.zeros(2, dtype=torch.int32, **like),
+            items=torch.empty(num_rows * -(-width // split_tokens), 4, **like),
+            num_items=torch.zeros(1, **like),
+            tickets=torch.zeros(2, **like),
         )
 
 
@@ -69,10 +70,24 @@ class AttentionWorkspace:
         partials = (batch_size, num_kv_heads, max_splits, group_size)
         return cls(
             config=config,
-            work=WorkList.allocate(cache, width, config.split_tokens),
+            work=WorkList.allocate(batch_size * num_kv_heads, width, config.split_tokens, device),
             partial_out=torch.empty(*partials, cache.head_dim, device=device),
             partial_lse=torch.empty(*partials, 2, device=device),
             lse=torch.empty(batch_size, num_kv_heads * group_size, device=device),
+        )
+
+    def __getitem__(self, requests: slice) -> "AttentionWorkspace":
+        """The share of some requests, with a list of items of its own."""
+        partial_lse, split_tokens = self.partial_lse[requests], self.work.split_tokens
+        batch_size, num_kv_heads, max_splits = partial_lse.shape[:3]
+        return AttentionWorkspace(
+            config=self.config,
+            work=WorkList.allocate(
+                batch_size * num_kv_heads, max_splits * split_tokens, split_tokens, self.lse.device
+            ),
+            partial_out=self.partial_out[requests],
+            partial_lse=partial_lse,
+            lse=self.lse[requests],
         )
 
 

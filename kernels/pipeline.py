@@ -1,5 +1,9 @@
 """One decode step: select, estimate, prune, attend, in memory that is allocated once."""
 
+import copy
+import itertools
+from dataclasses import replace
+
 import torch
 
 from kernels.attention import AttentionWorkspace, launch_attention
@@ -8,6 +12,14 @@ from kernels.estimator import launch_estimate_logits
 from kernels.pruner import HeadUnion, expand_top_p, launch_prune_top_p
 from kernels.selector import launch_select_all, launch_select_pages, page_budget
 from kernels.validate import MAX_GROUP_SIZE, check_choice, check_count, check_query, check_scale
+
+# Rows (one KV head of one request) of which half still fill the GPU.
+MANY_ROWS = 128
+# What holds something for each request, by its name in TwilightDecode.
+PER_REQUEST = (
+    "top_p", "scores", "candidate_pages", "candidate_counts", "logits", "kept_tokens",
+    "kept_counts", "kept_mass", "union", "attention", "out",
+)  # fmt: skip
 
 
 class TwilightDecode:
@@ -23,6 +35,9 @@ class TwilightDecode:
         top_p: estimated mass to keep, in (0, 1]; float or tensor as in prune_top_p.
         sm_scale: factor of the logits; head_dim ** -0.5 where None.
         num_sink_tokens, num_recent_tokens: always kept.
+        num_parts: the batch is cut into so many, each on a stream of its own. Their stages overlap:
+            while the bytes of one arrive, the weights of another are searched. No result depends on
+            it. Where None, 2 for many rows (KV heads of all requests), else 1.
 
     After run(), candidate_pages, candidate_counts, logits, kept_tokens, kept_counts and kept_mass
     hold the last step's.
@@ -42,6 +57,7 @@ class TwilightDecode:
         sm_scale: float | None = None,
         num_sink_tokens: int = 0,
         num_recent_tokens: int = 0,
+        num_parts: int | None = None,
     ) -> None:
         check_choice("selector", selector, ("quest", "full"))
         check_count("num_qo_heads", num_qo_heads, least=1)
@@ -50,6 +66,14 @@ class TwilightDecode:
             raise ValueError(
                 f"num_qo_heads: expected 1 to {MAX_GROUP_SIZE} for each of {cache.num_kv_heads} KV "
                 f"heads, got {num_qo_heads}"
+            )
+        if num_parts is None:
+            many = cache.batch_size * cache.num_kv_heads >= MANY_ROWS
+            num_parts = min(2, cache.batch_size) if many else 1
+        check_count("num_parts", num_parts, least=1)
+        if num_parts > cache.batch_size:
+            raise ValueError(
+                f"num_parts: expected at most batch_size = {cache.batch_size}, got {num_parts}"
             )
         budget = page_budget(cache, token_budget, num_sink_tokens, num_recent_tokens)
         width = budget if selector == "quest" else cache.max_pages
@@ -75,6 +99,13 @@ class TwilightDecode:
         self.attention = AttentionWorkspace.allocate(cache, group_size, tokens)
         self.out = torch.empty(*heads, cache.head_dim, dtype=cache.k_cache.dtype, device=device)
 
+        bounds = [part * cache.batch_size // num_parts for part in range(num_parts + 1)]
+        self.parts = [
+            (requests, self._part(requests), torch.cuda.Stream(device))
+            for requests in (slice(*pair) for pair in itertools.pairwise(bounds))
+            if num_parts > 1
+        ]
+
     def run(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
         """One step. Launches only, so that it can be captured; the next run overwrites `out`.
 
@@ -90,6 +121,29 @@ class TwilightDecode:
             raise ValueError(f"cache: expected {self.cache_shape}, got {_shape(cache)}")
         if q.shape != self.out.shape:
             raise ValueError(f"q: expected shape {list(self.out.shape)}, got {list(q.shape)}")
+        if not self.parts:
+            return self._launch(q, cache)
+        current = torch.cuda.current_stream(q.device)
+        for requests, part, stream in self.parts:
+            own = replace(
+                cache, page_table=cache.page_table[requests], seq_lens=cache.seq_lens[requests]
+            )
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                part._launch(q[requests], own)
+        for _, _, stream in self.parts:
+            current.wait_stream(stream)
+        return self.out
+
+    def _part(self, requests: slice) -> "TwilightDecode":
+        """The same for some of the requests, on their share of the memory."""
+        part = copy.copy(self)
+        for name in PER_REQUEST:
+            setattr(part, name, getattr(self, name)[requests])
+        return part
+
+    def _launch(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
+        """The stages in order."""
         self.select(q, cache)
         self.estimate(q, cache)
         self.prune(cache)

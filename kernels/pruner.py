@@ -38,6 +38,10 @@ class HeadUnion:
         words = torch.zeros(*rows, -(-width // 32), **like)
         return cls(words, torch.zeros(rows, **like))
 
+    def __getitem__(self, requests: slice) -> "HeadUnion":
+        """The share of some requests."""
+        return HeadUnion(self.words[requests], self.arrived[requests])
+
 
 def prune_top_p(
     logits: torch.Tensor,
@@ -94,7 +98,9 @@ def prune_top_p(
     launch_prune_top_p(
         logits, cache, candidate_pages, candidate_counts, top_p,
         num_sink_tokens, num_recent_tokens, kept_tokens, kept_counts, kept_mass,
-        WorkList.allocate(cache, width, AttentionConfig().split_tokens),
+        WorkList.allocate(
+            cache.batch_size * cache.num_kv_heads, width, AttentionConfig().split_tokens, device
+        ),
         HeadUnion.allocate(cache, width),
     )  # fmt: skip
     return kept_tokens, kept_counts, kept_mass

@@ -1,7 +1,7 @@
 """What a step's time is spent on: each stage's launches on the device, and the gaps before them.
 
 On a GPU the profiler (CUPTI) gives the start and the end of every launch of whole steps, replayed
-from a graph and launched one by one; how many launches a stage has is counted on the stage alone.
+from a graph and launched one by one; which kernels are a stage's is seen from the stage alone.
 Without a GPU, stages are timed on the host: one launch each, and the gaps are Python's.
 """
 
@@ -28,18 +28,19 @@ class Span:
 
     start: float
     end: float
+    kernel: str
 
 
 @dataclass(frozen=True)
 class Share:
     """Of one stage, per step."""
 
-    launches: int
+    launches: float
     busy_us: float
     gap_us: float
 
 
-def shares(spans: Sequence[Span], launches: Mapping[str, int]) -> dict[str, Share]:
+def shares(spans: Sequence[Span], stage_of: Mapping[str, str], steps: int) -> dict[str, Share]:
     """Split the timeline of whole steps among their stages.
 
     A moment in which launches overlap counts for the earlier one; one in which none runs is the gap
@@ -47,24 +48,25 @@ def shares(spans: Sequence[Span], launches: Mapping[str, int]) -> dict[str, Shar
 
     Args:
         spans: every launch of two or more equal steps, by start.
-        launches: launches of each stage, in the order of the stages.
+        stage_of: the stage of each kernel, in the order of the stages.
+        steps: how many.
     """
-    per_step = sum(launches.values())
-    steps, rest = divmod(len(spans), per_step)
-    if rest or steps < 2:
-        raise ValueError(f"spans: expected two or more steps of {per_step}, got {len(spans)}")
-    stage_of = [stage for stage, count in launches.items() for _ in range(count)]
-    busy, gap = dict.fromkeys(launches, 0.0), dict.fromkeys(launches, 0.0)
+    per_step, rest = divmod(len(spans), steps)
+    if rest or not per_step or steps < 2:
+        raise ValueError(f"spans: expected two or more equal steps, got {len(spans)} in {steps}")
+    stages = tuple(dict.fromkeys(stage_of.values()))
+    launches, busy, gap = ({stage: 0.0 for stage in stages} for _ in range(3))
     reached = max(span.end for span in spans[:per_step])
-    for place, span in enumerate(spans[per_step:]):
-        stage = stage_of[place % per_step]
+    for span in spans[per_step:]:
+        stage = stage_of[span.kernel]
+        launches[stage] += 1
         gap[stage] += max(0.0, span.start - reached)
         busy[stage] += max(0.0, span.end - max(span.start, reached))
         reached = max(reached, span.end)
     counted = steps - 1
     return {
-        stage: Share(count, busy[stage] / counted, gap[stage] / counted)
-        for stage, count in launches.items()
+        stage: Share(launches[stage] / counted, busy[stage] / counted, gap[stage] / counted)
+        for stage in stages
     }
 
 
@@ -75,8 +77,11 @@ def timeline_rows(builder: StageBuilder, gpu: str, origin: Origin) -> list[Timel
     order = [slots[index % len(slots)] for index in range(steps)]
     runs = [partial(slot.step.run, slot.q, slot.cache) for slot in order]
     if builder.backend.device == "cuda":
-        alone = slots[0].stage_calls
-        launches = {stage: len(device_spans(call)) for stage, call in alone.items()}
+        stage_of = {
+            span.kernel: stage
+            for stage, call in slots[0].stage_calls.items()
+            for span in device_spans(call)
+        }
         graph = capture(runs, steps)
 
         def one_by_one() -> None:
@@ -84,13 +89,13 @@ def timeline_rows(builder: StageBuilder, gpu: str, origin: Origin) -> list[Timel
                 run()
 
         found = {
-            "graph": shares(device_spans(graph.replay), launches),
-            "launches": shares(device_spans(one_by_one), launches),
+            "graph": shares(device_spans(graph.replay), stage_of, steps),
+            "launches": shares(device_spans(one_by_one), stage_of, steps),
         }
     else:
         stages = slots[0].stage_calls
-        spans = [host_span(call) for slot in order for call in slot.stage_calls.values()]
-        found = {"host": shares(spans, dict.fromkeys(stages, 1))}
+        spans = [host_span(*stage) for slot in order for stage in slot.stage_calls.items()]
+        found = {"host": shares(spans, dict(zip(stages, stages, strict=True)), steps)}
     return [
         TimelineRow(
             **setting_of(builder.workload, METHOD, gpu),
@@ -115,7 +120,7 @@ def device_spans(work: Callable[[], object]) -> list[Span]:
         work()
         torch.cuda.synchronize()
     spans = [
-        Span(event.time_range.start, event.time_range.end)
+        Span(event.time_range.start, event.time_range.end, event.name)
         for event in profiler.events()
         if event.device_type == DeviceType.CUDA and not event.is_user_annotation
     ]
@@ -124,11 +129,11 @@ def device_spans(work: Callable[[], object]) -> list[Span]:
     return sorted(spans, key=lambda span: span.start)
 
 
-def host_span(call: Callable[[], object]) -> Span:
+def host_span(name: str, call: Callable[[], object]) -> Span:
     """One call by the wall clock."""
     start = time.perf_counter()
     call()
-    return Span(start * 1e6, time.perf_counter() * 1e6)
+    return Span(start * 1e6, time.perf_counter() * 1e6, name)
 
 
 def _whole(own: Mapping[str, Share]) -> Share:

@@ -124,17 +124,19 @@ def test_one_step_serves_every_cache_of_its_shape(rng):
         assert_same_results(shared, own)
 
 
+@pytest.mark.parametrize("num_parts", [1, 2])
 @pytest.mark.parametrize("selector", ["quest", "full"])
 @pytest.mark.parametrize("case", [BASE, NAMED["mha-ragged"]], ids=str)
-def test_run_leaves_its_counters_at_zero(case, selector, rng):
+def test_run_leaves_its_counters_at_zero(case, selector, num_parts, rng):
     """Else the next run goes wrong, and only now and then: it depends on who comes first."""
     tensors = make_tensors(case, rng)
     cache = build_cache(kernels, tensors)
-    step = make_step(cache, case, selector=selector)
+    step = make_step(cache, case, selector=selector, num_parts=num_parts)
     for _ in range(2):
         step.run(tensors.q, cache)
-        for counters in (step.attention.work.tickets, step.union.words, step.union.arrived):
-            assert not counters.any()
+        for each in (step, *(part for _, part, _ in step.parts)):
+            for counters in (each.attention.work.tickets, each.union.words, each.union.arrived):
+                assert not counters.any()
 
 
 def assert_same_results(actual, expected) -> None:
@@ -156,12 +158,36 @@ def launches_only() -> Iterator[None]:
     assert after == before, f"{after - before} allocations"
 
 
+@pytest.mark.parametrize("num_parts", [2, 3])
 @pytest.mark.parametrize("selector", ["quest", "full"])
 @pytest.mark.parametrize("case", [BASE, NAMED["mha-ragged"]], ids=str)
-def test_run_neither_allocates_nor_synchronises(case, selector, rng):
+def test_parts_change_no_bit(case, selector, num_parts, rng):
+    """Of a step and of the replays of its graph, while the cache grows."""
+    tensors = make_tensors(case, rng)
+    q, cache = tensors.q, growing_cache(tensors)
+    top_p = torch.linspace(0.5, 1.0, q.shape[0], device=q.device)[:, None]
+    options = {"selector": selector, "top_p": top_p, "num_recent_tokens": 24}
+    whole = make_step(cache, case, num_parts=1, **options)
+    cut = make_step(cache, case, num_parts=num_parts, **options)
+    out = cut.run(q, cache)
+    graph = captured(lambda: cut.run(q, cache))
+    for work in (lambda: cut.run(q, cache), *[graph.replay] * 6):
+        new_q, k, v = next_token(case, rng)
+        cache.append(k, v)
+        q.copy_(new_q)
+        out.fill_(float("nan"))
+        work()
+        assert torch.equal(out, whole.run(q, cache))
+        assert_same_results(cut, whole)
+
+
+@pytest.mark.parametrize("num_parts", [1, 2])
+@pytest.mark.parametrize("selector", ["quest", "full"])
+@pytest.mark.parametrize("case", [BASE, NAMED["mha-ragged"]], ids=str)
+def test_run_neither_allocates_nor_synchronises(case, selector, num_parts, rng):
     tensors = make_tensors(case, rng)
     cache = growing_cache(tensors)
-    step = make_step(cache, case, selector=selector, num_sink_tokens=4)
+    step = make_step(cache, case, selector=selector, num_sink_tokens=4, num_parts=num_parts)
     step.run(tensors.q, cache)  # compiles
     with launches_only():
         step.run(tensors.q, cache)

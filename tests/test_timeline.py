@@ -14,33 +14,42 @@ from profiling.timing import time_providers
 from profiling.workloads import Workload
 from reference.inputs import DecodeShape
 
-LAUNCHES = {"selector": 2, "attention": 1}
+STAGE_OF = {"score": "selector", "top": "selector", "attend": "attention"}
 ORIGIN = {"torch": "x", "commit": "y", "date": "z"}
 
 
 def steps(*one: tuple[float, float], period: float, count: int = 3) -> list[Span]:
-    """The launches of one step, again and again."""
-    starts = [place * period for place in range(count)]
-    return [Span(start + first, start + last) for start in starts for first, last in one]
+    """The launches of one step, again and again; each is of another kernel."""
+    return [
+        Span(place * period + first, place * period + last, kernel)
+        for place in range(count)
+        for kernel, (first, last) in zip(STAGE_OF, one, strict=True)
+    ]
 
 
 def test_launches_and_gaps_add_up_to_the_step() -> None:
-    found = shares(steps((0, 2), (3, 6), (10, 14), period=20), LAUNCHES)
+    found = shares(steps((0, 2), (3, 6), (10, 14), period=20), STAGE_OF, 3)
     assert found == {"selector": Share(2, 5.0, 7.0), "attention": Share(1, 4.0, 4.0)}
     assert sum(own.busy_us + own.gap_us for own in found.values()) == 20
 
 
 def test_an_overlap_counts_once_for_the_earlier_launch() -> None:
-    found = shares(steps((0, 8), (2, 5), (7, 10), period=10), LAUNCHES)
+    found = shares(steps((0, 8), (2, 5), (7, 10), period=10), STAGE_OF, 3)
     assert found == {"selector": Share(2, 8.0, 0.0), "attention": Share(1, 2.0, 0.0)}
 
 
-@pytest.mark.parametrize("count", [0, 1])
-def test_less_than_two_steps_are_refused(count: int) -> None:
-    with pytest.raises(ValueError, match="two or more steps of 3"):
-        shares(steps((0, 1), (1, 2), (2, 3), period=5, count=count), LAUNCHES)
-    with pytest.raises(ValueError, match="got 7"):
-        shares(steps((0, 1), period=5, count=7), LAUNCHES)
+def test_parts_of_a_batch_may_run_at_the_same_time() -> None:
+    """The second part's launches begin while the first's run; they come in any order."""
+    one = [(0, 4, "score"), (3, 6, "score"), (4, 8, "attend"), (6, 9, "attend")]
+    spans = [Span(at + first, at + last, name) for at in (0, 10) for first, last, name in one]
+    found = shares(spans, STAGE_OF, 2)
+    assert found == {"selector": Share(2, 6.0, 1.0), "attention": Share(2, 3.0, 0.0)}
+
+
+@pytest.mark.parametrize("count, num_steps", [(0, 2), (1, 1), (3, 2)])
+def test_less_than_two_equal_steps_are_refused(count: int, num_steps: int) -> None:
+    with pytest.raises(ValueError, match=f"equal steps, got {3 * count} in {num_steps}"):
+        shares(steps((0, 1), (1, 2), (2, 3), period=5, count=count), STAGE_OF, num_steps)
 
 
 def small(dtype: torch.dtype, head_dim: int) -> Workload:
@@ -66,22 +75,22 @@ class MadeUpStep:
     launches: list[Span] = []
     pause = 4.0
 
-    def _launch(self, count: int) -> None:
-        for _ in range(count):
+    def _launch(self, *kernels: str) -> None:
+        for kernel in kernels:
             start = (self.launches[-1].end if self.launches else 0.0) + MadeUpStep.pause
-            self.launches.append(Span(start, start + 3.0))
+            self.launches.append(Span(start, start + 3.0, kernel))
 
     def select(self, _q: object, _cache: object) -> None:
-        self._launch(2)
+        self._launch("score", "top")
 
     def estimate(self, _q: object, _cache: object) -> None:
-        self._launch(1)
+        self._launch("estimate")
 
     def prune(self, _cache: object) -> None:
-        self._launch(1)
+        self._launch("prune")
 
     def attend(self, _q: object, _cache: object) -> None:
-        self._launch(2)
+        self._launch("attend", "merge")
 
     def run(self, q: object, cache: object) -> None:
         self.select(q, cache)
