@@ -23,7 +23,7 @@ FOLDERS = ("kernels", "reference", "tests", "autotune", "profiling")
 FILES = ("pyproject.toml", "requirements.txt")
 UNIT_SECONDS = 150
 BASELINE_SECONDS = 500
-AT_ONCE = 6 if torch.cuda.is_available() else 2
+AT_ONCE = max(2, min(12, os.cpu_count() - 2)) if torch.cuda.is_available() else 2
 TESTS_FAILED, TIMED_OUT = 1, 124  # pytest's exit code, and that of `timeout`
 
 

@@ -19,7 +19,7 @@ from tests.sanitized import PARTS
 
 TOOLS = ("memcheck", "initcheck", "racecheck", "synccheck")
 UNIT_SECONDS = 420
-AT_ONCE = 7
+AT_ONCE = max(2, min(14, os.cpu_count() - 2))
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)")
 LAUNCHES = re.compile(r"sanitized: (\d+) launches of (\d+) kernels")
 
