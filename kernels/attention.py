@@ -29,7 +29,7 @@ class WorkList:
     # [max_items, 4] i32: batch, kv_head, split (-1: the row's only one), tokens
     items: torch.Tensor
     num_items: torch.Tensor  # [1] i32
-    tickets: torch.Tensor  # [2] i32, zeros between launches
+    ticket: torch.Tensor  # [1] u64, zero between launches
 
     @classmethod
     def allocate(
@@ -40,7 +40,7 @@ class WorkList:
             split_tokens=split_tokens,
             items=torch.empty(num_rows * -(-width // split_tokens), 4, **like),
             num_items=torch.zeros(1, **like),
-            tickets=torch.zeros(2, **like),
+            ticket=torch.zeros(1, dtype=torch.uint64, device=device),
         )
 
 
@@ -186,7 +186,7 @@ def launch_plan(
     """One launch: the list of items, where the pruner has not written it."""
     config, work = replace(workspace.config, pdl=launches_early(cache)), workspace.work
     plan_kernel(cache.page_size, source, config)(
-        cache.seq_lens, indices, counts, work.items, work.num_items, work.tickets
+        cache.seq_lens, indices, counts, work.items, work.num_items, work.ticket
     )
 
 

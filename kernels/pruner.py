@@ -149,7 +149,7 @@ def launch_prune_top_p(
         logits.view(*grouped, width), cache.seq_lens, candidate_pages, candidate_counts,
         top_p.view(grouped), num_sink_tokens, num_recent_tokens,
         kept_tokens, kept_counts, kept_mass.view(grouped),
-        work.items, work.num_items, work.tickets, union.words, union.arrived,
+        work.items, work.num_items, work.ticket, union.words, union.arrived,
     )  # fmt: skip
 
 
@@ -295,7 +295,7 @@ def pruner_kernel(
         kept_mass: T.Tensor[(batch_size, num_kv_heads, group_size), T.float32],
         items: T.Tensor[(max_items, 4), T.int32],
         num_items: T.Tensor[(1,), T.int32],
-        tickets: T.Tensor[(2,), T.int32],
+        ticket: T.Tensor[(1,), T.uint64],
         union_words: T.Tensor[(batch_size, num_kv_heads, width_words), T.int32],
         arrived: T.Tensor[(batch_size, num_kv_heads), T.int32],
     ):
@@ -493,7 +493,7 @@ def pruner_kernel(
                     position, kept_tokens, batch, kv_head,
                 )  # fmt: skip
                 append_items(
-                    items, num_items, tickets, first_item, count[0], split_tokens,
+                    items, num_items, ticket, first_item, count[0], split_tokens,
                     batch, kv_head, batch_size * num_kv_heads, thread, NUM_THREADS,
                 )  # fmt: skip
                 if thread == 0:

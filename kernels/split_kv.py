@@ -41,23 +41,24 @@ def count_tokens(source, page_size, seq_lens, indices, counts, batch, kv_head, n
 
 @T.macro
 def append_items(
-    items, num_items, tickets, first_item, num_tokens, split_tokens,
+    items, num_items, ticket, first_item, num_tokens, split_tokens,
     batch, kv_head, num_rows, thread, num_threads,
 ):  # fmt: skip
     """Appends the row's items to the list, in no order that matters.
 
-    tickets counts the items that are taken and the rows that took theirs: the last row publishes
-    how many items there are and leaves zeros for the next launch. first_item is one int32 of shared
-    memory. All threads of the block take part.
+    ticket counts the rows that took their items, above 32 bits that count the items: one atomic
+    says where a row's items go and whether it is the last, which publishes how many there are and
+    leaves zero for the next launch. first_item is one int32 of shared memory. All threads of the
+    block take part.
     """
     num_splits = T.ceildiv(num_tokens, split_tokens)
     if thread == 0:
-        first_item[0] = T.atomic_add(tickets[0], num_splits, return_prev=True)
-        rows_before = T.atomic_add(tickets[1], 1, memory_order="acq_rel", return_prev=True)
-        if rows_before == num_rows - 1:
-            num_items[0] = T.atomic_add(tickets[0], 0, return_prev=True)
-            tickets[0] = 0
-            tickets[1] = 0
+        taken = T.uint64(1 << 32) + T.cast(num_splits, T.uint64)
+        before = T.atomic_add(ticket[0], taken, return_prev=True)
+        first_item[0] = T.cast(before & T.uint64(0xFFFFFFFF), T.int32)
+        if T.cast(before >> T.uint64(32), T.int32) == num_rows - 1:
+            num_items[0] = first_item[0] + num_splits
+            ticket[0] = T.uint64(0)
     T.sync_threads()
     for step in T.serial(T.ceildiv(num_splits, num_threads)):
         split = step * num_threads + thread
@@ -89,7 +90,7 @@ def plan_kernel(page_size: int, source: str, config: AttentionConfig):
         counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
         items: T.Tensor[(max_items, 4), T.int32],
         num_items: T.Tensor[(1,), T.int32],
-        tickets: T.Tensor[(2,), T.int32],
+        ticket: T.Tensor[(1,), T.uint64],
     ):
         with T.Kernel(num_kv_heads, batch_size, threads=num_threads) as (kv_head, batch):
             start_early(config.pdl)
@@ -98,7 +99,7 @@ def plan_kernel(page_size: int, source: str, config: AttentionConfig):
             num_tokens = T.alloc_local((1,), T.int32)
             count_tokens(source, page_size, seq_lens, indices, counts, batch, kv_head, num_tokens)
             append_items(
-                items, num_items, tickets, first_item, num_tokens[0], config.split_tokens,
+                items, num_items, ticket, first_item, num_tokens[0], config.split_tokens,
                 batch, kv_head, batch_size * num_kv_heads, thread, num_threads,
             )  # fmt: skip
 

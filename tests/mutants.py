@@ -199,8 +199,8 @@ MUTANTS = (
         "total += scale * partial_lse", "total += partial_lse", ATTENTION, ATTENDED,
     ),
     Mutant(
-        "tickets not left at zero", "split_kv.py",
-        "            tickets[1] = 0\n", "            tickets[1] = 1\n", REPEATED, PRUNED,
+        "ticket not left at zero", "split_kv.py",
+        "ticket[0] = T.uint64(0)", "ticket[0] = T.uint64(1)", REPEATED, PRUNED,
     ),
     Mutant(
         "last token counted twice on tensor cores", "attend_tiles.py",

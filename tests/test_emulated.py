@@ -392,7 +392,7 @@ def prune_emulated(logits, cache, pages, counts, top_p, windows, config, folder)
     kept_tokens, kept_counts = blank(1, 1, width, dtype=torch.int32), blank(1, 1, dtype=torch.int32)
     kept_mass = blank(1, 1, group_size)
     items = blank(-(-width // 128), 4, dtype=torch.int32)
-    num_items, tickets = torch.zeros(1, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    num_items, ticket = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
     static = (group_size, 16, next_power_of_two(max(width, 32)), 128, config)
     union = HeadUnion.allocate(cache, width)
     windows = {"num_sink_tokens": 0, "num_recent_tokens": 0} | windows
@@ -403,11 +403,11 @@ def prune_emulated(logits, cache, pages, counts, top_p, windows, config, folder)
         top_p=torch.full((1, 1, group_size), top_p), **windows, kept_tokens=kept_tokens,
         kept_counts=kept_counts, kept_mass=kept_mass, batch_size=1, num_kv_heads=1,
         width_pages=pages.shape[2], width=width, items=items, num_items=num_items,
-        tickets=tickets, max_items=len(items), union_words=union.words, arrived=union.arrived,
+        ticket=ticket, max_items=len(items), union_words=union.words, arrived=union.arrived,
         width_words=union.words.shape[2],
     )  # fmt: skip
     splits = -(-int(kept_counts) // 128)
-    assert not tickets.any() and num_items.item() == splits
+    assert not ticket.any() and num_items.item() == splits
     assert not union.words.any() and not union.arrived.any()
     assert items[:splits, 3].sum() == kept_counts
     assert items[:splits, 2].tolist() == ([-1] if splits == 1 else list(range(splits)))
@@ -449,7 +449,7 @@ def test_attention_matches_reference(form, source, inputs, folder):
             v_cache=cache.v_cache, page_table=cache.page_table,
             items=blank(max_items, 4, dtype=torch.int32),
             num_items=torch.zeros(1, dtype=torch.int32),
-            tickets=torch.zeros(2, dtype=torch.int32), num_blocks=num_blocks,
+            ticket=torch.zeros(1, dtype=torch.int64), num_blocks=num_blocks,
             sm_scale=cache.head_dim**-0.5, partial_out=blank(*partials, cache.head_dim),
             partial_lse=blank(*partials, 2), out=blank(*q.shape, dtype=torch.float16),
             lse=blank(*q.shape[:3]), width=indices.shape[2], max_splits=max_splits,
@@ -460,7 +460,7 @@ def test_attention_matches_reference(form, source, inputs, folder):
         attend((num_blocks,), config.num_threads, **shared)
         grid = (q.shape[2], cache.num_kv_heads, cache.batch_size)
         emulated(merge_kernel, static, folder)(grid, cache.head_dim, **shared)
-        assert not shared["tickets"].any()
+        assert not shared["ticket"].any()
         results.append((shared["out"].flatten(1, 2), shared["lse"].flatten(1, 2)))
     (out, lse), again = results
     torch.testing.assert_close(out, expected[0], rtol=2e-3, atol=2e-3)

@@ -135,7 +135,8 @@ def test_run_leaves_its_counters_at_zero(case, selector, num_parts, rng):
     for _ in range(2):
         step.run(tensors.q, cache)
         for each in (step, *(part for _, part, _ in step.parts)):
-            for counters in (each.attention.work.tickets, each.union.words, each.union.arrived):
+            ticket = each.attention.work.ticket.view(torch.int32)
+            for counters in (ticket, each.union.words, each.union.arrived):
                 assert not counters.any()
 
 
