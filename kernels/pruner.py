@@ -12,7 +12,14 @@ from kernels.cache import PagedKVCache
 from kernels.config import THREAD_LEVEL, AttentionConfig, PrunerConfig, launches_early, start_early
 from kernels.selector import next_power_of_two
 from kernels.split_kv import LOG2E, append_items, count_tokens
-from kernels.threshold import alloc_search, bits_per_round, clear_bins, compact, cross_bins
+from kernels.threshold import (
+    HALF_WORD,
+    alloc_search,
+    bits_per_round,
+    clear_bins,
+    compact,
+    cross_bins,
+)
 from kernels.tuned import config_for
 from kernels.validate import TILE_TOKENS, check_count, check_tensor
 
@@ -334,6 +341,7 @@ def pruner_kernel(
             alive = T.alloc_var(T.uint32)  # bit k: this thread's k-th value is near
             shift = T.alloc_var(T.int32)
             num_bins = T.alloc_var(T.int32)
+            num_recent = T.alloc_var(T.int32)  # no more candidates than these are recent
 
             token_of = lambda part, nth: (
                 ((part * num_values + nth) // VECTOR * NUM_THREADS + thread) * VECTOR + nth % VECTOR
@@ -355,6 +363,10 @@ def pruner_kernel(
             position = lambda at: page_of(at) * page_size + at % page_size
             weight = lambda x: T.exp2(x * (-LOG2E / STEPS))
             mass = lambda x: T.cast(weight(x) * scale + 0.5, T.int32)
+            first_recent = seq_lens[batch] - num_recent_tokens
+            num_recent = 0
+            if num_tokens[0] > 0:
+                num_recent = position(num_tokens[0] - 1) + 1 - first_recent
             # How many steps inside the bracket's low end.
             inside = lambda x: -T.cast(T.ceil(x), T.int32) - bracket[0]
 
@@ -471,8 +483,8 @@ def pruner_kernel(
                             if values[k] <= limit:
                                 set_bit(words, token_of(chunk, k))
                 force_tokens(
-                    words, forced_mass, thread, num_tokens[0], num_sink_tokens,
-                    seq_lens[batch] - num_recent_tokens, position,
+                    words, forced_mass, thread, num_tokens[0], num_sink_tokens, first_recent,
+                    num_recent, position,
                     lambda at: row_max[0] * STEPS - logit(at) * STEPS, limit, mass,
                 )  # fmt: skip
                 T.sync_threads()
@@ -490,7 +502,7 @@ def pruner_kernel(
             if not config.heads_apart or place[0] == group_size - 1:
                 compact(
                     lambda at: words[at], num_words, scan_sums, NUM_THREADS, count,
-                    position, kept_tokens, batch, kv_head,
+                    lambda half: position(half * HALF_WORD), kept_tokens, batch, kv_head,
                 )  # fmt: skip
                 append_items(
                     items, num_items, ticket, first_item, count[0], split_tokens,
@@ -504,11 +516,11 @@ def pruner_kernel(
 
 @T.macro
 def force_tokens(
-    words, forced_mass, thread, num_tokens, num_sink_tokens, first_recent, position, distance,
-    limit, mass,
+    words, forced_mass, thread, num_tokens, num_sink_tokens, first_recent, num_recent, position,
+    distance, limit, mass,
 ):  # fmt: skip
     """Keeps what lies before position num_sink_tokens or from first_recent on: candidates ascend,
-    so the sinks come first in the list and the recent tokens last."""
+    so the sinks come first in the list, and the recent tokens are among its last num_recent."""
     for step in T.serial(T.ceildiv(T.min(num_sink_tokens, num_tokens), NUM_THREADS)):
         early = step * NUM_THREADS + thread
         if early < num_tokens:
@@ -516,9 +528,7 @@ def force_tokens(
                 set_bit(words, early)
                 if distance(early) > limit:
                     T.atomic_add(forced_mass[0], mass(distance(early)))
-    last = position(T.max(num_tokens - 1, 0))
-    num_recent = T.min(last + 1 - first_recent, num_tokens)
-    for step in T.serial(T.ceildiv(T.max(num_recent, 0), NUM_THREADS)):
+    for step in T.serial(T.ceildiv(T.max(T.min(num_recent, num_tokens), 0), NUM_THREADS)):
         late = num_tokens - 1 - (step * NUM_THREADS + thread)
         if late >= 0:
             if position(late) >= T.max(first_recent, num_sink_tokens):

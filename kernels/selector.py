@@ -16,6 +16,7 @@ from kernels.config import (
     start_early,
 )
 from kernels.threshold import (
+    HALF_WORD,
     add_to_bin,
     alloc_search,
     bits_per_round,
@@ -444,7 +445,7 @@ def top_pages_kernel(page_size: int, max_pages_bound: int, config: TopPagesConfi
             T.sync_threads()
             compact(
                 lambda at: words[at], T.ceildiv(num_pages, 32), scan_sums, num_threads,
-                count, lambda at: at, candidate_pages, batch, kv_head,
+                count, lambda half: half * HALF_WORD, candidate_pages, batch, kv_head,
             )  # fmt: skip
             if thread == 0:
                 candidate_counts[batch, kv_head] = count[0]

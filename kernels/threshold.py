@@ -13,6 +13,7 @@ the need.
 import tilelang.language as T
 
 BINS_PER_THREAD = 4
+HALF_WORD = 16
 
 
 def bits_per_round(num_threads: int) -> int:
@@ -123,12 +124,16 @@ def exclusive_sum(value, prefix, total, warp_sums, thread, num_threads):
 
 
 @T.macro
-def compact(word_at, num_words, warp_sums, num_threads, count, position, output, batch, kv_head):
-    """Writes position(i) of every set bit i to output[batch, kv_head], ascending.
+def compact(
+    word_at, num_words, warp_sums, num_threads, count, half_position, output, batch, kv_head
+):  # fmt: skip
+    """Writes the position of every set bit to output[batch, kv_head], ascending.
 
-    count[0] = how many. word_at(w) holds bits 32 w to 32 w + 31; a thread takes a whole word.
+    count[0] = how many. word_at(w) holds bits 32 w to 32 w + 31; a thread takes a whole word. Bit i
+    of half a word stands for half_position(half) + i.
     """
     thread = T.get_thread_binding()
+    first = T.alloc_local((2,), T.int32)
     prefix = T.alloc_local((1,), T.int32)
     total = T.alloc_local((1,), T.int32)
     bits = T.alloc_var(T.uint32)
@@ -139,13 +144,19 @@ def compact(word_at, num_words, warp_sums, num_threads, count, position, output,
         bits = T.uint32(0)
         if word < num_words:
             bits = word_at(word)
+        if bits != T.uint32(0):  # asked for here: they arrive while the words are counted
+            for half in T.unroll(2):
+                first[half] = half_position(word * 2 + half)
         exclusive_sum(
             T.cast(T.popcount(bits), T.int32), prefix, total, warp_sums, thread, num_threads
         )
         slot = count[0] + prefix[0]
         while bits != T.uint32(0):
             lowest = bits & (T.uint32(0) - bits)
-            output[batch, kv_head, slot] = position(word * 32 + 31 - T.cast(T.clz(lowest), T.int32))
+            bit = 31 - T.cast(T.clz(lowest), T.int32)
+            output[batch, kv_head, slot] = (
+                T.if_then_else(bit < HALF_WORD, first[0], first[1]) + bit % HALF_WORD
+            )
             slot += 1
             bits = bits ^ lowest
         count[0] += total[0]
