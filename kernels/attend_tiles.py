@@ -8,7 +8,7 @@ import tilelang
 import tilelang.language as T
 
 from kernels.config import TILE_LEVEL, AttentionConfig, start_early
-from kernels.split_kv import LOG2E, cache_row, listed_token
+from kernels.split_kv import LOG2E, cache_row, listed_token, load_words
 
 QUERY_ROWS = 16
 # Leaves the copies of a T.Parallel loop in flight: the kernel waits for them itself.
@@ -62,14 +62,14 @@ def tiles_kernel(
             acc = T.alloc_fragment((QUERY_ROWS, head_dim), T.float32)
             row_max = T.alloc_fragment((QUERY_ROWS,), T.float32)
             row_sum = T.alloc_fragment((QUERY_ROWS,), T.float32)
+            words = T.alloc_local((4,), T.int32)
             item = T.alloc_var(T.int32)
 
             item = block
+            load_words(words, items, item, max_items)
             while item < num_items[0]:
-                batch = items[item, 0]
-                kv_head = items[item, 1]
-                split = items[item, 2]
-                num_tokens = items[item, 3]
+                batch, kv_head, split, num_tokens = words[0], words[1], words[2], words[3]
+                load_words(words, items, item + num_blocks, max_items)
 
                 for i in T.Parallel(split_tokens):
                     index = T.max(split, 0) * split_tokens + T.min(i, num_tokens - 1)
