@@ -60,11 +60,13 @@ class PrunerConfig:
 
     @classmethod
     def for_rows(
-        cls, num_rows: int, group_size: int, capability: tuple[int, int]
+        cls, num_rows: int, group_size: int, capability: tuple[int, int], logit_bytes: int = 2
     ) -> "PrunerConfig":
         """Few rows are spread over a block per query head; many fill the GPU as they are."""
-        # Code for compute capability 10 needs more registers than four blocks leave it.
-        return cls(group_size > 1 and num_rows <= 128, 4 if capability < (10, 0) else 3)
+        # Code for compute capability 10, or for wide logits, needs more registers than four blocks
+        # leave it.
+        blocks_per_sm = 4 if capability < (10, 0) and logit_bytes == 2 else 3
+        return cls(group_size > 1 and num_rows <= 128, blocks_per_sm)
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class TwilightDecode:
         self.scores = torch.empty(*rows, cache.max_pages, device=device)
         self.candidate_pages = torch.empty(*rows, width, **like)
         self.candidate_counts = torch.empty(rows, **like)
-        self.logits = torch.empty(*heads, tokens, device=device)
+        self.logits = torch.empty(*heads, tokens, dtype=torch.float16, device=device)
         self.kept_tokens = torch.empty(*rows, tokens, **like)
         self.kept_counts = torch.empty(rows, **like)
         self.kept_mass = torch.empty(heads, device=device)

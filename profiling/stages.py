@@ -16,7 +16,7 @@ from profiling import baselines, checks
 from profiling.request_sets import RequestSets, cold_sets
 from profiling.rows import STAGES
 from profiling.timing import Calls
-from profiling.traffic import Work, bytes_moved
+from profiling.traffic import INDEX_BYTES, LOGIT_BYTES, Work, bytes_moved
 from profiling.workloads import METHODS, Workload
 
 WORKSPACE_BYTES = 8 << 30  # of all steps of one method together, about
@@ -108,7 +108,8 @@ class StageBuilder:
         """
         workload, sets = self.workload, self.sets
         work = workload.work(method)
-        workspace = 2 * 4 * work.candidate_tokens * (work.group_size + 1)
+        row_bytes = LOGIT_BYTES * work.group_size + INDEX_BYTES
+        workspace = 2 * work.candidate_tokens * row_bytes
         wanted = min(self._num_cold(stage, method), max(1, WORKSPACE_BYTES // workspace))
         wanted = min(wanted, MAX_SLOTS if stage == "pruner" else sets.num_sets)
         slots = self._slots.setdefault(method, [])

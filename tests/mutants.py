@@ -115,36 +115,36 @@ MUTANTS = (
     ),
     Mutant(
         "zero point left out", "estimator.py",
-        "(scale * product + zero * q_sum[n, h]) * sm_scale", "(scale * product) * sm_scale",
+        "acc[t * 2 + h], zero * q_sum[n, h]", "acc[t * 2 + h], T.float32(0)",
         ESTIMATOR, ESTIMATED,
     ),
     Mutant(
         "a logit behind the last token", "estimator.py",
-        "* page_size + cell < seq_len", "* page_size + cell <= seq_len", ESTIMATOR, ESTIMATED,
+        "if row + t * 8 >= tokens_left:", "if row + t * 8 > tokens_left:", ESTIMATOR, ESTIMATED,
     ),
     Mutant(
         "codes of a warp's first page for all its tiles", "estimator.py",
         "page = next_physical[i]", "page = next_physical[0]", ESTIMATOR, ESTIMATED,
     ),
     Mutant(
-        "last query head of a group dropped from the union", "pruner.py",
+        "last query head of a group dropped from the union", "top_p.py",
         "head = first_head + turn\n",
         "head = T.min(first_head + turn, T.max(group_size - 2, 0))\n", PRUNER, PRUNED,
     ),
     Mutant(
-        "a little less mass than asked for", "pruner.py",
+        "a little less mass than asked for", "top_p.py",
         "T.ceil(p * UNITY)", "T.ceil(p * UNITY * 0.999)", PRUNER, PRUNED,
     ),
     Mutant(
-        "masses a little too small", "pruner.py",
+        "masses a little too small", "top_p.py",
         "weight(x) * scale + 0.5", "weight(x) * scale * 0.999", PRUNER, PRUNED,
     ),
     Mutant(
-        "light weights cut that are needed", "pruner.py",
+        "light weights cut that are needed", "top_p.py",
         "* total[0] * 0.9999", "* total[0] * 20.0", PRUNER, PRUNED,
     ),
     Mutant(
-        "softmax summed over half of the warps", "pruner.py",
+        "softmax summed over half of the warps", "top_p.py",
         "T.unroll(1, NUM_THREADS // 32)", "T.unroll(1, NUM_THREADS // 64)", PRUNER, PRUNED,
     ),
     Mutant(
@@ -152,21 +152,21 @@ MUTANTS = (
         "arrived[batch, kv_head] = 0", "arrived[batch, kv_head] = 1", PRUNER, PRUNED_APART,
     ),
     Mutant(
-        "one sink too few", "pruner.py",
+        "one sink too few", "top_p.py",
         "if position(early) < num_sink_tokens:", "if position(early) < num_sink_tokens - 1:",
         PRUNER, PRUNED,
     ),
     Mutant(
-        "newest token not among the recent ones", "pruner.py",
+        "newest token not among the recent ones", "top_p.py",
         "late = num_tokens - 1 - (step", "late = num_tokens - 2 - (step", PRUNER, PRUNED,
     ),
     Mutant(
-        "a bit behind the last token at p = 1", "pruner.py",
+        "a bit behind the last token at p = 1", "top_p.py",
         "T.max(word * 32 + 32 - num_tokens[0], 0)", "T.max(word * 32 + 31 - num_tokens[0], 0)",
         PRUNER, PRUNED,
     ),
     Mutant(
-        "NaN prunes everything", "pruner.py",
+        "NaN prunes everything", "top_p.py",
         "T.And(total[0] >= 1.0, asked < 1.0)",
         "top_p[batch, kv_head, head]", PRUNER, UNKNOWN,
     ),

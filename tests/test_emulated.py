@@ -23,7 +23,7 @@ from kernels.config import (
 )
 from kernels.estimator import estimator_kernel
 from kernels.mirror import append_kernel, mirror_kernel, prefill_kernel
-from kernels.pruner import NUM_THREADS, HeadUnion, pruner_kernel
+from kernels.pruner import HeadUnion, pruner_kernel
 from kernels.selector import (
     all_pages_kernel,
     next_power_of_two,
@@ -31,12 +31,13 @@ from kernels.selector import (
     top_pages_kernel,
 )
 from kernels.split_kv import merge_kernel, plan_kernel
+from kernels.top_p import NUM_THREADS
 from reference.hazards import contiguous, poison_unused
 from reference.inputs import DecodeShape, random_inputs
 from tests.cases import FORMS, NAN, forms_for
 from tests.emulate import emulated
 from tests.guards import GuardedMemory
-from tests.logits import LOGITS, NO_SOFTMAX, normal
+from tests.logits import LOGITS, NO_SOFTMAX, normal, rounded
 from tests.properties import assert_bounds_hold, assert_top_p, token_slots
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
@@ -284,9 +285,23 @@ def test_estimated_logits_match_reference(config, inputs, folder):
     cache = reference.PagedKVCache.wrap(*inputs.paged())
     config = CONFIGS[config]
     pages, counts = reference.select_pages(inputs.q, cache, cache.page_size * 5)
-    expected = reference.estimate_logits(inputs.q, cache, pages, counts)
-    q, width = grouped(inputs.q, cache), pages.shape[2]
-    logits = blank(*q.shape[:3], width, cache.page_size)
+    expected = reference.estimate_logits(inputs.q, cache, pages, counts, dtype=torch.float64)
+    logits = estimate_emulated(inputs.q, cache, pages, counts, config, folder)
+    width = pages.shape[2]
+    listed = torch.arange(width)[None, None] < counts[..., None]
+    paged = (cache.num_kv_heads, -1), (width, cache.page_size)
+    got, wanted = (
+        each.unflatten(1, paged[0]).unflatten(3, paged[1]).transpose(2, 3)[listed]
+        for each in (logits, expected)
+    )
+    # Half a unit of fp16, and fp32 sums in another order.
+    torch.testing.assert_close(got.double(), wanted, rtol=2**-11 + 1e-5, atol=1e-5)
+
+
+def estimate_emulated(q, cache, pages, counts, config, folder) -> torch.Tensor:
+    """The kernel's logits [batch_size, num_qo_heads, width]."""
+    q, width = grouped(q, cache), pages.shape[2]
+    logits = blank(*q.shape[:3], width, cache.page_size, dtype=torch.float16)
     block_tiles = config.num_warps * config.tiles_per_warp * config.steps
     blocks = -(-width * cache.page_size // 16 // block_tiles)
     static = (q.shape[2], cache.head_dim, cache.page_size, "float16", config)
@@ -296,21 +311,34 @@ def test_estimated_logits_match_reference(config, inputs, folder):
         seq_lens=cache.seq_lens, candidate_pages=pages, candidate_counts=counts,
         sm_scale=cache.head_dim**-0.5, logits=logits, width_pages=width, **sizes(cache),
     )  # fmt: skip
-    listed = torch.arange(width)[None, None] < counts[..., None]
-    got = logits.transpose(2, 3)[listed]
-    wanted = expected.view(logits.shape).transpose(2, 3)[listed]
-    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    return logits.flatten(1, 2).flatten(2)
 
 
-ROWS = {  # seq_len, group size, sinks, recent, config
-    "gqa4": (700, 4, 0, 0, PrunerConfig()),
-    "gqa3-windows": (333, 3, 4, 24, PrunerConfig()),
-    "heads-apart": (700, 4, 4, 24, PrunerConfig(heads_apart=True)),
-    "wide": (20_005, 2, 0, 0, PrunerConfig(heads_apart=True)),
-    "one-page": (11, 4, 0, 0, PrunerConfig(heads_apart=True)),
-    "two-pages": (27, 4, 0, 0, PrunerConfig(heads_apart=True)),
-    "wide-walk": (9_000, 2, 0, 0, PrunerConfig()),
-    "one-head": (700, 1, 0, 0, PrunerConfig()),
+def test_estimated_logits_stay_in_the_range_of_fp16(folder):
+    """Finite ones at its ends, NaN as NaN."""
+    inputs = random_inputs(SHAPES["gqa4"], seed=0)
+    inputs.q[0] = inputs.q[0].clamp(-6, 6) * 1e4
+    inputs.k_cache *= 30
+    inputs.q[1, 5] = NAN
+    cache = reference.PagedKVCache.wrap(*inputs.paged())
+    lists = reference.select_all(cache)
+    logits = estimate_emulated(inputs.q, cache, *lists, EstimatorConfig(), folder)
+    largest = torch.finfo(torch.float16).max
+    assert (logits[0, :, :77].abs() == largest).any() and (logits[0, :, 77:80] == -torch.inf).all()
+    assert (logits[0, :, :77].abs() <= largest).all()
+    assert logits[1, 5, :300].isnan().all() and (logits[1, 5, 300:304] == -torch.inf).all()
+    assert logits[1, :5, :300].isfinite().all()
+
+
+ROWS = {  # seq_len, group size, sinks, recent, dtype of logits, config
+    "gqa4": (700, 4, 0, 0, torch.float32, PrunerConfig()),
+    "gqa3-windows": (333, 3, 4, 24, torch.float16, PrunerConfig()),
+    "heads-apart": (700, 4, 4, 24, torch.float16, PrunerConfig(heads_apart=True)),
+    "wide": (20_005, 2, 0, 0, torch.float32, PrunerConfig(heads_apart=True)),
+    "one-page": (11, 4, 0, 0, torch.float32, PrunerConfig(heads_apart=True)),
+    "two-pages": (27, 4, 0, 0, torch.float16, PrunerConfig(heads_apart=True)),
+    "wide-walk": (9_000, 2, 0, 0, torch.float16, PrunerConfig()),
+    "one-head": (700, 1, 0, 0, torch.float16, PrunerConfig()),
 }
 
 
@@ -318,10 +346,10 @@ ROWS = {  # seq_len, group size, sinks, recent, config
 @pytest.mark.parametrize("draw", ["normal", "skewed", "one-hot", "all-equal", "within-2e4"])
 @pytest.mark.parametrize("row", ROWS)
 def test_pruned_sets_match_reference(row, draw, top_p, rng, folder):
-    seq_len, group_size, num_sink_tokens, num_recent_tokens, config = ROWS[row]
+    seq_len, group_size, num_sink_tokens, num_recent_tokens, dtype, config = ROWS[row]
     windows = {"num_sink_tokens": num_sink_tokens, "num_recent_tokens": num_recent_tokens}
     logits = [LOGITS[draw](seq_len, rng) for _ in range(group_size)]
-    problem = one_row(logits)
+    problem = one_row(logits, dtype)
     tokens, counts, mass = prune_emulated(*problem, top_p, windows, config, folder)
     expected = reference.prune_top_p(*problem, top_p, **windows)
     count = int(expected[1])
@@ -336,9 +364,9 @@ def test_pruned_sets_match_reference(row, draw, top_p, rng, folder):
 @pytest.mark.parametrize("row", ["gqa3-windows", "heads-apart", "wide", "one-page"])
 def test_a_row_without_a_softmax_keeps_every_candidate(row, draw, rng, folder):
     """Of one query head; the others of its group are as they were."""
-    seq_len, group_size, *_, config = ROWS[row]
+    seq_len, group_size, *_, dtype, config = ROWS[row]
     logits = [normal(seq_len, rng) for _ in range(group_size - 1)]
-    problem = one_row([*logits, NO_SOFTMAX[draw](seq_len, rng)])
+    problem = one_row([*logits, NO_SOFTMAX[draw](seq_len, rng)], dtype)
     _, counts, mass = prune_emulated(*problem, 0.5, {}, config, folder)
     assert counts.item() == seq_len and mass[0, -1] == 1
     assert (mass[0, :-1] < 0.8).all()
@@ -347,7 +375,7 @@ def test_a_row_without_a_softmax_keeps_every_candidate(row, draw, rng, folder):
 @pytest.mark.parametrize("top_p, kept", [(NAN, 333), (1.5, 333), (0.0, 1), (-9.0, 1)])
 def test_a_top_p_out_of_range_keeps_all_or_one(top_p, kept, rng, folder):
     """On the device it cannot be refused."""
-    problem = one_row([normal(333, rng)] * 3)
+    problem = one_row([normal(333, rng)] * 3, torch.float16)
     _, counts, _ = prune_emulated(*problem, top_p, {}, ROWS["gqa3-windows"][-1], folder)
     assert counts.item() == kept
 
@@ -359,19 +387,20 @@ def test_a_top_p_out_of_range_keeps_all_or_one(top_p, kept, rng, folder):
     draws=st.lists(st.sampled_from([*LOGITS, *NO_SOFTMAX]), min_size=4, max_size=4),
     top_p=st.floats(1e-6, 1.0),
     windows=st.sampled_from([(0, 0), (1, 0), (5, 33)]),
+    dtype=st.sampled_from([torch.float16, torch.float32]),
     seed=st.integers(0, 2**31),
 )
-def test_generated_rows_keep_promise_1(folder, row, seq_len, draws, top_p, windows, seed):
+def test_generated_rows_keep_promise_1(folder, row, seq_len, draws, top_p, windows, dtype, seed):
     """Any mixture of rows in one group, at any length up to the width."""
     windows = dict(zip(("num_sink_tokens", "num_recent_tokens"), windows, strict=True))
     rng = torch.Generator().manual_seed(seed)
     rows = [(LOGITS | NO_SOFTMAX)[draw](seq_len, rng) for draw in draws]
-    problem = one_row(rows, max_pages=64)
+    problem = one_row(rows, dtype, max_pages=64)
     result = prune_emulated(*problem, top_p, windows, ROWS[row][-1], folder)
     assert_top_p(*problem, top_p, result, **windows)
 
 
-def one_row(logits: list[torch.Tensor], max_pages: int | None = None):
+def one_row(logits: list[torch.Tensor], dtype: torch.dtype, max_pages: int | None = None):
     """(logits, cache, candidate_pages, candidate_counts) of one KV head whose query heads have
     these logits, over every page of one request."""
     seq_len = len(logits[0])
@@ -381,6 +410,7 @@ def one_row(logits: list[torch.Tensor], max_pages: int | None = None):
     cache.seq_lens.fill_(seq_len)
     padded = torch.full((1, len(logits), cache.capacity), -torch.inf)
     padded[..., :seq_len] = torch.stack(logits)
+    padded = rounded(padded) if dtype == torch.float16 else padded
     return padded, cache, *reference.select_all(cache)
 
 
@@ -391,7 +421,8 @@ def prune_emulated(logits, cache, pages, counts, top_p, windows, config, folder)
     kept_mass = blank(1, 1, group_size)
     items = blank(-(-width // 128), 4, dtype=torch.int32)
     num_items, tickets = torch.zeros(1, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
-    static = (group_size, 16, next_power_of_two(max(width, 32)), 128, config)
+    dtype = str(logits.dtype).removeprefix("torch.")
+    static = (group_size, 16, next_power_of_two(max(width, 32)), dtype, 128, config)
     union = HeadUnion.allocate(cache, width)
     windows = {"num_sink_tokens": 0, "num_recent_tokens": 0} | windows
     emulated(pruner_kernel, static, folder)(
