@@ -70,6 +70,25 @@ class PrunerConfig:
 
 
 @dataclass(frozen=True)
+class EstimatePruneConfig:
+    tiles_per_warp: int = 4  # tiles of 16 tokens whose loads one warp issues together
+    blocks_per_sm: int = 2  # that registers must allow for
+    pdl: bool = False
+
+    @classmethod
+    def for_group(
+        cls, group_size: int, head_dim: int, capability: tuple[int, int]
+    ) -> "EstimatePruneConfig":
+        """Logits of one query head leave room for more blocks, each with fewer tiles in flight;
+        wide heads fill registers with fewer."""
+        if head_dim > 128:
+            return cls(tiles_per_warp=2)
+        if group_size > 1:
+            return cls()
+        return cls(tiles_per_warp=2, blocks_per_sm=4 if capability < (10, 0) else 3)
+
+
+@dataclass(frozen=True)
 class PageScoreConfig:
     num_warps: int = 4
     tiles_per_warp: int = 2  # tiles of 16 pages whose loads one warp issues together

@@ -89,8 +89,9 @@ def find_pages(
 ):  # fmt: skip
     """Logical and physical pages of `count` tiles; beyond the last tile, the last one's."""
     for i in T.unroll(count):
-        tile = T.min(first_tile + i, num_tiles - 1)
-        pages[i] = candidate_pages[batch, kv_head, tile // tiles_per_page]
+        pages[i] = T.min(first_tile + i, num_tiles - 1) // tiles_per_page
+    for i in T.unroll(count):
+        pages[i] = candidate_pages[batch, kv_head, pages[i]]
     for i in T.unroll(count):
         physical[i] = page_table[batch, pages[i]]
 

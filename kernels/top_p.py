@@ -64,6 +64,7 @@ def prune_heads(
     scale = T.alloc_var(T.float32)  # from weight to mass
     farthest = T.alloc_var(T.float32)
     limit = T.alloc_var(T.float32)
+    steps_below = T.alloc_var(T.float32)
     alive = T.alloc_var(T.uint32)  # bit k: this thread's k-th value is near
     shift = T.alloc_var(T.int32)
     num_bins = T.alloc_var(T.int32)
@@ -163,9 +164,8 @@ def prune_heads(
                 for step in T.serial(T.ceildiv(listed, NUM_THREADS)):
                     if step * NUM_THREADS + thread < listed:
                         token = T.cast(near[step * NUM_THREADS + thread], T.int32)
-                        add_distance(
-                            search, distance(near_row(token)), inside, shift, num_bins, mass
-                        )
+                        steps_below = distance(near_row(token))
+                        add_distance(search, steps_below, inside, shift, num_bins, mass)
             else:
                 for chunk in T.serial(num_chunks):
                     load_row(own, row, num_listed, token_of, chunk)

@@ -76,6 +76,16 @@ class Slot:
             "attention": partial(self.step.attend, self.q, self.cache),
         }
 
+    @property
+    def launched(self) -> dict[str, Callable[[], object] | None]:
+        """The stages as the step launches them: one kernel that estimates and prunes counts as the
+        estimator, and then there is no pruner."""
+        calls: dict[str, Callable[[], object] | None] = dict(self.stage_calls)
+        if getattr(self.step, "fused", False):
+            calls["estimator"] = partial(self.step.estimate_prune, self.q, self.cache)
+            calls["pruner"] = None
+        return calls
+
 
 class StageBuilder:
     """Builds the providers of one workload; steps are made once and shared by the stages."""
@@ -124,6 +134,7 @@ class StageBuilder:
                 top_p=workload.top_p,
             )
             step.run(q, cache)
+            step.estimate(q, cache)  # a step that is fused leaves the pruner no logits
             slots.append(Slot(q, cache, step))
         return slots[:wanted]
 

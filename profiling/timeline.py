@@ -75,8 +75,10 @@ def timeline_rows(builder: StageBuilder, gpu: str, origin: Origin) -> list[Timel
     order = [slots[index % len(slots)] for index in range(steps)]
     runs = [partial(slot.step.run, slot.q, slot.cache) for slot in order]
     if builder.backend.device == "cuda":
-        alone = slots[0].stage_calls
-        launches = {stage: len(device_spans(call)) for stage, call in alone.items()}
+        launches = {
+            stage: 0 if call is None else len(device_spans(call))
+            for stage, call in slots[0].launched.items()
+        }
         graph = capture(runs, steps)
 
         def one_by_one() -> None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 CACHE = ("tests/test_cache.py", "-k", "not 64_bit")
 SELECTOR = ("tests/test_selector.py",)
 ESTIMATOR = ("tests/test_estimator.py",)
+ESTIMATE_PRUNE = ("tests/test_estimate_prune.py",)
 PRUNER = ("tests/test_pruner.py",)
 ATTENTION = ("tests/test_attention.py",)
 PIPELINE = ("tests/test_pipeline.py",)
@@ -19,7 +20,9 @@ APPENDED = (*EMULATED, "append_fills and 16")
 FULL = (*EMULATED, "append_leaves_a_full")
 SCORED = (*EMULATED, "page_scores and gqa4 and default")
 TOPPED = (*EMULATED, "top_pages and registers")
+FUSED = (*EMULATED, "fused and (gqa3 or part-filled) and none")
 ESTIMATED = (*EMULATED, "estimated_logits and gqa4 and default")
+RANGED = (*EMULATED, "range_of_fp16")
 PRUNED = (*EMULATED, "pruned_sets and (gqa4 or gqa3 or heads-apart) and (normal or skewed)")
 PRUNED_APART = (*EMULATED, "pruned_sets and heads-apart and normal")
 PRUNED_WIDE = (*EMULATED, "pruned_sets and wide and skewed")
@@ -125,6 +128,25 @@ MUTANTS = (
     Mutant(
         "codes of a warp's first page for all its tiles", "estimator.py",
         "page = next_physical[i]", "page = next_physical[0]", ESTIMATOR, ESTIMATED,
+    ),
+    Mutant(
+        "neighbouring rows not swapped back", "estimator.py",
+        "T.if_then_else(is_odd, 0x1054, 0x5410)", "0x5410", ESTIMATOR, ESTIMATED,
+    ),
+    Mutant(
+        "a large logit left to overflow", "estimator.py",
+        "if T.abs(logit[h, t]) > MAX_LOGIT:", "if T.abs(logit[h, t]) > 2 * MAX_LOGIT:",
+        ESTIMATOR, RANGED,
+    ),
+    Mutant(
+        "fused: warps take overlapping tiles", "estimate_prune.py",
+        "thread // 32 * config.tiles_per_warp, num_tiles",
+        "thread // 64 * config.tiles_per_warp, num_tiles", ESTIMATE_PRUNE, FUSED,
+    ),
+    Mutant(
+        "fused: first head searched for all", "estimate_prune.py",
+        "lambda of_head, at: logits[of_head, at], None", "lambda of_head, at: logits[0, at], None",
+        ESTIMATE_PRUNE, FUSED,
     ),
     Mutant(
         "last query head of a group dropped from the union", "top_p.py",

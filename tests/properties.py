@@ -326,6 +326,13 @@ def logit_rounding(q: torch.Tensor, cache, sm_scale: float | None = None) -> tor
     return (2 * torch.finfo(torch.float32).eps * reach).clamp(max=1.0) * largest_v
 
 
+def write_logits(step, q: torch.Tensor, cache) -> None:
+    """A step that estimates and prunes in one kernel leaves no logits; they would have the same
+    bits."""
+    if getattr(step, "fused", False):
+        step.estimate(q, cache)
+
+
 def assert_decode_step(
     step,
     out: torch.Tensor,
@@ -336,6 +343,7 @@ def assert_decode_step(
     **windows,
 ) -> None:
     """Each stage of a TwilightDecode run, judged on what the stage before it gave."""
+    write_logits(step, q, cache)
     candidates = step.candidate_pages, step.candidate_counts
     kept = step.kept_tokens, step.kept_counts
     if step.selector == "full":

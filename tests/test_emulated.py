@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 import reference
 from kernels.attention import ATTENTION_KERNELS
 from kernels.config import (
+    EstimatePruneConfig,
     EstimatorConfig,
     PageScoreConfig,
     PrunerConfig,
     TopPagesConfig,
 )
+from kernels.estimate_prune import estimate_prune_kernel
 from kernels.estimator import estimator_kernel
 from kernels.mirror import append_kernel, mirror_kernel, prefill_kernel
 from kernels.pruner import HeadUnion, pruner_kernel
@@ -416,31 +418,98 @@ def one_row(logits: list[torch.Tensor], dtype: torch.dtype, max_pages: int | Non
 
 def prune_emulated(logits, cache, pages, counts, top_p, windows, config, folder):
     """The kernel's (kept_tokens, kept_counts, kept_mass), its list of items checked."""
-    _, group_size, width = logits.shape
-    kept_tokens, kept_counts = blank(1, 1, width, dtype=torch.int32), blank(1, 1, dtype=torch.int32)
-    kept_mass = blank(1, 1, group_size)
-    items = blank(-(-width // 128), 4, dtype=torch.int32)
-    num_items, tickets = torch.zeros(1, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    group_size, width = logits.shape[1] // cache.num_kv_heads, logits.shape[2]
+    written = what_pruners_write(cache, group_size, width)
     dtype = str(logits.dtype).removeprefix("torch.")
-    static = (group_size, 16, next_power_of_two(max(width, 32)), dtype, 128, config)
+    static = (group_size, cache.page_size, next_power_of_two(max(width, 32)), dtype, 128, config)
     union = HeadUnion.allocate(cache, width)
     windows = {"num_sink_tokens": 0, "num_recent_tokens": 0} | windows
     emulated(pruner_kernel, static, folder)(
-        (group_size if config.heads_apart else 1,), NUM_THREADS,
-        logits=logits, seq_lens=cache.seq_lens,
-        candidate_pages=pages, candidate_counts=counts,
-        top_p=torch.full((1, 1, group_size), top_p), **windows, kept_tokens=kept_tokens,
-        kept_counts=kept_counts, kept_mass=kept_mass, batch_size=1, num_kv_heads=1,
-        width_pages=pages.shape[2], width=width, items=items, num_items=num_items,
-        tickets=tickets, max_items=len(items), union_words=union.words, arrived=union.arrived,
-        width_words=union.words.shape[2],
+        (group_size if config.heads_apart else 1, cache.num_kv_heads, cache.batch_size),
+        NUM_THREADS, logits=logits, seq_lens=cache.seq_lens,
+        candidate_pages=pages, candidate_counts=counts, width_pages=pages.shape[2],
+        top_p=torch.full_like(written["kept_mass"], top_p), **windows, **written, width=width,
+        union_words=union.words, arrived=union.arrived, width_words=union.words.shape[2],
+        **sizes(cache),
     )  # fmt: skip
-    splits = -(-int(kept_counts) // 128)
-    assert not tickets.any() and num_items.item() == splits
     assert not union.words.any() and not union.arrived.any()
-    assert items[:splits, 3].sum() == kept_counts
-    assert items[:splits, 2].tolist() == ([-1] if splits == 1 else list(range(splits)))
-    return kept_tokens, kept_counts, kept_mass[0]
+    return checked_items(**written)
+
+
+def what_pruners_write(cache, group_size: int, width: int) -> dict:
+    rows = (cache.batch_size, cache.num_kv_heads)
+    max_items = rows[0] * rows[1] * -(-width // 128)
+    return dict(
+        kept_tokens=blank(*rows, width, dtype=torch.int32),
+        kept_counts=blank(*rows, dtype=torch.int32), kept_mass=blank(*rows, group_size),
+        items=blank(max_items, 4, dtype=torch.int32), max_items=max_items,
+        num_items=torch.zeros(1, dtype=torch.int32), tickets=torch.zeros(2, dtype=torch.int32),
+    )  # fmt: skip
+
+
+def checked_items(kept_tokens, kept_counts, kept_mass, items, num_items, tickets, max_items):
+    """The results, once the list holds every row's items."""
+    wanted = []
+    for batch, counts in enumerate(kept_counts.tolist()):
+        for kv_head, count in enumerate(counts):
+            splits = -(-count // 128)
+            for split in range(splits):
+                tokens = min(128, count - split * 128)
+                wanted.append([batch, kv_head, -1 if splits == 1 else split, tokens])
+    assert num_items.item() == len(wanted) and not tickets.any()
+    assert sorted(items[: len(wanted)].tolist()) == wanted
+    return kept_tokens, kept_counts, kept_mass.flatten(1)
+
+
+FUSED = {  # seq_lens, (query heads, KV heads), head_dim, page_size, pages, top_p, windows, config
+    "part-filled": ((77, 700), (8, 2), 128, 16, 30, 0.85, (0, 0), EstimatePruneConfig()),
+    "short-of-budget": ((77, 1, 20), (8, 2), 128, 16, 8, 0.9, (0, 0), EstimatePruneConfig()),
+    "mha-p64": ((200, 130), (2, 2), 64, 64, 3, 0.85, (0, 0), EstimatePruneConfig(2, 4)),
+    "gqa3-d256": ((150, 300), (6, 2), 256, 16, 9, 0.7, (5, 33), EstimatePruneConfig(2)),
+    "gqa9-d64": ((90,), (9, 1), 64, 16, 6, 0.5, (0, 0), EstimatePruneConfig()),
+    "everything": ((333,), (4, 1), 128, 16, 21, 1.0, (0, 0), EstimatePruneConfig()),
+    "heaviest-token": ((700,), (4, 1), 128, 16, 40, 1e-6, (0, 0), EstimatePruneConfig()),
+    "several-steps": ((2100,), (4, 1), 64, 16, 132, 0.95, (4, 20), EstimatePruneConfig(2, 4)),
+}
+
+
+@pytest.mark.parametrize("hazard", ["none", "nan-in-q", "without-token-0", "no-candidates"])
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_kernel_gives_the_bits_of_two(name, hazard, folder):
+    seq_lens, heads, head_dim, page_size, num_pages, top_p, windows, config = FUSED[name]
+    shape = DecodeShape(len(seq_lens), *heads, head_dim, page_size, seq_lens, torch.float16)
+    inputs = random_inputs(shape, seed=0)
+    cache = reference.PagedKVCache.wrap(*inputs.paged())
+    poison_unused(cache)
+    pages, counts = reference.select_pages(inputs.q, cache, num_pages * page_size)
+    if hazard == "nan-in-q":
+        inputs.q[0, 0, 3] = NAN
+    elif hazard == "without-token-0":
+        counts = (counts - 1).clamp(min=1)
+        pages = torch.where(counts[..., None] > 1, pages.roll(-1, -1), pages)
+    elif hazard == "no-candidates":
+        cache.seq_lens[0], counts[0] = 0, 0
+
+    windows = dict(zip(("num_sink_tokens", "num_recent_tokens"), windows, strict=True))
+    few = EstimatorConfig.for_tiles(1, head_dim)
+    logits = estimate_emulated(inputs.q, cache, pages, counts, few, folder)
+    apart = PrunerConfig(heads_apart=heads[0] > heads[1])
+    expected = prune_emulated(logits, cache, pages, counts, top_p, windows, apart, folder)
+
+    q, width = grouped(inputs.q, cache), logits.shape[2]
+    written = what_pruners_write(cache, q.shape[2], width)
+    statics = (q.shape[2], head_dim, page_size, "float16")
+    bound = next_power_of_two(max(width, 32))
+    emulated(estimate_prune_kernel, (*statics, bound, 128, config), folder)(
+        (cache.num_kv_heads, cache.batch_size), NUM_THREADS, q=q, codes=cache.k_int4,
+        scale_zero=cache.k_scale_zero, page_table=cache.page_table, seq_lens=cache.seq_lens,
+        candidate_pages=pages, candidate_counts=counts, sm_scale=head_dim**-0.5,
+        top_p=torch.full_like(written["kept_mass"], top_p), **windows, **written,
+        width_pages=pages.shape[2], width=width, **sizes(cache),
+    )  # fmt: skip
+    result = checked_items(**written)
+    assert all(map(torch.equal, result, expected))
+    assert_top_p(logits, cache, pages, counts, top_p, result, **windows)
 
 
 @pytest.mark.parametrize("source", ["tokens", "pages", "all"])

@@ -90,8 +90,21 @@ class MadeUpStep:
         self.attend(q, cache)
 
 
+class FusedStep(MadeUpStep):
+    fused = True
+
+    def estimate_prune(self, _q: object, _cache: object) -> None:
+        self._launch(1)
+
+    def run(self, q: object, cache: object) -> None:
+        self.select(q, cache)
+        self.estimate_prune(q, cache)
+        self.attend(q, cache)
+
+
+@pytest.mark.parametrize("step, launches", [(MadeUpStep, 6), (FusedStep, 5)])
 def test_a_step_on_a_device_is_seen_as_a_graph_and_launch_by_launch(
-    monkeypatch: pytest.MonkeyPatch,
+    step: type, launches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def device_spans(work) -> list[Span]:
         MadeUpStep.launches.clear()
@@ -110,7 +123,7 @@ def test_a_step_on_a_device_is_seen_as_a_graph_and_launch_by_launch(
 
     monkeypatch.setattr(timeline, "device_spans", device_spans)
     monkeypatch.setattr(timeline, "capture", capture)
-    slots = [Slot(torch.empty(0), None, MadeUpStep()) for _ in range(5)]
+    slots = [Slot(torch.empty(0), None, step()) for _ in range(5)]
     workload = small(torch.float16, 128)
     builder = types.SimpleNamespace(
         workload=workload, backend=TileLang, slots=lambda _stage, _method: slots
@@ -118,8 +131,10 @@ def test_a_step_on_a_device_is_seen_as_a_graph_and_launch_by_launch(
     rows = timeline_rows(builder, "gpu", ORIGIN)
     found = {(row.timeline, row.stage): (row.launches, row.busy_us, row.gap_us) for row in rows}
     assert found[("graph", "selector")] == (2, 6.0, 2.0)
-    assert found[("graph", "pipeline")] == (6, 18.0, 6.0)
-    assert found[("launches", "pipeline")] == (6, 18.0, 24.0)
+    assert found[("graph", "estimator")] == (1, 3.0, 1.0)
+    assert found[("graph", "pruner")] == ((1, 3.0, 1.0) if launches == 6 else (0, 0.0, 0.0))
+    assert found[("graph", "pipeline")] == (launches, 3.0 * launches, 1.0 * launches)
+    assert found[("launches", "pipeline")] == (launches, 3.0 * launches, 4.0 * launches)
 
 
 @pytest.mark.gpu
