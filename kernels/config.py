@@ -73,6 +73,7 @@ class PrunerConfig:
 class EstimatePruneConfig:
     tiles_per_warp: int = 4  # tiles of 16 tokens whose loads one warp issues together
     blocks_per_sm: int = 2  # that registers must allow for
+    heads_at_once: int = 1  # that teams of a block's threads search side by side
     pdl: bool = False
 
     @classmethod

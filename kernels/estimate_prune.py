@@ -12,21 +12,21 @@ from kernels.config import THREAD_LEVEL, EstimatePruneConfig, launches_early, st
 from kernels.estimator import estimate_tiles
 from kernels.selector import next_power_of_two
 from kernels.threshold import BINS_PER_THREAD
-from kernels.top_p import NUM_THREADS, is_held, list_row, prune_heads
+from kernels.top_p import NUM_THREADS, VECTOR, is_held, list_row, prune_heads
 from kernels.validate import TILE_TOKENS, dtype_name
 
 MANY_ROWS = 264  # two blocks on each of 132 multiprocessors; fewer rows are spread over more blocks
 PADDING = 8  # logits behind each row, so that the heads' stores meet different banks
 
 
-def blocks_that_fit(group_size: int, width: int, shared_memory: int) -> int:
+def blocks_that_fit(group_size: int, width: int, shared_memory: int, heads_at_once: int = 1) -> int:
     """Blocks for which a multiprocessor's shared memory has room; 0 where a row is too wide."""
     width_bound = next_power_of_two(max(width, 32))
     if not is_held(width_bound):
         return 0
-    near = 2 * max(width_bound, 4 * NUM_THREADS)
+    near = 2 * max(width_bound, VECTOR * NUM_THREADS) * heads_at_once
     logits = 2 * group_size * (width_bound + PADDING)
-    bins = 4 * BINS_PER_THREAD * NUM_THREADS
+    bins = 4 * BINS_PER_THREAD * NUM_THREADS * heads_at_once
     others = 2048  # the part that CUDA keeps of each block's, and alignment
     return shared_memory // (logits + near + width_bound // 8 + bins + others)
 
@@ -104,7 +104,8 @@ def estimate_prune_kernel(
     width_pages, width = T.dynamic("width_pages"), T.dynamic("width")
     max_items = T.dynamic("max_items")
     row_words = head_dim // 8
-    step_tiles = NUM_THREADS // 32 * config.tiles_per_warp
+    num_threads = NUM_THREADS * config.heads_at_once
+    step_tiles = num_threads // 32 * config.tiles_per_warp
 
     @T.prim_func
     def estimate_and_prune(
@@ -126,7 +127,7 @@ def estimate_prune_kernel(
         num_items: T.Tensor[(1,), T.int32],
         tickets: T.Tensor[(2,), T.int32],
     ):
-        with T.Kernel(num_kv_heads, batch_size, threads=NUM_THREADS) as (kv_head, batch):
+        with T.Kernel(num_kv_heads, batch_size, threads=num_threads) as (kv_head, batch):
             T.annotate_min_blocks_per_sm(config.blocks_per_sm)
             start_early(config.pdl)
             thread = T.get_thread_binding()
@@ -148,12 +149,12 @@ def estimate_prune_kernel(
                 lambda of_head, at: logits[of_head, at], None, "float16",
                 width_bound, 0, group_size, seq_lens, candidate_pages,
                 candidate_counts, page_size, top_p, num_sink_tokens, num_recent_tokens, kept_mass,
-                words, num_tokens, batch, kv_head, thread,
+                words, num_tokens, batch, kv_head, config.heads_at_once,
             )  # fmt: skip
             list_row(
                 words, num_tokens[0], candidate_pages, candidate_counts, page_size,
                 kept_tokens, kept_counts, items, num_items, tickets, split_tokens,
-                batch_size * num_kv_heads, batch, kv_head, thread,
+                batch_size * num_kv_heads, batch, kv_head, num_threads,
             )  # fmt: skip
 
     return estimate_and_prune

@@ -233,7 +233,7 @@ def pruner_kernel(
                 lambda of_head, at: logits[batch, kv_head, of_head, at], row_copy, logits_dtype,
                 width_bound, first_head, group_size // num_apart, seq_lens, candidate_pages,
                 candidate_counts, page_size, top_p, num_sink_tokens, num_recent_tokens, kept_mass,
-                words, num_tokens, batch, kv_head, thread,
+                words, num_tokens, batch, kv_head,
             )  # fmt: skip
             if config.heads_apart:
                 meet(
@@ -244,7 +244,7 @@ def pruner_kernel(
                 list_row(
                     words, num_tokens[0], candidate_pages, candidate_counts, page_size,
                     kept_tokens, kept_counts, items, num_items, tickets, split_tokens,
-                    batch_size * num_kv_heads, batch, kv_head, thread,
+                    batch_size * num_kv_heads, batch, kv_head, NUM_THREADS,
                 )  # fmt: skip
 
     return prune_top_p

@@ -34,23 +34,27 @@ def is_held(width_bound: int) -> bool:
 def prune_heads(
     logit, row_copy, dtype, width_bound, first_head, num_heads,
     seq_lens, candidate_pages, candidate_counts, page_size, top_p, num_sink_tokens,
-    num_recent_tokens, kept_mass, words, num_tokens, batch, kv_head, thread,
+    num_recent_tokens, kept_mass, words, num_tokens, batch, kv_head, num_teams=1,
 ):  # fmt: skip
     """words = a bit for each candidate that any of the heads keeps; num_tokens[0] = candidates.
 
     logit(head, i) is a candidate's, of type `dtype`. Rows that are read once are copied to row_copy
-    in shared memory; None where logit() reads shared memory itself.
+    in shared memory; None where logit() reads shared memory itself. Teams of NUM_THREADS search one
+    head each, side by side; where one is left without a head, it repeats the last.
     """
     held = is_held(width_bound)
     num_values = min(MAX_VALUES, max(width_bound // NUM_THREADS, VECTOR))
     chunk_tokens = NUM_THREADS * num_values
     round_bits = bits_per_round(NUM_THREADS)
 
-    search = alloc_search(NUM_THREADS)
-    warp_values = T.alloc_shared((2, NUM_THREADS // 32), T.float32, scope="shared")
-    num_near = T.alloc_shared((2,), T.int32, scope="shared")
-    forced_mass = T.alloc_shared((1,), T.int32, scope="shared")
-    near = T.alloc_shared((chunk_tokens if held else 1,), T.uint16)
+    team = T.get_thread_binding() // NUM_THREADS if num_teams > 1 else 0
+    thread = T.get_thread_binding() % NUM_THREADS if num_teams > 1 else T.get_thread_binding()
+
+    search = alloc_search(NUM_THREADS, num_teams, team)
+    warp_values = T.alloc_shared((num_teams, 2, NUM_THREADS // 32), T.float32, scope="shared")
+    num_near = T.alloc_shared((num_teams, 2), T.int32, scope="shared")
+    forced_mass = T.alloc_shared((num_teams,), T.int32, scope="shared")
+    near = T.alloc_shared((num_teams, chunk_tokens if held else 1), T.uint16)
 
     own = T.alloc_local((num_values,), dtype)
     # Distances take the place of logits as wide as they: registers are short.
@@ -72,9 +76,11 @@ def prune_heads(
     token_of = lambda part, nth: (
         ((part * num_values + nth) // VECTOR * NUM_THREADS + thread) * VECTOR + nth % VECTOR
     )
+    head_of = lambda nth_turn: first_head + T.min(nth_turn * num_teams + team, num_heads - 1)
+    num_turns = -(-num_heads // num_teams)
     num_listed = candidate_counts[batch, kv_head] * page_size
     if held:  # asked for first: the number of tokens takes two more look-ups
-        load_row(own, lambda at: logit(first_head, at), num_listed, token_of, 0)
+        load_row(own, lambda at: logit(head_of(0), at), num_listed, token_of, 0)
     count_tokens(
         "pages", page_size, seq_lens, candidate_pages, candidate_counts, batch, kv_head, num_tokens
     )
@@ -89,14 +95,15 @@ def prune_heads(
     inside = lambda x: -T.cast(T.ceil(x), T.int32) - bracket[0]
 
     clear_bins(search, thread)
-    for step in T.serial(T.ceildiv(num_words, NUM_THREADS)):
-        if step * NUM_THREADS + thread < num_words:
-            words[step * NUM_THREADS + thread] = T.uint32(0)
+    for step in T.serial(T.ceildiv(num_words, num_teams * NUM_THREADS)):
+        word = (step * num_teams + team) * NUM_THREADS + thread
+        if word < num_words:
+            words[word] = T.uint32(0)
     if thread == 0:
-        num_near[0] = 0
+        num_near[team, 0] = 0
     T.sync_threads()
-    for turn in T.serial(num_heads):
-        head = first_head + turn
+    for turn in T.serial(num_turns):
+        head = head_of(turn)
         row = lambda at: logit(head, at)
         near_row = row if row_copy is None else lambda at: row_copy[at]
         if held and row_copy is not None:
@@ -114,7 +121,7 @@ def prune_heads(
                 for e in T.vectorized(2):
                     largest[e] = T.max(largest[e], own[k * 2 + e])
         partial = T.cast(T.max(largest[0], largest[1]), T.float32)
-        merge_warps(T.warp_reduce_max(partial), T.max, row_max, warp_values, 0, thread)
+        merge_warps(T.warp_reduce_max(partial), T.max, row_max, warp_values, team, 0, thread)
         partial = 0.0
         for chunk in T.serial(num_chunks):
             if not held:
@@ -123,7 +130,7 @@ def prune_heads(
                 values[k] = distance(own[k])
             for k in T.unroll(num_values):
                 partial += weight(values[k])
-        merge_warps(T.warp_reduce_sum(partial), operator.add, total, warp_values, 1, thread)
+        merge_warps(T.warp_reduce_sum(partial), operator.add, total, warp_values, team, 1, thread)
 
         scale = UNITY / total[0]
         # The total is NaN where the row has no softmax: then nothing may be dropped.
@@ -138,16 +145,18 @@ def prune_heads(
             for k in T.unroll(num_values):
                 if values[k] <= farthest:
                     alive |= T.uint32(1 << k)
-            reserve_slots(T.cast(T.popcount(alive), T.int32), slot, num_near, turn % 2, thread)
+            reserve_slots(
+                T.cast(T.popcount(alive), T.int32), slot, num_near, team, turn % 2, thread
+            )
             while alive != T.uint32(0):
                 k_near = 31 - T.cast(T.clz(alive), T.int32)
-                near[slot[0]] = T.cast(token_of(0, k_near), T.uint16)
+                near[team, slot[0]] = T.cast(token_of(0, k_near), T.uint16)
                 slot[0] += 1
                 alive = alive ^ (T.uint32(1) << T.cast(k_near, T.uint32))
             T.sync_threads()
-            if turn + 1 < num_heads:
+            if turn + 1 < num_turns:
                 # The next head's logits arrive while this one's are searched.
-                load_row(own, lambda at: logit(head + 1, at), num_listed, token_of, 0)
+                load_row(own, lambda at: logit(head_of(turn + 1), at), num_listed, token_of, 0)
 
         # 3. The largest distance that is kept.
         need = T.max(T.cast(T.ceil(p * UNITY), T.int32), 1)
@@ -156,14 +165,14 @@ def prune_heads(
         shift = T.max(32 - round_bits - T.clz(-bracket[0]), 0)
         num_bins = 1 << round_bits
         if thread == 0:
-            num_near[(turn + 1) % 2] = 0
-            forced_mass[0] = 0
+            num_near[team, (turn + 1) % 2] = 0
+            forced_mass[team] = 0
         for _ in T.unroll(-(-DISTANCE_BITS // round_bits)):
             if held:
-                listed = num_near[turn % 2]
+                listed = num_near[team, turn % 2]
                 for step in T.serial(T.ceildiv(listed, NUM_THREADS)):
                     if step * NUM_THREADS + thread < listed:
-                        token = T.cast(near[step * NUM_THREADS + thread], T.int32)
+                        token = T.cast(near[team, step * NUM_THREADS + thread], T.int32)
                         steps_below = distance(near_row(token))
                         add_distance(search, steps_below, inside, shift, num_bins, mass)
             else:
@@ -182,14 +191,13 @@ def prune_heads(
             for step in T.serial(T.ceildiv(num_words, NUM_THREADS)):
                 word = step * NUM_THREADS + thread
                 if word < num_words:
-                    words[word] = T.uint32(0xFFFFFFFF) >> T.cast(
-                        T.max(word * 32 + 32 - num_tokens[0], 0), T.uint32
-                    )
+                    excess = T.cast(T.max(word * 32 + 32 - num_tokens[0], 0), T.uint32)
+                    set_bits(words, word, T.uint32(0xFFFFFFFF) >> excess)
         elif held:
-            listed = num_near[turn % 2]
+            listed = num_near[team, turn % 2]
             for step in T.serial(T.ceildiv(listed, NUM_THREADS)):
                 if step * NUM_THREADS + thread < listed:
-                    token = T.cast(near[step * NUM_THREADS + thread], T.int32)
+                    token = T.cast(near[team, step * NUM_THREADS + thread], T.int32)
                     if distance(near_row(token)) <= limit:
                         set_bit(words, token)
         else:
@@ -199,13 +207,13 @@ def prune_heads(
                     if distance(own[k]) <= limit:
                         set_bit(words, token_of(chunk, k))
         force_tokens(
-            words, forced_mass, thread, num_tokens[0], num_sink_tokens,
+            words, forced_mass, team, thread, num_tokens[0], num_sink_tokens,
             seq_lens[batch] - num_recent_tokens, position, lambda at: distance(row(at)),
             limit, mass,
         )  # fmt: skip
         T.sync_threads()
         if thread == 0:
-            kept = T.cast(bracket[1] + bracket[2] + forced_mass[0], T.float32) / UNITY
+            kept = T.cast(bracket[1] + bracket[2] + forced_mass[team], T.float32) / UNITY
             kept_mass[batch, kv_head, head] = T.if_then_else(
                 p < 1.0, T.min(kept, 1.0), T.if_then_else(num_tokens[0] > 0, 1.0, 0.0)
             )
@@ -214,20 +222,21 @@ def prune_heads(
 @T.macro
 def list_row(
     words, num_tokens, candidate_pages, candidate_counts, page_size, kept_tokens, kept_counts,
-    items, num_items, tickets, split_tokens, num_rows, batch, kv_head, thread,
+    items, num_items, tickets, split_tokens, num_rows, batch, kv_head, num_threads,
 ):  # fmt: skip
     """The tokens whose bits are set, and attention's items of them."""
-    scan_sums = T.alloc_shared((NUM_THREADS // 32,), T.int32, scope="shared")
+    thread = T.get_thread_binding()
+    scan_sums = T.alloc_shared((num_threads // 32,), T.int32, scope="shared")
     first_item = T.alloc_shared((1,), T.int32, scope="shared")
     count = T.alloc_local((1,), T.int32)
     compact(
-        lambda at: words[at], T.ceildiv(num_tokens, 32), scan_sums, NUM_THREADS, count,
+        lambda at: words[at], T.ceildiv(num_tokens, 32), scan_sums, num_threads, count,
         position_in(candidate_pages, candidate_counts, page_size, batch, kv_head),
         kept_tokens, batch, kv_head,
     )  # fmt: skip
     append_items(
         items, num_items, tickets, first_item, count[0], split_tokens,
-        batch, kv_head, num_rows, thread, NUM_THREADS,
+        batch, kv_head, num_rows, thread, num_threads,
     )  # fmt: skip
     if thread == 0:
         kept_counts[batch, kv_head] = count[0]
@@ -254,18 +263,18 @@ def load_row(own, row, num_listed, token_of, chunk):
 
 
 @T.macro
-def merge_warps(value, join, result, warp_values, part, thread):
-    """result[0] = the warps' values joined in a fixed order."""
+def merge_warps(value, join, result, warp_values, team, part, thread):
+    """result[0] = the values of a team's warps joined in a fixed order."""
     if thread % 32 == 0:
-        warp_values[part, thread // 32] = value
+        warp_values[team, part, thread // 32] = value
     T.sync_threads()
-    result[0] = warp_values[part, 0]
+    result[0] = warp_values[team, part, 0]
     for warp in T.unroll(1, NUM_THREADS // 32):
-        result[0] = join(result[0], warp_values[part, warp])
+        result[0] = join(result[0], warp_values[team, part, warp])
 
 
 @T.macro
-def reserve_slots(count, slot, num_taken, parity, thread):
+def reserve_slots(count, slot, num_taken, team, parity, thread):
     """slot[0] = the first of `count` slots of this thread's own, in no order that matters."""
     inclusive = T.alloc_var(T.int32)
     first = T.alloc_var(T.int32)
@@ -278,7 +287,7 @@ def reserve_slots(count, slot, num_taken, parity, thread):
     if thread % 32 == 31:
         # T.atomic_add with return_prev takes the slow way round through generic addresses.
         first = T.call_extern(
-            "int32", "atomicAdd", T.access_ptr(num_taken[parity], "rw"), inclusive
+            "int32", "atomicAdd", T.access_ptr(num_taken[team, parity], "rw"), inclusive
         )
     slot[0] = T.shfl_sync(first, 31) + inclusive - count
 
@@ -288,22 +297,24 @@ def add_distance(search, distance, inside, shift, num_bins, mass):
     """Adds the mass at a distance to its bin of 2^shift steps, unless it lies outside the bins."""
     bin_index = inside(distance) >> shift
     if inside(distance) >= 0 and bin_index < num_bins:
-        T.atomic_add(search[0][bin_index], mass(distance))
+        T.atomic_add(search[0][search[3], bin_index], mass(distance))
+
+
+@T.macro
+def set_bits(words, word, bits):
+    """Others of the word may be set by other threads at the same time."""
+    T.call_extern("uint32", "atomicOr", T.access_ptr(words[word], "rw"), bits)
 
 
 @T.macro
 def set_bit(words, token):
-    """Neighbours may be set by other threads at the same time."""
-    T.call_extern(
-        "uint32", "atomicOr", T.access_ptr(words[token // 32], "rw"),
-        T.uint32(1) << T.cast(token % 32, T.uint32),
-    )  # fmt: skip
+    set_bits(words, token // 32, T.uint32(1) << T.cast(token % 32, T.uint32))
 
 
 @T.macro
 def force_tokens(
-    words, forced_mass, thread, num_tokens, num_sink_tokens, first_recent, position, distance,
-    limit, mass,
+    words, forced_mass, team, thread, num_tokens, num_sink_tokens, first_recent, position,
+    distance, limit, mass,
 ):  # fmt: skip
     """Keeps what lies before position num_sink_tokens or from first_recent on: candidates ascend,
     so the sinks come first in the list and the recent tokens last."""
@@ -313,7 +324,7 @@ def force_tokens(
             if position(early) < num_sink_tokens:
                 set_bit(words, early)
                 if distance(early) > limit:
-                    T.atomic_add(forced_mass[0], mass(distance(early)))
+                    T.atomic_add(forced_mass[team], mass(distance(early)))
     last = position(T.max(num_tokens - 1, 0))
     num_recent = T.min(last + 1 - first_recent, num_tokens)
     for step in T.serial(T.ceildiv(T.max(num_recent, 0), NUM_THREADS)):
@@ -322,4 +333,4 @@ def force_tokens(
             if position(late) >= T.max(first_recent, num_sink_tokens):
                 set_bit(words, late)
                 if distance(late) > limit:
-                    T.atomic_add(forced_mass[0], mass(distance(late)))
+                    T.atomic_add(forced_mass[team], mass(distance(late)))

@@ -20,7 +20,7 @@ APPENDED = (*EMULATED, "append_fills and 16")
 FULL = (*EMULATED, "append_leaves_a_full")
 SCORED = (*EMULATED, "page_scores and gqa4 and default")
 TOPPED = (*EMULATED, "top_pages and registers")
-FUSED = (*EMULATED, "fused and (gqa3 or part-filled) and none")
+FUSED = (*EMULATED, "fused and (gqa3 or two-at-once) and none")
 ESTIMATED = (*EMULATED, "estimated_logits and gqa4 and default")
 RANGED = (*EMULATED, "range_of_fp16")
 PRUNED = (*EMULATED, "pruned_sets and (gqa4 or gqa3 or heads-apart) and (normal or skewed)")
@@ -150,8 +150,8 @@ MUTANTS = (
     ),
     Mutant(
         "last query head of a group dropped from the union", "top_p.py",
-        "head = first_head + turn\n",
-        "head = T.min(first_head + turn, T.max(group_size - 2, 0))\n", PRUNER, PRUNED,
+        "T.min(nth_turn * num_teams + team, num_heads - 1)",
+        "T.min(nth_turn * num_teams + team, T.max(num_heads - 2, 0))", PRUNER, PRUNED,
     ),
     Mutant(
         "a little less mass than asked for", "top_p.py",

@@ -9,6 +9,8 @@ import pytest
 from autotune.compiled import compile_for
 from autotune.space import SHARED_MEMORY_LIMIT, KernelShape, KernelVariant, default_variants
 from kernels.attention import ATTENTION_KERNELS
+from kernels.config import EstimatePruneConfig
+from kernels.estimate_prune import estimate_prune_kernel
 from tests.cases import FORMS
 
 # Each shape with the GPUs that it is compiled for: one for all three, the odd ones for one.
@@ -40,6 +42,11 @@ for name, (shape, archs) in FUSED.items():
     for arch in archs:
         (variant,) = (v for v in default_variants(shape, arch) if v.name == "estimate_prune")
         CASES.append(pytest.param(variant, arch, id=f"{name}-{arch}-{variant.name}"))
+for arch in ("sm_90a", "sm_100a"):
+    config = EstimatePruneConfig(tiles_per_warp=2, heads_at_once=2)
+    arguments = (4, 128, 16, "float16", 8192, 128, config)
+    variant = KernelVariant("estimate_prune", estimate_prune_kernel, arguments)
+    CASES.append(pytest.param(variant, arch, id=f"two-heads-at-once-{arch}-{variant.name}"))
 for name, form in FORMS.items():
     for arch in SHARED_MEMORY_LIMIT:
         config = dataclasses.replace(form, pdl=arch != "sm_80")

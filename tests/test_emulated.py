@@ -469,12 +469,26 @@ FUSED = {  # seq_lens, (query heads, KV heads), head_dim, page_size, pages, top_
     "gqa9-d64": ((90,), (9, 1), 64, 16, 6, 0.5, (0, 0), EstimatePruneConfig()),
     "everything": ((333,), (4, 1), 128, 16, 21, 1.0, (0, 0), EstimatePruneConfig()),
     "heaviest-token": ((700,), (4, 1), 128, 16, 40, 1e-6, (0, 0), EstimatePruneConfig()),
+    "two-at-once": ((77, 700), (8, 2), 128, 16, 30, 0.85, (0, 0), EstimatePruneConfig(2, 2, 2)),
+    "two-of-three": ((333,), (3, 1), 64, 16, 21, 0.9, (4, 20), EstimatePruneConfig(2, 2, 2)),
     "several-steps": ((2100,), (4, 1), 64, 16, 132, 0.95, (4, 20), EstimatePruneConfig(2, 4)),
 }
 
 
-@pytest.mark.parametrize("hazard", ["none", "nan-in-q", "without-token-0", "no-candidates"])
-@pytest.mark.parametrize("name", FUSED)
+HAZARDS = ("nan-in-q", "without-token-0", "no-candidates")
+
+
+@pytest.mark.parametrize(
+    "name, hazard",
+    [
+        *((name, "none") for name in FUSED),
+        *(
+            (name, hazard)
+            for name in ("gqa3-d256", "mha-p64", "two-of-three")
+            for hazard in HAZARDS
+        ),
+    ],
+)
 def test_fused_kernel_gives_the_bits_of_two(name, hazard, folder):
     seq_lens, heads, head_dim, page_size, num_pages, top_p, windows, config = FUSED[name]
     shape = DecodeShape(len(seq_lens), *heads, head_dim, page_size, seq_lens, torch.float16)
@@ -501,9 +515,10 @@ def test_fused_kernel_gives_the_bits_of_two(name, hazard, folder):
     statics = (q.shape[2], head_dim, page_size, "float16")
     bound = next_power_of_two(max(width, 32))
     emulated(estimate_prune_kernel, (*statics, bound, 128, config), folder)(
-        (cache.num_kv_heads, cache.batch_size), NUM_THREADS, q=q, codes=cache.k_int4,
-        scale_zero=cache.k_scale_zero, page_table=cache.page_table, seq_lens=cache.seq_lens,
-        candidate_pages=pages, candidate_counts=counts, sm_scale=head_dim**-0.5,
+        (cache.num_kv_heads, cache.batch_size), NUM_THREADS * config.heads_at_once,
+        q=q, codes=cache.k_int4, scale_zero=cache.k_scale_zero, page_table=cache.page_table,
+        seq_lens=cache.seq_lens, candidate_pages=pages, candidate_counts=counts,
+        sm_scale=head_dim**-0.5,
         top_p=torch.full_like(written["kept_mass"], top_p), **windows, **written,
         width_pages=pages.shape[2], width=width, **sizes(cache),
     )  # fmt: skip
