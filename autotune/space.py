@@ -15,15 +15,17 @@ from tilelang.jit import JITImpl
 from kernels.attention import ATTENTION_KERNELS
 from kernels.config import (
     AttentionConfig,
+    EstimatePruneConfig,
     EstimatorConfig,
     PageScoreConfig,
     PrunerConfig,
     TopPagesConfig,
     starts_early,
 )
+from kernels.estimate_prune import estimate_prune_kernel, is_fused
 from kernels.estimator import estimator_kernel
 from kernels.mirror import append_kernel, mirror_kernel, prefill_kernel
-from kernels.pruner import MAX_VALUES, NUM_THREADS, pruner_kernel
+from kernels.pruner import pruner_kernel
 from kernels.selector import (
     all_pages_kernel,
     next_power_of_two,
@@ -32,11 +34,13 @@ from kernels.selector import (
 )
 from kernels.split_kv import merge_kernel, plan_kernel
 from kernels.threshold import BINS_PER_THREAD
+from kernels.top_p import MAX_VALUES, NUM_THREADS
 from kernels.tuned import Bucket
 from kernels.validate import TILE_TOKENS
 
-# Bytes of shared memory that one block may use, and compute capability.
+# Bytes of shared memory that one block may use and that a multiprocessor has; compute capability.
 SHARED_MEMORY_LIMIT = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024, "sm_100a": 227 * 1024}
+SM_SHARED_MEMORY = {arch: limit + 1024 for arch, limit in SHARED_MEMORY_LIMIT.items()}
 CAPABILITY = {"sm_80": (8, 0), "sm_90a": (9, 0), "sm_100a": (10, 0)}
 REGISTERS = 65536  # of one SM
 FULL_GPU = 128  # blocks; fewer leave multiprocessors of a large GPU idle
@@ -161,6 +165,13 @@ def default_variants(shape: KernelShape, arch: str) -> list[KernelVariant]:
     ]
     for kernel, space in SPACES.items():
         variants += variants_of(kernel, shape, space.default(shape, arch), arch)
+    rows = (shape.num_rows, shape.group_size, CAPABILITY[arch])
+    wide = as_launched(PrunerConfig.for_rows(*rows, logit_bytes=4), shape, arch)
+    arguments = _pruner_arguments(shape, "float32", wide)
+    variants.append(KernelVariant("pruner_float32", pruner_kernel, arguments))
+    fused = fused_config(shape, arch)
+    if fused is not None:
+        variants.append(_fused_variant(shape, fused))
     config = as_launched(SPACES["attention"].default(shape, arch), shape, arch)
     for source in ("tokens", "pages", "all"):
         variants.append(KernelVariant(f"plan_{source}", plan_kernel, (page_size, source, config)))
@@ -185,9 +196,29 @@ def _estimator_variants(shape: KernelShape, config: EstimatorConfig) -> list[Ker
 
 
 def _pruner_variants(shape: KernelShape, config: PrunerConfig) -> list[KernelVariant]:
+    return [KernelVariant("pruner", pruner_kernel, _pruner_arguments(shape, "float16", config))]
+
+
+def _pruner_arguments(shape: KernelShape, logits_dtype: str, config: PrunerConfig) -> tuple:
     split_tokens = AttentionConfig.for_group(shape.group_size).split_tokens
-    arguments = (shape.group_size, shape.page_size, _width_bound(shape), split_tokens, config)
-    return [KernelVariant("pruner", pruner_kernel, arguments)]
+    sizes = (shape.group_size, shape.page_size, _width_bound(shape))
+    return (*sizes, logits_dtype, split_tokens, config)
+
+
+def fused_config(shape: KernelShape, arch: str) -> EstimatePruneConfig | None:
+    """Of the kernel that takes the place of estimator and pruner in a step; None where none does.
+    It is not tuned."""
+    if not is_fused(shape.num_rows, shape.group_size, shape.width, SM_SHARED_MEMORY[arch]):
+        return None
+    config = EstimatePruneConfig.for_group(shape.group_size, shape.head_dim, CAPABILITY[arch])
+    return as_launched(config, shape, arch)
+
+
+def _fused_variant(shape: KernelShape, config: EstimatePruneConfig) -> KernelVariant:
+    sizes = (shape.group_size, shape.head_dim, shape.page_size, shape.dtype, _width_bound(shape))
+    split_tokens = AttentionConfig.for_group(shape.group_size).split_tokens
+    arguments = (*sizes, split_tokens, config)
+    return KernelVariant("estimate_prune", estimate_prune_kernel, arguments)
 
 
 def _attention_variants(
@@ -223,10 +254,10 @@ def _many_tiles(shape: KernelShape) -> bool:
 
 
 def _pruner_shared(shape: KernelShape) -> int:
-    """Bytes of a block: its bins and, of a row that is read once, distances and the list of the
+    """Bytes of a block: its bins and, of a row that is read once, its logits and the list of the
     near ones; one mask; a little more."""
     width = _width_bound(shape)
-    row = 6 * max(width, 4 * NUM_THREADS) if width <= MAX_VALUES * NUM_THREADS else 0
+    row = 4 * max(width, 4 * NUM_THREADS) if width <= MAX_VALUES * NUM_THREADS else 0
     return 4 * BINS_PER_THREAD * NUM_THREADS + row + width // 8 + 1024
 
 

@@ -60,11 +60,33 @@ class PrunerConfig:
 
     @classmethod
     def for_rows(
-        cls, num_rows: int, group_size: int, capability: tuple[int, int]
+        cls, num_rows: int, group_size: int, capability: tuple[int, int], logit_bytes: int = 2
     ) -> "PrunerConfig":
         """Few rows are spread over a block per query head; many fill the GPU as they are."""
-        # Code for compute capability 10 needs more registers than four blocks leave it.
-        return cls(group_size > 1 and num_rows <= 128, 4 if capability < (10, 0) else 3)
+        # Code for compute capability 10, or for wide logits, needs more registers than four blocks
+        # leave it.
+        blocks_per_sm = 4 if capability < (10, 0) and logit_bytes == 2 else 3
+        return cls(group_size > 1 and num_rows <= 128, blocks_per_sm)
+
+
+@dataclass(frozen=True)
+class EstimatePruneConfig:
+    tiles_per_warp: int = 4  # tiles of 16 tokens whose loads one warp issues together
+    blocks_per_sm: int = 2  # that registers must allow for
+    heads_at_once: int = 1  # that teams of a block's threads search side by side
+    pdl: bool = False
+
+    @classmethod
+    def for_group(
+        cls, group_size: int, head_dim: int, capability: tuple[int, int]
+    ) -> "EstimatePruneConfig":
+        """Logits of one query head leave room for more blocks, each with fewer tiles in flight;
+        wide heads fill registers with fewer."""
+        if head_dim > 128:
+            return cls(tiles_per_warp=2)
+        if group_size > 1:
+            return cls()
+        return cls(tiles_per_warp=2, blocks_per_sm=4 if capability < (10, 0) else 3)
 
 
 @dataclass(frozen=True)

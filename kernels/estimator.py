@@ -12,6 +12,8 @@ from kernels.tuned import config_for
 from kernels.validate import TILE_TOKENS, check_query, check_scale, check_tensor, dtype_name
 
 TILE_HEADS = 8  # the tensor-core instruction is m16n8k16: tokens x query heads x channels
+CODE_UNIT = 2.0**24  # a code's fp16 bits are worth so many times less than the code
+MAX_LOGIT = 65504.0  # the largest number of fp16
 
 
 def estimate_logits(
@@ -32,9 +34,9 @@ def estimate_logits(
         sm_scale: factor of the logits; head_dim ** -0.5 where None.
 
     Returns:
-        logits [batch_size, num_qo_heads, width * page_size] f32, in the candidates' order; -inf
-        behind a request's last token. Behind the last candidate page they are not written. With a
-        k_offset, all logits of a query lack the same constant.
+        logits [batch_size, num_qo_heads, width * page_size] f16, at most 65504 in magnitude, in the
+        candidates' order; -inf behind a request's last token. Behind the last candidate page they
+        are not written. With a k_offset, all logits of a query lack the same constant.
 
     Raises:
         ValueError: a tensor has the wrong shape, dtype, device, layout or alignment.
@@ -45,7 +47,7 @@ def estimate_logits(
     check_tensor("candidate_pages", candidate_pages, (*rows, None), torch.int32, q.device)
     check_tensor("candidate_counts", candidate_counts, rows, torch.int32, q.device)
     width = candidate_pages.shape[2] * cache.page_size
-    logits = torch.empty(*q.shape[:2], width, dtype=torch.float32, device=q.device)
+    logits = torch.empty(*q.shape[:2], width, dtype=torch.float16, device=q.device)
     launch_estimate_logits(q, cache, candidate_pages, candidate_counts, logits, sm_scale)
     return logits
 
@@ -87,10 +89,167 @@ def find_pages(
 ):  # fmt: skip
     """Logical and physical pages of `count` tiles; beyond the last tile, the last one's."""
     for i in T.unroll(count):
-        tile = T.min(first_tile + i, num_tiles - 1)
-        pages[i] = candidate_pages[batch, kv_head, tile // tiles_per_page]
+        pages[i] = T.min(first_tile + i, num_tiles - 1) // tiles_per_page
+    for i in T.unroll(count):
+        pages[i] = candidate_pages[batch, kv_head, pages[i]]
     for i in T.unroll(count):
         physical[i] = page_table[batch, pages[i]]
+
+
+@T.macro
+def load_query(q_fragment, q_sum, q, sm_scale, batch, kv_head, row, lane):
+    """The group's queries as the products' second operand, and sm_scale * sum(q) of two heads."""
+    group_size, head_tiles = int(q.shape[2]), int(q_sum.shape[0])
+    lane_channels = int(q_fragment.shape[1])
+    q_words = T.alloc_local((lane_channels,), q.dtype)
+    partial = T.alloc_var(T.float32)
+    for n in T.unroll(head_tiles):
+        head = T.min(n * TILE_HEADS + row, group_size - 1)
+        partial = 0.0
+        for j in T.vectorized(lane_channels):
+            q_words[j] = q[batch, kv_head, head, lane * lane_channels + j]
+        for j in T.unroll(lane_channels):
+            partial += T.cast(q_words[j], T.float32)
+        partial += T.shfl_xor(partial, 1)
+        partial += T.shfl_xor(partial, 2)
+        for h in T.unroll(2):
+            q_sum[n, h] = T.shfl_sync(partial, (lane * 2 + h) * 4) * sm_scale
+        for s in T.unroll(lane_channels // 4):
+            for e in T.unroll(2):
+                even = T.cast(q_words[s // 2 * 8 + s % 2 * 2 + e * 4], T.float32)
+                odd = T.cast(q_words[s // 2 * 8 + s % 2 * 2 + e * 4 + 1], T.float32)
+                q_fragment[n, s * 4 + e] = T.cast(even, T.float16)
+                q_fragment[n, s * 4 + 2 + e] = T.cast(odd * 0.0625, T.float16)
+
+
+@T.macro
+def swap_rows(pairs, is_odd):
+    """`pairs` = this row's two tokens of one head and of the next, as words of two fp16. Afterwards
+    an even row has the first head's tokens of itself and of the row below, an odd row has the
+    second head's of the row above and of itself: neighbours, which are stored as one word."""
+    own = T.alloc_var(T.uint32)
+    other = T.alloc_var(T.uint32)
+    own = T.if_then_else(is_odd, pairs[1], pairs[0])
+    other = T.shfl_xor(T.if_then_else(is_odd, pairs[0], pairs[1]), 4)
+    low_halves = T.if_then_else(is_odd, 0x1054, 0x5410)
+    high_halves = T.if_then_else(is_odd, 0x3276, 0x7632)
+    pairs[0] = T.call_extern("uint32", "__byte_perm", own, other, low_halves)
+    pairs[1] = T.call_extern("uint32", "__byte_perm", own, other, high_halves)
+
+
+@T.macro
+def confine(logit, row, tokens_left):
+    """Finite and infinite logits to the range of fp16, and to -inf where no token is."""
+    for t in T.unroll(2):
+        for h in T.unroll(2):
+            if T.abs(logit[h, t]) > MAX_LOGIT:
+                logit[h, t] = T.copysign(T.float32(MAX_LOGIT), logit[h, t])
+            if row + t * 8 >= tokens_left:
+                logit[h, t] = -T.infinity(T.float32)
+
+
+@T.macro
+def estimate_tiles(
+    q, codes, scale_zero, page_table, candidate_pages, seq_len, sm_scale, batch, kv_head,
+    thread, warp_tile, num_tiles, step_tiles, steps, tiles_per_warp, store,
+):  # fmt: skip
+    """A warp's logits: of `tiles_per_warp` tiles from warp_tile on, and again `step_tiles` further,
+    `steps` times. store(head, tile, token of the tile, logit) stores one logit."""
+    group_size, page_size = int(q.shape[2]), int(codes.shape[2])
+    lane_words = int(codes.shape[3]) // 4
+    head_tiles = -(-group_size // TILE_HEADS)
+    lane_heads = min(group_size, 2)
+    tiles_per_page = page_size // TILE_TOKENS
+    row = thread % 32 // 4  # this thread's tokens of a tile: row and row + 8
+    lane = thread % 4
+
+    q_fragment = T.alloc_local((head_tiles, lane_words * 8), T.float16)
+    q_sum = T.alloc_local((head_tiles, 2), T.float32)
+    next_page = T.alloc_local((tiles_per_warp,), T.int32)
+    next_physical = T.alloc_local((tiles_per_warp,), T.int32)
+    tile_page = T.alloc_local((tiles_per_warp,), T.int32)
+    tile_codes = T.alloc_local((tiles_per_warp, 2, lane_words), T.int32)
+    tile_scale_zero = T.alloc_local((tiles_per_warp, 2, 2), T.float16)
+    a_fragment = T.alloc_local((4,), T.uint32)
+    acc = T.alloc_local((4,), T.float32)
+    rounded = T.alloc_local((2, 2), T.float16)
+    pairs = T.view(rounded, (2,), T.uint32)
+    logit = T.alloc_local((2, 2), T.float32)  # of two heads and two tokens
+    largest = T.alloc_var(T.float32)
+
+    if warp_tile < num_tiles:
+        find_pages(
+            next_page, next_physical, warp_tile, num_tiles, tiles_per_page,
+            candidate_pages, page_table, batch, kv_head, tiles_per_warp,
+        )  # fmt: skip
+        load_query(q_fragment, q_sum, q, sm_scale, batch, kv_head, row, lane)
+
+    for step in T.serial(steps):
+        first_tile = warp_tile + step * step_tiles
+        if first_tile < num_tiles:
+            for i in T.unroll(tiles_per_warp):
+                tile = T.min(first_tile + i, num_tiles - 1)
+                page = next_physical[i]
+                token = tile % tiles_per_page * TILE_TOKENS + row
+                tile_page[i] = next_page[i]
+                for t in T.unroll(2):
+                    cell = token + t * 8
+                    for w in T.vectorized(lane_words):
+                        word = lane * lane_words + w
+                        tile_codes[i, t, w] = codes[page, kv_head, cell, word]
+                    for e in T.vectorized(2):
+                        tile_scale_zero[i, t, e] = scale_zero[page, kv_head, cell, e]
+            # The next step's page ids arrive with this step's codes.
+            if step + 1 < steps:
+                find_pages(
+                    next_page, next_physical, first_tile + step_tiles, num_tiles,
+                    tiles_per_page, candidate_pages, page_table, batch, kv_head, tiles_per_warp,
+                )  # fmt: skip
+
+        for i in T.unroll(tiles_per_warp):
+            if first_tile + i < num_tiles:
+                tile = first_tile + i
+                first_token = tile_page[i] * page_size + tile % tiles_per_page * TILE_TOKENS
+                for n in T.unroll(head_tiles):
+                    for e in T.unroll(4):
+                        acc[e] = 0.0
+                    for s in T.unroll(lane_words * 2):
+                        for t in T.unroll(2):
+                            word = tile_codes[i, t, s // 2] >> (s % 2 * 8)
+                            a_fragment[t] = T.cast(word & 0x000F000F, T.uint32)
+                            a_fragment[2 + t] = T.cast(word & 0x00F000F0, T.uint32)
+                        T.ptx_mma(
+                            "float32", "m16n8k16", "row", "col", "fp16", "fp16", "fp32",
+                            a_fragment.data, 0, q_fragment.data, n * lane_words * 8 + s * 4,
+                            acc.data, 0, T.bool(False),
+                        )  # fmt: skip
+                    largest = 0.0
+                    for t in T.unroll(2):
+                        scale = T.cast(tile_scale_zero[i, t, 0], T.float32) * (CODE_UNIT * sm_scale)
+                        zero = T.cast(tile_scale_zero[i, t, 1], T.float32)
+                        for h in T.unroll(lane_heads):
+                            # One of two products is rounded: always the same one.
+                            logit[h, t] = T.call_extern(
+                                "float32", "fmaf", scale, acc[t * 2 + h], zero * q_sum[n, h]
+                            )
+                            largest = T.max(largest, T.abs(logit[h, t]))
+                    # Hardly ever: four instructions for each logit are skipped.
+                    if largest > MAX_LOGIT or first_token + TILE_TOKENS > seq_len:
+                        confine(logit, row, seq_len - first_token)
+                    for h in T.unroll(lane_heads):
+                        for t in T.unroll(2):
+                            rounded[h, t] = T.cast(logit[h, t], T.float16)
+                    if group_size == 1:
+                        if lane == 0:
+                            for t in T.unroll(2):
+                                store(0, tile, row + t * 8, rounded[0, t])
+                    else:
+                        swap_rows(pairs, row % 2 == 1)
+                        head = n * TILE_HEADS + lane * 2 + row % 2
+                        if head < group_size:
+                            for t in T.unroll(2):
+                                for e in T.vectorized(2):
+                                    store(head, tile, t * 8 + row // 2 * 2 + e, rounded[t, e])
 
 
 @tilelang.jit(pass_configs=TILE_LEVEL)
@@ -111,8 +270,6 @@ def estimator_kernel(
     num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
     width_pages = T.dynamic("width_pages")
     row_words = head_dim // 8
-    lane_words = row_words // 4
-    head_tiles = -(-group_size // TILE_HEADS)
     tiles_per_page = page_size // TILE_TOKENS
     step_tiles = config.num_warps * config.tiles_per_warp
     block_tiles = step_tiles * config.steps
@@ -127,7 +284,7 @@ def estimator_kernel(
         candidate_pages: T.Tensor[(batch_size, num_kv_heads, width_pages), T.int32],
         candidate_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
         sm_scale: T.float32,
-        logits: T.Tensor[(batch_size, num_kv_heads, group_size, width_pages, page_size), T.float32],
+        logits: T.Tensor[(batch_size, num_kv_heads, group_size, width_pages, page_size), T.float16],
     ):
         with T.Kernel(
             T.ceildiv(width_pages * tiles_per_page, block_tiles),
@@ -137,101 +294,16 @@ def estimator_kernel(
         ) as (block, kv_head, batch):
             start_early(config.pdl)
             thread = T.get_thread_binding()
-            row = thread % 32 // 4  # this thread's tokens of a tile: row and row + 8
-            lane = thread % 4
             num_tiles = candidate_counts[batch, kv_head] * tiles_per_page
-            seq_len = seq_lens[batch]
-            warp_tile = block * block_tiles + thread // 32 * config.tiles_per_warp
-
-            q_words = T.alloc_local((lane_words * 8,), dtype)
-            q_fragment = T.alloc_local((head_tiles, lane_words * 8), T.float16)
-            q_sum = T.alloc_local((head_tiles, 2), T.float32)
-            partial = T.alloc_var(T.float32)
-            next_page = T.alloc_local((config.tiles_per_warp,), T.int32)
-            next_physical = T.alloc_local((config.tiles_per_warp,), T.int32)
-            tile_page = T.alloc_local((config.tiles_per_warp,), T.int32)
-            tile_codes = T.alloc_local((config.tiles_per_warp, 2, lane_words), T.int32)
-            tile_scale_zero = T.alloc_local((config.tiles_per_warp, 2, 2), T.float16)
-            a_fragment = T.alloc_local((4,), T.uint32)
-            acc = T.alloc_local((4,), T.float32)
-
-            if warp_tile < num_tiles:
-                find_pages(
-                    next_page, next_physical, warp_tile, num_tiles, tiles_per_page,
-                    candidate_pages, page_table, batch, kv_head, config.tiles_per_warp,
-                )  # fmt: skip
-
-                for n in T.unroll(head_tiles):
-                    head = n * TILE_HEADS + row
-                    partial = 0.0
-                    for j in T.vectorized(lane_words * 8):
-                        channel = lane * lane_words * 8 + j
-                        q_words[j] = q[batch, kv_head, T.min(head, group_size - 1), channel]
-                    for j in T.unroll(lane_words * 8):
-                        partial += T.cast(q_words[j], T.float32)
-                    partial += T.shfl_xor(partial, 1)
-                    partial += T.shfl_xor(partial, 2)
-                    for h in T.unroll(2):
-                        q_sum[n, h] = T.shfl_sync(partial, (lane * 2 + h) * 4)
-                    for s in T.unroll(lane_words * 2):
-                        for e in T.unroll(2):
-                            even = T.cast(q_words[s // 2 * 8 + s % 2 * 2 + e * 4], T.float32)
-                            odd = T.cast(q_words[s // 2 * 8 + s % 2 * 2 + e * 4 + 1], T.float32)
-                            q_fragment[n, s * 4 + e] = T.cast(even, T.float16)
-                            q_fragment[n, s * 4 + 2 + e] = T.cast(odd * 0.0625, T.float16)
-
-            for step in T.serial(config.steps):
-                first_tile = warp_tile + step * step_tiles
-                if first_tile < num_tiles:
-                    for i in T.unroll(config.tiles_per_warp):
-                        tile = T.min(first_tile + i, num_tiles - 1)
-                        page = next_physical[i]
-                        token = tile % tiles_per_page * TILE_TOKENS + row
-                        tile_page[i] = next_page[i]
-                        for t in T.unroll(2):
-                            cell = token + t * 8
-                            for w in T.vectorized(lane_words):
-                                word = lane * lane_words + w
-                                tile_codes[i, t, w] = codes[page, kv_head, cell, word]
-                            for e in T.vectorized(2):
-                                tile_scale_zero[i, t, e] = scale_zero[page, kv_head, cell, e]
-                    # The next step's page ids arrive with this step's codes.
-                    if step + 1 < config.steps:
-                        find_pages(
-                            next_page, next_physical, first_tile + step_tiles, num_tiles,
-                            tiles_per_page, candidate_pages, page_table, batch, kv_head,
-                            config.tiles_per_warp,
-                        )  # fmt: skip
-
-                for i in T.unroll(config.tiles_per_warp):
-                    if first_tile + i < num_tiles:
-                        slot = (first_tile + i) // tiles_per_page
-                        token = (first_tile + i) % tiles_per_page * TILE_TOKENS + row
-                        for n in T.unroll(head_tiles):
-                            for e in T.unroll(4):
-                                acc[e] = 0.0
-                            for s in T.unroll(lane_words * 2):
-                                for t in T.unroll(2):
-                                    word = tile_codes[i, t, s // 2] >> (s % 2 * 8)
-                                    a_fragment[t] = T.cast(word & 0x000F000F, T.uint32)
-                                    a_fragment[2 + t] = T.cast(word & 0x00F000F0, T.uint32)
-                                T.ptx_mma(
-                                    "float32", "m16n8k16", "row", "col", "fp16", "fp16", "fp32",
-                                    a_fragment.data, 0, q_fragment.data, n * lane_words * 8 + s * 4,
-                                    acc.data, 0, T.bool(False),
-                                )  # fmt: skip
-                            for h in T.unroll(2):
-                                head = n * TILE_HEADS + lane * 2 + h
-                                if head < group_size:
-                                    for t in T.unroll(2):
-                                        scale = T.cast(tile_scale_zero[i, t, 0], T.float32)
-                                        zero = T.cast(tile_scale_zero[i, t, 1], T.float32)
-                                        product = acc[t * 2 + h] * 16777216.0  # 2^24
-                                        logit = (scale * product + zero * q_sum[n, h]) * sm_scale
-                                        cell = token + t * 8
-                                        is_valid = tile_page[i] * page_size + cell < seq_len
-                                        logits[batch, kv_head, head, slot, cell] = T.if_then_else(
-                                            is_valid, logit, -T.infinity(T.float32)
-                                        )
+            store = lambda of_head, of_tile, of_token, value: T.buffer_store(
+                logits, value,
+                [batch, kv_head, of_head, of_tile // tiles_per_page,
+                 of_tile % tiles_per_page * TILE_TOKENS + of_token],
+            )  # fmt: skip
+            estimate_tiles(
+                q, codes, scale_zero, page_table, candidate_pages, seq_lens[batch], sm_scale,
+                batch, kv_head, thread, block * block_tiles + thread // 32 * config.tiles_per_warp,
+                num_tiles, step_tiles, config.steps, config.tiles_per_warp, store,
+            )  # fmt: skip
 
     return estimate_logits

@@ -8,6 +8,7 @@ import torch
 
 from kernels.attention import AttentionWorkspace, launch_attention
 from kernels.cache import PagedKVCache
+from kernels.estimate_prune import is_fused, launch_estimate_prune, shared_memory_of
 from kernels.estimator import launch_estimate_logits
 from kernels.pruner import HeadUnion, expand_top_p, launch_prune_top_p
 from kernels.selector import launch_select_all, launch_select_pages, page_budget
@@ -39,8 +40,9 @@ class TwilightDecode:
             while the bytes of one arrive, the weights of another are searched. No result depends on
             it. Where None, 2 for many rows (KV heads of all requests), else 1.
 
-    After run(), candidate_pages, candidate_counts, logits, kept_tokens, kept_counts and kept_mass
-    hold the last step's.
+    After run(), candidate_pages, candidate_counts, kept_tokens, kept_counts and kept_mass hold the
+    last step's. A step of many rows estimates and prunes in one kernel (`fused`), to the same bits:
+    it leaves logits as they were, which estimate() writes.
 
     Raises:
         ValueError: an argument is out of range or does not fit the cache.
@@ -91,10 +93,12 @@ class TwilightDecode:
         self.scores = torch.empty(*rows, cache.max_pages, device=device)
         self.candidate_pages = torch.empty(*rows, width, **like)
         self.candidate_counts = torch.empty(rows, **like)
-        self.logits = torch.empty(*heads, tokens, device=device)
+        self.logits = torch.empty(*heads, tokens, dtype=torch.float16, device=device)
         self.kept_tokens = torch.empty(*rows, tokens, **like)
         self.kept_counts = torch.empty(rows, **like)
         self.kept_mass = torch.empty(heads, device=device)
+        shared_memory = shared_memory_of(device)
+        self.fused = is_fused(rows[0] * rows[1], group_size, tokens, shared_memory)
         self.union = HeadUnion.allocate(cache, tokens)
         self.attention = AttentionWorkspace.allocate(cache, group_size, tokens)
         self.out = torch.empty(*heads, cache.head_dim, dtype=cache.k_cache.dtype, device=device)
@@ -145,8 +149,11 @@ class TwilightDecode:
     def _launch(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
         """The stages in order."""
         self.select(q, cache)
-        self.estimate(q, cache)
-        self.prune(cache)
+        if self.fused:
+            self.estimate_prune(q, cache)
+        else:
+            self.estimate(q, cache)
+            self.prune(cache)
         return self.attend(q, cache)
 
     def select(self, q: torch.Tensor, cache: PagedKVCache) -> None:
@@ -171,6 +178,14 @@ class TwilightDecode:
             self.logits, cache, self.candidate_pages, self.candidate_counts, self.top_p,
             self.num_sink_tokens, self.num_recent_tokens,
             self.kept_tokens, self.kept_counts, self.kept_mass, self.attention.work, self.union,
+        )  # fmt: skip
+
+    def estimate_prune(self, q: torch.Tensor, cache: PagedKVCache) -> None:
+        """estimate() and prune() at once, without logits in memory; only where `fused`."""
+        launch_estimate_prune(
+            q, cache, self.candidate_pages, self.candidate_counts, self.top_p, self.sm_scale,
+            self.num_sink_tokens, self.num_recent_tokens,
+            self.kept_tokens, self.kept_counts, self.kept_mass, self.attention.work,
         )  # fmt: skip
 
     def attend(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:

@@ -21,19 +21,20 @@ def bits_per_round(num_threads: int) -> int:
     return (num_threads * BINS_PER_THREAD).bit_length() - 1
 
 
-def alloc_search(num_threads: int) -> tuple:
-    """Shared memory of a search: bins, one sum per warp, and the bin found: (low, above, mass)."""
+def alloc_search(num_threads: int, num_teams: int = 1, team=0) -> tuple:
+    """Shared memory of the searches that teams of threads make side by side: bins, one sum per
+    warp, and the bin found, (low, above, mass); with it the number of this thread's team."""
     # Static scope: atomics in the dynamic pool are taken to alias every other buffer there.
-    bins = T.alloc_shared((num_threads * BINS_PER_THREAD,), T.int32, scope="shared")
-    warp_sums = T.alloc_shared((num_threads // 32,), T.int32, scope="shared")
-    state = T.alloc_shared((3,), T.int32, scope="shared")
-    return bins, warp_sums, state
+    bins = T.alloc_shared((num_teams, num_threads * BINS_PER_THREAD), T.int32, scope="shared")
+    warp_sums = T.alloc_shared((num_teams, num_threads // 32), T.int32, scope="shared")
+    state = T.alloc_shared((num_teams, 3), T.int32, scope="shared")
+    return bins, warp_sums, state, team
 
 
 @T.macro
 def clear_bins(search, thread):
     for j in T.vectorized(BINS_PER_THREAD):
-        search[0][thread * BINS_PER_THREAD + j] = 0
+        search[0][search[3], thread * BINS_PER_THREAD + j] = 0
 
 
 @T.macro
@@ -43,7 +44,7 @@ def add_to_bin(search, key, low, shift, mass, num_bins):
         # 64 bits: a large negative and a large positive score are more than 2^31 keys apart.
         bin_index = (T.cast(key, T.int64) - T.cast(low, T.int64)) >> T.cast(shift, T.int64)
         if bin_index < T.cast(num_bins, T.int64):
-            T.atomic_add(search[0][T.cast(bin_index, T.int32)], mass)
+            T.atomic_add(search[0][search[3], T.cast(bin_index, T.int32)], mass)
 
 
 @T.macro
@@ -52,9 +53,9 @@ def cross_bins(search, thread, bracket, shift, need, num_threads):
 
     `low` is the smallest key of the bin, `above` the mass of all larger keys, `mass` the bin's own.
     Where even all bins together do not reach the need, the lowest bin is taken. All threads of the
-    block take part.
+    block take part, each with its number in its team.
     """
-    bins, warp_sums, state = search
+    bins, warp_sums, state, team = search
     num_warps = num_threads // 32
     own = T.alloc_local((BINS_PER_THREAD,), T.int32)
     thread_mass = T.alloc_var(T.int32)
@@ -63,7 +64,7 @@ def cross_bins(search, thread, bracket, shift, need, num_threads):
 
     T.sync_threads()
     for j in T.vectorized(BINS_PER_THREAD):
-        own[j] = bins[thread * BINS_PER_THREAD + j]
+        own[j] = bins[team, thread * BINS_PER_THREAD + j]
     thread_mass = 0
     for j in T.unroll(BINS_PER_THREAD):
         thread_mass += own[j]
@@ -73,12 +74,12 @@ def cross_bins(search, thread, bracket, shift, need, num_threads):
         if thread % 32 + (1 << step) < 32:
             running += higher
     if thread % 32 == 0:
-        warp_sums[thread // 32] = running
+        warp_sums[team, thread // 32] = running
     clear_bins(search, thread)
     T.sync_threads()
     for warp in T.serial(num_warps):
         if warp > thread // 32:
-            running += warp_sums[warp]
+            running += warp_sums[team, warp]
 
     running += bracket[1] - thread_mass  # the mass above this thread's bins
     if (running < need and running + thread_mass >= need) or thread == 0:
@@ -91,14 +92,14 @@ def cross_bins(search, thread, bracket, shift, need, num_threads):
                     found = 1
                     bin_index = T.cast(thread * BINS_PER_THREAD + k, T.int64)
                     lowest_key = T.cast(bracket[0], T.int64) + (bin_index << T.cast(shift, T.int64))
-                    state[0] = T.cast(lowest_key, T.int32)
-                    state[1] = running
-                    state[2] = own[k]
+                    state[team, 0] = T.cast(lowest_key, T.int32)
+                    state[team, 1] = running
+                    state[team, 2] = own[k]
                 else:
                     running += own[k]
     T.sync_threads()
     for j in T.unroll(3):
-        bracket[j] = state[j]
+        bracket[j] = state[team, j]
 
 
 @T.macro

@@ -63,7 +63,7 @@ KERNELS = {
     "top_pages": TunedKernel(TopPagesConfig, ("selector.py", "threshold.py"), static_width=True),
     "estimator": TunedKernel(EstimatorConfig, ("estimator.py",)),
     "pruner": TunedKernel(
-        PrunerConfig, ("pruner.py", "split_kv.py", "threshold.py"), static_width=True
+        PrunerConfig, ("pruner.py", "top_p.py", "split_kv.py", "threshold.py"), static_width=True
     ),
     # All but the grid decides the order of sums.
     "attention": TunedKernel(

@@ -16,7 +16,7 @@ from profiling import baselines, checks
 from profiling.request_sets import RequestSets, cold_sets
 from profiling.rows import STAGES
 from profiling.timing import Calls
-from profiling.traffic import Work, bytes_moved
+from profiling.traffic import INDEX_BYTES, LOGIT_BYTES, Work, bytes_moved
 from profiling.workloads import METHODS, Workload
 
 WORKSPACE_BYTES = 8 << 30  # of all steps of one method together, about
@@ -76,6 +76,16 @@ class Slot:
             "attention": partial(self.step.attend, self.q, self.cache),
         }
 
+    @property
+    def launched(self) -> dict[str, Callable[[], object] | None]:
+        """The stages as the step launches them: one kernel that estimates and prunes counts as the
+        estimator, and then there is no pruner."""
+        calls: dict[str, Callable[[], object] | None] = dict(self.stage_calls)
+        if getattr(self.step, "fused", False):
+            calls["estimator"] = partial(self.step.estimate_prune, self.q, self.cache)
+            calls["pruner"] = None
+        return calls
+
 
 class StageBuilder:
     """Builds the providers of one workload; steps are made once and shared by the stages."""
@@ -108,7 +118,8 @@ class StageBuilder:
         """
         workload, sets = self.workload, self.sets
         work = workload.work(method)
-        workspace = 2 * 4 * work.candidate_tokens * (work.group_size + 1)
+        row_bytes = LOGIT_BYTES * work.group_size + INDEX_BYTES
+        workspace = 2 * work.candidate_tokens * row_bytes
         wanted = min(self._num_cold(stage, method), max(1, WORKSPACE_BYTES // workspace))
         wanted = min(wanted, MAX_SLOTS if stage == "pruner" else sets.num_sets)
         slots = self._slots.setdefault(method, [])
@@ -123,6 +134,7 @@ class StageBuilder:
                 top_p=workload.top_p,
             )
             step.run(q, cache)
+            step.estimate(q, cache)  # a step that is fused leaves the pruner no logits
             slots.append(Slot(q, cache, step))
         return slots[:wanted]
 

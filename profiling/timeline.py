@@ -40,7 +40,9 @@ class Share:
     gap_us: float
 
 
-def shares(spans: Sequence[Span], stage_of: Mapping[str, str], steps: int) -> dict[str, Share]:
+def shares(
+    spans: Sequence[Span], kernels: Mapping[str, Sequence[str]], steps: int
+) -> dict[str, Share]:
     """Split the timeline of whole steps among their stages.
 
     A moment in which launches overlap counts for the earlier one; one in which none runs is the gap
@@ -48,14 +50,15 @@ def shares(spans: Sequence[Span], stage_of: Mapping[str, str], steps: int) -> di
 
     Args:
         spans: every launch of two or more equal steps, by start.
-        stage_of: the stage of each kernel, in the order of the stages.
+        kernels: those of each stage, in the order of the stages; none where it is launched with
+            another.
         steps: how many.
     """
     per_step, rest = divmod(len(spans), steps)
     if rest or not per_step or steps < 2:
         raise ValueError(f"spans: expected two or more equal steps, got {len(spans)} in {steps}")
-    stages = tuple(dict.fromkeys(stage_of.values()))
-    launches, busy, gap = ({stage: 0.0 for stage in stages} for _ in range(3))
+    stage_of = {kernel: stage for stage, own in kernels.items() for kernel in own}
+    launches, busy, gap = (dict.fromkeys(kernels, 0.0) for _ in range(3))
     reached = max(span.end for span in spans[:per_step])
     for span in spans[per_step:]:
         stage = stage_of[span.kernel]
@@ -66,7 +69,7 @@ def shares(spans: Sequence[Span], stage_of: Mapping[str, str], steps: int) -> di
     counted = steps - 1
     return {
         stage: Share(launches[stage] / counted, busy[stage] / counted, gap[stage] / counted)
-        for stage in stages
+        for stage in kernels
     }
 
 
@@ -77,10 +80,9 @@ def timeline_rows(builder: StageBuilder, gpu: str, origin: Origin) -> list[Timel
     order = [slots[index % len(slots)] for index in range(steps)]
     runs = [partial(slot.step.run, slot.q, slot.cache) for slot in order]
     if builder.backend.device == "cuda":
-        stage_of = {
-            span.kernel: stage
-            for stage, call in slots[0].stage_calls.items()
-            for span in device_spans(call)
+        own_kernels = {
+            stage: [] if call is None else [span.kernel for span in device_spans(call)]
+            for stage, call in slots[0].launched.items()
         }
         graph = capture(runs, steps)
 
@@ -89,13 +91,13 @@ def timeline_rows(builder: StageBuilder, gpu: str, origin: Origin) -> list[Timel
                 run()
 
         found = {
-            "graph": shares(device_spans(graph.replay), stage_of, steps),
-            "launches": shares(device_spans(one_by_one), stage_of, steps),
+            "graph": shares(device_spans(graph.replay), own_kernels, steps),
+            "launches": shares(device_spans(one_by_one), own_kernels, steps),
         }
     else:
         stages = slots[0].stage_calls
         spans = [host_span(*stage) for slot in order for stage in slot.stage_calls.items()]
-        found = {"host": shares(spans, dict(zip(stages, stages, strict=True)), steps)}
+        found = {"host": shares(spans, {stage: [stage] for stage in stages}, steps)}
     return [
         TimelineRow(
             **setting_of(builder.workload, METHOD, gpu),

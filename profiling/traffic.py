@@ -9,7 +9,7 @@ from dataclasses import dataclass
 CODE_BITS = 4
 SCALE_ZERO_BYTES = 4  # fp16 scale and zero of each token and KV head
 BOUNDS_SCALE_ZERO_BYTES = 8  # fp32 scale and zero of each page and KV head
-LOGIT_BYTES = 4
+LOGIT_BYTES = 2
 INDEX_BYTES = 4
 
 USES_BOUNDS = ("quest+twilight", "quest")

@@ -1,6 +1,9 @@
 """Estimator: logits of the candidates from the INT4 mirror of K (Twilight, section 4.2).
 
 logit = (q . k_hat) * sm_scale,     k_hat = code * scale + zero
+
+rounded to float16: the weights that it estimates are of 4-bit keys. Beyond the range of float16 a
+logit is the nearest of its numbers; NaN stays NaN.
 """
 
 import torch
@@ -8,6 +11,8 @@ import torch
 from reference.cache import PagedKVCache
 from reference.quantize import dequantize_int4
 from reference.validate import check_index_lists, check_query, compute_dtype, resolve_sm_scale
+
+LARGEST = torch.finfo(torch.float16).max
 
 
 def candidate_tokens(
@@ -45,19 +50,22 @@ def estimate_logits(
         sm_scale: None for head_dim ** -0.5.
 
     Returns:
-        logits: [batch_size, num_qo_heads, width * page_size] float32 (or `dtype`): slot s of the
-        candidate page in column c is entry c * page_size + s; -inf where no valid token is. A
-        k_offset's share (the same for all tokens) is left out.
+        logits: [batch_size, num_qo_heads, width * page_size] float16; with a `dtype`, of that type
+        and as they are before the rounding. Slot s of the candidate page in column c is entry
+        c * page_size + s; -inf where no valid token is. A k_offset's share (the same for all
+        tokens) is left out.
     """
     check_query(q, cache)
     check_index_lists(
         "candidate_pages", "candidate_counts", candidate_pages, candidate_counts, cache
     )
     sm_scale = resolve_sm_scale(sm_scale, cache.head_dim)
+    rounded = dtype is None
     dtype = compute_dtype(dtype, q)
     tokens = candidate_tokens(cache, candidate_pages, candidate_counts)
     kv_head = torch.arange(cache.num_kv_heads, device=q.device)[:, None]
-    logits = torch.empty(*q.shape[:2], tokens.shape[-1], dtype=dtype, device=q.device)
+    logits_dtype = torch.float16 if rounded else dtype
+    logits = torch.empty(*q.shape[:2], tokens.shape[-1], dtype=logits_dtype, device=q.device)
     for batch in range(cache.batch_size):
         valid = tokens[batch] >= 0
         token = tokens[batch].clamp(min=0)
@@ -68,5 +76,7 @@ def estimate_logits(
         k_hat = dequantize_int4(cache.k_int4[place], cache.k_scale_zero[place], dtype=dtype)
         grouped = q[batch].to(dtype).view(cache.num_kv_heads, -1, cache.head_dim)
         estimate = grouped @ k_hat.transpose(-1, -2) * sm_scale
+        if rounded:
+            estimate = estimate.clamp(-LARGEST, LARGEST)
         logits[batch] = torch.where(valid[:, None], estimate, float("-inf")).flatten(0, 1)
     return logits

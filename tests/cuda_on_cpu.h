@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -43,6 +44,7 @@ inline half2 __float22half2_rn(float2 v) {
 }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uchar2 make_uchar2(uchar x, uchar y) { return {x, y}; }
+inline uint1 make_uint1(uint x) { return {x}; }
 inline uint2 make_uint2(uint x, uint y) { return {x, y}; }
 inline uint4 make_uint4(uint x, uint y, uint z, uint w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
@@ -92,6 +94,13 @@ inline unsigned long long __ballot_sync(uint, bool predicate) {
 
 inline int __popc(uint x) { return __builtin_popcount(x); }
 inline int __clz(uint x) { return x ? __builtin_clz(x) : 32; }
+inline uint __byte_perm(uint x, uint y, uint selector) {
+  uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
+  uint value = 0;
+  for (int i = 0; i < 4; ++i)
+    value |= static_cast<uint>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return value;
+}
 template <class T, class U> void AtomicAdd(T* p, U v, int = 0) {
   __atomic_fetch_add(p, static_cast<T>(v), __ATOMIC_RELAXED);
 }
@@ -111,8 +120,11 @@ inline int atomicExch(int* p, int value) {
 namespace cutlass {
 using half_t = _Float16;
 }
-inline half_t __hmin(half_t a, half_t b) { return a < b ? a : b; }
-inline half_t __hmax(half_t a, half_t b) { return a > b ? a : b; }
+template <> struct std::numeric_limits<half_t> {  // libstdc++ has it from C++23 on
+  static half_t infinity() { return static_cast<half_t>(INFINITY); }
+};
+inline half_t __hmin(half_t a, half_t b) { return min(static_cast<float>(a), static_cast<float>(b)); }
+inline half_t __hmax(half_t a, half_t b) { return max(static_cast<float>(a), static_cast<float>(b)); }
 
 namespace tl {
 enum class DataType { kFloat16, kFloat32 };
@@ -144,8 +156,8 @@ template <class From> uint1 to_uint1(From value) {
   memcpy(&bits, &value, 4);
   return bits;
 }
-inline __half2 max2(__half2 a, __half2 b) { return {max(a.x, b.x), max(a.y, b.y)}; }
-inline __half2 min2(__half2 a, __half2 b) { return {min(a.x, b.x), min(a.y, b.y)}; }
+inline __half2 max2(__half2 a, __half2 b) { return {__hmax(a.x, b.x), __hmax(a.y, b.y)}; }
+inline __half2 min2(__half2 a, __half2 b) { return {__hmin(a.x, b.x), __hmin(a.y, b.y)}; }
 
 template <int threads> struct NamedBarrier {};
 // Butterfly over the threads whose numbers differ in the bits from `scale` to `threads` / 2.

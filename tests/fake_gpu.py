@@ -42,7 +42,8 @@ def install(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self.as_subclass(GpuTensor))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "fake")
-    properties = type("Properties", (), {"multi_processor_count": 132})
+    sizes = {"multi_processor_count": 132, "shared_memory_per_multiprocessor": 228 * 1024}
+    properties = type("Properties", (), sizes)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
     check_machine.cache_clear()
 

@@ -57,6 +57,12 @@ def one_of(value: float, num_tokens: int, rng: torch.Generator) -> torch.Tensor:
     return logits
 
 
+def rounded(logits: torch.Tensor) -> torch.Tensor:
+    """As the estimator writes them: fp16, finite where they were."""
+    largest = torch.finfo(torch.float16).max
+    return torch.where(logits.isinf(), logits, logits.clamp(-largest, largest)).half()
+
+
 NO_SOFTMAX = {
     "one-nan": lambda n, rng: one_of(NAN, n, rng),
     "all-nan": lambda n, rng: torch.full((n,), NAN, device=rng.device),

@@ -8,6 +8,7 @@ from typing import NamedTuple
 CACHE = ("tests/test_cache.py", "-k", "not 64_bit")
 SELECTOR = ("tests/test_selector.py",)
 ESTIMATOR = ("tests/test_estimator.py",)
+ESTIMATE_PRUNE = ("tests/test_estimate_prune.py",)
 PRUNER = ("tests/test_pruner.py",)
 ATTENTION = ("tests/test_attention.py",)
 WINDOWS = ("tests/test_pruner.py", "-k", "sinks")
@@ -20,7 +21,9 @@ APPENDED = (*EMULATED, "append_fills and 16")
 FULL = (*EMULATED, "append_leaves_a_full")
 SCORED = (*EMULATED, "page_scores and gqa4 and default")
 TOPPED = (*EMULATED, "top_pages and registers")
+FUSED = (*EMULATED, "fused and (gqa3 or two-at-once) and none")
 ESTIMATED = (*EMULATED, "estimated_logits and gqa4 and default")
+RANGED = (*EMULATED, "range_of_fp16")
 PRUNED = (*EMULATED, "pruned_sets and (gqa4 or gqa3 or heads-apart) and (normal or skewed)")
 PRUNED_APART = (*EMULATED, "pruned_sets and heads-apart and normal")
 PRUNED_WIDE = (*EMULATED, "pruned_sets and wide and skewed")
@@ -116,36 +119,55 @@ MUTANTS = (
     ),
     Mutant(
         "zero point left out", "estimator.py",
-        "(scale * product + zero * q_sum[n, h]) * sm_scale", "(scale * product) * sm_scale",
+        "acc[t * 2 + h], zero * q_sum[n, h]", "acc[t * 2 + h], T.float32(0)",
         ESTIMATOR, ESTIMATED,
     ),
     Mutant(
         "a logit behind the last token", "estimator.py",
-        "* page_size + cell < seq_len", "* page_size + cell <= seq_len", ESTIMATOR, ESTIMATED,
+        "if row + t * 8 >= tokens_left:", "if row + t * 8 > tokens_left:", ESTIMATOR, ESTIMATED,
     ),
     Mutant(
         "codes of a warp's first page for all its tiles", "estimator.py",
         "page = next_physical[i]", "page = next_physical[0]", ESTIMATOR, ESTIMATED,
     ),
     Mutant(
-        "last query head of a group dropped from the union", "pruner.py",
-        "head = first_head + turn\n",
-        "head = T.min(first_head + turn, T.max(group_size - 2, 0))\n", PRUNER, PRUNED,
+        "neighbouring rows not swapped back", "estimator.py",
+        "T.if_then_else(is_odd, 0x1054, 0x5410)", "0x5410", ESTIMATOR, ESTIMATED,
     ),
     Mutant(
-        "a little less mass than asked for", "pruner.py",
+        "a large logit left to overflow", "estimator.py",
+        "if T.abs(logit[h, t]) > MAX_LOGIT:", "if T.abs(logit[h, t]) > 2 * MAX_LOGIT:",
+        ESTIMATOR, RANGED,
+    ),
+    Mutant(
+        "fused: warps take overlapping tiles", "estimate_prune.py",
+        "thread // 32 * config.tiles_per_warp, num_tiles",
+        "thread // 64 * config.tiles_per_warp, num_tiles", ESTIMATE_PRUNE, FUSED,
+    ),
+    Mutant(
+        "fused: first head searched for all", "estimate_prune.py",
+        "lambda of_head, at: logits[of_head, at], None", "lambda of_head, at: logits[0, at], None",
+        ESTIMATE_PRUNE, FUSED,
+    ),
+    Mutant(
+        "last query head of a group dropped from the union", "top_p.py",
+        "T.min(nth_turn * num_teams + team, num_heads - 1)",
+        "T.min(nth_turn * num_teams + team, T.max(num_heads - 2, 0))", PRUNER, PRUNED,
+    ),
+    Mutant(
+        "a little less mass than asked for", "top_p.py",
         "T.ceil(p * UNITY)", "T.ceil(p * UNITY * 0.999)", PRUNER, PRUNED,
     ),
     Mutant(
-        "masses a little too small", "pruner.py",
+        "masses a little too small", "top_p.py",
         "weight(x) * scale + 0.5", "weight(x) * scale * 0.999", PRUNER, PRUNED,
     ),
     Mutant(
-        "light weights cut that are needed", "pruner.py",
+        "light weights cut that are needed", "top_p.py",
         "* total[0] * 0.9999", "* total[0] * 20.0", PRUNER, PRUNED,
     ),
     Mutant(
-        "softmax summed over half of the warps", "pruner.py",
+        "softmax summed over half of the warps", "top_p.py",
         "T.unroll(1, NUM_THREADS // 32)", "T.unroll(1, NUM_THREADS // 64)", PRUNER, PRUNED,
     ),
     Mutant(
@@ -153,21 +175,21 @@ MUTANTS = (
         "arrived[batch, kv_head] = 0", "arrived[batch, kv_head] = 1", REPEATED, PRUNED_APART,
     ),
     Mutant(
-        "one sink too few", "pruner.py",
+        "one sink too few", "top_p.py",
         "if position(early) < num_sink_tokens:", "if position(early) < num_sink_tokens - 1:",
         WINDOWS, PRUNED,
     ),
     Mutant(
-        "newest token not among the recent ones", "pruner.py",
+        "newest token not among the recent ones", "top_p.py",
         "late = num_tokens - 1 - (step", "late = num_tokens - 2 - (step", WINDOWS, PRUNED,
     ),
     Mutant(
-        "a bit behind the last token at p = 1", "pruner.py",
+        "a bit behind the last token at p = 1", "top_p.py",
         "T.max(word * 32 + 32 - num_tokens[0], 0)", "T.max(word * 32 + 31 - num_tokens[0], 0)",
         PRUNER, PRUNED,
     ),
     Mutant(
-        "NaN prunes everything", "pruner.py",
+        "NaN prunes everything", "top_p.py",
         "T.And(total[0] >= 1.0, asked < 1.0)",
         "top_p[batch, kv_head, head]", PRUNER, UNKNOWN,
     ),

@@ -22,6 +22,7 @@ from tests.properties import (
     assert_top_p,
     candidate_positions,
     num_used_pages,
+    write_logits,
 )
 from tests.strategies import Step
 
@@ -32,7 +33,9 @@ SPOILS = (torch.nan, torch.inf, -torch.inf)
 def decode(package: ModuleType, tensors: Tensors, cache, token_budget: int, **options):
     """(step, out) of one run; the step's results and out are its workspace."""
     step = package.TwilightDecode(cache, tensors.q.shape[1], token_budget=token_budget, **options)
-    return step, step.run(tensors.q, cache)
+    out = step.run(tensors.q, cache)
+    write_logits(step, tensors.q, cache)
+    return step, out
 
 
 def results_of(step, out: torch.Tensor, cache) -> list[Results]:

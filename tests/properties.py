@@ -247,15 +247,18 @@ def assert_logits_close(
 ) -> None:
     """Near fp64, and -inf where no token is, in listed pages; other columns may hold anything.
 
-    The tolerance is twice the fp32 reference's error, plus eight fp32 roundings of the largest sum
-    that a row's terms can have in magnitude: q . code * scale and sum(q) * zero may cancel. Half of
-    q meets the codes as q / 16 in fp16, where what is below 2^-14 is rounded to units of 2^-24.
+    The tolerance is twice the reference's error, which rounds to fp16 too, plus eight fp32
+    roundings of the largest sum that a row's terms can have in magnitude: q . code * scale and
+    sum(q) * zero may cancel. Half of q meets the codes as q / 16 in fp16, where what is below 2^-14
+    is rounded to units of 2^-24.
     """
-    assert logits.dtype == torch.float32
+    assert logits.dtype == torch.float16
     assert logits.shape == (*q.shape[:2], candidate_pages.shape[-1] * cache.page_size)
     arguments = q, as_reference(cache), candidate_pages, candidate_counts
     expected = reference.estimate_logits(*arguments, sm_scale=sm_scale)
     oracle = reference.estimate_logits(*arguments, sm_scale=sm_scale, dtype=torch.float64)
+    largest = torch.finfo(torch.float16).max
+    oracle = torch.where(oracle.isinf(), oracle, oracle.clamp(-largest, largest))
     listed = listed_columns(logits, cache, candidate_counts)
     got, expected, oracle = (torch.where(listed, each, 0.0) for each in (logits, expected, oracle))
     scale, zero = cache.k_scale_zero.double().nan_to_num(0.0).unbind(-1)
@@ -323,6 +326,13 @@ def logit_rounding(q: torch.Tensor, cache, sm_scale: float | None = None) -> tor
     return (2 * torch.finfo(torch.float32).eps * reach).clamp(max=1.0) * largest_v
 
 
+def write_logits(step, q: torch.Tensor, cache) -> None:
+    """A step that estimates and prunes in one kernel leaves no logits; they would have the same
+    bits."""
+    if getattr(step, "fused", False):
+        step.estimate(q, cache)
+
+
 def assert_decode_step(
     step,
     out: torch.Tensor,
@@ -333,6 +343,7 @@ def assert_decode_step(
     **windows,
 ) -> None:
     """Each stage of a TwilightDecode run, judged on what the stage before it gave."""
+    write_logits(step, q, cache)
     candidates = step.candidate_pages, step.candidate_counts
     kept = step.kept_tokens, step.kept_counts
     if step.selector == "full":

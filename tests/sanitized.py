@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import kernels
+from kernels import pipeline
 from kernels.config import (
     AttentionConfig,
     EstimatorConfig,
@@ -80,6 +81,13 @@ def without_early_starts() -> None:
         every_stage(small(4))
 
 
+def fused() -> None:
+    """As where many rows fill the GPU: estimator and pruner are one kernel."""
+    with patch.object(pipeline, "is_fused", lambda *_: True):
+        for case in (small(1), small(3), small(4, (333, 1), 64), NAMED["gqa8-p64"]):
+            every_stage(case)
+
+
 def every_form() -> None:
     """Of attention, for the groups that it is meant for."""
     for group_size, lengths in ((1, (300,)), (8, (129, 1))):
@@ -115,6 +123,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "forms": every_form,
     "configs": every_config,
     "late": without_early_starts,
+    "fused": fused,
 }
 
 

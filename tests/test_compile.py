@@ -9,6 +9,8 @@ import pytest
 from autotune.compiled import compile_for
 from autotune.space import SHARED_MEMORY_LIMIT, KernelShape, KernelVariant, default_variants
 from kernels.attention import ATTENTION_KERNELS
+from kernels.config import EstimatePruneConfig
+from kernels.estimate_prune import estimate_prune_kernel
 from tests.cases import FORMS
 
 # Each shape with the GPUs that it is compiled for: one for all three, the odd ones for one.
@@ -28,6 +30,23 @@ CASES = [
     for arch in archs
     for variant in default_variants(shape, arch)
 ]
+# Where a step estimates and prunes in one kernel; "gqa4-d128" does so, too, where there is room.
+FUSED = {
+    "gqa4-d128-4k": (KernelShape(4, 128, 16, "float16", 512, 2048, 4096), ("sm_80",)),
+    "mha-d128": (KernelShape(1, 128, 16, "float16", 2048, 2048, 8192), tuple(SHARED_MEMORY_LIMIT)),
+    "mha-d256-p64": (KernelShape(1, 256, 64, "bfloat16", 512, 512, 8192), ("sm_90a",)),
+    "gqa4-d256": (KernelShape(4, 256, 16, "float16", 512, 2048, 4096), ("sm_90a", "sm_100a")),
+    "gqa16-d64": (KernelShape(16, 64, 16, "float16", 512, 2048, 2048), ("sm_90a",)),
+}
+for name, (shape, archs) in FUSED.items():
+    for arch in archs:
+        (variant,) = (v for v in default_variants(shape, arch) if v.name == "estimate_prune")
+        CASES.append(pytest.param(variant, arch, id=f"{name}-{arch}-{variant.name}"))
+for arch in ("sm_90a", "sm_100a"):
+    config = EstimatePruneConfig(tiles_per_warp=2, heads_at_once=2)
+    arguments = (4, 128, 16, "float16", 8192, 128, config)
+    variant = KernelVariant("estimate_prune", estimate_prune_kernel, arguments)
+    CASES.append(pytest.param(variant, arch, id=f"two-heads-at-once-{arch}-{variant.name}"))
 for name, form in FORMS.items():
     for arch in SHARED_MEMORY_LIMIT:
         config = dataclasses.replace(form, pdl=arch != "sm_80")

@@ -18,14 +18,16 @@ import reference
 from kernels.attention import ATTENTION_KERNELS
 from kernels.config import (
     AttentionConfig,
+    EstimatePruneConfig,
     EstimatorConfig,
     PageScoreConfig,
     PrunerConfig,
     TopPagesConfig,
 )
+from kernels.estimate_prune import estimate_prune_kernel
 from kernels.estimator import estimator_kernel
 from kernels.mirror import append_kernel, mirror_kernel, prefill_kernel
-from kernels.pruner import NUM_THREADS, HeadUnion, pruner_kernel
+from kernels.pruner import HeadUnion, pruner_kernel
 from kernels.selector import (
     all_pages_kernel,
     next_power_of_two,
@@ -33,12 +35,13 @@ from kernels.selector import (
     top_pages_kernel,
 )
 from kernels.split_kv import merge_kernel, plan_kernel
+from kernels.top_p import NUM_THREADS
 from reference.hazards import contiguous, poison_unused
 from reference.inputs import DecodeShape, random_inputs
 from tests.cases import FORMS, NAN, forms_for
 from tests.emulate import emulated
 from tests.guards import GuardedMemory
-from tests.logits import LOGITS, NO_SOFTMAX, normal
+from tests.logits import LOGITS, NO_SOFTMAX, normal, rounded
 from tests.properties import assert_bounds_hold, assert_top_p, token_slots
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
@@ -286,9 +289,23 @@ def test_estimated_logits_match_reference(config, inputs, folder):
     cache = reference.PagedKVCache.wrap(*inputs.paged())
     config = CONFIGS[config]
     pages, counts = reference.select_pages(inputs.q, cache, cache.page_size * 5)
-    expected = reference.estimate_logits(inputs.q, cache, pages, counts)
-    q, width = grouped(inputs.q, cache), pages.shape[2]
-    logits = blank(*q.shape[:3], width, cache.page_size)
+    expected = reference.estimate_logits(inputs.q, cache, pages, counts, dtype=torch.float64)
+    logits = estimate_emulated(inputs.q, cache, pages, counts, config, folder)
+    width = pages.shape[2]
+    listed = torch.arange(width)[None, None] < counts[..., None]
+    paged = (cache.num_kv_heads, -1), (width, cache.page_size)
+    got, wanted = (
+        each.unflatten(1, paged[0]).unflatten(3, paged[1]).transpose(2, 3)[listed]
+        for each in (logits, expected)
+    )
+    # Half a unit of fp16, and fp32 sums in another order.
+    torch.testing.assert_close(got.double(), wanted, rtol=2**-11 + 1e-5, atol=1e-5)
+
+
+def estimate_emulated(q, cache, pages, counts, config, folder) -> torch.Tensor:
+    """The kernel's logits [batch_size, num_qo_heads, width]."""
+    q, width = grouped(q, cache), pages.shape[2]
+    logits = blank(*q.shape[:3], width, cache.page_size, dtype=torch.float16)
     block_tiles = config.num_warps * config.tiles_per_warp * config.steps
     blocks = -(-width * cache.page_size // 16 // block_tiles)
     static = (q.shape[2], cache.head_dim, cache.page_size, "float16", config)
@@ -298,21 +315,34 @@ def test_estimated_logits_match_reference(config, inputs, folder):
         seq_lens=cache.seq_lens, candidate_pages=pages, candidate_counts=counts,
         sm_scale=cache.head_dim**-0.5, logits=logits, width_pages=width, **sizes(cache),
     )  # fmt: skip
-    listed = torch.arange(width)[None, None] < counts[..., None]
-    got = logits.transpose(2, 3)[listed]
-    wanted = expected.view(logits.shape).transpose(2, 3)[listed]
-    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    return logits.flatten(1, 2).flatten(2)
 
 
-ROWS = {  # seq_len, group size, sinks, recent, config
-    "gqa4": (700, 4, 0, 0, PrunerConfig()),
-    "gqa3-windows": (333, 3, 4, 24, PrunerConfig()),
-    "heads-apart": (700, 4, 4, 24, PrunerConfig(heads_apart=True)),
-    "wide": (20_005, 2, 0, 0, PrunerConfig(heads_apart=True)),
-    "one-page": (11, 4, 0, 0, PrunerConfig(heads_apart=True)),
-    "two-pages": (27, 4, 0, 0, PrunerConfig(heads_apart=True)),
-    "wide-walk": (9_000, 2, 0, 0, PrunerConfig()),
-    "one-head": (700, 1, 0, 0, PrunerConfig()),
+def test_estimated_logits_stay_in_the_range_of_fp16(folder):
+    """Finite ones at its ends, NaN as NaN."""
+    inputs = random_inputs(SHAPES["gqa4"], seed=0)
+    inputs.q[0] = inputs.q[0].clamp(-6, 6) * 1e4
+    inputs.k_cache *= 30
+    inputs.q[1, 5] = NAN
+    cache = reference.PagedKVCache.wrap(*inputs.paged())
+    lists = reference.select_all(cache)
+    logits = estimate_emulated(inputs.q, cache, *lists, EstimatorConfig(), folder)
+    largest = torch.finfo(torch.float16).max
+    assert (logits[0, :, :77].abs() == largest).any() and (logits[0, :, 77:80] == -torch.inf).all()
+    assert (logits[0, :, :77].abs() <= largest).all()
+    assert logits[1, 5, :300].isnan().all() and (logits[1, 5, 300:304] == -torch.inf).all()
+    assert logits[1, :5, :300].isfinite().all()
+
+
+ROWS = {  # seq_len, group size, sinks, recent, dtype of logits, config
+    "gqa4": (700, 4, 0, 0, torch.float32, PrunerConfig()),
+    "gqa3-windows": (333, 3, 4, 24, torch.float16, PrunerConfig()),
+    "heads-apart": (700, 4, 4, 24, torch.float16, PrunerConfig(heads_apart=True)),
+    "wide": (20_005, 2, 0, 0, torch.float32, PrunerConfig(heads_apart=True)),
+    "one-page": (11, 4, 0, 0, torch.float32, PrunerConfig(heads_apart=True)),
+    "two-pages": (27, 4, 0, 0, torch.float16, PrunerConfig(heads_apart=True)),
+    "wide-walk": (9_000, 2, 0, 0, torch.float16, PrunerConfig()),
+    "one-head": (700, 1, 0, 0, torch.float16, PrunerConfig()),
 }
 
 
@@ -320,10 +350,10 @@ ROWS = {  # seq_len, group size, sinks, recent, config
 @pytest.mark.parametrize("draw", ["normal", "skewed", "one-hot", "all-equal", "within-2e4"])
 @pytest.mark.parametrize("row", ROWS)
 def test_pruned_sets_match_reference(row, draw, top_p, rng, folder):
-    seq_len, group_size, num_sink_tokens, num_recent_tokens, config = ROWS[row]
+    seq_len, group_size, num_sink_tokens, num_recent_tokens, dtype, config = ROWS[row]
     windows = {"num_sink_tokens": num_sink_tokens, "num_recent_tokens": num_recent_tokens}
     logits = [LOGITS[draw](seq_len, rng) for _ in range(group_size)]
-    problem = one_row(logits)
+    problem = one_row(logits, dtype)
     tokens, counts, mass = prune_emulated(*problem, top_p, windows, config, folder)
     expected = reference.prune_top_p(*problem, top_p, **windows)
     count = int(expected[1])
@@ -338,9 +368,9 @@ def test_pruned_sets_match_reference(row, draw, top_p, rng, folder):
 @pytest.mark.parametrize("row", ["gqa3-windows", "heads-apart", "wide", "one-page"])
 def test_a_row_without_a_softmax_keeps_every_candidate(row, draw, rng, folder):
     """Of one query head; the others of its group are as they were."""
-    seq_len, group_size, *_, config = ROWS[row]
+    seq_len, group_size, *_, dtype, config = ROWS[row]
     logits = [normal(seq_len, rng) for _ in range(group_size - 1)]
-    problem = one_row([*logits, NO_SOFTMAX[draw](seq_len, rng)])
+    problem = one_row([*logits, NO_SOFTMAX[draw](seq_len, rng)], dtype)
     _, counts, mass = prune_emulated(*problem, 0.5, {}, config, folder)
     assert counts.item() == seq_len and mass[0, -1] == 1
     assert (mass[0, :-1] < 0.8).all()
@@ -349,7 +379,7 @@ def test_a_row_without_a_softmax_keeps_every_candidate(row, draw, rng, folder):
 @pytest.mark.parametrize("top_p, kept", [(NAN, 333), (1.5, 333), (0.0, 1), (-9.0, 1)])
 def test_a_top_p_out_of_range_keeps_all_or_one(top_p, kept, rng, folder):
     """On the device it cannot be refused."""
-    problem = one_row([normal(333, rng)] * 3)
+    problem = one_row([normal(333, rng)] * 3, torch.float16)
     _, counts, _ = prune_emulated(*problem, top_p, {}, ROWS["gqa3-windows"][-1], folder)
     assert counts.item() == kept
 
@@ -361,19 +391,20 @@ def test_a_top_p_out_of_range_keeps_all_or_one(top_p, kept, rng, folder):
     draws=st.lists(st.sampled_from([*LOGITS, *NO_SOFTMAX]), min_size=4, max_size=4),
     top_p=st.floats(1e-6, 1.0),
     windows=st.sampled_from([(0, 0), (1, 0), (5, 33)]),
+    dtype=st.sampled_from([torch.float16, torch.float32]),
     seed=st.integers(0, 2**31),
 )
-def test_generated_rows_keep_promise_1(folder, row, seq_len, draws, top_p, windows, seed):
+def test_generated_rows_keep_promise_1(folder, row, seq_len, draws, top_p, windows, dtype, seed):
     """Any mixture of rows in one group, at any length up to the width."""
     windows = dict(zip(("num_sink_tokens", "num_recent_tokens"), windows, strict=True))
     rng = torch.Generator().manual_seed(seed)
     rows = [(LOGITS | NO_SOFTMAX)[draw](seq_len, rng) for draw in draws]
-    problem = one_row(rows, max_pages=64)
+    problem = one_row(rows, dtype, max_pages=64)
     result = prune_emulated(*problem, top_p, windows, ROWS[row][-1], folder)
     assert_top_p(*problem, top_p, result, **windows)
 
 
-def one_row(logits: list[torch.Tensor], max_pages: int | None = None):
+def one_row(logits: list[torch.Tensor], dtype: torch.dtype, max_pages: int | None = None):
     """(logits, cache, candidate_pages, candidate_counts) of one KV head whose query heads have
     these logits, over every page of one request."""
     seq_len = len(logits[0])
@@ -383,35 +414,119 @@ def one_row(logits: list[torch.Tensor], max_pages: int | None = None):
     cache.seq_lens.fill_(seq_len)
     padded = torch.full((1, len(logits), cache.capacity), -torch.inf)
     padded[..., :seq_len] = torch.stack(logits)
+    padded = rounded(padded) if dtype == torch.float16 else padded
     return padded, cache, *reference.select_all(cache)
 
 
 def prune_emulated(logits, cache, pages, counts, top_p, windows, config, folder):
     """The kernel's (kept_tokens, kept_counts, kept_mass), its list of items checked."""
-    _, group_size, width = logits.shape
-    kept_tokens, kept_counts = blank(1, 1, width, dtype=torch.int32), blank(1, 1, dtype=torch.int32)
-    kept_mass = blank(1, 1, group_size)
-    items = blank(-(-width // 128), 4, dtype=torch.int32)
-    num_items, ticket = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
-    static = (group_size, 16, next_power_of_two(max(width, 32)), 128, config)
+    group_size, width = logits.shape[1] // cache.num_kv_heads, logits.shape[2]
+    written = what_pruners_write(cache, group_size, width)
+    dtype = str(logits.dtype).removeprefix("torch.")
+    static = (group_size, cache.page_size, next_power_of_two(max(width, 32)), dtype, 128, config)
     union = HeadUnion.allocate(cache, width)
     windows = {"num_sink_tokens": 0, "num_recent_tokens": 0} | windows
     emulated(pruner_kernel, static, folder)(
-        (group_size if config.heads_apart else 1,), NUM_THREADS,
-        logits=logits, seq_lens=cache.seq_lens,
-        candidate_pages=pages, candidate_counts=counts,
-        top_p=torch.full((1, 1, group_size), top_p), **windows, kept_tokens=kept_tokens,
-        kept_counts=kept_counts, kept_mass=kept_mass, batch_size=1, num_kv_heads=1,
-        width_pages=pages.shape[2], width=width, items=items, num_items=num_items,
-        ticket=ticket, max_items=len(items), union_words=union.words, arrived=union.arrived,
-        width_words=union.words.shape[2],
+        (group_size if config.heads_apart else 1, cache.num_kv_heads, cache.batch_size),
+        NUM_THREADS, logits=logits, seq_lens=cache.seq_lens,
+        candidate_pages=pages, candidate_counts=counts, width_pages=pages.shape[2],
+        top_p=torch.full_like(written["kept_mass"], top_p), **windows, **written, width=width,
+        union_words=union.words, arrived=union.arrived, width_words=union.words.shape[2],
+        **sizes(cache),
     )  # fmt: skip
-    splits = -(-int(kept_counts) // 128)
-    assert not ticket.any() and num_items.item() == splits
     assert not union.words.any() and not union.arrived.any()
-    assert items[:splits, 3].sum() == kept_counts
-    assert items[:splits, 2].tolist() == ([-1] if splits == 1 else list(range(splits)))
-    return kept_tokens, kept_counts, kept_mass[0]
+    return checked_items(**written)
+
+
+def what_pruners_write(cache, group_size: int, width: int) -> dict:
+    rows = (cache.batch_size, cache.num_kv_heads)
+    max_items = rows[0] * rows[1] * -(-width // 128)
+    return dict(
+        kept_tokens=blank(*rows, width, dtype=torch.int32),
+        kept_counts=blank(*rows, dtype=torch.int32), kept_mass=blank(*rows, group_size),
+        items=blank(max_items, 4, dtype=torch.int32), max_items=max_items,
+        num_items=torch.zeros(1, dtype=torch.int32), ticket=torch.zeros(1, dtype=torch.int64),
+    )  # fmt: skip
+
+
+def checked_items(kept_tokens, kept_counts, kept_mass, items, num_items, ticket, max_items):
+    """The results, once the list holds every row's items."""
+    wanted = []
+    for batch, counts in enumerate(kept_counts.tolist()):
+        for kv_head, count in enumerate(counts):
+            splits = -(-count // 128)
+            for split in range(splits):
+                tokens = min(128, count - split * 128)
+                wanted.append([batch, kv_head, -1 if splits == 1 else split, tokens])
+    assert num_items.item() == len(wanted) and not ticket.any()
+    assert sorted(items[: len(wanted)].tolist()) == wanted
+    return kept_tokens, kept_counts, kept_mass.flatten(1)
+
+
+FUSED = {  # seq_lens, (query heads, KV heads), head_dim, page_size, pages, top_p, windows, config
+    "part-filled": ((77, 700), (8, 2), 128, 16, 30, 0.85, (0, 0), EstimatePruneConfig()),
+    "short-of-budget": ((77, 1, 20), (8, 2), 128, 16, 8, 0.9, (0, 0), EstimatePruneConfig()),
+    "mha-p64": ((200, 130), (2, 2), 64, 64, 3, 0.85, (0, 0), EstimatePruneConfig(2, 4)),
+    "gqa3-d256": ((150, 300), (6, 2), 256, 16, 9, 0.7, (5, 33), EstimatePruneConfig(2)),
+    "gqa9-d64": ((90,), (9, 1), 64, 16, 6, 0.5, (0, 0), EstimatePruneConfig()),
+    "everything": ((333,), (4, 1), 128, 16, 21, 1.0, (0, 0), EstimatePruneConfig()),
+    "heaviest-token": ((700,), (4, 1), 128, 16, 40, 1e-6, (0, 0), EstimatePruneConfig()),
+    "two-at-once": ((77, 700), (8, 2), 128, 16, 30, 0.85, (0, 0), EstimatePruneConfig(2, 2, 2)),
+    "two-of-three": ((333,), (3, 1), 64, 16, 21, 0.9, (4, 20), EstimatePruneConfig(2, 2, 2)),
+    "several-steps": ((2100,), (4, 1), 64, 16, 132, 0.95, (4, 20), EstimatePruneConfig(2, 4)),
+}
+
+
+HAZARDS = ("nan-in-q", "without-token-0", "no-candidates")
+
+
+@pytest.mark.parametrize(
+    "name, hazard",
+    [
+        *((name, "none") for name in FUSED),
+        *(
+            (name, hazard)
+            for name in ("gqa3-d256", "mha-p64", "two-of-three")
+            for hazard in HAZARDS
+        ),
+    ],
+)
+def test_fused_kernel_gives_the_bits_of_two(name, hazard, folder):
+    seq_lens, heads, head_dim, page_size, num_pages, top_p, windows, config = FUSED[name]
+    shape = DecodeShape(len(seq_lens), *heads, head_dim, page_size, seq_lens, torch.float16)
+    inputs = random_inputs(shape, seed=0)
+    cache = reference.PagedKVCache.wrap(*inputs.paged())
+    poison_unused(cache)
+    pages, counts = reference.select_pages(inputs.q, cache, num_pages * page_size)
+    if hazard == "nan-in-q":
+        inputs.q[0, 0, 3] = NAN
+    elif hazard == "without-token-0":
+        counts = (counts - 1).clamp(min=1)
+        pages = torch.where(counts[..., None] > 1, pages.roll(-1, -1), pages)
+    elif hazard == "no-candidates":
+        cache.seq_lens[0], counts[0] = 0, 0
+
+    windows = dict(zip(("num_sink_tokens", "num_recent_tokens"), windows, strict=True))
+    few = EstimatorConfig.for_tiles(1, head_dim)
+    logits = estimate_emulated(inputs.q, cache, pages, counts, few, folder)
+    apart = PrunerConfig(heads_apart=heads[0] > heads[1])
+    expected = prune_emulated(logits, cache, pages, counts, top_p, windows, apart, folder)
+
+    q, width = grouped(inputs.q, cache), logits.shape[2]
+    written = what_pruners_write(cache, q.shape[2], width)
+    statics = (q.shape[2], head_dim, page_size, "float16")
+    bound = next_power_of_two(max(width, 32))
+    emulated(estimate_prune_kernel, (*statics, bound, 128, config), folder)(
+        (cache.num_kv_heads, cache.batch_size), NUM_THREADS * config.heads_at_once,
+        q=q, codes=cache.k_int4, scale_zero=cache.k_scale_zero, page_table=cache.page_table,
+        seq_lens=cache.seq_lens, candidate_pages=pages, candidate_counts=counts,
+        sm_scale=head_dim**-0.5,
+        top_p=torch.full_like(written["kept_mass"], top_p), **windows, **written,
+        width_pages=pages.shape[2], width=width, **sizes(cache),
+    )  # fmt: skip
+    result = checked_items(**written)
+    assert all(map(torch.equal, result, expected))
+    assert_top_p(logits, cache, pages, counts, top_p, result, **windows)
 
 
 @pytest.mark.parametrize("source", ["tokens", "pages", "all"])

@@ -61,6 +61,18 @@ def test_estimate_logits_scales(rng):
     assert_logits_close(logits, tensors.q, cache, *candidates, sm_scale=0.37)
 
 
+def test_estimate_logits_stay_in_the_range_of_fp16(rng):
+    tensors = make_tensors(BASE, rng)
+    tensors = tensors._replace(q=tensors.q.clamp(-6, 6) * 1e4, k=tensors.k * 30)
+    cache = build_cache(kernels, tensors)
+    candidates = kernels.select_all(cache)
+    logits = kernels.estimate_logits(tensors.q, cache, *candidates)
+    assert_logits_close(logits, tensors.q, cache, *candidates)
+    present = torch.arange(cache.capacity, device=rng.device) < cache.seq_lens[:, None]
+    largest = logits[present[:, None].expand_as(logits)].abs().amax()
+    assert largest == torch.finfo(torch.float16).max
+
+
 def test_estimate_logits_never_reads_keys(rng):
     """The mirror is all that it may read: K, V and the bounds are NaN."""
     tensors = make_tensors(BASE, rng)

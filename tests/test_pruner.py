@@ -10,7 +10,7 @@ import reference
 from kernels.config import PrunerConfig
 from kernels.tuned import pinned
 from tests.cases import NAN
-from tests.logits import LOGITS, NO_SOFTMAX, normal, skewed
+from tests.logits import LOGITS, NO_SOFTMAX, normal, rounded, skewed
 from tests.properties import (
     as_mask,
     as_reference,
@@ -52,6 +52,7 @@ def make_problem(
     num_kv_heads: int = 2,
     page_size: int = 16,
     first_page: int = 0,
+    dtype: torch.dtype = torch.float16,
 ) -> Problem:
     """Logits drawn by draw(num_tokens, rng) for every query head, over a random choice of pages.
 
@@ -74,6 +75,7 @@ def make_problem(
             for head in range(kv_head * group_size, (kv_head + 1) * group_size):
                 logits[request, head, :num_tokens] = draw(num_tokens, rng)
                 logits[request, head, num_tokens:listed] = -torch.inf
+    logits = rounded(logits) if dtype == torch.float16 else logits
     return Problem(cache, pages, counts, logits)
 
 
@@ -112,10 +114,11 @@ def test_prune_top_p_without_a_softmax_keeps_every_candidate(draw, seq_lens, rng
     assert torch.equal(kept_mass[1:], expected[2][1:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
 @pytest.mark.parametrize("top_p", [0.5, 0.85, 0.95, 0.999, 1.0])
 @pytest.mark.parametrize("draw", LOGITS)
-def test_prune_top_p_keeps_the_smallest_set(draw, top_p, rng):
-    problem = make_problem(LOGITS[draw], rng)
+def test_prune_top_p_keeps_the_smallest_set(draw, top_p, dtype, rng):
+    problem = make_problem(LOGITS[draw], rng, dtype=dtype)
     problem.check(problem.prune(top_p), top_p)
 
 
@@ -124,7 +127,8 @@ def test_prune_top_p_keeps_the_smallest_set(draw, top_p, rng):
 @pytest.mark.parametrize("width", [1, 2, 512, 2048, 16384])
 def test_prune_top_p_at_every_width(width, draw, top_p, rng):
     seq_lens = (16 * width, 16 * width - 5, 3)
-    problem = make_problem(LOGITS[draw], rng, seq_lens=seq_lens, width=width)
+    dtype = torch.float32 if draw == "normal" else torch.float16
+    problem = make_problem(LOGITS[draw], rng, seq_lens=seq_lens, width=width, dtype=dtype)
     problem.check(problem.prune(top_p), top_p)
 
 

@@ -156,8 +156,8 @@ def test_bytes_are_those_of_the_design() -> None:
     work = GPU_WORKLOADS[0].work("quest+twilight")
     pairs = 64 * 8
     assert traffic.bytes_moved("selector", "quest+twilight", work) == pairs * 2048 * 264
-    assert traffic.bytes_moved("estimator", "quest+twilight", work) == pairs * 8192 * (68 + 4 * 4)
-    assert traffic.bytes_moved("pruner", "quest+twilight", work) == pairs * (8192 * 16 + 512 * 4)
+    assert traffic.bytes_moved("estimator", "quest+twilight", work) == pairs * 8192 * (68 + 4 * 2)
+    assert traffic.bytes_moved("pruner", "quest+twilight", work) == pairs * (8192 * 8 + 512 * 4)
     assert traffic.bytes_moved("attention", "quest+twilight", work) == pairs * 512 * (512 + 4)
     whole = pairs * (2048 * 264 + 8192 * 68 + 512 * 512)
     assert traffic.bytes_moved("pipeline", "quest+twilight", work) == whole

@@ -14,7 +14,7 @@ from profiling.timing import time_providers
 from profiling.workloads import Workload
 from reference.inputs import DecodeShape
 
-STAGE_OF = {"score": "selector", "top": "selector", "attend": "attention"}
+KERNELS = {"selector": ["score", "top"], "attention": ["attend"]}
 ORIGIN = {"torch": "x", "commit": "y", "date": "z"}
 
 
@@ -23,18 +23,18 @@ def steps(*one: tuple[float, float], period: float, count: int = 3) -> list[Span
     return [
         Span(place * period + first, place * period + last, kernel)
         for place in range(count)
-        for kernel, (first, last) in zip(STAGE_OF, one, strict=True)
+        for kernel, (first, last) in zip(("score", "top", "attend"), one, strict=True)
     ]
 
 
 def test_launches_and_gaps_add_up_to_the_step() -> None:
-    found = shares(steps((0, 2), (3, 6), (10, 14), period=20), STAGE_OF, 3)
+    found = shares(steps((0, 2), (3, 6), (10, 14), period=20), KERNELS, 3)
     assert found == {"selector": Share(2, 5.0, 7.0), "attention": Share(1, 4.0, 4.0)}
     assert sum(own.busy_us + own.gap_us for own in found.values()) == 20
 
 
 def test_an_overlap_counts_once_for_the_earlier_launch() -> None:
-    found = shares(steps((0, 8), (2, 5), (7, 10), period=10), STAGE_OF, 3)
+    found = shares(steps((0, 8), (2, 5), (7, 10), period=10), KERNELS, 3)
     assert found == {"selector": Share(2, 8.0, 0.0), "attention": Share(1, 2.0, 0.0)}
 
 
@@ -42,14 +42,14 @@ def test_parts_of_a_batch_may_run_at_the_same_time() -> None:
     """The second part's launches begin while the first's run; they come in any order."""
     one = [(0, 4, "score"), (3, 6, "score"), (4, 8, "attend"), (6, 9, "attend")]
     spans = [Span(at + first, at + last, name) for at in (0, 10) for first, last, name in one]
-    found = shares(spans, STAGE_OF, 2)
+    found = shares(spans, KERNELS, 2)
     assert found == {"selector": Share(2, 6.0, 1.0), "attention": Share(2, 3.0, 0.0)}
 
 
 @pytest.mark.parametrize("count, num_steps", [(0, 2), (1, 1), (3, 2)])
 def test_less_than_two_equal_steps_are_refused(count: int, num_steps: int) -> None:
     with pytest.raises(ValueError, match=f"equal steps, got {3 * count} in {num_steps}"):
-        shares(steps((0, 1), (1, 2), (2, 3), period=5, count=count), STAGE_OF, num_steps)
+        shares(steps((0, 1), (1, 2), (2, 3), period=5, count=count), KERNELS, num_steps)
 
 
 def small(dtype: torch.dtype, head_dim: int) -> Workload:
@@ -99,8 +99,21 @@ class MadeUpStep:
         self.attend(q, cache)
 
 
+class FusedStep(MadeUpStep):
+    fused = True
+
+    def estimate_prune(self, _q: object, _cache: object) -> None:
+        self._launch("estimate_and_prune")
+
+    def run(self, q: object, cache: object) -> None:
+        self.select(q, cache)
+        self.estimate_prune(q, cache)
+        self.attend(q, cache)
+
+
+@pytest.mark.parametrize("step, launches", [(MadeUpStep, 6), (FusedStep, 5)])
 def test_a_step_on_a_device_is_seen_as_a_graph_and_launch_by_launch(
-    monkeypatch: pytest.MonkeyPatch,
+    step: type, launches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def device_spans(work) -> list[Span]:
         MadeUpStep.launches.clear()
@@ -119,7 +132,7 @@ def test_a_step_on_a_device_is_seen_as_a_graph_and_launch_by_launch(
 
     monkeypatch.setattr(timeline, "device_spans", device_spans)
     monkeypatch.setattr(timeline, "capture", capture)
-    slots = [Slot(torch.empty(0), None, MadeUpStep()) for _ in range(5)]
+    slots = [Slot(torch.empty(0), None, step()) for _ in range(5)]
     workload = small(torch.float16, 128)
     builder = types.SimpleNamespace(
         workload=workload, backend=TileLang, slots=lambda _stage, _method: slots
@@ -127,8 +140,10 @@ def test_a_step_on_a_device_is_seen_as_a_graph_and_launch_by_launch(
     rows = timeline_rows(builder, "gpu", ORIGIN)
     found = {(row.timeline, row.stage): (row.launches, row.busy_us, row.gap_us) for row in rows}
     assert found[("graph", "selector")] == (2, 6.0, 2.0)
-    assert found[("graph", "pipeline")] == (6, 18.0, 6.0)
-    assert found[("launches", "pipeline")] == (6, 18.0, 24.0)
+    assert found[("graph", "estimator")] == (1, 3.0, 1.0)
+    assert found[("graph", "pruner")] == ((1, 3.0, 1.0) if launches == 6 else (0, 0.0, 0.0))
+    assert found[("graph", "pipeline")] == (launches, 3.0 * launches, 1.0 * launches)
+    assert found[("launches", "pipeline")] == (launches, 3.0 * launches, 4.0 * launches)
 
 
 @pytest.mark.gpu

@@ -374,6 +374,7 @@ def test_show_says_what_is_launched_and_why(written: Path, monkeypatch, capsys) 
     config = "PrunerConfig(heads_apart=True, blocks_per_sm=2, pdl=False)"
     assert f"pruner: {config}\n    exact; 100.0 -> 90.0" in text
     assert "estimator: EstimatorConfig" in text and "default: no bucket is near" in text
+    assert "estimate_prune: EstimatePruneConfig" in text
     assert show.main(["--batch-size", "32", "--seq-len", "9000", "--gpu", "h200"]) == 0
     assert "nearest: rows=512 width=8192" in capsys.readouterr().out
 

@@ -1,0 +1,110 @@
+"""Estimator and pruner in one kernel: when a step takes it, and that its bits are those of two.
+
+That it gives them at odd sizes is tested in test_emulated.py.
+"""
+
+import pytest
+import torch
+
+import kernels
+from kernels import pipeline
+from kernels.estimate_prune import is_fused
+from reference.hazards import poison_unused
+from reference.inputs import DecodeShape
+from tests import fake_gpu
+from tests.cases import BASE, CASES, NAMED, Case, build_cache, make_tensors
+from tests.promises import assert_identical, decode, decoded, results_of, take
+from tests.properties import assert_decode_step
+
+SHARED_MEMORY = {"a100": 164 * 1024, "h200": 228 * 1024}
+
+
+@pytest.mark.parametrize(
+    "rows, group_size, width, gpu, fused",
+    [
+        pytest.param(512, 4, 8192, "h200", True, id="gqa-32k"),
+        pytest.param(2048, 1, 8192, "h200", True, id="mha-32k"),
+        pytest.param(128, 4, 8192, "h200", False, id="gqa-128k"),
+        pytest.param(8, 4, 8192, "h200", False, id="solo-32k"),
+        pytest.param(512, 8, 8192, "h200", False, id="logits-do-not-fit"),
+        pytest.param(512, 4, 8192, "a100", False, id="less-shared-memory"),
+        pytest.param(512, 4, 4096, "a100", True, id="fewer-candidates"),
+        pytest.param(512, 1, 32768, "h200", False, id="rows-read-by-every-pass"),
+    ],
+)
+def test_many_rows_whose_logits_fit_are_fused(rows, group_size, width, gpu, fused):
+    assert is_fused(rows, group_size, width, SHARED_MEMORY[gpu]) == fused
+
+
+@pytest.mark.parametrize("rows", [263, 264])
+def test_a_fused_step_launches_one_kernel_for_two(rows, monkeypatch):
+    fake_gpu.install(monkeypatch)
+    launched = fake_gpu.count_launches(monkeypatch, launch=False)
+    cache = kernels.PagedKVCache.empty(4 * rows, rows, 4, 1, 64, device="cuda")
+    step = kernels.TwilightDecode(cache, 4, token_budget=32)
+    step.run(torch.zeros(rows, 4, 64, dtype=torch.float16, device="cuda"), cache)
+    assert step.fused == (rows == 264)
+    middle = ["estimate_prune_kernel"] if step.fused else ["estimator_kernel", "pruner_kernel"]
+    assert [name for name in launched if "estimat" in name or "prune" in name] == middle
+
+
+@pytest.fixture
+def fuse(monkeypatch):
+    """Every step is made fused, or none."""
+    return lambda fused: monkeypatch.setattr(pipeline, "is_fused", lambda *_: fused)
+
+
+OPTIONS = {
+    "plain": {"top_p": 0.85},
+    "windows": {"top_p": 0.95, "num_sink_tokens": 4, "num_recent_tokens": 24},
+    "everything": {"top_p": 1.0, "selector": "full"},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("case", CASES)
+def test_a_fused_step_gives_the_bits_of_two_kernels(case, options, rng, fuse):
+    tensors = make_tensors(case, rng)
+    cache = build_cache(kernels, tensors)
+    poison_unused(cache)
+    if options == "windows":
+        tensors.q[0, 0, 0] = torch.nan
+    results = []
+    for fused in (True, False):
+        fuse(fused)
+        step, out = decode(kernels, tensors, cache, case.token_budget, **OPTIONS[options])
+        results.append(results_of(step, out, cache))
+    for fused, apart in zip(*results, strict=True):
+        assert_identical(without_nan(fused), without_nan(apart))
+
+
+def without_nan(results: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """For a comparison in which NaN equals NaN."""
+    return {name: value.nan_to_num(9.0) for name, value in results.items()}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [BASE, NAMED["mha-ragged"], NAMED["gqa8-p64"]], ids=str)
+def test_a_fused_step_matches_reference(case, rng, fuse):
+    fuse(True)
+    tensors = make_tensors(case, rng)
+    cache = build_cache(kernels, tensors)
+    step, out = decode(kernels, tensors, cache, case.token_budget, top_p=0.85)
+    assert_decode_step(step, out, tensors.q, cache, case.token_budget, 0.85)
+
+
+@pytest.mark.gpu
+def test_promise_5_holds_across_the_two_forms(rng):
+    """Requests alone are few rows, all of them together many."""
+    lengths = (300, 17, 333) * 22
+    shape = DecodeShape(len(lengths), 16, 4, 128, 16, lengths, torch.float16)
+    case = Case("many-rows", shape, 128)
+    tensors = make_tensors(case, rng)
+    cache = build_cache(kernels, tensors)
+    step, out = decode(kernels, tensors, cache, case.token_budget)
+    assert step.fused
+    together = results_of(step, out, cache)
+    for request in (0, 1, 5, 65):
+        (alone,) = decoded(kernels, take(tensors, [request], rng), case.token_budget)
+        assert_identical(together[request], alone)
