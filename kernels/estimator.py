@@ -141,7 +141,7 @@ def swap_rows(pairs, is_odd):
 def confine(logit, row, tokens_left):
     """Finite and infinite logits to the range of fp16, and to -inf where no token is."""
     for t in T.unroll(2):
-        for h in T.unroll(2):
+        for h in T.unroll(logit.shape[0]):
             if T.abs(logit[h, t]) > MAX_LOGIT:
                 logit[h, t] = T.copysign(T.float32(MAX_LOGIT), logit[h, t])
             if row + t * 8 >= tokens_left:
@@ -174,7 +174,7 @@ def estimate_tiles(
     acc = T.alloc_local((4,), T.float32)
     rounded = T.alloc_local((2, 2), T.float16)
     pairs = T.view(rounded, (2,), T.uint32)
-    logit = T.alloc_local((2, 2), T.float32)  # of two heads and two tokens
+    logit = T.alloc_local((lane_heads, 2), T.float32)  # of two heads and two tokens
     largest = T.alloc_var(T.float32)
 
     if warp_tile < num_tiles:

@@ -110,7 +110,7 @@ def skip_newest_page(step, out, q, cache):
 
 
 def shift_logits(step, out, q, cache):
-    step.logits = (step.logits + 0.1 * torch.rand(step.logits.shape[-1])).half()
+    step.logits = (step.logits + 0.1 * (torch.arange(step.logits.shape[-1]) % 3)).half()
     return out
 
 

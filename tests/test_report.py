@@ -41,7 +41,7 @@ def test_the_report_adds_up_what_was_checked(empty_ledger):
     text = report.render()
     assert "2,000 generated decode steps, 4,200 rows" in text
     assert "| gqa4 | 2,000 | 4,200 |" in text and "| gqa3 | 0 | 0 |" in text
-    assert "12 kernels: 1 of 28 runs clean" in text
+    assert "12 kernels: 1 of 32 runs clean" in text
     assert (
         "| memcheck | not clean | not clean | not clean | not clean | 0 errors in 40 launches |"
         in text
