@@ -41,7 +41,7 @@ def test_a_fused_step_launches_one_kernel_for_two(rows, monkeypatch):
     fake_gpu.install(monkeypatch)
     launched = fake_gpu.count_launches(monkeypatch, launch=False)
     cache = kernels.PagedKVCache.empty(4 * rows, rows, 4, 1, 64, device="cuda")
-    step = kernels.TwilightDecode(cache, 4, token_budget=32)
+    step = kernels.TwilightDecode(cache, 4, token_budget=32, num_parts=1)
     step.run(torch.zeros(rows, 4, 64, dtype=torch.float16, device="cuda"), cache)
     assert step.fused == (rows == 264)
     middle = ["estimate_prune_kernel"] if step.fused else ["estimator_kernel", "pruner_kernel"]
