@@ -77,8 +77,8 @@ class Bench:
     def step(self, kernel: str, config: Any) -> Measured:
         """The same for the whole step."""
         with pinned({}):
-            slots = self._builder.slots("pipeline", METHODS[0])
-        return _measure([partial(s.step.run, s.q, s.cache) for s in slots], {kernel: config})
+            (provider,) = self._builder.providers("pipeline", METHODS[:1])
+        return _measure(provider.calls, {kernel: config})
 
     def _stage(self, kernel: str) -> tuple[Provider, Any, dict[str, torch.Tensor]]:
         """A stage's calls, the step behind the first of them, and the bits that it writes."""

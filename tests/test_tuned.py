@@ -93,9 +93,9 @@ def test_the_nearest_bucket_has_the_same_statics_and_half_to_double_the_size(cha
 
 
 def test_a_kernel_that_is_not_compiled_for_its_width_takes_any_near_one() -> None:
-    configs = configs_of("attention", {HOME: entry_of("attention", {"blocks_per_sm": 4})})
+    configs = configs_of("attention", {HOME: entry_of("attention", {"blocks_per_sm": 6})})
     default = KERNELS["attention"].config()
-    for width, blocks in ((4096, 4), (16384, 4), (4095, 3), (16385, 3)):
+    for width, blocks in ((4096, 6), (16384, 6), (4095, 3), (16385, 3)):
         bucket = dataclasses.replace(HOME, width=width)
         assert choose("attention", bucket, default, configs).config.blocks_per_sm == blocks
 
