@@ -30,6 +30,7 @@ OUTPUTS = {
     "selector": ("scores", "candidate_pages", "candidate_counts"),
     "estimator": ("logits",),
     "pruner": ("kept_tokens", "kept_counts", "kept_mass"),
+    "estimate_prune": ("kept_tokens", "kept_counts", "kept_mass"),
     "attention": ("out",),
 }
 

@@ -14,7 +14,6 @@ from autotune.space import (
     arch_of,
     as_launched,
     bucket_of,
-    fused_config,
 )
 from autotune.tune import WORKLOADS, shape_of_workload
 from kernels.tuned import CONFIGS, Configs, Entry, choose, load_configs, read_configs
@@ -34,9 +33,6 @@ def lines_of(shape: KernelShape, configs: Configs | None, arch: str) -> list[str
         if choice.bucket is not None:
             entry = configs.entries[kernel][choice.bucket]
             lines[-1] += f"; {_gain(entry)}, measured {entry.date} with tilelang {entry.tilelang}"
-    fused = fused_config(shape, arch)
-    if fused is not None:
-        lines.append(f"estimate_prune: {fused}\n    in a step, instead of estimator and pruner")
     return lines
 
 

@@ -22,7 +22,7 @@ from kernels.config import (
     TopPagesConfig,
     starts_early,
 )
-from kernels.estimate_prune import estimate_prune_kernel, is_fused
+from kernels.estimate_prune import blocks_that_fit, default_config, estimate_prune_kernel
 from kernels.estimator import estimator_kernel
 from kernels.mirror import append_kernel, mirror_kernel, prefill_kernel
 from kernels.pruner import pruner_kernel
@@ -59,6 +59,7 @@ class KernelShape:
     num_rows: int  # batch_size * num_kv_heads
     max_pages: int
     width: int  # candidate tokens per row
+    part_rows: int = 0  # of one part, where a step has several
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,10 @@ def as_launched(config: Any, shape: KernelShape, arch: str) -> Any:
 
 
 def variants_of(kernel: str, shape: KernelShape, config: Any, arch: str) -> list[KernelVariant]:
-    """The kernels that launch with a config."""
-    return SPACES[kernel].variants(shape, as_launched(config, shape, arch))
+    """The kernels that launch with a config, in a step and in one stage of it."""
+    parts = (shape, replace(shape, num_rows=shape.part_rows or shape.num_rows))
+    configs = dict.fromkeys(as_launched(config, part, arch) for part in parts)
+    return [variant for own in configs for variant in SPACES[kernel].variants(shape, own)]
 
 
 def arch_of(capability: tuple[int, int]) -> str:
@@ -169,9 +172,6 @@ def default_variants(shape: KernelShape, arch: str) -> list[KernelVariant]:
     wide = as_launched(PrunerConfig.for_rows(*rows, logit_bytes=4), shape, arch)
     arguments = _pruner_arguments(shape, "float32", wide)
     variants.append(KernelVariant("pruner_float32", pruner_kernel, arguments))
-    fused = fused_config(shape, arch)
-    if fused is not None:
-        variants.append(_fused_variant(shape, fused))
     config = as_launched(SPACES["attention"].default(shape, arch), shape, arch)
     for source in ("tokens", "pages", "all"):
         variants.append(KernelVariant(f"plan_{source}", plan_kernel, (page_size, source, config)))
@@ -205,20 +205,16 @@ def _pruner_arguments(shape: KernelShape, logits_dtype: str, config: PrunerConfi
     return (*sizes, logits_dtype, split_tokens, config)
 
 
-def fused_config(shape: KernelShape, arch: str) -> EstimatePruneConfig | None:
-    """Of the kernel that takes the place of estimator and pruner in a step; None where none does.
-    It is not tuned."""
-    if not is_fused(shape.num_rows, shape.group_size, shape.width, SM_SHARED_MEMORY[arch]):
-        return None
-    config = EstimatePruneConfig.for_group(shape.group_size, shape.head_dim, CAPABILITY[arch])
-    return as_launched(config, shape, arch)
-
-
-def _fused_variant(shape: KernelShape, config: EstimatePruneConfig) -> KernelVariant:
+def _estimate_prune_variants(
+    shape: KernelShape, config: EstimatePruneConfig
+) -> list[KernelVariant]:
+    """Of the one kernel; the two are those of estimator and pruner."""
+    if not config.fused:
+        return []
     sizes = (shape.group_size, shape.head_dim, shape.page_size, shape.dtype, _width_bound(shape))
     split_tokens = AttentionConfig.for_group(shape.group_size).split_tokens
     arguments = (*sizes, split_tokens, config)
-    return KernelVariant("estimate_prune", estimate_prune_kernel, arguments)
+    return [KernelVariant("estimate_prune", estimate_prune_kernel, arguments)]
 
 
 def _attention_variants(
@@ -247,6 +243,12 @@ def _many_pages(shape: KernelShape) -> bool:
 def _estimator_blocks(config: EstimatorConfig, shape: KernelShape) -> int:
     block_tiles = config.num_warps * config.tiles_per_warp * config.steps
     return shape.num_rows * -(-shape.width // (TILE_TOKENS * block_tiles))
+
+
+def _blocks_that_fit(config: EstimatePruneConfig, shape: KernelShape, arch: str) -> int:
+    return blocks_that_fit(
+        shape.group_size, shape.width, SM_SHARED_MEMORY[arch], config.heads_at_once
+    )
 
 
 def _many_tiles(shape: KernelShape) -> bool:
@@ -377,6 +379,61 @@ SPACES = {
         default=lambda s, arch: PrunerConfig.for_rows(s.num_rows, s.group_size, CAPABILITY[arch]),
         width=lambda s: s.width,
         variants=_pruner_variants,
+    ),
+    "estimate_prune": Space(
+        stage="estimate_prune",
+        values={
+            "fused": (False, True),
+            "tiles_per_warp": (1, 2, 4),
+            "blocks_per_sm": (1, 2, 3, 4),
+            "heads_at_once": (1, 2, 4),
+        },
+        limits=(
+            (
+                "a block's logits fit in shared memory",
+                lambda c, s, arch: not c.fused or _blocks_that_fit(c, s, arch) >= 1,
+            ),
+            (
+                "threads of all blocks fit on a multiprocessor, each with 56 registers",
+                lambda c, s, arch: (
+                    NUM_THREADS * c.heads_at_once * c.blocks_per_sm <= REGISTERS // 56
+                ),
+            ),
+            ("codes of all tiles in flight fit in a thread's registers", TILES_FIT[1]),
+        ),
+        sensible=(
+            (
+                "two kernels have no form to choose",
+                lambda c, s, arch: (
+                    c.fused or c == replace(SPACES["estimate_prune"].default(s, arch), fused=False)
+                ),
+            ),
+            (
+                "blocks fill a multiprocessor's shared memory, but for one at most",
+                lambda c, s, arch: (
+                    not c.fused or 0 <= min(_blocks_that_fit(c, s, arch), 4) - c.blocks_per_sm <= 1
+                ),
+            ),
+            (
+                "a multiprocessor has 768 threads or more (measured: NOTES.md)",
+                lambda c, s, arch: c.heads_at_once * c.blocks_per_sm >= 3,
+            ),
+            ("no team without a head", lambda c, s, arch: c.heads_at_once <= s.group_size),
+            (
+                "every SM has two blocks",
+                lambda c, s, arch: not c.fused or s.num_rows >= 2 * FULL_GPU,
+            ),
+        ),
+        default=lambda s, arch: default_config(
+            s.num_rows,
+            s.group_size,
+            s.head_dim,
+            s.width,
+            CAPABILITY[arch],
+            SM_SHARED_MEMORY[arch],
+        ),
+        width=lambda s: s.width,
+        variants=_estimate_prune_variants,
     ),
     "attention": Space(
         stage="attention",

@@ -25,6 +25,7 @@ from autotune.search import CALL_SECONDS, Settled, settle
 from autotune.space import SPACES, KernelShape, arch_of, bucket_of, candidates, space_id
 from autotune.store import is_settled, open_configs, path_of, with_entry, write_configs
 from autotune.worker import SetupFailed, Worker, WorkerFailed
+from kernels.pipeline import parts_for
 from kernels.tuned import CONFIGS, KERNELS, Bucket, Entry
 from profiling import device
 from profiling.workloads import GPU_WORKLOADS, Workload
@@ -51,6 +52,7 @@ class Task:
 def shape_of_workload(workload: Workload) -> KernelShape:
     """The sizes of a workload's step of quest+twilight."""
     shape = workload.shape
+    num_parts = parts_for(shape.batch_size, shape.num_kv_heads)
     return KernelShape(
         group_size=shape.group_size,
         head_dim=shape.head_dim,
@@ -59,6 +61,7 @@ def shape_of_workload(workload: Workload) -> KernelShape:
         num_rows=shape.batch_size * shape.num_kv_heads,
         max_pages=-(-shape.max_seq_len // shape.page_size),
         width=workload.settings("quest+twilight")[0],
+        part_rows=shape.batch_size // num_parts * shape.num_kv_heads,
     )
 
 
@@ -76,7 +79,8 @@ def tasks_of(workloads: Sequence[Workload], stages: Sequence[str], arch: str) ->
                 shape = shape_of_workload(workload)
                 configs = tuple(candidates(kernel, shape, arch))
                 names = tuple(user.name for user in own)
-                tasks.append(Task(kernel, bucket, shape, workload, names, configs))
+                if len(configs) > 1:  # else nothing is to choose
+                    tasks.append(Task(kernel, bucket, shape, workload, names, configs))
     return tasks
 
 

@@ -52,6 +52,7 @@ class PagedKVCache:
     page_bounds: torch.Tensor
     bounds_scale_zero: torch.Tensor
     k_offset: torch.Tensor
+    step_rows: int = 0  # rows of all caches that one step works on at once; 0: of this one alone
     longest: int = 0  # host's upper bound on seq_lens; replays of a captured append do not move it
 
     def __post_init__(self) -> None:
@@ -92,6 +93,11 @@ class PagedKVCache:
     @property
     def max_pages(self) -> int:
         return self.page_table.shape[1]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows (a KV head of a request each) that launch configs are chosen for."""
+        return self.step_rows or self.batch_size * self.num_kv_heads
 
     @property
     def capacity(self) -> int:

@@ -71,7 +71,8 @@ class PrunerConfig:
 
 @dataclass(frozen=True)
 class EstimatePruneConfig:
-    tiles_per_warp: int = 4  # tiles of 16 tokens whose loads one warp issues together
+    fused: bool = True  # one kernel; else estimator and pruner, each at its own config
+    tiles_per_warp: int = 2  # tiles of 16 tokens whose loads one warp issues together
     blocks_per_sm: int = 2  # that registers must allow for
     heads_at_once: int = 1  # that teams of a block's threads search side by side
     pdl: bool = False
@@ -80,13 +81,11 @@ class EstimatePruneConfig:
     def for_group(
         cls, group_size: int, head_dim: int, capability: tuple[int, int]
     ) -> "EstimatePruneConfig":
-        """Logits of one query head leave room for more blocks, each with fewer tiles in flight;
-        wide heads fill registers with fewer."""
-        if head_dim > 128:
-            return cls(tiles_per_warp=2)
-        if group_size > 1:
-            return cls()
-        return cls(tiles_per_warp=2, blocks_per_sm=4 if capability < (10, 0) else 3)
+        """The form of the one kernel: two heads are searched side by side where registers allow it;
+        logits of one query head leave room for more blocks."""
+        if group_size == 1 and head_dim <= 128:
+            return cls(blocks_per_sm=4 if capability < (10, 0) else 3)
+        return cls(heads_at_once=2 if head_dim <= 128 and group_size <= 8 else 1)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from kernels.estimator import estimate_tiles
 from kernels.selector import next_power_of_two
 from kernels.threshold import BINS_PER_THREAD
 from kernels.top_p import NUM_THREADS, VECTOR, is_held, list_row, prune_heads
+from kernels.tuned import config_for
 from kernels.validate import TILE_TOKENS, dtype_name
 
 MANY_ROWS = 264  # two blocks on each of 132 multiprocessors; fewer rows are spread over more blocks
@@ -31,10 +32,31 @@ def blocks_that_fit(group_size: int, width: int, shared_memory: int, heads_at_on
     return shared_memory // (logits + near + width_bound // 8 + bins + others)
 
 
-def is_fused(num_rows: int, group_size: int, width: int, shared_memory: int) -> bool:
-    """Whether a step estimates and prunes in one kernel: many rows fill the GPU with a block each,
-    and while one block waits for codes, another searches."""
-    return num_rows >= MANY_ROWS and blocks_that_fit(group_size, width, shared_memory) >= 2
+def default_config(
+    num_rows: int,
+    group_size: int,
+    head_dim: int,
+    width: int,
+    capability: tuple[int, int],
+    shared_memory: int,
+) -> EstimatePruneConfig:
+    """One kernel where many rows fill the GPU with a block each, and a multiprocessor has room for
+    two: while one waits for codes, another searches."""
+    config = EstimatePruneConfig.for_group(group_size, head_dim, capability)
+    room = blocks_that_fit(group_size, width, shared_memory, config.heads_at_once)
+    return replace(config, fused=num_rows >= MANY_ROWS and room >= 2)
+
+
+def estimate_prune_config(cache: PagedKVCache, group_size: int, width: int) -> EstimatePruneConfig:
+    """How a step estimates and prunes rows of `width` tokens."""
+    device = cache.k_cache.device
+    shared_memory = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    capability = torch.cuda.get_device_capability(device)
+    default = default_config(
+        cache.num_rows, group_size, cache.head_dim, width, capability, shared_memory
+    )
+    config = config_for("estimate_prune", cache, group_size, width, default)
+    return replace(config, pdl=launches_early(cache))
 
 
 def launch_estimate_prune(
@@ -50,14 +72,12 @@ def launch_estimate_prune(
     kept_counts: torch.Tensor,
     kept_mass: torch.Tensor,
     work: WorkList,
+    config: EstimatePruneConfig,
 ) -> None:
     """One launch into allocated memory, with the bits of launch_estimate_logits and
     launch_prune_top_p. It also writes attention's list of work."""
     grouped = (cache.batch_size, cache.num_kv_heads, q.shape[1] // cache.num_kv_heads)
     width = kept_tokens.shape[2]
-    capability = torch.cuda.get_device_capability(q.device)
-    config = EstimatePruneConfig.for_group(grouped[2], cache.head_dim, capability)
-    config = replace(config, pdl=launches_early(cache))
     kernel = estimate_prune_kernel(
         grouped[2], cache.head_dim, cache.page_size, dtype_name(q),
         next_power_of_two(max(width, 32)), work.split_tokens, config,
@@ -81,11 +101,6 @@ def launch_estimate_prune(
         work.num_items,
         work.ticket,
     )
-
-
-def shared_memory_of(device: torch.device) -> int:
-    """Bytes of one multiprocessor."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
 
 
 @tilelang.jit(pass_configs=THREAD_LEVEL)

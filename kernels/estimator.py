@@ -64,7 +64,7 @@ def launch_estimate_logits(
     group_size = q.shape[1] // cache.num_kv_heads
     grouped = (cache.batch_size, cache.num_kv_heads, group_size)
     default = EstimatorConfig.for_tiles(
-        candidate_pages.numel() * cache.page_size // TILE_TOKENS, cache.head_dim
+        cache.num_rows * logits.shape[2] // TILE_TOKENS, cache.head_dim
     )
     config = config_for("estimator", cache, group_size, logits.shape[2], default)
     config = replace(config, pdl=launches_early(cache))

@@ -8,14 +8,14 @@ import torch
 
 from kernels.attention import AttentionWorkspace, launch_attention
 from kernels.cache import PagedKVCache
-from kernels.estimate_prune import is_fused, launch_estimate_prune, shared_memory_of
+from kernels.estimate_prune import estimate_prune_config, launch_estimate_prune
 from kernels.estimator import launch_estimate_logits
 from kernels.pruner import HeadUnion, expand_top_p, launch_prune_top_p
 from kernels.selector import launch_select_all, launch_select_pages, page_budget
 from kernels.validate import MAX_GROUP_SIZE, check_choice, check_count, check_query, check_scale
 
-# Rows (one KV head of one request) of which half still fill the GPU.
-MANY_ROWS = 128
+# Rows (one KV head of one request) of which a part still fills the GPU, and the parts then.
+MANY_ROWS, NUM_PARTS = 128, 4
 # What holds something for each request, by its name in TwilightDecode.
 PER_REQUEST = (
     "top_p", "scores", "candidate_pages", "candidate_counts", "logits", "kept_tokens",
@@ -38,7 +38,7 @@ class TwilightDecode:
         num_sink_tokens, num_recent_tokens: always kept.
         num_parts: the batch is cut into so many, each on a stream of its own. Their stages overlap:
             while the bytes of one arrive, the weights of another are searched. No result depends on
-            it. Where None, 2 for many rows (KV heads of all requests), else 1.
+            it. Where None, 4 for many rows (KV heads of all requests), else 1.
 
     After run(), candidate_pages, candidate_counts, kept_tokens, kept_counts and kept_mass hold the
     last step's. A step of many rows estimates and prunes in one kernel (`fused`), to the same bits:
@@ -70,8 +70,7 @@ class TwilightDecode:
                 f"heads, got {num_qo_heads}"
             )
         if num_parts is None:
-            many = cache.batch_size * cache.num_kv_heads >= MANY_ROWS
-            num_parts = min(2, cache.batch_size) if many else 1
+            num_parts = parts_for(cache.batch_size, cache.num_kv_heads)
         check_count("num_parts", num_parts, least=1)
         if num_parts > cache.batch_size:
             raise ValueError(
@@ -97,8 +96,7 @@ class TwilightDecode:
         self.kept_tokens = torch.empty(*rows, tokens, **like)
         self.kept_counts = torch.empty(rows, **like)
         self.kept_mass = torch.empty(heads, device=device)
-        shared_memory = shared_memory_of(device)
-        self.fused = is_fused(rows[0] * rows[1], group_size, tokens, shared_memory)
+        self.fused = estimate_prune_config(cache, group_size, tokens).fused
         self.union = HeadUnion.allocate(cache, tokens)
         self.attention = AttentionWorkspace.allocate(cache, group_size, tokens)
         self.out = torch.empty(*heads, cache.head_dim, dtype=cache.k_cache.dtype, device=device)
@@ -130,7 +128,10 @@ class TwilightDecode:
         current = torch.cuda.current_stream(q.device)
         for requests, part, stream in self.parts:
             own = replace(
-                cache, page_table=cache.page_table[requests], seq_lens=cache.seq_lens[requests]
+                cache,
+                page_table=cache.page_table[requests],
+                seq_lens=cache.seq_lens[requests],
+                step_rows=cache.num_rows,
             )
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
@@ -149,11 +150,7 @@ class TwilightDecode:
     def _launch(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
         """The stages in order."""
         self.select(q, cache)
-        if self.fused:
-            self.estimate_prune(q, cache)
-        else:
-            self.estimate(q, cache)
-            self.prune(cache)
+        self.estimate_prune(q, cache)
         return self.attend(q, cache)
 
     def select(self, q: torch.Tensor, cache: PagedKVCache) -> None:
@@ -181,11 +178,17 @@ class TwilightDecode:
         )  # fmt: skip
 
     def estimate_prune(self, q: torch.Tensor, cache: PagedKVCache) -> None:
-        """estimate() and prune() at once, without logits in memory; only where `fused`."""
+        """estimate() and prune(), or one kernel for both, to the same bits."""
+        group_size, width = q.shape[1] // cache.num_kv_heads, self.kept_tokens.shape[2]
+        config = estimate_prune_config(cache, group_size, width)
+        if not config.fused:
+            self.estimate(q, cache)
+            self.prune(cache)
+            return
         launch_estimate_prune(
             q, cache, self.candidate_pages, self.candidate_counts, self.top_p, self.sm_scale,
             self.num_sink_tokens, self.num_recent_tokens,
-            self.kept_tokens, self.kept_counts, self.kept_mass, self.attention.work,
+            self.kept_tokens, self.kept_counts, self.kept_mass, self.attention.work, config,
         )  # fmt: skip
 
     def attend(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
@@ -195,6 +198,11 @@ class TwilightDecode:
             self.attention, self.out, self.sm_scale,
         )  # fmt: skip
         return self.out
+
+
+def parts_for(batch_size: int, num_kv_heads: int) -> int:
+    """Parts that a step is cut into where the caller asks for no number."""
+    return min(NUM_PARTS, batch_size) if batch_size * num_kv_heads >= MANY_ROWS else 1
 
 
 def _shape(cache: PagedKVCache) -> tuple[object, ...]:

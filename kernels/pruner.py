@@ -133,8 +133,7 @@ def launch_prune_top_p(
     grouped = (cache.batch_size, cache.num_kv_heads, logits.shape[1] // cache.num_kv_heads)
     width = logits.shape[2]
     capability = torch.cuda.get_device_capability(logits.device)
-    num_rows = cache.batch_size * cache.num_kv_heads
-    default = PrunerConfig.for_rows(num_rows, grouped[2], capability, logits.itemsize)
+    default = PrunerConfig.for_rows(cache.num_rows, grouped[2], capability, logits.itemsize)
     config = config_for("pruner", cache, grouped[2], width, default)
     config = replace(config, pdl=launches_early(cache))
     width_bound = next_power_of_two(max(width, 32))

@@ -107,7 +107,9 @@ def launch_select_pages(
     """Two launches into allocated memory: page scores, top pages."""
     group_size = q.shape[1] // cache.num_kv_heads
     early = launches_early(cache)
-    default = PageScoreConfig.for_pages(scores.numel(), group_size, cache.head_dim)
+    default = PageScoreConfig.for_pages(
+        cache.num_rows * cache.max_pages, group_size, cache.head_dim
+    )
     config = config_for("page_score", cache, group_size, cache.max_pages, default)
     config = replace(config, pdl=early)
     score = page_score_kernel(group_size, cache.head_dim, cache.page_size, dtype_name(q), config)

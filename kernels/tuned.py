@@ -25,6 +25,7 @@ import torch
 from kernels.cache import PagedKVCache
 from kernels.config import (
     AttentionConfig,
+    EstimatePruneConfig,
     EstimatorConfig,
     PageScoreConfig,
     PrunerConfig,
@@ -64,6 +65,11 @@ KERNELS = {
     "estimator": TunedKernel(EstimatorConfig, ("estimator.py",)),
     "pruner": TunedKernel(
         PrunerConfig, ("pruner.py", "top_p.py", "split_kv.py", "threshold.py"), static_width=True
+    ),
+    "estimate_prune": TunedKernel(
+        EstimatePruneConfig,
+        ("estimate_prune.py", "estimator.py", "top_p.py", "split_kv.py", "threshold.py"),
+        static_width=True,
     ),
     # All but the grid decides the order of sums.
     "attention": TunedKernel(
@@ -173,7 +179,7 @@ def config_for(kernel: str, cache: PagedKVCache, group_size: int, width: int, de
         return _pinned.get(kernel, default)
     bucket = Bucket(
         group_size, cache.head_dim, cache.page_size, dtype_name(cache.k_cache),
-        cache.batch_size * cache.num_kv_heads, width,
+        cache.num_rows, width,
     )  # fmt: skip
     return _config(kernel, bucket, default, cache.k_cache.device)
 

@@ -5,6 +5,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from plots.frames import (
+    LAUNCHED_STAGES,
     OURS,
     STEP_STAGES,
     Frames,
@@ -70,7 +71,7 @@ def stage_timeline(frames: Frames) -> Figure:
             chosen = rows[(rows["workload"] == workload) & (rows["timeline"] == timeline)]
             chosen = require(chosen, "timeline", f"{workload}, {timeline}").set_index("stage")
             bottom = 0.0
-            for stage in STEP_STAGES:
+            for stage in filter(chosen.index.__contains__, LAUNCHED_STAGES):
                 busy, gap = chosen.loc[stage, ["busy_us", "gap_us"]]
                 axes.bar(place, gap, 0.7, bottom=bottom, label="gap", **bar_look("gap"))
                 axes.bar(place, busy, 0.7, bottom=bottom + gap, label=stage, **bar_look(stage))
@@ -93,7 +94,7 @@ def stage_timeline(frames: Frames) -> Figure:
         axes.grid(axis="x", visible=False)
     every[0].set_ylabel("us per step, from the first launch to the last")
     title(figure, "The device's timeline of one step", rows, FIXED, "means")
-    legend_below(figure, [every[0]], 5)
+    legend_below(figure, list(every), 6)
     return figure
 
 

@@ -64,6 +64,7 @@ STAGE_COLORS = {
     "selector": "#1d3557",
     "estimator": "#6a97c4",
     "pruner": "#f2c14e",
+    "estimate_prune": "#9bb56b",
     "attention": "#c1121f",
     "pipeline": "#444444",
     "dense": "#b8bdc7",
@@ -80,7 +81,10 @@ STAGE_MARKERS = {
 KERNEL_COLORS = {
     "page_score": STAGE_COLORS["selector"],
     "top_pages": "#8fa3bf",
-    **{stage: STAGE_COLORS[stage] for stage in ("estimator", "pruner", "attention")},
+    **{
+        stage: STAGE_COLORS[stage]
+        for stage in ("estimator", "pruner", "estimate_prune", "attention")
+    },
 }
 STAGE_HATCHES = {"estimator": "//", "attention": "..", "dense": "xx", "gap": "||"}
 

@@ -3,6 +3,7 @@
 `step` makes an object with `run(q, cache)` and its stages one by one, `select(q, cache)`,
 `estimate(q, cache)`, `prune(cache)` and `attend(q, cache)`: each reads what the one before left in
 the step's own workspace and can be repeated any number of times; `run` and `attend` return out.
+`estimate_prune(q, cache)` stands for two of them, in one launch where the step is `fused`.
 After `run` the step shows `candidate_pages`, `candidate_counts`, `logits`, `kept_tokens`,
 `kept_counts` and `kept_mass`.
 
@@ -123,6 +124,8 @@ class Torch:
 class TorchStep:
     """The stages of the definition with their results kept between calls."""
 
+    fused = False
+
     def __init__(self, selector: str, token_budget: int, top_p: float) -> None:
         self.selector, self.token_budget, self.top_p = selector, token_budget, top_p
 
@@ -143,11 +146,14 @@ class TorchStep:
             self.logits, cache, self.candidate_pages, self.candidate_counts, self.top_p
         )
 
+    def estimate_prune(self, q: torch.Tensor, cache: Any) -> None:
+        self.estimate(q, cache)
+        self.prune(cache)
+
     def attend(self, q: torch.Tensor, cache: Any) -> torch.Tensor:
         return reference.flash_topk_attention(q, cache, self.kept_tokens, self.kept_counts)
 
     def run(self, q: torch.Tensor, cache: Any) -> torch.Tensor:
         self.select(q, cache)
-        self.estimate(q, cache)
-        self.prune(cache)
+        self.estimate_prune(q, cache)
         return self.attend(q, cache)

@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
-STAGES = ("selector", "estimator", "pruner", "attention", "pipeline", "dense")
+STAGES = ("selector", "estimator", "pruner", "estimate_prune", "attention", "pipeline", "dense")
 
 
 @dataclass(frozen=True)

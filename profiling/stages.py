@@ -68,23 +68,21 @@ class Slot:
 
     @property
     def stage_calls(self) -> dict[str, Callable[[], object]]:
-        """Each stage of the step, in order; one needs what those before it left in the step."""
+        """Each stage of the step, in order; one needs what those before it left in the step.
+        Estimator and pruner come alone, and together in the form that the step launches."""
         return {
             "selector": partial(self.step.select, self.q, self.cache),
             "estimator": partial(self.step.estimate, self.q, self.cache),
             "pruner": partial(self.step.prune, self.cache),
+            "estimate_prune": partial(self.step.estimate_prune, self.q, self.cache),
             "attention": partial(self.step.attend, self.q, self.cache),
         }
 
     @property
-    def launched(self) -> dict[str, Callable[[], object] | None]:
-        """The stages as the step launches them: one kernel that estimates and prunes counts as the
-        estimator, and then there is no pruner."""
-        calls: dict[str, Callable[[], object] | None] = dict(self.stage_calls)
-        if getattr(self.step, "fused", False):
-            calls["estimator"] = partial(self.step.estimate_prune, self.q, self.cache)
-            calls["pruner"] = None
-        return calls
+    def launched(self) -> dict[str, Callable[[], object]]:
+        """The stages as the step launches them."""
+        replaced = ("estimator", "pruner") if self.step.fused else ("estimate_prune",)
+        return {name: call for name, call in self.stage_calls.items() if name not in replaced}
 
 
 class StageBuilder:
@@ -150,7 +148,7 @@ class StageBuilder:
                 return checks.check_selector(q, cache, step)
             if stage == "estimator":
                 return checks.check_estimator(q, cache, step)
-            if stage == "pruner":
+            if stage in ("pruner", "estimate_prune"):
                 return checks.check_pruner(cache, step, self.workload.top_p)
             return checks.check_attention(out, q, cache, step.kept_tokens, step.kept_counts)
 

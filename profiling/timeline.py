@@ -50,8 +50,7 @@ def shares(
 
     Args:
         spans: every launch of two or more equal steps, by start.
-        kernels: those of each stage, in the order of the stages; none where it is launched with
-            another.
+        kernels: those of each stage, in the order of the stages.
         steps: how many.
     """
     per_step, rest = divmod(len(spans), steps)
@@ -81,7 +80,7 @@ def timeline_rows(builder: StageBuilder, gpu: str, origin: Origin) -> list[Timel
     runs = [partial(slot.step.run, slot.q, slot.cache) for slot in order]
     if builder.backend.device == "cuda":
         own_kernels = {
-            stage: [] if call is None else [span.kernel for span in device_spans(call)]
+            stage: [span.kernel for span in device_spans(call)]
             for stage, call in slots[0].launched.items()
         }
         graph = capture(runs, steps)
@@ -95,8 +94,8 @@ def timeline_rows(builder: StageBuilder, gpu: str, origin: Origin) -> list[Timel
             "launches": shares(device_spans(one_by_one), own_kernels, steps),
         }
     else:
-        stages = slots[0].stage_calls
-        spans = [host_span(*stage) for slot in order for stage in slot.stage_calls.items()]
+        stages = slots[0].launched
+        spans = [host_span(*stage) for slot in order for stage in slot.launched.items()]
         found = {"host": shares(spans, {stage: [stage] for stage in stages}, steps)}
     return [
         TimelineRow(

@@ -62,6 +62,8 @@ def bytes_moved(stage: str, method: str, work: Work) -> int:
         return mirror + logits
     if stage == "pruner":
         return logits + indices
+    if stage == "estimate_prune":
+        return mirror + indices
     if stage == "attention":
         return rows + indices
     if stage == "dense":
@@ -91,6 +93,8 @@ def flops(stage: str, method: str, work: Work) -> int:
         return estimate
     if stage == "pruner":
         return softmax
+    if stage == "estimate_prune":
+        return estimate + softmax
     if stage in ("attention", "dense"):
         return exact
     if stage == "pipeline":

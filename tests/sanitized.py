@@ -8,6 +8,7 @@ initcheck sees what a kernel reads of its workspaces before it was written.
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
 
@@ -23,6 +24,7 @@ from kernels.config import (
     PrunerConfig,
     TopPagesConfig,
 )
+from kernels.estimate_prune import estimate_prune_config
 from kernels.tuned import pinned
 from reference.hazards import poison_unused
 from reference.inputs import DecodeShape
@@ -83,7 +85,8 @@ def without_early_starts() -> None:
 
 def fused() -> None:
     """As where many rows fill the GPU: estimator and pruner are one kernel."""
-    with patch.object(pipeline, "is_fused", lambda *_: True):
+    config = lambda *shape: replace(estimate_prune_config(*shape), fused=True)  # noqa: E731
+    with patch.object(pipeline, "estimate_prune_config", config):
         for case in (small(1), small(3), small(4, (333, 1), 64), NAMED["gqa8-p64"]):
             every_stage(case)
 

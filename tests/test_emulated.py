@@ -463,17 +463,30 @@ def checked_items(kept_tokens, kept_counts, kept_mass, items, num_items, ticket,
     return kept_tokens, kept_counts, kept_mass.flatten(1)
 
 
+TWO_AT_ONCE, WIDE_STEPS = (
+    EstimatePruneConfig(heads_at_once=2),
+    EstimatePruneConfig(tiles_per_warp=4),
+)
 FUSED = {  # seq_lens, (query heads, KV heads), head_dim, page_size, pages, top_p, windows, config
-    "part-filled": ((77, 700), (8, 2), 128, 16, 30, 0.85, (0, 0), EstimatePruneConfig()),
+    "part-filled": ((77, 700), (8, 2), 128, 16, 30, 0.85, (0, 0), WIDE_STEPS),
     "short-of-budget": ((77, 1, 20), (8, 2), 128, 16, 8, 0.9, (0, 0), EstimatePruneConfig()),
-    "mha-p64": ((200, 130), (2, 2), 64, 64, 3, 0.85, (0, 0), EstimatePruneConfig(2, 4)),
-    "gqa3-d256": ((150, 300), (6, 2), 256, 16, 9, 0.7, (5, 33), EstimatePruneConfig(2)),
+    "mha-p64": ((200, 130), (2, 2), 64, 64, 3, 0.85, (0, 0), EstimatePruneConfig(blocks_per_sm=4)),
+    "gqa3-d256": ((150, 300), (6, 2), 256, 16, 9, 0.7, (5, 33), EstimatePruneConfig()),
     "gqa9-d64": ((90,), (9, 1), 64, 16, 6, 0.5, (0, 0), EstimatePruneConfig()),
     "everything": ((333,), (4, 1), 128, 16, 21, 1.0, (0, 0), EstimatePruneConfig()),
     "heaviest-token": ((700,), (4, 1), 128, 16, 40, 1e-6, (0, 0), EstimatePruneConfig()),
-    "two-at-once": ((77, 700), (8, 2), 128, 16, 30, 0.85, (0, 0), EstimatePruneConfig(2, 2, 2)),
-    "two-of-three": ((333,), (3, 1), 64, 16, 21, 0.9, (4, 20), EstimatePruneConfig(2, 2, 2)),
-    "several-steps": ((2100,), (4, 1), 64, 16, 132, 0.95, (4, 20), EstimatePruneConfig(2, 4)),
+    "two-at-once": ((77, 700), (8, 2), 128, 16, 30, 0.85, (0, 0), TWO_AT_ONCE),
+    "two-of-three": ((333,), (3, 1), 64, 16, 21, 0.9, (4, 20), TWO_AT_ONCE),
+    "several-steps": (
+        (2100,),
+        (4, 1),
+        64,
+        16,
+        132,
+        0.95,
+        (4, 20),
+        EstimatePruneConfig(blocks_per_sm=4),
+    ),
 }
 
 

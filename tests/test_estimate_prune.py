@@ -3,12 +3,14 @@
 That it gives them at odd sizes is tested in test_emulated.py.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import kernels
 from kernels import pipeline
-from kernels.estimate_prune import is_fused
+from kernels.estimate_prune import default_config, estimate_prune_config
 from reference.hazards import poison_unused
 from reference.inputs import DecodeShape
 from tests import fake_gpu
@@ -33,7 +35,9 @@ SHARED_MEMORY = {"a100": 164 * 1024, "h200": 228 * 1024}
     ],
 )
 def test_many_rows_whose_logits_fit_are_fused(rows, group_size, width, gpu, fused):
-    assert is_fused(rows, group_size, width, SHARED_MEMORY[gpu]) == fused
+    capability = (8, 0) if gpu == "a100" else (9, 0)
+    config = default_config(rows, group_size, 128, width, capability, SHARED_MEMORY[gpu])
+    assert config.fused == fused
 
 
 @pytest.mark.parametrize("rows", [263, 264])
@@ -51,7 +55,12 @@ def test_a_fused_step_launches_one_kernel_for_two(rows, monkeypatch):
 @pytest.fixture
 def fuse(monkeypatch):
     """Every step is made fused, or none."""
-    return lambda fused: monkeypatch.setattr(pipeline, "is_fused", lambda *_: fused)
+
+    def patch(fused: bool) -> None:
+        own = lambda *shape: replace(estimate_prune_config(*shape), fused=fused)  # noqa: E731
+        monkeypatch.setattr(pipeline, "estimate_prune_config", own)
+
+    return patch
 
 
 OPTIONS = {

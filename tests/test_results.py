@@ -259,7 +259,7 @@ def test_bench_runs_on_the_cpu_and_resumes(tmp_path: Path, capsys) -> None:
     assert "its times mean nothing" in capsys.readouterr().out
     frames = {path.stem: read_rows(path) for path in (tmp_path / "cpu-reference").glob("*.csv")}
     counts = {stage: len(frame) for stage, frame in frames.items()}
-    singles = dict.fromkeys(("selector", "estimator", "pruner", "dense"), 1)
+    singles = dict.fromkeys(("selector", "estimator", "pruner", "estimate_prune", "dense"), 1)
     assert counts == {**singles, "attention": 3, "pipeline": 3}
     assert all((frame["provider"] == "torch").all() for frame in frames.values())
 

@@ -208,7 +208,7 @@ def test_bench_runs_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert set(frames["timeline"]["timeline"]) == {"graph", "launches"}
     ours = {stage: frames[stage][frames[stage]["provider"] == "tilelang"] for stage in STAGES}
     assert {stage: len(rows) for stage, rows in ours.items()} == {
-        **dict.fromkeys(("selector", "estimator", "pruner", "dense"), 1),
+        **dict.fromkeys(("selector", "estimator", "pruner", "estimate_prune", "dense"), 1),
         "attention": 3,
         "pipeline": 3 + 5 + 17,  # the sweep's two budgets, and Full once; 8 p twice, and Quest once
     }

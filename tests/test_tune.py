@@ -199,7 +199,10 @@ def test_broken_limit_names_the_limit() -> None:
 def test_every_bucket_comes_once_and_knows_its_workloads() -> None:
     tasks = tune.tasks_of(tune.WORKLOADS, tune.STAGES, "sm_90a")
     assert len({(task.kernel, task.bucket) for task in tasks}) == len(tasks)
-    assert sum(len(task.names) for task in tasks) == len(SPACES) * len(tune.WORKLOADS)
+    # Few rows leave nothing to choose where many are estimated and pruned in one kernel.
+    no_choice = ("gqa-128k", "solo-128k", "solo-32k")
+    expected = len(SPACES) * len(tune.WORKLOADS) - len(no_choice)
+    assert sum(len(task.names) for task in tasks) == expected
     shared = [t.names for t in tasks if t.kernel == "pruner" and t.bucket.rows == 8]
     assert shared == [("solo-128k", "solo-32k")]
     (alone,) = tune.tasks_of([tune.WORKLOADS[4]], ("pruner",), "sm_90a")

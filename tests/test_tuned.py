@@ -144,8 +144,7 @@ def cache_of(bucket: Bucket) -> SimpleNamespace:
     return SimpleNamespace(
         head_dim=bucket.head_dim,
         page_size=bucket.page_size,
-        batch_size=bucket.rows // 8,
-        num_kv_heads=8,
+        num_rows=bucket.rows,
         k_cache=SimpleNamespace(dtype=torch.float16, device=torch.device("cuda", 0)),
     )
 
