@@ -12,7 +12,14 @@ from kernels.estimate_prune import is_fused, launch_estimate_prune, shared_memor
 from kernels.estimator import launch_estimate_logits
 from kernels.pruner import HeadUnion, expand_top_p, launch_prune_top_p
 from kernels.selector import launch_select_all, launch_select_pages, page_budget
-from kernels.validate import MAX_GROUP_SIZE, check_choice, check_count, check_query, check_scale
+from kernels.validate import (
+    MAX_GROUP_SIZE,
+    check_choice,
+    check_count,
+    check_query,
+    check_scale,
+    check_tensor,
+)
 
 # Rows (one KV head of one request) of which half still fill the GPU.
 MANY_ROWS = 128
@@ -61,6 +68,7 @@ class TwilightDecode:
         num_recent_tokens: int = 0,
         num_parts: int | None = None,
     ) -> None:
+        check_tensor("seq_lens", cache.seq_lens, (None,), torch.int32)  # on a GPU
         check_choice("selector", selector, ("quest", "full"))
         check_count("num_qo_heads", num_qo_heads, least=1)
         group_size, rest = divmod(num_qo_heads, cache.num_kv_heads)
