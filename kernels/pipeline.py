@@ -11,6 +11,7 @@ from kernels.cache import PagedKVCache
 from kernels.crossing import expected_times, faster, read_bandwidth
 from kernels.estimate_prune import is_fused, launch_estimate_prune, shared_memory_of
 from kernels.estimator import launch_estimate_logits
+from kernels.explain import explain
 from kernels.pruner import HeadUnion, expand_top_p, launch_prune_top_p
 from kernels.selector import launch_select_all, launch_select_pages, page_budget
 from kernels.validate import (
@@ -170,6 +171,11 @@ class TwilightDecode:
         for _, _, stream in self.parts:
             current.wait_stream(stream)
         return self.out
+
+    def explain(self) -> str:
+        """What run() launches, and why: the path and the times it was chosen by, the parts, and
+        each stage's kernels with their config and where that comes from. Launches nothing."""
+        return explain(self)
 
     def _part(self, requests: slice) -> "TwilightDecode":
         """The same for some of the requests, on their share of the memory."""

@@ -312,10 +312,11 @@ def test_graph_of_dense_path_replays_after_the_cache_has_grown(case, rng):
 
 
 @pytest.mark.parametrize("spare_pages, path", [(4, "dense"), (2048, "sparse")])
-def test_auto_runs_the_path_that_is_expected_to_be_faster(spare_pages, path, rng):
+def test_auto_runs_the_path_that_explain_names(spare_pages, path, rng):
     """A wide page table stands for long requests."""
     tensors = make_tensors(BASE, rng)
     cache = growing_cache(tensors, spare_pages)
     step, taken = (make_step(cache, BASE, path=each) for each in ("auto", path))
     assert step.path == faster(step.expected) == path
+    assert step.explain().startswith(f'path: {path}, by "auto"')
     assert torch.equal(step.run(tensors.q, cache), taken.run(tensors.q, cache))
