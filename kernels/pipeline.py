@@ -6,13 +6,22 @@ from dataclasses import replace
 
 import torch
 
-from kernels.attention import AttentionWorkspace, launch_attention
+from kernels.attention import AttentionWorkspace, launch_attention, launch_plan
 from kernels.cache import PagedKVCache
+from kernels.crossing import expected_times, faster, read_bandwidth
 from kernels.estimate_prune import estimate_prune_config, launch_estimate_prune
 from kernels.estimator import launch_estimate_logits
+from kernels.explain import explain
 from kernels.pruner import HeadUnion, expand_top_p, launch_prune_top_p
 from kernels.selector import launch_select_all, launch_select_pages, page_budget
-from kernels.validate import MAX_GROUP_SIZE, check_choice, check_count, check_query, check_scale
+from kernels.validate import (
+    MAX_GROUP_SIZE,
+    check_choice,
+    check_count,
+    check_query,
+    check_scale,
+    check_tensor,
+)
 
 # Rows (one KV head of one request) of which a part still fills the GPU, and the parts then.
 MANY_ROWS, NUM_PARTS = 128, 4
@@ -25,7 +34,7 @@ PER_REQUEST = (
 
 class TwilightDecode:
     """The step for caches of one shape: Twilight's Select-then-Prune (section 4), then attention
-    over what is kept.
+    over what is kept; or, where asked for, attention over every token.
 
     Args:
         cache: any cache of the shape that run() will get: the same batch_size, max_pages,
@@ -38,11 +47,19 @@ class TwilightDecode:
         num_sink_tokens, num_recent_tokens: always kept.
         num_parts: the batch is cut into so many, each on a stream of its own. Their stages overlap:
             while the bytes of one arrive, the weights of another are searched. No result depends on
-            it. Where None, 4 for many rows (KV heads of all requests), else 1.
+            it. Where None, 4 for many rows (KV heads of all requests), else 1. The dense path is
+            never cut.
+        path: "sparse", the stages above; "dense", attention over every token, with the bits of
+            dense_attention; or "auto", the one that is expected to be faster (crossing.py) for
+            requests as long as the page table allows. "auto" is no default because it goes by the
+            batch too: a request gives the same bits in any batch only within one path, and what is
+            dropped is dropped on the sparse one only.
 
     After run(), candidate_pages, candidate_counts, kept_tokens, kept_counts and kept_mass hold the
     last step's. A step of many rows estimates and prunes in one kernel (`fused`), to the same bits:
-    it leaves logits as they were, which estimate() writes.
+    it leaves logits as they were, which estimate() writes. `path` says which path was taken; on the
+    dense one there are no candidates and nothing is pruned: those tensors do not exist, nor may
+    select(), estimate(), prune() and attend() be called.
 
     Raises:
         ValueError: an argument is out of range or does not fit the cache.
@@ -60,8 +77,11 @@ class TwilightDecode:
         num_sink_tokens: int = 0,
         num_recent_tokens: int = 0,
         num_parts: int | None = None,
+        path: str = "sparse",
     ) -> None:
+        check_tensor("seq_lens", cache.seq_lens, (None,), torch.int32)  # on a GPU
         check_choice("selector", selector, ("quest", "full"))
+        check_choice("path", path, ("sparse", "dense", "auto"))
         check_count("num_qo_heads", num_qo_heads, least=1)
         group_size, rest = divmod(num_qo_heads, cache.num_kv_heads)
         if rest != 0 or group_size > MAX_GROUP_SIZE:
@@ -88,7 +108,19 @@ class TwilightDecode:
         heads = (cache.batch_size, num_qo_heads)
         tokens = width * cache.page_size
         like = dict(device=device, dtype=torch.int32)
+        self.expected = expected_times(
+            rows[0] * rows[1], cache.max_pages, cache.page_size, width, cache.head_dim,
+            cache.k_cache.itemsize, read_bandwidth(device),
+        )  # fmt: skip
+        self.asked_path = path
+        self.path = faster(self.expected) if path == "auto" else path
         self.top_p = expand_top_p(top_p, *heads, device)
+        self.out = torch.empty(*heads, cache.head_dim, dtype=cache.k_cache.dtype, device=device)
+        self.parts = []
+        if self.path == "dense":
+            self.token_counts = torch.empty(rows, **like)
+            self.attention = AttentionWorkspace.allocate(cache, group_size, cache.capacity)
+            return
         self.scores = torch.empty(*rows, cache.max_pages, device=device)
         self.candidate_pages = torch.empty(*rows, width, **like)
         self.candidate_counts = torch.empty(rows, **like)
@@ -99,7 +131,6 @@ class TwilightDecode:
         self.fused = estimate_prune_config(cache, group_size, tokens).fused
         self.union = HeadUnion.allocate(cache, tokens)
         self.attention = AttentionWorkspace.allocate(cache, group_size, tokens)
-        self.out = torch.empty(*heads, cache.head_dim, dtype=cache.k_cache.dtype, device=device)
 
         bounds = [part * cache.batch_size // num_parts for part in range(num_parts + 1)]
         self.parts = [
@@ -123,6 +154,8 @@ class TwilightDecode:
             raise ValueError(f"cache: expected {self.cache_shape}, got {_shape(cache)}")
         if q.shape != self.out.shape:
             raise ValueError(f"q: expected shape {list(self.out.shape)}, got {list(q.shape)}")
+        if self.path == "dense":
+            return self.attend_all(q, cache)
         if not self.parts:
             return self._launch(q, cache)
         current = torch.cuda.current_stream(q.device)
@@ -139,6 +172,11 @@ class TwilightDecode:
         for _, _, stream in self.parts:
             current.wait_stream(stream)
         return self.out
+
+    def explain(self) -> str:
+        """What run() launches, and why: the path and the times it was chosen by, the parts, and
+        each stage's kernels with their config and where that comes from. Launches nothing."""
+        return explain(self)
 
     def _part(self, requests: slice) -> "TwilightDecode":
         """The same for some of the requests, on their share of the memory."""
@@ -197,6 +235,15 @@ class TwilightDecode:
             q, cache, "tokens", self.kept_tokens, self.kept_counts,
             self.attention, self.out, self.sm_scale,
         )  # fmt: skip
+        return self.out
+
+    def attend_all(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
+        """Attention over every token -> out; the dense path, and only there."""
+        counts = self.token_counts
+        counts.copy_(cache.seq_lens[:, None].expand(counts.shape))
+        inputs = (counts[:, :, None], counts, self.attention)  # no list of tokens
+        launch_plan(cache, "all", *inputs)
+        launch_attention(q, cache, "all", *inputs, self.out, self.sm_scale)
         return self.out
 
 

@@ -175,13 +175,19 @@ def config_for(kernel: str, cache: PagedKVCache, group_size: int, width: int, de
         width: pages of a row for page_score and top_pages, tokens for the others.
         default: what to take where nothing is tuned; also gives the fields that are never tuned.
     """
-    if _pinned is not None:
-        return _pinned.get(kernel, default)
     bucket = Bucket(
         group_size, cache.head_dim, cache.page_size, dtype_name(cache.k_cache),
         cache.num_rows, width,
     )  # fmt: skip
-    return _config(kernel, bucket, default, cache.k_cache.device)
+    return choice_for(kernel, bucket, default, cache.k_cache.device).config
+
+
+def choice_for(kernel: str, bucket: Bucket, default: Any, device: torch.device) -> Choice:
+    """The same of a bucket on a GPU, with the reason."""
+    if _pinned is not None:
+        reason = "pinned" if kernel in _pinned else "default: others are pinned"
+        return Choice(_pinned.get(kernel, default), reason)
+    return _choice(kernel, bucket, default, device)
 
 
 def choose(kernel: str, bucket: Bucket, default: Any, configs: Configs | None) -> Choice:
@@ -216,7 +222,7 @@ _pinned: Mapping[str, Any] | None = None
 
 def forget() -> None:
     """Read files again at the next lookup."""
-    _config.cache_clear()
+    _choice.cache_clear()
     _configs_of.cache_clear()
 
 
@@ -271,8 +277,8 @@ def gpu_slug(name: str) -> str:
 
 
 @functools.cache
-def _config(kernel: str, bucket: Bucket, default: Any, device: torch.device) -> Any:
-    return choose(kernel, bucket, default, _configs_of(device)).config
+def _choice(kernel: str, bucket: Bucket, default: Any, device: torch.device) -> Choice:
+    return choose(kernel, bucket, default, _configs_of(device))
 
 
 @functools.cache

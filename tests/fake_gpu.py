@@ -7,7 +7,9 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -75,13 +77,34 @@ def count_launches(monkeypatch: pytest.MonkeyPatch, launch: bool) -> list[str]:
 
         return make
 
+    _replace_kernels(monkeypatch, counted)
+    return launched
+
+
+def record_configs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A list to which every kernel that would be launched adds its config; none is launched."""
+    configs: list[Any] = []
+
+    def recorded(factory: JITImpl, name: str) -> Callable:
+        def make(*static):
+            return lambda *_: configs.extend(each for each in static if is_dataclass(each))
+
+        return make
+
+    _replace_kernels(monkeypatch, recorded)
+    return configs
+
+
+def _replace_kernels(
+    monkeypatch: pytest.MonkeyPatch, replacement: Callable[[JITImpl, str], Callable]
+) -> None:
+    """Another factory for every one of `kernels`."""
     for module in kernel_modules():
         holder = vars(module)
         for scope in (holder, *(each for each in holder.values() if isinstance(each, dict))):
             for name, value in list(scope.items()):
                 if isinstance(value, JITImpl):
-                    monkeypatch.setitem(scope, name, counted(value, name))
-    return launched
+                    monkeypatch.setitem(scope, name, replacement(value, name))
 
 
 def kernel_modules() -> list[ModuleType]:

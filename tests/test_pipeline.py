@@ -1,4 +1,5 @@
-"""TwilightDecode: the four stages in order, and promise 7: run() launches, nothing else."""
+"""TwilightDecode: the four stages in order or dense attention, and promise 7: run() launches,
+nothing else."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 import kernels
+from kernels.crossing import faster
 from reference.hazards import poison_unused
 from tests.cases import (
     BASE,
@@ -274,3 +276,47 @@ def test_graph_of_append_stops_at_capacity(rng):
     assert (cache.seq_lens <= cache.capacity).all()
     for name, tensor in before.items():
         assert torch.equal(getattr(cache, name)[last_page], tensor), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_dense_path_gives_the_bits_of_dense_attention(case, rng):
+    tensors = make_tensors(case, rng)
+    cache = build_cache(kernels, tensors)
+    poison_unused(cache)
+    step = make_step(cache, case, path="dense", sm_scale=0.1)
+    expected = kernels.dense_attention(tensors.q, cache, sm_scale=0.1)
+    assert not expected.isnan().any()
+    for _ in range(2):
+        step.out.fill_(float("nan"))
+        assert torch.equal(step.run(tensors.q, cache), expected)
+        assert not step.attention.work.ticket.view(torch.int32).any()
+
+
+@pytest.mark.parametrize("case", [BASE, NAMED["mha-ragged"], NAMED["gqa8-p64"]], ids=str)
+def test_graph_of_dense_path_replays_after_the_cache_has_grown(case, rng):
+    """Its launches allocate nothing, and every replay reads the lengths anew."""
+    tensors = make_tensors(case, rng)
+    q, cache = tensors.q, growing_cache(tensors)
+    step = make_step(cache, case, path="dense")
+    out = step.run(q, cache)
+    with launches_only():
+        step.run(q, cache)
+    graph = captured(lambda: step.run(q, cache))
+    for _ in range(case.shape.page_size + 2):
+        new_q, k, v = next_token(case, rng)
+        cache.append(k, v)
+        q.copy_(new_q)
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, kernels.dense_attention(q, cache))
+
+
+@pytest.mark.parametrize("spare_pages, path", [(4, "dense"), (2048, "sparse")])
+def test_auto_runs_the_path_that_explain_names(spare_pages, path, rng):
+    """A wide page table stands for long requests."""
+    tensors = make_tensors(BASE, rng)
+    cache = growing_cache(tensors, spare_pages)
+    step, taken = (make_step(cache, BASE, path=each) for each in ("auto", path))
+    assert step.path == faster(step.expected) == path
+    assert step.explain().startswith(f'path: {path}, by "auto"')
+    assert torch.equal(step.run(tensors.q, cache), taken.run(tensors.q, cache))

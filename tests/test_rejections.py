@@ -301,6 +301,7 @@ VALUES = {  # function -> argument, which the message must name -> what it may n
         "top_p": TOP_P,
         "sm_scale": [NAN],
         "num_parts": [0, -1, 3],
+        "path": ["fast", None],
         **WINDOWS,
     },
     "run": {"q": [Fresh((2, 4, 128)), Fresh((3, 8, 128))]},

@@ -1,0 +1,90 @@
+"""Which path of a step is expected to be faster, from sizes that the host knows.
+
+A path's time = fixed time of its launches + time of one row + bytes / read bandwidth. A row is one
+KV head of one request. What one block does for a whole row shows where few rows leave the GPU idle:
+it searches pages and candidates, or merges the items of attention.
+
+The constants are those of an H200: least squares of the relative error over the rows of batch 1 in
+profiling/results/h200. Dense: 8.6 us and 0.54 us per 1,024 tokens, and 2.4 us for a copy of the
+lengths, which the benchmark makes beforehand. Sparse: 25.4 us and 1.44 us at the commit of the
+length sweep, 18.2 us and 1.11 us at the later one of the standard workloads; what stands here lies
+between. It is good for a choice near the crossing, not for a forecast: a quarter off at batch 1,
+and up to half of the sparse time is missing at batch 64, where dense takes twice as long and more.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+LAUNCHES_US = {"sparse": 22.0, "dense": 11.0}
+ROW_US = {"sparse": 1.25, "dense": 0.5}  # for 1,024 pages and candidates; for 1,024 tokens
+KEPT_SHARE = 1 / 8  # of the candidates: what top-p keeps lies on the device
+READ_SHARE = 0.9  # of the memory's peak: what large reads reach
+DEFAULT_BANDWIDTH = 4.4e12  # bytes per second, an H200's, where torch does not tell the peak
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The time of one path, term by term."""
+
+    launches_us: float
+    row_us: float
+    num_bytes: float
+    bandwidth: float  # bytes per second
+
+    @property
+    def total_us(self) -> float:
+        return self.launches_us + self.row_us + self.num_bytes / self.bandwidth * 1e6
+
+    def __str__(self) -> str:
+        return (
+            f"{self.total_us:.1f} us ({self.launches_us:.1f} of launches, {self.row_us:.1f} of a "
+            f"row, {self.num_bytes / 1e6:,.1f} MB at {self.bandwidth / 1e12:.2f} TB/s)"
+        )
+
+
+def expected_times(
+    num_rows: int,
+    max_pages: int,
+    page_size: int,
+    width: int,
+    head_dim: int,
+    itemsize: int,
+    bandwidth: float,
+) -> dict[str, Expected]:
+    """The expected time of each path for requests as long as the page table allows.
+
+    Args:
+        num_rows: batch_size * num_kv_heads.
+        max_pages: of the page table, page_size tokens each.
+        width: candidate pages of a row; max_pages where every page is one.
+        itemsize: bytes of one value of K or V.
+        bandwidth: read bandwidth in bytes per second.
+    """
+    tokens, candidates = max_pages * page_size, width * page_size
+    pages = max_pages if width < max_pages else 0  # whose bounds are read
+    bounds, codes, key_value = 2 * head_dim + 8, head_dim / 2 + 4, 2 * head_dim * itemsize
+    row_bytes = pages * bounds + candidates * (codes + KEPT_SHARE * key_value)
+    longest = {"sparse": pages + candidates, "dense": tokens}
+    num_bytes = {"sparse": num_rows * row_bytes, "dense": num_rows * tokens * key_value}
+    return {
+        path: Expected(
+            LAUNCHES_US[path], ROW_US[path] * longest[path] / 1024, num_bytes[path], bandwidth
+        )
+        for path in ("sparse", "dense")
+    }
+
+
+def faster(expected: dict[str, Expected]) -> str:
+    """The path of the shorter time; "sparse" of equal ones."""
+    return min(expected, key=lambda path: expected[path].total_us)
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes per second that large reads of a GPU's memory reach."""
+    properties = torch.cuda.get_device_properties(device)
+    clock_khz = getattr(properties, "memory_clock_rate", 0)
+    bus_bits = getattr(properties, "memory_bus_width", 0)
+    if not (clock_khz and bus_bits):
+        return DEFAULT_BANDWIDTH
+    return READ_SHARE * 2 * clock_khz * 1e3 * bus_bits / 8  # two transfers a clock

@@ -1,0 +1,163 @@
+"""The path of a step: when "auto" takes which, and what the dense one launches and holds.
+
+That its results are those of dense attention is tested in test_pipeline.py.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import kernels
+from kernels import crossing
+from kernels.crossing import Expected, expected_times, faster, read_bandwidth
+from profiling.results import path_of, read_rows
+from tests import fake_gpu
+
+H200_MEMORY = {"memory_clock_rate": 3_201_000, "memory_bus_width": 6144}  # kHz, bits
+TOLERATED = 1.10  # time of the path taken over the other's, near the crossing
+STANDARD = "length-|solo-|gqa-|mha-"
+
+
+def measured() -> list:
+    """The committed steps of an H200 by both paths."""
+    keys = ["workload", "batch_size", "num_kv_heads", "seq_len"]
+    steps, dense = (read_rows(path_of(stage, "h200")) for stage in ("pipeline", "dense"))
+    steps = steps[steps["workload"].str.match(STANDARD) & steps["method"].str.endswith("twilight")]
+    dense = dense[dense["provider"] == "tilelang"][[*keys, "median_us"]]
+    rows = steps.merge(dense, on=keys, suffixes=("", "_dense"), validate="many_to_one")
+    names = rows["workload"] + "-" + rows["seq_len"].astype(str) + "-" + rows["method"]
+    return [pytest.param(row, id=name) for row, name in zip(rows.itertuples(), names, strict=True)]
+
+
+MEASURED = measured()
+
+
+@pytest.fixture
+def bandwidth(monkeypatch) -> float:
+    """Of an H200, as torch tells it."""
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(**H200_MEMORY)
+    )
+    return read_bandwidth(torch.device("cuda", 0))
+
+
+def path_of_row(row, bandwidth: float) -> str:
+    """The path that "auto" takes at the sizes of a measured row."""
+    width = min(row.token_budget // row.page_size, row.max_pages)
+    sizes = (row.max_pages, row.page_size, width, row.head_dim, 2, bandwidth)
+    return faster(expected_times(row.batch_size * row.num_kv_heads, *sizes))
+
+
+@pytest.mark.parametrize("row", MEASURED)
+def test_the_path_taken_is_hardly_ever_the_slower(row, bandwidth):
+    times = {"sparse": row.median_us, "dense": row.median_us_dense}
+    taken = times[path_of_row(row, bandwidth)]
+    assert taken <= TOLERATED * min(times.values()), times
+
+
+def test_the_measured_rows_lie_on_both_sides_of_the_crossing(bandwidth):
+    paths = {
+        (row.batch_size, row.seq_len): path_of_row(row, bandwidth)
+        for (row,) in (parameter.values for parameter in MEASURED)
+        if row.workload.startswith("length-b") and row.method == "quest+twilight"
+    }
+    assert [paths[1, length] for length in (4096, 8192)] == ["dense", "dense"]
+    assert [paths[1, length] for length in (32_768, 262_144)] == ["sparse", "sparse"]
+    assert {path for (batch_size, _), path in paths.items() if batch_size > 1} == {"sparse"}
+
+
+def test_bandwidth_is_read_from_the_device(bandwidth, monkeypatch):
+    assert bandwidth == pytest.approx(4.43e12, rel=0.01)
+    for untold in ({}, dict.fromkeys(H200_MEMORY, 0)):
+        properties = SimpleNamespace(**untold)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, own=properties: own)
+        assert read_bandwidth(torch.device("cuda", 0)) == crossing.DEFAULT_BANDWIDTH
+
+
+def test_bytes_are_those_of_what_is_read():
+    """A row of 2,048 pages with 512 candidates, as of `solo-32k`; no bounds where all are."""
+    some, every = (expected_times(8, 2048, 16, width, 128, 2, 1e12) for width in (512, 2048))
+    assert some["dense"].num_bytes == every["dense"].num_bytes == 8 * 32_768 * 512
+    assert some["sparse"].num_bytes == 8 * (2048 * 264 + 8192 * 68 + 1024 * 512)
+    assert every["sparse"].num_bytes == 8 * (32_768 * 68 + 4096 * 512)
+
+
+def test_of_equal_times_the_sparse_path_is_taken():
+    same = Expected(1.0, 2.0, 3e6, 1e12)
+    assert same.total_us == 6.0
+    assert faster({"sparse": same, "dense": same}) == "sparse"
+
+
+@pytest.fixture
+def launched(monkeypatch) -> list[str]:
+    fake_gpu.install(monkeypatch)
+    return fake_gpu.count_launches(monkeypatch, launch=False)
+
+
+def cache_of(max_pages: int, batch_size: int = 2):
+    """Requests of 16 tokens a page, 8 KV heads."""
+    cache = kernels.PagedKVCache.empty(
+        batch_size * max_pages, batch_size, max_pages, 8, 64, device="cuda"
+    )
+    cache.seq_lens.copy_(torch.arange(3, 3 + batch_size))
+    return cache
+
+
+def step_of(cache, **options) -> kernels.TwilightDecode:
+    return kernels.TwilightDecode(cache, 32, token_budget=256, **options)
+
+
+def query_of(cache) -> torch.Tensor:
+    return torch.zeros(cache.batch_size, 32, 64, dtype=torch.float16, device="cuda")
+
+
+@pytest.mark.parametrize("max_pages, path", [(16, "dense"), (128, "dense"), (2048, "sparse")])
+def test_auto_takes_the_path_that_is_expected_to_be_faster(max_pages, path, launched):
+    step = step_of(cache_of(max_pages), path="auto")
+    assert step.path == faster(step.expected) == path
+
+
+def test_without_a_word_the_path_is_sparse(launched):
+    step = step_of(cache_of(16))
+    assert step.path == "sparse" and faster(step.expected) == "dense"
+
+
+@pytest.mark.parametrize("options", [{}, {"num_parts": 2}, {"selector": "full"}], ids=str)
+def test_the_dense_path_launches_dense_attention(options, launched):
+    cache = cache_of(16)
+    kernels.dense_attention(query_of(cache), cache)
+    expected = launched.copy()
+    launched.clear()
+    step = step_of(cache, path="dense", **options)
+    assert launched == []
+    out = step.run(query_of(cache), cache)
+    assert launched == expected and out is step.out
+    assert step.token_counts.tolist() == [[3] * 8, [4] * 8]
+
+
+def test_the_dense_path_holds_nothing_of_the_sparse_one(launched):
+    sparse, dense = (step_of(cache_of(16), path=path) for path in ("sparse", "dense"))
+    tensors = [name for name, value in vars(sparse).items() if isinstance(value, torch.Tensor)]
+    assert {name for name in tensors if hasattr(dense, name)} == {"top_p", "out"}
+    assert not hasattr(dense, "union")
+
+
+def test_the_dense_path_takes_caches_of_its_shape_only(launched):
+    cache = cache_of(16)
+    step = step_of(cache, path="dense")
+    with pytest.raises(ValueError, match="cache: expected .*16, 16, 8, 64.*, got .*17, 16, 8, 64"):
+        step.run(query_of(cache), cache_of(17))
+    with pytest.raises(ValueError, match=r"q: expected shape \[2, 32, 64\], got \[2, 16, 64\]"):
+        step.run(query_of(cache)[:, :16].contiguous(), cache)
+    assert launched == []
+
+
+@pytest.mark.parametrize("path", ["dense", "auto"])
+@pytest.mark.parametrize(
+    "name, value", [("top_p", 0.0), ("num_parts", 3), ("token_budget", 8), ("sm_scale", "1")]
+)
+def test_every_path_rejects_a_bad_argument(path, name, value, launched):
+    options = {"token_budget": 256, name: value}
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        kernels.TwilightDecode(cache_of(16), 32, path=path, **options)

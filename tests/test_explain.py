@@ -1,0 +1,124 @@
+"""TwilightDecode.explain(): it names the configs that run() launches with, and their reasons."""
+
+import dataclasses
+import re
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import kernels
+from autotune.store import write_configs
+from kernels import tuned
+from kernels.config import PrunerConfig
+from kernels.tuned import Bucket, Configs, Entry
+from tests import fake_gpu
+
+
+@pytest.fixture
+def launched(monkeypatch) -> list[Any]:
+    """The configs of the kernels launched so far, on a GPU that is not there."""
+    monkeypatch.delenv(tuned.VARIABLE, raising=False)
+    tuned.forget()
+    fake_gpu.install(monkeypatch)
+    stream = SimpleNamespace(wait_stream=lambda _: None)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    yield fake_gpu.record_configs(monkeypatch)
+    tuned.forget()
+
+
+def step_of(batch_size: int, max_pages: int, **options) -> tuple[kernels.TwilightDecode, Any]:
+    """A step and a cache for it: 8 KV heads of 4 query heads, 16 tokens a page."""
+    cache = kernels.PagedKVCache.empty(
+        batch_size * max_pages, batch_size, max_pages, 8, 64, device="cuda"
+    )
+    return kernels.TwilightDecode(cache, 32, **{"token_budget": 256} | options), cache
+
+
+SHAPES = {
+    "few-rows": (1, 64, {}),
+    "many-rows": (34, 64, {"num_parts": 1}),
+    "many-pages": (2, 4096, {"token_budget": 8192}),
+    "every-page": (1, 64, {"selector": "full"}),
+    "equal-parts": (20, 64, {"num_parts": 2}),  # one has other configs than all rows at once
+    "unequal-parts": (7, 64, {"num_parts": 2}),
+    "dense": (1, 64, {"path": "dense"}),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_configs_are_those_that_run_launches_with(name, launched):
+    batch_size, max_pages, options = SHAPES[name]
+    step, cache = step_of(batch_size, max_pages, **options)
+    explained = re.findall(r", (\w+Config\(.*\))$", step.explain(), re.MULTILINE)
+    assert launched == []
+    step.run(torch.zeros_like(step.out), cache)
+    assert list(dict.fromkeys(explained)) == list(dict.fromkeys(map(repr, launched)))
+    assert len(explained) >= (1 if name == "dense" else 3)
+
+
+def test_a_fused_step_is_explained_as_one_kernel(launched):
+    step, _ = step_of(34, 64, num_parts=1)
+    assert step.fused
+    assert "estimator and pruner: one kernel, EstimatePruneConfig(" in step.explain()
+    assert "EstimatorConfig" not in step.explain()
+
+
+def test_the_path_is_explained_by_the_times_expected(launched):
+    for path, first in (("sparse", "path: sparse, asked for"), ("auto", 'path: dense, by "auto",')):
+        step, _ = step_of(1, 64, path=path)
+        lines = step.explain().splitlines()
+        assert lines[0].startswith(first)
+        for line, name in zip(lines[1:3], ("sparse", "dense"), strict=True):
+            time = f"{step.expected[name].total_us:.1f} us"
+            assert line.startswith(f"    expected, {name}: {time} (")
+    assert "requests of 1,024 tokens" in lines[0]
+
+
+def test_unequal_parts_are_explained_one_by_one(launched):
+    lines = step_of(7, 64, num_parts=3)[0].explain().splitlines()
+    assert "parts: 3, each on a stream of its own; requests: [2, 2, 3]" in lines
+    assert [line for line in lines if line.startswith("part of")] == ["part of 2:", "part of 3:"]
+    equal = step_of(6, 64, num_parts=2)[0].explain()
+    assert "requests: [3, 3]" in equal and "part of" not in equal
+
+
+def reason_of(stage: str, text: str) -> str:
+    """The line under that of a stage."""
+    lines = text.splitlines()
+    (at,) = (i for i, line in enumerate(lines) if line.startswith(f"{stage}:"))
+    return lines[at + 1].strip()
+
+
+def tuned_file(folder, rows: int):
+    """A file of the GPU that is not there, with one entry of the pruner."""
+    config = {"blocks_per_sm": 2, "heads_apart": False}
+    entry = Entry(
+        config, ["any"], 1.0, 2.0, 0.1, {}, tuned.KERNELS["pruner"].source, "", "2026-01-31", "", ""
+    )
+    bucket = Bucket(4, 64, 16, "float16", rows, 256)
+    return write_configs(Configs("fake", "sm_90a", {"pruner": {bucket: entry}}), folder)
+
+
+def test_every_config_has_its_reason(launched, tmp_path, monkeypatch):
+    step, _ = step_of(1, 64)
+    assert reason_of("pruner", step.explain()) == "default: nothing is tuned on this GPU"
+    for rows, reason in ((8, "exact"), (16, "nearest: rows=16 width=256")):
+        monkeypatch.setenv(tuned.VARIABLE, str(tuned_file(tmp_path, rows)))
+        tuned.forget()
+        text = step.explain()
+        assert reason_of("pruner", text) == reason
+        assert "PrunerConfig(heads_apart=False, blocks_per_sm=2, pdl=True)" in text
+        assert reason_of("estimator", text) == "default: no bucket is near"
+    pinned = dataclasses.replace(PrunerConfig(), blocks_per_sm=1)
+    with tuned.pinned({"pruner": pinned}):
+        text = step.explain()
+        assert reason_of("pruner", text) == "pinned"
+        assert repr(dataclasses.replace(pinned, pdl=True)) in text
+        assert reason_of("estimator", text) == "default: others are pinned"
+    dense, _ = step_of(1, 64, path="dense")
+    assert reason_of("attention", dense.explain()) == "default: tuned for kept tokens only"
