@@ -14,6 +14,7 @@ from reference.inputs import DecodeShape
 from tests.cases import BASE, CASES, NAMED, Case, Tensors, build_cache, make_tensors
 from tests.promises import assert_identical, decode, decoded, results_of, take
 from tests.properties import (
+    MASS_TOLERANCE,
     as_mask,
     assert_attention_close,
     assert_bounds_hold,
@@ -121,7 +122,16 @@ def test_promise_4_windows_are_kept(case, selector, rng):
     length = cache.seq_lens[:, None]
     forced = ((position < 5) | (position >= length - 19)) & (position < length)
     assert kept[forced[:, None].expand_as(kept)].all()
-    assert (kept.sum(-1) <= forced.sum(-1)[:, None] + case.shape.group_size).all()
+    assert (kept.sum(-1) <= forced.sum(-1)[:, None] + num_heaviest(step, cache)).all()
+
+
+def num_heaviest(step, cache) -> torch.Tensor:
+    """[batch_size, num_kv_heads]: candidates that are the heaviest of a query head, ties included:
+    logits are rounded to fp16, so that two tokens may weigh alike."""
+    _, valid = candidate_positions(cache, step.candidate_pages, step.candidate_counts)
+    weights = head_weights(step.logits, valid)
+    heaviest = weights >= weights.amax(-1, keepdim=True) * (1 - MASS_TOLERANCE)
+    return (heaviest.any(2) & valid).sum(-1)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -129,7 +139,7 @@ def test_promise_4_at_least_one_token_is_kept(case, rng):
     tensors = make_tensors(case, rng)
     cache = build_cache(kernels, tensors)
     step, out = decode(kernels, tensors, cache, case.token_budget, top_p=1e-6)
-    assert (step.kept_counts >= 1).all() and (step.kept_counts <= case.shape.group_size).all()
+    assert (step.kept_counts >= 1).all() and (step.kept_counts <= num_heaviest(step, cache)).all()
     assert (step.kept_mass > 0).all() and torch.isfinite(out).all()
 
 
