@@ -59,7 +59,8 @@ tune: $(READY)  ## search launch configs on this GPU: [STAGE=pruner] [WORKLOAD=g
 		$(if $(FORCE),--force) $(if $(BUDGET_MINUTES),--minutes $(BUDGET_MINUTES))
 
 bench: $(READY)  ## check, time, save rows, draw: [FULL=1] [STAGE=pruner] [WORKLOAD=gqa-32k] [FORCE=1] [MINUTES=8]
-	@$(PYTHON) -m profiling.bench $(if $(STAGE),--stage $(STAGE)) $(if $(WORKLOAD),--workload $(WORKLOAD)) \
+	@$(PYTHON) -m autotune.precompile $(if $(WORKLOAD),--workload $(WORKLOAD)) $(if $(FULL),--full) \
+		&& $(PYTHON) -m profiling.bench $(if $(STAGE),--stage $(STAGE)) $(if $(WORKLOAD),--workload $(WORKLOAD)) \
 		$(if $(FULL),--full) $(if $(FORCE),--force) $(if $(MINUTES),--minutes $(MINUTES)) \
 		$(if $(COMMIT),--commit $(COMMIT)); status=$$?; $(PYTHON) -m plots.draw --present && exit $$status
 

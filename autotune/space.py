@@ -35,7 +35,7 @@ from kernels.selector import (
 from kernels.split_kv import merge_kernel, plan_kernel
 from kernels.threshold import BINS_PER_THREAD
 from kernels.top_p import MAX_VALUES, NUM_THREADS
-from kernels.tuned import Bucket
+from kernels.tuned import Bucket, Configs, choose
 from kernels.validate import TILE_TOKENS
 
 # Bytes of shared memory that one block may use and that a multiprocessor has; compute capability.
@@ -159,23 +159,34 @@ def arch_of(capability: tuple[int, int]) -> str:
 
 def default_variants(shape: KernelShape, arch: str) -> list[KernelVariant]:
     """Every kernel of cache, selectors, estimator, pruner and attention at its default config."""
-    head_dim, page_size, dtype = shape.head_dim, shape.page_size, shape.dtype
-    variants = [
-        KernelVariant("prefill", prefill_kernel, (head_dim, page_size, dtype)),
-        KernelVariant("mirror", mirror_kernel, (head_dim, page_size, dtype)),
-        KernelVariant("append", append_kernel, (head_dim, page_size, dtype)),
-        KernelVariant("all_pages", all_pages_kernel, (page_size,)),
-    ]
-    for kernel, space in SPACES.items():
-        variants += variants_of(kernel, shape, space.default(shape, arch), arch)
+    cache = (shape.head_dim, shape.page_size, shape.dtype)
     rows = (shape.num_rows, shape.group_size, CAPABILITY[arch])
     wide = as_launched(PrunerConfig.for_rows(*rows, logit_bytes=4), shape, arch)
-    arguments = _pruner_arguments(shape, "float32", wide)
-    variants.append(KernelVariant("pruner_float32", pruner_kernel, arguments))
+    return [
+        KernelVariant("prefill", prefill_kernel, cache),
+        KernelVariant("append", append_kernel, cache),
+        KernelVariant("pruner_float32", pruner_kernel, _pruner_arguments(shape, "float32", wide)),
+        *launched_variants(shape, arch, None),
+    ]
+
+
+def launched_variants(
+    shape: KernelShape, arch: str, configs: Configs | None
+) -> list[KernelVariant]:
+    """The kernels of a wrapped cache, of a step and its stages, of Quest alone and of dense
+    attention, at the configs that they launch with."""
+    variants = [
+        KernelVariant("mirror", mirror_kernel, (shape.head_dim, shape.page_size, shape.dtype)),
+        KernelVariant("all_pages", all_pages_kernel, (shape.page_size,)),
+    ]
+    for kernel, space in SPACES.items():
+        choice = choose(kernel, bucket_of(kernel, shape), space.default(shape, arch), configs)
+        variants += variants_of(kernel, shape, choice.config, arch)
     config = as_launched(SPACES["attention"].default(shape, arch), shape, arch)
     for source in ("tokens", "pages", "all"):
-        variants.append(KernelVariant(f"plan_{source}", plan_kernel, (page_size, source, config)))
-        if source != "tokens":
+        plan = (shape.page_size, source, config)
+        variants.append(KernelVariant(f"plan_{source}", plan_kernel, plan))
+        if source != "tokens":  # what is tuned
             variants += _attention_variants(shape, config, source)
     return variants
 

@@ -77,7 +77,7 @@ def count_launches(monkeypatch: pytest.MonkeyPatch, launch: bool) -> list[str]:
 
         return make
 
-    _replace_kernels(monkeypatch, counted)
+    replace_kernels(monkeypatch, counted)
     return launched
 
 
@@ -91,11 +91,11 @@ def record_configs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
         return make
 
-    _replace_kernels(monkeypatch, recorded)
+    replace_kernels(monkeypatch, recorded)
     return configs
 
 
-def _replace_kernels(
+def replace_kernels(
     monkeypatch: pytest.MonkeyPatch, replacement: Callable[[JITImpl, str], Callable]
 ) -> None:
     """Another factory for every one of `kernels`."""

@@ -1,0 +1,101 @@
+"""What is compiled ahead is what the benchmark launches."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tilelang.jit import JITImpl
+
+import kernels
+from autotune import precompile
+from autotune.precompile import compile_job, jobs_of
+from kernels import tuned
+from profiling.backends import TileLang
+from profiling.stages import Slot
+from profiling.workloads import Workload
+from reference.inputs import DecodeShape
+from tests import fake_gpu
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """One that is not there."""
+    monkeypatch.delenv(tuned.VARIABLE, raising=False)
+    tuned.forget()
+    fake_gpu.install(monkeypatch)
+    stream = SimpleNamespace(wait_stream=lambda _: None)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    yield
+    tuned.forget()
+
+
+def record_launches(monkeypatch: pytest.MonkeyPatch) -> set[tuple]:
+    """From now on, name and arguments of every factory called; nothing is launched."""
+    found: set[tuple] = set()
+
+    def recorded(factory: JITImpl, _: str) -> Callable:
+        def make(*static):
+            found.add((factory.func.orig_func.__name__, static))
+            return lambda *_: None
+
+        return make
+
+    fake_gpu.replace_kernels(monkeypatch, recorded)
+    return found
+
+
+SHAPES = {
+    "few-rows": (2, 1024, 8, 2),
+    "many-rows-one-kernel-for-two": (72, 1024, 16, 4),
+    "parts-of-few-rows": (36, 2048, 16, 4),
+    "mha": (33, 1024, 4, 4),
+    "every-page-a-candidate": (2, 256, 8, 2),
+}
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_launch_was_compiled_ahead(name, monkeypatch):
+    batch_size, seq_len, num_qo_heads, num_kv_heads = SHAPES[name]
+    shape = DecodeShape(
+        batch_size, num_qo_heads, num_kv_heads, 64, 16, (seq_len,) * batch_size, torch.float16
+    )
+    workload = Workload("small", shape, token_budget=256, kept_mean=64)
+    jobs = {job[1:] for job in jobs_of([workload], "sm_90a", None)}
+    launched = record_launches(monkeypatch)
+
+    max_pages = seq_len // 16
+    cache = kernels.PagedKVCache.empty(
+        batch_size * max_pages, batch_size, max_pages, num_kv_heads, 64, device="cuda"
+    )
+    kernels.PagedKVCache.wrap(cache.k_cache, cache.v_cache, cache.page_table, cache.seq_lens)
+    q = torch.zeros(batch_size, num_qo_heads, 64, dtype=torch.float16, device="cuda")
+    backend = TileLang()
+    for selector in ("quest", "full"):
+        step = backend.step(cache, num_qo_heads, selector=selector, token_budget=256)
+        step.run(q, cache)
+        for call in Slot(q, cache, step).stage_calls.values():
+            call()
+    for call in (
+        backend.quest(q, cache, 256),
+        backend.dense(q, cache),
+        backend.attend_tokens(q, cache, step.kept_tokens, step.kept_counts),
+    ):
+        call()
+    assert len(launched) >= 10
+    assert launched <= jobs, launched - jobs
+
+
+def test_a_kernel_that_does_not_compile_is_named():
+    job = ("kernels.selector", "all_pages_kernel", ("sixteen", 1))
+    assert compile_job(job).startswith("not compiled: all_pages_kernel('sixteen', 1): ")
+
+
+def test_without_a_gpu_nothing_is_compiled(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert precompile.main(["--full"]) == 0
+    assert capsys.readouterr().out == ""
