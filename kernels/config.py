@@ -40,16 +40,17 @@ def starts_early(num_rows: int, capability: tuple[int, int]) -> bool:
 
 @dataclass(frozen=True)
 class EstimatorConfig:
-    num_warps: int = 2
-    tiles_per_warp: int = 4  # tiles of 16 tokens whose loads one warp issues together
+    num_warps: int = 4
+    tiles_per_warp: int = 2  # tiles of 16 tokens whose loads one warp issues together
     steps: int = 8  # that a warp takes one after another
     pdl: bool = False
 
     @classmethod
     def for_tiles(cls, num_tiles: int, head_dim: int) -> "EstimatorConfig":
-        """Few tiles are spread over more warps; wide heads fill them with fewer."""
-        few = num_tiles < 16384 or head_dim > 128
-        return cls(num_warps=4, tiles_per_warp=2, steps=1) if few else cls()
+        """Few tiles are spread over more warps; wide heads fill their registers with fewer."""
+        if num_tiles < 16384:
+            return cls(num_warps=8, tiles_per_warp=1, steps=1)
+        return cls(tiles_per_warp=1 if head_dim > 128 else 2)
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ class PageScoreConfig:
         """Few pages (over all rows) are spread over more blocks; wide heads, or many, fill a warp's
         registers with fewer tiles."""
         wide = head_dim > 128 or (head_dim == 128 and group_size > 8)
-        return cls(tiles_per_warp=1 if wide else 2, steps=4 if num_pages >= 2**18 else 1)
+        tiles_per_warp = 1 if wide or num_pages < 2**15 else 2
+        return cls(tiles_per_warp=tiles_per_warp, steps=4 if num_pages >= 2**18 else 1)
 
 
 @dataclass(frozen=True)
