@@ -7,8 +7,9 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import is_dataclass
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,6 +49,14 @@ def install(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0
     properties = type("Properties", (), sizes)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
     check_machine.cache_clear()
+
+
+def install_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams of it, on which nothing waits."""
+    stream = SimpleNamespace(wait_stream=lambda _: None)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
 
 
 def _on_fake(create: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

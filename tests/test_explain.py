@@ -2,8 +2,6 @@
 
 import dataclasses
 import re
-from contextlib import nullcontext
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,10 +21,7 @@ def launched(monkeypatch) -> list[Any]:
     monkeypatch.delenv(tuned.VARIABLE, raising=False)
     tuned.forget()
     fake_gpu.install(monkeypatch)
-    stream = SimpleNamespace(wait_stream=lambda _: None)
-    for name in ("Stream", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda _: stream)
-    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    fake_gpu.install_streams(monkeypatch)
     yield fake_gpu.record_configs(monkeypatch)
     tuned.forget()
 

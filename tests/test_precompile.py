@@ -1,8 +1,6 @@
 """What is compiled ahead is what the benchmark launches."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,10 +23,7 @@ def gpu(monkeypatch):
     monkeypatch.delenv(tuned.VARIABLE, raising=False)
     tuned.forget()
     fake_gpu.install(monkeypatch)
-    stream = SimpleNamespace(wait_stream=lambda _: None)
-    for name in ("Stream", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda _: stream)
-    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    fake_gpu.install_streams(monkeypatch)
     yield
     tuned.forget()
 
