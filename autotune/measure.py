@@ -122,13 +122,14 @@ def measured(default: Timing, tried: Timing, default_again: Timing) -> Measured:
 
 
 def _measure(calls: Calls, pins: Mapping[str, Any]) -> Measured:
-    """The calmest of a few times: a noise of more than `CALM` hides what a config gains."""
-    found = []
-    while not found or (len(found) < MAX_TIMES and min(found)[0] > CALM):
+    """The calmest of a few times: more noise than `CALM` hides what a config gains."""
+    found: list[Measured] = []
+    for _ in range(MAX_TIMES):
         times = _time(calls, FINAL_SECONDS, default={}, tried=pins, default_again={})
-        own = measured(*times.values())
-        found.append((own.noise_us / own.default_us, len(found), own))
-    return min(found)[-1]
+        found.append(measured(*times.values()))
+        if found[-1].noise <= CALM:
+            break
+    return min(found, key=lambda each: each.noise)
 
 
 def _time(calls: Calls, seconds: float, **pins: Mapping[str, Any]) -> dict[str, Timing]:

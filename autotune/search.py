@@ -26,6 +26,11 @@ class Measured:
     noise_us: float  # by which equal configs differ
 
     @property
+    def noise(self) -> float:
+        """As a share of the default's time."""
+        return self.noise_us / self.default_us
+
+    @property
     def wins(self) -> bool:
         """Whether the config is faster by more than the noise."""
         return self.default_us - self.time_us > self.noise_us
