@@ -13,7 +13,7 @@ import pandas as pd
 
 from plots.figures import FIGURES, FULL_FIGURES, TUNED_FIGURES
 from plots.frames import SIZES, STEP_STAGES, Frames, MissingData, standard_rows
-from plots.parts import METHODS
+from plots.parts import METHODS, stage_words
 from plots.style import DPI
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,7 +137,7 @@ def stage_table(frames: Frames) -> str:
     """The README's second table: each stage's time, bytes per time and share of its byte floor."""
     rows = pd.concat([standard_rows(frames, stage) for stage in STEP_STAGES])
     lines = [
-        "| workload | kept per KV head | " + " | ".join(STEP_STAGES) + " |",
+        "| workload | kept per KV head | " + " | ".join(map(stage_words, STEP_STAGES)) + " |",
         "|---|---" + "|---" * len(STEP_STAGES) + "|",
     ]
     for workload, own in rows.groupby("workload", sort=False):

@@ -10,8 +10,7 @@ import pandas as pd
 
 Frames = Mapping[str, pd.DataFrame]
 
-STEP_STAGES = ("selector", "estimator", "pruner", "attention")
-LAUNCHED_STAGES = ("selector", "estimator", "pruner", "estimate_prune", "attention")
+STEP_STAGES = ("selector", "estimator", "pruner", "estimate_prune", "attention")
 SWEEPS = ("budget-", "length-", "paper-", "top_p-", "trace-")
 SIZES = ["batch_size", "num_qo_heads", "num_kv_heads", "seq_len"]
 OURS = ("tilelang", "torch")

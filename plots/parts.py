@@ -25,6 +25,11 @@ PROVIDERS = {
     "cudnn": "cuDNN",
     "flash": "flash SDPA",
 }
+STAGE_WORDS = {
+    "estimate_prune": "estimator + pruner",
+    "pipeline": "whole step",
+    "dense": "dense (ours)",
+}
 METHODS = {
     "quest": "Quest alone",
     "full+twilight": "Full + Twilight",
@@ -103,4 +108,4 @@ def heads(row: pd.Series) -> str:
 
 def stage_words(stage: str) -> str:
     """A stage as the legend names it."""
-    return {"pipeline": "whole step", "dense": "dense (ours)"}.get(stage, stage)
+    return STAGE_WORDS.get(stage, stage)

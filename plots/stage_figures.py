@@ -5,7 +5,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from plots.frames import (
-    LAUNCHED_STAGES,
     OURS,
     STEP_STAGES,
     Frames,
@@ -27,6 +26,7 @@ from plots.style import (
 )
 
 FIXED = ["head_dim", "page_size", "top_p"]
+SHARED_STAGES = ("selector", "estimate_prune", "attention")  # of the step; each once
 EVERY_STAGE = (*STEP_STAGES, "pipeline", "dense")
 METHODS_DRAWN = ("quest+twilight", "random", "dense")
 
@@ -34,15 +34,14 @@ METHODS_DRAWN = ("quest+twilight", "random", "dense")
 def pipeline_share(frames: Frames) -> Figure:
     """Where the step's time goes: each stage's share in the sum of the stages, timed one by one."""
     step = by_workload(frames, "pipeline", method="quest+twilight")
-    shares = pd.DataFrame({stage: own(frames, stage, step.index) for stage in STEP_STAGES})
+    shares = pd.DataFrame({stage: own(frames, stage, step.index) for stage in SHARED_STAGES})
     figure, (axes,) = panels(1, 1, (9.5, 4.4))
     left = pd.Series(0.0, index=shares.index)
     total = shares.sum(axis=1)
-    for stage in STEP_STAGES:
+    for stage in SHARED_STAGES:
         width = 100 * shares[stage] / total
-        bars = axes.barh(
-            shares.index, width, left=left, label=stage, height=0.66, **bar_look(stage)
-        )
+        look = {"label": stage_words(stage)} | bar_look(stage)
+        bars = axes.barh(shares.index, width, left=left, height=0.66, **look)
         texts = shares[stage].map(three_digits).where(width > 5, "")
         axes.bar_label(bars, texts, label_type="center", fontsize=9, bbox=LABEL_BOX)
         left = left + width
@@ -55,7 +54,7 @@ def pipeline_share(frames: Frames) -> Figure:
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("share of the stages' sum, % (numbers: us, each stage timed alone and cold)")
     title(figure, "Where the step's time goes", step, FIXED, MEDIAN)
-    legend_below(figure, [axes], 4)
+    legend_below(figure, [axes], len(SHARED_STAGES))
     return figure
 
 
@@ -71,10 +70,11 @@ def stage_timeline(frames: Frames) -> Figure:
             chosen = rows[(rows["workload"] == workload) & (rows["timeline"] == timeline)]
             chosen = require(chosen, "timeline", f"{workload}, {timeline}").set_index("stage")
             bottom = 0.0
-            for stage in filter(chosen.index.__contains__, LAUNCHED_STAGES):
+            for stage in filter(chosen.index.__contains__, STEP_STAGES):
                 busy, gap = chosen.loc[stage, ["busy_us", "gap_us"]]
                 axes.bar(place, gap, 0.7, bottom=bottom, label="gap", **bar_look("gap"))
-                axes.bar(place, busy, 0.7, bottom=bottom + gap, label=stage, **bar_look(stage))
+                look = {"label": stage_words(stage)} | bar_look(stage)
+                axes.bar(place, busy, 0.7, bottom=bottom + gap, **look)
                 bottom += busy + gap
             whole = chosen.loc["pipeline"]
             axes.annotate(

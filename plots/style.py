@@ -74,6 +74,7 @@ STAGE_MARKERS = {
     "selector": "^",
     "estimator": "s",
     "pruner": "D",
+    "estimate_prune": "v",
     "attention": "o",
     "pipeline": "P",
     "dense": "X",

@@ -40,10 +40,10 @@ def test_missing_data_is_an_error_that_names_the_file(
     kept = [
         row
         for row in rows
-        if table_of(row) != "pruner" and not row.workload.startswith("budget-mha")
+        if table_of(row) != "estimate_prune" and not row.workload.startswith("budget-mha")
     ]
     write_frames(kept, tmp_path)
-    with pytest.raises(MissingData, match=r"pruner\.csv"):
+    with pytest.raises(MissingData, match=r"estimate_prune\.csv"):
         FIGURES["pipeline_share"](draw.Results(tmp_path / "h200"))
     with pytest.raises(MissingData, match=r"attention\.csv.*budget-mha"):
         FIGURES["attention_budget"](draw.Results(tmp_path / "h200"))
