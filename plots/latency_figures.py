@@ -88,7 +88,6 @@ def pipeline_length(frames: Frames) -> Figure:
             line(axes, chosen, "seq_len", method, METHODS[method])
         floors = chosen.sort_values("seq_len")
         floor(axes, floors["seq_len"], floors["floor_us"], f"floor of {METHODS[method]}")
-        log_axes(axes, sorted(rows["seq_len"].unique()))
         axes.set_ylabel("time of one step")
         axes.label_outer()
     twilight = steps[steps["method"] == "quest+twilight"]
@@ -122,8 +121,7 @@ def _speedup(frames: Frames, prefix: str, what: str) -> Figure:
             line(axes, chosen, "seq_len", method, METHODS[method])
             if method == "quest+twilight":
                 _name_points(axes, chosen, rows)
-        log_axes(axes, sorted(rows["seq_len"].unique()))
-        axes.margins(x=0.1)
+        axes.margins(y=0.12)
         axes.yaxis.set_major_locator(FixedLocator([0.25, 0.5, 1, 2, 4, 8, 16, 32]))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -156,7 +154,8 @@ def _methods(rows: pd.DataFrame, batch_size: int) -> list[tuple[str, pd.DataFram
 def _length_grid(
     steps: pd.DataFrame, size: tuple[float, float]
 ) -> tuple[Figure, list[tuple[Axes, int]]]:
-    """A panel per batch size: in one row, or in two from four on."""
+    """A panel per batch size, of one range of lengths: in one row, or in two from four on."""
+    seq_lens = sorted(steps["seq_len"].unique())
     batch_sizes = sorted(steps["batch_size"].unique())
     num_rows = 1 if len(batch_sizes) < 4 else 2
     columns = -(-len(batch_sizes) // num_rows)
@@ -167,6 +166,8 @@ def _length_grid(
     for axes, batch_size in grid:
         axes.set_title(f"batch {batch_size}", loc="left")
         axes.set_xlabel("cached tokens per request")
+        log_axes(axes, seq_lens)
+        axes.set_xlim(seq_lens[0] / 1.4, seq_lens[-1] * 1.2)
     return figure, grid
 
 

@@ -1,5 +1,7 @@
 """Where the step's time goes, and how near each stage is to what its bytes need."""
 
+from itertools import product
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -28,6 +30,11 @@ from plots.style import (
 FIXED = ["head_dim", "page_size", "top_p"]
 SHARED_STAGES = ("selector", "estimate_prune", "attention")  # of the step; each once
 EVERY_STAGE = (*STEP_STAGES, "pipeline", "dense")
+TIMELINES = {
+    "graph": "replayed graph",
+    "launches": "launched from Python",
+    "host": "on the host",
+}
 METHODS_DRAWN = ("quest+twilight", "random", "dense")
 
 
@@ -63,36 +70,33 @@ def stage_timeline(frames: Frames) -> Figure:
     graph, and launched one by one from Python."""
     rows = standard_rows(frames, "timeline")
     workloads = list(dict.fromkeys(rows["workload"]))
-    timelines = [name for name in ("graph", "launches", "host") if name in set(rows["timeline"])]
-    figure, every = panels(1, len(workloads), (11, 4.6), sharey=False)
-    for axes, workload in zip(every, workloads, strict=True):
-        for place, timeline in enumerate(timelines):
-            chosen = rows[(rows["workload"] == workload) & (rows["timeline"] == timeline)]
-            chosen = require(chosen, "timeline", f"{workload}, {timeline}").set_index("stage")
-            bottom = 0.0
-            for stage in filter(chosen.index.__contains__, STEP_STAGES):
-                busy, gap = chosen.loc[stage, ["busy_us", "gap_us"]]
-                axes.bar(place, gap, 0.7, bottom=bottom, label="gap", **bar_look("gap"))
-                look = {"label": stage_words(stage)} | bar_look(stage)
-                axes.bar(place, busy, 0.7, bottom=bottom + gap, **look)
-                bottom += busy + gap
-            whole = chosen.loc["pipeline"]
-            axes.annotate(
-                f"{three_digits(bottom)} us\n{three_digits(whole['gap_us'])} gap",
-                (place, bottom),
-                ha="center",
-                va="bottom",
-                fontsize=9,
-            )
-        axes.set_xticks(
-            range(len(timelines)),
-            [{"graph": "graph", "launches": "one by one", "host": "host"}[t] for t in timelines],
+    timelines = {name: text for name, text in TIMELINES.items() if name in set(rows["timeline"])}
+    size = (11, 0.8 + 2.6 * len(timelines))
+    figure, every = panels(len(timelines), len(workloads), size, sharey=False)
+    for axes, (timeline, workload) in zip(every, product(timelines, workloads), strict=True):
+        chosen = rows[(rows["workload"] == workload) & (rows["timeline"] == timeline)]
+        chosen = require(chosen, "timeline", f"{workload}, {timeline}").set_index("stage")
+        bottom = 0.0
+        for stage in filter(chosen.index.__contains__, STEP_STAGES):
+            busy, gap = chosen.loc[stage, ["busy_us", "gap_us"]]
+            axes.bar(0, gap, bottom=bottom, label="gap", **bar_look("gap"))
+            look = {"label": stage_words(stage)} | bar_look(stage)
+            axes.bar(0, busy, bottom=bottom + gap, **look)
+            bottom += busy + gap
+        whole = chosen.loc["pipeline"]
+        axes.annotate(
+            f"{three_digits(bottom)} us\n{three_digits(whole['gap_us'])} of them gaps",
+            (0, bottom),
+            ha="center",
+            va="bottom",
             fontsize=9,
         )
+        axes.set_xticks([])
+        axes.set_xlim(-0.9, 0.9)
         axes.set_title(f"{workload}\n{whole['launches']:.0f} launches", loc="left", fontsize=10)
-        axes.margins(y=0.14)
-        axes.grid(axis="x", visible=False)
-    every[0].set_ylabel("us per step, from the first launch to the last")
+        axes.margins(y=0.2)
+        if workload == workloads[0]:
+            axes.set_ylabel(f"{timelines[timeline]}\nus per step")
     title(figure, "The device's timeline of one step", rows, FIXED, "means")
     legend_below(figure, list(every), 6)
     return figure
@@ -117,7 +121,7 @@ def stage_floor(frames: Frames) -> Figure:
     axes.set_ylabel("floor / time, %")
     read = f"floor at {step['read_tbps'].median():.3g} TB/s read; {MEDIAN}"
     title(figure, "Byte floor reached", step, FIXED, read)
-    legend_below(figure, [axes], 6)
+    legend_below(figure, [axes], 4)
     return figure
 
 
@@ -168,7 +172,7 @@ def stage_roofline(frames: Frames) -> Figure:
     axes.set_xlabel("bytes that must move in one call")
     axes.set_ylabel("bytes / time, TB/s")
     title(figure, "Roofline of every stage", rows, ["page_size"], f"{MEDIAN}, all workloads")
-    legend_below(figure, [axes], 6)
+    legend_below(figure, [axes], 4)
     return figure
 
 

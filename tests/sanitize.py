@@ -62,7 +62,10 @@ def run_unit(tool: str, part: str) -> dict | None:
     unit = f"{tool}-{part}"
     if done(tool, part):
         return done(tool, part)
-    command = ["compute-sanitizer", "--tool", tool, "--target-processes", "application-only"]
+    command = [
+        *("compute-sanitizer", "--tool", tool, "--target-processes", "application-only"),
+        *("--launch-timeout", str(UNIT_SECONDS)),  # a loaded machine starts a process late
+    ]
     log = ledger.LEDGER.parent / f"sanitize-{unit}.log"
     log.parent.mkdir(exist_ok=True)
     with log.open("w") as output:

@@ -4,11 +4,14 @@ import pytest
 import torch
 
 import kernels
+from kernels.config import EstimatorConfig
+from kernels.tuned import pinned
 from reference.hazards import poison_unused
 from tests.cases import BASE, CASES, NAMED, build_cache, make_tensors
 from tests.properties import assert_logits_close, listed_columns, num_used_pages
 
 pytestmark = pytest.mark.gpu
+CONFIGS = (EstimatorConfig(), EstimatorConfig(num_warps=1, tiles_per_warp=2, steps=3))
 
 
 def random_candidates(cache, width: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,6 +54,22 @@ def test_estimate_logits_over_every_page(case, rng):
     listed = listed_columns(logits, cache, candidates[1])
     assert torch.isfinite(logits[present]).all()
     assert (logits[listed & ~present] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("case", [BASE, NAMED["mha-ragged"], NAMED["gqa8-p64"]], ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_estimate_logits_at_other_configs(config, case, rng):
+    """Few candidates take a default of their own: here those of many, and an odd one."""
+    tensors = make_tensors(case, rng)
+    cache = build_cache(kernels, tensors)
+    poison_unused(cache)
+    candidates = random_candidates(cache, cache.max_pages, rng)
+    expected = kernels.estimate_logits(tensors.q, cache, *candidates)
+    with pinned({"estimator": config}):
+        logits = kernels.estimate_logits(tensors.q, cache, *candidates)
+    listed = listed_columns(logits, cache, candidates[1])
+    assert torch.equal(logits[listed], expected[listed])
+    assert_logits_close(logits, tensors.q, cache, *candidates)
 
 
 def test_estimate_logits_scales(rng):
