@@ -83,15 +83,15 @@ def caught_by(mutant: Mutant) -> str | None:
 
 
 def try_mutant(mutant: Mutant) -> bool:
-    """Whether the tests catch it; noted in the ledger if so."""
+    """Whether the tests catch it, noted in the ledger; a survivor is tried again."""
     section = "mutants" if torch.cuda.is_available() else "mutants-emulated"
-    done = ledger.passed(section, mutant.name)
+    done = ledger.passed(section, mutant.name) or {"caught_by": None}
     try:
-        caught = done["caught_by"] if done else caught_by(mutant)
+        caught = done["caught_by"] or caught_by(mutant)
     except (RuntimeError, ValueError) as error:  # says nothing of the other faults
         print(f"ERROR {error}", flush=True)
         return False
-    if caught and not done:
+    if not done["caught_by"]:
         ledger.record(section, mutant.name, {"caught_by": caught})
     print(f"{mutant.name}: {f'caught by {caught}' if caught else 'SURVIVES'}", flush=True)
     return caught is not None

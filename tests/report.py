@@ -76,10 +76,11 @@ def soak(entries: list[dict]) -> str:
 
 def mutants(entries: list[dict]) -> str:
     """What caught each planted fault."""
-    caught = {each["unit"]: each["result"]["caught_by"] for each in entries}
-    rows = [(each.name, each.file, caught.get(each.name, "**not caught**")) for each in MUTANTS]
-    known = sum(each.name in caught for each in MUTANTS)
-    head = f"{known} of {len(MUTANTS)} planted faults caught."
+    caught_by = {each["unit"]: each["result"]["caught_by"] for each in entries}
+    words = {each.name: caught_by.get(each.name, "not run yet") for each in MUTANTS}
+    rows = [(each.name, each.file, words[each.name] or "**not caught**") for each in MUTANTS]
+    num_caught = sum(found is not None for found in caught_by.values())
+    head = f"{num_caught} of {len(MUTANTS)} planted faults caught, {len(caught_by)} tried."
     return f"{head}\n\n{table(('fault', 'file', 'caught by'), rows)}"
 
 

@@ -11,7 +11,10 @@ from tests.cases import BASE, CASES, NAMED, build_cache, make_tensors
 from tests.properties import assert_logits_close, listed_columns, num_used_pages
 
 pytestmark = pytest.mark.gpu
-CONFIGS = (EstimatorConfig(), EstimatorConfig(num_warps=1, tiles_per_warp=2, steps=3))
+CONFIGS = {
+    "many": EstimatorConfig(),
+    "one-warp": EstimatorConfig(num_warps=1, tiles_per_warp=2, steps=3),
+}
 
 
 def random_candidates(cache, width: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,7 +60,7 @@ def test_estimate_logits_over_every_page(case, rng):
 
 
 @pytest.mark.parametrize("case", [BASE, NAMED["mha-ragged"], NAMED["gqa8-p64"]], ids=str)
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_estimate_logits_at_other_configs(config, case, rng):
     """Few candidates take a default of their own: here those of many, and an odd one."""
     tensors = make_tensors(case, rng)

@@ -38,6 +38,7 @@ def test_the_report_adds_up_what_was_checked(empty_ledger):
     ledger.record("sanitize", "memcheck-forms", {"errors": 0, "launches": 40, "kernels": 12})
     ledger.record("soak", "9 steps", {"steps": 9, "checks": 4000, "pages_reused": 7})
     ledger.record("mutants", MUTANTS[0].name, {"caught_by": "tests/test_cache.py::test_x"})
+    ledger.record("mutants", MUTANTS[1].name, {"caught_by": None})
     text = report.render()
     assert "2,000 generated decode steps, 4,200 rows" in text
     assert "| gqa4 | 2,000 | 4,200 |" in text and "| gqa3 | 0 | 0 |" in text
@@ -47,7 +48,8 @@ def test_the_report_adds_up_what_was_checked(empty_ledger):
         in text
     )
     assert "9 steps: 4,000 checks, 7 pages reused." in text
-    assert f"1 of {len(MUTANTS)} planted faults caught" in text
+    assert f"1 of {len(MUTANTS)} planted faults caught, 2 tried." in text
     assert f"| {MUTANTS[0].name} | mirror.py | tests/test_cache.py::test_x |" in text
-    assert text.count("**not caught**") == len(MUTANTS) - 1
+    assert text.count("**not caught**") == 1
+    assert text.count("not run yet") == len(MUTANTS) - 2
     assert text.count("none, commit 0123456789,") == len(report.SECTIONS)
