@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from autotune.compiled import compile_for
-from autotune.space import KernelShape, variants_of
+from autotune.launches import variants_of
+from autotune.variants import KernelShape
 from autotune.worker import SetupFailed, Worker, WorkerFailed
 
 COMPILE_SECONDS = 180.0

@@ -16,8 +16,9 @@ import torch
 from tqdm import tqdm
 
 from autotune.farm import MAX_COMPILERS
-from autotune.space import KernelShape, KernelVariant, arch_of, launched_variants
+from autotune.launches import launched_variants
 from autotune.tune import shape_of_workload
+from autotune.variants import KernelShape, KernelVariant, arch_of
 from autotune.worker import CONTEXT
 from kernels.tuned import Configs, load_configs
 from profiling import device

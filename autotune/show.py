@@ -7,15 +7,9 @@ from pathlib import Path
 
 import torch
 
-from autotune.space import (
-    CAPABILITY,
-    SPACES,
-    KernelShape,
-    arch_of,
-    as_launched,
-    bucket_of,
-)
+from autotune.space import SPACES, bucket_of
 from autotune.tune import WORKLOADS, shape_of_workload
+from autotune.variants import CAPABILITY, KernelShape, arch_of, as_launched
 from kernels.tuned import CONFIGS, Configs, Entry, choose, load_configs, read_configs
 from profiling import device
 

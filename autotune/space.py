@@ -1,5 +1,5 @@
 """What may be tuned: per kernel the values of its fields, and which of their combinations make
-sense on a GPU and a shape. Also which kernels a shape launches by default.
+sense on a GPU and a shape.
 
 To tune one more field, or try one more value, is one line in `SPACES`.
 """
@@ -10,9 +10,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tilelang.jit import JITImpl
-
-from kernels.attention import ATTENTION_KERNELS
+from autotune.variants import (
+    CAPABILITY,
+    SHARED_MEMORY_LIMIT,
+    SM_SHARED_MEMORY,
+    KernelShape,
+    KernelVariant,
+    attention_variants,
+    estimate_prune_variants,
+    estimator_variants,
+    page_score_variants,
+    pruner_variants,
+    top_pages_variants,
+    width_bound,
+)
 from kernels.config import (
     AttentionConfig,
     EstimatePruneConfig,
@@ -20,60 +31,21 @@ from kernels.config import (
     PageScoreConfig,
     PrunerConfig,
     TopPagesConfig,
-    starts_early,
 )
-from kernels.estimate_prune import blocks_that_fit, default_config, estimate_prune_kernel
-from kernels.estimator import estimator_kernel
-from kernels.mirror import append_kernel, mirror_kernel, prefill_kernel
-from kernels.pruner import pruner_kernel
-from kernels.selector import (
-    all_pages_kernel,
-    next_power_of_two,
-    page_score_kernel,
-    top_pages_kernel,
-)
-from kernels.split_kv import merge_kernel, plan_kernel
+from kernels.estimate_prune import blocks_that_fit, default_config
+from kernels.selector import next_power_of_two
 from kernels.threshold import BINS_PER_THREAD
 from kernels.top_p import MAX_VALUES, NUM_THREADS
-from kernels.tuned import Bucket, Configs, choose
+from kernels.tuned import Bucket
 from kernels.validate import TILE_TOKENS
 
-# Bytes of shared memory that one block may use and that a multiprocessor has; compute capability.
-SHARED_MEMORY_LIMIT = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024, "sm_100a": 227 * 1024}
-SM_SHARED_MEMORY = {arch: limit + 1024 for arch, limit in SHARED_MEMORY_LIMIT.items()}
-CAPABILITY = {"sm_80": (8, 0), "sm_90a": (9, 0), "sm_100a": (10, 0)}
 REGISTERS = 65536  # of one SM
 FULL_GPU = 128  # blocks; fewer leave multiprocessors of a large GPU idle
 MANY_PAGES = 2**18  # over all rows, and
 MANY_TILES = 65536  # of 16 candidates: the estimator fills the GPU many times over
 
-
-@dataclass(frozen=True)
-class KernelShape:
-    """What decides the kernels of a step: the static sizes, and how much work there is."""
-
-    group_size: int
-    head_dim: int
-    page_size: int
-    dtype: str
-    num_rows: int  # batch_size * num_kv_heads
-    max_pages: int
-    width: int  # candidate tokens per row
-    part_rows: int = 0  # of one part, where a step has several
-
-
-@dataclass(frozen=True)
-class KernelVariant:
-    """One kernel and the arguments of its factory."""
-
-    name: str
-    factory: JITImpl
-    arguments: tuple
-
-
-Rule = tuple[
-    str, Callable[[Any, KernelShape, str], bool]
-]  # says what holds of (config, shape, arch)
+# Says what holds of (config, shape, arch).
+Rule = tuple[str, Callable[[Any, KernelShape, str], bool]]
 
 
 @dataclass(frozen=True)
@@ -140,109 +112,6 @@ def shape_of(kernel: str, bucket: Bucket) -> KernelShape:
     return KernelShape(*statics, bucket.rows, max_pages, width)
 
 
-def as_launched(config: Any, shape: KernelShape, arch: str) -> Any:
-    """A config as the launch functions complete it: `pdl` follows from the shape."""
-    return replace(config, pdl=starts_early(shape.num_rows, CAPABILITY[arch]))
-
-
-def variants_of(kernel: str, shape: KernelShape, config: Any, arch: str) -> list[KernelVariant]:
-    """The kernels that launch with a config, in a step and in one stage of it."""
-    parts = (shape, replace(shape, num_rows=shape.part_rows or shape.num_rows))
-    configs = dict.fromkeys(as_launched(config, part, arch) for part in parts)
-    return [variant for own in configs for variant in SPACES[kernel].variants(shape, own)]
-
-
-def arch_of(capability: tuple[int, int]) -> str:
-    """The newest of our targets that a GPU of this compute capability is at least."""
-    return max((arch for arch, own in CAPABILITY.items() if own <= capability), key=CAPABILITY.get)
-
-
-def default_variants(shape: KernelShape, arch: str) -> list[KernelVariant]:
-    """Every kernel of cache, selectors, estimator, pruner and attention at its default config."""
-    cache = (shape.head_dim, shape.page_size, shape.dtype)
-    rows = (shape.num_rows, shape.group_size, CAPABILITY[arch])
-    wide = as_launched(PrunerConfig.for_rows(*rows, logit_bytes=4), shape, arch)
-    return [
-        KernelVariant("prefill", prefill_kernel, cache),
-        KernelVariant("append", append_kernel, cache),
-        KernelVariant("pruner_float32", pruner_kernel, _pruner_arguments(shape, "float32", wide)),
-        *launched_variants(shape, arch, None),
-    ]
-
-
-def launched_variants(
-    shape: KernelShape, arch: str, configs: Configs | None
-) -> list[KernelVariant]:
-    """The kernels of a wrapped cache, of a step and its stages, of Quest alone and of dense
-    attention, at the configs that they launch with."""
-    variants = [
-        KernelVariant("mirror", mirror_kernel, (shape.head_dim, shape.page_size, shape.dtype)),
-        KernelVariant("all_pages", all_pages_kernel, (shape.page_size,)),
-    ]
-    for kernel, space in SPACES.items():
-        choice = choose(kernel, bucket_of(kernel, shape), space.default(shape, arch), configs)
-        variants += variants_of(kernel, shape, choice.config, arch)
-    config = as_launched(SPACES["attention"].default(shape, arch), shape, arch)
-    for source in ("tokens", "pages", "all"):
-        plan = (shape.page_size, source, config)
-        variants.append(KernelVariant(f"plan_{source}", plan_kernel, plan))
-        if source != "tokens":  # what is tuned
-            variants += _attention_variants(shape, config, source)
-    return variants
-
-
-def _page_score_variants(shape: KernelShape, config: PageScoreConfig) -> list[KernelVariant]:
-    arguments = (shape.group_size, shape.head_dim, shape.page_size, shape.dtype, config)
-    return [KernelVariant("page_score", page_score_kernel, arguments)]
-
-
-def _top_pages_variants(shape: KernelShape, config: TopPagesConfig) -> list[KernelVariant]:
-    arguments = (shape.page_size, next_power_of_two(shape.max_pages), config)
-    return [KernelVariant("top_pages", top_pages_kernel, arguments)]
-
-
-def _estimator_variants(shape: KernelShape, config: EstimatorConfig) -> list[KernelVariant]:
-    arguments = (shape.group_size, shape.head_dim, shape.page_size, shape.dtype, config)
-    return [KernelVariant("estimator", estimator_kernel, arguments)]
-
-
-def _pruner_variants(shape: KernelShape, config: PrunerConfig) -> list[KernelVariant]:
-    return [KernelVariant("pruner", pruner_kernel, _pruner_arguments(shape, "float16", config))]
-
-
-def _pruner_arguments(shape: KernelShape, logits_dtype: str, config: PrunerConfig) -> tuple:
-    split_tokens = AttentionConfig.for_group(shape.group_size).split_tokens
-    sizes = (shape.group_size, shape.page_size, _width_bound(shape))
-    return (*sizes, logits_dtype, split_tokens, config)
-
-
-def _estimate_prune_variants(
-    shape: KernelShape, config: EstimatePruneConfig
-) -> list[KernelVariant]:
-    """Of the one kernel; the two are those of estimator and pruner."""
-    if not config.fused:
-        return []
-    sizes = (shape.group_size, shape.head_dim, shape.page_size, shape.dtype, _width_bound(shape))
-    split_tokens = AttentionConfig.for_group(shape.group_size).split_tokens
-    arguments = (*sizes, split_tokens, config)
-    return [KernelVariant("estimate_prune", estimate_prune_kernel, arguments)]
-
-
-def _attention_variants(
-    shape: KernelShape, config: AttentionConfig, source: str = "tokens"
-) -> list[KernelVariant]:
-    sizes = (shape.group_size, shape.head_dim, shape.page_size, shape.dtype)
-    arguments = (*sizes, source, config)
-    return [
-        KernelVariant(f"attention_{source}", ATTENTION_KERNELS[config.form], arguments),
-        KernelVariant(f"merge_{source}", merge_kernel, arguments),
-    ]
-
-
-def _width_bound(shape: KernelShape) -> int:
-    return next_power_of_two(max(shape.width, 32))
-
-
 def _page_score_blocks(config: PageScoreConfig, shape: KernelShape) -> int:
     return shape.num_rows * -(-shape.max_pages // config.block_pages)
 
@@ -269,7 +138,7 @@ def _many_tiles(shape: KernelShape) -> bool:
 def _pruner_shared(shape: KernelShape) -> int:
     """Bytes of a block: its bins and, of a row that is read once, its logits and the list of the
     near ones; one mask; a little more."""
-    width = _width_bound(shape)
+    width = width_bound(shape)
     row = 4 * max(width, 4 * NUM_THREADS) if width <= MAX_VALUES * NUM_THREADS else 0
     return 4 * BINS_PER_THREAD * NUM_THREADS + row + width // 8 + 1024
 
@@ -304,7 +173,7 @@ SPACES = {
             s.num_rows * s.max_pages, s.group_size, s.head_dim
         ),
         width=lambda s: s.max_pages,
-        variants=_page_score_variants,
+        variants=page_score_variants,
     ),
     "top_pages": Space(
         stage="selector",
@@ -329,7 +198,7 @@ SPACES = {
         ),
         default=lambda s, arch: TopPagesConfig.for_width(s.max_pages),
         width=lambda s: s.max_pages,
-        variants=_top_pages_variants,
+        variants=top_pages_variants,
     ),
     "estimator": Space(
         stage="estimator",
@@ -358,7 +227,7 @@ SPACES = {
             s.num_rows * s.width // TILE_TOKENS, s.head_dim
         ),
         width=lambda s: s.width,
-        variants=_estimator_variants,
+        variants=estimator_variants,
     ),
     "pruner": Space(
         stage="pruner",
@@ -389,7 +258,7 @@ SPACES = {
         ),
         default=lambda s, arch: PrunerConfig.for_rows(s.num_rows, s.group_size, CAPABILITY[arch]),
         width=lambda s: s.width,
-        variants=_pruner_variants,
+        variants=pruner_variants,
     ),
     "estimate_prune": Space(
         stage="estimate_prune",
@@ -444,7 +313,7 @@ SPACES = {
             SM_SHARED_MEMORY[arch],
         ),
         width=lambda s: s.width,
-        variants=_estimate_prune_variants,
+        variants=estimate_prune_variants,
     ),
     "attention": Space(
         stage="attention",
@@ -453,6 +322,6 @@ SPACES = {
         sensible=(),
         default=lambda s, arch: AttentionConfig.for_group(s.group_size),
         width=lambda s: s.width,
-        variants=_attention_variants,
+        variants=attention_variants,
     ),
 }

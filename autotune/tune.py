@@ -22,8 +22,9 @@ from tqdm import tqdm
 from autotune.farm import Compiler, Farm
 from autotune.measure import Bench
 from autotune.search import CALL_SECONDS, Settled, settle
-from autotune.space import SPACES, KernelShape, arch_of, bucket_of, candidates, space_id
+from autotune.space import SPACES, bucket_of, candidates, space_id
 from autotune.store import is_settled, open_configs, path_of, with_entry, write_configs
+from autotune.variants import KernelShape, arch_of
 from autotune.worker import SetupFailed, Worker, WorkerFailed
 from kernels.pipeline import parts_for
 from kernels.tuned import CONFIGS, KERNELS, Bucket, Entry

@@ -7,7 +7,8 @@ import re
 import pytest
 
 from autotune.compiled import compile_for
-from autotune.space import SHARED_MEMORY_LIMIT, KernelShape, KernelVariant, default_variants
+from autotune.launches import default_variants
+from autotune.variants import SHARED_MEMORY_LIMIT, KernelShape, KernelVariant
 from kernels.attention import ATTENTION_KERNELS
 from kernels.config import EstimatePruneConfig
 from kernels.estimate_prune import estimate_prune_kernel

@@ -11,8 +11,10 @@ import torch
 
 from autotune import show
 from autotune.compiled import compile_for
-from autotune.space import SPACES, KernelVariant, broken_limit, shape_of, variants_of
+from autotune.launches import variants_of
+from autotune.space import SPACES, broken_limit, shape_of
 from autotune.store import path_of, with_entry, write_configs
+from autotune.variants import KernelVariant
 from kernels import tuned
 from kernels.config import PrunerConfig
 from kernels.tuned import CONFIGS, KERNELS, Bucket, Configs, Entry, choose, load_configs
