@@ -31,9 +31,9 @@ from kernels.config import (
     PageScoreConfig,
     PrunerConfig,
     TopPagesConfig,
+    next_power_of_two,
 )
 from kernels.estimate_prune import blocks_that_fit, default_config
-from kernels.selector import next_power_of_two
 from kernels.threshold import BINS_PER_THREAD
 from kernels.top_p import MAX_VALUES, NUM_THREADS
 from kernels.tuned import Bucket

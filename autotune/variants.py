@@ -14,13 +14,15 @@ from kernels.config import (
     PageScoreConfig,
     PrunerConfig,
     TopPagesConfig,
+    next_power_of_two,
     starts_early,
 )
 from kernels.estimate_prune import estimate_prune_kernel
 from kernels.estimator import estimator_kernel
+from kernels.page_scores import page_score_kernel
 from kernels.pruner import pruner_kernel
-from kernels.selector import next_power_of_two, page_score_kernel, top_pages_kernel
 from kernels.split_kv import merge_kernel
+from kernels.top_pages import top_pages_kernel
 
 # Bytes of shared memory that one block may use and that a multiprocessor has; compute capability.
 SHARED_MEMORY_LIMIT = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024, "sm_100a": 227 * 1024}

@@ -202,10 +202,9 @@ def launch_attention(
 ) -> None:
     """Two launches into allocated memory: the listed items' attention, the merge."""
     group_size = q.shape[1] // cache.num_kv_heads
-    config = workspace.config
+    config = replace(workspace.config, pdl=launches_early(cache))
     if source == "tokens":  # what is tuned
         config = config_for("attention", cache, group_size, indices.shape[2], config)
-    config = replace(config, pdl=launches_early(cache))
     grouped = (cache.batch_size, cache.num_kv_heads, group_size)
     shape = (group_size, cache.head_dim, cache.page_size, dtype_name(q), source, config)
     k_rows, v_rows = (each.view(-1, cache.head_dim) for each in (cache.k_cache, cache.v_cache))

@@ -144,5 +144,10 @@ def launches_early(cache) -> bool:
     return starts_early(cache.batch_size * cache.num_kv_heads, capability)
 
 
+def next_power_of_two(value: int) -> int:
+    """What a static width is rounded up to, so that few kernels are compiled."""
+    return 1 << (value - 1).bit_length()
+
+
 def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count

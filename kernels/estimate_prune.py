@@ -8,9 +8,8 @@ import torch
 
 from kernels.attention import WorkList
 from kernels.cache import PagedKVCache
-from kernels.config import THREAD_LEVEL, EstimatePruneConfig, launches_early, start_early
+from kernels.config import THREAD_LEVEL, EstimatePruneConfig, next_power_of_two, start_early
 from kernels.estimator import estimate_tiles
-from kernels.selector import next_power_of_two
 from kernels.threshold import BINS_PER_THREAD
 from kernels.top_p import NUM_THREADS, VECTOR, is_held, list_row, prune_heads
 from kernels.tuned import config_for
@@ -55,8 +54,7 @@ def estimate_prune_config(cache: PagedKVCache, group_size: int, width: int) -> E
     default = default_config(
         cache.num_rows, group_size, cache.head_dim, width, capability, shared_memory
     )
-    config = config_for("estimate_prune", cache, group_size, width, default)
-    return replace(config, pdl=launches_early(cache))
+    return config_for("estimate_prune", cache, group_size, width, default)
 
 
 def launch_estimate_prune(

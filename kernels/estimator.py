@@ -1,13 +1,11 @@
 """Estimated logits of the candidates, from the 4-bit mirror of K."""
 
-from dataclasses import replace
-
 import tilelang
 import tilelang.language as T
 import torch
 
 from kernels.cache import PagedKVCache
-from kernels.config import TILE_LEVEL, EstimatorConfig, launches_early, start_early
+from kernels.config import TILE_LEVEL, EstimatorConfig, start_early
 from kernels.tuned import config_for
 from kernels.validate import TILE_TOKENS, check_query, check_scale, check_tensor, dtype_name
 
@@ -67,7 +65,6 @@ def launch_estimate_logits(
         cache.num_rows * logits.shape[2] // TILE_TOKENS, cache.head_dim
     )
     config = config_for("estimator", cache, group_size, logits.shape[2], default)
-    config = replace(config, pdl=launches_early(cache))
     kernel = estimator_kernel(group_size, cache.head_dim, cache.page_size, dtype_name(q), config)
     kernel(
         q.view(*grouped, cache.head_dim),

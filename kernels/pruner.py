@@ -1,6 +1,6 @@
 """Top-p pruner: softmax, threshold search and compaction in one kernel, without a sort."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import tilelang
 import tilelang.language as T
@@ -8,8 +8,13 @@ import torch
 
 from kernels.attention import WorkList
 from kernels.cache import PagedKVCache
-from kernels.config import THREAD_LEVEL, AttentionConfig, PrunerConfig, launches_early, start_early
-from kernels.selector import next_power_of_two
+from kernels.config import (
+    THREAD_LEVEL,
+    AttentionConfig,
+    PrunerConfig,
+    next_power_of_two,
+    start_early,
+)
 from kernels.top_p import NUM_THREADS, VECTOR, is_held, list_row, prune_heads
 from kernels.tuned import config_for
 from kernels.validate import TILE_TOKENS, check_count, check_tensor, dtype_name
@@ -135,7 +140,6 @@ def launch_prune_top_p(
     capability = torch.cuda.get_device_capability(logits.device)
     default = PrunerConfig.for_rows(cache.num_rows, grouped[2], capability, logits.itemsize)
     config = config_for("pruner", cache, grouped[2], width, default)
-    config = replace(config, pdl=launches_early(cache))
     width_bound = next_power_of_two(max(width, 32))
     kernel = pruner_kernel(
         grouped[2], cache.page_size, width_bound, dtype_name(logits), work.split_tokens, config

@@ -30,6 +30,7 @@ from kernels.config import (
     PageScoreConfig,
     PrunerConfig,
     TopPagesConfig,
+    launches_early,
 )
 from kernels.validate import dtype_name
 
@@ -60,8 +61,8 @@ class TunedKernel:
 
 
 KERNELS = {
-    "page_score": TunedKernel(PageScoreConfig, ("selector.py",)),
-    "top_pages": TunedKernel(TopPagesConfig, ("selector.py", "threshold.py"), static_width=True),
+    "page_score": TunedKernel(PageScoreConfig, ("page_scores.py",)),
+    "top_pages": TunedKernel(TopPagesConfig, ("top_pages.py", "threshold.py"), static_width=True),
     "estimator": TunedKernel(EstimatorConfig, ("estimator.py",)),
     "pruner": TunedKernel(
         PrunerConfig, ("pruner.py", "top_p.py", "split_kv.py", "threshold.py"), static_width=True
@@ -168,7 +169,7 @@ class Choice:
 
 
 def config_for(kernel: str, cache: PagedKVCache, group_size: int, width: int, default: Any) -> Any:
-    """The config of one launch: pinned, tuned or default.
+    """The config of one launch: pinned, tuned or default, and whether it starts early.
 
     Args:
         kernel: a name of KERNELS.
@@ -179,7 +180,8 @@ def config_for(kernel: str, cache: PagedKVCache, group_size: int, width: int, de
         group_size, cache.head_dim, cache.page_size, dtype_name(cache.k_cache),
         cache.num_rows, width,
     )  # fmt: skip
-    return choice_for(kernel, bucket, default, cache.k_cache.device).config
+    config = choice_for(kernel, bucket, default, cache.k_cache.device).config
+    return replace(config, pdl=launches_early(cache))
 
 
 def choice_for(kernel: str, bucket: Bucket, default: Any, device: torch.device) -> Choice:

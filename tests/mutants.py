@@ -84,33 +84,33 @@ MUTANTS = (
         "fill = T.min(seq_lens[batch] - logical * page_size, page_size - 1)", CACHE, MIRRORED,
     ),
     Mutant(
-        "bounds of negative queries", "selector.py",
+        "bounds of negative queries", "page_scores.py",
         "else T.min(channel, T.float16(0))", "else T.max(channel, T.float16(0))", SELECTOR, SCORED,
     ),
     Mutant(
-        "pages scored for the first head alone", "selector.py",
+        "pages scored for the first head alone", "page_scores.py",
         "head = T.min(n * TILE_HEADS + row, group_size - 1)", "head = 0", SELECTOR, SCORED,
     ),
     Mutant(
-        "a page before the newest is never scored", "selector.py",
+        "a page before the newest is never scored", "page_scores.py",
         "if lane == t and page < used_pages:", "if lane == t and page < used_pages - 2:",
         SELECTOR, SCORED,
     ),
     Mutant(
-        "newest page not forced", "selector.py",
+        "newest page not forced", "top_pages.py",
         "page_size, num_pages - 1\n", "page_size, num_pages\n", SELECTOR, TOPPED,
     ),
     Mutant(
-        "part of a sink page not forced", "selector.py",
+        "part of a sink page not forced", "top_pages.py",
         "sink_pages = T.ceildiv(num_sink_tokens, page_size)",
         "sink_pages = num_sink_tokens // page_size", SELECTOR, TOPPED,
     ),
     Mutant(
-        "a tied page dropped", "selector.py",
+        "a tied page dropped", "top_pages.py",
         "and -page >= ties[0]", "and -page > ties[0]", SELECTOR, TOPPED,
     ),
     Mutant(
-        "> for >= at the page threshold", "selector.py",
+        "> for >= at the page threshold", "top_pages.py",
         "or key > bracket[0]", "or key >= bracket[0]", SELECTOR, TOPPED,
     ),
     Mutant(

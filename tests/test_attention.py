@@ -88,7 +88,8 @@ def test_every_form_matches_reference(case, rng):
 def test_every_form_gives_the_same_bits_from_any_grid(form, pdl, rng, monkeypatch):
     if pdl and torch.cuda.get_device_capability(rng.device) < (9, 0):
         pytest.skip("early starts need compute capability 9")
-    monkeypatch.setattr("kernels.attention.launches_early", lambda cache: pdl)
+    for module in ("attention", "tuned"):
+        monkeypatch.setattr(f"kernels.{module}.launches_early", lambda cache: pdl)
     tensors = layer_tensors(rng, 3008)
     cache = build_cache(kernels, tensors)
     counts = torch.tensor(LAYER_BUDGETS, dtype=torch.int32, device=rng.device).view(8, 4)

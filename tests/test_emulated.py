@@ -23,19 +23,17 @@ from kernels.config import (
     PageScoreConfig,
     PrunerConfig,
     TopPagesConfig,
+    next_power_of_two,
 )
 from kernels.estimate_prune import estimate_prune_kernel
 from kernels.estimator import estimator_kernel
 from kernels.mirror import append_kernel, mirror_kernel, prefill_kernel
+from kernels.page_scores import page_score_kernel
 from kernels.pruner import HeadUnion, pruner_kernel
-from kernels.selector import (
-    all_pages_kernel,
-    next_power_of_two,
-    page_score_kernel,
-    top_pages_kernel,
-)
+from kernels.selector import all_pages_kernel
 from kernels.split_kv import merge_kernel, plan_kernel
 from kernels.top_p import NUM_THREADS
+from kernels.top_pages import top_pages_kernel
 from reference.hazards import contiguous, poison_unused
 from reference.inputs import DecodeShape, random_inputs
 from tests.cases import FORMS, NAN, forms_for

@@ -118,7 +118,8 @@ def test_fields_of_the_result_come_from_the_default() -> None:
 def test_a_stale_entry_is_ignored_and_reported_once(written: Path, monkeypatch) -> None:
     monkeypatch.setenv(tuned.VARIABLE, str(written))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
-    changed = dataclasses.replace(KERNELS["pruner"], sources=("selector.py",))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    changed = dataclasses.replace(KERNELS["pruner"], sources=("top_pages.py",))
     monkeypatch.setitem(KERNELS, "pruner", changed)
     lookup = lambda: tuned.config_for("pruner", cache_of(HOME), 4, HOME.width, DEFAULT)  # noqa: E731
     with pytest.warns(UserWarning, match="h200.json: entries of pruner .* other sources"):
@@ -147,6 +148,8 @@ def cache_of(bucket: Bucket) -> SimpleNamespace:
         head_dim=bucket.head_dim,
         page_size=bucket.page_size,
         num_rows=bucket.rows,
+        batch_size=bucket.rows,  # of one KV head
+        num_kv_heads=1,
         k_cache=SimpleNamespace(dtype=torch.float16, device=torch.device("cuda", 0)),
     )
 
@@ -154,6 +157,7 @@ def cache_of(bucket: Bucket) -> SimpleNamespace:
 def test_a_launch_looks_its_config_up_once(written: Path, monkeypatch) -> None:
     monkeypatch.setenv(tuned.VARIABLE, str(written))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     lookup = lambda: tuned.config_for("pruner", cache_of(HOME), 4, HOME.width, DEFAULT)  # noqa: E731
     assert lookup() == PrunerConfig(True, 2)
     written.unlink()  # not read again
@@ -163,6 +167,15 @@ def test_a_launch_looks_its_config_up_once(written: Path, monkeypatch) -> None:
         with tuned.pinned({}):
             assert lookup() == DEFAULT
     assert lookup() == PrunerConfig(True, 2)
+
+
+@pytest.mark.parametrize("rows, early", [(32, True), (33, False)])
+def test_few_rows_start_early_whatever_is_tuned(rows, early, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    cache = cache_of(dataclasses.replace(HOME, rows=rows))
+    with tuned.pinned({}):
+        config = tuned.config_for("pruner", cache, 4, HOME.width, DEFAULT)
+    assert config == dataclasses.replace(DEFAULT, pdl=early)
 
 
 def test_without_a_file_defaults_are_taken(tmp_path: Path, monkeypatch) -> None:

@@ -1,0 +1,182 @@
+"""Page scores: a bound on the largest logit that a page can have (Quest, section 3.2), on tensor
+cores."""
+
+import tilelang
+import tilelang.language as T
+import torch
+
+from kernels.cache import PagedKVCache
+from kernels.config import TILE_LEVEL, PageScoreConfig, start_early
+from kernels.tuned import config_for
+from kernels.validate import dtype_name
+
+TILE_PAGES, TILE_HEADS = 16, 8  # the tensor-core instruction is m16n8k16: pages x heads x channels
+
+
+def launch_page_scores(q: torch.Tensor, cache: PagedKVCache, scores: torch.Tensor) -> None:
+    """One launch into allocated memory."""
+    group_size = q.shape[1] // cache.num_kv_heads
+    default = PageScoreConfig.for_pages(
+        cache.num_rows * cache.max_pages, group_size, cache.head_dim
+    )
+    config = config_for("page_score", cache, group_size, cache.max_pages, default)
+    score = page_score_kernel(group_size, cache.head_dim, cache.page_size, dtype_name(q), config)
+    score(
+        q.view(cache.batch_size, cache.num_kv_heads, group_size, cache.head_dim),
+        cache.page_bounds.view(torch.int32), cache.bounds_scale_zero,
+        cache.page_table, cache.seq_lens, scores,
+    )  # fmt: skip
+
+
+@T.macro
+def find_rows(physical, first_tile, used_pages, page_table, batch, row, count):
+    """Physical ids of a thread's two pages of `count` tiles; beyond the last page, the last one."""
+    for i in T.unroll(count):
+        for t in T.unroll(2):
+            page = (first_tile + i) * TILE_PAGES + row + t * 8
+            physical[i, t] = page_table[batch, T.min(page, used_pages - 1)]
+
+
+@tilelang.jit(pass_configs=TILE_LEVEL)
+def page_score_kernel(
+    group_size: int, head_dim: int, page_size: int, dtype: str, config: PageScoreConfig
+):
+    """Grid: (blocks of pages, kv_head, batch); in each of `steps`, a warp takes `tiles_per_warp`
+    tiles of 16 pages, and issues all their loads before the first product. Score = the largest
+    Quest bound over the group's query heads.
+
+    With codes M and m of a page's bounds, and q split by sign into q+ + q-,
+
+        sum_c max(q_c * lo_c, q_c * hi_c) = scale * (q+ . M + q- . m) + zero * sum(q):
+
+    the codes go to the tensor cores as they are. Two bytes masked out of a word, `x & 0x00ff00ff`
+    (channels 0 and 2 of its four) or the same of `x >> 8` (1 and 3), are read as fp16 subnormals
+    u * 2^-24, which is exact. Channels are permuted alike in q: of every 64, the four lanes that
+    share a page hold 16 each, one load. Columns beyond the group repeat its last head.
+    """
+    batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
+    num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
+    half_loads = head_dim // 64  # of 16 bytes, per lane and bound
+    half_words = half_loads * 4
+    head_tiles = -(-group_size // TILE_HEADS)
+    step_tiles = config.num_warps * config.tiles_per_warp
+
+    @T.prim_func
+    def score_pages(
+        q: T.Tensor[(batch_size, num_kv_heads, group_size, head_dim), dtype],
+        bounds: T.Tensor[(num_pages, num_kv_heads, 2, head_dim // 4), T.int32],
+        bounds_scale_zero: T.Tensor[(num_pages, num_kv_heads, 2), T.float32],
+        page_table: T.Tensor[(batch_size, max_pages), T.int32],
+        seq_lens: T.Tensor[(batch_size,), T.int32],
+        scores: T.Tensor[(batch_size, num_kv_heads, max_pages), T.float32],
+    ):
+        with T.Kernel(
+            T.ceildiv(max_pages, config.block_pages),
+            num_kv_heads,
+            batch_size,
+            threads=config.num_warps * 32,
+        ) as (block, kv_head, batch):
+            start_early(config.pdl)
+            thread = T.get_thread_binding()
+            row = thread % 32 // 4  # this thread's pages of a tile: row and row + 8
+            lane = thread % 4
+            used_pages = T.ceildiv(seq_lens[batch], page_size)
+            num_tiles = T.ceildiv(used_pages, TILE_PAGES)
+            warp_tile = block * (step_tiles * config.steps) + thread // 32 * config.tiles_per_warp
+
+            q_words = T.alloc_local((half_words * 4,), dtype)
+            q_fragment = T.alloc_local((head_tiles, half_words * 4), T.float16)
+            b_fragment = T.alloc_local((4,), T.float16)
+            q_sum = T.alloc_local((head_tiles, 2), T.float32)
+            partial = T.alloc_var(T.float32)
+            physical = T.alloc_local((config.tiles_per_warp, 2), T.int32)
+            tile_codes = T.alloc_local((config.tiles_per_warp, 2, 2, half_words), T.int32)
+            tile_scale_zero = T.alloc_local((config.tiles_per_warp, 2, 2), T.float32)
+            a_fragment = T.alloc_local((4,), T.uint32)
+            acc = T.alloc_local((head_tiles, 4), T.float32)
+            best = T.alloc_local((2,), T.float32)
+
+            if warp_tile < num_tiles:
+                find_rows(
+                    physical, warp_tile, used_pages, page_table, batch, row, config.tiles_per_warp
+                )
+                for n in T.unroll(head_tiles):
+                    head = T.min(n * TILE_HEADS + row, group_size - 1)
+                    partial = 0.0
+                    for i in T.unroll(half_loads):
+                        for j in T.vectorized(16):
+                            q_words[i * 16 + j] = q[batch, kv_head, head, (i * 4 + lane) * 16 + j]
+                    for j in T.unroll(half_words * 4):
+                        partial += T.cast(q_words[j], T.float32)
+                    partial += T.shfl_xor(partial, 1)
+                    partial += T.shfl_xor(partial, 2)
+                    for h in T.unroll(2):
+                        q_sum[n, h] = T.shfl_sync(partial, (lane * 2 + h) * 4)
+                    for w in T.unroll(half_words):
+                        for e in T.unroll(4):
+                            channel = T.cast(q_words[w * 4 + e % 2 * 2 + e // 2], T.float32)
+                            q_fragment[n, w * 4 + e] = T.cast(channel, T.float16)
+
+            for step in T.serial(config.steps):
+                first_tile = warp_tile + step * step_tiles
+                if first_tile < num_tiles:
+                    for i in T.unroll(config.tiles_per_warp):
+                        for t in T.unroll(2):
+                            page = physical[i, t]
+                            for side in T.unroll(2):
+                                for k in T.unroll(half_loads):
+                                    for w in T.vectorized(4):
+                                        word = (k * 4 + lane) * 4 + w
+                                        tile_codes[i, t, side, k * 4 + w] = bounds[
+                                            page, kv_head, side, word
+                                        ]
+                            for e in T.vectorized(2):
+                                tile_scale_zero[i, t, e] = bounds_scale_zero[page, kv_head, e]
+                    # The next step's page ids arrive with this step's codes.
+                    if step + 1 < config.steps:
+                        find_rows(
+                            physical, first_tile + step_tiles, used_pages, page_table, batch, row,
+                            config.tiles_per_warp,
+                        )  # fmt: skip
+
+                for i in T.unroll(config.tiles_per_warp):
+                    if first_tile + i < num_tiles:
+                        for n in T.unroll(head_tiles):
+                            for e in T.unroll(4):
+                                acc[n, e] = 0.0
+                        for side in T.unroll(2):
+                            for w in T.unroll(half_words):
+                                for t in T.unroll(2):
+                                    word = tile_codes[i, t, side, w]
+                                    a_fragment[t] = T.cast(word & 0x00FF00FF, T.uint32)
+                                    a_fragment[2 + t] = T.cast((word >> 8) & 0x00FF00FF, T.uint32)
+                                for n in T.unroll(head_tiles):
+                                    for e in T.vectorized(4):
+                                        channel = q_fragment[n, w * 4 + e]
+                                        b_fragment[e] = (
+                                            T.max(channel, T.float16(0))
+                                            if side == 0
+                                            else T.min(channel, T.float16(0))
+                                        )
+                                    T.ptx_mma(
+                                        "float32", "m16n8k16", "row", "col", "fp16", "fp16", "fp32",
+                                        a_fragment.data, 0, b_fragment.data, 0,
+                                        acc.data, n * 4, T.bool(False),
+                                    )  # fmt: skip
+                        for t in T.unroll(2):
+                            best[t] = -T.infinity(T.float32)
+                            for n in T.unroll(head_tiles):
+                                for h in T.unroll(2):
+                                    product = acc[n, t * 2 + h] * 16777216.0  # 2^24
+                                    bound = (
+                                        tile_scale_zero[i, t, 0] * product
+                                        + tile_scale_zero[i, t, 1] * q_sum[n, h]
+                                    )
+                                    best[t] = T.max(best[t], bound)
+                            best[t] = T.max(best[t], T.shfl_xor(best[t], 1))
+                            best[t] = T.max(best[t], T.shfl_xor(best[t], 2))
+                            page = (first_tile + i) * TILE_PAGES + row + t * 8
+                            if lane == t and page < used_pages:
+                                scores[batch, kv_head, page] = best[t]
+
+    return score_pages
