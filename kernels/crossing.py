@@ -1,23 +1,23 @@
-"""Which path of a step is expected to be faster, from sizes that the host knows.
+"""Which path of a step is expected to be fastest, from sizes that the host knows.
 
 A path's time = fixed time of its launches + time of one row + bytes / read bandwidth. A row is one
 KV head of one request. What one block does for a whole row shows where few rows leave the GPU idle:
 it searches pages and candidates, or merges the items of attention.
 
 The constants are those of an H200: least squares of the relative error over the rows of batch 1 in
-profiling/results/h200. Dense: 8.6 us and 0.54 us per 1,024 tokens, and 2.4 us for a copy of the
-lengths, which the benchmark makes beforehand. Sparse: 25.4 us and 1.44 us at the commit of the
-length sweep, 18.2 us and 1.11 us at the later one of the standard workloads; what stands here lies
-between. It is good for a choice near the crossing, not for a forecast: a quarter off at batch 1,
-and up to half of the sparse time is missing at batch 64, where dense takes twice as long and more.
+profiling/results/h200, and on the dense path 2.4 us more, for a copy of the lengths that the
+benchmark makes beforehand. It is good for a choice near the crossing, not for a forecast: a sixth
+off at batch 1, and up to half of the sparse time is missing at batch 64, where the other paths take
+twice as long and more.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-LAUNCHES_US = {"sparse": 22.0, "dense": 11.0}
-ROW_US = {"sparse": 1.25, "dense": 0.5}  # for 1,024 pages and candidates; for 1,024 tokens
+LAUNCHES_US = {"sparse": 17.7, "candidates": 11.9, "dense": 10.1}
+# For 1,024 pages and candidate tokens, on the dense path tokens.
+ROW_US = {"sparse": 1.07, "candidates": 0.97, "dense": 0.48}
 KEPT_SHARE = 1 / 8  # of the candidates: what top-p keeps lies on the device
 READ_SHARE = 0.9  # of the memory's peak: what large reads reach
 DEFAULT_BANDWIDTH = 4.4e12  # bytes per second, an H200's, where torch does not tell the peak
@@ -52,7 +52,8 @@ def expected_times(
     itemsize: int,
     bandwidth: float,
 ) -> dict[str, Expected]:
-    """The expected time of each path for requests as long as the page table allows.
+    """The expected time of each path for requests as long as the page table allows; the candidates'
+    own only where they are not everything.
 
     Args:
         num_rows: batch_size * num_kv_heads.
@@ -64,19 +65,26 @@ def expected_times(
     tokens, candidates = max_pages * page_size, width * page_size
     pages = max_pages if width < max_pages else 0  # whose bounds are read
     bounds, codes, key_value = 2 * head_dim + 8, head_dim / 2 + 4, 2 * head_dim * itemsize
-    row_bytes = pages * bounds + candidates * (codes + KEPT_SHARE * key_value)
-    longest = {"sparse": pages + candidates, "dense": tokens}
-    num_bytes = {"sparse": num_rows * row_bytes, "dense": num_rows * tokens * key_value}
+    row_work = {  # what one block goes through, and the bytes
+        "sparse": (
+            pages + candidates,
+            pages * bounds + candidates * (codes + KEPT_SHARE * key_value),
+        ),
+        "candidates": (pages + candidates, pages * bounds + candidates * key_value),
+        "dense": (tokens, tokens * key_value),
+    }
+    if pages == 0:
+        del row_work["candidates"]
     return {
         path: Expected(
-            LAUNCHES_US[path], ROW_US[path] * longest[path] / 1024, num_bytes[path], bandwidth
+            LAUNCHES_US[path], ROW_US[path] * length / 1024, num_rows * row_bytes, bandwidth
         )
-        for path in ("sparse", "dense")
+        for path, (length, row_bytes) in row_work.items()
     }
 
 
-def faster(expected: dict[str, Expected]) -> str:
-    """The path of the shorter time; "sparse" of equal ones."""
+def fastest(expected: dict[str, Expected]) -> str:
+    """The path of the shortest time; of equal ones that which drops most."""
     return min(expected, key=lambda path: expected[path].total_us)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from kernels.attention import AttentionWorkspace, launch_attention, launch_plan
 from kernels.cache import PagedKVCache
-from kernels.crossing import expected_times, faster, read_bandwidth
+from kernels.crossing import expected_times, fastest, read_bandwidth
 from kernels.estimate_prune import estimate_prune_config, launch_estimate_prune
 from kernels.estimator import launch_estimate_logits
 from kernels.explain import explain
@@ -34,7 +34,7 @@ PER_REQUEST = (
 
 class TwilightDecode:
     """The step for caches of one shape: Twilight's Select-then-Prune (section 4), then attention
-    over what is kept; or, where asked for, attention over every token.
+    over what is kept; or, where asked for, attention over every candidate or every token.
 
     Args:
         cache: any cache of the shape that run() will get: the same batch_size, max_pages,
@@ -47,19 +47,19 @@ class TwilightDecode:
         num_sink_tokens, num_recent_tokens: always kept.
         num_parts: the batch is cut into so many, each on a stream of its own. Their stages overlap:
             while the bytes of one arrive, the weights of another are searched. No result depends on
-            it. Where None, 4 for many rows (KV heads of all requests), else 1. The dense path is
-            never cut.
-        path: "sparse", the stages above; "dense", attention over every token, with the bits of
-            dense_attention; or "auto", the one that is expected to be faster (crossing.py) for
-            requests as long as the page table allows. "auto" is no default because it goes by the
-            batch too: a request gives the same bits in any batch only within one path, and what is
-            dropped is dropped on the sparse one only.
+            it. Where None, 4 for many rows (KV heads of all requests), else 1. Only the sparse path
+            is cut.
+        path: "sparse", the stages above; "candidates", the selector alone, with the bits of
+            page_attention; "dense", attention over every token, with the bits of dense_attention;
+            or "auto", the one that is expected to be fastest (crossing.py) for requests as long as
+            the page table allows. "auto" is no default because it goes by the batch too: a request
+            gives the same bits in any batch only within one path, and each drops other tokens.
 
     After run(), candidate_pages, candidate_counts, kept_tokens, kept_counts and kept_mass hold the
     last step's. A step of many rows estimates and prunes in one kernel (`fused`), to the same bits:
-    it leaves logits as they were, which estimate() writes. `path` says which path was taken; on the
-    dense one there are no candidates and nothing is pruned: those tensors do not exist, nor may
-    select(), estimate(), prune() and attend() be called.
+    it leaves logits as they were, which estimate() writes. `path` says which path was taken. What
+    belongs to a stage that it leaves out does not exist, nor may that stage be called: on the
+    candidates' path nothing is estimated or pruned, on the dense one nothing is selected either.
 
     Raises:
         ValueError: an argument is out of range or does not fit the cache.
@@ -81,7 +81,7 @@ class TwilightDecode:
     ) -> None:
         check_tensor("seq_lens", cache.seq_lens, (None,), torch.int32)  # on a GPU
         check_choice("selector", selector, ("quest", "full"))
-        check_choice("path", path, ("sparse", "dense", "auto"))
+        check_choice("path", path, ("sparse", "candidates", "dense", "auto"))
         check_count("num_qo_heads", num_qo_heads, least=1)
         group_size, rest = divmod(num_qo_heads, cache.num_kv_heads)
         if rest != 0 or group_size > MAX_GROUP_SIZE:
@@ -113,7 +113,7 @@ class TwilightDecode:
             cache.k_cache.itemsize, read_bandwidth(device),
         )  # fmt: skip
         self.asked_path = path
-        self.path = faster(self.expected) if path == "auto" else path
+        self.path = fastest(self.expected) if path == "auto" else path
         self.top_p = expand_top_p(top_p, *heads, device)
         self.out = torch.empty(*heads, cache.head_dim, dtype=cache.k_cache.dtype, device=device)
         self.parts = []
@@ -124,13 +124,15 @@ class TwilightDecode:
         self.scores = torch.empty(*rows, cache.max_pages, device=device)
         self.candidate_pages = torch.empty(*rows, width, **like)
         self.candidate_counts = torch.empty(rows, **like)
+        self.attention = AttentionWorkspace.allocate(cache, group_size, tokens)
+        if self.path == "candidates":
+            return
         self.logits = torch.empty(*heads, tokens, dtype=torch.float16, device=device)
         self.kept_tokens = torch.empty(*rows, tokens, **like)
         self.kept_counts = torch.empty(rows, **like)
         self.kept_mass = torch.empty(heads, device=device)
         self.fused = estimate_prune_config(cache, group_size, tokens).fused
         self.union = HeadUnion.allocate(cache, tokens)
-        self.attention = AttentionWorkspace.allocate(cache, group_size, tokens)
 
         bounds = [part * cache.batch_size // num_parts for part in range(num_parts + 1)]
         self.parts = [
@@ -156,6 +158,9 @@ class TwilightDecode:
             raise ValueError(f"q: expected shape {list(self.out.shape)}, got {list(q.shape)}")
         if self.path == "dense":
             return self.attend_all(q, cache)
+        if self.path == "candidates":
+            self.select(q, cache)
+            return self.attend_candidates(q, cache)
         if not self.parts:
             return self._launch(q, cache)
         current = torch.cuda.current_stream(q.device)
@@ -235,6 +240,13 @@ class TwilightDecode:
             q, cache, "tokens", self.kept_tokens, self.kept_counts,
             self.attention, self.out, self.sm_scale,
         )  # fmt: skip
+        return self.out
+
+    def attend_candidates(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
+        """Attention over every token of the candidates -> out; their own path, and only there."""
+        inputs = (self.candidate_pages, self.candidate_counts, self.attention)
+        launch_plan(cache, "pages", *inputs)
+        launch_attention(q, cache, "pages", *inputs, self.out, self.sm_scale)
         return self.out
 
     def attend_all(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:

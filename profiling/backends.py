@@ -46,17 +46,8 @@ class TileLang:
 
     def quest(self, q: torch.Tensor, cache: Any, token_budget: int) -> Call:
         """Quest alone: exact attention over every token of the pages chosen."""
-        step = self.step(cache, q.shape[1], selector="quest", token_budget=token_budget)
-        width = step.candidate_pages.shape[2] * cache.page_size
-        attend = self._attention(
-            q, cache, "pages", step.candidate_pages, step.candidate_counts, width
-        )
-
-        def call() -> torch.Tensor:
-            step.select(q, cache)
-            return attend()
-
-        return call
+        step = self.step(cache, q.shape[1], token_budget=token_budget, path="candidates")
+        return partial(step.run, q, cache)
 
     def dense(self, q: torch.Tensor, cache: Any) -> Call:
         """Attention over every token."""

@@ -41,6 +41,7 @@ SHAPES = {
     "every-page": (1, 64, {"selector": "full"}),
     "equal-parts": (20, 64, {"num_parts": 2}),  # one has other configs than all rows at once
     "unequal-parts": (7, 64, {"num_parts": 2}),
+    "candidates": (1, 64, {"path": "candidates"}),
     "dense": (1, 64, {"path": "dense"}),
 }
 
@@ -68,7 +69,7 @@ def test_the_path_is_explained_by_the_times_expected(launched):
         step, _ = step_of(1, 64, path=path)
         lines = step.explain().splitlines()
         assert lines[0].startswith(first)
-        for line, name in zip(lines[1:3], ("sparse", "dense"), strict=True):
+        for line, name in zip(lines[1:4], ("sparse", "candidates", "dense"), strict=True):
             time = f"{step.expected[name].total_us:.1f} us"
             assert line.startswith(f"    expected, {name}: {time} (")
     assert "requests of 1,024 tokens" in lines[0]

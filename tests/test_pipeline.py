@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kernels
-from kernels.crossing import faster
+from kernels.crossing import fastest
 from reference.hazards import poison_unused
 from tests.cases import (
     BASE,
@@ -278,13 +278,22 @@ def test_graph_of_append_stops_at_capacity(rng):
         assert torch.equal(getattr(cache, name)[last_page], tensor), name
 
 
+def attention_of(path: str, q: torch.Tensor, cache, case, sm_scale: float | None = None):
+    """What a path that prunes nothing must give, bit by bit."""
+    if path == "dense":
+        return kernels.dense_attention(q, cache, sm_scale=sm_scale)
+    pages = kernels.select_pages(q, cache, case.token_budget)
+    return kernels.page_attention(q, cache, *pages, sm_scale=sm_scale)
+
+
+@pytest.mark.parametrize("path", ["dense", "candidates"])
 @pytest.mark.parametrize("case", CASES)
-def test_dense_path_gives_the_bits_of_dense_attention(case, rng):
+def test_other_paths_give_the_bits_of_their_attention(case, path, rng):
     tensors = make_tensors(case, rng)
     cache = build_cache(kernels, tensors)
     poison_unused(cache)
-    step = make_step(cache, case, path="dense", sm_scale=0.1)
-    expected = kernels.dense_attention(tensors.q, cache, sm_scale=0.1)
+    step = make_step(cache, case, path=path, sm_scale=0.1)
+    expected = attention_of(path, tensors.q, cache, case, sm_scale=0.1)
     assert not expected.isnan().any()
     for _ in range(2):
         step.out.fill_(float("nan"))
@@ -292,12 +301,13 @@ def test_dense_path_gives_the_bits_of_dense_attention(case, rng):
         assert not step.attention.work.ticket.view(torch.int32).any()
 
 
+@pytest.mark.parametrize("path", ["dense", "candidates"])
 @pytest.mark.parametrize("case", [BASE, NAMED["mha-ragged"], NAMED["gqa8-p64"]], ids=str)
-def test_graph_of_dense_path_replays_after_the_cache_has_grown(case, rng):
+def test_graph_of_other_paths_replays_after_the_cache_has_grown(case, path, rng):
     """Its launches allocate nothing, and every replay reads the lengths anew."""
     tensors = make_tensors(case, rng)
     q, cache = tensors.q, growing_cache(tensors)
-    step = make_step(cache, case, path="dense")
+    step = make_step(cache, case, path=path)
     out = step.run(q, cache)
     with launches_only():
         step.run(q, cache)
@@ -308,15 +318,20 @@ def test_graph_of_dense_path_replays_after_the_cache_has_grown(case, rng):
         q.copy_(new_q)
         out.fill_(float("nan"))
         graph.replay()
-        assert torch.equal(out, kernels.dense_attention(q, cache))
+        assert torch.equal(out, attention_of(path, q, cache, case))
 
 
-@pytest.mark.parametrize("spare_pages, path", [(4, "dense"), (2048, "sparse")])
-def test_auto_runs_the_path_that_explain_names(spare_pages, path, rng):
+@pytest.mark.parametrize(
+    "spare_pages, token_budget, path",
+    [(4, 256, "dense"), (2048, 256, "candidates"), (2048, 16_384, "sparse")],
+)
+def test_auto_runs_the_path_that_explain_names(spare_pages, token_budget, path, rng):
     """A wide page table stands for long requests."""
     tensors = make_tensors(BASE, rng)
     cache = growing_cache(tensors, spare_pages)
-    step, taken = (make_step(cache, BASE, path=each) for each in ("auto", path))
-    assert step.path == faster(step.expected) == path
+    step, taken = (
+        make_step(cache, BASE, path=each, token_budget=token_budget) for each in ("auto", path)
+    )
+    assert step.path == fastest(step.expected) == path
     assert step.explain().startswith(f'path: {path}, by "auto"')
     assert torch.equal(step.run(tensors.q, cache), taken.run(tensors.q, cache))
