@@ -16,7 +16,6 @@ from tests import fake_gpu
 
 H200_MEMORY = {"memory_clock_rate": 3_201_000, "memory_bus_width": 6144}  # kHz, bits
 TOLERATED = 1.10  # time of the path taken over that of the fastest, near the crossing
-COPY_US = 2.4  # of the lengths, which the benchmark's dense rows leave out
 KEYS = ["workload", "batch_size", "num_kv_heads", "seq_len"]
 STANDARD = "length-|solo-|gqa-|mha-"
 
@@ -30,7 +29,7 @@ def measured() -> list:
     found = []
     for row in steps[steps["method"].str.endswith("twilight")].itertuples():
         key = tuple(getattr(row, name) for name in KEYS)
-        times = {"sparse": row.median_us, "dense": dense[key] + COPY_US}
+        times = {"sparse": row.median_us, "dense": dense[key] + crossing.COPY_US}
         if row.method == "quest+twilight":
             times["candidates"] = quest[key]
         name = f"{row.workload}-{row.seq_len}-{row.method}"
