@@ -62,7 +62,7 @@ def lanes_kernel(
             team_acc = T.alloc_shared((num_teams, head_dim), T.float32, scope="shared")
             team_max = T.alloc_shared((num_teams,), T.float32, scope="shared")
             team_sum = T.alloc_shared((num_teams,), T.float32, scope="shared")
-            words = T.alloc_local((4,), T.int32)
+            words = T.alloc_local((1, 4), T.int32)
             rows = T.alloc_local((num_rounds,), T.int32)
             query = T.alloc_local((CHANNELS,), dtype)
             k = T.alloc_local((lane_tokens, CHANNELS), dtype)
@@ -77,10 +77,10 @@ def lanes_kernel(
             item = T.alloc_var(T.int32)
 
             item = block
-            load_words(words, items, item, max_items)
+            load_words(words, 0, items, item, max_items)
             while item < num_items[0]:
-                batch, kv_head, split, num_tokens = words[0], words[1], words[2], words[3]
-                load_words(words, items, item + num_blocks, max_items)
+                batch, kv_head, split, num_tokens = [words[0, w] for w in range(4)]
+                load_words(words, 0, items, item + num_blocks, max_items)
                 first = T.max(split, 0) * config.split_tokens
                 # Steps are dealt to the warps in turn.
                 position = lambda step, offset: (step * num_warps + warp) * step_tokens + offset
@@ -89,7 +89,8 @@ def lanes_kernel(
                     at = position(r * round_steps + lane // step_tokens, lane % step_tokens)
                     index = first + T.min(at, num_tokens - 1)
                     token = listed_token(source, page_size, indices, batch, kv_head, index)
-                    rows[r] = cache_row(page_table, page_size, num_kv_heads, batch, kv_head, token)
+                    page = page_table[batch, token // page_size]
+                    rows[r] = cache_row(page, page_size, num_kv_heads, kv_head, token)
                 for c in T.vectorized(CHANNELS):
                     query[c] = q[batch, kv_head, 0, channel + c]
                 row_max = -T.infinity(T.float32)

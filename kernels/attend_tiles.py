@@ -31,6 +31,21 @@ def tiles_kernel(
     width, max_items = T.dynamic("width"), T.dynamic("max_items")
     max_splits = T.dynamic("max_splits")
     split_tokens = config.split_tokens
+    assert config.num_threads >= split_tokens
+    # A row is copied by row_threads threads, 16 bytes each; the block copies step_rows at once.
+    row_threads = head_dim // 8
+    step_rows = config.num_threads // row_threads
+    copies = T.Fragment(
+        (split_tokens, head_dim),
+        forward_thread_fn=lambda i, j: i % step_rows * row_threads + j // 8,
+        forward_index_fn=lambda i, j: i // step_rows * 8 + j % 8,
+    )
+    copied_rows = T.Fragment(
+        (split_tokens,),
+        forward_thread_fn=lambda i, rep: i % step_rows * row_threads + rep,
+        forward_index_fn=lambda i: i // step_rows,
+        replicate=row_threads,
+    )
 
     @T.prim_func
     def attend_items(
@@ -62,29 +77,55 @@ def tiles_kernel(
             acc = T.alloc_fragment((QUERY_ROWS, head_dim), T.float32)
             row_max = T.alloc_fragment((QUERY_ROWS,), T.float32)
             row_sum = T.alloc_fragment((QUERY_ROWS,), T.float32)
-            words = T.alloc_local((4,), T.int32)
+            # A copy whose row is read from shared memory would wait for the copy before it.
+            row_of = T.alloc_fragment((split_tokens,), T.int32)
+            T.annotate_layout({row_of: copied_rows})
+            words = T.alloc_local((4, 4), T.int32)  # of this item and of the block's next three
+            page = T.alloc_var(T.int32)
+            token = T.alloc_var(T.int32)
+            next_token = T.alloc_var(T.int32)
             item = T.alloc_var(T.int32)
 
+            # A thread looks up one row: an item's words, its token, the token's page. One after
+            # another they take as long as the copies, so each is asked for an item ahead of the
+            # next, and before the copies, behind which it would queue.
+            own = T.min(T.get_thread_binding(), split_tokens - 1)
+            words_of = lambda turn: [words[turn, w] for w in range(4)]
+            token_of = lambda batch, kv_head, split, num_tokens: listed_token(
+                source, page_size, indices, batch, kv_head,
+                T.max(split, 0) * split_tokens + T.min(own, num_tokens - 1),
+            )  # fmt: skip
+            is_listed = lambda turn: item + turn * num_blocks < num_items[0]
+
             item = block
-            load_words(words, items, item, max_items)
-            while item < num_items[0]:
-                batch, kv_head, split, num_tokens = words[0], words[1], words[2], words[3]
-                load_words(words, items, item + num_blocks, max_items)
+            for ahead in T.unroll(3):
+                load_words(words, ahead, items, item + ahead * num_blocks, max_items)
+            if is_listed(0):
+                token = token_of(*words_of(0))
+                page = page_table[words[0, 0], token // page_size]
+            if is_listed(1):
+                next_token = token_of(*words_of(1))
+            while is_listed(0):
+                batch, kv_head, split, num_tokens = words_of(0)
+                rows[own] = cache_row(page, page_size, num_kv_heads, kv_head, token)
+                token = next_token
+                if is_listed(1):
+                    page = page_table[words[1, 0], token // page_size]
+                if is_listed(2):
+                    next_token = token_of(*words_of(2))
+                load_words(words, 3, items, item + 3 * num_blocks, max_items)
+                T.sync_threads()
 
                 for i in T.Parallel(split_tokens):
-                    index = T.max(split, 0) * split_tokens + T.min(i, num_tokens - 1)
-                    token = listed_token(source, page_size, indices, batch, kv_head, index)
-                    rows[i] = cache_row(page_table, page_size, num_kv_heads, batch, kv_head, token)
-                T.sync_threads()
-                for i, j in T.Parallel(split_tokens, head_dim, **IN_FLIGHT):
-                    k_shared[i, j] = k_cache[rows[i], j]
-                T.ptx_commit_group()
-                for i, j in T.Parallel(split_tokens, head_dim, **IN_FLIGHT):
-                    v_shared[i, j] = v_cache[rows[i], j]
-                T.ptx_commit_group()
-                for i, j in T.Parallel(QUERY_ROWS, head_dim):
+                    row_of[i] = rows[i]
+                for i, j in T.Parallel(QUERY_ROWS, head_dim, **IN_FLIGHT):
                     q_shared[i, j] = q[batch, kv_head, T.min(i, group_size - 1), j]
-
+                for i, j in T.Parallel(split_tokens, head_dim, loop_layout=copies, **IN_FLIGHT):
+                    k_shared[i, j] = k_cache[row_of[i], j]
+                T.ptx_commit_group()
+                for i, j in T.Parallel(split_tokens, head_dim, loop_layout=copies, **IN_FLIGHT):
+                    v_shared[i, j] = v_cache[row_of[i], j]
+                T.ptx_commit_group()
                 T.ptx_wait_group(1)
                 T.sync_threads()
                 T.gemm(
@@ -122,6 +163,9 @@ def tiles_kernel(
                         if i < group_size:
                             partial_lse[batch, kv_head, split, i, 0] = row_max[i]
                             partial_lse[batch, kv_head, split, i, 1] = row_sum[i]
+                for ahead in T.unroll(3):
+                    for w in T.unroll(4):
+                        words[ahead, w] = words[ahead + 1, w]
                 T.sync_threads()
                 item += num_blocks
 

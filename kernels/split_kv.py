@@ -21,10 +21,9 @@ def listed_token(source, page_size, indices, batch, kv_head, index):
     return index
 
 
-def cache_row(page_table, page_size, num_kv_heads, batch, kv_head, token):
-    """Where the token's K and V lie: a row of the cache seen as [rows, head_dim]."""
-    slot = page_table[batch, token // page_size] * page_size + token % page_size
-    return slot * num_kv_heads + kv_head
+def cache_row(page, page_size, num_kv_heads, kv_head, token):
+    """Where K and V of a token in that page lie: a row of the cache seen as [rows, head_dim]."""
+    return (page * page_size + token % page_size) * num_kv_heads + kv_head
 
 
 @T.macro
@@ -70,10 +69,10 @@ def append_items(
 
 
 @T.macro
-def load_words(words, items, item, max_items):
-    """words = (batch, kv_head, split, tokens); anything for an item behind the list's end."""
+def load_words(words, turn, items, item, max_items):
+    """words[turn] = (batch, kv_head, split, tokens), anything for an item behind the list's end."""
     for w in T.vectorized(4):
-        words[w] = items[T.min(item, max_items - 1), w]
+        words[turn, w] = items[T.min(item, max_items - 1), w]
 
 
 @tilelang.jit(pass_configs=TILE_LEVEL)

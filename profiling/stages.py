@@ -132,8 +132,10 @@ class StageBuilder:
                 top_p=workload.top_p,
             )
             step.run(q, cache)
-            step.estimate(q, cache)  # a step that is fused leaves the pruner no logits
             slots.append(Slot(q, cache, step))
+            # A step that runs in parts leaves the whole batch's stages nothing to work on.
+            for call in slots[-1].stage_calls.values():
+                call()
         return slots[:wanted]
 
     def _stage(self, stage: str) -> Provider:

@@ -229,6 +229,15 @@ MUTANTS = (
         "j < num_tokens, logits", "j <= num_tokens, logits", ATTENTION, ATTENDED,
     ),
     Mutant(
+        "next item's page looked up for this item's request", "attend_tiles.py",
+        "page = page_table[words[1, 0]", "page = page_table[words[0, 0]", ATTENTION, ATTENDED,
+    ),
+    Mutant(
+        "the same token looked up for two items", "attend_tiles.py",
+        "next_token = token_of(*words_of(2))", "next_token = token_of(*words_of(1))",
+        ATTENTION, ATTENDED,
+    ),
+    Mutant(
         "last token counted twice on CUDA cores", "attend_lanes.py",
         "position(turn, t * warp_teams + team) < num_tokens",
         "position(turn, t * warp_teams + team) <= num_tokens", ATTENTION, ATTENDED,
