@@ -22,7 +22,6 @@ from autotune.variants import (
     page_score_variants,
     pruner_variants,
     top_pages_variants,
-    width_bound,
 )
 from kernels.config import (
     AttentionConfig,
@@ -32,6 +31,7 @@ from kernels.config import (
     PrunerConfig,
     TopPagesConfig,
     next_power_of_two,
+    static_width,
 )
 from kernels.estimate_prune import blocks_that_fit, default_config
 from kernels.threshold import BINS_PER_THREAD
@@ -138,7 +138,7 @@ def _many_tiles(shape: KernelShape) -> bool:
 def _pruner_shared(shape: KernelShape) -> int:
     """Bytes of a block: its bins and, of a row that is read once, its logits and the list of the
     near ones; one mask; a little more."""
-    width = width_bound(shape)
+    width = static_width(shape.width)
     row = 4 * max(width, 4 * NUM_THREADS) if width <= MAX_VALUES * NUM_THREADS else 0
     return 4 * BINS_PER_THREAD * NUM_THREADS + row + width // 8 + 1024
 

@@ -16,6 +16,7 @@ from kernels.config import (
     TopPagesConfig,
     next_power_of_two,
     starts_early,
+    static_width,
 )
 from kernels.estimate_prune import estimate_prune_kernel
 from kernels.estimator import estimator_kernel
@@ -84,7 +85,7 @@ def pruner_variants(shape: KernelShape, config: PrunerConfig) -> list[KernelVari
 
 def pruner_arguments(shape: KernelShape, logits_dtype: str, config: PrunerConfig) -> tuple:
     split_tokens = AttentionConfig.for_group(shape.group_size).split_tokens
-    sizes = (shape.group_size, shape.page_size, width_bound(shape))
+    sizes = (shape.group_size, shape.page_size, static_width(shape.width))
     return (*sizes, logits_dtype, split_tokens, config)
 
 
@@ -92,9 +93,9 @@ def estimate_prune_variants(shape: KernelShape, config: EstimatePruneConfig) -> 
     """Of the one kernel; the two are those of estimator and pruner."""
     if not config.fused:
         return []
-    sizes = (shape.group_size, shape.head_dim, shape.page_size, shape.dtype, width_bound(shape))
+    sizes = (shape.group_size, shape.head_dim, shape.page_size, shape.dtype)
     split_tokens = AttentionConfig.for_group(shape.group_size).split_tokens
-    arguments = (*sizes, split_tokens, config)
+    arguments = (*sizes, static_width(shape.width), split_tokens, config)
     return [KernelVariant("estimate_prune", estimate_prune_kernel, arguments)]
 
 
@@ -107,7 +108,3 @@ def attention_variants(
         KernelVariant(f"attention_{source}", ATTENTION_KERNELS[config.form], arguments),
         KernelVariant(f"merge_{source}", merge_kernel, arguments),
     ]
-
-
-def width_bound(shape: KernelShape) -> int:
-    return next_power_of_two(max(shape.width, 32))

@@ -149,5 +149,10 @@ def next_power_of_two(value: int) -> int:
     return 1 << (value - 1).bit_length()
 
 
+def static_width(width: int) -> int:
+    """The static width of a search over rows of at most `width` tokens: whole words of bits."""
+    return next_power_of_two(max(width, 32))
+
+
 def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count

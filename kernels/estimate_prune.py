@@ -8,7 +8,7 @@ import torch
 
 from kernels.attention import WorkList
 from kernels.cache import PagedKVCache
-from kernels.config import THREAD_LEVEL, EstimatePruneConfig, next_power_of_two, start_early
+from kernels.config import THREAD_LEVEL, EstimatePruneConfig, start_early, static_width
 from kernels.estimator import estimate_tiles
 from kernels.threshold import BINS_PER_THREAD
 from kernels.top_p import NUM_THREADS, VECTOR, is_held, list_row, prune_heads
@@ -21,7 +21,7 @@ PADDING = 8  # logits behind each row, so that the heads' stores meet different 
 
 def blocks_that_fit(group_size: int, width: int, shared_memory: int, heads_at_once: int = 1) -> int:
     """Blocks for which a multiprocessor's shared memory has room; 0 where a row is too wide."""
-    width_bound = next_power_of_two(max(width, 32))
+    width_bound = static_width(width)
     if not is_held(width_bound):
         return 0
     near = 2 * max(width_bound, VECTOR * NUM_THREADS) * heads_at_once
@@ -78,7 +78,7 @@ def launch_estimate_prune(
     width = kept_tokens.shape[2]
     kernel = estimate_prune_kernel(
         grouped[2], cache.head_dim, cache.page_size, dtype_name(q),
-        next_power_of_two(max(width, 32)), work.split_tokens, config,
+        static_width(width), work.split_tokens, config,
     )  # fmt: skip
     kernel(
         q.view(*grouped, cache.head_dim),
@@ -156,6 +156,7 @@ def estimate_prune_kernel(
                 lambda of_head, of_tile, of_token, value: T.buffer_store(
                     logits, value, [of_head, of_tile * TILE_TOKENS + of_token]
                 ),
+                False,
             )  # fmt: skip
             T.sync_threads()
             prune_heads(

@@ -29,12 +29,13 @@ def launch_page_scores(q: torch.Tensor, cache: PagedKVCache, scores: torch.Tenso
 
 
 @T.macro
-def find_rows(physical, first_tile, used_pages, page_table, batch, row, count):
-    """Physical ids of a thread's two pages of `count` tiles; beyond the last page, the last one."""
+def find_rows(physical, first_tile, page_table, batch, row, count):
+    """Physical ids of a thread's two pages of `count` tiles; anything beyond the last page, since
+    nothing here waits for the number of pages."""
     for i in T.unroll(count):
         for t in T.unroll(2):
             page = (first_tile + i) * TILE_PAGES + row + t * 8
-            physical[i, t] = page_table[batch, T.min(page, used_pages - 1)]
+            physical[i, t] = page_table[batch, T.min(page, page_table.shape[1] - 1)]
 
 
 @tilelang.jit(pass_configs=TILE_LEVEL)
@@ -96,10 +97,8 @@ def page_score_kernel(
             acc = T.alloc_local((head_tiles, 4), T.float32)
             best = T.alloc_local((2,), T.float32)
 
+            find_rows(physical, warp_tile, page_table, batch, row, config.tiles_per_warp)
             if warp_tile < num_tiles:
-                find_rows(
-                    physical, warp_tile, used_pages, page_table, batch, row, config.tiles_per_warp
-                )
                 for n in T.unroll(head_tiles):
                     head = T.min(n * TILE_HEADS + row, group_size - 1)
                     partial = 0.0
@@ -122,7 +121,8 @@ def page_score_kernel(
                 if first_tile < num_tiles:
                     for i in T.unroll(config.tiles_per_warp):
                         for t in T.unroll(2):
-                            page = physical[i, t]
+                            is_page = (first_tile + i) * TILE_PAGES + row + t * 8 < used_pages
+                            page = T.if_then_else(is_page, physical[i, t], 0)
                             for side in T.unroll(2):
                                 for k in T.unroll(half_loads):
                                     for w in T.vectorized(4):
@@ -135,7 +135,7 @@ def page_score_kernel(
                     # The next step's page ids arrive with this step's codes.
                     if step + 1 < config.steps:
                         find_rows(
-                            physical, first_tile + step_tiles, used_pages, page_table, batch, row,
+                            physical, first_tile + step_tiles, page_table, batch, row,
                             config.tiles_per_warp,
                         )  # fmt: skip
 

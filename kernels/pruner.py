@@ -12,8 +12,8 @@ from kernels.config import (
     THREAD_LEVEL,
     AttentionConfig,
     PrunerConfig,
-    next_power_of_two,
     start_early,
+    static_width,
 )
 from kernels.top_p import NUM_THREADS, VECTOR, is_held, list_row, prune_heads
 from kernels.tuned import config_for
@@ -140,7 +140,7 @@ def launch_prune_top_p(
     capability = torch.cuda.get_device_capability(logits.device)
     default = PrunerConfig.for_rows(cache.num_rows, grouped[2], capability, logits.itemsize)
     config = config_for("pruner", cache, grouped[2], width, default)
-    width_bound = next_power_of_two(max(width, 32))
+    width_bound = static_width(width)
     kernel = pruner_kernel(
         grouped[2], cache.page_size, width_bound, dtype_name(logits), work.split_tokens, config
     )

@@ -72,6 +72,7 @@ def prune_heads(
     slot = T.alloc_local((1,), T.int32)
     bracket = T.alloc_local((3,), T.int32)
     partial = T.alloc_var(T.float32)
+    asked = T.alloc_var(T.float32)
     scale = T.alloc_var(T.float32)  # from weight to mass
     farthest = T.alloc_var(T.float32)
     limit = T.alloc_var(T.float32)
@@ -118,6 +119,7 @@ def prune_heads(
         head = head_of(turn)
         row = lambda at: logit(head, at)
         near_row = row if row_copy is None else lambda at: row_copy[at]
+        asked = top_p[batch, kv_head, head]  # it arrives while the weights are summed up
         if held and row_copy is not None:
             for g in T.unroll(num_values // VECTOR):
                 for e in T.vectorized(VECTOR):
@@ -146,7 +148,6 @@ def prune_heads(
 
         scale = UNITY / total[0]
         # The total is NaN where the row has no softmax: then nothing may be dropped.
-        asked = top_p[batch, kv_head, head]
         p = T.if_then_else(T.And(total[0] >= 1.0, asked < 1.0), T.max(asked, 0.0), 1.0)
 
         # 2. What can matter: all heavier than the cut.

@@ -83,6 +83,13 @@ def top_pages_kernel(page_size: int, max_pages_bound: int, config: TopPagesConfi
             num_bins = T.alloc_var(T.int32)
             searching = T.alloc_var(T.int32)
 
+            page_of = lambda chunk, r: (chunk * per_thread + r) * num_threads + thread
+            bits_of = lambda page: T.reinterpret(
+                scores[batch, kv_head, T.min(page, max_pages - 1)], T.int32
+            )
+            if not wide:
+                for r in T.unroll(per_thread):  # asked for before the number of pages is there
+                    keys[r] = bits_of(page_of(0, r))
             num_pages = T.ceildiv(seq_lens[batch], page_size)
             num_chunks = T.ceildiv(num_pages, num_threads * per_thread) if wide else 1
             sink_pages = T.ceildiv(num_sink_tokens, page_size)
@@ -90,12 +97,11 @@ def top_pages_kernel(page_size: int, max_pages_bound: int, config: TopPagesConfi
                 T.max(seq_lens[batch] - num_recent_tokens, 0) // page_size, num_pages - 1
             )
             need = width - sink_pages - (num_pages - first_recent)
-            page_of = lambda chunk, r: (chunk * per_thread + r) * num_threads + thread
             is_open = lambda page: T.And(page >= sink_pages, page < first_recent)
-            bits_of = lambda page: T.reinterpret(scores[batch, kv_head, page], T.int32)
-            read_key = lambda page: T.if_then_else(
-                is_open(page), bits_of(page) ^ ((bits_of(page) >> 31) & HIGHEST_KEY), LOWEST_KEY
+            key_of_bits = lambda page, bits: T.if_then_else(
+                is_open(page), bits ^ ((bits >> 31) & HIGHEST_KEY), LOWEST_KEY
             )
+            read_key = lambda page: key_of_bits(page, bits_of(page))
             key_of = lambda chunk, r: read_key(page_of(chunk, r)) if wide else keys[r]
 
             bracket[0] = LOWEST_KEY  # takes every page
@@ -107,7 +113,7 @@ def top_pages_kernel(page_size: int, max_pages_bound: int, config: TopPagesConfi
                 clear_bins(search, thread)
                 if not wide:
                     for r in T.unroll(per_thread):
-                        keys[r] = read_key(page_of(0, r))
+                        keys[r] = key_of_bits(page_of(0, r), keys[r])
                 lowest = HIGHEST_KEY
                 highest = LOWEST_KEY
                 for chunk in T.serial(num_chunks):

@@ -218,7 +218,7 @@ MUTANTS = (
     ),
     Mutant(
         "splits merged with a wrong scale", "split_kv.py",
-        "total += scale * partial_lse", "total += partial_lse", ATTENTION, ATTENDED,
+        "total += scale * sums[each]", "total += sums[each]", ATTENTION, ATTENDED,
     ),
     Mutant(
         "ticket not left at zero", "split_kv.py",

@@ -32,6 +32,7 @@ from reference.inputs import DecodeShape
 from tests.cases import FORMS, NAMED, Case, Tensors, build_cache, forms_for, make_tensors
 from tests.fake_gpu import count_launches, kernel_modules
 
+FOREIGN = 2**30  # no token, no page, no item
 WINDOWS = {"num_sink_tokens": 4, "num_recent_tokens": 20}
 
 
@@ -53,6 +54,8 @@ def every_stage(case: Case) -> None:
         step = kernels.TwilightDecode(
             cache, q.shape[1], token_budget=case.token_budget, selector=selector, **windows
         )
+        step.scores.fill_(torch.nan)
+        step.candidate_pages.fill_(FOREIGN)
         cache.append(token, token)
         step.run(q, cache)
     kernels.page_attention(q, cache, step.candidate_pages, step.candidate_counts)
@@ -92,13 +95,27 @@ def fused() -> None:
             every_stage(case)
 
 
+class PoisonedTorch:
+    """torch, but that what torch.empty allocates holds poison.
+
+    Selector and estimator ask for scores and pages before they know how many there are. What they
+    find behind the last one has to be written, or initcheck would stop."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(torch, name)
+
+    def empty(self, *sizes: int, **options: object) -> torch.Tensor:
+        tensor = torch.empty(*sizes, **options)
+        return tensor.fill_(torch.nan if tensor.is_floating_point() else FOREIGN)
+
+
 def poisoned_items(allocate: Callable[..., WorkList]) -> Callable[..., WorkList]:
     """Attention reads an item ahead, behind the list's end too: what it finds there is written, or
     initcheck would stop, and using it is an access that memcheck sees."""
 
     def allocated(*arguments: object) -> WorkList:
         work = allocate(*arguments)
-        work.items.fill_(2**30)
+        work.items.fill_(FOREIGN)
         return work
 
     return allocated
@@ -146,6 +163,7 @@ PARTS: dict[str, Callable[[], None]] = {
 def main(part: str) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         launched = count_launches(monkeypatch, launch=True)
+        monkeypatch.setattr("kernels.selector.torch", PoisonedTorch())
         monkeypatch.setattr(WorkList, "allocate", poisoned_items(WorkList.allocate))
         PARTS[part]()
         torch.cuda.synchronize()

@@ -24,6 +24,7 @@ from kernels.config import (
     PrunerConfig,
     TopPagesConfig,
     next_power_of_two,
+    static_width,
 )
 from kernels.estimate_prune import estimate_prune_kernel
 from kernels.estimator import estimator_kernel
@@ -421,7 +422,7 @@ def prune_emulated(logits, cache, pages, counts, top_p, windows, config, folder)
     group_size, width = logits.shape[1] // cache.num_kv_heads, logits.shape[2]
     written = what_pruners_write(cache, group_size, width)
     dtype = str(logits.dtype).removeprefix("torch.")
-    static = (group_size, cache.page_size, next_power_of_two(max(width, 32)), dtype, 128, config)
+    static = (group_size, cache.page_size, static_width(width), dtype, 128, config)
     union = HeadUnion.allocate(cache, width)
     windows = {"num_sink_tokens": 0, "num_recent_tokens": 0} | windows
     emulated(pruner_kernel, static, folder)(
@@ -526,7 +527,7 @@ def test_fused_kernel_gives_the_bits_of_two(name, hazard, folder):
     q, width = grouped(inputs.q, cache), logits.shape[2]
     written = what_pruners_write(cache, q.shape[2], width)
     statics = (q.shape[2], head_dim, page_size, "float16")
-    bound = next_power_of_two(max(width, 32))
+    bound = static_width(width)
     emulated(estimate_prune_kernel, (*statics, bound, 128, config), folder)(
         (cache.num_kv_heads, cache.batch_size), NUM_THREADS * config.heads_at_once,
         q=q, codes=cache.k_int4, scale_zero=cache.k_scale_zero, page_table=cache.page_table,
