@@ -128,7 +128,8 @@ MUTANTS = (
     ),
     Mutant(
         "codes of a warp's first page for all its tiles", "estimator.py",
-        "page = next_physical[i]", "page = next_physical[0]", ESTIMATOR, ESTIMATED,
+        "next_physical[i], next_physical[0])", "next_physical[0], next_physical[0])",
+        ESTIMATOR, ESTIMATED,
     ),
     Mutant(
         "neighbouring rows not swapped back", "estimator.py",
