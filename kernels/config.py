@@ -49,7 +49,7 @@ class EstimatorConfig:
     def for_tiles(cls, num_tiles: int, head_dim: int) -> "EstimatorConfig":
         """Few tiles are spread over more warps; wide heads fill their registers with fewer."""
         if num_tiles < 16384:
-            return cls(num_warps=8, tiles_per_warp=1, steps=1)
+            return cls(tiles_per_warp=1, steps=2)
         return cls(tiles_per_warp=1 if head_dim > 128 else 2)
 
 

@@ -156,7 +156,6 @@ def estimate_prune_kernel(
                 lambda of_head, of_tile, of_token, value: T.buffer_store(
                     logits, value, [of_head, of_tile * TILE_TOKENS + of_token]
                 ),
-                False,
             )  # fmt: skip
             T.sync_threads()
             prune_heads(

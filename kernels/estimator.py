@@ -81,20 +81,18 @@ def launch_estimate_logits(
 
 @T.macro
 def find_pages(
-    pages, physical, first_tile, num_tiles, tiles_per_page,
-    candidate_pages, page_table, batch, kv_head, count,
+    pages, physical, first_tile, tiles_per_page, candidate_pages, page_table, batch, kv_head, count
 ):  # fmt: skip
-    """Logical and physical pages of `count` tiles; beyond the last tile, the last one's. Where
-    num_tiles is None, nothing here waits for it, and beyond the last tile they are anything."""
-    known = num_tiles is not None
-    last_tile = (num_tiles if known else candidate_pages.shape[2] * tiles_per_page) - 1
-    in_table = lambda page: page if known else T.min(T.max(page, 0), page_table.shape[1] - 1)
+    """Logical and physical pages of `count` tiles; beyond the last tile anything, as nothing here
+    waits for their number."""
+    last_tile = candidate_pages.shape[2] * tiles_per_page - 1
     for i in T.unroll(count):
         pages[i] = T.min(first_tile + i, last_tile) // tiles_per_page
     for i in T.unroll(count):
         pages[i] = candidate_pages[batch, kv_head, pages[i]]
     for i in T.unroll(count):
-        physical[i] = page_table[batch, in_table(pages[i])]
+        in_table = T.min(T.cast(pages[i], T.uint32), T.cast(page_table.shape[1] - 1, T.uint32))
+        physical[i] = page_table[batch, T.cast(in_table, T.int32)]
 
 
 @T.macro
@@ -152,11 +150,10 @@ def confine(logit, row, tokens_left):
 @T.macro
 def estimate_tiles(
     q, codes, scale_zero, page_table, candidate_pages, seq_len, sm_scale, batch, kv_head,
-    thread, warp_tile, num_tiles, step_tiles, steps, tiles_per_warp, store, early,
+    thread, warp_tile, num_tiles, step_tiles, steps, tiles_per_warp, store,
 ):  # fmt: skip
     """A warp's logits: of `tiles_per_warp` tiles from warp_tile on, and again `step_tiles` further,
-    `steps` times. store(head, tile, token of the tile, logit) stores one logit. With `early`, the
-    first pages are asked for before num_tiles is there."""
+    `steps` times. store(head, tile, token of the tile, logit) stores one logit."""
     group_size, page_size = int(q.shape[2]), int(codes.shape[2])
     lane_words = int(codes.shape[3]) // 4
     head_tiles = -(-group_size // TILE_HEADS)
@@ -179,11 +176,12 @@ def estimate_tiles(
     logit = T.alloc_local((lane_heads, 2), T.float32)  # of two heads and two tokens
     largest = T.alloc_var(T.float32)
 
-    if early or warp_tile < num_tiles:
-        find_pages(
-            next_page, next_physical, warp_tile, None if early else num_tiles, tiles_per_page,
-            candidate_pages, page_table, batch, kv_head, tiles_per_warp,
-        )  # fmt: skip
+    find_pages(
+        next_page, next_physical, warp_tile, tiles_per_page,
+        candidate_pages, page_table, batch, kv_head, tiles_per_warp,
+    )  # fmt: skip
+    # A condition that waits for nothing; without any, the kernel that prunes too spills.
+    if warp_tile < candidate_pages.shape[2] * tiles_per_page:
         load_query(q_fragment, q_sum, q, sm_scale, batch, kv_head, row, lane)
 
     for step in T.serial(steps):
@@ -191,7 +189,7 @@ def estimate_tiles(
         if first_tile < num_tiles:
             for i in T.unroll(tiles_per_warp):
                 tile = T.min(first_tile + i, num_tiles - 1)
-                is_tile = T.Or(not early or i == 0, first_tile + i < num_tiles)
+                is_tile = first_tile + i < num_tiles
                 page = T.if_then_else(is_tile, next_physical[i], next_physical[0])
                 token = tile % tiles_per_page * TILE_TOKENS + row
                 tile_page[i] = next_page[i]
@@ -205,8 +203,8 @@ def estimate_tiles(
             # The next step's page ids arrive with this step's codes.
             if step + 1 < steps:
                 find_pages(
-                    next_page, next_physical, first_tile + step_tiles, num_tiles,
-                    tiles_per_page, candidate_pages, page_table, batch, kv_head, tiles_per_warp,
+                    next_page, next_physical, first_tile + step_tiles, tiles_per_page,
+                    candidate_pages, page_table, batch, kv_head, tiles_per_warp,
                 )  # fmt: skip
 
         for i in T.unroll(tiles_per_warp):
@@ -306,7 +304,7 @@ def estimator_kernel(
             estimate_tiles(
                 q, codes, scale_zero, page_table, candidate_pages, seq_lens[batch], sm_scale,
                 batch, kv_head, thread, block * block_tiles + thread // 32 * config.tiles_per_warp,
-                num_tiles, step_tiles, config.steps, config.tiles_per_warp, store, True,
+                num_tiles, step_tiles, config.steps, config.tiles_per_warp, store,
             )  # fmt: skip
 
     return estimate_logits

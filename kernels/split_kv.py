@@ -10,7 +10,6 @@ import tilelang.language as T
 from kernels.config import TILE_LEVEL, AttentionConfig, start_early
 
 LOG2E = 1.4426950408889634
-MERGED_AT_ONCE = 8  # splits whose results a merging thread asks for together
 
 
 def listed_token(source, page_size, indices, batch, kv_head, index):
@@ -134,12 +133,9 @@ def merge_kernel(
         ):
             start_early(config.pdl)
             channel = T.get_thread_binding()
+            lane = channel % 32
             num_tokens = T.alloc_local((1,), T.int32)
-            outs = T.alloc_local((MERGED_AT_ONCE,), T.float32)
-            maxima = T.alloc_local((MERGED_AT_ONCE,), T.float32)
-            sums = T.alloc_local((MERGED_AT_ONCE,), T.float32)
             max_log2 = T.alloc_var(T.float32)
-            scale = T.alloc_var(T.float32)
             total = T.alloc_var(T.float32)
             acc = T.alloc_var(T.float32)
 
@@ -151,25 +147,16 @@ def merge_kernel(
                     lse[batch, kv_head, head] = -T.infinity(T.float32)
             if num_splits > 1:
                 max_log2 = -T.infinity(T.float32)
+                for step in T.serial(T.ceildiv(num_splits, 32)):
+                    split = T.min(step * 32 + lane, num_splits - 1)
+                    max_log2 = T.max(max_log2, partial_lse[batch, kv_head, split, head, 0])
+                max_log2 = T.warp_reduce_max(max_log2)
                 total = 0.0
                 acc = 0.0
-                for step in T.serial(T.ceildiv(num_splits, MERGED_AT_ONCE)):
-                    for each in T.unroll(MERGED_AT_ONCE):
-                        split = T.min(step * MERGED_AT_ONCE + each, num_splits - 1)
-                        maxima[each] = partial_lse[batch, kv_head, split, head, 0]
-                        sums[each] = partial_lse[batch, kv_head, split, head, 1]
-                        outs[each] = partial_out[batch, kv_head, split, head, channel]
-                    scale = max_log2
-                    for each in T.unroll(MERGED_AT_ONCE):
-                        max_log2 = T.max(max_log2, maxima[each])
-                    scale = T.exp2(scale - max_log2)
-                    total *= scale
-                    acc *= scale
-                    for each in T.unroll(MERGED_AT_ONCE):
-                        if step * MERGED_AT_ONCE + each < num_splits:
-                            scale = T.exp2(maxima[each] - max_log2)
-                            total += scale * sums[each]
-                            acc += scale * outs[each]
+                for split in T.serial(num_splits):
+                    scale = T.exp2(partial_lse[batch, kv_head, split, head, 0] - max_log2)
+                    total += scale * partial_lse[batch, kv_head, split, head, 1]
+                    acc += scale * partial_out[batch, kv_head, split, head, channel]
                 out[batch, kv_head, head, channel] = T.cast(acc / total, dtype)
                 if channel == 0:
                     lse[batch, kv_head, head] = (max_log2 + T.log2(total)) / LOG2E

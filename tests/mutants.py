@@ -219,7 +219,7 @@ MUTANTS = (
     ),
     Mutant(
         "splits merged with a wrong scale", "split_kv.py",
-        "total += scale * sums[each]", "total += sums[each]", ATTENTION, ATTENDED,
+        "total += scale * partial_lse", "total += partial_lse", ATTENTION, ATTENDED,
     ),
     Mutant(
         "ticket not left at zero", "split_kv.py",

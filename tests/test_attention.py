@@ -39,10 +39,12 @@ def skewed_counts(cache, rng: torch.Generator) -> torch.Tensor:
     return (share * cache.seq_lens[:, None]).int().clamp(min=1).masked_fill(share < 0, 0)
 
 
-def layer_tensors(rng: torch.Generator, length: int, batch_size: int = 8) -> Tensors:
+def layer_tensors(
+    rng: torch.Generator, length: int, batch_size: int = 8, num_qo_heads: int = 4
+) -> Tensors:
     """Random requests of one length, in the sizes of mha-ragged: 4 KV heads of 128 channels."""
     shape = (batch_size, length, 4, 128)
-    q = torch.randn(batch_size, 4, 128, generator=rng, device=rng.device).half()
+    q = torch.randn(batch_size, num_qo_heads, 128, generator=rng, device=rng.device).half()
     k, v = (torch.randn(shape, generator=rng, device=rng.device).half() for _ in range(2))
     lengths = torch.full((batch_size,), length, dtype=torch.int32, device=rng.device)
     table = torch.randperm(batch_size * length // 16, generator=rng, device=rng.device).int()
@@ -228,9 +230,10 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None])[0, :, 0]
 
 
+@pytest.mark.parametrize("num_qo_heads", [4, 16])
 @pytest.mark.parametrize("length", [8192, 20_000])
-def test_dense_attention_of_a_long_request(length, rng):
-    tensors = layer_tensors(rng, length, batch_size=1)
+def test_dense_attention_of_a_long_request(length, num_qo_heads, rng):
+    tensors = layer_tensors(rng, length, batch_size=1, num_qo_heads=num_qo_heads)
     cache = build_cache(kernels, tensors)
     out = kernels.dense_attention(tensors.q, cache)
     expected = reference.dense_attention(tensors.q, as_reference(cache))
