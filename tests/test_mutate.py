@@ -60,6 +60,17 @@ def test_tests_that_do_not_run_to_their_end_catch_nothing(code, monkeypatch):
         mutate.caught_by(MUTANTS[0])
 
 
+def test_the_baseline_goes_on_where_it_was_cut_off(monkeypatch, tmp_path, capsys):
+    """Tests that passed without a fault are not run again; those that ran out of time are."""
+    monkeypatch.setattr(mutate.ledger, "LEDGER", tmp_path / "ledger.jsonl")
+    codes = {"quick": [0], "slow": [mutate.TIMED_OUT, 0]}
+    monkeypatch.setattr(mutate, "selection_of", lambda mutant: (mutant,))
+    monkeypatch.setattr(mutate, "run_tests", lambda tests, *_: (codes[tests[0]].pop(0), "no end"))
+    assert not mutate.baseline_passes(["quick", "slow"])
+    assert "slow, without a fault: no end; run it again" in capsys.readouterr().out
+    assert mutate.baseline_passes(["quick", "slow"]) and codes == {"quick": [], "slow": []}
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_a_planted_fault_is_caught(monkeypatch):
     """By the emulator, on any machine."""
