@@ -116,7 +116,7 @@ def passes(selection: tuple[str, ...]) -> bool:
 def baseline_passes(mutants: list[Mutant]) -> bool:
     selections = sorted({selection_of(mutant) for mutant in mutants})
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return all(list(pool.map(passes, selections)))
+        return all(pool.map(passes, selections))
 
 
 def main(words: list[str]) -> int:
