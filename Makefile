@@ -55,17 +55,17 @@ mutants: $(READY)  ## plant faults in the kernels and see that tests catch them;
 	@$(PYTHON) -m tests.mutate; $(REPORT)
 
 tune: $(READY)  ## search launch configs on this GPU: [STAGE=pruner] [WORKLOAD=gqa-32k] [BUDGET_MINUTES=15] [FORCE=1]
-	@$(PYTHON) -m autotune.tune $(if $(STAGE),--stage $(STAGE)) $(if $(WORKLOAD),--workload $(WORKLOAD)) \
+	@$(PYTHON) -m twilight_tilelang.autotune.tune $(if $(STAGE),--stage $(STAGE)) $(if $(WORKLOAD),--workload $(WORKLOAD)) \
 		$(if $(FORCE),--force) $(if $(BUDGET_MINUTES),--minutes $(BUDGET_MINUTES))
 
 bench: $(READY)  ## check, time, save rows, draw: [FULL=1] [STAGE=pruner] [WORKLOAD=gqa-32k] [FORCE=1] [MINUTES=8]
-	@$(PYTHON) -m autotune.precompile $(if $(WORKLOAD),--workload $(WORKLOAD)) $(if $(FULL),--full) \
-		&& $(PYTHON) -m profiling.bench $(if $(STAGE),--stage $(STAGE)) $(if $(WORKLOAD),--workload $(WORKLOAD)) \
+	@$(PYTHON) -m twilight_tilelang.autotune.precompile $(if $(WORKLOAD),--workload $(WORKLOAD)) $(if $(FULL),--full) \
+		&& $(PYTHON) -m twilight_tilelang.profiling.bench $(if $(STAGE),--stage $(STAGE)) $(if $(WORKLOAD),--workload $(WORKLOAD)) \
 		$(if $(FULL),--full) $(if $(FORCE),--force) $(if $(MINUTES),--minutes $(MINUTES)) \
-		$(if $(COMMIT),--commit $(COMMIT)); status=$$?; $(PYTHON) -m plots.draw --present && exit $$status
+		$(if $(COMMIT),--commit $(COMMIT)); status=$$?; $(PYTHON) -m twilight_tilelang.plots.draw --present && exit $$status
 
 plots: $(READY)  ## draw every figure from the data files, print the README's tables, write that of the tuner
-	@$(PYTHON) -m plots.draw --table && $(PYTHON) -m autotune.show --readme && $(PYTHON) -m plots.draw
+	@$(PYTHON) -m twilight_tilelang.plots.draw --table && $(PYTHON) -m twilight_tilelang.autotune.show --readme && $(PYTHON) -m twilight_tilelang.plots.draw
 
 check: lint test  ## lint and test
 	@echo 'check: ok'

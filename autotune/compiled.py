@@ -10,7 +10,7 @@ from tilelang import PassConfigKey, tvm
 from tilelang.contrib.nvcc import default_compile_options, get_nvcc_compiler
 from tilelang.jit import JITImpl
 
-from autotune.variants import SHARED_MEMORY_LIMIT, KernelVariant
+from .variants import SHARED_MEMORY_LIMIT, KernelVariant
 
 
 class CompileError(Exception):

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from autotune.compiled import compile_for
-from autotune.launches import variants_of
-from autotune.variants import KernelShape
-from autotune.worker import SetupFailed, Worker, WorkerFailed
+from .compiled import compile_for
+from .launches import variants_of
+from .variants import KernelShape
+from .worker import SetupFailed, Worker, WorkerFailed
 
 COMPILE_SECONDS = 180.0
 MAX_COMPILERS = 16  # each takes about a gigabyte

@@ -3,8 +3,15 @@
 from dataclasses import replace
 from typing import Any
 
-from autotune.space import SPACES, bucket_of
-from autotune.variants import (
+from twilight_tilelang.kernels.config import PrunerConfig
+from twilight_tilelang.kernels.mirror import append_kernel, mirror_kernel, prefill_kernel
+from twilight_tilelang.kernels.pruner import pruner_kernel
+from twilight_tilelang.kernels.selector import all_pages_kernel
+from twilight_tilelang.kernels.split_kv import plan_kernel
+from twilight_tilelang.kernels.tuned import Configs, choose
+
+from .space import SPACES, bucket_of
+from .variants import (
     CAPABILITY,
     KernelShape,
     KernelVariant,
@@ -12,12 +19,6 @@ from autotune.variants import (
     attention_variants,
     pruner_arguments,
 )
-from kernels.config import PrunerConfig
-from kernels.mirror import append_kernel, mirror_kernel, prefill_kernel
-from kernels.pruner import pruner_kernel
-from kernels.selector import all_pages_kernel
-from kernels.split_kv import plan_kernel
-from kernels.tuned import Configs, choose
 
 
 def variants_of(kernel: str, shape: KernelShape, config: Any, arch: str) -> list[KernelVariant]:

@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 
-from autotune.search import Measured
-from autotune.space import SPACES
-from kernels.tuned import pinned
-from profiling import device
-from profiling.backends import TileLang
-from profiling.plan import Target, prepare
-from profiling.stages import Provider
-from profiling.timing import Calls, Timing, time_providers
-from profiling.workloads import METHODS, Workload
+from twilight_tilelang.kernels.tuned import pinned
+from twilight_tilelang.profiling import device
+from twilight_tilelang.profiling.backends import TileLang
+from twilight_tilelang.profiling.plan import Target, prepare
+from twilight_tilelang.profiling.stages import Provider
+from twilight_tilelang.profiling.timing import Calls, Timing, time_providers
+from twilight_tilelang.profiling.workloads import METHODS, Workload
+
+from .search import Measured
+from .space import SPACES
 
 QUICK_SECONDS, FINAL_SECONDS = 0.03, 0.3
 CALM, MAX_TIMES = 0.01, 3

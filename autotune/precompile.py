@@ -1,5 +1,5 @@
 """Command line: compile what the benchmark launches, side by side, into TileLang's cache on disk.
-`python -m autotune.precompile --help`
+`python -m twilight_tilelang.autotune.precompile --help`
 
 Else every kernel is compiled when it is first launched, one after another.
 """
@@ -15,15 +15,16 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
-from autotune.farm import MAX_COMPILERS
-from autotune.launches import launched_variants
-from autotune.tune import shape_of_workload
-from autotune.variants import KernelShape, KernelVariant, arch_of
-from autotune.worker import CONTEXT
-from kernels.tuned import Configs, load_configs
-from profiling import device
-from profiling.sweeps import GPU_FULL
-from profiling.workloads import GPU_WORKLOADS, BudgetSweep, Workload
+from twilight_tilelang.kernels.tuned import Configs, load_configs
+from twilight_tilelang.profiling import device
+from twilight_tilelang.profiling.sweeps import GPU_FULL
+from twilight_tilelang.profiling.workloads import GPU_WORKLOADS, BudgetSweep, Workload
+
+from .farm import MAX_COMPILERS
+from .launches import launched_variants
+from .tune import shape_of_workload
+from .variants import KernelShape, KernelVariant, arch_of
+from .worker import CONTEXT
 
 Job = tuple[str, str, tuple]  # module and name of a factory, and what it is called with
 
@@ -69,7 +70,7 @@ def compile_job(job: Job) -> str | None:
 def main(argv: list[str] | None = None) -> int:
     """Compile; what fails is said, and fails again where it is launched."""
     every = (*GPU_WORKLOADS, *GPU_FULL)
-    parser = argparse.ArgumentParser(prog="python -m autotune.precompile", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__)
     names = list(dict.fromkeys(workload.name for workload in every))
     parser.add_argument("--workload", choices=names, help="kernels of this workload only")
     parser.add_argument("--full", action="store_true", help="those of sweeps.py too")

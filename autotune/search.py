@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from autotune.worker import Worker, WorkerFailed
+from .worker import Worker, WorkerFailed
 
 CALL_SECONDS = 60.0  # a call that takes longer hangs
 VERIFY_SECONDS = 300.0  # the first one compiles the kernels of a whole step

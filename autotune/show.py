@@ -1,5 +1,5 @@
 """Command line: which config each kernel launches with, and why.
-`python -m autotune.show --help`"""
+`python -m twilight_tilelang.autotune.show --help`"""
 
 import argparse
 import re
@@ -7,11 +7,19 @@ from pathlib import Path
 
 import torch
 
-from autotune.space import SPACES, bucket_of
-from autotune.tune import WORKLOADS, shape_of_workload
-from autotune.variants import CAPABILITY, KernelShape, arch_of, as_launched
-from kernels.tuned import CONFIGS, Configs, Entry, choose, load_configs, read_configs
-from profiling import device
+from twilight_tilelang.kernels.tuned import (
+    CONFIGS,
+    Configs,
+    Entry,
+    choose,
+    load_configs,
+    read_configs,
+)
+from twilight_tilelang.profiling import device
+
+from .space import SPACES, bucket_of
+from .tune import WORKLOADS, shape_of_workload
+from .variants import CAPABILITY, KernelShape, arch_of, as_launched
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- table of autotune.show -->", "<!-- end of autotune.show -->"
@@ -78,7 +86,7 @@ def _gain(entry: Entry) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Print what a step of a workload, or of given sizes, launches with."""
-    parser = argparse.ArgumentParser(prog="python -m autotune.show", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__)
     by_name = {workload.name: workload for workload in WORKLOADS}
     parser.add_argument("--workload", choices=by_name, help="sizes of a standard workload")
     parser.add_argument("--batch-size", type=int, default=64)

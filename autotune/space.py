@@ -10,7 +10,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from autotune.variants import (
+from twilight_tilelang.kernels.config import (
+    AttentionConfig,
+    EstimatePruneConfig,
+    EstimatorConfig,
+    PageScoreConfig,
+    PrunerConfig,
+    TopPagesConfig,
+    next_power_of_two,
+    static_width,
+)
+from twilight_tilelang.kernels.estimate_prune import blocks_that_fit, default_config
+from twilight_tilelang.kernels.threshold import BINS_PER_THREAD
+from twilight_tilelang.kernels.top_p import MAX_VALUES, NUM_THREADS
+from twilight_tilelang.kernels.tuned import Bucket
+from twilight_tilelang.kernels.validate import TILE_TOKENS
+
+from .variants import (
     CAPABILITY,
     SHARED_MEMORY_LIMIT,
     SM_SHARED_MEMORY,
@@ -23,21 +39,6 @@ from autotune.variants import (
     pruner_variants,
     top_pages_variants,
 )
-from kernels.config import (
-    AttentionConfig,
-    EstimatePruneConfig,
-    EstimatorConfig,
-    PageScoreConfig,
-    PrunerConfig,
-    TopPagesConfig,
-    next_power_of_two,
-    static_width,
-)
-from kernels.estimate_prune import blocks_that_fit, default_config
-from kernels.threshold import BINS_PER_THREAD
-from kernels.top_p import MAX_VALUES, NUM_THREADS
-from kernels.tuned import Bucket
-from kernels.validate import TILE_TOKENS
 
 REGISTERS = 65536  # of one SM
 FULL_GPU = 128  # blocks; fewer leave multiprocessors of a large GPU idle

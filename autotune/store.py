@@ -5,7 +5,7 @@ import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from kernels.tuned import CONFIGS, KERNELS, Bucket, Configs, Entry, read_configs
+from twilight_tilelang.kernels.tuned import CONFIGS, KERNELS, Bucket, Configs, Entry, read_configs
 
 
 def path_of(gpu: str, folder: Path = CONFIGS) -> Path:

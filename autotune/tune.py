@@ -1,5 +1,5 @@
 """Command line: compile, check and time configs on this GPU; keep what is faster.
-`python -m autotune.tune --help`
+`python -m twilight_tilelang.autotune.tune --help`
 
 Entries are written as they are found. A run that is cut off leaves what it has, and the next run
 goes on from there.
@@ -19,17 +19,18 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from autotune.farm import Compiler, Farm
-from autotune.measure import Bench
-from autotune.search import CALL_SECONDS, Settled, settle
-from autotune.space import SPACES, bucket_of, candidates, space_id
-from autotune.store import is_settled, open_configs, path_of, with_entry, write_configs
-from autotune.variants import KernelShape, arch_of
-from autotune.worker import SetupFailed, Worker, WorkerFailed
-from kernels.pipeline import parts_for
-from kernels.tuned import CONFIGS, KERNELS, Bucket, Entry
-from profiling import device
-from profiling.workloads import GPU_WORKLOADS, Workload
+from twilight_tilelang.kernels.pipeline import parts_for
+from twilight_tilelang.kernels.tuned import CONFIGS, KERNELS, Bucket, Entry
+from twilight_tilelang.profiling import device
+from twilight_tilelang.profiling.workloads import GPU_WORKLOADS, Workload
+
+from .farm import Compiler, Farm
+from .measure import Bench
+from .search import CALL_SECONDS, Settled, settle
+from .space import SPACES, bucket_of, candidates, space_id
+from .store import is_settled, open_configs, path_of, with_entry, write_configs
+from .variants import KernelShape, arch_of
+from .worker import SetupFailed, Worker, WorkerFailed
 
 STAGES = tuple(dict.fromkeys(space.stage for space in SPACES.values()))
 # Those whose stages the benchmark times one by one.
@@ -201,7 +202,7 @@ def described(task: Task, settled: Settled) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the tuner; 0 if everything asked for is settled."""
-    parser = argparse.ArgumentParser(prog="python -m autotune.tune", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__)
     parser.add_argument("--stage", choices=STAGES, help="kernels of this stage only")
     names = [workload.name for workload in WORKLOADS]
     parser.add_argument("--workload", choices=names, help="buckets of this workload only")

@@ -6,8 +6,8 @@ from typing import Any
 
 from tilelang.jit import JITImpl
 
-from kernels.attention import ATTENTION_KERNELS
-from kernels.config import (
+from twilight_tilelang.kernels.attention import ATTENTION_KERNELS
+from twilight_tilelang.kernels.config import (
     AttentionConfig,
     EstimatePruneConfig,
     EstimatorConfig,
@@ -18,12 +18,12 @@ from kernels.config import (
     starts_early,
     static_width,
 )
-from kernels.estimate_prune import estimate_prune_kernel
-from kernels.estimator import estimator_kernel
-from kernels.page_scores import page_score_kernel
-from kernels.pruner import pruner_kernel
-from kernels.split_kv import merge_kernel
-from kernels.top_pages import top_pages_kernel
+from twilight_tilelang.kernels.estimate_prune import estimate_prune_kernel
+from twilight_tilelang.kernels.estimator import estimator_kernel
+from twilight_tilelang.kernels.page_scores import page_score_kernel
+from twilight_tilelang.kernels.pruner import pruner_kernel
+from twilight_tilelang.kernels.split_kv import merge_kernel
+from twilight_tilelang.kernels.top_pages import top_pages_kernel
 
 # Bytes of shared memory that one block may use and that a multiprocessor has; compute capability.
 SHARED_MEMORY_LIMIT = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024, "sm_100a": 227 * 1024}

@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kernels.attend_lanes import lanes_kernel
-from kernels.attend_tiles import tiles_kernel
-from kernels.cache import PagedKVCache
-from kernels.config import AttentionConfig, launches_early, num_multiprocessors
-from kernels.split_kv import merge_kernel, plan_kernel
-from kernels.tuned import config_for
-from kernels.validate import check_query, check_scale, check_tensor, dtype_name
+from .attend_lanes import lanes_kernel
+from .attend_tiles import tiles_kernel
+from .cache import PagedKVCache
+from .config import AttentionConfig, launches_early, num_multiprocessors
+from .split_kv import merge_kernel, plan_kernel
+from .tuned import config_for
+from .validate import check_query, check_scale, check_tensor, dtype_name
 
 ATTENTION_KERNELS = {"tiles": tiles_kernel, "lanes": lanes_kernel}
 

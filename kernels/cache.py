@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.mirror import append_kernel, mirror_kernel, prefill_kernel
-from kernels.validate import (
+from .mirror import append_kernel, mirror_kernel, prefill_kernel
+from .validate import (
     HALF_DTYPES,
     HEAD_DIMS,
     check_choice,

@@ -6,14 +6,14 @@ import tilelang
 import tilelang.language as T
 import torch
 
-from kernels.attention import WorkList
-from kernels.cache import PagedKVCache
-from kernels.config import THREAD_LEVEL, EstimatePruneConfig, start_early, static_width
-from kernels.estimator import estimate_tiles
-from kernels.threshold import BINS_PER_THREAD
-from kernels.top_p import NUM_THREADS, VECTOR, is_held, list_row, prune_heads
-from kernels.tuned import config_for
-from kernels.validate import TILE_TOKENS, dtype_name
+from .attention import WorkList
+from .cache import PagedKVCache
+from .config import THREAD_LEVEL, EstimatePruneConfig, start_early, static_width
+from .estimator import estimate_tiles
+from .threshold import BINS_PER_THREAD
+from .top_p import NUM_THREADS, VECTOR, is_held, list_row, prune_heads
+from .tuned import config_for
+from .validate import TILE_TOKENS, dtype_name
 
 MANY_ROWS = 264  # two blocks on each of 132 multiprocessors; fewer rows are spread over more blocks
 PADDING = 8  # logits behind each row, so that the heads' stores meet different banks

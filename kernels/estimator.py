@@ -4,10 +4,10 @@ import tilelang
 import tilelang.language as T
 import torch
 
-from kernels.cache import PagedKVCache
-from kernels.config import TILE_LEVEL, EstimatorConfig, start_early
-from kernels.tuned import config_for
-from kernels.validate import TILE_TOKENS, check_query, check_scale, check_tensor, dtype_name
+from .cache import PagedKVCache
+from .config import TILE_LEVEL, EstimatorConfig, start_early
+from .tuned import config_for
+from .validate import TILE_TOKENS, check_query, check_scale, check_tensor, dtype_name
 
 TILE_HEADS = 8  # the tensor-core instruction is m16n8k16: tokens x query heads x channels
 CODE_UNIT = 2.0**24  # a code's fp16 bits are worth so many times less than the code

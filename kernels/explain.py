@@ -5,16 +5,16 @@ from typing import Any
 
 import torch
 
-from kernels.config import (
+from .config import (
     EstimatorConfig,
     PageScoreConfig,
     PrunerConfig,
     TopPagesConfig,
     starts_early,
 )
-from kernels.estimate_prune import default_config
-from kernels.tuned import Bucket, Choice, choice_for
-from kernels.validate import TILE_TOKENS, dtype_name
+from .estimate_prune import default_config
+from .tuned import Bucket, Choice, choice_for
+from .validate import TILE_TOKENS, dtype_name
 
 
 def explain(step: "TwilightDecode") -> str:  # noqa: F821

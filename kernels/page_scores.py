@@ -5,10 +5,10 @@ import tilelang
 import tilelang.language as T
 import torch
 
-from kernels.cache import PagedKVCache
-from kernels.config import TILE_LEVEL, PageScoreConfig, start_early
-from kernels.tuned import config_for
-from kernels.validate import dtype_name
+from .cache import PagedKVCache
+from .config import TILE_LEVEL, PageScoreConfig, start_early
+from .tuned import config_for
+from .validate import dtype_name
 
 TILE_PAGES, TILE_HEADS = 16, 8  # the tensor-core instruction is m16n8k16: pages x heads x channels
 

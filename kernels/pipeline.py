@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import torch
 
-from kernels.attention import AttentionWorkspace, launch_attention, launch_plan
-from kernels.cache import PagedKVCache
-from kernels.crossing import expected_times, fastest, read_bandwidth
-from kernels.estimate_prune import estimate_prune_config, launch_estimate_prune
-from kernels.estimator import launch_estimate_logits
-from kernels.explain import explain
-from kernels.pruner import HeadUnion, expand_top_p, launch_prune_top_p
-from kernels.selector import launch_select_all, launch_select_pages, page_budget
-from kernels.validate import (
+from .attention import AttentionWorkspace, launch_attention, launch_plan
+from .cache import PagedKVCache
+from .crossing import expected_times, fastest, read_bandwidth
+from .estimate_prune import estimate_prune_config, launch_estimate_prune
+from .estimator import launch_estimate_logits
+from .explain import explain
+from .pruner import HeadUnion, expand_top_p, launch_prune_top_p
+from .selector import launch_select_all, launch_select_pages, page_budget
+from .validate import (
     MAX_GROUP_SIZE,
     check_choice,
     check_count,

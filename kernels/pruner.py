@@ -6,18 +6,18 @@ import tilelang
 import tilelang.language as T
 import torch
 
-from kernels.attention import WorkList
-from kernels.cache import PagedKVCache
-from kernels.config import (
+from .attention import WorkList
+from .cache import PagedKVCache
+from .config import (
     THREAD_LEVEL,
     AttentionConfig,
     PrunerConfig,
     start_early,
     static_width,
 )
-from kernels.top_p import NUM_THREADS, VECTOR, is_held, list_row, prune_heads
-from kernels.tuned import config_for
-from kernels.validate import TILE_TOKENS, check_count, check_tensor, dtype_name
+from .top_p import NUM_THREADS, VECTOR, is_held, list_row, prune_heads
+from .tuned import config_for
+from .validate import TILE_TOKENS, check_count, check_tensor, dtype_name
 
 LOGIT_DTYPES = (torch.float16, torch.float32)
 

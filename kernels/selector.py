@@ -4,11 +4,11 @@ import tilelang
 import tilelang.language as T
 import torch
 
-from kernels.cache import PagedKVCache
-from kernels.config import THREAD_LEVEL
-from kernels.page_scores import launch_page_scores
-from kernels.top_pages import launch_top_pages
-from kernels.validate import check_count, check_query
+from .cache import PagedKVCache
+from .config import THREAD_LEVEL
+from .page_scores import launch_page_scores
+from .top_pages import launch_top_pages
+from .validate import check_count, check_query
 
 
 def select_pages(

@@ -7,7 +7,7 @@ A row is one KV head of one request. An item is at most `split_tokens` of its to
 import tilelang
 import tilelang.language as T
 
-from kernels.config import TILE_LEVEL, AttentionConfig, start_early
+from .config import TILE_LEVEL, AttentionConfig, start_early
 
 LOG2E = 1.4426950408889634
 

@@ -14,8 +14,8 @@ import operator
 
 import tilelang.language as T
 
-from kernels.split_kv import LOG2E, append_items, count_tokens
-from kernels.threshold import (
+from .split_kv import LOG2E, append_items, count_tokens
+from .threshold import (
     HALF_WORD,
     alloc_search,
     bits_per_round,

@@ -4,9 +4,9 @@ import tilelang
 import tilelang.language as T
 import torch
 
-from kernels.cache import PagedKVCache
-from kernels.config import THREAD_LEVEL, TopPagesConfig, next_power_of_two, start_early
-from kernels.threshold import (
+from .cache import PagedKVCache
+from .config import THREAD_LEVEL, TopPagesConfig, next_power_of_two, start_early
+from .threshold import (
     HALF_WORD,
     add_to_bin,
     alloc_search,
@@ -15,7 +15,7 @@ from kernels.threshold import (
     compact,
     cross_bins,
 )
-from kernels.tuned import config_for
+from .tuned import config_for
 
 LOWEST_KEY, HIGHEST_KEY = -(2**31), 2**31 - 1
 

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from kernels.cache import PagedKVCache
-from kernels.config import (
+from .cache import PagedKVCache
+from .config import (
     AttentionConfig,
     EstimatePruneConfig,
     EstimatorConfig,
@@ -32,7 +32,7 @@ from kernels.config import (
     TopPagesConfig,
     launches_early,
 )
-from kernels.validate import dtype_name
+from .validate import dtype_name
 
 PACKAGE = Path(__file__).resolve().parent
 CONFIGS = PACKAGE.parent / "autotune" / "configs"

@@ -4,9 +4,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
-from plots.frames import Frames, require, rows_of
-from plots.parts import bar_look, heads, line, panels, title
-from plots.style import count, legend_below, microseconds, three_digits
+from .frames import Frames, require, rows_of
+from .parts import bar_look, heads, line, panels, title
+from .style import count, legend_below, microseconds, three_digits
 
 BITS = ("2", "3", "4", "8", "exact")
 METRICS = {

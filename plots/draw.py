@@ -1,6 +1,6 @@
 """Command line: read the data files, write the figures and a page that shows them.
 
-`python -m plots.draw --help`
+`python -m twilight_tilelang.plots.draw --help`
 """
 
 import argparse
@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from plots.figures import FIGURES, FULL_FIGURES, TUNED_FIGURES
-from plots.frames import SIZES, STEP_STAGES, Frames, MissingData, standard_rows
-from plots.parts import METHODS, stage_words
-from plots.style import DPI
+from .figures import FIGURES, FULL_FIGURES, TUNED_FIGURES
+from .frames import SIZES, STEP_STAGES, Frames, MissingData, standard_rows
+from .parts import METHODS, stage_words
+from .style import DPI
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "profiling" / "results"
@@ -158,7 +158,7 @@ def stage_table(frames: Frames) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Draw the figures, or print the table, of every GPU that has results."""
-    parser = argparse.ArgumentParser(prog="python -m plots.draw", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__)
     parser.add_argument("--gpu", help="this GPU only, by its folder's name")
     parser.add_argument("--table", action="store_true", help="print the README's tables instead")
     parser.add_argument("--present", action="store_true", help="skip what lacks data, say what")

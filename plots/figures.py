@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 from matplotlib.figure import Figure
 
-from plots import accuracy_figures, latency_figures, stage_figures
-from plots.frames import Frames
-from plots.style import styled
+from . import accuracy_figures, latency_figures, stage_figures
+from .frames import Frames
+from .style import styled
 
 Make = Callable[[Frames], Figure]
 

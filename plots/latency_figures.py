@@ -7,9 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
-from plots.frames import OURS, SIZES, Frames, fastest, require, rows_of, sweep
-from plots.parts import BAND, METHODS, PROVIDERS, floor, heads, line, panels, title
-from plots.style import LOOKS, legend_below, log_axes, three_digits
+from .frames import OURS, SIZES, Frames, fastest, require, rows_of, sweep
+from .parts import BAND, METHODS, PROVIDERS, floor, heads, line, panels, title
+from .style import LOOKS, legend_below, log_axes, three_digits
 
 STEP_FIXED = ["num_qo_heads", "num_kv_heads", "head_dim", "page_size", "top_p"]
 

@@ -4,8 +4,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from plots.frames import MissingData, in_order
-from plots.style import KERNEL_COLORS, LOOKS, STAGE_COLORS, STAGE_HATCHES, count
+from .frames import MissingData, in_order
+from .style import KERNEL_COLORS, LOOKS, STAGE_COLORS, STAGE_HATCHES, count
 
 MEDIAN, BAND = "medians", "medians, band p20 to p80"
 LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from plots.frames import (
+from .frames import (
     OURS,
     STEP_STAGES,
     Frames,
@@ -17,8 +17,8 @@ from plots.frames import (
     rows_of,
     standard_rows,
 )
-from plots.parts import LABEL_BOX, MEDIAN, bar_look, panels, stage_words, title
-from plots.style import (
+from .parts import LABEL_BOX, MEDIAN, bar_look, panels, stage_words, title
+from .style import (
     KERNEL_COLORS,
     STAGE_COLORS,
     STAGE_MARKERS,

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-import reference
-from profiling.checks import ORACLE, request_cache
-from profiling.observations import Origin, setting_of
-from profiling.rows import AccuracyRow
-from profiling.stages import StageBuilder
+from twilight_tilelang import reference
+
+from .checks import ORACLE, request_cache
+from .observations import Origin, setting_of
+from .rows import AccuracyRow
+from .stages import StageBuilder
 
 METHODS = ("full+twilight", "quest+twilight")
 BITS = ("2", "3", "4", "8", "exact")

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-import reference
+from twilight_tilelang import reference
 
 Call = Callable[[], torch.Tensor]
 
@@ -30,7 +30,7 @@ class TileLang:
     device = "cuda"
 
     def __init__(self) -> None:
-        import kernels  # compiles for a GPU: only where there is one
+        import twilight_tilelang as kernels  # compiles for a GPU: only where there is one
 
         self.package: ModuleType = kernels
 
@@ -65,7 +65,11 @@ class TileLang:
         counts: torch.Tensor,
         width: int,
     ) -> Call:
-        from kernels.attention import AttentionWorkspace, launch_attention, launch_plan
+        from twilight_tilelang.kernels.attention import (
+            AttentionWorkspace,
+            launch_attention,
+            launch_plan,
+        )
 
         workspace = AttentionWorkspace.allocate(cache, q.shape[1] // cache.num_kv_heads, width)
         out = torch.empty_like(q)

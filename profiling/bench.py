@@ -1,4 +1,4 @@
-"""Command line: check, time and save. `python -m profiling.bench --help`
+"""Command line: check, time and save. `python -m twilight_tilelang.profiling.bench --help`
 
 Rows are written as they are measured. A run that is cut off leaves what it has, and the next run of
 the same code goes on from there.
@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from profiling import device, timing, traffic
-from profiling.backends import TileLang, Torch
-from profiling.checks import CheckFailed
-from profiling.plan import Group, Observed, Target, Timed, groups_of, label, prepare, row_key
-from profiling.results import RESULTS, Finished, write_rows
-from profiling.rows import TABLES, Row
-from profiling.stages import Provider
-from profiling.summary import write_summary
-from profiling.sweeps import CPU_FULL, GPU_FULL, trace_workload
-from profiling.table import summary
-from profiling.workloads import CPU_WORKLOADS, GPU_WORKLOADS, BudgetSweep, Workload
+from . import device, timing, traffic
+from .backends import TileLang, Torch
+from .checks import CheckFailed
+from .plan import Group, Observed, Target, Timed, groups_of, label, prepare, row_key
+from .results import RESULTS, Finished, write_rows
+from .rows import TABLES, Row
+from .stages import Provider
+from .summary import write_summary
+from .sweeps import CPU_FULL, GPU_FULL, trace_workload
+from .table import summary
+from .workloads import CPU_WORKLOADS, GPU_WORKLOADS, BudgetSweep, Workload
 
 READ_BYTES = 8 << 30
 CPU_READ_BYTES = 256 << 20
@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     on_gpu = torch.cuda.is_available()
     base, more = (GPU_WORKLOADS, GPU_FULL) if on_gpu else (CPU_WORKLOADS, CPU_FULL)
     names = list(dict.fromkeys(workload.name for workload in (*base, *more)))
-    parser = argparse.ArgumentParser(prog="python -m profiling.bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__)
     parser.add_argument("--stage", choices=tuple(TABLES), help="measure this stage only")
     parser.add_argument("--workload", choices=names, help="measure this workload only")
     parser.add_argument(

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from profiling import baselines, checks
-from profiling.request_sets import SEED, RequestSets, cold_sets, random_tokens
-from profiling.stages import Kept, Notice, Provider, optional
-from profiling.timing import Calls
-from profiling.traffic import bytes_moved
-from profiling.workloads import BudgetSweep, work_of
+from . import baselines, checks
+from .request_sets import SEED, RequestSets, cold_sets, random_tokens
+from .stages import Kept, Notice, Provider, optional
+from .timing import Calls
+from .traffic import bytes_moved
+from .workloads import BudgetSweep, work_of
 
 METHOD = "random"
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-import reference
-from reference.compare import relative_error
+from twilight_tilelang import reference
+from twilight_tilelang.reference.compare import relative_error
 
 SCORE_TOLERANCE = 1e-4
 LOGIT_TOLERANCE = 1e-3

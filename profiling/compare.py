@@ -1,4 +1,5 @@
-"""Before and after: `python -m profiling.compare A B` between two folders of results.
+"""Before and after, between two folders of results:
+`python -m twilight_tilelang.profiling.compare A B`.
 
 Prints for every time that both hold the ratio B / A, and ends with 1 if any is a regression. A time
 is slower, or faster, only beyond the noise: its p20 to p80 does not meet that of the other folder,
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from profiling.summary import summarize
+from .summary import summarize
 
 TOLERANCE = 0.03
 
@@ -57,7 +58,7 @@ def _times(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Compare; 1 if anything is slower, 2 if nothing can be compared."""
-    parser = argparse.ArgumentParser(prog="python -m profiling.compare", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__)
     parser.add_argument("before", type=Path, help="folder of CSV files, as results/<gpu>")
     parser.add_argument("after", type=Path, help="another one")
     parser.add_argument(

@@ -21,7 +21,7 @@ def gpu_label() -> str:
     """The slug of the current GPU, or `cpu-reference` where there is none."""
     if not torch.cuda.is_available():
         return CPU_LABEL
-    from kernels.tuned import gpu_slug  # only where there is a GPU
+    from twilight_tilelang.kernels.tuned import gpu_slug  # only where there is a GPU
 
     return gpu_slug(torch.cuda.get_device_name())
 

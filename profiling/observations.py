@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from profiling.rows import KeptRow, MemoryRow
-from profiling.stages import StageBuilder
-from profiling.workloads import Workload
+from .rows import KeptRow, MemoryRow
+from .stages import StageBuilder
+from .workloads import Workload
 
 METHOD = "quest+twilight"
 PARTS = ("k_cache", "v_cache", "k_int4", "k_scale_zero", "page_bounds", "bounds_scale_zero")

@@ -4,16 +4,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from profiling import accuracy, device
-from profiling.budget_sweep import METHOD as RANDOM
-from profiling.budget_sweep import budget_providers
-from profiling.observations import METHOD, PARTS, Origin, kept_rows, memory_rows, setting_of
-from profiling.request_sets import affordable_sets, pool_bytes, sweep_sets, workload_sets
-from profiling.rows import ROW_KEY, AnyRow
-from profiling.stages import Notice, Provider, StageBuilder, methods_of, sets_wanted
-from profiling.timeline import timeline_rows
-from profiling.workloads import BudgetSweep, Workload
-from reference.inputs import DecodeShape
+from twilight_tilelang.reference.inputs import DecodeShape
+
+from . import accuracy, device
+from .budget_sweep import METHOD as RANDOM
+from .budget_sweep import budget_providers
+from .observations import METHOD, PARTS, Origin, kept_rows, memory_rows, setting_of
+from .request_sets import affordable_sets, pool_bytes, sweep_sets, workload_sets
+from .rows import ROW_KEY, AnyRow
+from .stages import Notice, Provider, StageBuilder, methods_of, sets_wanted
+from .timeline import timeline_rows
+from .workloads import BudgetSweep, Workload
 
 
 @dataclass(frozen=True)

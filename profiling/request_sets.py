@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from profiling.trace import read_trace
-from profiling.workloads import BudgetSweep, Workload
-from reference.inputs import DecodeShape, make_inputs, random_inputs
+from twilight_tilelang.reference.inputs import DecodeShape, make_inputs, random_inputs
+
+from .trace import read_trace
+from .workloads import BudgetSweep, Workload
 
 COLD_L2_SIZES = 3  # the sets' bytes together, over the size of the L2
 POOL_SHARE = 0.45  # of the free memory

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from profiling.rows import TABLES, AnyRow, table_of
+from .rows import TABLES, AnyRow, table_of
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DECIMALS = {"median_us": 2, "p20_us": 2, "p80_us": 2, "floor_us": 2, "kept_mean": 2}

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from profiling import baselines, checks
-from profiling.request_sets import RequestSets, cold_sets
-from profiling.rows import STAGES
-from profiling.timing import Calls
-from profiling.traffic import INDEX_BYTES, LOGIT_BYTES, Work, bytes_moved
-from profiling.workloads import METHODS, Workload
+from . import baselines, checks
+from .request_sets import RequestSets, cold_sets
+from .rows import STAGES
+from .timing import Calls
+from .traffic import INDEX_BYTES, LOGIT_BYTES, Work, bytes_moved
+from .workloads import METHODS, Workload
 
 WORKSPACE_BYTES = 8 << 30  # of all steps of one method together, about
 MAX_SLOTS = 4 * 72

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
-from profiling.trace import TRACES, read_trace
-from profiling.workloads import (
+from twilight_tilelang.reference.inputs import LAYER_BUDGETS
+
+from .trace import TRACES, read_trace
+from .workloads import (
     BUDGETS,
     LENGTHS,
     PAGE_SIZE,
@@ -16,7 +18,6 @@ from profiling.workloads import (
     small,
     small_shape,
 )
-from reference.inputs import LAYER_BUDGETS
 
 EQUAL = (1,)  # every head keeps as many
 SKEWED_BUDGETS = (64, 256, 1024, 4096)  # the mean; the largest head reads up to 4.9 times as many

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from profiling import device
+from . import device
 
 Calls = Sequence[Callable[[], object]]
 

@@ -5,9 +5,10 @@ A recording is a file of `torch.save` that holds a dictionary of three tensors o
     q     [batch_size, num_qo_heads, head_dim]           the newest token's queries, after RoPE
     k, v  [batch_size, seq_len, num_kv_heads, head_dim]  every cached token, the newest one too
 
-A request is one layer of one prompt; all have one length. `python -m profiling.trace MODEL` records
-one from a local Hugging Face model folder, `python -m profiling.trace FILE` says what a file holds,
-and `python -m profiling.bench --trace FILE` measures it.
+A request is one layer of one prompt; all have one length.
+`python -m twilight_tilelang.profiling.trace MODEL` records one from a local Hugging Face model
+folder, `python -m twilight_tilelang.profiling.trace FILE` says what a file holds, and
+`python -m twilight_tilelang.profiling.bench --trace FILE` measures it.
 """
 
 import argparse
@@ -16,9 +17,10 @@ from pathlib import Path
 
 import torch
 
-from profiling.record import record
-from reference.inputs import DecodeInputs, DecodeShape, shuffled_page_table
-from reference.validate import FLOAT_DTYPES, check_tensor, dtype_name
+from twilight_tilelang.reference.inputs import DecodeInputs, DecodeShape, shuffled_page_table
+from twilight_tilelang.reference.validate import FLOAT_DTYPES, check_tensor, dtype_name
+
+from .record import record
 
 TRACES = Path(__file__).resolve().parent / "traces"
 
@@ -95,7 +97,7 @@ def save_trace(path: Path, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) ->
 
 def main(argv: list[str] | None = None) -> int:
     """Record a model's step, or say what a recording holds."""
-    parser = argparse.ArgumentParser(prog="python -m profiling.trace", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__)
     parser.add_argument("source", type=Path, help="a Hugging Face model folder, or a recording")
     parser.add_argument("--text", type=Path, help="of a model: the prompt, a text file")
     parser.add_argument("--tokens", type=int, default=32_768, help="of the prompt, at most")
@@ -118,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"{path}: {batch_size} requests of {seq_len} tokens, {trace.q.shape[1]} query / "
         f"{num_kv_heads} KV heads of {head_dim} channels, {dtype_name(trace.q.dtype)}; measure it: "
-        f"python -m profiling.bench --trace {path}"
+        f"python -m twilight_tilelang.profiling.bench --trace {path}"
     )
     return 0
 

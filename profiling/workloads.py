@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-from profiling.rows import STAGES
-from profiling.traffic import Work
-from reference.inputs import LAYER_BUDGETS, DecodeShape
+from twilight_tilelang.reference.inputs import LAYER_BUDGETS, DecodeShape
+
+from .rows import STAGES
+from .traffic import Work
 
 PAGE_SIZE = 16
 TOP_P = 0.85

@@ -4,17 +4,17 @@ Any float dtype, CPU or GPU. Every function takes `dtype`, the dtype of its arit
 results: None for float32 arithmetic and results in the stated dtypes, torch.float64 for an oracle.
 """
 
-from reference.attention import (
+from .attention import (
     dense_attention,
     flash_topk_attention,
     gather_tokens,
     page_attention,
 )
-from reference.cache import PagedKVCache, exact_page_bounds, validate_cache
-from reference.estimator import candidate_tokens, estimate_logits
-from reference.pipeline import TwilightDecode
-from reference.pruner import group_union, prune_top_p, top_p_set_sorted, top_p_threshold
-from reference.quantize import (
+from .cache import PagedKVCache, exact_page_bounds, validate_cache
+from .estimator import candidate_tokens, estimate_logits
+from .pipeline import TwilightDecode
+from .pruner import group_union, prune_top_p, top_p_set_sorted, top_p_threshold
+from .quantize import (
     dequantize_bounds,
     dequantize_int4,
     dequantize_rows,
@@ -24,7 +24,7 @@ from reference.quantize import (
     quantize_rows,
     unpack_int4,
 )
-from reference.selector import quest_bounds, select_all, select_pages
+from .selector import quest_bounds, select_all, select_pages
 
 __all__ = [
     "PagedKVCache",

@@ -8,9 +8,9 @@ is exp(lse of the kept tokens - lse of all).
 
 import torch
 
-from reference.cache import PagedKVCache
-from reference.estimator import candidate_tokens
-from reference.validate import check_index_lists, check_query, compute_dtype, resolve_sm_scale
+from .cache import PagedKVCache
+from .estimator import candidate_tokens
+from .validate import check_index_lists, check_query, compute_dtype, resolve_sm_scale
 
 
 def gather_tokens(

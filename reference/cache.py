@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from reference.quantize import quantize_bounds, quantize_int4
-from reference.validate import FLOAT_DTYPES, INT_DTYPES, check_positive, check_tensor
+from .quantize import quantize_bounds, quantize_int4
+from .validate import FLOAT_DTYPES, INT_DTYPES, check_positive, check_tensor
 
 CHUNK_ELEMENTS = 1 << 26  # keys converted to float32 at a time
 

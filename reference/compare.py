@@ -6,7 +6,7 @@ that of a same-precision reference plus one rounding unit of the result's dtype 
 
 import torch
 
-from reference.validate import check_tensor
+from .validate import check_tensor
 
 
 def row_errors(got: torch.Tensor, oracle: torch.Tensor) -> torch.Tensor:

@@ -8,9 +8,9 @@ logit is the nearest of its numbers; NaN stays NaN.
 
 import torch
 
-from reference.cache import PagedKVCache
-from reference.quantize import dequantize_int4
-from reference.validate import check_index_lists, check_query, compute_dtype, resolve_sm_scale
+from .cache import PagedKVCache
+from .quantize import dequantize_int4
+from .validate import check_index_lists, check_query, compute_dtype, resolve_sm_scale
 
 LARGEST = torch.finfo(torch.float16).max
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from reference.cache import PagedKVCache, tokens_per_page
-from reference.inputs import DecodeInputs
+from .cache import PagedKVCache, tokens_per_page
+from .inputs import DecodeInputs
 
 
 def unused_slots(inputs: DecodeInputs | PagedKVCache) -> torch.Tensor:

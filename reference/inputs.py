@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from reference.attention import dense_attention, flash_topk_attention
-from reference.cache import PagedKVCache, pages_of
-from reference.validate import FLOAT_DTYPES, check_positive, dtype_name
+from .attention import dense_attention, flash_topk_attention
+from .cache import PagedKVCache, pages_of
+from .validate import FLOAT_DTYPES, check_positive, dtype_name
 
 # Tokens that p = 0.85 keeps in the 32 heads of one layer of a 7B model: a spread of 200x.
 LAYER_BUDGETS = (

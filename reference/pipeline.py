@@ -2,12 +2,12 @@
 
 import torch
 
-from reference.attention import flash_topk_attention
-from reference.cache import PagedKVCache
-from reference.estimator import estimate_logits
-from reference.pruner import broadcast_top_p, prune_top_p
-from reference.selector import select_all, select_pages, selection_width
-from reference.validate import check_positive, check_windows, resolve_sm_scale
+from .attention import flash_topk_attention
+from .cache import PagedKVCache
+from .estimator import estimate_logits
+from .pruner import broadcast_top_p, prune_top_p
+from .selector import select_all, select_pages, selection_width
+from .validate import check_positive, check_windows, resolve_sm_scale
 
 
 class TwilightDecode:

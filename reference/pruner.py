@@ -13,9 +13,9 @@ float64 for up to 2**19 tokens: no order changes them, and the two forms agree i
 
 import torch
 
-from reference.cache import PagedKVCache
-from reference.estimator import candidate_tokens
-from reference.validate import check_index_lists, check_tensor, check_windows
+from .cache import PagedKVCache
+from .estimator import candidate_tokens
+from .validate import check_index_lists, check_tensor, check_windows
 
 NO_TOKEN = torch.iinfo(torch.int32).max
 

@@ -13,9 +13,9 @@ for all: that is what a k_offset is for.
 
 import torch
 
-from reference.cache import PagedKVCache, pages_of
-from reference.quantize import dequantize_bounds
-from reference.validate import check_positive, check_query, check_windows, compute_dtype
+from .cache import PagedKVCache, pages_of
+from .quantize import dequantize_bounds
+from .validate import check_positive, check_query, check_windows, compute_dtype
 
 
 def quest_bounds(

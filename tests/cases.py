@@ -7,8 +7,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from kernels.config import AttentionConfig
-from reference.inputs import DecodeShape
+from twilight_tilelang.kernels.config import AttentionConfig
+from twilight_tilelang.reference.inputs import DecodeShape
 
 NAN = float("nan")
 NO_PAGE = -(2**30)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from autotune.compiled import lower
+from twilight_tilelang.autotune.compiled import lower
 
 HEADER = Path(__file__).parent / "cuda_on_cpu.h"
 _built: dict[tuple, Callable[..., None]] = {}

@@ -5,7 +5,7 @@ import os
 import time
 from typing import Any
 
-from autotune.search import Measured
+from twilight_tilelang.autotune.search import Measured
 
 
 class FakeBench:

@@ -16,8 +16,7 @@ import pytest
 import torch
 from tilelang.jit import JITImpl
 
-import kernels
-from kernels.validate import check_machine
+from twilight_tilelang.kernels.validate import check_machine
 
 CUDA = torch.device("cuda", 0)
 CREATORS = ("arange", "empty", "full", "ones", "tensor", "zeros")
@@ -118,5 +117,6 @@ def replace_kernels(
 
 def kernel_modules() -> list[ModuleType]:
     """Every module of `kernels`."""
-    found = pkgutil.iter_modules(kernels.__path__, "kernels.")
+    room = importlib.import_module("twilight_tilelang.kernels")
+    found = pkgutil.iter_modules(room.__path__, f"{room.__name__}.")
     return [importlib.import_module(module.name) for module in found]

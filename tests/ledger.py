@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from profiling.device import digest, gpu_label, source_id
+from twilight_tilelang.profiling.device import digest, gpu_label, source_id
 
 ROOT = Path(__file__).resolve().parent.parent
 LEDGER = ROOT / ".trust" / "ledger.jsonl"
-SOURCES = ("kernels", "reference", "tests")
+SOURCES = ("twilight_tilelang", "kernels", "reference", "tests")
 
 
 @functools.cache

@@ -3,11 +3,11 @@
 import itertools
 from pathlib import Path
 
-from profiling import accuracy, traffic
-from profiling.observations import PARTS, setting_of
-from profiling.plan import row_key
-from profiling.results import write_rows
-from profiling.rows import (
+from twilight_tilelang.profiling import accuracy, traffic
+from twilight_tilelang.profiling.observations import PARTS, setting_of
+from twilight_tilelang.profiling.plan import row_key
+from twilight_tilelang.profiling.results import write_rows
+from twilight_tilelang.profiling.rows import (
     OBSERVED,
     TABLES,
     AccuracyRow,
@@ -18,10 +18,10 @@ from profiling.rows import (
     TimelineRow,
     table_of,
 )
-from profiling.stages import methods_of
-from profiling.sweeps import GPU_FULL
-from profiling.workloads import GPU_WORKLOADS, BudgetSweep, Workload, work_of
-from reference.inputs import LAYER_BUDGETS
+from twilight_tilelang.profiling.stages import methods_of
+from twilight_tilelang.profiling.sweeps import GPU_FULL
+from twilight_tilelang.profiling.workloads import GPU_WORKLOADS, BudgetSweep, Workload, work_of
+from twilight_tilelang.reference.inputs import LAYER_BUDGETS
 
 ORIGIN = {"torch": "2.13.0", "commit": "0123456789", "date": "2026-01-31"}
 READ_TBPS = 4.4

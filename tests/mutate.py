@@ -19,7 +19,7 @@ import torch
 from tests import ledger
 from tests.mutants import MUTANTS, Mutant
 
-FOLDERS = ("kernels", "reference", "tests", "autotune", "profiling")
+FOLDERS = ("twilight_tilelang", "kernels", "reference", "tests", "autotune", "profiling")
 FILES = ("pyproject.toml", "requirements.txt")
 UNIT_SECONDS = 150
 BASELINE_SECONDS = 500

@@ -10,7 +10,6 @@ from types import ModuleType
 
 import torch
 
-from reference.hazards import poison_unused
 from tests.cases import Tensors, build_cache, shuffled_pages
 from tests.properties import (
     as_mask,
@@ -25,6 +24,7 @@ from tests.properties import (
     write_logits,
 )
 from tests.strategies import Step
+from twilight_tilelang.reference.hazards import poison_unused
 
 Results = dict[str, torch.Tensor]
 SPOILS = (torch.nan, torch.inf, -torch.inf)

@@ -15,22 +15,22 @@ from unittest.mock import patch
 import pytest
 import torch
 
-import kernels
-from kernels import pipeline
-from kernels.attention import WorkList
-from kernels.config import (
+import twilight_tilelang as kernels
+from tests.cases import FORMS, NAMED, Case, Tensors, build_cache, forms_for, make_tensors
+from tests.fake_gpu import count_launches, kernel_modules
+from twilight_tilelang.kernels import pipeline
+from twilight_tilelang.kernels.attention import WorkList
+from twilight_tilelang.kernels.config import (
     AttentionConfig,
     EstimatorConfig,
     PageScoreConfig,
     PrunerConfig,
     TopPagesConfig,
 )
-from kernels.estimate_prune import estimate_prune_config
-from kernels.tuned import pinned
-from reference.hazards import poison_unused
-from reference.inputs import DecodeShape
-from tests.cases import FORMS, NAMED, Case, Tensors, build_cache, forms_for, make_tensors
-from tests.fake_gpu import count_launches, kernel_modules
+from twilight_tilelang.kernels.estimate_prune import estimate_prune_config
+from twilight_tilelang.kernels.tuned import pinned
+from twilight_tilelang.reference.hazards import poison_unused
+from twilight_tilelang.reference.inputs import DecodeShape
 
 FOREIGN = 2**30  # no token, no page, no item
 WINDOWS = {"num_sink_tokens": 4, "num_recent_tokens": 20}
@@ -163,7 +163,7 @@ PARTS: dict[str, Callable[[], None]] = {
 def main(part: str) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         launched = count_launches(monkeypatch, launch=True)
-        monkeypatch.setattr("kernels.selector.torch", PoisonedTorch())
+        monkeypatch.setattr("twilight_tilelang.kernels.selector.torch", PoisonedTorch())
         monkeypatch.setattr(WorkList, "allocate", poisoned_items(WorkList.allocate))
         PARTS[part]()
         torch.cuda.synchronize()

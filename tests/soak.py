@@ -13,12 +13,12 @@ from types import ModuleType
 
 import torch
 
-import kernels
-import reference
+import twilight_tilelang as kernels
 from tests import ledger
 from tests.cases import Tensors
 from tests.promises import assert_identical, decoded, results_of
 from tests.properties import assert_decode_step
+from twilight_tilelang import reference
 
 MIRROR = ("k_int4", "k_scale_zero", "page_bounds", "bounds_scale_zero")
 NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE = 8, 2, 128, 16

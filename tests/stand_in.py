@@ -7,9 +7,9 @@ import dataclasses
 
 import torch
 
-import reference
-from reference import PagedKVCache, dense_attention
-from reference.pruner import broadcast_top_p
+from twilight_tilelang import reference
+from twilight_tilelang.reference import PagedKVCache, dense_attention
+from twilight_tilelang.reference.pruner import broadcast_top_p
 
 __all__ = ["PagedKVCache", "TwilightDecode", "dense_attention"]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
-from reference.inputs import DecodeShape
 from tests.cases import Case, Tensors, make_tensors
+from twilight_tilelang.reference.inputs import DecodeShape
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,17 @@ import dataclasses
 import pytest
 import torch
 
-import reference
-from profiling import accuracy
-from profiling.accuracy import Request, accuracy_rows, prune
-from profiling.backends import Torch
-from profiling.checks import request_cache
-from profiling.observations import kept_rows, memory_rows
-from profiling.plan import Target, prepare
-from profiling.rows import AccuracyRow
-from profiling.stages import StageBuilder
-from profiling.workloads import Workload
-from reference.inputs import DecodeShape
+from twilight_tilelang import reference
+from twilight_tilelang.profiling import accuracy
+from twilight_tilelang.profiling.accuracy import Request, accuracy_rows, prune
+from twilight_tilelang.profiling.backends import Torch
+from twilight_tilelang.profiling.checks import request_cache
+from twilight_tilelang.profiling.observations import kept_rows, memory_rows
+from twilight_tilelang.profiling.plan import Target, prepare
+from twilight_tilelang.profiling.rows import AccuracyRow
+from twilight_tilelang.profiling.stages import StageBuilder
+from twilight_tilelang.profiling.workloads import Workload
+from twilight_tilelang.reference.inputs import DecodeShape
 
 TOP_PS = (0.5, 0.85, 0.99)
 SMALL = Workload(

@@ -5,15 +5,15 @@ import dataclasses
 import pytest
 import torch
 
-import kernels
-import reference
-from kernels.attention import AttentionWorkspace, launch_attention, launch_plan
-from kernels.tuned import pinned
-from reference.compare import assert_close
-from reference.hazards import poison_unused
-from reference.inputs import LAYER_BUDGETS
+import twilight_tilelang as kernels
 from tests.cases import BASE, CASES, FORMS, NAMED, Tensors, build_cache, forms_for, make_tensors
 from tests.properties import as_reference, assert_attention_close, candidate_positions
+from twilight_tilelang import reference
+from twilight_tilelang.kernels.attention import AttentionWorkspace, launch_attention, launch_plan
+from twilight_tilelang.kernels.tuned import pinned
+from twilight_tilelang.reference.compare import assert_close
+from twilight_tilelang.reference.hazards import poison_unused
+from twilight_tilelang.reference.inputs import LAYER_BUDGETS
 
 pytestmark = pytest.mark.gpu
 
@@ -91,7 +91,7 @@ def test_every_form_gives_the_same_bits_from_any_grid(form, pdl, rng, monkeypatc
     if pdl and torch.cuda.get_device_capability(rng.device) < (9, 0):
         pytest.skip("early starts need compute capability 9")
     for module in ("attention", "tuned"):
-        monkeypatch.setattr(f"kernels.{module}.launches_early", lambda cache: pdl)
+        monkeypatch.setattr(f"twilight_tilelang.kernels.{module}.launches_early", lambda cache: pdl)
     tensors = layer_tensors(rng, 3008)
     cache = build_cache(kernels, tensors)
     counts = torch.tensor(LAYER_BUDGETS, dtype=torch.int32, device=rng.device).view(8, 4)

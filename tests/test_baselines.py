@@ -6,11 +6,11 @@ import types
 import pytest
 import torch
 
-import reference
-from profiling import baselines
-from profiling.request_sets import random_tokens
-from reference.compare import relative_error
-from reference.inputs import DecodeShape, random_inputs
+from twilight_tilelang import reference
+from twilight_tilelang.profiling import baselines
+from twilight_tilelang.profiling.request_sets import random_tokens
+from twilight_tilelang.reference.compare import relative_error
+from twilight_tilelang.reference.inputs import DecodeShape, random_inputs
 
 
 class PagedDecode:

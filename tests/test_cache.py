@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-import kernels
-import reference
-from reference.hazards import poison_unused
+import twilight_tilelang as kernels
 from tests.cases import BASE, CASES, NAMED, Tensors, build_cache, make_tensors
 from tests.properties import as_reference, valid_entries
+from twilight_tilelang import reference
+from twilight_tilelang.reference.hazards import poison_unused
 
 pytestmark = pytest.mark.gpu
 

@@ -6,13 +6,13 @@ import re
 
 import pytest
 
-from autotune.compiled import compile_for
-from autotune.launches import default_variants
-from autotune.variants import SHARED_MEMORY_LIMIT, KernelShape, KernelVariant
-from kernels.attention import ATTENTION_KERNELS
-from kernels.config import EstimatePruneConfig
-from kernels.estimate_prune import estimate_prune_kernel
 from tests.cases import FORMS
+from twilight_tilelang.autotune.compiled import compile_for
+from twilight_tilelang.autotune.launches import default_variants
+from twilight_tilelang.autotune.variants import SHARED_MEMORY_LIMIT, KernelShape, KernelVariant
+from twilight_tilelang.kernels.attention import ATTENTION_KERNELS
+from twilight_tilelang.kernels.config import EstimatePruneConfig
+from twilight_tilelang.kernels.estimate_prune import estimate_prune_kernel
 
 # Each shape with the GPUs that it is compiled for: one for all three, the odd ones for one.
 SHAPES = {

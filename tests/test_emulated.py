@@ -14,9 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import reference
-from kernels.attention import ATTENTION_KERNELS
-from kernels.config import (
+from tests.cases import FORMS, NAN, forms_for
+from tests.emulate import emulated
+from tests.guards import GuardedMemory
+from tests.logits import LOGITS, NO_SOFTMAX, normal, rounded
+from tests.properties import assert_bounds_hold, assert_top_p, token_slots
+from twilight_tilelang import reference
+from twilight_tilelang.kernels.attention import ATTENTION_KERNELS
+from twilight_tilelang.kernels.config import (
     AttentionConfig,
     EstimatePruneConfig,
     EstimatorConfig,
@@ -26,22 +31,17 @@ from kernels.config import (
     next_power_of_two,
     static_width,
 )
-from kernels.estimate_prune import estimate_prune_kernel
-from kernels.estimator import estimator_kernel
-from kernels.mirror import append_kernel, mirror_kernel, prefill_kernel
-from kernels.page_scores import page_score_kernel
-from kernels.pruner import HeadUnion, pruner_kernel
-from kernels.selector import all_pages_kernel
-from kernels.split_kv import merge_kernel, plan_kernel
-from kernels.top_p import NUM_THREADS
-from kernels.top_pages import top_pages_kernel
-from reference.hazards import contiguous, poison_unused
-from reference.inputs import DecodeShape, random_inputs
-from tests.cases import FORMS, NAN, forms_for
-from tests.emulate import emulated
-from tests.guards import GuardedMemory
-from tests.logits import LOGITS, NO_SOFTMAX, normal, rounded
-from tests.properties import assert_bounds_hold, assert_top_p, token_slots
+from twilight_tilelang.kernels.estimate_prune import estimate_prune_kernel
+from twilight_tilelang.kernels.estimator import estimator_kernel
+from twilight_tilelang.kernels.mirror import append_kernel, mirror_kernel, prefill_kernel
+from twilight_tilelang.kernels.page_scores import page_score_kernel
+from twilight_tilelang.kernels.pruner import HeadUnion, pruner_kernel
+from twilight_tilelang.kernels.selector import all_pages_kernel
+from twilight_tilelang.kernels.split_kv import merge_kernel, plan_kernel
+from twilight_tilelang.kernels.top_p import NUM_THREADS
+from twilight_tilelang.kernels.top_pages import top_pages_kernel
+from twilight_tilelang.reference.hazards import contiguous, poison_unused
+from twilight_tilelang.reference.inputs import DecodeShape, random_inputs
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 

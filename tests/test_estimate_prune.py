@@ -8,15 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-import kernels
-from kernels import pipeline
-from kernels.estimate_prune import default_config, estimate_prune_config
-from reference.hazards import poison_unused
-from reference.inputs import DecodeShape
+import twilight_tilelang as kernels
 from tests import fake_gpu
 from tests.cases import BASE, CASES, NAMED, Case, build_cache, make_tensors
 from tests.promises import assert_identical, decode, decoded, results_of, take
 from tests.properties import assert_decode_step
+from twilight_tilelang.kernels import pipeline
+from twilight_tilelang.kernels.estimate_prune import default_config, estimate_prune_config
+from twilight_tilelang.reference.hazards import poison_unused
+from twilight_tilelang.reference.inputs import DecodeShape
 
 SHARED_MEMORY = {"a100": 164 * 1024, "h200": 228 * 1024}
 

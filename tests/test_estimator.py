@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-import kernels
-from kernels.config import EstimatorConfig
-from kernels.tuned import pinned
-from reference.hazards import poison_unused
+import twilight_tilelang as kernels
 from tests.cases import BASE, CASES, NAMED, build_cache, make_tensors
 from tests.properties import assert_logits_close, listed_columns, num_used_pages
+from twilight_tilelang.kernels.config import EstimatorConfig
+from twilight_tilelang.kernels.tuned import pinned
+from twilight_tilelang.reference.hazards import poison_unused
 
 pytestmark = pytest.mark.gpu
 CONFIGS = {

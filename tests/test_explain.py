@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-import kernels
-from autotune.store import write_configs
-from kernels import tuned
-from kernels.config import PrunerConfig
-from kernels.tuned import Bucket, Configs, Entry
+import twilight_tilelang as kernels
 from tests import fake_gpu
+from twilight_tilelang.autotune.store import write_configs
+from twilight_tilelang.kernels import tuned
+from twilight_tilelang.kernels.config import PrunerConfig
+from twilight_tilelang.kernels.tuned import Bucket, Configs, Entry
 
 
 @pytest.fixture

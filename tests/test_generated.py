@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-import kernels
+import twilight_tilelang as kernels
 from tests import ledger, stand_in
 from tests.promises import check_step
 from tests.strategies import BUCKETS, SMALL_BUCKETS, Bucket, Step, decode_steps

@@ -7,9 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-import kernels
-from kernels.crossing import fastest
-from reference.hazards import poison_unused
+import twilight_tilelang as kernels
 from tests.cases import (
     BASE,
     CASES,
@@ -20,6 +18,8 @@ from tests.cases import (
     make_tensors,
 )
 from tests.properties import assert_decode_step
+from twilight_tilelang.kernels.crossing import fastest
+from twilight_tilelang.reference.hazards import poison_unused
 
 pytestmark = pytest.mark.gpu
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from plots import draw
-from plots.figures import FIGURES, FULL_FIGURES
-from plots.frames import MissingData
-from profiling.rows import AnyRow, table_of
 from tests.made_up_results import made_up_rows, write_frames
+from twilight_tilelang.plots import draw
+from twilight_tilelang.plots.figures import FIGURES, FULL_FIGURES
+from twilight_tilelang.plots.frames import MissingData
+from twilight_tilelang.profiling.rows import AnyRow, table_of
 
 
 @pytest.fixture(scope="module")

@@ -6,15 +6,15 @@ import pytest
 import torch
 from tilelang.jit import JITImpl
 
-import kernels
-from autotune import precompile
-from autotune.precompile import compile_job, jobs_of
-from kernels import tuned
-from profiling.backends import TileLang
-from profiling.stages import Slot
-from profiling.workloads import Workload
-from reference.inputs import DecodeShape
+import twilight_tilelang as kernels
 from tests import fake_gpu
+from twilight_tilelang.autotune import precompile
+from twilight_tilelang.autotune.precompile import compile_job, jobs_of
+from twilight_tilelang.kernels import tuned
+from twilight_tilelang.profiling.backends import TileLang
+from twilight_tilelang.profiling.stages import Slot
+from twilight_tilelang.profiling.workloads import Workload
+from twilight_tilelang.reference.inputs import DecodeShape
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_every_launch_was_compiled_ahead(name, monkeypatch):
 
 
 def test_a_kernel_that_does_not_compile_is_named():
-    job = ("kernels.selector", "all_pages_kernel", ("sixteen", 1))
+    job = ("twilight_tilelang.kernels.selector", "all_pages_kernel", ("sixteen", 1))
     assert compile_job(job).startswith("not compiled: all_pages_kernel('sixteen', 1): ")
 
 

@@ -8,9 +8,7 @@ logits, too, in test_pruner.py.
 import pytest
 import torch
 
-import kernels
-from reference.hazards import poison_unused
-from reference.inputs import DecodeShape
+import twilight_tilelang as kernels
 from tests.cases import BASE, CASES, NAMED, Case, Tensors, build_cache, make_tensors
 from tests.promises import assert_identical, decode, decoded, results_of, take
 from tests.properties import (
@@ -23,6 +21,8 @@ from tests.properties import (
     head_weights,
     stored_keys,
 )
+from twilight_tilelang.reference.hazards import poison_unused
+from twilight_tilelang.reference.inputs import DecodeShape
 
 pytestmark = pytest.mark.gpu
 

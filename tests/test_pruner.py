@@ -5,10 +5,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-import kernels
-import reference
-from kernels.config import PrunerConfig
-from kernels.tuned import pinned
+import twilight_tilelang as kernels
 from tests.cases import NAN
 from tests.logits import LOGITS, NO_SOFTMAX, normal, rounded, skewed
 from tests.properties import (
@@ -20,6 +17,9 @@ from tests.properties import (
     listed_columns,
     valid_entries,
 )
+from twilight_tilelang import reference
+from twilight_tilelang.kernels.config import PrunerConfig
+from twilight_tilelang.kernels.tuned import pinned
 
 pytestmark = pytest.mark.gpu
 

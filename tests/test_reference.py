@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reference import (
+from twilight_tilelang.reference import (
     PagedKVCache,
     dequantize_bounds,
     dequantize_int4,
@@ -17,8 +17,8 @@ from reference import (
     unpack_int4,
     validate_cache,
 )
-from reference.hazards import contiguous, poison_inputs, share_prefix
-from reference.inputs import DecodeShape, random_inputs
+from twilight_tilelang.reference.hazards import contiguous, poison_inputs, share_prefix
+from twilight_tilelang.reference.inputs import DecodeShape, random_inputs
 
 SEEDS = st.integers(0, 2**31)
 DTYPES = st.sampled_from([torch.float16, torch.bfloat16, torch.float32])

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reference import (
+from twilight_tilelang.reference import (
     PagedKVCache,
     TwilightDecode,
     dense_attention,
@@ -17,9 +17,9 @@ from reference import (
     select_all,
     select_pages,
 )
-from reference.compare import assert_close
-from reference.hazards import contiguous, poisoned_cache, share_prefix
-from reference.inputs import DecodeInputs, DecodeShape, random_inputs
+from twilight_tilelang.reference.compare import assert_close
+from twilight_tilelang.reference.hazards import contiguous, poisoned_cache, share_prefix
+from twilight_tilelang.reference.inputs import DecodeInputs, DecodeShape, random_inputs
 
 SEEDS = st.integers(0, 2**31)
 LENGTHS = st.lists(st.integers(0, 60), min_size=1, max_size=3)

@@ -3,10 +3,15 @@
 import pytest
 import torch
 
-from reference import PagedKVCache, TwilightDecode, validate_cache
-from reference.compare import assert_close, max_error, relative_error, row_errors
-from reference.hazards import poison_unused, share_prefix, unused_slots
-from reference.inputs import DecodeShape, make_inputs, measure_budgets, random_inputs
+from twilight_tilelang.reference import PagedKVCache, TwilightDecode, validate_cache
+from twilight_tilelang.reference.compare import assert_close, max_error, relative_error, row_errors
+from twilight_tilelang.reference.hazards import poison_unused, share_prefix, unused_slots
+from twilight_tilelang.reference.inputs import (
+    DecodeShape,
+    make_inputs,
+    measure_budgets,
+    random_inputs,
+)
 
 BUDGET_CASES = [
     pytest.param(DecodeShape(2, 8, 2, 128, 16, 8192), id="b2-qo8-kv2-d128-p16-n8192"),

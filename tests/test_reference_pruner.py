@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reference import (
+from twilight_tilelang.reference import (
     PagedKVCache,
     estimate_logits,
     group_union,
@@ -17,8 +17,8 @@ from reference import (
     top_p_set_sorted,
     top_p_threshold,
 )
-from reference.hazards import poisoned_cache
-from reference.inputs import DecodeShape, random_inputs
+from twilight_tilelang.reference.hazards import poisoned_cache
+from twilight_tilelang.reference.inputs import DecodeShape, random_inputs
 
 SEEDS = st.integers(0, 2**31)
 LENGTHS = st.lists(st.integers(0, 50), min_size=1, max_size=3)

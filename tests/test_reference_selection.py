@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reference import (
+from twilight_tilelang.reference import (
     PagedKVCache,
     dense_attention,
     dequantize_bounds,
@@ -17,8 +17,8 @@ from reference import (
     select_all,
     select_pages,
 )
-from reference.hazards import poison_unused, poisoned_cache
-from reference.inputs import DecodeShape, make_inputs, random_inputs
+from twilight_tilelang.reference.hazards import poison_unused, poisoned_cache
+from twilight_tilelang.reference.inputs import DecodeShape, make_inputs, random_inputs
 
 SEEDS = st.integers(0, 2**31)
 LENGTHS = st.lists(st.integers(0, 50), min_size=1, max_size=3)

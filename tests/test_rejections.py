@@ -11,12 +11,12 @@ from typing import NamedTuple
 import pytest
 import torch
 
-import kernels
-import reference
-from kernels import validate
-from kernels.validate import check_machine
+import twilight_tilelang as kernels
 from tests import fake_gpu
 from tests.cases import BASE, NAMED, build_cache, make_tensors
+from twilight_tilelang import reference
+from twilight_tilelang.kernels import validate
+from twilight_tilelang.kernels.validate import check_machine
 
 
 class Call(NamedTuple):
@@ -404,7 +404,7 @@ def test_a_cache_asks_for_nvcc(found, calls, other_machine):
 
 
 def test_the_package_asks_for_tilelang():
-    hidden = "import sys; sys.modules['tilelang'] = None; import kernels"
+    hidden = "import sys; sys.modules['tilelang'] = None; from twilight_tilelang import select_all"
     done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True)
     message = "tilelang: expected the version that requirements.txt names, got none installed"
     assert done.returncode == 1 and message in done.stderr.splitlines()[-1]

@@ -7,26 +7,36 @@ import pandas as pd
 import pytest
 import torch
 
-from plots import draw
-from profiling import bench, traffic
-from profiling.checks import CheckFailed, check_attention, check_pruner, check_selector
-from profiling.plan import Target, groups_of, prepare
-from profiling.request_sets import affordable_sets, cold_sets, random_tokens, workload_sets
-from profiling.results import RESULTS, Finished, path_of, read_rows, write_rows
-from profiling.rows import OBSERVED, ROW_KEY, TIMED, Row
-from profiling.stages import sets_wanted
-from profiling.sweeps import CPU_FULL, GPU_FULL
-from profiling.timing import Timing, time_on_host
-from profiling.workloads import (
+from tests.made_up_results import made_up_rows
+from twilight_tilelang.plots import draw
+from twilight_tilelang.profiling import bench, traffic
+from twilight_tilelang.profiling.checks import (
+    CheckFailed,
+    check_attention,
+    check_pruner,
+    check_selector,
+)
+from twilight_tilelang.profiling.plan import Target, groups_of, prepare
+from twilight_tilelang.profiling.request_sets import (
+    affordable_sets,
+    cold_sets,
+    random_tokens,
+    workload_sets,
+)
+from twilight_tilelang.profiling.results import RESULTS, Finished, path_of, read_rows, write_rows
+from twilight_tilelang.profiling.rows import OBSERVED, ROW_KEY, TIMED, Row
+from twilight_tilelang.profiling.stages import sets_wanted
+from twilight_tilelang.profiling.sweeps import CPU_FULL, GPU_FULL
+from twilight_tilelang.profiling.timing import Timing, time_on_host
+from twilight_tilelang.profiling.workloads import (
     CPU_WORKLOADS,
     GPU_WORKLOADS,
     LOOKED_ON,
     BudgetSweep,
     Workload,
 )
-from reference import PagedKVCache, TwilightDecode
-from reference.inputs import LAYER_BUDGETS, DecodeShape
-from tests.made_up_results import made_up_rows
+from twilight_tilelang.reference import PagedKVCache, TwilightDecode
+from twilight_tilelang.reference.inputs import LAYER_BUDGETS, DecodeShape
 
 SMALL = Workload(
     "small",

@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-import kernels
-import reference
-from reference.hazards import poison_unused
+import twilight_tilelang as kernels
 from tests.cases import BASE, CASES, NAMED, build_cache, make_tensors
 from tests.properties import (
     SCORE_TOLERANCE,
@@ -15,6 +13,8 @@ from tests.properties import (
     page_scores,
     valid_entries,
 )
+from twilight_tilelang import reference
+from twilight_tilelang.reference.hazards import poison_unused
 
 pytestmark = pytest.mark.gpu
 

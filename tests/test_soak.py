@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import kernels
+import twilight_tilelang as kernels
 from tests import stand_in
 from tests.soak import soak
 

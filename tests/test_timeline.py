@@ -5,14 +5,14 @@ import types
 import pytest
 import torch
 
-from profiling import timeline
-from profiling.backends import TileLang, Torch
-from profiling.plan import Target, prepare
-from profiling.stages import Slot
-from profiling.timeline import STEPS, Share, Span, shares, timeline_rows
-from profiling.timing import time_providers
-from profiling.workloads import Workload
-from reference.inputs import DecodeShape
+from twilight_tilelang.profiling import timeline
+from twilight_tilelang.profiling.backends import TileLang, Torch
+from twilight_tilelang.profiling.plan import Target, prepare
+from twilight_tilelang.profiling.stages import Slot
+from twilight_tilelang.profiling.timeline import STEPS, Share, Span, shares, timeline_rows
+from twilight_tilelang.profiling.timing import time_providers
+from twilight_tilelang.profiling.workloads import Workload
+from twilight_tilelang.reference.inputs import DecodeShape
 
 KERNELS = {"selector": ["score", "top"], "attention": ["attend"]}
 ORIGIN = {"torch": "x", "commit": "y", "date": "z"}

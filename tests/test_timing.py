@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from profiling import bench, timing
-from profiling.results import read_rows
-from profiling.rows import STAGES
-from profiling.sweeps import COPY_TASK, EQUAL, trace_workload
-from profiling.workloads import LOOKED_ON, BudgetSweep, Workload
-from reference.inputs import LAYER_BUDGETS, DecodeShape
+from twilight_tilelang.profiling import bench, timing
+from twilight_tilelang.profiling.results import read_rows
+from twilight_tilelang.profiling.rows import STAGES
+from twilight_tilelang.profiling.sweeps import COPY_TASK, EQUAL, trace_workload
+from twilight_tilelang.profiling.workloads import LOOKED_ON, BudgetSweep, Workload
+from twilight_tilelang.reference.inputs import LAYER_BUDGETS, DecodeShape
 
 
 class MadeUpGpu:

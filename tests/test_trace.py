@@ -7,13 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import reference
-from profiling import bench, copy_model, trace
-from profiling.results import read_rows
-from profiling.sweeps import COPY_TASK, trace_workload
-from profiling.trace import read_trace, save_trace
-from reference.compare import relative_error
-from reference.inputs import measure_budgets
+from twilight_tilelang import reference
+from twilight_tilelang.profiling import bench, copy_model, trace
+from twilight_tilelang.profiling.results import read_rows
+from twilight_tilelang.profiling.sweeps import COPY_TASK, trace_workload
+from twilight_tilelang.profiling.trace import read_trace, save_trace
+from twilight_tilelang.reference.compare import relative_error
+from twilight_tilelang.reference.inputs import measure_budgets
 
 Tensors = dict[str, torch.Tensor]
 

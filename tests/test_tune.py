@@ -9,18 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from autotune import measure, tune
-from autotune.measure import WrongResult, compare_bits, measured, written_by
-from autotune.search import Measured, settle
-from autotune.space import SPACES, broken_limit, bucket_of, candidates, shape_of, space_id
-from autotune.store import open_configs, path_of
-from autotune.worker import SetupFailed, Worker, WorkerFailed
-from kernels import tuned
-from kernels.tuned import KERNELS
-from profiling.backends import Torch, TorchStep
-from profiling.timing import Timing
-from profiling.workloads import Workload
-from reference.inputs import DecodeShape
 from tests.fake_bench import (
     DyingCompiler,
     FakeBench,
@@ -28,6 +16,25 @@ from tests.fake_bench import (
     bench_of_workload,
     slow_start,
 )
+from twilight_tilelang.autotune import measure, tune
+from twilight_tilelang.autotune.measure import WrongResult, compare_bits, measured, written_by
+from twilight_tilelang.autotune.search import Measured, settle
+from twilight_tilelang.autotune.space import (
+    SPACES,
+    broken_limit,
+    bucket_of,
+    candidates,
+    shape_of,
+    space_id,
+)
+from twilight_tilelang.autotune.store import open_configs, path_of
+from twilight_tilelang.autotune.worker import SetupFailed, Worker, WorkerFailed
+from twilight_tilelang.kernels import tuned
+from twilight_tilelang.kernels.tuned import KERNELS
+from twilight_tilelang.profiling.backends import Torch, TorchStep
+from twilight_tilelang.profiling.timing import Timing
+from twilight_tilelang.profiling.workloads import Workload
+from twilight_tilelang.reference.inputs import DecodeShape
 
 
 @pytest.fixture

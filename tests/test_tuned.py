@@ -9,18 +9,26 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from autotune import show
-from autotune.compiled import compile_for
-from autotune.launches import variants_of
-from autotune.space import SPACES, broken_limit, shape_of
-from autotune.store import path_of, with_entry, write_configs
-from autotune.variants import KernelVariant
-from kernels import tuned
-from kernels.config import PrunerConfig
-from kernels.tuned import CONFIGS, KERNELS, Bucket, Configs, Entry, choose, load_configs
-from plots.draw import MissingData, draw
-from profiling.workloads import Workload
-from reference.inputs import DecodeShape
+from twilight_tilelang.autotune import show
+from twilight_tilelang.autotune.compiled import compile_for
+from twilight_tilelang.autotune.launches import variants_of
+from twilight_tilelang.autotune.space import SPACES, broken_limit, shape_of
+from twilight_tilelang.autotune.store import path_of, with_entry, write_configs
+from twilight_tilelang.autotune.variants import KernelVariant
+from twilight_tilelang.kernels import tuned
+from twilight_tilelang.kernels.config import PrunerConfig
+from twilight_tilelang.kernels.tuned import (
+    CONFIGS,
+    KERNELS,
+    Bucket,
+    Configs,
+    Entry,
+    choose,
+    load_configs,
+)
+from twilight_tilelang.plots.draw import MissingData, draw
+from twilight_tilelang.profiling.workloads import Workload
+from twilight_tilelang.reference.inputs import DecodeShape
 
 HOME = Bucket(4, 128, 16, "float16", 512, 8192)
 DEFAULT = PrunerConfig()
@@ -364,7 +372,7 @@ def small_workload(bucket: Bucket, kernel: str) -> Workload:
 @pytest.mark.parametrize(("configs", "kernel", "bucket"), ENTRIES)
 def test_stored_configs_give_right_results(configs: Configs, kernel: str, bucket: Bucket) -> None:
     """The default is compared with the reference, the stored config with the default's bits."""
-    from autotune.measure import Bench
+    from twilight_tilelang.autotune.measure import Bench
 
     bench = Bench(small_workload(bucket, kernel))
     default = SPACES[kernel].default(shape_of(kernel, bucket), configs.arch)
@@ -410,7 +418,7 @@ def test_readme_holds_the_table_of_the_committed_configs() -> None:
 
 
 def test_gains_are_drawn_from_the_file(written: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("plots.draw.FIGURES", {})
+    monkeypatch.setattr("twilight_tilelang.plots.draw.FIGURES", {})
     assert draw(tmp_path / "h200", tmp_path / "figures", configs=written.parent) == 1
     assert (tmp_path / "figures" / "tuned_gain.png").stat().st_size > 20_000
     assert draw(tmp_path / "a100", tmp_path / "figures", configs=written.parent) == 0

@@ -1,0 +1,61 @@
+"""Twilight decode attention in TileLang: read only the tokens that matter.
+
+The public names are the kernels'; `twilight_tilelang.reference` defines each of them in plain
+PyTorch. A name is loaded when it is first used, so that the reference, the results and the plots
+need no TileLang.
+"""
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .kernels.attention import dense_attention, flash_topk_attention, page_attention
+    from .kernels.cache import PagedKVCache, validate_cache
+    from .kernels.estimator import estimate_logits
+    from .kernels.pipeline import TwilightDecode
+    from .kernels.pruner import prune_top_p
+    from .kernels.selector import select_all, select_pages
+
+__all__ = [
+    "PagedKVCache",
+    "TwilightDecode",
+    "dense_attention",
+    "estimate_logits",
+    "flash_topk_attention",
+    "page_attention",
+    "prune_top_p",
+    "select_all",
+    "select_pages",
+    "validate_cache",
+]
+
+HOMES = {
+    "attention": ("dense_attention", "flash_topk_attention", "page_attention"),
+    "cache": ("PagedKVCache", "validate_cache"),
+    "estimator": ("estimate_logits",),
+    "pipeline": ("TwilightDecode",),
+    "pruner": ("prune_top_p",),
+    "selector": ("select_all", "select_pages"),
+}
+HOME_OF = {name: home for home, names in HOMES.items() for name in names}
+
+# In a checkout the rooms lie beside this folder, installed they lie in it.
+_checkout = Path(__file__).resolve().parent.parent
+if (_checkout / "kernels" / "pipeline.py").exists():
+    __path__.append(str(_checkout))
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        import tilelang  # noqa: F401
+    except ModuleNotFoundError as error:
+        message = "tilelang: expected the version that requirements.txt names, got none installed"
+        raise ModuleNotFoundError(message) from error
+    return getattr(importlib.import_module(f".kernels.{HOME_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
