@@ -1,11 +1,12 @@
 """Colours, markers and sizes: one look per series, told apart in grey too."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -38,6 +39,18 @@ class Look:
     width: float = 1.8
     hollow: bool = False  # the markers
 
+    @property
+    def style(self) -> dict[str, object]:
+        """Arguments of matplotlib's plot."""
+        return {
+            "color": self.color,
+            "marker": self.marker,
+            "markerfacecolor": "white" if self.hollow else self.color,
+            "ls": self.line,
+            "lw": self.width,
+            "ms": 5.5,
+        }
+
 
 LOOKS = {
     "quest+twilight": Look("#c1121f", "o", "-", 2.8),
@@ -49,14 +62,10 @@ LOOKS = {
     "tilelang, skewed": Look("#c1121f", "o", ":", 1.8, hollow=True),
     "torch, skewed": Look("#c1121f", "o", ":", 1.8, hollow=True),
     "flashinfer, skewed": Look("#2a6f97", "s", ":", 1.4, hollow=True),
-    "equal": Look("#c1121f", "o", ":", 1.8, hollow=True),
     "2 bits": Look("#8fa3bf", "v", ":"),
     "3 bits": Look("#6a97c4", "^", "-."),
-    "4 bits": Look("#c1121f", "o", "-", 2.8),
+    "4 bits": Look("#f28e2b", "D", "-", 2.4),
     "8 bits": Look("#1d3557", "s", "--", 1.4),
-    "exact bits": Look("#111111", "", "-", 1.2),
-    "quest candidates": Look("#f28e2b", "D", "--", 1.8, hollow=True),
-    "dense": Look("#8d99ae", "v", "-"),
     "baseline": Look("#111111", "s", "--"),
     "floor": Look("#777777", "", ":"),
 }
@@ -78,14 +87,6 @@ STAGE_MARKERS = {
     "attention": "o",
     "pipeline": "P",
     "dense": "X",
-}
-KERNEL_COLORS = {
-    "page_score": STAGE_COLORS["selector"],
-    "top_pages": "#8fa3bf",
-    **{
-        stage: STAGE_COLORS[stage]
-        for stage in ("estimator", "pruner", "estimate_prune", "attention")
-    },
 }
 STAGE_HATCHES = {"estimator": "//", "attention": "..", "dense": "xx", "gap": "||"}
 
@@ -126,13 +127,18 @@ def three_digits(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def log_axes(axes: Axes, ticks: list[int]) -> None:
+def ticks_at(axis: Axis, values: Sequence[float], formatter: Callable[..., str]) -> None:
+    """Ticks at these values only."""
+    axis.set_major_locator(FixedLocator(values))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(formatter))
+
+
+def log_axes(axes: Axes, ticks: Sequence[float]) -> None:
     """Both axes logarithmic, x ticks at the measured points."""
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(count))
+    ticks_at(axes.xaxis, ticks, count)
     axes.yaxis.set_major_formatter(FuncFormatter(microseconds))
     axes.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
 

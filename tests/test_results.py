@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from tests.made_up_results import made_up_rows
-from twilight_tilelang.plots import draw
 from twilight_tilelang.profiling import bench, traffic
 from twilight_tilelang.profiling.checks import (
     CheckFailed,
@@ -152,13 +151,6 @@ def test_committed_results_conform(path: Path) -> None:
     assert (frame["median_us"] <= frame["p80_us"]).all()
     floor_us = frame["bytes"] / frame["read_tbps"] * 1e-6
     assert (floor_us - frame["floor_us"]).abs().le(0.01 + 1e-3 * floor_us).all()
-
-
-def test_readme_holds_the_tables_of_the_committed_results() -> None:
-    frames = draw.Results(RESULTS / "h200")
-    readme = (RESULTS.parents[1] / "README.md").read_text()
-    assert draw.markdown_table(frames) in readme
-    assert draw.stage_table(frames) in readme
 
 
 def test_bytes_are_those_of_the_design() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,6 @@ from twilight_tilelang.kernels.tuned import (
     choose,
     load_configs,
 )
-from twilight_tilelang.plots.draw import MissingData, draw
 from twilight_tilelang.profiling.workloads import Workload
 from twilight_tilelang.reference.inputs import DecodeShape
 
@@ -401,6 +401,25 @@ def test_show_says_what_is_launched_and_why(written: Path, monkeypatch, capsys) 
     assert "nearest: rows=512 width=8192" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--gpu nonsense", r"--gpu: expected a tuned one \(h200\), got nonsense"),
+        ("--head-dim 100", "--head-dim: invalid choice: 100"),
+        ("--token-budget 1000", "token_budget: expected a multiple of page_size 16, got 1000"),
+        ("--workload gqa-32k --batch-size 2", "expected no sizes beside it, got batch_size"),
+        ("--num-kv-heads 1", "num_qo_heads / num_kv_heads: expected from 1 to 16, got 32"),
+        ("--page-size 17", "page_size: expected a multiple of 16, got 17"),
+        ("--seq-len 0", "seq_len: expected at least 1, got 0"),
+    ],
+)
+def test_show_refuses_what_no_step_can_have(arguments: str, said: str, monkeypatch, capsys) -> None:
+    monkeypatch.delenv(tuned.VARIABLE, raising=False)
+    with pytest.raises(SystemExit):
+        show.main(["--gpu", "h200", *arguments.split()])
+    assert re.search(said, capsys.readouterr().err)
+
+
 def test_table_is_written_between_its_markers(written: Path, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{show.BEGIN}\nold\n{show.END}\nafter\n")
@@ -415,13 +434,3 @@ def test_table_is_written_between_its_markers(written: Path, tmp_path: Path) -> 
 
 def test_readme_holds_the_table_of_the_committed_configs() -> None:
     assert f"{show.BEGIN}\n{show.gain_table()}\n{show.END}" in show.README.read_text()
-
-
-def test_gains_are_drawn_from_the_file(written: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("twilight_tilelang.plots.draw.FIGURES", {})
-    assert draw(tmp_path / "h200", tmp_path / "figures", configs=written.parent) == 1
-    assert (tmp_path / "figures" / "tuned_gain.png").stat().st_size > 20_000
-    assert draw(tmp_path / "a100", tmp_path / "figures", configs=written.parent) == 0
-    write_configs(Configs("h200", "sm_90a", {}), written.parent)
-    with pytest.raises(MissingData, match="no tuned config"):
-        draw(tmp_path / "h200", tmp_path / "figures", configs=written.parent)
