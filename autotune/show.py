@@ -157,8 +157,8 @@ def _shape_of(sizes: dict[str, Any]) -> KernelShape:
     dtype = getattr(torch, sizes.pop("dtype"))
     shape = DecodeShape(**sizes, seq_lens=seq_len, dtype=dtype)
     check_count("num_qo_heads / num_kv_heads", shape.group_size, 1, MAX_GROUP_SIZE)
-    check_page_size(shape.page_size)
     check_count("seq_len", seq_len, least=1)
+    check_page_size(shape.page_size)
     if token_budget < 1 or token_budget % shape.page_size:
         expected = f"a multiple of page_size {shape.page_size}"
         raise ValueError(f"token_budget: expected {expected}, got {token_budget}")

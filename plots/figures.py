@@ -19,7 +19,7 @@ FIGURES: dict[str, Make] = {
         latency_figures.pipeline_budget,
         accuracy_figures.accuracy_top_p,
         stage_figures.pipeline_share,
-        stage_figures.stage_roofline,
+        stage_figures.stage_floor,
         latency_figures.attention_budget,
         accuracy_figures.kept_heads,
         latency_figures.pipeline_paper,

@@ -14,7 +14,6 @@ from .parts import (
     METHODS,
     PROVIDERS,
     budget_rule,
-    floor,
     heads,
     line,
     on_cpu,
@@ -51,7 +50,7 @@ def pipeline_error(frames: Frames) -> Figure:
                 point_text(axes, x, y, count(value), method, where)
     twilight = of_method(rows, "quest+twilight", "top_p")
     dense_us, dense = twilight[["dense_us", "dense"]].iloc[0]
-    axes.axvline(dense_us, color=LOOKS["baseline"].color, ls="--", lw=1.4)
+    axes.axvline(dense_us, color=LOOKS["baseline"]["color"], ls="--", lw=1.4)
     axes.annotate(
         f"dense decode,\n{PROVIDERS[dense]}:\ndrops nothing",
         (dense_us, 0.97),
@@ -184,7 +183,7 @@ def _step_lines(axes: Axes, rows: pd.DataFrame, x: str, methods: tuple[str, ...]
     for method in methods:
         line(axes, of_method(rows, method, x), x, method, METHODS[method])
     twilight = of_method(rows, "quest+twilight", x)
-    floor(axes, twilight[x], twilight["floor_us"], f"floor of {METHODS['quest+twilight']}")
+    line(axes, twilight, x, "floor", f"floor of {METHODS['quest+twilight']}", "floor_us")
     for _, row in twilight.iterrows():
         others = rows[(rows[x] == row[x]) & rows["method"].isin(methods)]["median_us"]
         others = np.array([*others, row["floor_us"], row["dense_us"]]) / row["median_us"]
@@ -197,7 +196,7 @@ def _step_lines(axes: Axes, rows: pd.DataFrame, x: str, methods: tuple[str, ...]
 def _dense_level(axes: Axes, rows: pd.DataFrame) -> None:
     """The fastest dense decode, which has no budget."""
     dense_us, dense, seq_len = rows[["dense_us", "dense", "seq_len"]].iloc[0]
-    axes.axhline(dense_us, color=LOOKS["baseline"].color, ls="--", lw=1.4)
+    axes.axhline(dense_us, color=LOOKS["baseline"]["color"], ls="--", lw=1.4)
     axes.annotate(
         f"dense, {seq_len:,} tokens, {PROVIDERS[dense]}: {dense_us:,.0f} us",
         (rows["token_budget"].min(), dense_us),

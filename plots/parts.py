@@ -54,9 +54,9 @@ def line(
     look = LOOKS[look_name]
     if y == "median_us":
         points, low, high = in_order(rows, x, "p20_us", "p80_us")
-        axes.fill_between(points, low, high, color=look.color, alpha=0.2, lw=0)
+        axes.fill_between(points, low, high, color=look["color"], alpha=0.2, lw=0)
     points, values = in_order(rows, x, y)
-    axes.plot(points, values, **look.style, label=text)
+    axes.plot(points, values, **look, label=text)
 
 
 def point_text(axes: Axes, x: float, y: float, text: str, look: str, where: str = "above") -> None:
@@ -73,15 +73,9 @@ def point_text(axes: Axes, x: float, y: float, text: str, look: str, where: str 
         textcoords="offset points",
         ha=side,
         fontsize=9.5,
-        color=LOOKS[look].color,
+        color=LOOKS[look]["color"],
         bbox=LABEL_BOX | {"pad": 0.2, "alpha": 0.8},
     )
-
-
-def floor(axes: Axes, x: pd.Series, y: pd.Series, text: str = "byte floor") -> None:
-    """The time that the bytes need."""
-    look = LOOKS["floor"]
-    axes.plot(x, y, color=look.color, ls=look.line, lw=1.6, label=text)
 
 
 def bar_look(stage: str) -> dict[str, object]:

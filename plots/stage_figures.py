@@ -1,23 +1,14 @@
 """Where the step's time goes, and how near each stage is to what its bytes need."""
 
-import numpy as np
-import pandas as pd
 from matplotlib.figure import Figure
 
-from .frames import OURS, STEP_STAGES, SWEEPS, Frames, by_workload, own, require, rows_of
+from .frames import STEP_STAGES, Frames, by_workload, own, require
 from .parts import LABEL_BOX, MEDIAN, bar_look, on_cpu, panels, stage_words, title
-from .style import (
-    STAGE_COLORS,
-    STAGE_MARKERS,
-    legend_below,
-    megabytes,
-    three_digits,
-)
+from .style import legend_below, three_digits
 
 FIXED = ["head_dim", "page_size", "top_p"]
 SHARED_STAGES = ("selector", "estimate_prune", "attention")  # of the step; each once
 EVERY_STAGE = (*STEP_STAGES, "pipeline", "dense")
-METHODS_DRAWN = ("quest+twilight", "random", "dense")
 
 
 def pipeline_share(frames: Frames) -> Figure:
@@ -61,59 +52,23 @@ def pipeline_share(frames: Frames) -> Figure:
     return figure
 
 
-def stage_roofline(frames: Frames) -> Figure:
-    """Bandwidth that each stage reaches against the bytes it must move: under the read ceiling, and
-    above the lines of equal time where launches rather than bytes take it. Large marks are the
-    standard workloads, small ones the sweeps."""
-    figure, (axes,) = panels(1, 1, (9, 5.4))
-    every = []
+def stage_floor(frames: Frames) -> Figure:
+    """How near each stage is to its byte floor: the time its bytes need over the time it takes."""
+    step = by_workload(frames, "pipeline", method="quest+twilight")
+    figure, (axes,) = panels(1, 1, (10, 4.6))
+    width = 0.84 / len(EVERY_STAGE)
     for place, stage in enumerate(EVERY_STAGE):
-        rows = rows_of(frames, stage)
-        rows = rows[rows["provider"].isin(OURS) & rows["method"].isin(METHODS_DRAWN)]
-        rows = rows[~rows["workload"].str.startswith("trace-")]
-        rows = rows.assign(mb=rows["bytes"] / 1e6, tbps=rows["bytes"] / rows["median_us"] * 1e-6)
-        swept = rows["workload"].str.startswith(SWEEPS)
-        look = {"color": STAGE_COLORS[stage], "marker": STAGE_MARKERS[stage]}
-        few, many = rows[~swept], rows[swept]
-        axes.scatter(many["mb"], many["tbps"], s=12, alpha=0.45, lw=0, zorder=2, **look)
-        axes.scatter(
-            few["mb"],
-            few["tbps"],
-            s=64,
-            edgecolor="white",
-            linewidth=0.8,
-            label=stage_words(stage),
-            zorder=4 - place / len(EVERY_STAGE),
-            **look,
-        )
-        every.append(rows)
-    rows = pd.concat(every)
-    ceiling = rows["read_tbps"].median()
-    low, high = rows["mb"].min(), rows["mb"].max()
-    bottom = 0.5 * rows["tbps"].min()
-    axes.axhline(ceiling, color="#111111", lw=1.4)
-    axes.annotate(
-        f"read ceiling {three_digits(ceiling)} TB/s",
-        (low, ceiling),
-        xytext=(0, 4),
-        textcoords="offset points",
-        fontsize=9,
-    )
-    reach = np.array([low / 2, high * 2])
-    for time_us in (1, 10, 100, 1000):
-        axes.plot(reach, reach / time_us, color="#bbbbbb", ls=":", lw=1.2, zorder=1)
-        y = max(1.3 * bottom, 1.2 * reach[0] / time_us)  # where the line enters the panel
-        axes.annotate(f"{time_us:,} us", (1.15 * y * time_us, y), fontsize=9, color="#777777")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlim(*reach)
-    axes.set_ylim(bottom, 2 * ceiling)
-    axes.xaxis.set_major_formatter(megabytes)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_xlabel("bytes that must move in one call")
-    axes.set_ylabel("bytes / time, TB/s")
-    fixed = ["num_qo_heads", "head_dim", "page_size"]
-    said = "large marks: standard workloads; small: sweeps"
-    title(figure, "Roofline of every stage", rows, fixed, said, MEDIAN)
+        reached = 100 * own(frames, stage, step.index, "reached")
+        x = [index + (place - (len(EVERY_STAGE) - 1) / 2) * width for index in range(len(step))]
+        bars = axes.bar(x, reached, width * 0.92, label=stage_words(stage), **bar_look(stage))
+        texts = [f"{value:.0f}" for value in reached]
+        axes.bar_label(bars, texts, fontsize=9, padding=2, bbox=LABEL_BOX)
+    axes.axhline(100, color="#111111", lw=1.0, zorder=0.9)
+    axes.set_xticks(range(len(step)), step.index)
+    axes.set_ylim(0, max(112, axes.get_ylim()[1]))
+    axes.grid(axis="x", visible=False)
+    axes.set_ylabel("byte floor reached, %")
+    read = f"floor at {step['read_tbps'].median():.3g} TB/s read"
+    title(figure, "How near each stage is to its byte floor", step, FIXED, read, MEDIAN)
     legend_below(figure, [axes], 4)
     return figure

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -29,45 +28,30 @@ RC = {
 }
 
 
-@dataclass(frozen=True)
-class Look:
-    """How one series is drawn."""
-
-    color: str
-    marker: str = "o"
-    line: str = "-"
-    width: float = 1.8
-    hollow: bool = False  # the markers
-
-    @property
-    def style(self) -> dict[str, object]:
-        """Arguments of matplotlib's plot."""
-        return {
-            "color": self.color,
-            "marker": self.marker,
-            "markerfacecolor": "white" if self.hollow else self.color,
-            "ls": self.line,
-            "lw": self.width,
-            "ms": 5.5,
-        }
+def _look(
+    color: str, marker: str = "o", line: str = "-", width: float = 1.8, hollow: bool = False
+) -> dict[str, object]:
+    """How one series is drawn, as arguments of matplotlib's plot."""
+    face = "white" if hollow else color
+    return dict(color=color, marker=marker, markerfacecolor=face, ls=line, lw=width, ms=5.5)
 
 
 LOOKS = {
-    "quest+twilight": Look("#c1121f", "o", "-", 2.8),
-    "full+twilight": Look("#f28e2b", "D", "--"),
-    "quest": Look("#2a6f97", "^", "-."),
-    "tilelang": Look("#c1121f", "o", "-", 2.8),
-    "torch": Look("#c1121f", "o", "-", 2.8),
-    "flashinfer": Look("#2a6f97", "s", "--"),
-    "tilelang, skewed": Look("#c1121f", "o", ":", 1.8, hollow=True),
-    "torch, skewed": Look("#c1121f", "o", ":", 1.8, hollow=True),
-    "flashinfer, skewed": Look("#2a6f97", "s", ":", 1.4, hollow=True),
-    "2 bits": Look("#8fa3bf", "v", ":"),
-    "3 bits": Look("#6a97c4", "^", "-."),
-    "4 bits": Look("#f28e2b", "D", "-", 2.4),
-    "8 bits": Look("#1d3557", "s", "--", 1.4),
-    "baseline": Look("#111111", "s", "--"),
-    "floor": Look("#777777", "", ":"),
+    "quest+twilight": _look("#c1121f", "o", "-", 2.8),
+    "full+twilight": _look("#f28e2b", "D", "--"),
+    "quest": _look("#2a6f97", "^", "-."),
+    "tilelang": _look("#c1121f", "o", "-", 2.8),
+    "torch": _look("#c1121f", "o", "-", 2.8),
+    "flashinfer": _look("#2a6f97", "s", "--"),
+    "tilelang, skewed": _look("#c1121f", "o", ":", 1.8, hollow=True),
+    "torch, skewed": _look("#c1121f", "o", ":", 1.8, hollow=True),
+    "flashinfer, skewed": _look("#2a6f97", "s", ":", 1.4, hollow=True),
+    "2 bits": _look("#8fa3bf", "v", ":"),
+    "3 bits": _look("#6a97c4", "^", "-."),
+    "4 bits": _look("#f28e2b", "D", "-", 2.4),
+    "8 bits": _look("#1d3557", "s", "--", 1.4),
+    "baseline": _look("#111111", "s", "--"),
+    "floor": _look("#777777", "", ":"),
 }
 STAGE_COLORS = {
     "selector": "#1d3557",
@@ -78,15 +62,6 @@ STAGE_COLORS = {
     "pipeline": "#444444",
     "dense": "#b8bdc7",
     "gap": "#ffffff",
-}
-STAGE_MARKERS = {
-    "selector": "^",
-    "estimator": "s",
-    "pruner": "D",
-    "estimate_prune": "v",
-    "attention": "o",
-    "pipeline": "P",
-    "dense": "X",
 }
 STAGE_HATCHES = {"estimator": "//", "attention": "..", "dense": "xx", "gap": "||"}
 
@@ -115,11 +90,6 @@ def count(value: float, _position: object = None) -> str:
 def microseconds(value: float, _position: object = None) -> str:
     """A time in us, in ms from 1,000 us on."""
     return f"{value / 1000:g} ms" if value >= 1000 else f"{value:g} us"
-
-
-def megabytes(value: float, _position: object = None) -> str:
-    """A size in MB, in GB from 1,000 MB on."""
-    return f"{value / 1000:g} GB" if value >= 1000 else f"{value:g} MB"
 
 
 def three_digits(value: float) -> str:
