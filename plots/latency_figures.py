@@ -113,8 +113,8 @@ def pipeline_length(frames: Frames) -> Figure:
 
 
 def pipeline_paper(frames: Frames) -> Figure:
-    """The same at the batch sizes and lengths of figure 7 of the Twilight paper (arXiv 2502.02770),
-    whose own numbers are of another GPU and are not shown."""
+    """One decode step at the batch sizes and lengths of figure 7 of the Twilight paper (arXiv
+    2502.02770). The paper's own numbers are not shown."""
     return _by_length(frames, "paper-", "One decode step at the sizes of the paper's figure 7")
 
 

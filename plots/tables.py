@@ -4,6 +4,7 @@ Each of TABLES makes the text of one GPU. Rows of a CPU make none: they compare 
 """
 
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from .frames import (
     standard_rows,
     steps,
 )
-from .parts import METHODS, budget_rule, speedup, stage_words
+from .parts import METHODS, PROVIDERS, budget_rule, speedup, stage_words
 
 QUEST, OURS = "quest", "quest+twilight"
 
@@ -32,7 +33,8 @@ def speed_table(frames: Frames) -> str:
     for workload, every in rows.groupby("workload", sort=False):
         quest, ours = (of_method(every, name, "seq_len").iloc[0] for name in (QUEST, OURS))
         lines.append(
-            f"{workload} | {_sizes(ours)} | {ours.dense_us:,.1f} ({ours.dense}) "
+            f"{workload} | {ours.batch_size} x {ours.seq_len:,}, {ours.num_qo_heads} / "
+            f"{ours.num_kv_heads} | {ours.dense_us:,.1f} ({PROVIDERS[ours.dense]}) "
             f"| {quest.median_us:,.1f} | {quest.error:.3f} "
             f"| **{ours.median_us:,.1f}** | **{ours.error:.3f}** "
             f"| {speedup(every, ours)} | {100 * ours.reached:.0f} %"
@@ -46,10 +48,10 @@ def speed_table(frames: Frames) -> str:
     caption = (
         f"One decode step on {seen['gpu'].upper()}, {seen['dtype']}, token budget "
         f"{seen['token_budget']}, p = {seen['top_p']}; medians, cold inputs, timer "
-        f"{seen['timer']}.\nError: |out - dense| / |dense|, the larger of the first and the last "
-        "request's, on made-up inputs. Byte floor: bytes that\nmust move / read bandwidth, "
+        f"{seen['timer']}. Error: |out - dense| / |dense|, the larger of the first and the last "
+        "request's, on made-up inputs. Byte floor: bytes that must move / read bandwidth, "
         f"{rows['read_tbps'].max():.2f} TB/s. Measured with torch {seen['torch']}, tilelang "
-        f"{seen['tilelang']}, at commit\n{seen['commit']}, {seen['date']}."
+        f"{seen['tilelang']}, at commit {seen['commit']}, {seen['date']}."
     )
     return _table(header, lines, caption)
 
@@ -66,8 +68,9 @@ def top_p_table(frames: Frames) -> str:
     ]
     first = ours.iloc[0]
     caption = (
-        f"{_sizes(first)} heads, {first.token_budget:,} candidates, on {first.gpu.upper()}, "
-        "made-up inputs."
+        f"{first.batch_size} requests of {first.seq_len:,} tokens, {first.num_qo_heads} query and "
+        f"{first.num_kv_heads} KV heads, {first.token_budget:,} candidates, on "
+        f"{first.gpu.upper()}, made-up inputs; error as above."
     )
     header = " | tokens read per KV head | error | step, us | speedup over dense"
     return _table(header, lines, caption)
@@ -84,7 +87,7 @@ def length_table(frames: Frames) -> str:
     first = rows.iloc[0]
     caption = (
         "Microseconds of the fastest dense decode / Quest alone / Quest + Twilight, the fastest in "
-        f"bold, on {first.gpu.upper()};\n{first.num_qo_heads} query and {first.num_kv_heads} KV "
+        f"bold, on {first.gpu.upper()}; {first.num_qo_heads} query and {first.num_kv_heads} KV "
         f"heads, {budget_rule(rows)[0]}."
     )
     header = " | ".join(["tokens", *(f"batch {batch_size}" for batch_size in batch_sizes)])
@@ -100,11 +103,14 @@ def stage_table(frames: Frames) -> str:
             own(frames, stage, whole.index, name) for name in ("median_us", "bytes", "reached")
         )
         cells = zip(us, size / us / 1e6, 100 * reached, strict=True)
-        columns.append(pd.Series([f"{a:,.1f}, {b:.2f}, {c:.0f} %" for a, b, c in cells], us.index))
+        columns.append(
+            pd.Series([f"{a:,.1f} us, {b:.2f} TB/s, {c:.0f} %" for a, b, c in cells], us.index)
+        )
     lines = [" | ".join(cells) for cells in pd.concat(columns, axis=1).reset_index().to_numpy()]
     header = " | ".join(["workload", "tokens kept per KV head", *map(stage_words, STEP_STAGES)])
     gpu = whole["gpu"].iloc[0].upper()
-    return _table(header, lines, f"Each stage alone on {gpu}: us, TB/s, byte floor reached.")
+    caption = f"Each stage alone on {gpu}: time, bytes / time, share of the byte floor reached."
+    return _table(header, lines, caption)
 
 
 def memory_text(frames: Frames) -> str:
@@ -119,9 +125,9 @@ def memory_text(frames: Frames) -> str:
             ["page_bounds", "bounds_scale_zero"],
         )
     )
-    return (
+    return _wrapped(
         f"A token of a KV head takes {cache:g} bytes of K and V, {mirror:g} of the 4-bit mirror "
-        f"and {bounds:g} of page bounds\n(head_dim {first.head_dim}, page_size {first.page_size}): "
+        f"and {bounds:g} of page bounds (head_dim {first.head_dim}, page_size {first.page_size}): "
         f"{100 * (mirror + bounds) / cache:.1f} % more memory than K and V alone."
     )
 
@@ -172,11 +178,11 @@ def _of_all(name: str, every: Sequence[Frames]) -> str:
 def _table(header: str, lines: Sequence[str], caption: str) -> str:
     rule = "---|" * (header.count(" | ") + 1)
     rows = (f"| {line} |" for line in lines)
-    return "\n".join([f"| {header} |", f"|{rule}", *rows, "", caption])
+    return "\n".join([f"| {header} |", f"|{rule}", *rows, "", _wrapped(caption)])
 
 
-def _sizes(row: pd.Series) -> str:
-    return f"{row.batch_size} x {row.seq_len:,}, {row.num_qo_heads} / {row.num_kv_heads}"
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 100, break_on_hyphens=False)
 
 
 def _times(rows: pd.DataFrame, batch_size: int) -> str:
