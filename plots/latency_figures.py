@@ -180,10 +180,10 @@ def _by_length(frames: Frames, prefix: str, what: str) -> Figure:
 
 def _step_lines(axes: Axes, rows: pd.DataFrame, x: str, methods: tuple[str, ...]) -> None:
     """A line per method, ours last, with the floor and the speedups of Quest + Twilight."""
-    for method in methods:
-        line(axes, of_method(rows, method, x), x, method, METHODS[method])
     twilight = of_method(rows, "quest+twilight", x)
     line(axes, twilight, x, "floor", f"floor of {METHODS['quest+twilight']}", "floor_us")
+    for method in methods:
+        line(axes, of_method(rows, method, x), x, method, METHODS[method])
     for _, row in twilight.iterrows():
         others = rows[(rows[x] == row[x]) & rows["method"].isin(methods)]["median_us"]
         others = np.array([*others, row["floor_us"], row["dense_us"]]) / row["median_us"]
