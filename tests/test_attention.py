@@ -6,8 +6,17 @@ import pytest
 import torch
 
 import twilight_tilelang as kernels
-from tests.cases import BASE, CASES, FORMS, NAMED, Tensors, build_cache, forms_for, make_tensors
-from tests.properties import as_reference, assert_attention_close, candidate_positions
+from tests.checks.properties import as_reference, assert_attention_close, candidate_positions
+from tests.inputs.cases import (
+    BASE,
+    CASES,
+    FORMS,
+    NAMED,
+    Tensors,
+    build_cache,
+    forms_for,
+    make_tensors,
+)
 from twilight_tilelang import reference
 from twilight_tilelang.kernels.attention import AttentionWorkspace, launch_attention, launch_plan
 from twilight_tilelang.kernels.tuned import pinned

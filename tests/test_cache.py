@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import twilight_tilelang as kernels
-from tests.cases import BASE, CASES, NAMED, Tensors, build_cache, make_tensors
-from tests.properties import as_reference, valid_entries
+from tests.checks.properties import as_reference, valid_entries
+from tests.inputs.cases import BASE, CASES, NAMED, Tensors, build_cache, make_tensors
 from twilight_tilelang import reference
 from twilight_tilelang.reference.hazards import poison_unused
 

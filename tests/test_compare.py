@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.made_up_results import made_up_rows, write_frames
+from tests.doubles.made_up_results import made_up_rows, write_frames
 from twilight_tilelang.profiling import compare
 from twilight_tilelang.profiling.results import RESULTS
 from twilight_tilelang.profiling.rows import Row

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tests.cases import FORMS
+from tests.inputs.cases import FORMS
 from twilight_tilelang.autotune.compiled import compile_for
 from twilight_tilelang.autotune.launches import default_variants
 from twilight_tilelang.autotune.variants import SHARED_MEMORY_LIMIT, KernelShape, KernelVariant

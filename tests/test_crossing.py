@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import twilight_tilelang as kernels
-from tests import fake_gpu
+from tests.doubles import fake_gpu
 from twilight_tilelang.kernels import crossing
 from twilight_tilelang.kernels.crossing import Expected, expected_times, fastest, read_bandwidth
 from twilight_tilelang.profiling.results import path_of, read_rows

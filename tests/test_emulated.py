@@ -14,11 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.cases import FORMS, NAN, forms_for
-from tests.emulate import emulated
-from tests.guards import GuardedMemory
-from tests.logits import LOGITS, NO_SOFTMAX, normal, rounded
-from tests.properties import assert_bounds_hold, assert_top_p, token_slots
+from tests.checks.guards import GuardedMemory
+from tests.checks.properties import assert_bounds_hold, assert_top_p, token_slots
+from tests.emulated.emulate import emulated
+from tests.inputs.cases import FORMS, NAN, forms_for
+from tests.inputs.logits import LOGITS, NO_SOFTMAX, normal, rounded
 from twilight_tilelang import reference
 from twilight_tilelang.kernels.attention import ATTENTION_KERNELS
 from twilight_tilelang.kernels.config import (

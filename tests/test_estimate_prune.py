@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import twilight_tilelang as kernels
-from tests import fake_gpu
-from tests.cases import BASE, CASES, NAMED, Case, build_cache, make_tensors
-from tests.promises import assert_identical, decode, decoded, results_of, take
-from tests.properties import assert_decode_step
+from tests.checks.promises import assert_identical, decode, decoded, results_of, take
+from tests.checks.properties import assert_decode_step
+from tests.doubles import fake_gpu
+from tests.inputs.cases import BASE, CASES, NAMED, Case, build_cache, make_tensors
 from twilight_tilelang.kernels import pipeline
 from twilight_tilelang.kernels.estimate_prune import default_config, estimate_prune_config
 from twilight_tilelang.reference.hazards import poison_unused

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import twilight_tilelang as kernels
-from tests.cases import BASE, CASES, NAMED, build_cache, make_tensors
-from tests.properties import assert_logits_close, listed_columns, num_used_pages
+from tests.checks.properties import assert_logits_close, listed_columns, num_used_pages
+from tests.inputs.cases import BASE, CASES, NAMED, build_cache, make_tensors
 from twilight_tilelang.kernels.config import EstimatorConfig
 from twilight_tilelang.kernels.tuned import pinned
 from twilight_tilelang.reference.hazards import poison_unused

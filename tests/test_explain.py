@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import twilight_tilelang as kernels
-from tests import fake_gpu
+from tests.doubles import fake_gpu
 from twilight_tilelang.autotune.store import write_configs
 from twilight_tilelang.kernels import tuned
 from twilight_tilelang.kernels.config import PrunerConfig

@@ -15,9 +15,10 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import twilight_tilelang as kernels
-from tests import ledger, stand_in
-from tests.promises import check_step
-from tests.strategies import BUCKETS, SMALL_BUCKETS, Bucket, Step, decode_steps
+from tests.checks.promises import check_step
+from tests.doubles import stand_in
+from tests.inputs.strategies import BUCKETS, SMALL_BUCKETS, Bucket, Step, decode_steps
+from tests.trust import ledger
 
 # 2,000 cases in 16 buckets, or 208 in 8.
 FULL = os.environ.get("FULL") == "1"

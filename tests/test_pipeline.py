@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import twilight_tilelang as kernels
-from tests.cases import (
+from tests.checks.properties import assert_decode_step
+from tests.inputs.cases import (
     BASE,
     CASES,
     NAMED,
@@ -17,7 +18,6 @@ from tests.cases import (
     build_cache,
     make_tensors,
 )
-from tests.properties import assert_decode_step
 from twilight_tilelang.kernels.crossing import fastest
 from twilight_tilelang.reference.hazards import poison_unused
 

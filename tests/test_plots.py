@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.made_up_results import made_up_rows, write_frames
+from tests.doubles.made_up_results import made_up_rows, write_frames
 from twilight_tilelang.plots import draw
 from twilight_tilelang.plots.figures import FIGURES, FULL_FIGURES
 from twilight_tilelang.plots.frames import MissingData

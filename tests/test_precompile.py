@@ -7,7 +7,7 @@ import torch
 from tilelang.jit import JITImpl
 
 import twilight_tilelang as kernels
-from tests import fake_gpu
+from tests.doubles import fake_gpu
 from twilight_tilelang.autotune import precompile
 from twilight_tilelang.autotune.precompile import compile_job, jobs_of
 from twilight_tilelang.kernels import tuned

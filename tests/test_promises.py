@@ -9,9 +9,8 @@ import pytest
 import torch
 
 import twilight_tilelang as kernels
-from tests.cases import BASE, CASES, NAMED, Case, Tensors, build_cache, make_tensors
-from tests.promises import assert_identical, decode, decoded, results_of, take
-from tests.properties import (
+from tests.checks.promises import assert_identical, decode, decoded, results_of, take
+from tests.checks.properties import (
     MASS_TOLERANCE,
     as_mask,
     assert_attention_close,
@@ -21,6 +20,7 @@ from tests.properties import (
     head_weights,
     stored_keys,
 )
+from tests.inputs.cases import BASE, CASES, NAMED, Case, Tensors, build_cache, make_tensors
 from twilight_tilelang.reference.hazards import poison_unused
 from twilight_tilelang.reference.inputs import DecodeShape
 

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 import twilight_tilelang as kernels
-from tests.cases import NAN
-from tests.logits import LOGITS, NO_SOFTMAX, normal, rounded, skewed
-from tests.properties import (
+from tests.checks.properties import (
     as_mask,
     as_reference,
     assert_top_p,
@@ -17,6 +15,8 @@ from tests.properties import (
     listed_columns,
     valid_entries,
 )
+from tests.inputs.cases import NAN
+from tests.inputs.logits import LOGITS, NO_SOFTMAX, normal, rounded, skewed
 from twilight_tilelang import reference
 from twilight_tilelang.kernels.config import PrunerConfig
 from twilight_tilelang.kernels.tuned import pinned

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import twilight_tilelang as kernels
-from tests import fake_gpu
-from tests.cases import BASE, NAMED, build_cache, make_tensors
+from tests.doubles import fake_gpu
+from tests.inputs.cases import BASE, NAMED, build_cache, make_tensors
 from twilight_tilelang import reference
 from twilight_tilelang.kernels import validate
 from twilight_tilelang.kernels.validate import check_machine

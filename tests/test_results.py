@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from tests.made_up_results import made_up_rows
+from tests.doubles.made_up_results import made_up_rows
 from twilight_tilelang.plots import draw
 from twilight_tilelang.profiling import bench, traffic
 from twilight_tilelang.profiling.checks import (

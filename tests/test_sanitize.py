@@ -5,7 +5,8 @@ import subprocess
 import pytest
 from tilelang.jit import JITImpl
 
-from tests import fake_gpu, ledger, sanitize, sanitized
+from tests.doubles import fake_gpu
+from tests.trust import ledger, sanitize, sanitized
 
 CLEAN = "========= ERROR SUMMARY: 0 errors\n"
 RACES = "========= RACECHECK SUMMARY: 3 hazards displayed (2 errors, 1 warning)\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.fake_bench import (
+from tests.doubles.fake_bench import (
     DyingCompiler,
     FakeBench,
     FineCompiler,

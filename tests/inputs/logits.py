@@ -2,7 +2,7 @@
 
 import torch
 
-from tests.cases import NAN
+from tests.inputs.cases import NAN
 
 
 def uniform(num_tokens: int, rng: torch.Generator) -> torch.Tensor:

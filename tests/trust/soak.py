@@ -1,6 +1,6 @@
 """A serving engine that runs for long: requests join, grow, share pages, leave; pages are reused.
 
-    python -m tests.soak [--steps 10000]
+    python -m tests.trust.soak [--steps 10000]
 
 Freed pages keep what they held, or get NaN. Now and then everything is compared with the fp64
 oracle and with a cache built afresh from what was appended.
@@ -14,10 +14,10 @@ from types import ModuleType
 import torch
 
 import twilight_tilelang as kernels
-from tests import ledger
-from tests.cases import Tensors
-from tests.promises import assert_identical, decoded, results_of
-from tests.properties import assert_decode_step
+from tests.checks.promises import assert_identical, decoded, results_of
+from tests.checks.properties import assert_decode_step
+from tests.inputs.cases import Tensors
+from tests.trust import ledger
 from twilight_tilelang import reference
 
 MIRROR = ("k_int4", "k_scale_zero", "page_bounds", "bounds_scale_zero")

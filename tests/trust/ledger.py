@@ -14,7 +14,7 @@ import torch
 
 from twilight_tilelang.profiling.device import digest, gpu_label, source_id
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LEDGER = ROOT / ".trust" / "ledger.jsonl"
 SOURCES = ("twilight_tilelang", "kernels", "reference", "tests")
 

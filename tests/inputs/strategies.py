@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
-from tests.cases import Case, Tensors, make_tensors
+from tests.inputs.cases import Case, Tensors, make_tensors
 from twilight_tilelang.reference.inputs import DecodeShape
 
 

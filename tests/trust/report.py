@@ -1,21 +1,20 @@
 """Writes tests/REPORT.md: what the long runs on a GPU have checked of this code.
 
-python -m tests.report
+python -m tests.trust.report
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
-from tests import ledger
-from tests.mutants import MUTANTS
-from tests.sanitize import TOOLS
-from tests.sanitized import PARTS
-from tests.strategies import BUCKETS
+from tests.inputs.strategies import BUCKETS
+from tests.trust import ledger
+from tests.trust.mutants import MUTANTS
+from tests.trust.sanitize import TOOLS
+from tests.trust.sanitized import PARTS
 
-REPORT = Path(__file__).parent / "REPORT.md"
+REPORT = ledger.ROOT / "tests" / "REPORT.md"
 HEADER = """# What was checked on a GPU
 
-Written by `python -m tests.report` from the runs of `make test-gpu FULL=1`, `make sanitize`,
+Written by `python -m tests.trust.report` from the runs of `make test-gpu FULL=1`, `make sanitize`,
 `make soak` and `make mutants` on this code; do not edit.
 """
 

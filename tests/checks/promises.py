@@ -1,6 +1,7 @@
 """The promises as properties of a generated step, for any implementation of the public surface.
 
-An implementation is `kernels`, `tests.stand_in` (the reference), or a faulty one to be caught.
+An implementation is `kernels`, `tests.doubles.stand_in` (the reference), or a faulty one that must
+be caught.
 """
 
 from collections.abc import Callable
@@ -10,8 +11,7 @@ from types import ModuleType
 
 import torch
 
-from tests.cases import Tensors, build_cache, shuffled_pages
-from tests.properties import (
+from tests.checks.properties import (
     as_mask,
     assert_ascending,
     assert_bounds_hold,
@@ -23,7 +23,8 @@ from tests.properties import (
     num_used_pages,
     write_logits,
 )
-from tests.strategies import Step
+from tests.inputs.cases import Tensors, build_cache, shuffled_pages
+from tests.inputs.strategies import Step
 from twilight_tilelang.reference.hazards import poison_unused
 
 Results = dict[str, torch.Tensor]

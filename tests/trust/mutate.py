@@ -1,6 +1,6 @@
-"""Plants the faults of `tests.mutants` one at a time and sees whether the tests catch them.
+"""Plants the faults of `tests.trust.mutants` one at a time and sees whether the tests catch them.
 
-    python -m tests.mutate [words of a name]
+    python -m tests.trust.mutate [words of a name]
 
 On a GPU its tests run; elsewhere the emulator's, for the faults that it can see. A fault is planted
 in a temporary copy of the tree. One that was caught for this code is not tried again.
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from tests import ledger
-from tests.mutants import MUTANTS, Mutant
+from tests.trust import ledger
+from tests.trust.mutants import MUTANTS, Mutant
 
 FOLDERS = ("twilight_tilelang", "kernels", "reference", "tests", "autotune", "profiling")
 FILES = ("pyproject.toml", "requirements.txt")

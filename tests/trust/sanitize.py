@@ -1,6 +1,6 @@
-"""Runs the small suite of `tests.sanitized` under NVIDIA's compute-sanitizer.
+"""Runs the small suite of `tests.trust.sanitized` under NVIDIA's compute-sanitizer.
 
-    python -m tests.sanitize
+    python -m tests.trust.sanitize
 
 Each tool and part of the suite is a unit of the ledger: one that was clean is not run again.
 """
@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TextIO
 
-from tests import ledger
-from tests.sanitized import PARTS
+from tests.trust import ledger
+from tests.trust.sanitized import PARTS
 
 TOOLS = ("memcheck", "initcheck", "racecheck", "synccheck")
 UNIT_SECONDS = 420
@@ -45,7 +45,7 @@ def run_part(part: str, tool: list[str], output: TextIO) -> None:
     """A part of the suite in a process of its own. Every tensor is an allocation of its own, so
     that nothing lies behind one into which a kernel could go unseen."""
     subprocess.run(
-        [*tool, sys.executable, "-m", "tests.sanitized", part],
+        [*tool, sys.executable, "-m", "tests.trust.sanitized", part],
         cwd=ledger.ROOT, stdout=output, stderr=subprocess.STDOUT, timeout=UNIT_SECONDS,
         env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """The suite that `make sanitize` runs under each tool: every kernel and form, at small sizes.
 
-    python -m tests.sanitized PART
+    python -m tests.trust.sanitized PART
 
 Nothing is compared with anything: the tool watches. Caches are written in full first, so that
 initcheck sees what a kernel reads of its workspaces before it was written.
@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import twilight_tilelang as kernels
-from tests.cases import FORMS, NAMED, Case, Tensors, build_cache, forms_for, make_tensors
-from tests.fake_gpu import count_launches, kernel_modules
+from tests.doubles.fake_gpu import count_launches, kernel_modules
+from tests.inputs.cases import FORMS, NAMED, Case, Tensors, build_cache, forms_for, make_tensors
 from twilight_tilelang.kernels import pipeline
 from twilight_tilelang.kernels.attention import WorkList
 from twilight_tilelang.kernels.config import (
