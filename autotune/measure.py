@@ -15,11 +15,11 @@ import torch
 
 from twilight_tilelang.kernels.tuned import pinned
 from twilight_tilelang.profiling import device
-from twilight_tilelang.profiling.backends import TileLang
 from twilight_tilelang.profiling.plan import Target, prepare
-from twilight_tilelang.profiling.stages import Provider
+from twilight_tilelang.profiling.providers.backends import TileLang
+from twilight_tilelang.profiling.providers.stages import Provider
 from twilight_tilelang.profiling.timing import Calls, Timing, time_providers
-from twilight_tilelang.profiling.workloads import METHODS, Workload
+from twilight_tilelang.profiling.workloads.workload import METHODS, Workload
 
 from .search import Measured
 from .space import SPACES

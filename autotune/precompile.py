@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from twilight_tilelang.kernels.tuned import Configs, load_configs
 from twilight_tilelang.profiling import device
-from twilight_tilelang.profiling.sweeps import GPU_FULL
-from twilight_tilelang.profiling.workloads import GPU_WORKLOADS, BudgetSweep, Workload
+from twilight_tilelang.profiling.workloads.sweeps import GPU_FULL
+from twilight_tilelang.profiling.workloads.workload import GPU_WORKLOADS, BudgetSweep, Workload
 
 from .farm import MAX_COMPILERS
 from .launches import launched_variants

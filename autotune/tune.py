@@ -22,7 +22,7 @@ from tqdm import tqdm
 from twilight_tilelang.kernels.pipeline import parts_for
 from twilight_tilelang.kernels.tuned import CONFIGS, KERNELS, Bucket, Entry
 from twilight_tilelang.profiling import device
-from twilight_tilelang.profiling.workloads import GPU_WORKLOADS, Workload
+from twilight_tilelang.profiling.workloads.workload import GPU_WORKLOADS, Workload
 
 from .farm import Compiler, Farm
 from .measure import Bench

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from twilight_tilelang import reference
-from twilight_tilelang.profiling import accuracy
-from twilight_tilelang.profiling.accuracy import Request, accuracy_rows, prune
-from twilight_tilelang.profiling.backends import Torch
-from twilight_tilelang.profiling.checks import request_cache
-from twilight_tilelang.profiling.observations import kept_rows, memory_rows
+from twilight_tilelang.profiling.observations import accuracy
+from twilight_tilelang.profiling.observations.accuracy import Request, accuracy_rows, prune
+from twilight_tilelang.profiling.observations.observations import kept_rows, memory_rows
 from twilight_tilelang.profiling.plan import Target, prepare
-from twilight_tilelang.profiling.rows import AccuracyRow
-from twilight_tilelang.profiling.stages import StageBuilder
-from twilight_tilelang.profiling.workloads import Workload
+from twilight_tilelang.profiling.providers.backends import Torch
+from twilight_tilelang.profiling.providers.checks import request_cache
+from twilight_tilelang.profiling.providers.stages import StageBuilder
+from twilight_tilelang.profiling.tables.rows import AccuracyRow
+from twilight_tilelang.profiling.workloads.workload import Workload
 from twilight_tilelang.reference.inputs import DecodeShape
 
 TOP_PS = (0.5, 0.85, 0.99)

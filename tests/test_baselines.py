@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from twilight_tilelang import reference
-from twilight_tilelang.profiling import baselines
-from twilight_tilelang.profiling.request_sets import random_tokens
+from twilight_tilelang.profiling.providers import baselines
+from twilight_tilelang.profiling.workloads.request_sets import random_tokens
 from twilight_tilelang.reference.compare import relative_error
 from twilight_tilelang.reference.inputs import DecodeShape, random_inputs
 

@@ -12,7 +12,7 @@ import twilight_tilelang as kernels
 from tests.doubles import fake_gpu
 from twilight_tilelang.kernels import crossing
 from twilight_tilelang.kernels.crossing import Expected, expected_times, fastest, read_bandwidth
-from twilight_tilelang.profiling.results import path_of, read_rows
+from twilight_tilelang.profiling.tables.store import path_of, read_rows
 
 H200_MEMORY = {"memory_clock_rate": 3_201_000, "memory_bus_width": 6144}  # kHz, bits
 TOLERATED = 1.10  # time of the path taken over that of the fastest, near the crossing

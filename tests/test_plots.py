@@ -8,7 +8,7 @@ from tests.doubles.made_up_results import made_up_rows, write_frames
 from twilight_tilelang.plots import draw
 from twilight_tilelang.plots.figures import FIGURES, FULL_FIGURES
 from twilight_tilelang.plots.frames import MissingData
-from twilight_tilelang.profiling.rows import AnyRow, table_of
+from twilight_tilelang.profiling.tables.rows import AnyRow, table_of
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from tests.doubles import fake_gpu
 from twilight_tilelang.autotune import precompile
 from twilight_tilelang.autotune.precompile import compile_job, jobs_of
 from twilight_tilelang.kernels import tuned
-from twilight_tilelang.profiling.backends import TileLang
-from twilight_tilelang.profiling.stages import Slot
-from twilight_tilelang.profiling.workloads import Workload
+from twilight_tilelang.profiling.providers.backends import TileLang
+from twilight_tilelang.profiling.providers.stages import Slot
+from twilight_tilelang.profiling.workloads.workload import Workload
 from twilight_tilelang.reference.inputs import DecodeShape
 
 

@@ -9,26 +9,33 @@ import torch
 
 from tests.doubles.made_up_results import made_up_rows
 from twilight_tilelang.plots import draw
-from twilight_tilelang.profiling import bench, traffic
-from twilight_tilelang.profiling.checks import (
+from twilight_tilelang.profiling import bench
+from twilight_tilelang.profiling.plan import Target, groups_of, prepare
+from twilight_tilelang.profiling.providers.checks import (
     CheckFailed,
     check_attention,
     check_pruner,
     check_selector,
 )
-from twilight_tilelang.profiling.plan import Target, groups_of, prepare
-from twilight_tilelang.profiling.request_sets import (
+from twilight_tilelang.profiling.providers.stages import sets_wanted
+from twilight_tilelang.profiling.tables.rows import OBSERVED, ROW_KEY, TIMED, Row
+from twilight_tilelang.profiling.tables.store import (
+    RESULTS,
+    Finished,
+    path_of,
+    read_rows,
+    write_rows,
+)
+from twilight_tilelang.profiling.timing import Timing, time_on_host
+from twilight_tilelang.profiling.workloads import traffic
+from twilight_tilelang.profiling.workloads.request_sets import (
     affordable_sets,
     cold_sets,
     random_tokens,
     workload_sets,
 )
-from twilight_tilelang.profiling.results import RESULTS, Finished, path_of, read_rows, write_rows
-from twilight_tilelang.profiling.rows import OBSERVED, ROW_KEY, TIMED, Row
-from twilight_tilelang.profiling.stages import sets_wanted
-from twilight_tilelang.profiling.sweeps import CPU_FULL, GPU_FULL
-from twilight_tilelang.profiling.timing import Timing, time_on_host
-from twilight_tilelang.profiling.workloads import (
+from twilight_tilelang.profiling.workloads.sweeps import CPU_FULL, GPU_FULL
+from twilight_tilelang.profiling.workloads.workload import (
     CPU_WORKLOADS,
     GPU_WORKLOADS,
     LOOKED_ON,

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from twilight_tilelang import reference
-from twilight_tilelang.profiling import bench, copy_model, trace
-from twilight_tilelang.profiling.results import read_rows
-from twilight_tilelang.profiling.sweeps import COPY_TASK, trace_workload
-from twilight_tilelang.profiling.trace import read_trace, save_trace
+from twilight_tilelang.profiling import bench
+from twilight_tilelang.profiling.recordings import copy_model, trace
+from twilight_tilelang.profiling.recordings.trace import read_trace, save_trace
+from twilight_tilelang.profiling.tables.store import read_rows
+from twilight_tilelang.profiling.workloads.sweeps import COPY_TASK, trace_workload
 from twilight_tilelang.reference.compare import relative_error
 from twilight_tilelang.reference.inputs import measure_budgets
 

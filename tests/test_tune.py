@@ -31,9 +31,9 @@ from twilight_tilelang.autotune.store import open_configs, path_of
 from twilight_tilelang.autotune.worker import SetupFailed, Worker, WorkerFailed
 from twilight_tilelang.kernels import tuned
 from twilight_tilelang.kernels.tuned import KERNELS
-from twilight_tilelang.profiling.backends import Torch, TorchStep
+from twilight_tilelang.profiling.providers.backends import Torch, TorchStep
 from twilight_tilelang.profiling.timing import Timing
-from twilight_tilelang.profiling.workloads import Workload
+from twilight_tilelang.profiling.workloads.workload import Workload
 from twilight_tilelang.reference.inputs import DecodeShape
 
 

@@ -27,7 +27,7 @@ from twilight_tilelang.kernels.tuned import (
     load_configs,
 )
 from twilight_tilelang.plots.draw import MissingData, draw
-from twilight_tilelang.profiling.workloads import Workload
+from twilight_tilelang.profiling.workloads.workload import Workload
 from twilight_tilelang.reference.inputs import DecodeShape
 
 HOME = Bucket(4, 128, 16, "float16", 512, 8192)

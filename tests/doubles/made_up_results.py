@@ -3,11 +3,11 @@
 import itertools
 from pathlib import Path
 
-from twilight_tilelang.profiling import accuracy, traffic
-from twilight_tilelang.profiling.observations import PARTS, setting_of
+from twilight_tilelang.profiling.observations import accuracy
+from twilight_tilelang.profiling.observations.observations import PARTS, setting_of
 from twilight_tilelang.profiling.plan import row_key
-from twilight_tilelang.profiling.results import write_rows
-from twilight_tilelang.profiling.rows import (
+from twilight_tilelang.profiling.providers.stages import methods_of
+from twilight_tilelang.profiling.tables.rows import (
     OBSERVED,
     TABLES,
     AccuracyRow,
@@ -18,9 +18,15 @@ from twilight_tilelang.profiling.rows import (
     TimelineRow,
     table_of,
 )
-from twilight_tilelang.profiling.stages import methods_of
-from twilight_tilelang.profiling.sweeps import GPU_FULL
-from twilight_tilelang.profiling.workloads import GPU_WORKLOADS, BudgetSweep, Workload, work_of
+from twilight_tilelang.profiling.tables.store import write_rows
+from twilight_tilelang.profiling.workloads import traffic
+from twilight_tilelang.profiling.workloads.sweeps import GPU_FULL
+from twilight_tilelang.profiling.workloads.workload import (
+    GPU_WORKLOADS,
+    BudgetSweep,
+    Workload,
+    work_of,
+)
 from twilight_tilelang.reference.inputs import LAYER_BUDGETS
 
 ORIGIN = {"torch": "2.13.0", "commit": "0123456789", "date": "2026-01-31"}

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from twilight_tilelang.reference.inputs import LAYER_BUDGETS
 
-from .trace import TRACES, read_trace
-from .workloads import (
+from ..recordings.trace import TRACES, read_trace
+from .workload import (
     BUDGETS,
     LENGTHS,
     PAGE_SIZE,

@@ -15,10 +15,10 @@ import torch
 
 from twilight_tilelang import reference
 
-from .checks import ORACLE, request_cache
+from ..providers.checks import ORACLE, request_cache
+from ..providers.stages import StageBuilder
+from ..tables.rows import AccuracyRow
 from .observations import Origin, setting_of
-from .rows import AccuracyRow
-from .stages import StageBuilder
 
 METHODS = ("full+twilight", "quest+twilight")
 BITS = ("2", "3", "4", "8", "exact")

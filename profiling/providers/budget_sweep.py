@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
+from ..timing import Calls
+from ..workloads.request_sets import SEED, RequestSets, cold_sets, random_tokens
+from ..workloads.traffic import bytes_moved
+from ..workloads.workload import BudgetSweep, work_of
 from . import baselines, checks
-from .request_sets import SEED, RequestSets, cold_sets, random_tokens
 from .stages import Kept, Notice, Provider, optional
-from .timing import Calls
-from .traffic import bytes_moved
-from .workloads import BudgetSweep, work_of
 
 METHOD = "random"
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from .rows import KeptRow, MemoryRow
-from .stages import StageBuilder
-from .workloads import Workload
+from ..providers.stages import StageBuilder
+from ..tables.rows import KeptRow, MemoryRow
+from ..workloads.workload import Workload
 
 METHOD = "quest+twilight"
 PARTS = ("k_cache", "v_cache", "k_int4", "k_scale_zero", "page_bounds", "bounds_scale_zero")

@@ -12,7 +12,7 @@ import torch
 
 from twilight_tilelang.reference.inputs import LAYER_BUDGETS, DecodeShape
 
-from .rows import STAGES
+from ..tables.rows import STAGES
 from .traffic import Work
 
 PAGE_SIZE = 16

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from ..tables.rows import STAGES
+from ..timing import Calls
+from ..workloads.request_sets import RequestSets, cold_sets
+from ..workloads.traffic import INDEX_BYTES, LOGIT_BYTES, Work, bytes_moved
+from ..workloads.workload import METHODS, Workload
 from . import baselines, checks
-from .request_sets import RequestSets, cold_sets
-from .rows import STAGES
-from .timing import Calls
-from .traffic import INDEX_BYTES, LOGIT_BYTES, Work, bytes_moved
-from .workloads import METHODS, Workload
 
 WORKSPACE_BYTES = 8 << 30  # of all steps of one method together, about
 MAX_SLOTS = 4 * 72

@@ -14,10 +14,10 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from ..providers.stages import StageBuilder
+from ..tables.rows import TimelineRow
+from ..timing import capture
 from .observations import METHOD, Origin, setting_of
-from .rows import TimelineRow
-from .stages import StageBuilder
-from .timing import capture
 
 STEPS = 12  # at least; the first does not count, as nothing runs before it
 

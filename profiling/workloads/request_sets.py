@@ -12,8 +12,8 @@ import torch
 
 from twilight_tilelang.reference.inputs import DecodeShape, make_inputs, random_inputs
 
-from .trace import read_trace
-from .workloads import BudgetSweep, Workload
+from ..recordings.trace import read_trace
+from .workload import BudgetSweep, Workload
 
 COLD_L2_SIZES = 3  # the sets' bytes together, over the size of the L2
 POOL_SHARE = 0.45  # of the free memory
