@@ -7,31 +7,32 @@ from pathlib import Path
 
 import torch
 
+from twilight_tilelang.kernels.gpu import ARCHS, gpu_of
+from twilight_tilelang.kernels.launch import StepShape
+from twilight_tilelang.kernels.plan import SPECS
 from twilight_tilelang.kernels.tuned import (
     CONFIGS,
     Configs,
     Entry,
-    choose,
+    Planner,
     load_configs,
     read_configs,
 )
 from twilight_tilelang.profiling import device
 
-from .space import SPACES, bucket_of
 from .tune import WORKLOADS, shape_of_workload
-from .variants import CAPABILITY, KernelShape, arch_of, as_launched
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- table of autotune.show -->", "<!-- end of autotune.show -->"
 
 
-def lines_of(shape: KernelShape, configs: Configs | None, arch: str) -> list[str]:
+def lines_of(shape: StepShape, configs: Configs | None, arch: str) -> list[str]:
     """One line per kernel: its config, and where that comes from."""
     lines = []
-    for kernel, space in SPACES.items():
-        choice = choose(kernel, bucket_of(kernel, shape), space.default(shape, arch), configs)
-        config = as_launched(choice.config, shape, arch)
-        lines.append(f"{kernel}: {config}\n    {choice.reason}")
+    planner = Planner(ARCHS[arch], configs)
+    for kernel, spec in SPECS.items():
+        planned, choice = planner.plan(spec, shape), planner.choose(spec, shape)
+        lines.append(f"{kernel}: {planned.config}\n    {choice.reason}")
         if choice.bucket is not None:
             entry = configs.entries[kernel][choice.bucket]
             lines[-1] += f"; {_gain(entry)}, measured {entry.date} with tilelang {entry.tilelang}"
@@ -56,14 +57,14 @@ def write_table(readme: Path = README, folder: Path = CONFIGS) -> None:
 
 def _gain_table(configs: Configs) -> str:
     lines = [
-        "| workload | " + " | ".join(SPACES) + " |",
-        "|---" * (1 + len(SPACES)) + "|",
+        "| workload | " + " | ".join(SPECS) + " |",
+        "|---" * (1 + len(SPECS)) + "|",
     ]
     used: list[Entry] = []
     for workload in WORKLOADS:
         cells = []
-        for kernel in SPACES:
-            own = [e for e in configs.fresh(kernel).values() if workload.name in e.workloads]
+        for kernel in SPECS:
+            own = [e for e in configs.fresh(SPECS[kernel]).values() if workload.name in e.workloads]
             cells.append(_gain(own[0]) if own else "-")
             used += own
         lines.append(f"| {workload.name} | " + " | ".join(cells) + " |")
@@ -113,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         arch = configs.arch
     else:
         on_gpu = torch.cuda.is_available()
-        arch = arch_of(torch.cuda.get_device_capability() if on_gpu else CAPABILITY["sm_90a"])
+        arch = gpu_of(torch.device("cuda")).arch if on_gpu else "sm_90a"
         print(f"defaults as for {arch}")
     named = by_name.get(arguments.workload)
     shape = shape_of_workload(named) if named else _shape_of_arguments(arguments)
@@ -121,9 +122,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _shape_of_arguments(arguments: argparse.Namespace) -> KernelShape:
+def _shape_of_arguments(arguments: argparse.Namespace) -> StepShape:
     max_pages = -(-arguments.seq_len // arguments.page_size)
-    return KernelShape(
+    return StepShape(
         group_size=arguments.num_qo_heads // arguments.num_kv_heads,
         head_dim=arguments.head_dim,
         page_size=arguments.page_size,
@@ -131,6 +132,7 @@ def _shape_of_arguments(arguments: argparse.Namespace) -> KernelShape:
         num_rows=arguments.batch_size * arguments.num_kv_heads,
         max_pages=max_pages,
         width=min(arguments.token_budget, max_pages * arguments.page_size),
+        launch_rows=arguments.batch_size * arguments.num_kv_heads,
     )
 
 

@@ -95,12 +95,22 @@ class TwilightDecode:
         self._compiled = False
 
     @property
+    def fused(self) -> bool:
+        """Whether estimator and pruner are one kernel."""
+        return self.stages.plan.fused
+
+    @property
     def out(self) -> torch.Tensor:
         return self.stages.out
 
     @property
     def candidates(self) -> CandidatePages:
         return self.stages.candidates
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """[batch_size, num_qo_heads, width] f16, of the candidates' tokens."""
+        return self.stages.memory.logits
 
     @property
     def kept(self) -> Kept:

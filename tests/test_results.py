@@ -238,24 +238,24 @@ def test_checks_pass_what_is_right(step) -> None:
     q, cache, step = step
     assert check_selector(q, cache, step) == 0
     assert check_pruner(cache, step, 0.85) < 1e-6
-    assert check_attention(step.out, q, cache, step.kept_tokens, step.kept_counts) < 1e-5
+    assert check_attention(step.out, q, cache, step.kept) < 1e-5
 
 
 def test_checks_refuse_what_is_wrong(step) -> None:
     q, cache, step = step
     with pytest.raises(CheckFailed, match="out"):
-        check_attention(step.out * 1.01, q, cache, step.kept_tokens, step.kept_counts)
+        check_attention(step.out * 1.01, q, cache, step.kept)
     with pytest.raises(CheckFailed, match="out"):
-        check_attention(step.out * float("nan"), q, cache, step.kept_tokens, step.kept_counts)
-    heaviest_dropped = step.kept_counts - 8
-    step.kept_counts, kept_counts = heaviest_dropped, step.kept_counts
+        check_attention(step.out * float("nan"), q, cache, step.kept)
+    kept = step.kept
+    step.kept = kept._replace(counts=kept.counts - 8)  # the heaviest are dropped
     with pytest.raises(CheckFailed, match="kept_tokens"):
         check_pruner(cache, step, 0.85)
-    step.kept_counts = kept_counts
-    step.kept_tokens[0, 0, :2] = step.kept_tokens[0, 0, 0]
+    step.kept = kept
+    step.kept.tokens[0, 0, :2] = step.kept.tokens[0, 0, 0]
     with pytest.raises(CheckFailed, match="ascending"):
         check_pruner(cache, step, 0.85)
-    step.candidate_pages[0, 0, :8] = torch.arange(8)
+    step.candidates.pages[0, 0, :8] = torch.arange(8)
     with pytest.raises(CheckFailed, match="candidate_pages"):
         check_selector(q, cache, step)
 
@@ -343,7 +343,7 @@ def test_head_budgets_shape_what_the_inputs_keep() -> None:
         sets = workload_sets(workload, 1, "cpu", PagedKVCache.wrap)
         step = TwilightDecode(sets.caches[0], 8, selector="full")
         step.run(sets.queries[0], sets.caches[0])
-        ratio = float(step.kept_counts.max() / step.kept_counts.min())
+        ratio = float(step.kept.counts.max() / step.kept.counts.min())
         assert 2 / 3 * largest <= ratio <= 1.5 * largest
 
 

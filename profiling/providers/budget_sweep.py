@@ -40,14 +40,14 @@ def budget_providers(
     counts = torch.tensor(head_counts, dtype=torch.int32, device=backend.device)
     counts = counts.expand(shape.batch_size, -1).contiguous()
     calls: dict[str, Calls] = {
-        backend.provider: [backend.attend_tokens(q, cache, own, counts) for own in tokens]
+        backend.provider: [backend.attend_tokens(q, cache, (own, counts)) for own in tokens]
     }
     if backend.device == "cuda":
         with optional(f"flashinfer, {token_budget} tokens", notice):
             calls["flashinfer"] = baselines.flashinfer_tokens(q, cache, tokens, counts)
 
     def check(call: Callable[[], torch.Tensor]) -> float:
-        return checks.check_attention(call(), q, cache, tokens[0], counts)
+        return checks.check_attention(call(), q, cache, (tokens[0], counts))
 
     kept = Kept.of([counts])
     return [
