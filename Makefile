@@ -11,7 +11,7 @@ GPU_REPORT := import importlib.metadata as m, torch; \
 	print(f"tilelang {m.version('tilelang')}, torch {torch.__version__}, " + (f"GPU {gpu}" if gpu else "no GPU"))
 NEED_GPU := import sys, torch; sys.exit(0 if torch.cuda.is_available() else "no GPU on this machine")
 # tests/REPORT.md holds what the runs on a GPU found; a run that is cut off goes on where it stopped.
-REPORT = status=$$?; $(PYTHON) -m tests.report; exit $$status
+REPORT = status=$$?; $(PYTHON) -m tests.trust.report; exit $$status
 # pytest-xdist is used where it is installed; JOBS sets the number of its workers.
 WORKERS = $$($(PYTHON) -c 'import importlib.util as u, os; \
 	print(f"-n {$(or $(JOBS),min(8, os.cpu_count()))} --dist loadgroup" if u.find_spec("xdist") else "")')
@@ -46,13 +46,13 @@ test-gpu: $(READY)  ## the tests marked gpu; fails where there is no GPU: [FULL=
 		$(REPORT)
 
 sanitize: $(READY)  ## every kernel under compute-sanitizer; needs a GPU
-	@$(PYTHON) -c '$(NEED_GPU)' && $(PYTHON) -m tests.sanitize; $(REPORT)
+	@$(PYTHON) -c '$(NEED_GPU)' && $(PYTHON) -m tests.trust.sanitize; $(REPORT)
 
 soak: $(READY)  ## 10,000 decode steps of a serving engine; needs a GPU: [STEPS=10000]
-	@$(PYTHON) -c '$(NEED_GPU)' && $(PYTHON) -m tests.soak $(if $(STEPS),--steps $(STEPS)); $(REPORT)
+	@$(PYTHON) -c '$(NEED_GPU)' && $(PYTHON) -m tests.trust.soak $(if $(STEPS),--steps $(STEPS)); $(REPORT)
 
 mutants: $(READY)  ## plant faults in the kernels and see that tests catch them; without a GPU, in the emulator
-	@$(PYTHON) -m tests.mutate; $(REPORT)
+	@$(PYTHON) -m tests.trust.mutate; $(REPORT)
 
 tune: $(READY)  ## search launch configs on this GPU: [STAGE=pruner] [WORKLOAD=gqa-32k] [BUDGET_MINUTES=15] [FORCE=1]
 	@$(PYTHON) -m twilight_tilelang.autotune.tune $(if $(STAGE),--stage $(STAGE)) $(if $(WORKLOAD),--workload $(WORKLOAD)) \

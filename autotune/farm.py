@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from twilight_tilelang.kernels.gpu import ARCHS
+from twilight_tilelang.kernels.launch import StepShape
+
 from .compiled import compile_for
-from .launches import variants_of
-from .variants import KernelShape
+from .space import launches_of
 from .worker import SetupFailed, Worker, WorkerFailed
 
 COMPILE_SECONDS = 180.0
@@ -25,15 +27,15 @@ class Compiler:
     def __init__(self, arch: str) -> None:
         self._arch = arch
 
-    def fault(self, kernel: str, shape: KernelShape, config: Any) -> str | None:
+    def fault(self, kernel: str, shape: StepShape, config: Any) -> str | None:
         """Why a config is not worth running: it does not compile, spills, or does not fit."""
         with tempfile.TemporaryDirectory() as folder:
-            for variant in variants_of(kernel, shape, config, self._arch):
-                fault = compile_for(variant, self._arch, Path(folder)).fault(self._arch)
+            for launch in launches_of(kernel, shape, config, ARCHS[self._arch]):
+                fault = compile_for(launch, self._arch, Path(folder)).fault(self._arch)
                 if fault is not None:
-                    return f"{variant.name} {fault}"
+                    return f"{launch.name} {fault}"
                 if torch.cuda.is_available():
-                    variant.factory(*variant.arguments)
+                    launch.factory(*launch.arguments)
         return None
 
 
@@ -56,16 +58,16 @@ class Farm:
         for worker in self._workers:
             worker.kill()
 
-    def fault(self, kernel: str, shape: KernelShape, config: Any) -> Future[str | None]:
+    def fault(self, kernel: str, shape: StepShape, config: Any) -> Future[str | None]:
         """Compiler.fault, or how the compiler failed; the second call for a config waits for the
         first."""
-        variants = variants_of(kernel, shape, config, self._arch)
-        key = kernel, tuple(variant.arguments for variant in variants)
+        launches = launches_of(kernel, shape, config, ARCHS[self._arch])
+        key = kernel, tuple(launch.arguments for launch in launches)
         if key not in self._faults:
             self._faults[key] = self._pool.submit(self._compile, kernel, shape, config)
         return self._faults[key]
 
-    def _compile(self, kernel: str, shape: KernelShape, config: Any) -> str | None:
+    def _compile(self, kernel: str, shape: StepShape, config: Any) -> str | None:
         if not hasattr(self._own, "worker"):
             self._own.worker = Worker(self._make, self._arch)
             self._workers.append(self._own.worker)

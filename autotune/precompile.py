@@ -10,51 +10,43 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 
 import torch
 from tqdm import tqdm
 
-from twilight_tilelang.kernels.tuned import Configs, load_configs
-from twilight_tilelang.profiling import device
-from twilight_tilelang.profiling.sweeps import GPU_FULL
-from twilight_tilelang.profiling.workloads import GPU_WORKLOADS, BudgetSweep, Workload
+from twilight_tilelang.kernels.launch import Launch, StepShape
+from twilight_tilelang.kernels.plan import all_launches
+from twilight_tilelang.kernels.tuned import Planner
+from twilight_tilelang.profiling.workloads.sweeps import GPU_FULL
+from twilight_tilelang.profiling.workloads.workload import GPU_WORKLOADS, BudgetSweep, Workload
 
 from .farm import MAX_COMPILERS
-from .launches import launched_variants
 from .tune import shape_of_workload
-from .variants import KernelShape, KernelVariant, arch_of
 from .worker import CONTEXT
 
 Job = tuple[str, str, tuple]  # module and name of a factory, and what it is called with
 
 
-def shapes_of(workload: Workload | BudgetSweep) -> list[KernelShape]:
+def shapes_of(workload: Workload | BudgetSweep) -> list[StepShape]:
     """The steps that a workload times: with each of its budgets, and over every page."""
     if isinstance(workload, BudgetSweep):
         whole = Workload(workload.name, workload.shape, workload.shape.max_seq_len, kept_mean=1)
         return [shape_of_workload(whole)]
     shapes = [shape_of_workload(variant) for variant in workload.variants()]
-    every_page = replace(shapes[0], width=shapes[0].max_pages * shapes[0].page_size)
-    return list(dict.fromkeys([*shapes, every_page]))
+    return list(dict.fromkeys(shapes))
 
 
-def jobs_of(
-    workloads: Sequence[Workload | BudgetSweep], arch: str, configs: Configs | None
-) -> list[Job]:
-    """Every kernel once."""
-    variants = [
-        variant
-        for workload in workloads
-        for shape in shapes_of(workload)
-        for variant in launched_variants(shape, arch, configs)
-    ]
-    return list(dict.fromkeys(map(_job_of, variants)))
+def jobs_of(workloads: Sequence[Workload | BudgetSweep], planner: Planner) -> list[Job]:
+    """Every kernel once: of the whole step, and of its parts."""
+    shapes = (shape for workload in workloads for shape in shapes_of(workload))
+    every = (own for shape in shapes for own in (shape, shape._replace(launch_rows=shape.num_rows)))
+    launches = (launch for shape in dict.fromkeys(every) for launch in all_launches(shape, planner))
+    return list(dict.fromkeys(map(_job_of, launches)))
 
 
-def _job_of(variant: KernelVariant) -> Job:
-    made_by = variant.factory.func.orig_func
-    return made_by.__module__, made_by.__name__, variant.arguments
+def _job_of(launch: Launch) -> Job:
+    made_by = launch.factory.func.orig_func
+    return made_by.__module__, made_by.__name__, launch.arguments
 
 
 def compile_job(job: Job) -> str | None:
@@ -79,8 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     chosen = every if arguments.full or arguments.workload else GPU_WORKLOADS
     chosen = [own for own in chosen if arguments.workload in (None, own.name)]
-    arch = arch_of(torch.cuda.get_device_capability())
-    jobs = jobs_of(chosen, arch, load_configs(device.gpu_label()))
+    jobs = jobs_of(chosen, Planner.on(torch.device("cuda", torch.cuda.current_device())))
     started = time.monotonic()
     processes = min(len(os.sched_getaffinity(0)), MAX_COMPILERS, len(jobs))
     with ProcessPoolExecutor(processes, CONTEXT) as pool:

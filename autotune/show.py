@@ -8,27 +8,25 @@ from typing import Any
 
 import torch
 
+from twilight_tilelang.kernels.cache import HEAD_DIMS, check_page_size
+from twilight_tilelang.kernels.checks import check_count
+from twilight_tilelang.kernels.gpu import ARCHS, gpu_of
+from twilight_tilelang.kernels.launch import StepShape
+from twilight_tilelang.kernels.plan import SPECS
+from twilight_tilelang.kernels.query import MAX_GROUP_SIZE
 from twilight_tilelang.kernels.tuned import (
     CONFIGS,
     Configs,
     Entry,
-    choose,
+    Planner,
     load_configs,
     read_configs,
 )
-from twilight_tilelang.kernels.validate import (
-    HEAD_DIMS,
-    MAX_GROUP_SIZE,
-    check_count,
-    check_page_size,
-)
 from twilight_tilelang.profiling import device
-from twilight_tilelang.profiling.workloads import Workload
+from twilight_tilelang.profiling.workloads.workload import Workload
 from twilight_tilelang.reference.inputs import DecodeShape
 
-from .space import SPACES, bucket_of
 from .tune import WORKLOADS, shape_of_workload
-from .variants import KernelShape, arch_of, as_launched
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- table of autotune.show -->", "<!-- end of autotune.show -->"
@@ -44,13 +42,13 @@ SIZES = {  # of a step, where neither a workload nor a size is named
 }
 
 
-def lines_of(shape: KernelShape, configs: Configs | None, arch: str) -> list[str]:
+def lines_of(shape: StepShape, configs: Configs | None, arch: str) -> list[str]:
     """One line per kernel: its config, and where that comes from."""
     lines = []
-    for kernel, space in SPACES.items():
-        choice = choose(kernel, bucket_of(kernel, shape), space.default(shape, arch), configs)
-        config = as_launched(choice.config, shape, arch)
-        lines.append(f"{kernel}: {config}\n    {choice.reason}")
+    planner = Planner(ARCHS[arch], configs)
+    for kernel, spec in SPECS.items():
+        planned, choice = planner.plan(spec, shape), planner.choose(spec, shape)
+        lines.append(f"{kernel}: {planned.config}\n    {choice.reason}")
         if choice.bucket is not None:
             entry = configs.entries[kernel][choice.bucket]
             lines[-1] += (
@@ -77,18 +75,18 @@ def write_table(readme: Path = README, folder: Path = CONFIGS) -> None:
 
 def _gain_table(configs: Configs) -> str:
     columns = (
-        kernel if kernel == space.stage else f"{kernel} (whole {space.stage})"
-        for kernel, space in SPACES.items()
+        kernel if kernel == spec.stage else f"{kernel} (whole {spec.stage})"
+        for kernel, spec in SPECS.items()
     )
     lines = [
         "| workload | " + " | ".join(columns) + " |",
-        "|---" * (1 + len(SPACES)) + "|",
+        "|---" * (1 + len(SPECS)) + "|",
     ]
     used: list[Entry] = []
     for workload in WORKLOADS:
         cells = []
-        for kernel in SPACES:
-            own = [e for e in configs.fresh(kernel).values() if workload.name in e.workloads]
+        for kernel in SPECS:
+            own = [e for e in configs.fresh(SPECS[kernel]).values() if workload.name in e.workloads]
             cells.append(_gain(own[0]) if own else "-")
             used += own
         lines.append(f"| {workload.name} | " + " | ".join(cells) + " |")
@@ -136,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
         tuned = ", ".join(path.stem for path in sorted(CONFIGS.glob("*.json")))
         parser.error(f"--gpu: expected a tuned one ({tuned}), got {arguments.gpu}")
     else:
-        arch = arch_of(torch.cuda.get_device_capability())
+        arch = gpu_of(torch.device("cuda")).arch
         print(f"defaults as for {arch}")
     given = {name: getattr(arguments, name) for name in SIZES}
     given = {name: value for name, value in given.items() if value is not None}
@@ -151,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _shape_of(sizes: dict[str, Any]) -> KernelShape:
+def _shape_of(sizes: dict[str, Any]) -> StepShape:
     """The shape of a step of these sizes; ValueError where no step can have them."""
     token_budget, seq_len = sizes.pop("token_budget"), sizes.pop("seq_len")
     dtype = getattr(torch, sizes.pop("dtype"))

@@ -15,17 +15,18 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import device, timing, traffic
-from .backends import TileLang, Torch
-from .checks import CheckFailed
+from . import device, timing
 from .plan import Group, Observed, Target, Timed, groups_of, label, prepare, row_key
-from .results import RESULTS, Finished, write_rows
-from .rows import TABLES, Row
-from .stages import Provider
-from .summary import write_summary
-from .sweeps import CPU_FULL, GPU_FULL, trace_workload
-from .table import summary
-from .workloads import CPU_WORKLOADS, GPU_WORKLOADS, BudgetSweep, Workload
+from .providers.backends import TileLang, Torch
+from .providers.checks import CheckFailed
+from .providers.stages import Provider
+from .tables.report import summary
+from .tables.rows import TABLES, Row
+from .tables.store import RESULTS, Finished, write_rows
+from .tables.summary import write_summary
+from .workloads import traffic
+from .workloads.sweeps import CPU_FULL, GPU_FULL, trace_workload
+from .workloads.workload import CPU_WORKLOADS, GPU_WORKLOADS, BudgetSweep, Workload
 
 READ_BYTES = 8 << 30
 CPU_READ_BYTES = 256 << 20

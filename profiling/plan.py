@@ -6,15 +6,16 @@ from typing import Any
 
 from twilight_tilelang.reference.inputs import DecodeShape
 
-from . import accuracy, device
-from .budget_sweep import METHOD as RANDOM
-from .budget_sweep import budget_providers
-from .observations import METHOD, PARTS, Origin, kept_rows, memory_rows, setting_of
-from .request_sets import affordable_sets, pool_bytes, sweep_sets, workload_sets
-from .rows import ROW_KEY, AnyRow
-from .stages import Notice, Provider, StageBuilder, methods_of, sets_wanted
-from .timeline import timeline_rows
-from .workloads import BudgetSweep, Workload
+from . import device
+from .observations import accuracy
+from .observations.observations import METHOD, PARTS, Origin, kept_rows, memory_rows, setting_of
+from .observations.timeline import timeline_rows
+from .providers.budget_sweep import METHOD as RANDOM
+from .providers.budget_sweep import budget_providers
+from .providers.stages import Notice, Provider, StageBuilder, methods_of, sets_wanted
+from .tables.rows import ROW_KEY, AnyRow
+from .workloads.request_sets import affordable_sets, pool_bytes, sweep_sets, workload_sets
+from .workloads.workload import BudgetSweep, Workload
 
 
 @dataclass(frozen=True)

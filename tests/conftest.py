@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.guards import GuardedMemory
+from tests.checks.guards import GuardedMemory
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,32 +14,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.cases import FORMS, NAN, forms_for
-from tests.emulate import emulated
-from tests.guards import GuardedMemory
-from tests.logits import LOGITS, NO_SOFTMAX, normal, rounded
-from tests.properties import assert_bounds_hold, assert_top_p, token_slots
+from tests.checks.guards import GuardedMemory
+from tests.checks.properties import assert_bounds_hold, assert_top_p, token_slots
+from tests.emulated.emulate import emulated
+from tests.inputs.cases import FORMS, NAN, forms_for
+from tests.inputs.logits import LOGITS, NO_SOFTMAX, normal, rounded
 from twilight_tilelang import reference
 from twilight_tilelang.kernels.attention import ATTENTION_KERNELS
-from twilight_tilelang.kernels.config import (
-    AttentionConfig,
-    EstimatePruneConfig,
-    EstimatorConfig,
-    PageScoreConfig,
-    PrunerConfig,
-    TopPagesConfig,
-    next_power_of_two,
-    static_width,
-)
-from twilight_tilelang.kernels.estimate_prune import estimate_prune_kernel
-from twilight_tilelang.kernels.estimator import estimator_kernel
+from twilight_tilelang.kernels.estimate_prune import EstimatePruneConfig, estimate_prune_kernel
+from twilight_tilelang.kernels.estimator import EstimatorConfig, estimator_kernel
+from twilight_tilelang.kernels.launch import next_power_of_two, static_width
 from twilight_tilelang.kernels.mirror import append_kernel, mirror_kernel, prefill_kernel
-from twilight_tilelang.kernels.page_scores import page_score_kernel
-from twilight_tilelang.kernels.pruner import HeadUnion, pruner_kernel
+from twilight_tilelang.kernels.page_scores import PageScoreConfig, page_score_kernel
+from twilight_tilelang.kernels.pruner import HeadUnion, PrunerConfig, pruner_kernel
 from twilight_tilelang.kernels.selector import all_pages_kernel
-from twilight_tilelang.kernels.split_kv import merge_kernel, plan_kernel
+from twilight_tilelang.kernels.split_kv import AttentionConfig, merge_kernel, plan_kernel
 from twilight_tilelang.kernels.top_p import NUM_THREADS
-from twilight_tilelang.kernels.top_pages import top_pages_kernel
+from twilight_tilelang.kernels.top_pages import TopPagesConfig, top_pages_kernel
 from twilight_tilelang.reference.hazards import contiguous, poison_unused
 from twilight_tilelang.reference.inputs import DecodeShape, random_inputs
 
@@ -157,7 +148,7 @@ def test_append_fills_a_page_as_a_prefill(page_size, with_offset, folder):
     offset = torch.zeros(2, 64).index_fill_(1, torch.tensor([0, 40]), 15.1)
     options = dict(page_table=inputs.page_table, k_offset=offset if with_offset else None)
     k, v = contiguous(inputs)
-    cache = reference.PagedKVCache.empty(2, 1, 2, 2, 64, page_size, **options)
+    cache = reference.PagedKVCache.empty(reference.CacheShape(1, 2, 2, 64, page_size), **options)
     poison_unused(cache)
     append = emulated(append_kernel, (64, page_size, "float16"), folder)
     for token in range(page_size + 2):
@@ -201,7 +192,7 @@ def test_append_leaves_a_full_request_alone(folder):
 
 SCORE_CONFIGS = {
     "default": PageScoreConfig(),
-    "few": PageScoreConfig.for_pages(1, 1, 256),
+    "few": PageScoreConfig(tiles_per_warp=1, steps=1),
     "one-warp": PageScoreConfig(num_warps=1, tiles_per_warp=1, steps=2),
 }
 
@@ -278,7 +269,7 @@ def test_top_pages_are_the_best(name, wide, folder):
 
 CONFIGS = {
     "default": EstimatorConfig(),
-    "few": EstimatorConfig.for_tiles(1, 128),
+    "few": EstimatorConfig(tiles_per_warp=1, steps=2),
     "one-warp": EstimatorConfig(num_warps=1, tiles_per_warp=2, steps=3),
 }
 
@@ -288,7 +279,7 @@ def test_estimated_logits_match_reference(config, inputs, folder):
     cache = reference.PagedKVCache.wrap(*inputs.paged())
     config = CONFIGS[config]
     pages, counts = reference.select_pages(inputs.q, cache, cache.page_size * 5)
-    expected = reference.estimate_logits(inputs.q, cache, pages, counts, dtype=torch.float64)
+    expected = reference.estimate_logits(inputs.q, cache, (pages, counts), dtype=torch.float64)
     logits = estimate_emulated(inputs.q, cache, pages, counts, config, folder)
     width = pages.shape[2]
     listed = torch.arange(width)[None, None] < counts[..., None]
@@ -354,7 +345,7 @@ def test_pruned_sets_match_reference(row, draw, top_p, rng, folder):
     logits = [LOGITS[draw](seq_len, rng) for _ in range(group_size)]
     problem = one_row(logits, dtype)
     tokens, counts, mass = prune_emulated(*problem, top_p, windows, config, folder)
-    expected = reference.prune_top_p(*problem, top_p, **windows)
+    expected = reference.prune_top_p(*problem[:2], problem[2:], top_p, **windows)
     count = int(expected[1])
     # Weights equal to one part in 10^4 may fall either way.
     assert abs(int(counts) - count) <= count // 1000
@@ -409,7 +400,9 @@ def one_row(logits: list[torch.Tensor], dtype: torch.dtype, max_pages: int | Non
     seq_len = len(logits[0])
     max_pages = -(-seq_len // 16) if max_pages is None else max_pages
     page_table = torch.zeros(1, max_pages, dtype=torch.int32)
-    cache = reference.PagedKVCache.empty(1, 1, max_pages, 1, 64, page_table=page_table)
+    cache = reference.PagedKVCache.empty(
+        reference.CacheShape(1, max_pages, 1, 64), num_pages=1, page_table=page_table
+    )
     cache.seq_lens.fill_(seq_len)
     padded = torch.full((1, len(logits), cache.capacity), -torch.inf)
     padded[..., :seq_len] = torch.stack(logits)
@@ -519,7 +512,7 @@ def test_fused_kernel_gives_the_bits_of_two(name, hazard, folder):
         cache.seq_lens[0], counts[0] = 0, 0
 
     windows = dict(zip(("num_sink_tokens", "num_recent_tokens"), windows, strict=True))
-    few = EstimatorConfig.for_tiles(1, head_dim)
+    few = EstimatorConfig(tiles_per_warp=1, steps=2)
     logits = estimate_emulated(inputs.q, cache, pages, counts, few, folder)
     apart = PrunerConfig(heads_apart=heads[0] > heads[1])
     expected = prune_emulated(logits, cache, pages, counts, top_p, windows, apart, folder)
@@ -552,13 +545,15 @@ def test_attention_matches_reference(form, source, inputs, folder):
     pages, counts = reference.select_pages(inputs.q, cache, cache.page_size * 12)
     if source == "tokens":
         indices, counts, _ = reference.prune_top_p(
-            reference.estimate_logits(inputs.q, cache, pages, counts), cache, pages, counts, 0.9
+            reference.estimate_logits(inputs.q, cache, (pages, counts)), cache, (pages, counts), 0.9
         )
-        expected = reference.flash_topk_attention(inputs.q, cache, indices, counts, return_lse=True)
+        expected = reference.flash_topk_attention(
+            inputs.q, cache, (indices, counts), return_lse=True
+        )
         width = indices.shape[2]
     elif source == "pages":
         indices, width = pages, pages.shape[2] * cache.page_size
-        expected = reference.page_attention(inputs.q, cache, pages, counts, return_lse=True)
+        expected = reference.page_attention(inputs.q, cache, (pages, counts), return_lse=True)
     else:
         counts = cache.seq_lens[:, None].expand(rows).contiguous()
         indices, width = counts[..., None].contiguous(), cache.capacity

@@ -15,9 +15,10 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import twilight_tilelang as kernels
-from tests import ledger, stand_in
-from tests.promises import check_step
-from tests.strategies import BUCKETS, SMALL_BUCKETS, Bucket, Step, decode_steps
+from tests.checks.promises import check_step
+from tests.doubles import stand_in
+from tests.inputs.strategies import BUCKETS, SMALL_BUCKETS, Bucket, Step, decode_steps
+from tests.trust import ledger
 
 # 2,000 cases in 16 buckets, or 208 in 8.
 FULL = os.environ.get("FULL") == "1"
@@ -95,17 +96,18 @@ def faulty(spoil: Callable) -> SimpleNamespace:
 
 
 def drop_last_kept(step, out, q, cache):
-    step.kept_counts = (step.kept_counts - 1).clamp(min=0)
+    step.kept = step.kept._replace(counts=(step.kept.counts - 1).clamp(min=0))
     return out
 
 
 def keep_too_little(step, out, q, cache):
-    step.kept_mass = step.kept_mass - 2e-4
+    step.kept = step.kept._replace(mass=step.kept.mass - 2e-4)
     return out
 
 
 def skip_newest_page(step, out, q, cache):
-    step.candidate_counts = (step.candidate_counts - 1).clamp(min=1)
+    fewer = (step.candidates.counts - 1).clamp(min=1)
+    step.candidates = step.candidates._replace(counts=fewer)
     return out
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.guards import GUARD_BYTES, GuardedMemory
+from tests.checks.guards import GUARD_BYTES, GuardedMemory
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int32, torch.uint8, torch.bool)
 

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from tests import mutate
-from tests.ledger import ROOT
-from tests.mutants import MUTANTS
+from tests.trust import mutate
+from tests.trust.ledger import ROOT
+from tests.trust.mutants import MUTANTS
 
 EVERY = [pytest.param(mutant, id=mutant.name) for mutant in MUTANTS]
 

@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 from matplotlib.text import Text
 
-from tests.made_up_results import made_up_rows, write_frames
+from tests.doubles.made_up_results import made_up_rows, write_frames
 from twilight_tilelang.plots import draw, tables
 from twilight_tilelang.plots.figures import FIGURES, FULL
 from twilight_tilelang.plots.frames import CPU, CPU_NOTE, SIZES, Frames, MissingData, steps
 from twilight_tilelang.plots.parts import budget_rule
-from twilight_tilelang.profiling.rows import AnyRow, table_of
+from twilight_tilelang.profiling.tables.rows import AnyRow, table_of
 
 MEASURED = Frames(draw.RESULTS / "h200")
 

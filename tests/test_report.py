@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from tests import ledger, report
-from tests.mutants import MUTANTS
+from tests.trust import ledger, report
+from tests.trust.mutants import MUTANTS
 
 
 @pytest.fixture

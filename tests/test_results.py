@@ -7,27 +7,34 @@ import pandas as pd
 import pytest
 import torch
 
-from tests.made_up_results import made_up_rows
-from twilight_tilelang.profiling import bench, traffic
-from twilight_tilelang.profiling.checks import (
+from tests.doubles.made_up_results import made_up_rows
+from twilight_tilelang.profiling import bench
+from twilight_tilelang.profiling.plan import Target, groups_of, prepare
+from twilight_tilelang.profiling.providers.checks import (
     CheckFailed,
     check_attention,
     check_pruner,
     check_selector,
 )
-from twilight_tilelang.profiling.plan import Target, groups_of, prepare
-from twilight_tilelang.profiling.request_sets import (
+from twilight_tilelang.profiling.providers.stages import sets_wanted
+from twilight_tilelang.profiling.tables.rows import OBSERVED, ROW_KEY, TIMED, Row
+from twilight_tilelang.profiling.tables.store import (
+    RESULTS,
+    Finished,
+    path_of,
+    read_rows,
+    write_rows,
+)
+from twilight_tilelang.profiling.timing import Timing, time_on_host
+from twilight_tilelang.profiling.workloads import traffic
+from twilight_tilelang.profiling.workloads.request_sets import (
     affordable_sets,
     cold_sets,
     random_tokens,
     workload_sets,
 )
-from twilight_tilelang.profiling.results import RESULTS, Finished, path_of, read_rows, write_rows
-from twilight_tilelang.profiling.rows import OBSERVED, ROW_KEY, TIMED, Row
-from twilight_tilelang.profiling.stages import sets_wanted
-from twilight_tilelang.profiling.sweeps import CPU_FULL, GPU_FULL
-from twilight_tilelang.profiling.timing import Timing, time_on_host
-from twilight_tilelang.profiling.workloads import (
+from twilight_tilelang.profiling.workloads.sweeps import CPU_FULL, GPU_FULL
+from twilight_tilelang.profiling.workloads.workload import (
     CPU_WORKLOADS,
     GPU_WORKLOADS,
     LOOKED_ON,
@@ -223,24 +230,24 @@ def test_checks_pass_what_is_right(step) -> None:
     q, cache, step = step
     assert check_selector(q, cache, step) == 0
     assert check_pruner(cache, step, 0.85) < 1e-6
-    assert check_attention(step.out, q, cache, step.kept_tokens, step.kept_counts) < 1e-5
+    assert check_attention(step.out, q, cache, step.kept) < 1e-5
 
 
 def test_checks_refuse_what_is_wrong(step) -> None:
     q, cache, step = step
     with pytest.raises(CheckFailed, match="out"):
-        check_attention(step.out * 1.01, q, cache, step.kept_tokens, step.kept_counts)
+        check_attention(step.out * 1.01, q, cache, step.kept)
     with pytest.raises(CheckFailed, match="out"):
-        check_attention(step.out * float("nan"), q, cache, step.kept_tokens, step.kept_counts)
-    heaviest_dropped = step.kept_counts - 8
-    step.kept_counts, kept_counts = heaviest_dropped, step.kept_counts
+        check_attention(step.out * float("nan"), q, cache, step.kept)
+    kept = step.kept
+    step.kept = kept._replace(counts=kept.counts - 8)  # the heaviest are dropped
     with pytest.raises(CheckFailed, match="kept_tokens"):
         check_pruner(cache, step, 0.85)
-    step.kept_counts = kept_counts
-    step.kept_tokens[0, 0, :2] = step.kept_tokens[0, 0, 0]
+    step.kept = kept
+    step.kept.tokens[0, 0, :2] = step.kept.tokens[0, 0, 0]
     with pytest.raises(CheckFailed, match="ascending"):
         check_pruner(cache, step, 0.85)
-    step.candidate_pages[0, 0, :8] = torch.arange(8)
+    step.candidates.pages[0, 0, :8] = torch.arange(8)
     with pytest.raises(CheckFailed, match="candidate_pages"):
         check_selector(q, cache, step)
 
@@ -328,7 +335,7 @@ def test_head_budgets_shape_what_the_inputs_keep() -> None:
         sets = workload_sets(workload, 1, "cpu", PagedKVCache.wrap)
         step = TwilightDecode(sets.caches[0], 8, selector="full")
         step.run(sets.queries[0], sets.caches[0])
-        ratio = float(step.kept_counts.max() / step.kept_counts.min())
+        ratio = float(step.kept.counts.max() / step.kept.counts.min())
         assert 2 / 3 * largest <= ratio <= 1.5 * largest
 
 

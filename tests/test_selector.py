@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import twilight_tilelang as kernels
-from tests.cases import BASE, CASES, NAMED, build_cache, make_tensors
-from tests.properties import (
+from tests.checks.properties import (
     SCORE_TOLERANCE,
     as_reference,
     assert_pages_selected,
@@ -13,6 +12,7 @@ from tests.properties import (
     page_scores,
     valid_entries,
 )
+from tests.inputs.cases import BASE, CASES, NAMED, build_cache, make_tensors
 from twilight_tilelang import reference
 from twilight_tilelang.reference.hazards import poison_unused
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import twilight_tilelang as kernels
-from tests import stand_in
-from tests.soak import soak
+from tests.doubles import stand_in
+from tests.trust.soak import soak
 
 CPU = torch.device("cpu")
 SHORT = {"num_steps": 100, "check_every": 25, "batch_size": 3, "max_pages": 8}

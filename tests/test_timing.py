@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from twilight_tilelang.profiling import bench, timing
-from twilight_tilelang.profiling.results import read_rows
-from twilight_tilelang.profiling.rows import STAGES
-from twilight_tilelang.profiling.sweeps import COPY_TASK, EQUAL, trace_workload
-from twilight_tilelang.profiling.workloads import LOOKED_ON, BudgetSweep, Workload
+from twilight_tilelang.profiling.tables.rows import STAGES
+from twilight_tilelang.profiling.tables.store import read_rows
+from twilight_tilelang.profiling.workloads.sweeps import COPY_TASK, EQUAL, trace_workload
+from twilight_tilelang.profiling.workloads.workload import LOOKED_ON, BudgetSweep, Workload
 from twilight_tilelang.reference.inputs import LAYER_BUDGETS, DecodeShape
 
 

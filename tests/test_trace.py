@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from twilight_tilelang import reference
-from twilight_tilelang.profiling import bench, copy_model, trace
-from twilight_tilelang.profiling.results import read_rows
-from twilight_tilelang.profiling.sweeps import COPY_TASK, trace_workload
-from twilight_tilelang.profiling.trace import read_trace, save_trace
+from twilight_tilelang.profiling import bench
+from twilight_tilelang.profiling.recordings import copy_model, trace
+from twilight_tilelang.profiling.recordings.trace import read_trace, save_trace
+from twilight_tilelang.profiling.tables.store import read_rows
+from twilight_tilelang.profiling.workloads.sweeps import COPY_TASK, trace_workload
 from twilight_tilelang.reference.compare import relative_error
 from twilight_tilelang.reference.inputs import measure_budgets
 
@@ -77,7 +78,7 @@ def test_the_committed_recording_is_of_learnt_attention(capsys) -> None:
     cache = reference.PagedKVCache.wrap(*inputs.paged())
     step = reference.TwilightDecode(cache, 4, selector="full", top_p=0.9)
     step.run(inputs.q, cache)
-    budgets = measure_budgets(inputs.q, cache, step.kept_tokens, step.kept_counts)
+    budgets = measure_budgets(inputs.q, cache, step.kept.tokens, step.kept.counts)
     assert budgets.kept_mean < 51 and budgets.kept_max > 5 * budgets.kept_min
     assert budgets.captured_mean > 0.88
 

@@ -1,0 +1,189 @@
+"""Is what is about to be timed right? Each check compares a few requests with the reference.
+
+A check returns the `error` column of its rows and raises `CheckFailed` beyond its tolerance:
+
+    selector   how far below the reference's last chosen page the worst chosen page scores, over
+               the largest score
+    estimator  |logits - reference| / |reference|, Euclidean norm
+    pruner     largest estimated mass, over query heads, of the tokens on which the sets differ
+    attention, dense
+               |out - reference| / |reference| on the same tokens
+    pipeline   as attention for the check; the column holds |out - dense| / |dense|, what leaving
+               tokens out costs
+
+The reference computes in float64 on the same device.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+
+from twilight_tilelang import reference
+from twilight_tilelang.reference.compare import relative_error
+
+SCORE_TOLERANCE = 1e-4
+LOGIT_TOLERANCE = 1e-3
+MASS_TOLERANCE = 1e-3
+COUNT_TOLERANCE = 0.01
+Lists = tuple[torch.Tensor, ...]  # indices and counts; what follows them is passed over
+ORACLE = torch.float64
+
+
+class CheckFailed(AssertionError):
+    """A result differs from the reference by more than its tolerance."""
+
+
+def requests_to_check(cache: Any) -> list[int]:
+    """The first and the last request of a batch."""
+    return sorted({0, cache.batch_size - 1})
+
+
+def request_cache(cache: Any, request: int) -> reference.PagedKVCache:
+    """The reference's view of one request; no page is copied."""
+    names = [field.name for field in dataclasses.fields(reference.PagedKVCache)]
+    fields = {name: getattr(cache, name) for name in names}
+    rows = slice(request, request + 1)
+    fields |= {"page_table": cache.page_table[rows], "seq_lens": cache.seq_lens[rows]}
+    return reference.PagedKVCache(**fields)
+
+
+def check_selector(q: torch.Tensor, cache: Any, step: Any) -> float:
+    """Chosen pages: as many as asked for, ascending, none worse than the reference's last."""
+    errors = []
+    for request in requests_to_check(cache):
+        one = request_cache(cache, request)
+        num_pages = -(-int(one.seq_lens) // one.page_size)
+        expected = min(num_pages, step.candidates.pages.shape[-1])
+        counts = step.candidates.counts[request].tolist()
+        if counts != [expected] * one.num_kv_heads:
+            raise CheckFailed(f"candidate_counts: expected {expected}, got {counts}")
+        chosen = step.candidates.pages[request, :, :expected].long()
+        if bool((chosen.diff(dim=-1) <= 0).any()) or bool(
+            ((chosen < 0) | (chosen >= num_pages)).any()
+        ):
+            raise CheckFailed(f"candidate_pages: expected ascending pages 0..{num_pages - 1}")
+        pages = one.page_table[0, :num_pages].long()
+        bounds = reference.dequantize_bounds(
+            one.page_bounds[pages], one.bounds_scale_zero[pages], dtype=ORACLE
+        )
+        bounds = reference.quest_bounds(q[request], *bounds, dtype=ORACLE)
+        scores = bounds.view(one.num_kv_heads, -1, num_pages).amax(dim=1)
+        largest = scores.abs().amax()
+        scores[:, -1] = math.inf  # the newest page always belongs to the candidates
+        last = scores.sort(dim=-1, descending=True).values[:, expected - 1]
+        deficit = last - scores.gather(-1, chosen).amin(dim=-1)
+        errors.append(float((deficit / largest).nan_to_num(nan=0.0).clamp(min=0).amax()))
+    return _within("candidate_pages", max(errors), SCORE_TOLERANCE)
+
+
+def check_estimator(q: torch.Tensor, cache: Any, step: Any) -> float:
+    """Logits of the step's own candidates."""
+    errors = []
+    for request in requests_to_check(cache):
+        rows = slice(request, request + 1)
+        one = request_cache(cache, request)
+        candidates = [each[rows] for each in step.candidates]
+        oracle = reference.estimate_logits(q[rows], one, candidates, dtype=ORACLE)
+        valid = oracle.isfinite()
+        errors.append(relative_error(step.logits[rows][valid], oracle[valid]))
+    return _within("logits", max(errors), LOGIT_TOLERANCE)
+
+
+def check_pruner(cache: Any, step: Any, top_p: float) -> float:
+    """Kept tokens of the step's own logits."""
+    errors = []
+    for request in requests_to_check(cache):
+        rows = slice(request, request + 1)
+        one = request_cache(cache, request)
+        candidates = [each[rows] for each in step.candidates]
+        logits = step.logits[rows]
+        tokens, counts, mass = reference.prune_top_p(logits, one, candidates, top_p, dtype=ORACLE)
+        kept_mass = step.kept.mass[rows].double()
+        if not bool((kept_mass >= top_p - MASS_TOLERANCE).all()):
+            raise CheckFailed(f"kept_mass: expected >= {top_p}, got {float(kept_mass.amin()):.5f}")
+        _within("kept_mass", float((kept_mass - mass).abs().amax()), MASS_TOLERANCE)
+        excess = (step.kept.counts[rows] - counts).abs() - COUNT_TOLERANCE * counts
+        if bool((excess > 8).any()):
+            got = step.kept.counts[rows].flatten().tolist()
+            raise CheckFailed(f"kept_counts: expected {counts.flatten().tolist()}, got {got}")
+        seq_len = int(one.seq_lens)
+        differs = _membership(tokens, counts, seq_len) ^ _membership(
+            step.kept.tokens[rows], step.kept.counts[rows], seq_len
+        )
+        positions = reference.candidate_tokens(one, *candidates)[0]  # [num_kv_heads, width]
+        valid = positions >= 0
+        odd = differs.gather(-1, positions.clamp(min=0)) & valid
+        weights = logits[0].double().unflatten(0, (one.num_kv_heads, -1))
+        weights = torch.where(valid[:, None], weights, -math.inf).softmax(dim=-1)
+        errors.append(float((weights * odd[:, None]).sum(dim=-1).amax()))
+    return _within("kept_tokens", max(errors), MASS_TOLERANCE)
+
+
+def check_attention(out: torch.Tensor, q: torch.Tensor, cache: Any, kept: Lists) -> float:
+    """Attention over given tokens."""
+
+    def oracle(one: Any, rows: slice) -> torch.Tensor:
+        own = tuple(each[rows] for each in kept)
+        return reference.flash_topk_attention(q[rows], one, own, dtype=ORACLE)
+
+    return _compare_out(out, q, cache, oracle)
+
+
+def check_pages(out: torch.Tensor, q: torch.Tensor, cache: Any, candidates: Lists) -> float:
+    """Attention over given pages."""
+
+    def oracle(one: Any, rows: slice) -> torch.Tensor:
+        own = tuple(each[rows] for each in candidates)
+        return reference.page_attention(q[rows], one, own, dtype=ORACLE)
+
+    return _compare_out(out, q, cache, oracle)
+
+
+def check_dense(out: torch.Tensor, q: torch.Tensor, cache: Any) -> float:
+    """Attention over every token."""
+    return _within("out", dense_error(out, q, cache), _out_tolerance(q))
+
+
+def dense_error(out: torch.Tensor, q: torch.Tensor, cache: Any) -> float:
+    """|out - dense attention| / |dense attention|."""
+    return _out_error(
+        out, q, cache, lambda one, rows: reference.dense_attention(q[rows], one, dtype=ORACLE)
+    )
+
+
+def _compare_out(out: torch.Tensor, q: torch.Tensor, cache: Any, oracle: Any) -> float:
+    return _within("out", _out_error(out, q, cache, oracle), _out_tolerance(q))
+
+
+def _out_error(out: torch.Tensor, q: torch.Tensor, cache: Any, oracle: Any) -> float:
+    out = out.reshape(q.shape)
+    errors = []
+    for request in requests_to_check(cache):
+        rows = slice(request, request + 1)
+        errors.append(relative_error(out[rows], oracle(request_cache(cache, request), rows)))
+    return max(errors, key=lambda error: math.inf if math.isnan(error) else error)
+
+
+def _out_tolerance(q: torch.Tensor) -> float:
+    return max(8 * torch.finfo(q.dtype).eps, 1e-5)
+
+
+def _membership(tokens: torch.Tensor, counts: torch.Tensor, seq_len: int) -> torch.Tensor:
+    """[num_kv_heads, seq_len] bool from one request's lists; ValueError if they are no sets."""
+    listed = torch.arange(tokens.shape[-1], device=tokens.device) < counts[0, :, None]
+    tokens = tokens[0].long()
+    if bool((listed & ((tokens < 0) | (tokens >= seq_len))).any()):
+        raise CheckFailed(f"kept_tokens: expected positions 0..{seq_len - 1}")
+    if bool((listed[:, 1:] & (tokens.diff(dim=-1) <= 0)).any()):
+        raise CheckFailed("kept_tokens: expected ascending positions without duplicates")
+    members = torch.zeros(tokens.shape[0], seq_len + 1, dtype=torch.bool, device=tokens.device)
+    members.scatter_(-1, torch.where(listed, tokens, seq_len), True)
+    return members[:, :seq_len]
+
+
+def _within(name: str, error: float, tolerance: float) -> float:
+    if not error <= tolerance:
+        raise CheckFailed(f"{name}: error {error:.3g} against the reference, allowed {tolerance:g}")
+    return error

@@ -1,0 +1,261 @@
+"""What is timed: per stage the providers, their calls, their check, and what they must move.
+
+Everything that touches the implementation under test goes through `backends.py`.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..tables.rows import STAGES
+from ..timing import Calls
+from ..workloads.request_sets import RequestSets, cold_sets
+from ..workloads.traffic import INDEX_BYTES, LOGIT_BYTES, Work, bytes_moved
+from ..workloads.workload import METHODS, Workload
+from . import baselines, checks
+
+WORKSPACE_BYTES = 8 << 30  # of all steps of one method together, about
+MAX_SLOTS = 4 * 72
+
+Notice = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Tokens that attention reads per KV head."""
+
+    mean: float
+    low: int
+    high: int
+
+    @classmethod
+    def of(cls, counts: Sequence[torch.Tensor]) -> "Kept":
+        """From the counts of several sets."""
+        every = torch.cat([count.flatten() for count in counts])
+        return cls(float(every.double().mean()), int(every.min()), int(every.max()))
+
+    @classmethod
+    def same(cls, tokens: int) -> "Kept":
+        """Every KV head reads this many."""
+        return cls(tokens, tokens, tokens)
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One row to be: `calls` do the same work on different inputs, `check` returns the error."""
+
+    stage: str
+    method: str
+    name: str
+    calls: Calls
+    check: Callable[[], float]
+    kept: Kept
+    work: Work
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One input set with a workspace of its own."""
+
+    q: torch.Tensor
+    cache: Any
+    step: Any
+
+    def with_configs(self, configs: Mapping[str, Any]) -> "Slot":
+        """The same with launch configs by kernel, and the defaults of the others."""
+        return dataclasses.replace(self, step=self.step.with_configs(configs))
+
+    @property
+    def calls(self) -> dict[str, Callable[[], object]]:
+        """Each stage of the step, in order, and the whole; one stage needs what those before it
+        left in the step. Estimator and pruner come alone, and together in the form that the step
+        launches."""
+        stages = self.step.stages
+        return {
+            "selector": partial(stages.select, self.q, self.cache),
+            "estimator": partial(stages.estimate, self.q, self.cache),
+            "pruner": partial(stages.prune, self.cache),
+            "estimate_prune": partial(stages.estimate_prune, self.q, self.cache),
+            "attention": partial(stages.attend, self.q, self.cache),
+            "pipeline": partial(self.step.run, self.q, self.cache),
+        }
+
+    @property
+    def launched(self) -> dict[str, Callable[[], object]]:
+        """The stages as the step launches them."""
+        others = ("estimator", "pruner") if self.step.fused else ("estimate_prune",)
+        left_out = (*others, "pipeline")
+        return {name: call for name, call in self.calls.items() if name not in left_out}
+
+
+class StageBuilder:
+    """Builds the providers of one workload; steps are made once and shared by the stages."""
+
+    def __init__(
+        self, workload: Workload, sets: RequestSets, backend: Any, l2_bytes: int, notice: Notice
+    ) -> None:
+        self.workload, self.sets, self.backend = workload, sets, backend
+        self.l2_bytes, self.notice = l2_bytes, notice
+        self._slots: dict[str, list[Slot]] = {}
+
+    def variant(self, workload: Workload) -> "StageBuilder":
+        """A builder for other settings of this workload, on the same inputs."""
+        if workload == self.workload:
+            return self
+        return StageBuilder(workload, self.sets, self.backend, self.l2_bytes, self.notice)
+
+    def providers(self, stage: str, methods: Sequence[str] = METHODS) -> list[Provider]:
+        """The providers of one stage, to be timed together; `methods` are those of the pipeline."""
+        if stage == "dense":
+            return self._dense()
+        if stage == "pipeline":
+            return [self._quest() if m == "quest" else self._twilight(m) for m in methods]
+        return [self._stage(stage)]
+
+    def slots(self, stage: str, method: str) -> list[Slot]:
+        """Slots that keep a stage cold, their steps run once, as far as their workspaces allow.
+
+        The pruner reads its workspace only, so for it slots may share an input set.
+        """
+        workload, sets = self.workload, self.sets
+        work = workload.work(method)
+        row_bytes = LOGIT_BYTES * work.group_size + INDEX_BYTES
+        workspace = 2 * work.candidate_tokens * row_bytes
+        wanted = min(self._num_cold(stage, method), max(1, WORKSPACE_BYTES // workspace))
+        wanted = min(wanted, MAX_SLOTS if stage == "pruner" else sets.num_sets)
+        slots = self._slots.setdefault(method, [])
+        while len(slots) < wanted:
+            index = len(slots) % sets.num_sets
+            q, cache = sets.queries[index], sets.caches[index]
+            step = self.backend.step(
+                cache,
+                q.shape[1],
+                selector="full" if method == "full+twilight" else "quest",
+                token_budget=workload.token_budget,
+                top_p=workload.top_p,
+            )
+            slots.append(Slot(q, cache, step))
+            for call in slots[-1].calls.values():
+                call()
+        return slots[:wanted]
+
+    def _stage(self, stage: str) -> Provider:
+        """One stage of quest+twilight, on what the stages before it left in the workspaces."""
+        method = METHODS[0]
+        slots = self.slots(stage, method)
+        calls, check = [slot.calls[stage] for slot in slots], partial(self.check, stage, slots[0])
+        return self._provider(stage, method, slots, calls, check)
+
+    def check(self, stage: str, slot: Slot) -> float:
+        """The error of one stage; raises CheckFailed where it is too large."""
+        out, q, cache, step = slot.calls[stage](), slot.q, slot.cache, slot.step
+        if stage == "selector":
+            return checks.check_selector(q, cache, step)
+        if stage == "estimator":
+            return checks.check_estimator(q, cache, step)
+        if stage in ("pruner", "estimate_prune"):
+            return checks.check_pruner(cache, step, self.workload.top_p)
+        return checks.check_attention(out, q, cache, step.kept)
+
+    def _twilight(self, method: str) -> Provider:
+        slots = self.slots("pipeline", method)
+        calls, (q, cache, step) = [slot.calls["pipeline"] for slot in slots], _parts(slots[0])
+
+        def check() -> float:
+            out = calls[0]()
+            checks.check_attention(out, q, cache, step.kept)
+            return checks.dense_error(out, q, cache)
+
+        return self._provider("pipeline", method, slots, calls, check)
+
+    def _quest(self) -> Provider:
+        """Quest alone: attention reads every candidate."""
+        workload, backend = self.workload, self.backend
+        queries, caches = self._cold_sets("pipeline", "quest")
+        q, cache, token_budget = queries[0], caches[0], workload.token_budget
+
+        calls = [
+            backend.quest(*inputs, token_budget) for inputs in zip(queries, caches, strict=True)
+        ]
+
+        def check() -> float:
+            out = calls[0]()
+            candidates = backend.package.select_pages(q, cache, token_budget)
+            checks.check_pages(out, q, cache, candidates)
+            return checks.dense_error(out, q, cache)
+
+        kept, work = Kept.same(workload.settings("quest")[0]), workload.work("quest")
+        return Provider("pipeline", "quest", backend.provider, calls, check, kept, work)
+
+    def _dense(self) -> list[Provider]:
+        queries, caches = self._cold_sets("dense", "dense")
+        inputs = list(zip(queries, caches, strict=True))
+        calls: dict[str, Calls] = {
+            self.backend.provider: [self.backend.dense(*own) for own in inputs]
+        }
+        wanted = self.workload.dense_baselines
+        if "flashinfer" in wanted:
+            with optional("flashinfer, dense", self.notice):
+                calls["flashinfer"] = baselines.flashinfer_dense(queries, caches)
+        sdpa = [name for name in wanted if name in baselines.SDPA_BACKENDS]
+        if sdpa:
+            with optional(f"{' and '.join(sdpa)}, dense", self.notice):
+                calls |= baselines.sdpa_dense(sdpa, queries, caches)
+
+        def check(call: Callable[[], torch.Tensor]) -> float:
+            return checks.check_dense(call(), *inputs[0])
+
+        kept, work = Kept.same(self.workload.shape.max_seq_len), self.workload.work("dense")
+        return [
+            Provider("dense", "dense", name, own, partial(check, own[0]), kept, work)
+            for name, own in calls.items()
+        ]
+
+    def _provider(
+        self, stage: str, method: str, slots: list[Slot], calls: Calls, check: Callable[[], float]
+    ) -> Provider:
+        kept = Kept.of([slot.step.kept.counts for slot in slots])
+        rows = self.sets.shape.batch_size * self.sets.shape.num_kv_heads
+        work = self.workload.work(method, kept_tokens=round(kept.mean * rows))
+        return Provider(stage, method, self.backend.provider, calls, check, kept, work)
+
+    def _num_cold(self, stage: str, method: str) -> int:
+        return cold_sets(bytes_moved(stage, method, self.workload.work(method)), self.l2_bytes)
+
+    def _cold_sets(self, stage: str, method: str) -> tuple[list[torch.Tensor], list[Any]]:
+        wanted = self._num_cold(stage, method)
+        return self.sets.queries[:wanted], self.sets.caches[:wanted]
+
+
+def sets_wanted(workload: Workload, l2_bytes: int) -> int:
+    """Input sets that keep every stage of a workload cold, as far as `max_sets` allows."""
+    wanted = 1
+    for stage in set(workload.stages) & set(STAGES) - {"pruner"}:  # it reads its workspace only
+        for method, variant in itertools.product(methods_of(stage), workload.variants()):
+            num_bytes = bytes_moved(stage, method, variant.work(method))
+            wanted = max(wanted, cold_sets(num_bytes, l2_bytes))
+    return min(wanted, workload.max_sets)
+
+
+def methods_of(stage: str) -> tuple[str, ...]:
+    """Methods that a stage is timed for."""
+    return {"pipeline": METHODS, "dense": ("dense",)}.get(stage, METHODS[:1])
+
+
+@contextmanager
+def optional(what: str, notice: Notice) -> Iterator[None]:
+    """Leave out a baseline that cannot run here, and say why."""
+    try:
+        yield
+    except Exception as error:
+        notice(f"left out: {what}: {type(error).__name__}: {error}")
+
+
+def _parts(slot: Slot) -> tuple[torch.Tensor, Any, Any]:
+    return slot.q, slot.cache, slot.step

@@ -1,0 +1,93 @@
+"""The result files: one row per measurement, one CSV file per table and GPU. See rows.py."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from .rows import TABLES, AnyRow, table_of
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+DECIMALS = {"median_us": 2, "p20_us": 2, "p80_us": 2, "floor_us": 2, "kept_mean": 2}
+DECIMALS |= dict.fromkeys(("kept_p20", "kept_median", "kept_p80"), 1)
+DECIMALS |= {"reached": 4, "read_tbps": 5, "busy_us": 2, "gap_us": 2, "share": 4}
+DIGITS = {"error": 3, "kept_mass": 5, "captured_mean": 5, "captured_min": 5}
+
+
+def path_of(name: str, gpu: str, folder: Path = RESULTS) -> Path:
+    """Where the rows of a table are kept: <folder>/<gpu>/<name>.csv."""
+    if name not in TABLES:
+        raise ValueError(f"stage: expected one of {', '.join(TABLES)}, got {name}")
+    return folder / gpu / f"{name}.csv"
+
+
+def read_rows(path: Path) -> pd.DataFrame:
+    """Read one CSV file; ValueError if it does not conform to its table."""
+    table = TABLES[path.stem]
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    for name, default in table.defaults.items():
+        if name not in frame.columns:
+            frame[name] = str(default)
+    if tuple(frame.columns) != tuple(table.types):
+        odd = sorted(set(frame.columns) ^ set(table.types)) or "their order"
+        raise ValueError(f"{path}: expected the columns of {table.row.__name__}, differs in {odd}")
+    try:
+        frame = frame.astype({name: kind for name, kind in table.types.items() if kind is not str})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    for name, kind in table.types.items():
+        empty = frame[name] == "" if kind is str else frame[name].isna()
+        if empty.any():
+            raise ValueError(f"{path}: {name}: expected a value in every row")
+    if frame.duplicated(list(table.key)).any():
+        raise ValueError(f"{path}: two rows have the same key")
+    return frame
+
+
+def write_rows(rows: Sequence[AnyRow], folder: Path = RESULTS) -> None:
+    """Put rows of one table into its file, in place of those with the same keys; all or none.
+
+    The file stays sorted.
+    """
+    name = table_of(rows[0])
+    path, table = path_of(name, rows[0].gpu, folder), TABLES[name]
+    frame = pd.DataFrame([_cells(row) for row in rows], columns=list(table.types))
+    if path.exists():
+        frame = pd.concat([read_rows(path), frame]).drop_duplicates(list(table.key), keep="last")
+    frame = frame.sort_values(list(table.key), kind="stable")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    frame.to_csv(partial, index=False, lineterminator="\n")
+    os.replace(partial, path)
+
+
+def _cells(row: AnyRow) -> dict[str, object]:
+    cells = dataclasses.asdict(row)
+    for name in DECIMALS.keys() & cells.keys():
+        cells[name] = round(cells[name], DECIMALS[name])
+    for name in DIGITS.keys() & cells.keys():
+        cells[name] = float(f"{cells[name]:.{DIGITS[name]}g}")
+    return cells
+
+
+class Finished:
+    """Rows that an earlier run of the same code left, so that a run cut off can go on: each the
+    name of its table, then its key."""
+
+    def __init__(self, gpu: str, commit: str, folder: Path = RESULTS) -> None:
+        self._keys: set[tuple] = set()
+        for name, table in TABLES.items():
+            path = path_of(name, gpu, folder)
+            if path.exists():
+                frame = read_rows(path)
+                rows = frame[frame["commit"] == commit]
+                found = rows[list(table.key)].itertuples(index=False, name=None)
+                self._keys |= {(name, *key) for key in found}
+
+    def __contains__(self, key: tuple) -> bool:
+        return key in self._keys
+
+    def __len__(self) -> int:
+        return len(self._keys)

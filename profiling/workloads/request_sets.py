@@ -1,0 +1,117 @@
+"""Input sets to time over: different requests in one pool, so that a call never meets its own data
+in the L2 again.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from twilight_tilelang.reference.inputs import DecodeShape, make_inputs, random_inputs
+
+from ..recordings.trace import read_trace
+from .workload import BudgetSweep, Workload
+
+COLD_L2_SIZES = 3  # the sets' bytes together, over the size of the L2
+POOL_SHARE = 0.45  # of the free memory
+SEED = 20_250_202
+
+
+@dataclass
+class RequestSets:
+    """`num_sets` batches of requests: set i has queries[i] and caches[i], all in one pool."""
+
+    shape: DecodeShape
+    queries: list[torch.Tensor]
+    caches: list[Any]
+
+    @property
+    def num_sets(self) -> int:
+        return len(self.queries)
+
+
+def cold_sets(num_bytes: int, l2_bytes: int) -> int:
+    """Sets that a call reading `num_bytes` must go round to find its inputs out of the L2."""
+    return max(1, math.ceil(COLD_L2_SIZES * l2_bytes / max(num_bytes, 1)))
+
+
+def pool_bytes(shape: DecodeShape, with_mirror: bool = True) -> int:
+    """Device memory of the cache of `shape`: K, V, and with the mirror also codes and bounds."""
+    itemsize = torch.finfo(shape.dtype).bits // 8
+    per_token = 2 * shape.head_dim * itemsize
+    if with_mirror:
+        per_token += shape.head_dim // 2 + 4 + -(-(2 * shape.head_dim + 8) // shape.page_size)
+    return per_token * shape.num_kv_heads * sum(shape.lengths)
+
+
+def affordable_sets(shape: DecodeShape, wanted: int, free_bytes: int) -> int:
+    """At most `wanted` sets, and no more than fit; 0 if not even one does.
+
+    One set may take most of the memory, several may not: copies and workspaces need room too.
+    """
+    one = pool_bytes(shape)
+    if one > 0.85 * free_bytes:
+        return 0
+    return max(1, min(wanted, int(POOL_SHARE * free_bytes // one)))
+
+
+def workload_sets(
+    workload: Workload, num_sets: int, device: str, wrap: Callable[..., Any]
+) -> RequestSets:
+    """Requests on which top-p keeps about `workload.kept_mean` tokens per KV head, or the recorded
+    ones, which are the same in every set.
+
+    Args:
+        wrap: `PagedKVCache.wrap` of the package under test.
+    """
+    shape = workload.shape
+    if workload.trace is not None:
+        inputs = read_trace(workload.trace).inputs(shape.page_size, num_sets, SEED, device)
+    else:
+        inputs = make_inputs(
+            dataclasses.replace(shape, batch_size=num_sets * shape.batch_size),
+            SEED,
+            device=device,
+            kept_mean=workload.kept_mean,
+            top_p=workload.top_p,
+            head_budgets=workload.head_budgets,
+        )
+    return _split(shape, inputs.q, wrap(*inputs.paged()), num_sets)
+
+
+def sweep_sets(sweep: BudgetSweep, device: str, wrap: Callable[..., Any]) -> RequestSets:
+    """One set of Gaussian requests: attention over given tokens is as fast on any data."""
+    inputs = random_inputs(sweep.shape, SEED, device=device)
+    return _split(sweep.shape, inputs.q, wrap(*inputs.paged()), 1)
+
+
+def random_tokens(
+    shape: DecodeShape, counts: Sequence[int], device: str, generator: torch.Generator
+) -> torch.Tensor:
+    """[batch_size, num_kv_heads, max(counts)] int32: random distinct positions, ascending; KV head
+    h has counts[h] of them, then -1."""
+    width, length = max(counts), shape.max_seq_len
+    rows = torch.empty(
+        shape.batch_size, shape.num_kv_heads, width, dtype=torch.int32, device=device
+    )
+    unused = torch.arange(width, device=device) >= torch.tensor(counts, device=device)[:, None]
+    for row in rows:  # one request at a time: the keys to sort are as many as the tokens
+        order = torch.rand(shape.num_kv_heads, length, device=device, generator=generator)
+        chosen = order.argsort(dim=-1)[:, :width].masked_fill(unused, length)
+        row.copy_(chosen.sort(dim=-1).values.masked_fill(unused, -1))
+    return rows
+
+
+def _split(shape: DecodeShape, q: torch.Tensor, pool: Any, num_sets: int) -> RequestSets:
+    size = shape.batch_size
+    rows = [slice(index * size, (index + 1) * size) for index in range(num_sets)]
+    caches = [
+        dataclasses.replace(
+            pool, page_table=pool.page_table[row].clone(), seq_lens=pool.seq_lens[row].clone()
+        )
+        for row in rows
+    ]
+    return RequestSets(shape, [q[row].clone() for row in rows], caches)

@@ -1,0 +1,92 @@
+"""The workloads that `make bench FULL=1` adds: budgets, what p buys, large batches, the paper's."""
+
+from pathlib import Path
+
+from twilight_tilelang.reference.inputs import LAYER_BUDGETS
+
+from ..recordings.trace import TRACES, read_trace
+from .workload import (
+    BUDGETS,
+    LENGTHS,
+    PAGE_SIZE,
+    SMALL_BUDGETS,
+    BudgetSweep,
+    Workload,
+    kept_of,
+    lengths,
+    shape_of,
+    small,
+    small_shape,
+)
+
+EQUAL = (1,)  # every head keeps as many
+SKEWED_BUDGETS = (64, 256, 1024, 4096)  # the mean; the largest head reads up to 4.9 times as many
+STEP_BUDGETS = (64, 256, 1024, 4096, 16_384, 32_768)
+TOP_PS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
+PAPER_LENGTHS = (10_240, 20_480, 30_720)  # of figure 7, arXiv 2502.02770
+COPY_TASK = TRACES / "copy-task.pt"
+
+
+def trace_workload(path: Path) -> Workload:
+    """What p buys, and how many tokens heads keep, on a recording. A quarter is candidate."""
+    shape = read_trace(path).shape(PAGE_SIZE)
+    quarter = max(shape.max_seq_len // 4 // PAGE_SIZE, 1) * PAGE_SIZE
+    return Workload(
+        f"trace-{path.stem}",
+        shape,
+        token_budget=quarter,
+        kept_mean=quarter // 2,
+        stages=("pipeline", "accuracy", "kept"),
+        top_ps=TOP_PS,
+        trace=path,
+    )
+
+
+def _budgets(kind: str, batch_size: int, num_kv_heads: int) -> list[Workload | BudgetSweep]:
+    """Attention alone and the whole step against the token budget, as far as not in GPU_WORKLOADS:
+    it has attention over equal budgets, and dense decode, at batch 64."""
+    shape, new = shape_of(batch_size, 32_768, num_kv_heads), batch_size != 64
+    step = dict(token_budget=8192, kept_mean=kept_of(num_kv_heads), token_budgets=STEP_BUDGETS)
+    stages = ("pipeline", "dense") if new else ("pipeline",)
+    return [
+        *([BudgetSweep(f"budget-{kind}", shape, BUDGETS)] if new else []),
+        BudgetSweep(f"budget-{kind}-skewed", shape, SKEWED_BUDGETS, LAYER_BUDGETS),
+        Workload(f"budget-{kind}", shape, **step, stages=stages, head_budgets=EQUAL),
+        Workload(f"budget-{kind}-skewed", shape, **step, stages=("pipeline",)),
+    ]
+
+
+GPU_FULL: tuple[Workload | BudgetSweep, ...] = (
+    Workload(
+        "top_p-gqa",
+        shape_of(64, 32_768, 8),
+        token_budget=8192,
+        kept_mean=kept_of(8),
+        stages=("pipeline", "accuracy"),
+        top_ps=TOP_PS,
+    ),
+    trace_workload(COPY_TASK),
+    *(own for batch_size in (64, 8, 1) for own in _budgets("gqa", batch_size, 8)),
+    *(own for batch_size in (64, 8, 1) for own in _budgets("mha", batch_size, 32)),
+    *lengths("length-b256", 256, 8, LENGTHS),
+    *(own for b in (8, 32, 128) for own in lengths(f"paper-b{b}", b, 32, PAPER_LENGTHS)),
+)
+
+
+def _small_budgets(kind: str, num_kv_heads: int) -> list[Workload | BudgetSweep]:
+    sizes = (4, 1024, num_kv_heads)
+    step = dict(stages=("pipeline",), token_budgets=SMALL_BUDGETS)
+    return [
+        BudgetSweep(f"budget-{kind}-skewed", small_shape(*sizes), (64, 128), LAYER_BUDGETS),
+        small(f"budget-{kind}", *sizes, **step, head_budgets=EQUAL),
+        small(f"budget-{kind}-skewed", *sizes, **step),
+    ]
+
+
+CPU_FULL: tuple[Workload | BudgetSweep, ...] = (
+    small("top_p-gqa", 4, 1024, 2, stages=("pipeline", "accuracy"), top_ps=TOP_PS),
+    trace_workload(COPY_TASK),
+    *_small_budgets("gqa", 2),
+    *_small_budgets("mha", 8),
+    *(small("paper-b4", 4, seq_len, 8) for seq_len in (320, 640)),
+)

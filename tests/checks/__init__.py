@@ -1,0 +1,1 @@
+"""What tests hold results against: properties of each stage, the promises, guarded memory."""

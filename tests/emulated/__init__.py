@@ -1,0 +1,1 @@
+"""The kernels' generated CUDA, run on the CPU."""

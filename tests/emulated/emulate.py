@@ -1,0 +1,65 @@
+"""Runs a kernel's generated CUDA on the CPU: slow, and exact enough to test every line of it.
+
+The source is that of sm_80, whose instructions `cuda_on_cpu.h` spells out in C++. fp16 only.
+"""
+
+import ctypes
+import hashlib
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from twilight_tilelang.autotune.compiled import lower
+from twilight_tilelang.kernels.launch import Launch
+
+HEADER = Path(__file__).parent / "cuda_on_cpu.h"
+_built: dict[tuple, Callable[..., None]] = {}
+
+
+def emulated(factory, arguments: tuple, folder: Path) -> Callable[..., None]:
+    """A function run(grid, num_threads, **arguments by name) that runs the kernel on the CPU."""
+    key = (id(factory), arguments)
+    if key not in _built:
+        _built[key] = _build(factory, arguments, folder)
+    return _built[key]
+
+
+def _build(factory, arguments: tuple, folder: Path) -> Callable[..., None]:
+    source = lower(Launch("", factory, arguments), "sm_80").kernel_source
+    name, parameters = re.search(r'extern "C" __global__ void (\w+)\((.*?)\);', source).groups()
+    parameters = [parameter.replace("__restrict__", "") for parameter in parameters.split(",")]
+    names = [parameter.split()[-1].lstrip("*") for parameter in parameters]
+    lines = (line for line in source.splitlines() if not line.startswith("#"))
+    # The pool of shared memory goes by the name of its only buffer where there is one alone.
+    pool = re.compile(r"extern __shared__ __align__\(\d+\) (\w+) (?!buf_dyn_shmem)(\w+)\[\];")
+    lines = (pool.sub(r"static \1* \2 = (\1*)buf_dyn_shmem;", line) for line in lines)
+    body = "\n".join(line for line in lines if "extern __shared__" not in line)
+    body = body.replace("__restrict__", "").replace("__shared__", "static")
+    body = body.replace(".to_half()", "")
+    launch = (
+        f'extern "C" void launch(int x, int y, int z, int threads, {", ".join(parameters)}) {{\n'
+        f"  run_grid(x, y, z, threads, [=] {{ {name}({', '.join(names)}); }});\n}}\n"
+    )
+    text = f'#include "{HEADER}"\n{body}\n{launch}'
+    path = folder / f"{name}_{hashlib.sha1(text.encode()).hexdigest()[:12]}.cpp"
+    library = path.with_suffix(".so")
+    path.write_text(text)
+    flags = ["-O1", "-std=c++20", "-pthread", "-shared", "-fPIC", "-fno-strict-aliasing", "-w"]
+    subprocess.run(["g++", *flags, str(path), "-o", str(library)], check=True)
+    function = ctypes.CDLL(str(library)).launch
+
+    def run(grid: tuple[int, ...], num_threads: int, **values) -> None:
+        assert values.keys() >= set(names), f"missing {set(names) - values.keys()}"
+        passed = []
+        for parameter, key in zip(parameters, names, strict=True):
+            value = values[key]
+            if isinstance(value, torch.Tensor):
+                passed.append(ctypes.c_void_p(value.data_ptr()))
+            else:
+                passed.append((ctypes.c_float if "float" in parameter else ctypes.c_int)(value))
+        function(*grid, *(1,) * (3 - len(grid)), num_threads, *passed)
+
+    return run

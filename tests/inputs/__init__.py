@@ -1,0 +1,1 @@
+"""What tests are given: named cases, rows of logits, generated decode steps."""

@@ -1,0 +1,167 @@
+"""The suite that `make sanitize` runs under each tool: every kernel and form, at small sizes.
+
+    python -m tests.trust.sanitized PART
+
+Nothing is compared with anything: the tool watches. Caches are written in full first, so that
+initcheck sees what a kernel reads of its workspaces before it was written.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from unittest.mock import patch
+
+import pytest
+import torch
+
+import twilight_tilelang as kernels
+from tests.doubles.fake_gpu import count_launches
+from tests.inputs.cases import FORMS, NAMED, Case, Tensors, build_cache, forms_for, make_tensors
+from tests.inputs.pinned import fused, pinned
+from twilight_tilelang.kernels import attention, tuned
+from twilight_tilelang.kernels.attention import WorkList
+from twilight_tilelang.kernels.estimator import EstimatorConfig
+from twilight_tilelang.kernels.page_scores import PageScoreConfig
+from twilight_tilelang.kernels.pruner import PrunerConfig
+from twilight_tilelang.kernels.top_pages import TopPagesConfig
+from twilight_tilelang.reference.hazards import poison_unused
+from twilight_tilelang.reference.inputs import DecodeShape
+
+FOREIGN = 2**30  # no token, no page, no item
+WINDOWS = {"num_sink_tokens": 4, "num_recent_tokens": 20}
+
+
+def small(group_size: int, lengths: tuple[int, ...] = (77, 300), head_dim: int = 128) -> Case:
+    shape = DecodeShape(len(lengths), 2 * group_size, 2, head_dim, 16, lengths, torch.float16)
+    return Case(f"gqa{group_size}", shape, 128)
+
+
+def every_stage(case: Case) -> None:
+    """A whole step with either selector, append, prefill, and the attentions beside."""
+    tensors = make_tensors(case, torch.Generator().manual_seed(0))
+    on_gpu = (each.cuda() if isinstance(each, torch.Tensor) else each for each in tensors)
+    tensors = Tensors(*on_gpu)
+    cache = build_cache(kernels, tensors)
+    poison_unused(cache)
+    q, token = tensors.q, tensors.k[:, 0].nan_to_num(0.0)
+    for selector in ("quest", "full"):
+        windows = WINDOWS if case.token_budget >= 128 else {}
+        step = kernels.TwilightDecode(
+            cache, q.shape[1], token_budget=case.token_budget, selector=selector, **windows
+        )
+        step.stages.memory.selection.scores.fill_(torch.nan)
+        step.candidates.pages.fill_(FOREIGN)
+        cache.append(token, token)
+        step.run(q, cache)
+    kernels.page_attention(q, cache, step.candidates)
+    kernels.dense_attention(q, cache)
+    for top_p in (1e-6, 1.0):
+        logits = kernels.estimate_logits(q, cache, step.candidates)
+        kept = kernels.prune_top_p(logits, cache, step.candidates, top_p)
+        kernels.flash_topk_attention(q, cache, kept)
+    k, v = tensors.k.nan_to_num(0.0), tensors.v.nan_to_num(0.0)
+    kernels.PagedKVCache.from_contiguous(k, v, tensors.seq_lens, case.shape.page_size)
+    select = kernels.select_pages(q, cache, case.token_budget)
+    assert len(select) == len(kernels.select_all(cache))
+
+
+def cases(part: int) -> None:
+    """Every fourth of the named cases."""
+    for case in list(NAMED.values())[part::4]:
+        every_stage(case)
+
+
+def without_early_starts() -> None:
+    """As where many rows fill the GPU: no kernel starts before the one ahead of it has ended."""
+    with pytest.MonkeyPatch.context() as monkeypatch, pinned({}):
+        for module in (attention, tuned):
+            monkeypatch.setattr(module, "starts_early", lambda *_: False)
+        every_stage(small(1))
+        every_stage(small(4))
+
+
+def in_one_kernel() -> None:
+    """As where many rows fill the GPU: estimator and pruner are one kernel."""
+    with fused(True):
+        for case in (small(1), small(3), small(4, (333, 1), 64), NAMED["gqa8-p64"]):
+            every_stage(case)
+
+
+class PoisonedTorch:
+    """torch, but that what torch.empty allocates holds poison.
+
+    Selector and estimator ask for scores and pages before they know how many there are. What they
+    find behind the last one has to be written, or initcheck would stop."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(torch, name)
+
+    def empty(self, *sizes: int, **options: object) -> torch.Tensor:
+        tensor = torch.empty(*sizes, **options)
+        return tensor.fill_(torch.nan if tensor.is_floating_point() else FOREIGN)
+
+
+def poisoned_items(allocate: Callable[..., WorkList]) -> Callable[..., WorkList]:
+    """Attention reads an item ahead, behind the list's end too: what it finds there is written, or
+    initcheck would stop, and using it is an access that memcheck sees."""
+
+    def allocated(*arguments: object) -> WorkList:
+        work = allocate(*arguments)
+        work.items.fill_(FOREIGN)
+        return work
+
+    return allocated
+
+
+def every_form() -> None:
+    """Of attention, for the groups that it is meant for."""
+    for group_size, lengths in ((1, (300,)), (8, (129, 1))):
+        for name in forms_for(group_size):
+            form = lambda _, own=FORMS[name]: own  # noqa: E731
+            with patch.object(attention, "default_config", form), pinned({}):
+                every_stage(small(group_size, lengths))
+
+
+PINNED = (
+    {"pruner": PrunerConfig(heads_apart=False)},
+    {"pruner": PrunerConfig(heads_apart=True)},
+    {"top_pages": TopPagesConfig(num_threads=128, pages_per_thread=1)},
+    {"top_pages": TopPagesConfig(num_threads=1024)},
+    {"estimator": EstimatorConfig()},
+    {"estimator": EstimatorConfig(num_warps=1, tiles_per_warp=2, steps=3)},
+    {"page_score": PageScoreConfig()},
+    {"page_score": PageScoreConfig(num_warps=1, tiles_per_warp=1, steps=2)},
+)
+
+
+def every_config() -> None:
+    """Rows in registers and rows read again, one search of a block and several."""
+    for configs in PINNED:
+        with pinned(configs):
+            every_stage(small(4, (333,), 64))
+    for configs in PINNED[:3]:
+        with pinned(configs):
+            every_stage(small(2, (9000,), 64))
+
+
+PARTS: dict[str, Callable[[], None]] = {
+    **{f"cases-{part}": partial(cases, part) for part in range(4)},
+    "forms": every_form,
+    "configs": every_config,
+    "late": without_early_starts,
+    "fused": in_one_kernel,
+}
+
+
+def main(part: str) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        launched = count_launches(monkeypatch, launch=True)
+        monkeypatch.setattr("twilight_tilelang.kernels.selector.torch", PoisonedTorch())
+        monkeypatch.setattr(WorkList, "allocate", poisoned_items(WorkList.allocate))
+        PARTS[part]()
+        torch.cuda.synchronize()
+    print(f"sanitized: {len(launched)} launches of {len(set(launched))} kernels")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

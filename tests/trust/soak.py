@@ -1,0 +1,229 @@
+"""A serving engine that runs for long: requests join, grow, share pages, leave; pages are reused.
+
+    python -m tests.trust.soak [--steps 10000]
+
+Freed pages keep what they held, or get NaN. Now and then everything is compared with the fp64
+oracle and with a cache built afresh from what was appended.
+"""
+
+import argparse
+import random
+import time
+from types import ModuleType
+
+import torch
+
+import twilight_tilelang as kernels
+from tests.checks.promises import assert_identical, decoded, results_of
+from tests.checks.properties import assert_decode_step
+from tests.inputs.cases import Tensors
+from tests.trust import ledger
+from twilight_tilelang import reference
+
+MIRROR = ("k_int4", "k_scale_zero", "page_bounds", "bounds_scale_zero")
+NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE = 8, 2, 128, 16
+DECODE = {"token_budget": 512, "top_p": 0.9, "num_sink_tokens": 4, "num_recent_tokens": 8}
+LEAVES, FORKS, POISONS = 0.02, 0.4, 0.5  # chances: of a request in a step, of a join, of a page
+
+
+class Engine:
+    """Requests in the slots of one cache, and beside it what each should hold."""
+
+    def __init__(
+        self, package: ModuleType, device: torch.device, batch_size: int, max_pages: int, seed: int
+    ) -> None:
+        self.package, self.device, self.max_pages = package, device, max_pages
+        self.random = random.Random(seed)
+        self.rng = torch.Generator(device=device).manual_seed(seed)
+        self.table = torch.zeros(batch_size, max_pages, dtype=torch.int32)  # the host's copy
+        sizes = (batch_size, max_pages, NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE)
+        self.cache = package.PagedKVCache.empty(
+            package.CacheShape(*sizes, device=device),
+            num_pages=batch_size * max_pages * 2 // 3,
+            page_table=self.table.to(device),
+        )
+        self.users = [0] * self.cache.num_pages  # requests that hold each page
+        self.owned: list[list[int]] = [[] for _ in range(batch_size)]
+        self.lengths = [0] * batch_size
+        shadow = (batch_size, max_pages * PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM)
+        self.k, self.v = (torch.zeros(shadow, dtype=torch.float16, device=device) for _ in "kv")
+        self.step = package.TwilightDecode(self.cache, NUM_QO_HEADS, **DECODE)
+        self.q = self.normal(batch_size, NUM_QO_HEADS, HEAD_DIM)
+        self.new_k, self.new_v = (self.normal(batch_size, NUM_KV_HEADS, HEAD_DIM) for _ in "kv")
+        self.graph = None
+        self.counts = {"steps": 0, "checks": 0, "joined": 0, "forked": 0, "pages_reused": 0}
+        self.ever_used: set[int] = set()
+        for slot in range(batch_size):
+            self.join(slot)
+
+    def normal(self, *size: int) -> torch.Tensor:
+        return torch.randn(size, generator=self.rng, device=self.device).half()
+
+    def take_page(self, slot: int) -> bool:
+        """The slot's next page; False where none is free."""
+        free = [page for page, users in enumerate(self.users) if users == 0]
+        if not free:
+            return False
+        page = self.random.choice(free)
+        self.counts["pages_reused"] += page in self.ever_used
+        self.ever_used.add(page)
+        self.hold(slot, [page])
+        return True
+
+    def hold(self, slot: int, pages: list[int]) -> None:
+        for page in pages:
+            self.users[page] += 1
+            self.table[slot, len(self.owned[slot])] = page
+            self.owned[slot].append(page)
+
+    def leave(self, slot: int) -> None:
+        """Its pages that nobody else holds are free, and hold leftovers or NaN."""
+        for page in self.owned[slot]:
+            self.users[page] -= 1
+            if self.users[page] == 0 and self.random.random() < POISONS:
+                for name in ("k_cache", "v_cache", "k_scale_zero", "bounds_scale_zero"):
+                    getattr(self.cache, name)[page] = torch.nan
+                for name in ("k_int4", "page_bounds"):
+                    getattr(self.cache, name)[page] = 255
+        self.owned[slot], self.lengths[slot] = [], 0
+
+    def join(self, slot: int) -> None:
+        """A request of no tokens, of a prompt, or of another's full pages."""
+        self.counts["joined"] += 1
+        if self.random.random() < FORKS:
+            other = self.random.choice([each for each in range(len(self.owned)) if each != slot])
+            pages = self.owned[other][: self.lengths[other] // PAGE_SIZE]
+            self.hold(slot, pages)
+            self.lengths[slot] = len(pages) * PAGE_SIZE
+            self.counts["forked"] += len(pages) > 0
+            self.k[slot], self.v[slot] = self.k[other], self.v[other]
+            return
+        length = self.random.randrange(self.max_pages * PAGE_SIZE * 2 // 3)
+        needed = -(-length // PAGE_SIZE)
+        if length == 0 or self.users.count(0) < needed:
+            return
+        for _ in range(needed):
+            self.take_page(slot)
+        k, v = (self.normal(1, length, NUM_KV_HEADS, HEAD_DIM) for _ in "kv")
+        heavy = torch.rand(length, 1, 1, generator=self.rng, device=self.device) < 1 / 16
+        k += self.q[slot, :: NUM_QO_HEADS // NUM_KV_HEADS] * heavy
+        seq_lens = torch.tensor([length], dtype=torch.int32, device=self.device)
+        prompt = self.package.PagedKVCache.from_contiguous(k, v, seq_lens, PAGE_SIZE)
+        pages = torch.tensor(self.owned[slot], device=self.device)
+        for name in ("k_cache", "v_cache", *MIRROR):
+            getattr(self.cache, name)[pages] = getattr(prompt, name)
+        self.k[slot, :length], self.v[slot, :length] = k[0], v[0]
+        self.lengths[slot] = length
+
+    def prepare(self) -> None:
+        """Who leaves, leaves; every request gets a slot for its next token."""
+        for slot, length in enumerate(self.lengths):
+            full = length == self.max_pages * PAGE_SIZE
+            if full or self.random.random() < LEAVES:
+                self.leave(slot)
+                self.join(slot)
+            if self.lengths[slot] == len(self.owned[slot]) * PAGE_SIZE and not self.take_page(slot):
+                self.leave(slot)
+                if not self.take_page(slot):
+                    raise RuntimeError("the pool is too small for its requests")
+        self.cache.page_table.copy_(self.table)
+        self.cache.seq_lens.copy_(torch.tensor(self.lengths, dtype=torch.int32))
+        self.cache.longest = max(self.lengths)
+        for buffer in (self.q, self.new_k, self.new_v):
+            buffer.normal_(generator=self.rng)
+
+    def decode(self) -> None:
+        self.cache.append(self.new_k, self.new_v)
+        self.out = self.step.run(self.q, self.cache)
+
+    def advance(self) -> None:
+        """One decode step; on a GPU as a replayed graph."""
+        self.prepare()
+        if self.device.type == "cuda" and self.counts["steps"] > 0:
+            if self.graph is None:
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph):
+                    self.decode()
+            self.graph.replay()
+        else:
+            self.decode()
+        slot = torch.arange(len(self.lengths), device=self.device)
+        token = torch.tensor(self.lengths, device=self.device)
+        self.k[slot, token], self.v[slot, token] = self.new_k, self.new_v
+        self.lengths = [length + 1 for length in self.lengths]
+        self.counts["steps"] += 1
+
+    def check(self) -> None:
+        """Against the oracle, and bit for bit against a cache that never lived."""
+        assert self.cache.seq_lens.tolist() == self.lengths
+        budget = {key: value for key, value in DECODE.items() if key != "top_p"}
+        assert_decode_step(self.step, self.out, self.q, self.cache, top_p=0.9, **budget)
+        fresh = Tensors(
+            self.q, self.k, self.v, self.cache.seq_lens,
+            torch.randperm(self.table.numel(), generator=self.rng, device=self.device)
+            .int().view(self.table.shape),
+            self.table.numel(), PAGE_SIZE, None,
+        )  # fmt: skip
+        results = results_of(self.step, self.out, self.cache)
+        for actual, expected in zip(results, decoded(self.package, fresh, **DECODE), strict=True):
+            assert_identical(actual, expected)
+        self.check_mirror()
+        self.counts["checks"] += 1
+
+    def check_mirror(self) -> None:
+        """Codes and bounds of every page in use are those of its keys, bit for bit."""
+        cache = self.cache
+        expected = reference.PagedKVCache.wrap(
+            cache.k_cache, cache.v_cache, cache.page_table, cache.seq_lens
+        )
+        for slot, pages in enumerate(self.owned):
+            for at, page in enumerate(pages):
+                fill = min(self.lengths[slot] - at * PAGE_SIZE, PAGE_SIZE)
+                for name in MIRROR:
+                    got, wanted = getattr(cache, name)[page], getattr(expected, name)[page]
+                    if name.startswith("k_"):
+                        got, wanted = got[:, :fill], wanted[:, :fill]
+                    assert torch.equal(got, wanted), f"{name} of page {page}"
+
+
+def soak(
+    package: ModuleType,
+    device: torch.device,
+    num_steps: int,
+    check_every: int,
+    batch_size: int = 8,
+    max_pages: int = 128,
+    watch_memory: bool = False,
+) -> dict[str, int]:
+    """Runs an engine and checks it; returns what happened."""
+    engine = Engine(package, device, batch_size, max_pages, seed=0)
+    allocated = []
+    for step in range(1, num_steps + 1):
+        engine.advance()
+        if step % check_every == 0:
+            engine.check()
+            if watch_memory:
+                allocated.append(torch.cuda.memory_allocated())
+    if allocated:
+        # The first check still makes what it keeps.
+        assert max(allocated[1:]) <= max(allocated[:2]), f"memory grew: {allocated}"
+        engine.counts["allocated_mib"] = allocated[-1] >> 20
+    return engine.counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=10_000)
+    steps = parser.parse_args().steps
+    unit = f"{steps} steps"
+    counts = ledger.passed("soak", unit)
+    if counts is None:
+        start = time.monotonic()
+        counts = soak(kernels, torch.device("cuda"), steps, 100, watch_memory=True)
+        counts["seconds"] = round(time.monotonic() - start)
+        ledger.record("soak", unit, counts)
+    print("soak: " + ", ".join(f"{name} {value}" for name, value in counts.items()))
+
+
+if __name__ == "__main__":
+    main()
