@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from twilight_tilelang.kernels.tuned import Configs, load_configs
 from twilight_tilelang.profiling import device
+from twilight_tilelang.profiling.workloads.standard import GPU_WORKLOADS
 from twilight_tilelang.profiling.workloads.sweeps import GPU_FULL
-from twilight_tilelang.profiling.workloads.workload import GPU_WORKLOADS, BudgetSweep, Workload
+from twilight_tilelang.profiling.workloads.workload import Workload
 
 from .farm import MAX_COMPILERS
 from .launches import launched_variants
@@ -29,19 +30,15 @@ from .worker import CONTEXT
 Job = tuple[str, str, tuple]  # module and name of a factory, and what it is called with
 
 
-def shapes_of(workload: Workload | BudgetSweep) -> list[KernelShape]:
+def shapes_of(workload: Workload) -> list[KernelShape]:
     """The steps that a workload times: with each of its budgets, and over every page."""
-    if isinstance(workload, BudgetSweep):
-        whole = Workload(workload.name, workload.shape, workload.shape.max_seq_len, kept_mean=1)
-        return [shape_of_workload(whole)]
     shapes = [shape_of_workload(variant) for variant in workload.variants()]
     every_page = replace(shapes[0], width=shapes[0].max_pages * shapes[0].page_size)
-    return list(dict.fromkeys([*shapes, every_page]))
+    steps = [] if workload.random_tokens else shapes
+    return list(dict.fromkeys([*steps, every_page]))
 
 
-def jobs_of(
-    workloads: Sequence[Workload | BudgetSweep], arch: str, configs: Configs | None
-) -> list[Job]:
+def jobs_of(workloads: Sequence[Workload], arch: str, configs: Configs | None) -> list[Job]:
     """Every kernel once."""
     variants = [
         variant

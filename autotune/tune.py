@@ -22,7 +22,8 @@ from tqdm import tqdm
 from twilight_tilelang.kernels.pipeline import parts_for
 from twilight_tilelang.kernels.tuned import CONFIGS, KERNELS, Bucket, Entry
 from twilight_tilelang.profiling import device
-from twilight_tilelang.profiling.workloads.workload import GPU_WORKLOADS, Workload
+from twilight_tilelang.profiling.workloads.standard import GPU_WORKLOADS
+from twilight_tilelang.profiling.workloads.workload import Workload
 
 from .farm import Compiler, Farm
 from .measure import Bench
@@ -34,9 +35,7 @@ from .worker import SetupFailed, Worker, WorkerFailed
 
 STAGES = tuple(dict.fromkeys(space.stage for space in SPACES.values()))
 # Those whose stages the benchmark times one by one.
-WORKLOADS = tuple(
-    w for w in GPU_WORKLOADS if isinstance(w, Workload) and set(STAGES) <= set(w.stages)
-)
+WORKLOADS = tuple(w for w in GPU_WORKLOADS if set(STAGES) <= set(w.stages))
 
 
 @dataclass(frozen=True)

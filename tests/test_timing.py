@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from twilight_tilelang.profiling import bench, timing
+from twilight_tilelang.profiling import bench, run, timing
 from twilight_tilelang.profiling.tables.rows import STAGES
 from twilight_tilelang.profiling.tables.store import read_rows
-from twilight_tilelang.profiling.workloads.sweeps import COPY_TASK, EQUAL, trace_workload
-from twilight_tilelang.profiling.workloads.workload import LOOKED_ON, BudgetSweep, Workload
+from twilight_tilelang.profiling.workloads.standard import EQUAL, LOOKED_ON, budget_sweep
+from twilight_tilelang.profiling.workloads.sweeps import COPY_TASK, trace_workload
+from twilight_tilelang.profiling.workloads.workload import Workload
 from twilight_tilelang.reference.inputs import LAYER_BUDGETS, DecodeShape
 
 
@@ -191,17 +192,17 @@ def test_bench_runs_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     stages = (*STAGES, *LOOKED_ON, "accuracy")
     base = (
         Workload("tiny", shape, 1024, 64, max_sets=3, stages=stages),
-        BudgetSweep("budget-tiny", shape, (64,), max_sets=3),
+        budget_sweep("budget-tiny", shape, (64,)),
     )
     step = {"stages": ("pipeline",), "token_budgets": (64, 4096), "head_budgets": EQUAL}
     full = (
         Workload("budget-tiny", shape, 1024, 64, max_sets=3, **step),
-        BudgetSweep("budget-tiny-skewed", shape, (256,), LAYER_BUDGETS, max_sets=3),
+        budget_sweep("budget-tiny-skewed", shape, (256,), LAYER_BUDGETS),
         trace_workload(COPY_TASK),
     )
     monkeypatch.setattr(bench, "GPU_WORKLOADS", base)
     monkeypatch.setattr(bench, "GPU_FULL", full)
-    monkeypatch.setattr(bench, "READ_BYTES", 1 << 30)
+    monkeypatch.setattr(run, "READ_BYTES", 1 << 30)
     assert bench.main(["--results", str(tmp_path), "--full"]) == 0
     frames = {path.stem: read_rows(path) for path in tmp_path.glob("*/*.csv")}
     assert {"accuracy", "kept", "memory", "timeline"} < frames.keys()

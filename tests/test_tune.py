@@ -16,6 +16,7 @@ from tests.doubles.fake_bench import (
     bench_of_workload,
     slow_start,
 )
+from twilight_tilelang import reference
 from twilight_tilelang.autotune import measure, tune
 from twilight_tilelang.autotune.measure import WrongResult, compare_bits, measured, written_by
 from twilight_tilelang.autotune.search import Measured, settle
@@ -31,7 +32,7 @@ from twilight_tilelang.autotune.store import open_configs, path_of
 from twilight_tilelang.autotune.worker import SetupFailed, Worker, WorkerFailed
 from twilight_tilelang.kernels import tuned
 from twilight_tilelang.kernels.tuned import KERNELS
-from twilight_tilelang.profiling.providers.backends import Torch, TorchStep
+from twilight_tilelang.profiling.providers.backends import Torch
 from twilight_tilelang.profiling.timing import Timing
 from twilight_tilelang.profiling.workloads.workload import Workload
 from twilight_tilelang.reference.inputs import DecodeShape
@@ -145,18 +146,18 @@ def test_bits_are_compared_after_the_outputs_were_poisoned() -> None:
             compare_bits("logits", written["logits"], expected["logits"])
 
 
-class PinnedStep(TorchStep):
+class PinnedStep(reference.TwilightDecode):
     """The reference's step, whose estimator goes wrong with the config "wrong"."""
 
-    def estimate(self, q, cache) -> None:
-        super().estimate(q, cache)
+    def estimate(self, q, cache, **options) -> None:
+        super().estimate(q, cache, **options)
         if tuned._pinned.get("estimator") == "wrong":
             self.logits[-1, -1, -1] += 1
 
 
 def test_bench_checks_configs_on_the_inputs_of_the_benchmark(monkeypatch) -> None:
     backend = Torch()
-    backend.step = lambda cache, num_qo_heads, **options: PinnedStep(**options)
+    backend.step = PinnedStep
     monkeypatch.setattr(measure, "TileLang", lambda: backend)
     monkeypatch.setattr(measure.device, "l2_bytes", lambda: 1 << 20)
     monkeypatch.setattr(measure, "time_providers", made_up_times)

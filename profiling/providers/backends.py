@@ -91,9 +91,9 @@ class Torch:
     device = "cpu"
     package: ModuleType = reference
 
-    def step(self, cache: Any, num_qo_heads: int, **options: Any) -> "TorchStep":
-        """A step that keeps the results of its stages."""
-        return TorchStep(**options)
+    def step(self, cache: Any, num_qo_heads: int, **options: Any) -> Any:
+        """A step that keeps the results of its stages; options are those of `TwilightDecode`."""
+        return reference.TwilightDecode(cache, num_qo_heads, **options)
 
     def attend_tokens(
         self, q: torch.Tensor, cache: Any, kept_tokens: torch.Tensor, kept_counts: torch.Tensor
@@ -114,41 +114,3 @@ class Torch:
     def dense(self, q: torch.Tensor, cache: Any) -> Call:
         """Attention over every token."""
         return partial(reference.dense_attention, q, cache)
-
-
-class TorchStep:
-    """The stages of the definition with their results kept between calls."""
-
-    fused = False
-
-    def __init__(self, selector: str, token_budget: int, top_p: float) -> None:
-        self.selector, self.token_budget, self.top_p = selector, token_budget, top_p
-
-    def select(self, q: torch.Tensor, cache: Any) -> None:
-        if self.selector == "full":
-            candidates = reference.select_all(cache)
-        else:
-            candidates = reference.select_pages(q, cache, self.token_budget)
-        self.candidate_pages, self.candidate_counts = candidates
-
-    def estimate(self, q: torch.Tensor, cache: Any) -> None:
-        self.logits = reference.estimate_logits(
-            q, cache, self.candidate_pages, self.candidate_counts
-        )
-
-    def prune(self, cache: Any) -> None:
-        self.kept_tokens, self.kept_counts, self.kept_mass = reference.prune_top_p(
-            self.logits, cache, self.candidate_pages, self.candidate_counts, self.top_p
-        )
-
-    def estimate_prune(self, q: torch.Tensor, cache: Any) -> None:
-        self.estimate(q, cache)
-        self.prune(cache)
-
-    def attend(self, q: torch.Tensor, cache: Any) -> torch.Tensor:
-        return reference.flash_topk_attention(q, cache, self.kept_tokens, self.kept_counts)
-
-    def run(self, q: torch.Tensor, cache: Any) -> torch.Tensor:
-        self.select(q, cache)
-        self.estimate_prune(q, cache)
-        return self.attend(q, cache)
