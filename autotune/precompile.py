@@ -9,10 +9,10 @@ import importlib
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import torch
+from pebble import ProcessPool
 from tqdm import tqdm
 
 from twilight_tilelang.kernels.tuned import Configs, load_configs
@@ -21,11 +21,11 @@ from twilight_tilelang.profiling.workloads.standard import GPU_WORKLOADS
 from twilight_tilelang.profiling.workloads.sweeps import GPU_FULL
 from twilight_tilelang.profiling.workloads.workload import Workload
 
-from .farm import MAX_COMPILERS
+from .farm import COMPILE_SECONDS, MAX_COMPILERS
 from .launches import launched_variants
 from .tune import shape_of_workload
 from .variants import KernelShape, KernelVariant, arch_of
-from .worker import CONTEXT
+from .worker import CONTEXT, WorkerFailed, answer, ask
 
 Job = tuple[str, str, tuple]  # module and name of a factory, and what it is called with
 
@@ -54,14 +54,24 @@ def _job_of(variant: KernelVariant) -> Job:
     return made_by.__module__, made_by.__name__, variant.arguments
 
 
-def compile_job(job: Job) -> str | None:
-    """Compile one kernel; why it cannot be, if so."""
+def compile_job(job: Job) -> None:
+    """Compile one kernel."""
     module, name, arguments = job
-    try:
-        getattr(importlib.import_module(module), name)(*arguments)
-    except Exception as error:
-        return f"not compiled: {name}{arguments}: {type(error).__name__}: {str(error)[:300]}"
-    return None
+    getattr(importlib.import_module(module), name)(*arguments)
+
+
+def compile_all(jobs: Sequence[Job]) -> list[str]:
+    """Compile every kernel, side by side, and say which could not be and why."""
+    faults = []
+    processes = min(len(os.sched_getaffinity(0)), MAX_COMPILERS, len(jobs))
+    with ProcessPool(processes, context=CONTEXT) as pool:
+        futures = [ask(pool, compile_job, job, seconds=COMPILE_SECONDS) for job in jobs]
+        for (_, name, arguments), future in zip(jobs, tqdm(futures, unit="kernel"), strict=True):
+            try:
+                answer(future, COMPILE_SECONDS)
+            except WorkerFailed as error:
+                faults.append(f"not compiled: {name}{arguments}: {str(error)[:300]}")
+    return faults
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,10 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     arch = arch_of(torch.cuda.get_device_capability())
     jobs = jobs_of(chosen, arch, load_configs(device.gpu_label()))
     started = time.monotonic()
-    processes = min(len(os.sched_getaffinity(0)), MAX_COMPILERS, len(jobs))
-    with ProcessPoolExecutor(processes, CONTEXT) as pool:
-        progress = tqdm(pool.map(compile_job, jobs), total=len(jobs), unit="kernel")
-        faults = [fault for fault in progress if fault is not None]
+    faults = compile_all(jobs)
     for fault in faults:
         print(fault)
     print(f"precompile: {len(jobs) - len(faults)} kernels in {time.monotonic() - started:.0f} s")

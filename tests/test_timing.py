@@ -3,6 +3,7 @@
 import itertools
 from pathlib import Path
 
+import pynvml
 import pytest
 import torch
 
@@ -128,22 +129,13 @@ def test_a_provider_that_raises_is_left_out(gpu: MadeUpGpu) -> None:
         timing.time_providers({"broken": [broken]})
 
 
-def test_the_clock_is_read_from_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Nvml:
-        failed = 0
+def test_a_clock_that_cannot_be_read_stops_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable() -> int:
+        raise pynvml.NVMLError_LibraryNotFound
 
-        def nvmlDeviceGetClockInfo(self, handle: int, kind: int, clock) -> int:
-            assert (handle, kind) == (7, 1)
-            clock._obj.value = 1755
-            return self.failed
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(timing.device, "_nvml", lambda _index: (Nvml(), 7))
+    monkeypatch.setattr(torch.cuda, "clock_rate", lambda: 1755)
     assert timing.device.sm_mhz() == 1755
-    monkeypatch.setattr(Nvml, "failed", 999)
-    assert timing.device.sm_mhz() == 0
-    monkeypatch.setattr(timing.device, "_nvml", lambda _index: (None, 7))
+    monkeypatch.setattr(torch.cuda, "clock_rate", unreadable)
     assert timing.device.sm_mhz() == 0
 
 
