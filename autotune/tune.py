@@ -25,9 +25,10 @@ from twilight_tilelang.kernels.pipeline import parts_for
 from twilight_tilelang.kernels.plan import SPECS
 from twilight_tilelang.kernels.tuned import CONFIGS, Bucket, Entry
 from twilight_tilelang.profiling import device
-from twilight_tilelang.profiling.workloads.workload import GPU_WORKLOADS, Workload
+from twilight_tilelang.profiling.workloads.standard import GPU_WORKLOADS
+from twilight_tilelang.profiling.workloads.workload import Workload
 
-from .farm import Compiler, Farm
+from .farm import Farm, compile_fault
 from .measure import Bench
 from .search import CALL_SECONDS, Settled, settle
 from .space import SPACES, candidates, space_id
@@ -36,9 +37,7 @@ from .worker import SetupFailed, Worker, WorkerFailed
 
 STAGES = tuple(dict.fromkeys(spec.stage for spec in SPECS.values()))
 # Those whose stages the benchmark times one by one.
-WORKLOADS = tuple(
-    w for w in GPU_WORKLOADS if isinstance(w, Workload) and set(STAGES) <= set(w.stages)
-)
+WORKLOADS = tuple(w for w in GPU_WORKLOADS if set(STAGES) <= set(w.stages))
 
 
 @dataclass(frozen=True)
@@ -99,11 +98,11 @@ class Run:
         minutes: float = 60.0,
         force: bool = False,
         make_bench: Callable[[Workload], Any] = Bench,
-        make_compiler: Callable[[str], Any] = Compiler,
+        compile_fault: Callable[..., str | None] = compile_fault,
         call_seconds: float = CALL_SECONDS,
     ) -> None:
         self.folder, self.force = folder, force
-        self.make_bench, self.make_compiler = make_bench, make_compiler
+        self.make_bench, self.compile_fault = make_bench, compile_fault
         self.call_seconds = call_seconds
         self.configs = open_configs(gpu, arch, folder)
         self.deadline = time.monotonic() + 60 * minutes
@@ -118,14 +117,14 @@ class Run:
         self.unfinished = len(todo)
         total = sum(len(task.configs) for task in todo)
         with (
-            Farm(self.make_compiler, self.configs.arch) as farm,
+            Farm(self.compile_fault, self.configs.arch) as farm,
             tqdm(total=total, unit="config", mininterval=1.0) as progress,
         ):
             # Defaults first: the worker's very first step launches them all.
             for first, last in ((0, 1), (1, None)):
                 for task in todo:
                     for config in task.configs[first:last]:
-                        farm.fault(task.kernel, task.shape, config)
+                        farm.start(task.kernel, task.shape, config)
             for workload, own in itertools.groupby(todo, key=lambda task: task.workload):
                 worker = Worker(self.make_bench, workload)
                 try:
@@ -145,7 +144,7 @@ class Run:
                 task.kernel,
                 task.configs,
                 worker,
-                fault=lambda config: farm.fault(task.kernel, task.shape, config).result(),
+                fault=lambda config: farm.fault(task.kernel, task.shape, config),
                 tried=progress.update,
                 seconds=self.call_seconds,
             )

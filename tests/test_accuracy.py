@@ -8,7 +8,8 @@ import torch
 from twilight_tilelang import reference
 from twilight_tilelang.profiling.observations import accuracy
 from twilight_tilelang.profiling.observations.accuracy import Request, accuracy_rows, prune
-from twilight_tilelang.profiling.observations.observations import kept_rows, memory_rows
+from twilight_tilelang.profiling.observations.kept import kept_rows
+from twilight_tilelang.profiling.observations.memory import memory_rows
 from twilight_tilelang.profiling.plan import Target, prepare
 from twilight_tilelang.profiling.providers.backends import Torch
 from twilight_tilelang.profiling.providers.checks import request_cache

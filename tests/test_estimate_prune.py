@@ -1,6 +1,6 @@
 """Estimator and pruner in one kernel: when a step takes it, and that its bits are those of two.
 
-That it gives them at odd sizes is tested in test_emulated.py.
+That it gives them at odd sizes is tested in tests/emulated.
 """
 
 import pytest

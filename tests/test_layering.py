@@ -35,7 +35,7 @@ ALLOWED = {
     },
     "autotune": {
         *("autotune", "kernels", "reference", "profiling"),  # the benchmark's inputs and checks
-        *("torch", "tilelang", "tqdm"),
+        *("torch", "tilelang", "tqdm", "pebble"),
     },
     "plots": {"plots", "numpy", "pandas", "matplotlib"},
 }

@@ -9,7 +9,7 @@ from tilelang.jit import JITImpl
 import twilight_tilelang as kernels
 from tests.doubles import fake_gpu
 from twilight_tilelang.autotune import precompile
-from twilight_tilelang.autotune.precompile import compile_job, jobs_of
+from twilight_tilelang.autotune.precompile import compile_all, jobs_of
 from twilight_tilelang.kernels import launch, tuned
 from twilight_tilelang.kernels.cache import CacheShape
 from twilight_tilelang.profiling.providers.backends import TileLang
@@ -82,8 +82,11 @@ def test_every_launch_was_compiled_ahead(name, monkeypatch):
 
 
 def test_a_kernel_that_does_not_compile_is_named():
-    job = ("twilight_tilelang.kernels.selector", "all_pages_kernel", ("sixteen", 1))
-    assert compile_job(job).startswith("not compiled: all_pages_kernel('sixteen', 1): ")
+    module = "twilight_tilelang.kernels.selector"
+    jobs = [(module, "all_pages_kernel", ("sixteen", 1)), ("os", "_exit", (13,))]
+    wrong, dead = compile_all(jobs)
+    assert wrong.startswith("not compiled: all_pages_kernel('sixteen', 1): ")
+    assert dead == "not compiled: _exit(13,): the process died with exit code 13"
 
 
 def test_without_a_gpu_nothing_is_compiled(monkeypatch, capsys):

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tests.doubles.made_up_results import made_up_rows
-from twilight_tilelang.profiling import bench
+from twilight_tilelang.profiling import bench, run
 from twilight_tilelang.profiling.plan import Target, groups_of, prepare
+from twilight_tilelang.profiling.providers.backends import Torch
 from twilight_tilelang.profiling.providers.checks import (
     CheckFailed,
     check_attention,
@@ -33,14 +34,14 @@ from twilight_tilelang.profiling.workloads.request_sets import (
     random_tokens,
     workload_sets,
 )
-from twilight_tilelang.profiling.workloads.sweeps import CPU_FULL, GPU_FULL
-from twilight_tilelang.profiling.workloads.workload import (
+from twilight_tilelang.profiling.workloads.standard import (
     CPU_WORKLOADS,
     GPU_WORKLOADS,
     LOOKED_ON,
-    BudgetSweep,
-    Workload,
+    budget_sweep,
 )
+from twilight_tilelang.profiling.workloads.sweeps import CPU_FULL, GPU_FULL
+from twilight_tilelang.profiling.workloads.workload import Workload
 from twilight_tilelang.reference import PagedKVCache, TwilightDecode
 from twilight_tilelang.reference.inputs import LAYER_BUDGETS, DecodeShape
 
@@ -256,9 +257,9 @@ def test_checks_refuse_what_is_wrong(step) -> None:
 def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run as on a machine without a GPU, and in a moment."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    tiny = [SMALL, BudgetSweep("budget-gqa", SMALL.shape, (32, 64))]
+    tiny = [SMALL, budget_sweep("budget-gqa", SMALL.shape, (32, 64))]
     monkeypatch.setattr(bench, "CPU_WORKLOADS", tuple(tiny))
-    monkeypatch.setattr(bench, "CPU_READ_BYTES", 1 << 20)
+    monkeypatch.setattr(run, "CPU_READ_BYTES", 1 << 20)
 
 
 @pytest.mark.usefixtures("without_gpu")
@@ -283,8 +284,8 @@ def test_bench_runs_on_the_cpu_and_resumes(tmp_path: Path, capsys) -> None:
 def test_bench_writes_no_row_for_a_wrong_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    right = bench.Torch.dense
-    monkeypatch.setattr(bench.Torch, "dense", lambda *inputs: lambda: 1.01 * right(*inputs)())
+    right = Torch.dense
+    monkeypatch.setattr(Torch, "dense", lambda *inputs: lambda: 1.01 * right(*inputs)())
     assert bench.main(["--results", str(tmp_path), "--workload", "small"]) == 1
     assert "FAILED: small/2x256 dense" in capsys.readouterr().out
     assert not (tmp_path / "cpu-reference" / "dense.csv").exists()
@@ -304,29 +305,29 @@ def test_cpu_workloads_feed_every_figure() -> None:
     names = {workload.name for workload in CPU_WORKLOADS}
     assert {"budget-gqa", "budget-mha", "length-b1"} <= names
     for workloads in EVERY:
-        for sweep in (w for w in workloads if isinstance(w, BudgetSweep)):
-            standard = (w for w in workloads if isinstance(w, Workload) and "dense" in w.stages)
+        for sweep in (w for w in workloads if w.random_tokens):
+            standard = (w for w in workloads if "dense" in w.stages)
             assert any(w.shape == sweep.shape for w in standard)
 
 
 @pytest.mark.parametrize("workloads", EVERY, ids=["gpu", "cpu"])
-def test_nothing_is_measured_twice(workloads: tuple[Workload | BudgetSweep, ...]) -> None:
-    target = Target(bench.Torch(), "any", 0, print)
-    groups = [group for workload in workloads for group in groups_of(workload, target)]
+def test_nothing_is_measured_twice(workloads: tuple[Workload, ...]) -> None:
+    target = Target(Torch(), "any", 0, print)
+    groups = [group for workload in workloads for group in groups_of(workload)]
     marks = [(group.stage, *mark) for group in groups for mark in group.marks(target)]
     assert len(set(marks)) == len(marks)
     assert all(group.marks(target) for group in groups)
 
 
 def test_skewed_budgets_keep_the_mean() -> None:
-    for sweep in (w for own in EVERY for w in own if isinstance(w, BudgetSweep)):
-        for budget in sweep.token_budgets:
-            counts = sweep.counts(budget)
+    for sweep in (w for own in EVERY for w in own if w.random_tokens):
+        for variant in sweep.variants():
+            counts = variant.head_counts()
             assert len(counts) == sweep.shape.num_kv_heads
-            assert sum(counts) / len(counts) == pytest.approx(budget, rel=0.02)
+            assert sum(counts) / len(counts) == pytest.approx(variant.token_budget, rel=0.02)
             assert (max(counts) > 3 * min(counts)) == sweep.name.endswith("-skewed")
     with pytest.raises(ValueError, match="32768 tokens"):
-        BudgetSweep("big", GPU_WORKLOADS[1].shape, (8192,), LAYER_BUDGETS).counts(8192)
+        budget_sweep("big", GPU_WORKLOADS[1].shape, (8192,), LAYER_BUDGETS).head_counts()
 
 
 def test_head_budgets_shape_what_the_inputs_keep() -> None:
@@ -352,9 +353,7 @@ def test_variants_share_their_inputs_and_are_measured_once(
     settings = rows.groupby("method")[["token_budget", "top_p"]].apply(lambda own: len(own))
     assert settings.to_dict() == {"quest+twilight": 4, "full+twilight": 2, "quest": 2}
     pools = []
-    monkeypatch.setattr(
-        bench, "prepare", lambda *inputs: pools.append(prepare(*inputs)) or pools[-1]
-    )
+    monkeypatch.setattr(run, "prepare", lambda *inputs: pools.append(prepare(*inputs)) or pools[-1])
     (tmp_path / "cpu-reference" / "timeline.csv").unlink()
     assert bench.main(arguments) == 0 and len(pools) == 1
     assert (tmp_path / "cpu-reference" / "summary.json").exists()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from twilight_tilelang import reference
-from twilight_tilelang.profiling import bench
+from twilight_tilelang.profiling import bench, run
 from twilight_tilelang.profiling.recordings import copy_model, trace
 from twilight_tilelang.profiling.recordings.trace import read_trace, save_trace
 from twilight_tilelang.profiling.tables.store import read_rows
@@ -85,7 +85,7 @@ def test_the_committed_recording_is_of_learnt_attention(capsys) -> None:
 
 def test_bench_measures_a_recording(tensors: Tensors, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(bench, "CPU_READ_BYTES", 1 << 20)
+    monkeypatch.setattr(run, "CPU_READ_BYTES", 1 << 20)
     save_trace(tmp_path / "own.pt", **tensors)
     assert trace_workload(tmp_path / "own.pt").token_budget == 16
     arguments = ["--trace", str(tmp_path / "own.pt"), "--results", str(tmp_path)]

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from tests.doubles.fake_bench import (
-    DyingCompiler,
     FakeBench,
-    FineCompiler,
     bench_of_workload,
+    dies_of_pruners,
+    no_fault,
     slow_start,
 )
 from twilight_tilelang import reference
@@ -238,7 +238,7 @@ def test_every_bucket_comes_once_and_knows_its_workloads() -> None:
 
 
 def run_of(folder: Path, **options) -> tune.Run:
-    options = {"make_bench": bench_of_workload, "make_compiler": FineCompiler, **options}
+    options = {"make_bench": bench_of_workload, "compile_fault": no_fault, **options}
     return tune.Run("h200", "sm_90a", folder, **options)
 
 
@@ -277,12 +277,12 @@ def test_more_candidates_or_other_sources_open_a_bucket_again(tmp_path: Path, mo
 
 
 def test_a_compiler_that_dies_is_recorded_and_the_default_stays(tmp_path: Path) -> None:
-    tasks = tune.tasks_of(SOLO, ("pruner",), "sm_90a")
-    run = run_of(tmp_path, make_compiler=DyingCompiler)
-    run.settle(tasks)
+    (task,) = tune.tasks_of(SOLO, ("pruner",), "sm_90a")
+    run = run_of(tmp_path, compile_fault=dies_of_pruners)
+    run.settle([dataclasses.replace(task, configs=task.configs[:4])])
     assert (run.settled, run.improved) == (1, 0)
     (entry,) = run.configs.fresh(SPECS["pruner"]).values()
-    assert len(entry.rejected) == len(tasks[0].configs) - 1
+    assert len(entry.rejected) == 3
     assert all("exit code 13" in why for why in entry.rejected.values())
 
 

@@ -87,7 +87,7 @@ class Torch:
     package: ModuleType = reference
 
     def step(self, cache: Any, num_qo_heads: int, **options: Any) -> Any:
-        """A step that keeps the results of its stages."""
+        """A step that keeps the results of its stages; options are those of `TwilightDecode`."""
         return reference.TwilightDecode(cache, num_qo_heads, **options)
 
     def attend_tokens(self, q: torch.Tensor, cache: Any, kept: Lists) -> Call:

@@ -15,13 +15,14 @@ import torch
 
 from ..tables.rows import STAGES
 from ..timing import Calls
-from ..workloads.request_sets import RequestSets, cold_sets
+from ..workloads.request_sets import SEED, RequestSets, cold_sets, random_tokens
 from ..workloads.traffic import INDEX_BYTES, LOGIT_BYTES, Work, bytes_moved
-from ..workloads.workload import METHODS, Workload
+from ..workloads.workload import METHOD, METHODS, RANDOM, Workload
 from . import baselines, checks
 
 WORKSPACE_BYTES = 8 << 30  # of all steps of one method together, about
 MAX_SLOTS = 4 * 72
+MAX_TOKEN_LISTS = 128
 
 Notice = Callable[[str], None]
 
@@ -116,7 +117,7 @@ class StageBuilder:
             return self._dense()
         if stage == "pipeline":
             return [self._quest() if m == "quest" else self._twilight(m) for m in methods]
-        return [self._stage(stage)]
+        return self._random() if self.workload.random_tokens else [self._stage(stage)]
 
     def slots(self, stage: str, method: str) -> list[Slot]:
         """Slots that keep a stage cold, their steps run once, as far as their workspaces allow.
@@ -147,7 +148,7 @@ class StageBuilder:
 
     def _stage(self, stage: str) -> Provider:
         """One stage of quest+twilight, on what the stages before it left in the workspaces."""
-        method = METHODS[0]
+        method = METHOD
         slots = self.slots(stage, method)
         calls, check = [slot.calls[stage] for slot in slots], partial(self.check, stage, slots[0])
         return self._provider(stage, method, slots, calls, check)
@@ -217,6 +218,36 @@ class StageBuilder:
             for name, own in calls.items()
         ]
 
+    def _random(self) -> list[Provider]:
+        """Attention over random tokens: the calls share the requests and differ in the tokens."""
+        workload, backend = self.workload, self.backend
+        shape, q, cache = workload.shape, self.sets.queries[0], self.sets.caches[0]
+        head_counts = workload.head_counts()
+        work = workload.work(RANDOM, kept_tokens=shape.batch_size * sum(head_counts))
+        wanted = cold_sets(bytes_moved("attention", RANDOM, work), self.l2_bytes)
+        generator = torch.Generator(backend.device).manual_seed(SEED + workload.token_budget)
+        tokens = [
+            random_tokens(shape, head_counts, backend.device, generator)
+            for _ in range(min(wanted, MAX_TOKEN_LISTS))
+        ]
+        counts = torch.tensor(head_counts, dtype=torch.int32, device=backend.device)
+        counts = counts.expand(shape.batch_size, -1).contiguous()
+        calls: dict[str, Calls] = {
+            backend.provider: [backend.attend_tokens(q, cache, (own, counts)) for own in tokens]
+        }
+        if backend.device == "cuda":
+            with optional(f"flashinfer, {workload.token_budget} tokens", self.notice):
+                calls["flashinfer"] = baselines.flashinfer_tokens(q, cache, tokens, counts)
+
+        def check(call: Callable[[], torch.Tensor]) -> float:
+            return checks.check_attention(call(), q, cache, (tokens[0], counts))
+
+        kept = Kept.of([counts])
+        return [
+            Provider("attention", RANDOM, name, own, partial(check, own[0]), kept, work)
+            for name, own in calls.items()
+        ]
+
     def _provider(
         self, stage: str, method: str, slots: list[Slot], calls: Calls, check: Callable[[], float]
     ) -> Provider:
@@ -237,15 +268,10 @@ def sets_wanted(workload: Workload, l2_bytes: int) -> int:
     """Input sets that keep every stage of a workload cold, as far as `max_sets` allows."""
     wanted = 1
     for stage in set(workload.stages) & set(STAGES) - {"pruner"}:  # it reads its workspace only
-        for method, variant in itertools.product(methods_of(stage), workload.variants()):
+        for method, variant in itertools.product(workload.methods(stage), workload.variants()):
             num_bytes = bytes_moved(stage, method, variant.work(method))
             wanted = max(wanted, cold_sets(num_bytes, l2_bytes))
     return min(wanted, workload.max_sets)
-
-
-def methods_of(stage: str) -> tuple[str, ...]:
-    """Methods that a stage is timed for."""
-    return {"pipeline": METHODS, "dense": ("dense",)}.get(stage, METHODS[:1])
 
 
 @contextmanager
