@@ -95,6 +95,10 @@ class TwilightDecode:
         self._compiled = False
 
     @property
+    def selector(self) -> str:
+        return self.options.selector
+
+    @property
     def fused(self) -> bool:
         """Whether estimator and pruner are one kernel."""
         return self.stages.plan.fused

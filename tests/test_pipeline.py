@@ -23,7 +23,11 @@ from twilight_tilelang.reference.hazards import poison_unused
 
 pytestmark = pytest.mark.gpu
 
-RESULTS = ("candidate_counts", "kept_counts", "kept_mass")  # defined in every element
+
+def results_of(step) -> dict[str, torch.Tensor]:
+    """What a run defines in every element."""
+    counts, kept = step.candidates.counts, step.kept
+    return {"candidate_counts": counts, "kept_counts": kept.counts, "kept_mass": kept.mass}
 
 
 def make_step(cache, case: Case, **options) -> kernels.TwilightDecode:
@@ -83,8 +87,9 @@ def test_run_equals_its_stages_in_order(case, selector, rng):
     logits = kernels.estimate_logits(q, cache, candidates, sm_scale=0.1)
     tokens, counts, mass = kernels.prune_top_p(logits, cache, candidates, 0.9)
     expected = kernels.flash_topk_attention(q, cache, (tokens, counts), sm_scale=0.1)
-    for name, value in zip(RESULTS, (candidates[1], counts, mass), strict=True):
-        assert torch.equal(getattr(step, name), value), name
+    values = (candidates.counts, counts, mass)
+    for (name, result), value in zip(results_of(step).items(), values, strict=True):
+        assert torch.equal(result, value), name
     assert torch.equal(out, expected)
 
 
@@ -136,15 +141,16 @@ def test_run_leaves_its_counters_at_zero(case, selector, num_parts, rng):
     step = make_step(cache, case, selector=selector, num_parts=num_parts)
     for _ in range(2):
         step.run(tensors.q, cache)
-        for each in (step, *(part for _, part, _ in step.parts)):
-            ticket = each.attention.work.ticket.view(torch.int32)
-            for counters in (ticket, each.union.words, each.union.arrived):
+        for each in (step.stages, *(part for _, part, _ in step.parts)):
+            _, work, union = each.pruned
+            for counters in (work.ticket.view(torch.int32), *union):
                 assert not counters.any()
 
 
 def assert_same_results(actual, expected) -> None:
-    for name in RESULTS:
-        assert torch.equal(getattr(actual, name), getattr(expected, name)), name
+    wanted = results_of(expected)
+    for name, result in results_of(actual).items():
+        assert torch.equal(result, wanted[name]), name
 
 
 @contextmanager
@@ -298,7 +304,7 @@ def test_other_paths_give_the_bits_of_their_attention(case, path, rng):
     for _ in range(2):
         step.out.fill_(float("nan"))
         assert torch.equal(step.run(tensors.q, cache), expected)
-        assert not step.attention.work.ticket.view(torch.int32).any()
+        assert not step.stages.attention.work.ticket.view(torch.int32).any()
 
 
 @pytest.mark.parametrize("path", ["dense", "candidates"])

@@ -137,15 +137,15 @@ def test_flash_topk_attention_rejects_wrong_tensors():
     cache = PagedKVCache.wrap(*inputs.paged())
     kept_tokens, kept_counts = every_token(cache)
     with pytest.raises(ValueError, match=r"kept_tokens: expected shape \[2, 2, any\]"):
-        flash_topk_attention(inputs.q, cache, kept_tokens[:, :1], kept_counts)
+        flash_topk_attention(inputs.q, cache, (kept_tokens[:, :1], kept_counts))
     with pytest.raises(ValueError, match="kept_counts: expected dtype int32, got int64"):
-        flash_topk_attention(inputs.q, cache, (kept_tokens, kept_counts).long())
+        flash_topk_attention(inputs.q, cache, (kept_tokens, kept_counts.long()))
     with pytest.raises(ValueError, match="q: expected a tensor, got NoneType"):
         flash_topk_attention(None, cache, (kept_tokens, kept_counts))
     with pytest.raises(ValueError, match=r"q: expected shape \[2, any, 16\]"):
         dense_attention(inputs.q[:1], cache)
     with pytest.raises(ValueError, match="candidate_counts: expected shape"):
-        page_attention(inputs.q, cache, (kept_tokens, kept_counts)[0])
+        page_attention(inputs.q, cache, (kept_tokens, kept_counts[0]))
 
 
 def run_step(inputs: DecodeInputs, cache: PagedKVCache, **options):
