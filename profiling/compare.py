@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .summary import summarize
+from .tables.summary import summarize
 
 TOLERANCE = 0.03
 

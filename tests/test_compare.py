@@ -8,9 +8,9 @@ import pytest
 
 from tests.doubles.made_up_results import made_up_rows, write_frames
 from twilight_tilelang.profiling import compare
-from twilight_tilelang.profiling.results import RESULTS
-from twilight_tilelang.profiling.rows import Row
-from twilight_tilelang.profiling.summary import FILE, summarize, write_summary
+from twilight_tilelang.profiling.tables.rows import Row
+from twilight_tilelang.profiling.tables.store import RESULTS
+from twilight_tilelang.profiling.tables.summary import FILE, summarize, write_summary
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_nothing_to_compare_is_an_error(rows: list[Row], tmp_path: Path, capsys)
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob(f"*/{FILE}")), ids=lambda p: p.parent.name)
 def test_the_committed_summary_is_that_of_its_files(path: Path) -> None:
-    """If not: python -m twilight_tilelang.profiling.summary FOLDER"""
+    """If not: python -m twilight_tilelang.profiling.tables.summary FOLDER"""
     assert json.loads(path.read_text()) == json.loads(json.dumps(summarize(path.parent)))
 
 

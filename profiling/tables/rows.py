@@ -1,6 +1,7 @@
 """What the result files hold: one dataclass per kind of row, one file per table and GPU."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 STAGES = ("selector", "estimator", "pruner", "estimate_prune", "attention", "pipeline", "dense")
@@ -134,6 +135,7 @@ class TimelineRow(Setting):
     date: str
 
 
+Origin = Mapping[str, str]  # torch, commit and date of a run
 AnyRow = Row | AccuracyRow | KeptRow | MemoryRow | TimelineRow
 
 

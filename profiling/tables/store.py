@@ -9,7 +9,7 @@ import pandas as pd
 
 from .rows import TABLES, AnyRow, table_of
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 DECIMALS = {"median_us": 2, "p20_us": 2, "p80_us": 2, "floor_us": 2, "kept_mean": 2}
 DECIMALS |= dict.fromkeys(("kept_p20", "kept_median", "kept_p80"), 1)
 DECIMALS |= {"reached": 4, "read_tbps": 5, "busy_us": 2, "gap_us": 2, "share": 4}

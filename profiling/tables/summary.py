@@ -1,6 +1,6 @@
 """All results of one folder as one JSON file, for other programs: summary.json.
 
-`make bench` writes it, and so does `python -m twilight_tilelang.profiling.summary FOLDER`.
+`make bench` writes it, and so does `python -m twilight_tilelang.profiling.tables.summary FOLDER`.
 
     {"gpu": ..., "commits": [...], "dates": [...], "read_tbps": ...,
      "rows": [{"id": "pipeline/gqa-32k/quest+twilight/tilelang/64/32/...", "median_us": ..., ...}]}
@@ -17,8 +17,8 @@ from typing import Any
 
 import pandas as pd
 
-from .results import read_rows
 from .rows import TABLES, Table
+from .store import read_rows
 
 FILE = "summary.json"
 ORIGIN = ("torch", "tilelang", "commit", "date", "gpu")
