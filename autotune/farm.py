@@ -9,25 +9,27 @@ from typing import Any
 import torch
 from pebble import ProcessFuture, ProcessPool
 
+from twilight_tilelang.kernels.gpu import ARCHS
+from twilight_tilelang.kernels.launch import StepShape
+
 from .compiled import compile_for
-from .launches import variants_of
-from .variants import KernelShape
+from .space import launches_of
 from .worker import CONTEXT, WorkerFailed, answer, ask
 
 COMPILE_SECONDS = 180.0
 MAX_COMPILERS = 16  # each takes about a gigabyte
 
 
-def compile_fault(kernel: str, shape: KernelShape, config: Any, arch: str) -> str | None:
+def compile_fault(kernel: str, shape: StepShape, config: Any, arch: str) -> str | None:
     """Why a config is not worth running: it does not compile, spills, or does not fit. On a GPU
     what it compiles is then in TileLang's cache on disk."""
     with tempfile.TemporaryDirectory() as folder:
-        for variant in variants_of(kernel, shape, config, arch):
-            fault = compile_for(variant, arch, Path(folder)).fault(arch)
+        for launch in launches_of(kernel, shape, config, ARCHS[arch]):
+            fault = compile_for(launch, arch, Path(folder)).fault(arch)
             if fault is not None:
-                return f"{variant.name} {fault}"
+                return f"{launch.name} {fault}"
             if torch.cuda.is_available():
-                variant.factory(*variant.arguments)
+                launch.factory(*launch.arguments)
     return None
 
 
@@ -52,16 +54,16 @@ class Farm:
         self._pool.stop()
         self._pool.join()
 
-    def start(self, kernel: str, shape: KernelShape, config: Any) -> ProcessFuture:
+    def start(self, kernel: str, shape: StepShape, config: Any) -> ProcessFuture:
         """Compile a config in its turn; the second call for one changes nothing."""
-        variants = variants_of(kernel, shape, config, self._arch)
-        key = kernel, tuple(variant.arguments for variant in variants)
+        launches = launches_of(kernel, shape, config, ARCHS[self._arch])
+        key = kernel, tuple(launch.arguments for launch in launches)
         if key not in self._futures:
             arguments = (self._compile_fault, kernel, shape, config, self._arch)
             self._futures[key] = ask(self._pool, *arguments, seconds=COMPILE_SECONDS)
         return self._futures[key]
 
-    def fault(self, kernel: str, shape: KernelShape, config: Any) -> str | None:
+    def fault(self, kernel: str, shape: StepShape, config: Any) -> str | None:
         """What `compile_fault` says, or how the compiler failed; waits for it."""
         try:
             return answer(self.start(kernel, shape, config), COMPILE_SECONDS)

@@ -75,6 +75,6 @@ def test_the_baseline_goes_on_where_it_was_cut_off(monkeypatch, tmp_path, capsys
 def test_a_planted_fault_is_caught(monkeypatch):
     """By the emulator, on any machine."""
     monkeypatch.setattr(mutate.torch.cuda, "is_available", lambda: False)
-    test = "tests/test_emulated.py::test_top_pages_are_the_best[all-equal-registers]"
+    test = "tests/emulated/test_selector.py::test_top_pages_are_the_best[all-equal-registers]"
     (mutant,) = (each for each in MUTANTS if each.name == "a tied page dropped")
     assert mutate.caught_by(mutant._replace(emulated=(test,))) == test

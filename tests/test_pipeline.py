@@ -80,9 +80,9 @@ def test_run_equals_its_stages_in_order(case, selector, rng):
         candidates = kernels.select_all(cache)
     else:
         candidates = kernels.select_pages(q, cache, case.token_budget)
-    logits = kernels.estimate_logits(q, cache, *candidates, sm_scale=0.1)
-    tokens, counts, mass = kernels.prune_top_p(logits, cache, *candidates, 0.9)
-    expected = kernels.flash_topk_attention(q, cache, tokens, counts, sm_scale=0.1)
+    logits = kernels.estimate_logits(q, cache, candidates, sm_scale=0.1)
+    tokens, counts, mass = kernels.prune_top_p(logits, cache, candidates, 0.9)
+    expected = kernels.flash_topk_attention(q, cache, (tokens, counts), sm_scale=0.1)
     for name, value in zip(RESULTS, (candidates[1], counts, mass), strict=True):
         assert torch.equal(getattr(step, name), value), name
     assert torch.equal(out, expected)
@@ -95,8 +95,8 @@ def test_dropped_mass_bounds_the_error(case, rng):
     cache = build_cache(kernels, tensors)
     step = make_step(cache, case, top_p=0.85)
     out = step.run(tensors.q, cache)
-    kept = step.kept_tokens, step.kept_counts
-    _, lse = kernels.flash_topk_attention(tensors.q, cache, *kept, return_lse=True)
+    kept = step.kept.tokens, step.kept.counts
+    _, lse = kernels.flash_topk_attention(tensors.q, cache, kept, return_lse=True)
     dense, full_lse = kernels.dense_attention(tensors.q, cache, return_lse=True)
     dropped = 1 - torch.exp(lse - full_lse)
     assert dropped.max() > 0.05, "nothing was dropped: the bound is idle"
@@ -111,7 +111,7 @@ def test_run_with_an_empty_request(rng):
     cache = build_cache(kernels, tensors)
     step = make_step(cache, BASE)
     out = step.run(tensors.q, cache)
-    assert (out[1] == 0).all() and (step.kept_counts[1] == 0).all()
+    assert (out[1] == 0).all() and (step.kept.counts[1] == 0).all()
     assert_decode_step(step, out, tensors.q, cache, BASE.token_budget, 0.85)
 
 
@@ -283,7 +283,7 @@ def attention_of(path: str, q: torch.Tensor, cache, case, sm_scale: float | None
     if path == "dense":
         return kernels.dense_attention(q, cache, sm_scale=sm_scale)
     pages = kernels.select_pages(q, cache, case.token_budget)
-    return kernels.page_attention(q, cache, *pages, sm_scale=sm_scale)
+    return kernels.page_attention(q, cache, pages, sm_scale=sm_scale)
 
 
 @pytest.mark.parametrize("path", ["dense", "candidates"])

@@ -156,7 +156,7 @@ def test_select_pages_captures_the_mass_of_exact_bounds(num_kv_heads, outlier, w
     whole = dense_attention(inputs.q, cache, return_lse=True)[1]
     captured, possible = (
         float(
-            (page_attention(inputs.q, cache, pages, counts, return_lse=True)[1] - whole)
+            (page_attention(inputs.q, cache, (pages, counts), return_lse=True)[1] - whole)
             .exp()
             .mean()
         )
@@ -249,6 +249,6 @@ def test_estimate_logits_rejects_wrong_candidates():
     with pytest.raises(ValueError, match="candidate_pages: expected dtype int32, got int64"):
         estimate_logits(q, cache, pages.long(), counts)
     with pytest.raises(ValueError, match=r"candidate_counts: expected shape \[1, 2\]"):
-        estimate_logits(q, cache, pages, counts[:, :1])
+        estimate_logits(q, cache, (pages, counts)[:, :1])
     with pytest.raises(ValueError, match="sm_scale: expected a positive finite number"):
-        estimate_logits(q, cache, pages, counts, sm_scale=float("nan"))
+        estimate_logits(q, cache, (pages, counts), sm_scale=float("nan"))

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from tests.doubles.made_up_results import made_up_rows
-from twilight_tilelang.plots import draw
 from twilight_tilelang.profiling import bench, run
 from twilight_tilelang.profiling.plan import Target, groups_of, prepare
 from twilight_tilelang.profiling.providers.backends import Torch
@@ -196,13 +195,6 @@ def test_committed_results_conform(path: Path) -> None:
     assert (floor_us - frame["floor_us"]).abs().le(0.01 + 1e-3 * floor_us).all()
 
 
-def test_readme_holds_the_tables_of_the_committed_results() -> None:
-    frames = draw.Results(RESULTS / "h200")
-    readme = (RESULTS.parents[1] / "README.md").read_text()
-    assert draw.markdown_table(frames) in readme
-    assert draw.stage_table(frames) in readme
-
-
 def test_bytes_are_those_of_the_design() -> None:
     """gqa-32k: per page 264 B of bounds, 68 B of mirror per candidate, 512 B per kept token."""
     work = GPU_WORKLOADS[0].work("quest+twilight")
@@ -273,24 +265,24 @@ def test_checks_pass_what_is_right(step) -> None:
     q, cache, step = step
     assert check_selector(q, cache, step) == 0
     assert check_pruner(cache, step, 0.85) < 1e-6
-    assert check_attention(step.out, q, cache, step.kept_tokens, step.kept_counts) < 1e-5
+    assert check_attention(step.out, q, cache, step.kept) < 1e-5
 
 
 def test_checks_refuse_what_is_wrong(step) -> None:
     q, cache, step = step
     with pytest.raises(CheckFailed, match="out"):
-        check_attention(step.out * 1.01, q, cache, step.kept_tokens, step.kept_counts)
+        check_attention(step.out * 1.01, q, cache, step.kept)
     with pytest.raises(CheckFailed, match="out"):
-        check_attention(step.out * float("nan"), q, cache, step.kept_tokens, step.kept_counts)
-    heaviest_dropped = step.kept_counts - 8
-    step.kept_counts, kept_counts = heaviest_dropped, step.kept_counts
+        check_attention(step.out * float("nan"), q, cache, step.kept)
+    kept = step.kept
+    step.kept = kept._replace(counts=kept.counts - 8)  # the heaviest are dropped
     with pytest.raises(CheckFailed, match="kept_tokens"):
         check_pruner(cache, step, 0.85)
-    step.kept_counts = kept_counts
-    step.kept_tokens[0, 0, :2] = step.kept_tokens[0, 0, 0]
+    step.kept = kept
+    step.kept.tokens[0, 0, :2] = step.kept.tokens[0, 0, 0]
     with pytest.raises(CheckFailed, match="ascending"):
         check_pruner(cache, step, 0.85)
-    step.candidate_pages[0, 0, :8] = torch.arange(8)
+    step.candidates.pages[0, 0, :8] = torch.arange(8)
     with pytest.raises(CheckFailed, match="candidate_pages"):
         check_selector(q, cache, step)
 
@@ -381,7 +373,7 @@ def test_head_budgets_shape_what_the_inputs_keep() -> None:
         sets = workload_sets(workload, 1, "cpu", PagedKVCache.wrap)
         step = TwilightDecode(sets.caches[0], 8, selector="full")
         step.run(sets.queries[0], sets.caches[0])
-        ratio = float(step.kept_counts.max() / step.kept_counts.min())
+        ratio = float(step.kept.counts.max() / step.kept.counts.min())
         assert 2 / 3 * largest <= ratio <= 1.5 * largest
 
 

@@ -1,11 +1,10 @@
 """The two implementations under test behind one face: `kernels` on a GPU, `reference` on a CPU.
 
-`step` makes an object with `run(q, cache)` and its stages one by one, `select(q, cache)`,
+`step` makes an object with `run(q, cache)`, whose `stages` come one by one: `select(q, cache)`,
 `estimate(q, cache)`, `prune(cache)` and `attend(q, cache)`: each reads what the one before left in
 the step's own workspace and can be repeated any number of times; `run` and `attend` return out.
 `estimate_prune(q, cache)` stands for two of them, in one launch where the step is `fused`.
-After `run` the step shows `candidate_pages`, `candidate_counts`, `logits`, `kept_tokens`,
-`kept_counts` and `kept_mass`.
+After `run` the step shows `candidates`, `logits` and `kept`.
 
 `attend_tokens`, `quest` and `dense` make a call that returns out. As in a decode loop, memory is
 allocated when the call is made, not when it runs.
@@ -21,6 +20,7 @@ import torch
 from twilight_tilelang import reference
 
 Call = Callable[[], torch.Tensor]
+Lists = tuple[torch.Tensor, ...]  # indices and counts; what follows them is passed over
 
 
 class TileLang:
@@ -38,11 +38,11 @@ class TileLang:
         """A step with a workspace of its own; options are those of `TwilightDecode`."""
         return self.package.TwilightDecode(cache, num_qo_heads, **options)
 
-    def attend_tokens(
-        self, q: torch.Tensor, cache: Any, kept_tokens: torch.Tensor, kept_counts: torch.Tensor
-    ) -> Call:
+    def attend_tokens(self, q: torch.Tensor, cache: Any, kept: Lists) -> Call:
         """Attention over given tokens."""
-        return self._attention(q, cache, "tokens", kept_tokens, kept_counts, kept_tokens.shape[2])
+        from twilight_tilelang.kernels.lists import TokenList
+
+        return self._attention(q, cache, TokenList("tokens", *kept[:2]), kept[0].shape[2])
 
     def quest(self, q: torch.Tensor, cache: Any, token_budget: int) -> Call:
         """Quest alone: exact attention over every token of the pages chosen."""
@@ -51,34 +51,29 @@ class TileLang:
 
     def dense(self, q: torch.Tensor, cache: Any) -> Call:
         """Attention over every token."""
-        rows = (-1, cache.num_kv_heads)
-        counts = cache.seq_lens[:, None].expand(rows).contiguous()
-        unused = cache.page_table[:, None, :1].expand(*rows, -1).contiguous()
-        return self._attention(q, cache, "all", unused, counts, cache.capacity)
+        from twilight_tilelang.kernels.attention import every_token
 
-    def _attention(
-        self,
-        q: torch.Tensor,
-        cache: Any,
-        source: str,
-        indices: torch.Tensor,
-        counts: torch.Tensor,
-        width: int,
-    ) -> Call:
+        counts = cache.seq_lens[:, None].expand(-1, cache.num_kv_heads).contiguous()
+        return self._attention(q, cache, every_token(counts), cache.capacity)
+
+    def _attention(self, q: torch.Tensor, cache: Any, tokens: Any, width: int) -> Call:
         from twilight_tilelang.kernels.attention import (
             AttentionWorkspace,
-            launch_attention,
-            launch_plan,
+            attend,
+            list_items,
+            planned_attention,
         )
+        from twilight_tilelang.kernels.query import by_kv_head, step_shape
 
-        workspace = AttentionWorkspace.allocate(cache, q.shape[1] // cache.num_kv_heads, width)
-        out = torch.empty_like(q)
+        group_size = q.shape[1] // cache.num_kv_heads
+        planned = planned_attention(tokens.kind, step_shape(cache, group_size, width), q.device)
+        split_tokens = planned.config.split_tokens
+        workspace = AttentionWorkspace.allocate(cache, group_size, width, split_tokens)
+        grouped, out = by_kv_head(q, cache.num_kv_heads), torch.empty_like(q)
 
         def call() -> torch.Tensor:
-            launch_plan(cache, source, indices, counts, workspace)
-            launch_attention(
-                q, cache, source, indices, counts, workspace, out, cache.head_dim**-0.5
-            )
+            list_items(planned, cache, tokens, workspace.work)
+            attend(planned, grouped, cache, tokens, workspace, out, cache.head_dim**-0.5)
             return out
 
         return call
@@ -95,21 +90,15 @@ class Torch:
         """A step that keeps the results of its stages; options are those of `TwilightDecode`."""
         return reference.TwilightDecode(cache, num_qo_heads, **options)
 
-    def attend_tokens(
-        self, q: torch.Tensor, cache: Any, kept_tokens: torch.Tensor, kept_counts: torch.Tensor
-    ) -> Call:
+    def attend_tokens(self, q: torch.Tensor, cache: Any, kept: Lists) -> Call:
         """Attention over given tokens."""
-        return partial(reference.flash_topk_attention, q, cache, kept_tokens, kept_counts)
+        return partial(reference.flash_topk_attention, q, cache, kept)
 
     def quest(self, q: torch.Tensor, cache: Any, token_budget: int) -> Call:
         """Quest alone: exact attention over every token of the pages chosen."""
-
-        def call() -> torch.Tensor:
-            return reference.page_attention(
-                q, cache, *reference.select_pages(q, cache, token_budget)
-            )
-
-        return call
+        return lambda: reference.page_attention(
+            q, cache, reference.select_pages(q, cache, token_budget)
+        )
 
     def dense(self, q: torch.Tensor, cache: Any) -> Call:
         """Attention over every token."""

@@ -3,8 +3,9 @@
 Everything that touches the implementation under test goes through `backends.py`.
 """
 
+import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -67,23 +68,31 @@ class Slot:
     cache: Any
     step: Any
 
+    def with_configs(self, configs: Mapping[str, Any]) -> "Slot":
+        """The same with launch configs by kernel, and the defaults of the others."""
+        return dataclasses.replace(self, step=self.step.with_configs(configs))
+
     @property
-    def stage_calls(self) -> dict[str, Callable[[], object]]:
-        """Each stage of the step, in order; one needs what those before it left in the step.
-        Estimator and pruner come alone, and together in the form that the step launches."""
+    def calls(self) -> dict[str, Callable[[], object]]:
+        """Each stage of the step, in order, and the whole; one stage needs what those before it
+        left in the step. Estimator and pruner come alone, and together in the form that the step
+        launches."""
+        stages = self.step.stages
         return {
-            "selector": partial(self.step.select, self.q, self.cache),
-            "estimator": partial(self.step.estimate, self.q, self.cache),
-            "pruner": partial(self.step.prune, self.cache),
-            "estimate_prune": partial(self.step.estimate_prune, self.q, self.cache),
-            "attention": partial(self.step.attend, self.q, self.cache),
+            "selector": partial(stages.select, self.q, self.cache),
+            "estimator": partial(stages.estimate, self.q, self.cache),
+            "pruner": partial(stages.prune, self.cache),
+            "estimate_prune": partial(stages.estimate_prune, self.q, self.cache),
+            "attention": partial(stages.attend, self.q, self.cache),
+            "pipeline": partial(self.step.run, self.q, self.cache),
         }
 
     @property
     def launched(self) -> dict[str, Callable[[], object]]:
         """The stages as the step launches them."""
-        replaced = ("estimator", "pruner") if self.step.fused else ("estimate_prune",)
-        return {name: call for name, call in self.stage_calls.items() if name not in replaced}
+        others = ("estimator", "pruner") if self.step.fused else ("estimate_prune",)
+        left_out = (*others, "pipeline")
+        return {name: call for name, call in self.calls.items() if name not in left_out}
 
 
 class StageBuilder:
@@ -132,10 +141,8 @@ class StageBuilder:
                 token_budget=workload.token_budget,
                 top_p=workload.top_p,
             )
-            step.run(q, cache)
             slots.append(Slot(q, cache, step))
-            # A step that runs in parts leaves the whole batch's stages nothing to work on.
-            for call in slots[-1].stage_calls.values():
+            for call in slots[-1].calls.values():
                 call()
         return slots[:wanted]
 
@@ -143,30 +150,27 @@ class StageBuilder:
         """One stage of quest+twilight, on what the stages before it left in the workspaces."""
         method = METHOD
         slots = self.slots(stage, method)
-        calls, (q, cache, step) = [slot.stage_calls[stage] for slot in slots], _parts(slots[0])
-
-        def check() -> float:
-            out = calls[0]()
-            if stage == "selector":
-                return checks.check_selector(q, cache, step)
-            if stage == "estimator":
-                return checks.check_estimator(q, cache, step)
-            if stage in ("pruner", "estimate_prune"):
-                return checks.check_pruner(cache, step, self.workload.top_p)
-            return checks.check_attention(out, q, cache, step.kept_tokens, step.kept_counts)
-
+        calls, check = [slot.calls[stage] for slot in slots], partial(self.check, stage, slots[0])
         return self._provider(stage, method, slots, calls, check)
+
+    def check(self, stage: str, slot: Slot) -> float:
+        """The error of one stage; raises CheckFailed where it is too large."""
+        out, q, cache, step = slot.calls[stage](), slot.q, slot.cache, slot.step
+        if stage == "selector":
+            return checks.check_selector(q, cache, step)
+        if stage == "estimator":
+            return checks.check_estimator(q, cache, step)
+        if stage in ("pruner", "estimate_prune"):
+            return checks.check_pruner(cache, step, self.workload.top_p)
+        return checks.check_attention(out, q, cache, step.kept)
 
     def _twilight(self, method: str) -> Provider:
         slots = self.slots("pipeline", method)
-        calls, (q, cache, step) = (
-            [partial(s.step.run, s.q, s.cache) for s in slots],
-            _parts(slots[0]),
-        )
+        calls, (q, cache, step) = [slot.calls["pipeline"] for slot in slots], _parts(slots[0])
 
         def check() -> float:
             out = calls[0]()
-            checks.check_attention(out, q, cache, step.kept_tokens, step.kept_counts)
+            checks.check_attention(out, q, cache, step.kept)
             return checks.dense_error(out, q, cache)
 
         return self._provider("pipeline", method, slots, calls, check)
@@ -184,7 +188,7 @@ class StageBuilder:
         def check() -> float:
             out = calls[0]()
             candidates = backend.package.select_pages(q, cache, token_budget)
-            checks.check_pages(out, q, cache, *candidates)
+            checks.check_pages(out, q, cache, candidates)
             return checks.dense_error(out, q, cache)
 
         kept, work = Kept.same(workload.settings("quest")[0]), workload.work("quest")
@@ -229,14 +233,14 @@ class StageBuilder:
         counts = torch.tensor(head_counts, dtype=torch.int32, device=backend.device)
         counts = counts.expand(shape.batch_size, -1).contiguous()
         calls: dict[str, Calls] = {
-            backend.provider: [backend.attend_tokens(q, cache, own, counts) for own in tokens]
+            backend.provider: [backend.attend_tokens(q, cache, (own, counts)) for own in tokens]
         }
         if backend.device == "cuda":
             with optional(f"flashinfer, {workload.token_budget} tokens", self.notice):
                 calls["flashinfer"] = baselines.flashinfer_tokens(q, cache, tokens, counts)
 
         def check(call: Callable[[], torch.Tensor]) -> float:
-            return checks.check_attention(call(), q, cache, tokens[0], counts)
+            return checks.check_attention(call(), q, cache, (tokens[0], counts))
 
         kept = Kept.of([counts])
         return [
@@ -247,7 +251,7 @@ class StageBuilder:
     def _provider(
         self, stage: str, method: str, slots: list[Slot], calls: Calls, check: Callable[[], float]
     ) -> Provider:
-        kept = Kept.of([slot.step.kept_counts for slot in slots])
+        kept = Kept.of([slot.step.kept.counts for slot in slots])
         rows = self.sets.shape.batch_size * self.sets.shape.num_kv_heads
         work = self.workload.work(method, kept_tokens=round(kept.mean * rows))
         return Provider(stage, method, self.backend.provider, calls, check, kept, work)

@@ -344,12 +344,12 @@ def assert_decode_step(
 ) -> None:
     """Each stage of a TwilightDecode run, judged on what the stage before it gave."""
     write_logits(step, q, cache)
-    candidates = step.candidate_pages, step.candidate_counts
-    kept = step.kept_tokens, step.kept_counts
+    candidates = step.candidates.pages, step.candidates.counts
+    kept = step.kept.tokens, step.kept.counts
     if step.selector == "full":
         assert_every_page(cache, *candidates)
     else:
         assert_pages_selected(q, cache, *candidates, token_budget, **windows)
     assert_logits_close(step.logits, q, cache, *candidates)
-    assert_top_p(step.logits, cache, *candidates, top_p, (*kept, step.kept_mass), **windows)
+    assert_top_p(step.logits, cache, *candidates, top_p, (*kept, step.kept.mass), **windows)
     assert_out_close(out, q, cache, *kept)

@@ -15,20 +15,25 @@ WINDOWS = ("tests/test_pruner.py", "-k", "sinks")
 REPEATED = ("tests/test_pipeline.py", "-k", "counters or replays")
 COMPILED = ("tests/test_compile.py", "-k", "gqa4-d128-sm_90a")
 
-EMULATED = ("tests/test_emulated.py", "-k")
-MIRRORED = (*EMULATED, "prefill_mirror and gqa4")
-APPENDED = (*EMULATED, "append_fills and 16")
-FULL = (*EMULATED, "append_leaves_a_full")
-SCORED = (*EMULATED, "page_scores and gqa4 and default")
-TOPPED = (*EMULATED, "top_pages and registers")
-FUSED = (*EMULATED, "fused and (gqa3 or two-at-once) and none")
-ESTIMATED = (*EMULATED, "estimated_logits and gqa4 and default")
-RANGED = (*EMULATED, "range_of_fp16")
-PRUNED = (*EMULATED, "pruned_sets and (gqa4 or gqa3 or heads-apart) and (normal or skewed)")
-PRUNED_APART = (*EMULATED, "pruned_sets and heads-apart and normal")
-PRUNED_WIDE = (*EMULATED, "pruned_sets and wide and skewed")
-UNKNOWN = (*EMULATED, "without_a_softmax and gqa3")
-ATTENDED = (*EMULATED, "attention_matches and (gqa4 or mha) and (tokens or pages)")
+MIRRORED = ("tests/emulated/test_cache.py", "-k", "prefill_mirror and gqa4")
+APPENDED = ("tests/emulated/test_cache.py", "-k", "append_fills and 16")
+FULL = ("tests/emulated/test_cache.py", "-k", "append_leaves_a_full")
+SCORED = ("tests/emulated/test_selector.py", "-k", "page_scores and gqa4 and default")
+TOPPED = ("tests/emulated/test_selector.py", "-k", "top_pages and registers")
+FUSED = ("tests/emulated/test_estimate_prune.py", "-k", "fused and (gqa3 or two-at-once) and none")
+ESTIMATED = ("tests/emulated/test_estimator.py", "-k", "estimated_logits and gqa4 and default")
+RANGED = ("tests/emulated/test_estimator.py", "-k", "range_of_fp16")
+PRUNED = (
+    "tests/emulated/test_pruner.py",
+    *("-k", "pruned_sets and (gqa4 or gqa3 or heads-apart) and (normal or skewed)"),
+)
+PRUNED_APART = ("tests/emulated/test_pruner.py", "-k", "pruned_sets and heads-apart and normal")
+PRUNED_WIDE = ("tests/emulated/test_pruner.py", "-k", "pruned_sets and wide and skewed")
+UNKNOWN = ("tests/emulated/test_pruner.py", "-k", "without_a_softmax and gqa3")
+ATTENDED = (
+    "tests/emulated/test_attention.py",
+    *("-k", "attention_matches and (gqa4 or mha) and (tokens or pages)"),
+)
 
 
 class Mutant(NamedTuple):

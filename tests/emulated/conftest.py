@@ -1,0 +1,32 @@
+"""Fixtures of the emulated tests; without a C++ compiler they skip."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.emulated.launches import MEMORY, SHAPES
+from twilight_tilelang.reference.inputs import random_inputs
+
+
+@pytest.fixture(autouse=True, scope="session")
+def compiler() -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("emulated")
+
+
+@pytest.fixture(params=SHAPES)
+def inputs(request):
+    return random_inputs(SHAPES[request.param], seed=0, spare_tokens=3)
+
+
+@pytest.fixture(autouse=True)
+def canaries() -> Iterator[None]:
+    yield
+    MEMORY.check()

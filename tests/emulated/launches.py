@@ -1,0 +1,96 @@
+"""What the emulated kernels are launched with and on, and stages as functions of a cache."""
+
+import torch
+
+from tests.checks.guards import GuardedMemory
+from tests.emulated.emulate import emulated
+from twilight_tilelang.kernels.estimator import estimator_kernel
+from twilight_tilelang.kernels.launch import static_width
+from twilight_tilelang.kernels.pruner import HeadUnion, pruner_kernel
+from twilight_tilelang.kernels.top_p import NUM_THREADS
+from twilight_tilelang.reference.inputs import DecodeShape
+
+SHAPES = {
+    "gqa4": DecodeShape(2, 8, 2, 128, 16, (77, 300), torch.float16),
+    "mha-d64-p64": DecodeShape(2, 2, 2, 64, 64, (200, 1), torch.float16),
+    "gqa3-d256": DecodeShape(1, 6, 2, 256, 16, (150,), torch.float16),
+    "gqa16": DecodeShape(1, 16, 1, 64, 16, (90,), torch.float16),
+}
+MEMORY = GuardedMemory()
+
+
+def sizes(cache, **more) -> dict:
+    """The kernels' symbolic sizes."""
+    names = ("batch_size", "num_kv_heads", "num_pages", "max_pages")
+    return {name: getattr(cache, name) for name in names} | more
+
+
+def grouped(tensor: torch.Tensor, cache) -> torch.Tensor:
+    """[batch_size, num_qo_heads, ...] as [batch_size, num_kv_heads, group_size, ...]."""
+    return tensor.unflatten(1, (cache.num_kv_heads, -1)).contiguous()
+
+
+def blank(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """What no kernel may leave behind, between canaries that none may touch."""
+    return MEMORY.blank(shape, dtype)
+
+
+def estimate_emulated(q, cache, pages, counts, config, folder) -> torch.Tensor:
+    """The kernel's logits [batch_size, num_qo_heads, width]."""
+    q, width = grouped(q, cache), pages.shape[2]
+    logits = blank(*q.shape[:3], width, cache.page_size, dtype=torch.float16)
+    block_tiles = config.num_warps * config.tiles_per_warp * config.steps
+    blocks = -(-width * cache.page_size // 16 // block_tiles)
+    static = (q.shape[2], cache.head_dim, cache.page_size, "float16", config)
+    emulated(estimator_kernel, static, folder)(
+        (blocks, cache.num_kv_heads, cache.batch_size), config.num_warps * 32,
+        q=q, codes=cache.k_int4, scale_zero=cache.k_scale_zero, page_table=cache.page_table,
+        seq_lens=cache.seq_lens, candidate_pages=pages, candidate_counts=counts,
+        sm_scale=cache.head_dim**-0.5, logits=logits, width_pages=width, **sizes(cache),
+    )  # fmt: skip
+    return logits.flatten(1, 2).flatten(2)
+
+
+def prune_emulated(logits, cache, pages, counts, top_p, windows, config, folder):
+    """The kernel's (kept_tokens, kept_counts, kept_mass), its list of items checked."""
+    group_size, width = logits.shape[1] // cache.num_kv_heads, logits.shape[2]
+    written = what_pruners_write(cache, group_size, width)
+    dtype = str(logits.dtype).removeprefix("torch.")
+    static = (group_size, cache.page_size, static_width(width), dtype, 128, config)
+    union = HeadUnion.allocate(cache, width)
+    windows = {"num_sink_tokens": 0, "num_recent_tokens": 0} | windows
+    emulated(pruner_kernel, static, folder)(
+        (group_size if config.heads_apart else 1, cache.num_kv_heads, cache.batch_size),
+        NUM_THREADS, logits=logits, seq_lens=cache.seq_lens,
+        candidate_pages=pages, candidate_counts=counts, width_pages=pages.shape[2],
+        top_p=torch.full_like(written["kept_mass"], top_p), **windows, **written, width=width,
+        union_words=union.words, arrived=union.arrived, width_words=union.words.shape[2],
+        **sizes(cache),
+    )  # fmt: skip
+    assert not union.words.any() and not union.arrived.any()
+    return checked_items(**written)
+
+
+def what_pruners_write(cache, group_size: int, width: int) -> dict:
+    rows = (cache.batch_size, cache.num_kv_heads)
+    max_items = rows[0] * rows[1] * -(-width // 128)
+    return dict(
+        kept_tokens=blank(*rows, width, dtype=torch.int32),
+        kept_counts=blank(*rows, dtype=torch.int32), kept_mass=blank(*rows, group_size),
+        items=blank(max_items, 4, dtype=torch.int32), max_items=max_items,
+        num_items=torch.zeros(1, dtype=torch.int32), ticket=torch.zeros(1, dtype=torch.int64),
+    )  # fmt: skip
+
+
+def checked_items(kept_tokens, kept_counts, kept_mass, items, num_items, ticket, max_items):
+    """The results, once the list holds every row's items."""
+    wanted = []
+    for batch, counts in enumerate(kept_counts.tolist()):
+        for kv_head, count in enumerate(counts):
+            splits = -(-count // 128)
+            for split in range(splits):
+                tokens = min(128, count - split * 128)
+                wanted.append([batch, kv_head, -1 if splits == 1 else split, tokens])
+    assert num_items.item() == len(wanted) and not ticket.any()
+    assert sorted(items[: len(wanted)].tolist()) == wanted
+    return kept_tokens, kept_counts, kept_mass.flatten(1)

@@ -1,0 +1,95 @@
+"""Every form of attention over every kind of list, and its merge of splits."""
+
+import math
+
+import pytest
+import torch
+
+from tests.emulated.emulate import emulated
+from tests.emulated.launches import blank, grouped, sizes
+from tests.inputs.cases import FORMS, forms_for
+from twilight_tilelang import reference
+from twilight_tilelang.kernels.attention import ATTENTION_KERNELS
+from twilight_tilelang.kernels.split_kv import AttentionConfig, merge_kernel, plan_kernel
+
+
+@pytest.mark.parametrize("source", ["tokens", "pages", "all"])
+@pytest.mark.parametrize("form", FORMS)
+def test_attention_matches_reference(form, source, inputs, folder):
+    cache = reference.PagedKVCache.wrap(*inputs.paged())
+    q = grouped(inputs.q, cache)
+    if form not in forms_for(q.shape[2]):
+        pytest.skip("a form for one query head")
+    rows = (cache.batch_size, cache.num_kv_heads)
+    pages, counts = reference.select_pages(inputs.q, cache, cache.page_size * 12)
+    if source == "tokens":
+        indices, counts, _ = reference.prune_top_p(
+            reference.estimate_logits(inputs.q, cache, (pages, counts)), cache, (pages, counts), 0.9
+        )
+        expected = reference.flash_topk_attention(
+            inputs.q, cache, (indices, counts), return_lse=True
+        )
+        width = indices.shape[2]
+    elif source == "pages":
+        indices, width = pages, pages.shape[2] * cache.page_size
+        expected = reference.page_attention(inputs.q, cache, (pages, counts), return_lse=True)
+    else:
+        counts = cache.seq_lens[:, None].expand(rows).contiguous()
+        indices, width = counts[..., None].contiguous(), cache.capacity
+        expected = reference.dense_attention(inputs.q, cache, return_lse=True)
+
+    config = FORMS[form]
+    max_splits = -(-width // config.split_tokens)
+    max_items = rows[0] * rows[1] * max_splits
+    partials = (*rows, max_splits, q.shape[2])
+    static = (q.shape[2], cache.head_dim, cache.page_size, "float16", source, config)
+    results = []
+    for num_blocks in (1, 5):
+        shared = dict(
+            seq_lens=cache.seq_lens, indices=indices, counts=counts, q=q, k_cache=cache.k_cache,
+            v_cache=cache.v_cache, page_table=cache.page_table,
+            items=blank(max_items, 4, dtype=torch.int32),
+            num_items=torch.zeros(1, dtype=torch.int32),
+            ticket=torch.zeros(1, dtype=torch.int64), num_blocks=num_blocks,
+            sm_scale=cache.head_dim**-0.5, partial_out=blank(*partials, cache.head_dim),
+            partial_lse=blank(*partials, 2), out=blank(*q.shape, dtype=torch.float16),
+            lse=blank(*q.shape[:3]), width=indices.shape[2], max_splits=max_splits,
+            max_items=max_items, num_rows=cache.k_cache.numel() // cache.head_dim, **sizes(cache),
+        )  # fmt: skip
+        emulated(plan_kernel, (cache.page_size, source, config), folder)(rows[::-1], 64, **shared)
+        attend = emulated(ATTENTION_KERNELS[config.form], static, folder)
+        attend((num_blocks,), config.num_threads, **shared)
+        grid = (q.shape[2], cache.num_kv_heads, cache.batch_size)
+        emulated(merge_kernel, static, folder)(grid, cache.head_dim, **shared)
+        assert not shared["ticket"].any()
+        results.append((shared["out"].flatten(1, 2), shared["lse"].flatten(1, 2)))
+    (out, lse), again = results
+    torch.testing.assert_close(out, expected[0], rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(lse, expected[1].float(), rtol=1e-5, atol=1e-4)
+    assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("num_splits", [2, 32, 33, 300])
+def test_merge_joins_splits(num_splits, head_dim, rng, folder):
+    """As many as lanes, and more."""
+    config, group_size = AttentionConfig(), 2
+    partials = (1, 1, num_splits + 1, group_size)
+    max_log2 = torch.randn(partials, generator=rng) * 8
+    total = 1 + 99 * torch.rand(partials, generator=rng)
+    values = torch.randn(*partials, head_dim, generator=rng)
+    poison = torch.full((1, 1, 1, group_size), math.nan)
+    max_log2[:, :, -1:], total[:, :, -1:] = poison, poison  # of no item
+    outputs = dict(out=blank(1, 1, 2, head_dim, dtype=torch.float16), lse=blank(1, 1, 2))
+    emulated(merge_kernel, (group_size, head_dim, 16, "float16", "tokens", config), folder)(
+        (group_size, 1, 1), head_dim, seq_lens=torch.zeros(1, dtype=torch.int32),
+        indices=torch.zeros(1, 1, 1, dtype=torch.int32), width=1,
+        counts=torch.full((1, 1), num_splits * config.split_tokens - 5, dtype=torch.int32),
+        partial_out=values * total[..., None], partial_lse=torch.stack([max_log2, total], -1),
+        batch_size=1, num_kv_heads=1, max_splits=num_splits + 1, **outputs,
+    )  # fmt: skip
+    lse = (max_log2.double() * math.log(2) + total.double().log())[:, :, :num_splits]
+    weights = lse.softmax(2)[..., None]
+    expected = (weights * values[:, :, :num_splits]).sum(2)
+    torch.testing.assert_close(outputs["out"].double(), expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(outputs["lse"].double(), lse.logsumexp(2), rtol=1e-6, atol=1e-5)

@@ -1,0 +1,102 @@
+"""Estimator and pruner in one kernel give the bits of two."""
+
+import pytest
+import torch
+
+from tests.checks.properties import assert_top_p
+from tests.emulated.emulate import emulated
+from tests.emulated.launches import (
+    checked_items,
+    estimate_emulated,
+    grouped,
+    prune_emulated,
+    sizes,
+    what_pruners_write,
+)
+from tests.inputs.cases import NAN
+from twilight_tilelang import reference
+from twilight_tilelang.kernels.estimate_prune import EstimatePruneConfig, estimate_prune_kernel
+from twilight_tilelang.kernels.estimator import EstimatorConfig
+from twilight_tilelang.kernels.launch import static_width
+from twilight_tilelang.kernels.pruner import PrunerConfig
+from twilight_tilelang.kernels.top_p import NUM_THREADS
+from twilight_tilelang.reference.hazards import poison_unused
+from twilight_tilelang.reference.inputs import DecodeShape, random_inputs
+
+TWO_AT_ONCE, WIDE_STEPS = (
+    EstimatePruneConfig(heads_at_once=2),
+    EstimatePruneConfig(tiles_per_warp=4),
+)
+FUSED = {  # seq_lens, (query heads, KV heads), head_dim, page_size, pages, top_p, windows, config
+    "part-filled": ((77, 700), (8, 2), 128, 16, 30, 0.85, (0, 0), WIDE_STEPS),
+    "short-of-budget": ((77, 1, 20), (8, 2), 128, 16, 8, 0.9, (0, 0), EstimatePruneConfig()),
+    "mha-p64": ((200, 130), (2, 2), 64, 64, 3, 0.85, (0, 0), EstimatePruneConfig(blocks_per_sm=4)),
+    "gqa3-d256": ((150, 300), (6, 2), 256, 16, 9, 0.7, (5, 33), EstimatePruneConfig()),
+    "gqa9-d64": ((90,), (9, 1), 64, 16, 6, 0.5, (0, 0), EstimatePruneConfig()),
+    "everything": ((333,), (4, 1), 128, 16, 21, 1.0, (0, 0), EstimatePruneConfig()),
+    "heaviest-token": ((700,), (4, 1), 128, 16, 40, 1e-6, (0, 0), EstimatePruneConfig()),
+    "two-at-once": ((77, 700), (8, 2), 128, 16, 30, 0.85, (0, 0), TWO_AT_ONCE),
+    "two-of-three": ((333,), (3, 1), 64, 16, 21, 0.9, (4, 20), TWO_AT_ONCE),
+    "several-steps": (
+        (2100,),
+        (4, 1),
+        64,
+        16,
+        132,
+        0.95,
+        (4, 20),
+        EstimatePruneConfig(blocks_per_sm=4),
+    ),
+}
+
+
+HAZARDS = ("nan-in-q", "without-token-0", "no-candidates")
+
+
+@pytest.mark.parametrize(
+    "name, hazard",
+    [
+        *((name, "none") for name in FUSED),
+        *(
+            (name, hazard)
+            for name in ("gqa3-d256", "mha-p64", "two-of-three")
+            for hazard in HAZARDS
+        ),
+    ],
+)
+def test_fused_kernel_gives_the_bits_of_two(name, hazard, folder):
+    seq_lens, heads, head_dim, page_size, num_pages, top_p, windows, config = FUSED[name]
+    shape = DecodeShape(len(seq_lens), *heads, head_dim, page_size, seq_lens, torch.float16)
+    inputs = random_inputs(shape, seed=0)
+    cache = reference.PagedKVCache.wrap(*inputs.paged())
+    poison_unused(cache)
+    pages, counts = reference.select_pages(inputs.q, cache, num_pages * page_size)
+    if hazard == "nan-in-q":
+        inputs.q[0, 0, 3] = NAN
+    elif hazard == "without-token-0":
+        counts = (counts - 1).clamp(min=1)
+        pages = torch.where(counts[..., None] > 1, pages.roll(-1, -1), pages)
+    elif hazard == "no-candidates":
+        cache.seq_lens[0], counts[0] = 0, 0
+
+    windows = dict(zip(("num_sink_tokens", "num_recent_tokens"), windows, strict=True))
+    few = EstimatorConfig(tiles_per_warp=1, steps=2)
+    logits = estimate_emulated(inputs.q, cache, pages, counts, few, folder)
+    apart = PrunerConfig(heads_apart=heads[0] > heads[1])
+    expected = prune_emulated(logits, cache, pages, counts, top_p, windows, apart, folder)
+
+    q, width = grouped(inputs.q, cache), logits.shape[2]
+    written = what_pruners_write(cache, q.shape[2], width)
+    statics = (q.shape[2], head_dim, page_size, "float16")
+    bound = static_width(width)
+    emulated(estimate_prune_kernel, (*statics, bound, 128, config), folder)(
+        (cache.num_kv_heads, cache.batch_size), NUM_THREADS * config.heads_at_once,
+        q=q, codes=cache.k_int4, scale_zero=cache.k_scale_zero, page_table=cache.page_table,
+        seq_lens=cache.seq_lens, candidate_pages=pages, candidate_counts=counts,
+        sm_scale=head_dim**-0.5,
+        top_p=torch.full_like(written["kept_mass"], top_p), **windows, **written,
+        width_pages=pages.shape[2], width=width, **sizes(cache),
+    )  # fmt: skip
+    result = checked_items(**written)
+    assert all(map(torch.equal, result, expected))
+    assert_top_p(logits, cache, pages, counts, top_p, result, **windows)
