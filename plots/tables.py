@@ -49,7 +49,7 @@ def speed_table(frames: Frames) -> str:
         f"One decode step on {seen['gpu'].upper()}, {seen['dtype']}, token budget "
         f"{seen['token_budget']}, p = {seen['top_p']}; medians, cold inputs, timer "
         f"{seen['timer']}. Error: |out - dense| / |dense|, the larger of the first and the last "
-        "request's, on made-up inputs. Byte floor: bytes that must move / read bandwidth, "
+        "request's, on made-up inputs. Byte floor: bytes that must move / read ceiling, "
         f"{rows['read_tbps'].max():.2f} TB/s. Measured with torch {seen['torch']}, tilelang "
         f"{seen['tilelang']}, at commit {seen['commit']}, {seen['date']}."
     )

@@ -7,9 +7,9 @@ the same code goes on from there.
 import argparse
 import datetime
 import gc
+import math
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -20,7 +20,7 @@ from .providers.backends import TileLang, Torch
 from .providers.checks import CheckFailed
 from .providers.stages import Provider, StageBuilder
 from .tables.rows import Row
-from .tables.store import Finished, write_rows
+from .tables.store import Finished, raise_ceiling, write_rows
 from .workloads import traffic
 from .workloads.workload import Workload
 
@@ -60,7 +60,7 @@ class Run:
             todo += [(workload, groups)] if groups else []
         if not todo:
             return
-        self.read_tbps = self._read_bandwidth()
+        self._see_rate(self._read_bandwidth())
         self.notice(
             f"{self.target.gpu}: reads {self.read_tbps:.3f} TB/s; code {self.origin['commit']}"
         )
@@ -128,8 +128,8 @@ class Run:
         # Our own rows last: they mark the group as finished.
         for full_name in sorted(timings, key=lambda key: self._is_ours(providers[key])):
             own = providers[full_name]
-            key = group.workload.key(own.stage, own.method, own.name, self.target.gpu)
-            write_rows([self._row(key, own, errors[full_name], timings[full_name])], self.folder)
+            row = self._row(group, own, errors[full_name], timings[full_name])
+            write_rows([row], self.folder)
             self.num_rows += 1
 
     def _time(self, providers: dict[str, Provider]) -> dict[str, timing.Timing]:
@@ -143,13 +143,14 @@ class Run:
             ),
         )
 
-    def _row(
-        self, key: dict[str, Any], provider: Provider, error: float, measured: timing.Timing
-    ) -> Row:
-        num_bytes = traffic.bytes_moved(provider.stage, provider.method, provider.work)
+    def _row(self, group: Timed, provider: Provider, error: float, measured: timing.Timing) -> Row:
+        stage, method = provider.stage, provider.method
+        num_bytes = traffic.bytes_moved(stage, method, provider.work)
+        self._see_rate(num_bytes / measured.median_us * 1e-6)
         floor_us = num_bytes / self.read_tbps * 1e-6
+        whole = self.on_gpu and group.workload.host_times and stage in ("pipeline", "dense")
         return Row(
-            **key,
+            **group.workload.key(stage, method, provider.name, self.target.gpu),
             kept_mean=provider.kept.mean,
             kept_min=provider.kept.low,
             kept_max=provider.kept.high,
@@ -157,7 +158,7 @@ class Run:
             p20_us=measured.p20_us,
             p80_us=measured.p80_us,
             bytes=num_bytes,
-            flops=traffic.flops(provider.stage, provider.method, provider.work),
+            flops=traffic.flops(stage, method, provider.work),
             floor_us=floor_us,
             reached=floor_us / measured.median_us,
             read_tbps=self.read_tbps,
@@ -166,6 +167,7 @@ class Run:
             timer=measured.timer,
             tilelang=device.version("tilelang"),
             sm_mhz=measured.sm_mhz,
+            host_us=timing.host_us(provider.calls[0]) if whole else math.nan,
             **self.origin,
         )
 
@@ -185,6 +187,12 @@ class Run:
     def _fail(self, name: str, error: Exception) -> None:
         self.failures.append(f"{name}: {type(error).__name__}: {error}")
         self.notice(f"FAILED: {self.failures[-1]}")
+
+    def _see_rate(self, tbps: float) -> None:
+        """The largest rate is the ceiling of the whole run, also of the rows written before."""
+        if tbps > self.read_tbps:
+            commit = self.origin["commit"]
+            self.read_tbps = raise_ceiling(tbps, self.target.gpu, commit, self.folder)
 
     def _read_bandwidth(self) -> float:
         if self.on_gpu:

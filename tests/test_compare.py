@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,19 @@ def test_the_tolerance_is_between_runs(rows: list[Row], tmp_path: Path, capsys) 
     assert compared(rows, after, tmp_path) == 1
     assert compared(rows, after, tmp_path, "--tolerance", "0.05") == 0
     assert "1.040" not in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("host_us", "code"), [(124.0, 0), (126.0, 1), (79.0, 0), (None, 0)])
+def test_a_host_that_takes_a_quarter_longer_is_a_regression(
+    rows: list[Row], tmp_path: Path, capsys, host_us: float | None, code: int
+) -> None:
+    rows[0] = dataclasses.replace(rows[0], host_us=100.0)
+    after = dataclasses.replace(rows[0], host_us=math.nan if host_us is None else host_us)
+    assert compared(rows, after, tmp_path) == code
+    printed = capsys.readouterr().out
+    assert ("slower  1.260" in printed) == (host_us == 126.0)
+    assert ("faster  0.790" in printed) == (host_us == 79.0)
+    assert f"{4 if host_us is None else 5} times" in printed
 
 
 def test_rows_of_one_folder_only_are_counted(rows: list[Row], tmp_path: Path, capsys) -> None:

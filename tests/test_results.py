@@ -1,6 +1,7 @@
 """Bookkeeping of the benchmark: traffic, CSV files, resuming, a whole run on the CPU."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -23,6 +24,7 @@ from twilight_tilelang.profiling.tables.store import (
     RESULTS,
     Finished,
     path_of,
+    raise_ceiling,
     read_rows,
     write_rows,
 )
@@ -60,9 +62,9 @@ def rows() -> list[Row]:
 
 
 def test_rows_survive_the_file(rows: list[Row], tmp_path: Path) -> None:
-    for row in rows[:4]:
+    for row in (dataclasses.replace(row, host_us=81.2) for row in rows[:4]):
         write_rows([row], tmp_path)
-    row = rows[2]
+    row = dataclasses.replace(rows[2], host_us=81.2)
     frame = read_rows(path_of(row.stage, "h200", tmp_path))
     assert tuple(frame.columns) == tuple(TIMED.types)
     back = Row(**frame.iloc[0].to_dict())
@@ -120,13 +122,44 @@ def test_files_from_before_a_column_stay_readable(rows: list[Row], tmp_path: Pat
     write_rows([old], tmp_path)
     path = path_of(old.stage, "h200", tmp_path)
     frame = pd.read_csv(path, dtype=str)
-    frame.drop(columns="sm_mhz").to_csv(path, index=False)
-    assert read_rows(path)["sm_mhz"].tolist() == [0]
+    frame.drop(columns=["sm_mhz", "host_us"]).to_csv(path, index=False)
+    assert read_rows(path)["sm_mhz"].tolist() == [0] and read_rows(path)["host_us"].isna().all()
     write_rows([new], tmp_path)
     assert sorted(read_rows(path)["sm_mhz"]) == [0, 1980]
     frame.drop(columns="timer").to_csv(path, index=False)
     with pytest.raises(ValueError, match="timer"):
         read_rows(path)
+
+
+def test_a_host_s_time_that_is_not_measured_is_empty(rows: list[Row], tmp_path: Path) -> None:
+    timed, other = [row for row in rows if row.workload == "budget-gqa"][:2]
+    write_rows([dataclasses.replace(timed, host_us=81.24)], tmp_path)
+    write_rows([other], tmp_path)
+    frame = read_rows(path_of(timed.stage, "h200", tmp_path))
+    assert sorted(frame["host_us"], key=str) == [81.2, pytest.approx(math.nan, nan_ok=True)]
+
+
+def test_a_run_has_one_ceiling_the_largest_rate_that_it_saw(
+    rows: list[Row], tmp_path: Path
+) -> None:
+    slow, fast = (next(row for row in rows if row.stage == name) for name in ("selector", "dense"))
+    other = dataclasses.replace(slow, workload="other", commit="another")
+    median_us = 1e-6 * fast.bytes / 4.6  # the ceiling of these rows is 4.4
+    fast = dataclasses.replace(fast, median_us=median_us, reached=fast.floor_us / median_us)
+    for row in (slow, fast, other):
+        write_rows([row], tmp_path)
+    assert fast.reached > 1
+    assert raise_ceiling(4.5, "h200", "0123456789", tmp_path) == pytest.approx(4.6, rel=1e-3)
+    frames = {name: read_rows(path_of(name, "h200", tmp_path)) for name in ("selector", "dense")}
+    old, new = (frames["selector"].set_index("workload").loc[n] for n in ("other", slow.workload))
+    assert old["read_tbps"] == 4.4 and old["reached"] == pytest.approx(slow.reached, abs=1e-4)
+    for row, was in ((new, slow), (frames["dense"].iloc[0], fast)):
+        assert row["read_tbps"] == pytest.approx(4.6, rel=1e-3) and row["reached"] <= 1
+        assert row["floor_us"] == pytest.approx(was.floor_us * 4.4 / 4.6, rel=1e-3)
+        assert row["reached"] == pytest.approx(row["floor_us"] / row["median_us"], rel=1e-3)
+    before = path_of("dense", "h200", tmp_path).stat().st_mtime_ns
+    assert raise_ceiling(1.0, "h200", "0123456789", tmp_path) == pytest.approx(4.6, rel=1e-3)
+    assert path_of("dense", "h200", tmp_path).stat().st_mtime_ns == before
 
 
 def test_read_rows_rejects_a_repeated_key(rows: list[Row], tmp_path: Path) -> None:
@@ -157,6 +190,7 @@ def test_committed_results_conform(path: Path) -> None:
     assert set(frame["stage"]) == {path.stem}
     assert (frame["p20_us"] <= frame["median_us"]).all()
     assert (frame["median_us"] <= frame["p80_us"]).all()
+    assert (frame["reached"] <= 1).all()
     floor_us = frame["bytes"] / frame["read_tbps"] * 1e-6
     assert (floor_us - frame["floor_us"]).abs().le(0.01 + 1e-3 * floor_us).all()
 
@@ -272,6 +306,9 @@ def test_bench_runs_on_the_cpu_and_resumes(tmp_path: Path, capsys) -> None:
     singles = dict.fromkeys(("selector", "estimator", "pruner", "estimate_prune", "dense"), 1)
     assert counts == {**singles, "attention": 3, "pipeline": 3}
     assert all((frame["provider"] == "torch").all() for frame in frames.values())
+    every = pd.concat(frames.values())
+    assert every["read_tbps"].nunique() == 1 and (every["reached"] <= 1).all()
+    assert every["host_us"].isna().all()  # there is no device to wait for
 
     before = (tmp_path / "cpu-reference" / "dense.csv").stat().st_mtime_ns
     assert bench.main(arguments) == 0

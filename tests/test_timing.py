@@ -129,6 +129,26 @@ def test_a_provider_that_raises_is_left_out(gpu: MadeUpGpu) -> None:
         timing.time_providers({"broken": [broken]})
 
 
+def test_the_host_is_timed_over_calls_that_wait_for_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A call costs the host 80 us; waiting for the device, a second, is no part of it."""
+    host = {"seconds": 0.0, "calls": 0, "waits": 0}
+
+    def call() -> None:
+        host["seconds"] += 80e-6
+        host["calls"] += 1
+
+    def synchronize() -> None:
+        host["seconds"] += 1.0
+        host["waits"] += 1
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: host["seconds"])
+    assert timing.host_us(call) == pytest.approx(80.0)
+    assert (host["calls"], host["waits"]) == (250, 6)
+
+
 def test_a_clock_that_cannot_be_read_stops_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreadable() -> int:
         raise pynvml.NVMLError_LibraryNotFound
@@ -183,7 +203,7 @@ def test_bench_runs_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     shape = DecodeShape(4, 8, 2, 128, seq_lens=4096)
     stages = (*STAGES, *LOOKED_ON, "accuracy")
     base = (
-        Workload("tiny", shape, 1024, 64, max_sets=3, stages=stages),
+        Workload("tiny", shape, 1024, 64, max_sets=3, stages=stages, host_times=True),
         budget_sweep("budget-tiny", shape, (64,)),
     )
     step = {"stages": ("pipeline",), "token_budgets": (64, 4096), "head_budgets": EQUAL}
@@ -207,4 +227,7 @@ def test_bench_runs_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     }
     for rows in ours.values():
         assert set(rows["timer"]) == {"graph-rotate"}
-        assert (rows["sm_mhz"] > 100).all()
+        assert (rows["sm_mhz"] > 100).all() and (rows["reached"] <= 1).all()
+    for stage in ("pipeline", "dense"):
+        hosts = frames[stage].set_index("workload")["host_us"]
+        assert (hosts["tiny"] > 1).all() and hosts.drop("tiny").isna().all()

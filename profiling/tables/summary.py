@@ -57,6 +57,7 @@ def write_summary(folder: Path) -> None:
 def _entry(name: str, table: Table, row: dict[str, Any]) -> dict[str, Any]:
     named = [f"{row[column]}" for column in table.key if column != "gpu" and row[column] != name]
     values = {key: row[key] for key in table.types if key not in (*table.key, *ORIGIN)}
+    values = {key: value for key, value in values.items() if value == value}  # what is empty
     return {"id": "/".join((name, *named)), **values, "commit": row["commit"]}
 
 

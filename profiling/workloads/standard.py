@@ -71,7 +71,8 @@ def budget_sweep(
 
 def _standard(name: str, batch_size: int, seq_len: int, num_kv_heads: int) -> Workload:
     shape = shape_of(batch_size, seq_len, num_kv_heads)
-    return Workload(name, shape, 8192, kept_of(num_kv_heads), stages=(*STAGES, *LOOKED_ON))
+    stages = (*STAGES, *LOOKED_ON)
+    return Workload(name, shape, 8192, kept_of(num_kv_heads), stages=stages, host_times=True)
 
 
 GPU_WORKLOADS: tuple[Workload, ...] = (

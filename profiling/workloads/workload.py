@@ -36,6 +36,7 @@ class Workload:
         head_budgets: how what is kept is shared out: heads in turn keep in proportion.
         token_budgets, top_ps: settings to be timed at, one after another, on the same inputs;
             empty for token_budget and top_p.
+        host_times: the host's time of an eager step, or of dense decode, is measured too.
         random_tokens: attention alone is measured, over token_budget random tokens of a KV head.
         trace: file of recorded inputs (see trace.py); None for made-up ones.
     """
@@ -51,6 +52,7 @@ class Workload:
     head_budgets: tuple[int, ...] = LAYER_BUDGETS
     token_budgets: tuple[int, ...] = ()
     top_ps: tuple[float, ...] = ()
+    host_times: bool = False
     random_tokens: bool = False
     trace: Path | None = None
 
