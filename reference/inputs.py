@@ -13,6 +13,7 @@ import torch
 
 from .attention import dense_attention, flash_topk_attention
 from .cache import PagedKVCache, pages_of
+from .lists import Kept
 from .validate import FLOAT_DTYPES, check_positive, dtype_name
 
 # Tokens that p = 0.85 keeps in the 32 heads of one layer of a 7B model: a spread of 200x.
@@ -264,15 +265,13 @@ class Budgets:
     captured_min: float
 
 
-def measure_budgets(
-    q: torch.Tensor, cache: PagedKVCache, kept_tokens: torch.Tensor, kept_counts: torch.Tensor
-) -> Budgets:
+def measure_budgets(q: torch.Tensor, cache: PagedKVCache, kept: Kept) -> Budgets:
     """Measure a step's kept tokens; requests of no tokens do not count."""
-    kept_lse = flash_topk_attention(q, cache, kept_tokens, kept_counts, return_lse=True)[1]
+    kept_lse = flash_topk_attention(q, cache, kept, return_lse=True)[1]
     full_lse = dense_attention(q, cache, return_lse=True)[1]
     some = cache.seq_lens > 0
     captured = torch.exp(kept_lse[some] - full_lse[some])
-    counts = kept_counts[some]
+    counts = kept.counts[some]
     return Budgets(
         kept_mean=float(counts.double().mean()),
         kept_min=int(counts.min()),

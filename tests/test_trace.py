@@ -78,7 +78,7 @@ def test_the_committed_recording_is_of_learnt_attention(capsys) -> None:
     cache = reference.PagedKVCache.wrap(*inputs.paged())
     step = reference.TwilightDecode(cache, 4, selector="full", top_p=0.9)
     step.run(inputs.q, cache)
-    budgets = measure_budgets(inputs.q, cache, step.kept.tokens, step.kept.counts)
+    budgets = measure_budgets(inputs.q, cache, step.kept)
     assert budgets.kept_mean < 51 and budgets.kept_max > 5 * budgets.kept_min
     assert budgets.captured_mean > 0.88
 
