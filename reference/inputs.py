@@ -268,7 +268,7 @@ def measure_budgets(
     q: torch.Tensor, cache: PagedKVCache, kept_tokens: torch.Tensor, kept_counts: torch.Tensor
 ) -> Budgets:
     """Measure a step's kept tokens; requests of no tokens do not count."""
-    kept_lse = flash_topk_attention(q, cache, kept_tokens, kept_counts, return_lse=True)[1]
+    kept_lse = flash_topk_attention(q, cache, (kept_tokens, kept_counts), return_lse=True)[1]
     full_lse = dense_attention(q, cache, return_lse=True)[1]
     some = cache.seq_lens > 0
     captured = torch.exp(kept_lse[some] - full_lse[some])
