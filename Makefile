@@ -10,6 +10,9 @@ GPU_REPORT := import importlib.metadata as m, torch; \
 	gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None; \
 	print(f"tilelang {m.version('tilelang')}, torch {torch.__version__}, " + (f"GPU {gpu}" if gpu else "no GPU"))
 NEED_GPU := import sys, torch; sys.exit(0 if torch.cuda.is_available() else "no GPU on this machine")
+NEED_PACKAGES := import importlib.util as u, sys; \
+	lack = [n for n in ("tilelang", "torch", "pandas", "matplotlib", "pebble") if not u.find_spec(n)]; \
+	sys.exit(sys.executable + " lacks " + ", ".join(lack) + ": pip install -r requirements.txt" if lack else 0)
 # tests/REPORT.md holds what the runs on a GPU found; a run that is cut off goes on where it stopped.
 REPORT = status=$$?; $(PYTHON) -m tests.trust.report; exit $$status
 # pytest-xdist is used where it is installed; JOBS sets the number of its workers.
@@ -55,10 +58,12 @@ mutants: $(READY)  ## plant faults in the kernels and see that tests catch them;
 	@$(PYTHON) -m tests.trust.mutate; $(REPORT)
 
 tune: $(READY)  ## search launch configs on this GPU: [STAGE=pruner] [WORKLOAD=gqa-32k] [BUDGET_MINUTES=15] [FORCE=1]
+	@$(PYTHON) -c '$(NEED_PACKAGES)'
 	@$(PYTHON) -m twilight_tilelang.autotune.tune $(if $(STAGE),--stage $(STAGE)) $(if $(WORKLOAD),--workload $(WORKLOAD)) \
 		$(if $(FORCE),--force) $(if $(BUDGET_MINUTES),--minutes $(BUDGET_MINUTES))
 
 bench: $(READY)  ## check, time, save rows, draw: [FULL=1] [STAGE=pruner] [WORKLOAD=gqa-32k] [FORCE=1] [MINUTES=8]
+	@$(PYTHON) -c '$(NEED_PACKAGES)'
 	@$(PYTHON) -m twilight_tilelang.autotune.precompile $(if $(WORKLOAD),--workload $(WORKLOAD)) $(if $(FULL),--full) \
 		&& $(PYTHON) -m twilight_tilelang.profiling.bench $(if $(STAGE),--stage $(STAGE)) $(if $(WORKLOAD),--workload $(WORKLOAD)) \
 		$(if $(FULL),--full) $(if $(FORCE),--force) $(if $(MINUTES),--minutes $(MINUTES)) \

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from .run import Run
-from .tables.report import summary
-from .tables.rows import TABLES
+from .tables.report import report
+from .tables.rows import CPU_NOTE, TABLES
 from .tables.store import RESULTS
 from .tables.summary import write_summary
 from .workloads.standard import CPU_WORKLOADS, GPU_WORKLOADS
@@ -30,21 +30,32 @@ def main(argv: list[str] | None = None) -> int:
         "--full", action="store_true", help="measure the workloads of sweeps.py too"
     )
     parser.add_argument("--trace", type=Path, help="measure this recording only, see trace.py")
+    parser.add_argument("--token-budget", type=int, help="of a recording; else a quarter")
+    parser.add_argument(
+        "--sink-tokens", type=int, default=0, help="of a recording: first tokens always kept"
+    )
     parser.add_argument("--force", action="store_true", help="measure finished rows again")
     parser.add_argument("--minutes", type=float, default=60.0, help="start nothing after these")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
     parser.add_argument("--commit", help="name of the code, where there is no git checkout")
     arguments = parser.parse_args(argv)
-    if not on_gpu:
-        print("No GPU: running the PyTorch reference at small sizes; its times mean nothing.")
-    run = Run(arguments)
+    if arguments.trace is None and (arguments.token_budget or arguments.sink_tokens):
+        parser.error("--token-budget and --sink-tokens are those of a --trace")
     workloads = (*base, *more) if arguments.full or arguments.workload else base
     chosen = [w for w in workloads if arguments.workload in (None, w.name)]
     if arguments.trace:
-        chosen = [trace_workload(arguments.trace)]
+        settings = arguments.token_budget, arguments.sink_tokens
+        try:
+            chosen = [trace_workload(arguments.trace, *settings)]
+        except ValueError as error:
+            print(f"bench: {error}")
+            return 1
+    if not on_gpu:
+        print(CPU_NOTE)
+    run = Run(arguments)
     run.measure(chosen, (arguments.stage,) if arguments.stage else tuple(TABLES))
     folder = run.folder / run.target.gpu
-    print(summary(folder, [w.name for w in chosen], arguments.stage))
+    print(report(folder, [w.name for w in chosen], arguments.stage))
     if any(folder.glob("*.csv")):
         write_summary(folder)
     for failure in run.failures:

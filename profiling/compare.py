@@ -108,6 +108,8 @@ def main(argv: list[str] | None = None) -> int:
         f"{', '.join(after['commits'])}: {len(found)} times, {counts['slower']} slower, "
         f"{counts['faster']} faster; {only[0]} only before, {only[1]} only after"
     )
+    for note in {data["note"] for data in (before, after) if "note" in data}:
+        print(note)
     return 1 if counts["slower"] else 0
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
+from .tables.rows import CPU_LABEL
+
 ROOT = Path(__file__).resolve().parent.parent
-CPU_LABEL = "cpu-reference"
 SOURCES = ("kernels", "reference", "profiling", "autotune")
 DEFAULT_L2_BYTES = 64 << 20
 

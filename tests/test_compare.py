@@ -9,7 +9,7 @@ import pytest
 
 from tests.doubles.made_up_results import made_up_rows, write_frames
 from twilight_tilelang.profiling import compare
-from twilight_tilelang.profiling.tables.rows import Row
+from twilight_tilelang.profiling.tables.rows import CPU_LABEL, CPU_NOTE, Row
 from twilight_tilelang.profiling.tables.store import RESULTS
 from twilight_tilelang.profiling.tables.summary import FILE, summarize, write_summary
 
@@ -85,6 +85,13 @@ def test_another_gpu_has_the_same_ids(rows: list[Row], tmp_path: Path) -> None:
     write_frames(other, tmp_path)
     assert compare.main([str(tmp_path / "h200"), str(tmp_path / "h100")]) == 1
     assert compare.main([str(tmp_path / "h100"), str(tmp_path / "h200")]) == 0
+
+
+def test_results_of_a_cpu_say_what_they_prove(rows: list[Row], tmp_path: Path, capsys) -> None:
+    write_frames([dataclasses.replace(row, gpu=CPU_LABEL) for row in rows], tmp_path)
+    assert summarize(tmp_path / CPU_LABEL)["note"] == CPU_NOTE
+    assert compare.main([str(tmp_path / CPU_LABEL)] * 2) == 0
+    assert CPU_NOTE in capsys.readouterr().out
 
 
 def test_nothing_to_compare_is_an_error(rows: list[Row], tmp_path: Path, capsys) -> None:

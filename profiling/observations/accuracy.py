@@ -1,14 +1,16 @@
 """What p buys: tokens kept, true mass captured and output error, by width of the estimate's keys.
 
-Computed with the definitions of `reference` on the first requests of a workload, in float64. The
-kernels' mirror has 4 bits; the other widths show what a mirror of more or fewer would change, and
-`exact` what the estimate costs at all. How long the 4-bit step takes at each p is in pipeline.csv.
+Computed with the definitions of `reference`, in float64, on the first of the requests that are made
+up, or on all that are recorded: every layer at every position. The kernels' mirror has 4 bits; the
+other widths show what a mirror of more or fewer would change, and `exact` what the estimate costs.
+How long the 4-bit step takes at each p is in pipeline.csv.
 
 Candidates are every token (full+twilight) or those of Quest's pages (quest+twilight). The captured
 mass and the error are those of what attention reads: the union of a group's sets.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from twilight_tilelang import reference
 from ..providers.checks import ORACLE, request_cache
 from ..providers.stages import StageBuilder
 from ..tables.rows import AccuracyRow, Origin
+from ..workloads.request_sets import recorded_steps
+from ..workloads.workload import Workload
 
 METHODS = ("full+twilight", "quest+twilight")
 BITS = ("2", "3", "4", "8", "exact")
@@ -69,9 +73,13 @@ class Outcome:
 
 
 def prune(
-    request: Request, candidates: torch.Tensor, bits: str, top_ps: tuple[float, ...]
+    request: Request,
+    candidates: torch.Tensor,
+    bits: str,
+    top_ps: tuple[float, ...],
+    num_sink_tokens: int = 0,
 ) -> list[Outcome]:
-    """Keep top_p of a request's candidates, for each p.
+    """Keep top_p of a request's candidates, for each p, and the sinks among them.
 
     Args:
         candidates: [num_kv_heads, seq_len] bool.
@@ -80,7 +88,9 @@ def prune(
     valid = candidates.repeat_interleave(group_size, dim=0)
     weights = request.estimate(bits).masked_fill(~valid, float("-inf")).softmax(dim=-1)
     wanted = torch.tensor(top_ps, dtype=ORACLE, device=weights.device)[:, None, None]
-    keep = reference.top_p_threshold(weights.expand(len(top_ps), -1, -1), wanted) & valid
+    keep = reference.top_p_threshold(weights.expand(len(top_ps), -1, -1), wanted)
+    keep[..., :num_sink_tokens] = True
+    keep &= valid
     estimated = torch.where(keep, weights, 0.0).sum(dim=-1)
     true = request.logits.softmax(dim=-1)
     results = []
@@ -100,22 +110,20 @@ def accuracy_rows(builder: StageBuilder, gpu: str, origin: Origin) -> list[Accur
     """A row for every method, width and p of a workload, at its own token budget."""
     workload = builder.workload
     top_ps = workload.top_ps or (workload.top_p,)
-    q, cache = builder.sets.queries[0], builder.sets.caches[0]
-    num_requests = min(MAX_REQUESTS, cache.batch_size)
     found: dict[tuple[str, str, int], list[Outcome]] = {}
-    for index in range(num_requests):
-        one = request_cache(cache, index)
-        request = Request.of(q[index], one)
+    for q, one in _requests(builder):
+        request = Request.of(q, one)
         for method in METHODS:
-            candidates = _candidates(method, q[index], one, workload.token_budget)
+            candidates = _candidates(method, q, one, workload)
             for bits in BITS:
-                for place, kept in enumerate(prune(request, candidates, bits, top_ps)):
+                outcomes = prune(request, candidates, bits, top_ps, workload.num_sink_tokens)
+                for place, kept in enumerate(outcomes):
                     found.setdefault((method, bits, place), []).append(kept)
     return [
         AccuracyRow(
             **dataclasses.replace(workload, top_p=top_ps[place]).labels(method, gpu),
             bits=bits,
-            num_requests=num_requests,
+            num_requests=len(own),
             **_summary(own),
             **origin,
         )
@@ -123,15 +131,28 @@ def accuracy_rows(builder: StageBuilder, gpu: str, origin: Origin) -> list[Accur
     ]
 
 
+def _requests(builder: StageBuilder) -> Iterator[tuple[torch.Tensor, reference.PagedKVCache]]:
+    """q [num_qo_heads, head_dim] and the cache of each request."""
+    workload, backend, sets = builder.workload, builder.backend, builder.sets
+    if workload.trace is None:
+        steps = [(sets.queries[0][:MAX_REQUESTS], sets.caches[0])]
+    else:
+        steps = recorded_steps(workload, backend.device, backend.package.PagedKVCache.wrap)
+    for queries, cache in steps:
+        for index, q in enumerate(queries):
+            yield q, request_cache(cache, index)
+
+
 def _candidates(
-    method: str, q: torch.Tensor, one: reference.PagedKVCache, token_budget: int
+    method: str, q: torch.Tensor, one: reference.PagedKVCache, workload: Workload
 ) -> torch.Tensor:
     """[num_kv_heads, seq_len] bool."""
     seq_len = int(one.seq_lens)
     chosen = torch.zeros(one.num_kv_heads, seq_len + 1, dtype=torch.bool, device=q.device)
     if method == "full+twilight":
         return ~chosen[:, :seq_len]
-    pages = reference.select_pages(q[None], one, min(token_budget, seq_len), dtype=ORACLE)
+    sinks = {"num_sink_tokens": workload.num_sink_tokens}
+    pages = reference.select_pages(q[None], one, workload.token_budget, **sinks, dtype=ORACLE)
     tokens = reference.candidate_tokens(one, *pages)[0]
     chosen.scatter_(-1, torch.where(tokens < 0, seq_len, tokens), True)
     return chosen[:, :seq_len]

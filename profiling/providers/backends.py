@@ -44,9 +44,9 @@ class TileLang:
 
         return self._attention(q, cache, TokenList("tokens", *kept[:2]), kept[0].shape[2])
 
-    def quest(self, q: torch.Tensor, cache: Any, token_budget: int) -> Call:
+    def quest(self, q: torch.Tensor, cache: Any, token_budget: int, **sinks: int) -> Call:
         """Quest alone: exact attention over every token of the pages chosen."""
-        step = self.step(cache, q.shape[1], token_budget=token_budget, path="candidates")
+        step = self.step(cache, q.shape[1], token_budget=token_budget, path="candidates", **sinks)
         return partial(step.run, q, cache)
 
     def dense(self, q: torch.Tensor, cache: Any) -> Call:
@@ -94,10 +94,10 @@ class Torch:
         """Attention over given tokens."""
         return partial(reference.flash_topk_attention, q, cache, kept)
 
-    def quest(self, q: torch.Tensor, cache: Any, token_budget: int) -> Call:
+    def quest(self, q: torch.Tensor, cache: Any, token_budget: int, **sinks: int) -> Call:
         """Quest alone: exact attention over every token of the pages chosen."""
         return lambda: reference.page_attention(
-            q, cache, reference.select_pages(q, cache, token_budget)
+            q, cache, reference.select_pages(q, cache, token_budget, **sinks)
         )
 
     def dense(self, q: torch.Tensor, cache: Any) -> Call:

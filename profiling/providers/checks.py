@@ -49,7 +49,7 @@ def request_cache(cache: Any, request: int) -> reference.PagedKVCache:
     return reference.PagedKVCache(**fields)
 
 
-def check_selector(q: torch.Tensor, cache: Any, step: Any) -> float:
+def check_selector(q: torch.Tensor, cache: Any, step: Any, num_sink_tokens: int = 0) -> float:
     """Chosen pages: as many as asked for, ascending, none worse than the reference's last."""
     errors = []
     for request in requests_to_check(cache):
@@ -71,7 +71,8 @@ def check_selector(q: torch.Tensor, cache: Any, step: Any) -> float:
         bounds = reference.quest_bounds(q[request], *bounds, dtype=ORACLE)
         scores = bounds.view(one.num_kv_heads, -1, num_pages).amax(dim=1)
         largest = scores.abs().amax()
-        scores[:, -1] = math.inf  # the newest page always belongs to the candidates
+        scores[:, -1] = math.inf  # the newest page and the sinks always belong to the candidates
+        scores[:, : -(-num_sink_tokens // one.page_size)] = math.inf
         last = scores.sort(dim=-1, descending=True).values[:, expected - 1]
         deficit = last - scores.gather(-1, chosen).amin(dim=-1)
         errors.append(float((deficit / largest).nan_to_num(nan=0.0).clamp(min=0).amax()))
@@ -91,7 +92,7 @@ def check_estimator(q: torch.Tensor, cache: Any, step: Any) -> float:
     return _within("logits", max(errors), LOGIT_TOLERANCE)
 
 
-def check_pruner(cache: Any, step: Any, top_p: float) -> float:
+def check_pruner(cache: Any, step: Any, top_p: float, num_sink_tokens: int = 0) -> float:
     """Kept tokens of the step's own logits."""
     errors = []
     for request in requests_to_check(cache):
@@ -99,7 +100,9 @@ def check_pruner(cache: Any, step: Any, top_p: float) -> float:
         one = request_cache(cache, request)
         candidates = [each[rows] for each in step.candidates]
         logits = step.logits[rows]
-        tokens, counts, mass = reference.prune_top_p(logits, one, candidates, top_p, dtype=ORACLE)
+        tokens, counts, mass = reference.prune_top_p(
+            logits, one, candidates, top_p, num_sink_tokens=num_sink_tokens, dtype=ORACLE
+        )
         kept_mass = step.kept.mass[rows].double()
         if not bool((kept_mass >= top_p - MASS_TOLERANCE).all()):
             raise CheckFailed(f"kept_mass: expected >= {top_p}, got {float(kept_mass.amin()):.5f}")

@@ -140,6 +140,7 @@ class StageBuilder:
                 selector="full" if method == "full+twilight" else "quest",
                 token_budget=workload.token_budget,
                 top_p=workload.top_p,
+                num_sink_tokens=workload.num_sink_tokens,
             )
             slots.append(Slot(q, cache, step))
             for call in slots[-1].calls.values():
@@ -157,11 +158,12 @@ class StageBuilder:
         """The error of one stage; raises CheckFailed where it is too large."""
         out, q, cache, step = slot.calls[stage](), slot.q, slot.cache, slot.step
         if stage == "selector":
-            return checks.check_selector(q, cache, step)
+            return checks.check_selector(q, cache, step, self.workload.num_sink_tokens)
         if stage == "estimator":
             return checks.check_estimator(q, cache, step)
         if stage in ("pruner", "estimate_prune"):
-            return checks.check_pruner(cache, step, self.workload.top_p)
+            top_p, num_sink_tokens = self.workload.top_p, self.workload.num_sink_tokens
+            return checks.check_pruner(cache, step, top_p, num_sink_tokens)
         return checks.check_attention(out, q, cache, step.kept)
 
     def _twilight(self, method: str) -> Provider:
@@ -180,14 +182,15 @@ class StageBuilder:
         workload, backend = self.workload, self.backend
         queries, caches = self._cold_sets("pipeline", "quest")
         q, cache, token_budget = queries[0], caches[0], workload.token_budget
-
+        sinks = {"num_sink_tokens": workload.num_sink_tokens}
         calls = [
-            backend.quest(*inputs, token_budget) for inputs in zip(queries, caches, strict=True)
+            backend.quest(*inputs, token_budget, **sinks)
+            for inputs in zip(queries, caches, strict=True)
         ]
 
         def check() -> float:
             out = calls[0]()
-            candidates = backend.package.select_pages(q, cache, token_budget)
+            candidates = backend.package.select_pages(q, cache, token_budget, **sinks)
             checks.check_pages(out, q, cache, candidates)
             return checks.dense_error(out, q, cache)
 

@@ -107,14 +107,15 @@ def train() -> CopyModel:
 
 
 @torch.no_grad()
-def record(model: CopyModel) -> QKV:
-    """The last token's step of one new text, a request per layer, in fp16 (see trace.py)."""
+def record(model: CopyModel) -> dict[str, torch.Tensor]:
+    """A recording (see trace.py) of the last token of one new text, in fp16."""
     _, _, seq_len, periods = PHASES[-1]
     text, _ = repeating_texts(1, seq_len, periods, torch.Generator().manual_seed(SEED + 1))
     layers = [tuple(part[0] for part in qkv) for qkv in model(text[:, :-1])[1]]
-    q = torch.stack([q[:, -1] for q, _, _ in layers])
+    q = torch.stack([q[:, -1:].transpose(0, 1) for q, _, _ in layers])
     k, v = (torch.stack([layer[part].transpose(0, 1) for layer in layers]) for part in (1, 2))
-    return q.half(), k.half(), v.half()
+    numbers = {"layers": torch.arange(NUM_LAYERS), "positions": torch.tensor([seq_len - 1])}
+    return {"q": q.half(), "k": k.half(), "v": v.half(), **numbers}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -122,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__)
     parser.add_argument("--output", type=Path, default=TRACES / "copy-task.pt")
     arguments = parser.parse_args(argv)
-    save_trace(arguments.output, *record(train()))
+    save_trace(arguments.output, **record(train()))
     print(f"copy_model -> {arguments.output}")
     return 0
 

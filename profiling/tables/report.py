@@ -1,42 +1,77 @@
-"""The table that a run of the benchmark ends with."""
+"""The tables that a run of the benchmark ends with."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 
-from .rows import STAGES
+from .rows import CPU_LABEL, CPU_NOTE, OBSERVED, STAGES, TABLES
 from .store import read_rows
 
 SETUP = ["workload", "batch_size", "seq_len"]
-SHOWN = [*SETUP, "stage", "method", "provider", "token_budget", "kept_mean"]
-SHOWN += ["median_us", "TB/s", "reached", "speedup"]
+SETTING = [*SETUP, "method", "token_budget", "top_p"]
+SHOWN = [*SETUP, "stage", "method", "provider", "token_budget", "top_p", "kept_mean", "error"]
+SHOWN += ["median_us", "host_us", "TB/s", "reached", "speedup"]
+RATES = ("TB/s", "reached", "speedup")  # they mean nothing on a CPU
+SHOWN_OBSERVED = {
+    "accuracy": ["bits", "kept_mean", "kept_mass", "captured_mean", "captured_min", "error"],
+    "kept": ["kv_head", "kept_mean", "kept_min", "kept_median", "kept_max"],
+    "memory": ["part", "bytes_per_token", "share"],
+    "timeline": ["timeline", "stage", "launches", "busy_us", "gap_us"],
+}
+FORMATS = {"top_p": "{:g}", "error": "{:.2g}", "reached": "{:.2f}", "speedup": "{:.2f}x"}
+FORMATS |= dict.fromkeys(("TB/s", "kept_mass", "captured_mean", "captured_min", "share"), "{:.3f}")
 
 
-def summary(folder: Path, workloads: list[str], stage: str | None = None) -> str:
-    """One line per row: time, rate, share of the floor reached, speedup over the best dense."""
-    paths = [folder / f"{name}.csv" for name in STAGES]
-    frames = {path.stem: read_rows(path) for path in paths if path.is_file()}
-    if not frames:
-        return "no rows"
-    every = pd.concat(frames.values(), ignore_index=True)
-    every = every[every["workload"].isin(workloads)]
-    dense = every[every["stage"] == "dense"].groupby(SETUP)["median_us"].min()
+def report(folder: Path, workloads: list[str], stage: str | None = None) -> str:
+    """A line for every row of these workloads: the timed stages, and the accuracy of the mirror's 4
+    bits; or one stage, or one table, whole."""
+    frames = {name: _rows(folder / f"{name}.csv", workloads) for name in TABLES}
+    timed = _timed(frames, workloads)
+    if stage is None:
+        accuracy = frames["accuracy"]
+        tables = {"pipeline": timed, "accuracy": accuracy[accuracy["bits"] == "4"]}
+    else:
+        tables = {stage: frames[stage] if stage in OBSERVED else timed[timed["stage"] == stage]}
+    on_cpu = folder.name == CPU_LABEL
+    shown = [name for name in SHOWN if not (on_cpu and name in RATES)]
+    texts = [
+        _text(rows[[*SETTING, *SHOWN_OBSERVED[name]] if name in OBSERVED else shown])
+        for name, rows in tables.items()
+        if not rows.empty
+    ]
+    return "\n\n".join([*texts, CPU_NOTE] if on_cpu else texts)
+
+
+def _rows(path: Path, workloads: list[str]) -> pd.DataFrame:
+    if not path.is_file():
+        return pd.DataFrame(columns=list(TABLES[path.stem].types))
+    rows = read_rows(path)
+    return rows[rows["workload"].isin(workloads)]
+
+
+def _timed(frames: Mapping[str, pd.DataFrame], workloads: list[str]) -> pd.DataFrame:
+    """Rows of every stage, with rate and speedup over the fastest dense decode, in order."""
+    present = [frames[name] for name in STAGES if not frames[name].empty]
+    if not present:
+        return frames["pipeline"]
+    every = pd.concat(present, ignore_index=True)
+    dense = frames["dense"].groupby(SETUP)["median_us"].min()
     every = every.join(dense.rename("best_dense_us"), on=SETUP)
     every["TB/s"] = every["bytes"] / every["median_us"] * 1e-6
     every["speedup"] = every["best_dense_us"] / every["median_us"]
     every.loc[~every["stage"].isin(["pipeline", "dense"]), "speedup"] = float("nan")
-    every = every[every["stage"] == stage] if stage else every
     order = {name: place for place, name in enumerate([*workloads, *STAGES])}
-    every = every.sort_values(
-        ["workload", "seq_len", "stage", "token_budget", "median_us"],
+    return every.sort_values(
+        ["workload", "seq_len", "stage", "token_budget", "top_p", "median_us"],
         key=lambda column: column.map(order) if column.name in ("workload", "stage") else column,
     )
-    return every[SHOWN].to_string(
+
+
+def _text(rows: pd.DataFrame) -> str:
+    return rows.dropna(axis="columns", how="all").to_string(
         index=False,
-        formatters={"reached": "{:.2f}".format, "speedup": _speedup, "TB/s": "{:.3f}".format},
+        na_rep="",
+        formatters={name: FORMATS[name].format for name in FORMATS.keys() & set(rows.columns)},
         float_format="{:.1f}".format,
     )
-
-
-def _speedup(value: float) -> str:
-    return "" if pd.isna(value) else f"{value:.2f}x"

@@ -5,6 +5,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+CPU_LABEL = "cpu-reference"  # the name of the GPU where there is none
+CPU_NOTE = "CPU reference in small sizes: proves only that the benchmark runs"
 STAGES = ("selector", "estimator", "pruner", "estimate_prune", "attention", "pipeline", "dense")
 
 
@@ -75,7 +77,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class AccuracyRow(Setting):
-    """What one p keeps with one width of the estimate, over the first `num_requests` requests."""
+    """What one p keeps with one width of the estimate, over `num_requests` requests: the first
+    where they are made up, every layer and position of a recording."""
 
     bits: str  # of the estimate's keys: 2, 3, 4, 8; exact: the keys themselves
     num_requests: int

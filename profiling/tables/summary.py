@@ -2,11 +2,11 @@
 
 `make bench` writes it, and so does `python -m twilight_tilelang.profiling.tables.summary FOLDER`.
 
-    {"gpu": ..., "commits": [...], "dates": [...], "read_tbps": ...,
+    {"gpu": ..., "note": ..., "commits": [...], "dates": [...], "read_tbps": ...,
      "rows": [{"id": "pipeline/gqa-32k/quest+twilight/tilelang/64/32/...", "median_us": ..., ...}]}
 
-A row's id is its table and the columns that name it, without the GPU, so that the same measurement
-has the same id on any GPU and at any commit.
+The note is there where there was no GPU. A row's id is its table and the columns that name it,
+without the GPU, so that the same measurement has the same id on any GPU and at any commit.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 
-from .rows import TABLES, Table
+from .rows import CPU_LABEL, CPU_NOTE, TABLES, Table
 from .store import read_rows
 
 FILE = "summary.json"
@@ -32,8 +32,10 @@ def summarize(folder: Path) -> dict[str, Any]:
     frames = {path.stem: read_rows(path) for path in paths}
     every = pd.concat(frames.values(), ignore_index=True)
     read_tbps = every["read_tbps"].max() if "read_tbps" in every else float("nan")
+    gpu = ", ".join(sorted(every["gpu"].unique()))
     return {
-        "gpu": ", ".join(sorted(every["gpu"].unique())),
+        "gpu": gpu,
+        **({"note": CPU_NOTE} if CPU_LABEL in gpu else {}),
         "commits": sorted(every["commit"].unique()),
         "dates": sorted(every["date"].unique()),
         "read_tbps": None if pd.isna(read_tbps) else float(read_tbps),

@@ -4,7 +4,7 @@ in the L2 again.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,16 @@ def workload_sets(
         for row in rows
     ]
     return RequestSets(shape, [q[row].clone() for row in rows], caches)
+
+
+def recorded_steps(
+    workload: Workload, device: str, wrap: Callable[..., Any]
+) -> Iterator[tuple[torch.Tensor, Any]]:
+    """q and cache of a recording's layers, one position after the other."""
+    trace = read_trace(workload.trace)
+    for place in range(len(trace.positions)):
+        inputs = trace.inputs(workload.shape.page_size, 1, SEED, device, place)
+        yield inputs.q, wrap(*inputs.paged())
 
 
 def random_tokens(

@@ -27,17 +27,37 @@ PAPER_LENGTHS = (10_240, 20_480, 30_720)  # of figure 7, arXiv 2502.02770
 COPY_TASK = TRACES / "copy-task.pt"
 
 
-def trace_workload(path: Path) -> Workload:
-    """What p buys, and how many tokens heads keep, on a recording. A quarter is candidate."""
+def trace_workload(
+    path: Path, token_budget: int | None = None, num_sink_tokens: int = 0
+) -> Workload:
+    """What p buys, and how many tokens heads keep, on a recording.
+
+    Args:
+        token_budget: candidates, a multiple of the page size; a quarter of the tokens where None.
+        num_sink_tokens: first tokens that are always kept; the workload's name then says so.
+
+    Raises:
+        ValueError: the file is no recording, or the budget or the sinks do not fit it.
+    """
     shape = read_trace(path).shape(PAGE_SIZE)
     quarter = max(shape.max_seq_len // 4 // PAGE_SIZE, 1) * PAGE_SIZE
+    token_budget = quarter if token_budget is None else token_budget
+    if token_budget < PAGE_SIZE or token_budget % PAGE_SIZE:
+        raise ValueError(
+            f"token budget: expected a multiple of {PAGE_SIZE} (page_size), got {token_budget}"
+        )
+    if not 0 <= num_sink_tokens < shape.max_seq_len:
+        raise ValueError(
+            f"sink tokens: expected 0 to {shape.max_seq_len - 1}, got {num_sink_tokens}"
+        )
     return Workload(
-        f"trace-{path.stem}",
+        f"trace-{path.stem}" + (f"-sinks{num_sink_tokens}" if num_sink_tokens else ""),
         shape,
-        token_budget=quarter,
-        kept_mean=quarter // 2,
+        token_budget=token_budget,
+        kept_mean=token_budget // 2,
         stages=("pipeline", "accuracy", "kept"),
         top_ps=TOP_PS,
+        num_sink_tokens=num_sink_tokens,
         trace=path,
     )
 

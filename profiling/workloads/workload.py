@@ -38,7 +38,9 @@ class Workload:
             empty for token_budget and top_p.
         host_times: the host's time of an eager step, or of dense decode, is measured too.
         random_tokens: attention alone is measured, over token_budget random tokens of a KV head.
-        trace: file of recorded inputs (see trace.py); None for made-up ones.
+        num_sink_tokens: first tokens that are always kept.
+        trace: file of recorded inputs (see trace.py); None for made-up ones. What is timed are all
+            its layers at the last position; accuracy.csv is of all positions.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Workload:
     top_ps: tuple[float, ...] = ()
     host_times: bool = False
     random_tokens: bool = False
+    num_sink_tokens: int = 0
     trace: Path | None = None
 
     def variants(self) -> "list[Workload]":
