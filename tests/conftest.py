@@ -8,6 +8,9 @@ import torch
 
 from tests.checks.guards import GuardedMemory
 
+# Tensors are small here, and the workers fill the cores: a pool of threads in each would spin.
+torch.set_num_threads(1)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked gpu, with the reason, where there is no GPU."""

@@ -1,15 +1,15 @@
-// Just enough of CUDA and of TileLang's device library to run a generated kernel on a CPU: one
-// std::thread per CUDA thread, one block at a time, barriers for __syncthreads and for each warp.
+// Just enough of CUDA and of TileLang's device library to run a generated kernel on a CPU. Blocks run
+// one after another, and the threads of a block as fibers of one OS thread: a fiber runs until it
+// waits for its warp or its block, then the next one does. That is fast, and every run is the same.
 #pragma once
-#include <algorithm>
-#include <barrier>
+#include <setjmp.h>
+#include <ucontext.h>
+
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <memory>
-#include <thread>
-#include <vector>
 #ifdef __SSE__
 #include <xmmintrin.h>
 #endif
@@ -19,8 +19,8 @@
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define CUDART_INF_F INFINITY
 
-using std::max;
-using std::min;
+template <class T> T max(T a, T b) { return a < b ? b : a; }
+template <class T> T min(T a, T b) { return b < a ? b : a; }
 // Of a number and NaN, the number.
 inline float max(float a, float b) { return std::fmax(a, b); }
 inline float min(float a, float b) { return std::fmin(a, b); }
@@ -57,38 +57,60 @@ inline uint __pack_half2(half_t x, half_t y) {
 }
 
 struct Index { int x, y, z; };
-inline thread_local Index threadIdx;
-inline Index blockIdx;
-inline std::unique_ptr<std::barrier<>> block_barrier;
-inline std::vector<std::unique_ptr<std::barrier<>>> warp_barriers;
-inline uint64_t mailbox[1024][4];
-
+inline Index threadIdx, blockIdx;
 inline int warp() { return threadIdx.x / 32; }
 inline int lane() { return threadIdx.x % 32; }
-inline void sync_warp() { warp_barriers[warp()]->arrive_and_wait(); }
-inline void __syncthreads() { block_barrier->arrive_and_wait(); }
 
-// The value of thread `source`; `sync` makes every taker wait before and after.
-template <class T, class Sync> T take(T value, int source, Sync sync) {
-  memcpy(mailbox[threadIdx.x], &value, sizeof(T));
-  sync();
-  T taken;
-  memcpy(&taken, mailbox[source], sizeof(T));
-  sync();
-  return taken;
+enum class Waits { kForWarp, kForBlock, kForEver, kApart };
+struct Fiber {
+  Waits waits;
+  jmp_buf place;
+};
+inline Fiber fibers[1024];
+inline jmp_buf scheduler;
+
+[[gnu::noinline]] inline void wait(Waits waits) {
+  Fiber& self = fibers[threadIdx.x];
+  self.waits = waits;
+  if (_setjmp(self.place) == 0) _longjmp(scheduler, 1);
 }
+inline void sync_warp() { wait(Waits::kForWarp); }
+inline void __syncthreads() { wait(Waits::kForBlock); }
+
+// What the threads of a warp or of the block show each other. Letters of two turns lie apart: who is
+// a turn ahead cannot overwrite what another still reads, and so each turn needs one barrier.
+template <void (*sync)()> struct Exchange {
+  static inline uint64_t letters[2][1024][6];
+  static inline uchar turns[1024];
+  uint64_t (*shown)[6];
+
+  template <class T> explicit Exchange(T mine) : shown(letters[turns[threadIdx.x] ^= 1]) {
+    static_assert(sizeof(T) <= sizeof(*shown));
+    memcpy(shown[threadIdx.x], &mine, sizeof(T));
+    sync();
+  }
+  template <class T> T of(int thread) const {
+    T value;
+    memcpy(&value, shown[thread], sizeof(T));
+    return value;
+  }
+};
+using InWarp = Exchange<sync_warp>;
+using InBlock = Exchange<__syncthreads>;
+
 template <class T> T from_lane(T value, int source) {
   bool inside = source >= 0 && source < 32;
-  return take(value, warp() * 32 + (inside ? source : lane()), sync_warp);
+  return InWarp(value).template of<T>(warp() * 32 + (inside ? source : lane()));
 }
 template <class T> T __shfl_sync(uint, T v, int source, int) { return from_lane(v, source); }
 template <class T> T __shfl_xor_sync(uint, T v, int d, int) { return from_lane(v, lane() ^ d); }
 template <class T> T __shfl_up_sync(uint, T v, int d, int) { return from_lane(v, lane() - d); }
 template <class T> T __shfl_down_sync(uint, T v, int d, int) { return from_lane(v, lane() + d); }
 inline unsigned long long __ballot_sync(uint, bool predicate) {
+  InWarp shown(predicate);
   unsigned long long votes = 0;
   for (int i = 0; i < 32; ++i)
-    votes |= static_cast<unsigned long long>(from_lane<int>(predicate, i)) << i;
+    votes |= static_cast<unsigned long long>(shown.of<bool>(warp() * 32 + i)) << i;
   return votes;
 }
 
@@ -164,7 +186,7 @@ template <int threads> struct NamedBarrier {};
 template <class Op, int threads, int scale, int offset, class Barrier> struct AllReduce {
   template <class T> static T run(T value, T* = nullptr) {
     for (int d = threads / 2; d >= scale; d /= 2)
-      value = Op()(value, take(value, threadIdx.x ^ d, __syncthreads));
+      value = Op()(value, InBlock(value).template of<T>(threadIdx.x ^ d));
     return value;
   }
 };
@@ -178,13 +200,13 @@ template <int> void cp_async_wait() {}
 // ldmatrix of 8 x 8 matrices of halves: lane 8 i + r holds the address of row r of matrix i; lane l
 // gets elements 2 (l % 4) and the next of row l / 4 of each matrix (of column l / 4 for trans).
 template <int count, bool trans> void load_matrices(const void* row, void* registers) {
-  uint64_t address = reinterpret_cast<uint64_t>(row);
+  InWarp rows(row);
   for (int i = 0; i < count; ++i) {
     half_t pair[2];
     for (int e = 0; e < 2; ++e) {
       int r = trans ? 2 * (lane() % 4) + e : lane() / 4;
       int c = trans ? lane() / 4 : 2 * (lane() % 4) + e;
-      pair[e] = reinterpret_cast<half_t*>(from_lane(address, 8 * i + r))[c];
+      pair[e] = rows.of<const half_t*>(warp() * 32 + 8 * i + r)[c];
     }
     memcpy(static_cast<char*>(registers) + 4 * i, pair, 4);
   }
@@ -198,48 +220,98 @@ inline void ptx_ldmatrix_x4_trans(const void* row, void* to) { load_matrices<4, 
 template <DataType, DataType, DataType, int m, int n, int k, bool, bool>
 void mma_sync(float* c, const uint* a, const uint* b) {
   static_assert(m == 16 && n == 8 && k == 16);
-  struct Operands { half_t a[4][2], b[2][2]; } mine;
-  memcpy(mine.a, a, 16);
-  memcpy(mine.b, b, 8);
-  static Operands all[1024];
-  all[threadIdx.x] = mine;
-  sync_warp();
-  const Operands* w = all + warp() * 32;
+  struct Operands { float a[4][2], b[2][2]; } mine;
+  for (int i = 0; i < 4; ++i)
+    for (int e = 0; e < 2; ++e) mine.a[i][e] = reinterpret_cast<const half_t*>(a)[2 * i + e];
+  for (int i = 0; i < 2; ++i)
+    for (int e = 0; e < 2; ++e) mine.b[i][e] = reinterpret_cast<const half_t*>(b)[2 * i + e];
+  InWarp shown(mine);
+  auto operands = [&](int of) -> const Operands& {
+    return *reinterpret_cast<const Operands*>(shown.shown[warp() * 32 + of]);
+  };
   for (int i = 0; i < 4; ++i) {
     int upper = i / 2, column = 2 * (lane() % 4) + i % 2;
     float sum = c[i];
     for (int t = 0; t < 4; ++t)
       for (int half = 0; half < 2; ++half)
-        for (int e = 0; e < 2; ++e) {
-          float left = w[lane() / 4 * 4 + t].a[half * 2 + upper][e];
-          sum += left * static_cast<float>(w[column * 4 + t].b[half][e]);
-        }
+        for (int e = 0; e < 2; ++e)
+          sum += operands(lane() / 4 * 4 + t).a[half * 2 + upper][e] *
+                 operands(column * 4 + t).b[half][e];
     c[i] = sum;
   }
-  sync_warp();
 }
 }  // namespace tl
 
 alignas(1024) inline uchar buf_dyn_shmem[256 * 1024];
 
-template <class Kernel> void run_grid(int grid_x, int grid_y, int grid_z, int threads, Kernel kernel) {
+[[gnu::noinline]] inline void resume(int thread) {
+  threadIdx = {thread, 0, 0};
+  if (_setjmp(scheduler) == 0) _longjmp(fibers[thread].place, 1);
+}
+
+template <class Kernel> const Kernel* kernel_of_block;
+template <class Kernel> void enter() {
+  wait(Waits::kForBlock);
+  (*kernel_of_block<Kernel>)();
+  wait(Waits::kForEver);
+}
+template <class Kernel> [[gnu::noinline]] void start(int thread, char* stack, size_t stack_bytes) {
+  threadIdx = {thread, 0, 0};
+  InWarp::turns[thread] = InBlock::turns[thread] = 0;
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack;
+  context.uc_stack.ss_size = stack_bytes;
+  makecontext(&context, enter<Kernel>, 0);
+  if (_setjmp(scheduler) == 0) setcontext(&context);
+}
+
+// What all of these threads wait for; kApart where that differs.
+inline Waits what_all_wait_for(int first, int count) {
+  for (int i = 1; i < count; ++i)
+    if (fibers[first + i].waits != fibers[first].waits) return Waits::kApart;
+  return fibers[first].waits;
+}
+
+// Runs the block whose fibers have started; false if they wait for each other, as where not all of
+// them reach a barrier. Warps run one by one from barrier to barrier of the block, and lanes one by
+// one from barrier to barrier of the warp: first to last, and the next time last to first. So where
+// a barrier is missing, some thread comes too early.
+inline bool run_block(int threads) {
+  for (bool backwards = false;; backwards = !backwards) {
+    for (int w = 0; w < threads; w += 32) {
+      int first = backwards ? threads - 32 - w : w;
+      bool lanes_backwards = backwards;
+      do {
+        for (int i = 0; i < 32; ++i) resume(first + (lanes_backwards ? 31 - i : i));
+        lanes_backwards = !lanes_backwards;
+      } while (what_all_wait_for(first, 32) == Waits::kForWarp);
+    }
+    Waits all = what_all_wait_for(0, threads);
+    if (all != Waits::kForBlock) return all == Waits::kForEver;
+  }
+}
+
+// False if a block's threads wait for each other.
+template <class Kernel> bool run_grid(int grid_x, int grid_y, int grid_z, int threads, Kernel kernel) {
+  constexpr size_t stack_bytes = 128 * 1024;
+  char* stacks = static_cast<char*>(malloc(threads * stack_bytes));
+  kernel_of_block<Kernel> = &kernel;
+#ifdef __SSE__
+  unsigned modes = _mm_getcsr();
+  _mm_setcsr(modes | 0x8040);  // denormals are zeros, as with --use_fast_math
+#endif
+  bool ended = true;
   for (int z = 0; z < grid_z; ++z)
     for (int y = 0; y < grid_y; ++y)
-      for (int x = 0; x < grid_x; ++x) {
+      for (int x = 0; x < grid_x && ended; ++x) {
         blockIdx = {x, y, z};
-        block_barrier = std::make_unique<std::barrier<>>(threads);
-        warp_barriers.clear();
-        for (int i = 0; i < threads / 32; ++i)
-          warp_barriers.push_back(std::make_unique<std::barrier<>>(32));
-        std::vector<std::thread> pool;
-        for (int t = 0; t < threads; ++t)
-          pool.emplace_back([=] {
-            threadIdx = {t, 0, 0};
-#ifdef __SSE__
-            _mm_setcsr(_mm_getcsr() | 0x8040);  // denormals are zeros, as with --use_fast_math
-#endif
-            kernel();
-          });
-        for (auto& thread : pool) thread.join();
+        for (int t = 0; t < threads; ++t) start<Kernel>(t, stacks + t * stack_bytes, stack_bytes);
+        ended = run_block(threads);
       }
+#ifdef __SSE__
+  _mm_setcsr(modes);
+#endif
+  free(stacks);
+  return ended;
 }
