@@ -64,8 +64,8 @@ bench: $(READY)  ## check, time, save rows, draw: [FULL=1] [STAGE=pruner] [WORKL
 		$(if $(FULL),--full) $(if $(FORCE),--force) $(if $(MINUTES),--minutes $(MINUTES)) \
 		$(if $(COMMIT),--commit $(COMMIT)); status=$$?; $(PYTHON) -m twilight_tilelang.plots.draw --present && exit $$status
 
-plots: $(READY)  ## draw every figure from the data files, print the README's tables, write that of the tuner
-	@$(PYTHON) -m twilight_tilelang.plots.draw --table && $(PYTHON) -m twilight_tilelang.autotune.show --readme && $(PYTHON) -m twilight_tilelang.plots.draw
+plots: $(READY)  ## draw every figure from the data files, write the tables of README.md
+	@$(PYTHON) -m twilight_tilelang.plots.draw --readme && $(PYTHON) -m twilight_tilelang.autotune.show --readme && $(PYTHON) -m twilight_tilelang.plots.draw
 
 check: lint test  ## lint and test
 	@echo 'check: ok'

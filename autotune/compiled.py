@@ -8,9 +8,9 @@ from pathlib import Path
 import tilelang
 from tilelang import PassConfigKey, tvm
 from tilelang.contrib.nvcc import default_compile_options, get_nvcc_compiler
-from tilelang.jit import JITImpl
 
-from .variants import SHARED_MEMORY_LIMIT, KernelVariant
+from twilight_tilelang.kernels.gpu import ARCHS
+from twilight_tilelang.kernels.launch import Launch
 
 
 class CompileError(Exception):
@@ -30,33 +30,33 @@ class Compiled:
         """Why this kernel is not worth running; None if it is."""
         if self.spill_bytes:
             return f"spills {self.spill_bytes} bytes"
-        if self.shared_memory > SHARED_MEMORY_LIMIT[arch]:
+        if self.shared_memory > ARCHS[arch].block_shared_memory:
             return f"needs {self.shared_memory} bytes of shared memory"
         return None
 
 
-def lower(factory: JITImpl, arguments: tuple, arch: str):
-    """The lowered kernel of a `tilelang.jit` factory."""
+def lower(launch: Launch, arch: str):
+    """A kernel lowered to CUDA."""
     target = tvm.target.Target({"kind": "cuda", "arch": arch})
-    configs = {key.value: value for key, value in factory.pass_configs.items()}
+    configs = {key.value: value for key, value in launch.factory.pass_configs.items()}
     with tvm.transform.PassContext(opt_level=3, config=configs), target:
-        return tilelang.lower(factory.get_tir(*arguments), target=target)
+        return tilelang.lower(launch.factory.get_tir(*launch.arguments), target=target)
 
 
-def compile_for(variant: KernelVariant, arch: str, folder: Path) -> Compiled:
+def compile_for(launch: Launch, arch: str, folder: Path) -> Compiled:
     """Compile one kernel into `folder`; CompileError where nvcc fails."""
-    artifact = lower(variant.factory, variant.arguments, arch)
-    source = folder / f"{variant.name}.cu"
+    artifact = lower(launch, arch)
+    source = folder / f"{launch.name}.cu"
     source.write_text(artifact.kernel_source)
     options = [*default_compile_options(), "-O3", f"-arch={arch}", "-Xptxas", "-v", "--cubin"]
-    if PassConfigKey.TL_ENABLE_FAST_MATH in variant.factory.pass_configs:
+    if PassConfigKey.TL_ENABLE_FAST_MATH in launch.factory.pass_configs:
         options.append("--use_fast_math")
     command = [get_nvcc_compiler(), *options, str(source), "-o", str(source.with_suffix(".cubin"))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     report = done.stdout + done.stderr
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", report)
     if done.returncode != 0 or not spills:
-        raise CompileError(f"{variant.name}: {report}")
+        raise CompileError(f"{launch.name}: {report}")
     dynamic = [f.attrs.get("dyn_shared_memory_buf") for f in artifact.device_mod.functions.values()]
     static = re.findall(r"(\d+) bytes smem", report)
     shared_memory = sum(int(size) for size in dynamic if size is not None) + sum(map(int, static))

@@ -2,74 +2,70 @@
 
 import os
 import tempfile
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from pebble import ProcessFuture, ProcessPool
+
+from twilight_tilelang.kernels.gpu import ARCHS
+from twilight_tilelang.kernels.launch import StepShape
 
 from .compiled import compile_for
-from .launches import variants_of
-from .variants import KernelShape
-from .worker import SetupFailed, Worker, WorkerFailed
+from .space import launches_of
+from .worker import CONTEXT, WorkerFailed, answer, ask
 
 COMPILE_SECONDS = 180.0
 MAX_COMPILERS = 16  # each takes about a gigabyte
 
 
-class Compiler:
-    """Compiles for one GPU generation; on a GPU also into TileLang's cache on disk."""
-
-    def __init__(self, arch: str) -> None:
-        self._arch = arch
-
-    def fault(self, kernel: str, shape: KernelShape, config: Any) -> str | None:
-        """Why a config is not worth running: it does not compile, spills, or does not fit."""
-        with tempfile.TemporaryDirectory() as folder:
-            for variant in variants_of(kernel, shape, config, self._arch):
-                fault = compile_for(variant, self._arch, Path(folder)).fault(self._arch)
-                if fault is not None:
-                    return f"{variant.name} {fault}"
-                if torch.cuda.is_available():
-                    variant.factory(*variant.arguments)
-        return None
+def compile_fault(kernel: str, shape: StepShape, config: Any, arch: str) -> str | None:
+    """Why a config is not worth running: it does not compile, spills, or does not fit. On a GPU
+    what it compiles is then in TileLang's cache on disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        for launch in launches_of(kernel, shape, config, ARCHS[arch]):
+            fault = compile_for(launch, arch, Path(folder)).fault(arch)
+            if fault is not None:
+                return f"{launch.name} {fault}"
+            if torch.cuda.is_available():
+                launch.factory(*launch.arguments)
+    return None
 
 
 class Farm:
-    """Compilers that share out the work; what compiles to the same kernels is compiled once."""
+    """Processes that share out `compile_fault`; what compiles to the same kernels is compiled once.
 
-    def __init__(self, make: Callable[..., Any], arch: str) -> None:
-        self._make, self._arch = make, arch
+    Args:
+        compile_fault: the function of that name, or a test's.
+        arch: of the GPU to compile for.
+    """
+
+    def __init__(self, compile_fault: Callable[..., str | None], arch: str) -> None:
+        self._compile_fault, self._arch = compile_fault, arch
         spare = len(os.sched_getaffinity(0)) - 1  # one core is for what measures
-        self._pool = ThreadPoolExecutor(min(max(spare, 1), MAX_COMPILERS))
-        self._own = threading.local()
-        self._workers: list[Worker] = []
-        self._faults: dict[tuple, Future[str | None]] = {}
+        self._pool = ProcessPool(min(max(spare, 1), MAX_COMPILERS), context=CONTEXT)
+        self._futures: dict[tuple, ProcessFuture] = {}
 
     def __enter__(self) -> "Farm":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        for worker in self._workers:
-            worker.kill()
+        self._pool.stop()
+        self._pool.join()
 
-    def fault(self, kernel: str, shape: KernelShape, config: Any) -> Future[str | None]:
-        """Compiler.fault, or how the compiler failed; the second call for a config waits for the
-        first."""
-        variants = variants_of(kernel, shape, config, self._arch)
-        key = kernel, tuple(variant.arguments for variant in variants)
-        if key not in self._faults:
-            self._faults[key] = self._pool.submit(self._compile, kernel, shape, config)
-        return self._faults[key]
+    def start(self, kernel: str, shape: StepShape, config: Any) -> ProcessFuture:
+        """Compile a config in its turn; the second call for one changes nothing."""
+        launches = launches_of(kernel, shape, config, ARCHS[self._arch])
+        key = kernel, tuple(launch.arguments for launch in launches)
+        if key not in self._futures:
+            arguments = (self._compile_fault, kernel, shape, config, self._arch)
+            self._futures[key] = ask(self._pool, *arguments, seconds=COMPILE_SECONDS)
+        return self._futures[key]
 
-    def _compile(self, kernel: str, shape: KernelShape, config: Any) -> str | None:
-        if not hasattr(self._own, "worker"):
-            self._own.worker = Worker(self._make, self._arch)
-            self._workers.append(self._own.worker)
+    def fault(self, kernel: str, shape: StepShape, config: Any) -> str | None:
+        """What `compile_fault` says, or how the compiler failed; waits for it."""
         try:
-            return self._own.worker.ask("fault", kernel, shape, config, seconds=COMPILE_SECONDS)
-        except (SetupFailed, WorkerFailed) as error:
+            return answer(self.start(kernel, shape, config), COMPILE_SECONDS)
+        except WorkerFailed as error:
             return f"does not compile: {str(error)[:300]}"

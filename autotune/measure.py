@@ -8,32 +8,29 @@ which config a launch takes depends on the size of its batch, and its bits must 
 import dataclasses
 import gc
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
 
-from twilight_tilelang.kernels.tuned import pinned
+from twilight_tilelang.kernels.plan import SPECS
 from twilight_tilelang.profiling import device
-from twilight_tilelang.profiling.backends import TileLang
 from twilight_tilelang.profiling.plan import Target, prepare
-from twilight_tilelang.profiling.stages import Provider
+from twilight_tilelang.profiling.providers.backends import TileLang
+from twilight_tilelang.profiling.providers.stages import Slot
 from twilight_tilelang.profiling.timing import Calls, Timing, time_providers
-from twilight_tilelang.profiling.workloads import METHODS, Workload
+from twilight_tilelang.profiling.workloads.workload import METHODS, Workload
 
 from .search import Measured
-from .space import SPACES
 
 QUICK_SECONDS, FINAL_SECONDS = 0.03, 0.3
 CALM, MAX_TIMES = 0.01, 3
-# What a stage writes, by the names of TwilightDecode; but for the pruner's list of items, which has
-# no fixed order.
-OUTPUTS = {
-    "selector": ("scores", "candidate_pages", "candidate_counts"),
-    "estimator": ("logits",),
-    "pruner": ("kept_tokens", "kept_counts", "kept_mass"),
-    "estimate_prune": ("kept_tokens", "kept_counts", "kept_mass"),
-    "attention": ("out",),
+# What a stage writes; but for the pruner's list of items, which has no fixed order.
+OUTPUTS: dict[str, Callable[[Any], tuple[torch.Tensor, ...]]] = {
+    "selector": lambda step: (step.stages.memory.selection.scores, *step.candidates),
+    "estimator": lambda step: (step.logits,),
+    "pruner": lambda step: step.kept,
+    "estimate_prune": lambda step: step.kept,
+    "attention": lambda step: (step.out,),
 }
 
 
@@ -48,63 +45,77 @@ class Bench:
         workload = dataclasses.replace(workload, stages=tuple(OUTPUTS))
         notices: list[str] = []
         target = Target(TileLang(), device.gpu_label(), device.l2_bytes(), notices.append)
-        with pinned({}):
-            self._builder = prepare(workload, target)
+        self._builder = prepare(workload, target)
         if self._builder is None:
             raise RuntimeError("; ".join(notices))
-        self._stages: dict[str, tuple[Provider, Any, dict[str, torch.Tensor]]] = {}
+        self._expected: dict[str, list[torch.Tensor]] = {}
         gc.collect()
         gc.freeze()  # every capture of a graph collects garbage
 
     def verify(self, kernel: str) -> None:
         """Compare the default's result with the reference, once for each stage."""
-        self._stage(kernel)
+        self._bits_of_default(SPECS[kernel].stage)
 
     def check(self, kernel: str, config: Any) -> None:
         """Raise WrongResult unless a config writes the default's bits."""
-        provider, step, expected = self._stage(kernel)
-        written = written_by(provider.calls[0], step, tuple(expected), {kernel: config})
-        for name, bits in expected.items():
-            compare_bits(name, written[name], bits)
+        stage = SPECS[kernel].stage
+        written = written_by(stage, self._slots(stage, {kernel: config})[0])
+        for bits, expected in zip(written, self._bits_of_default(stage), strict=True):
+            compare_bits(stage, bits, expected)
 
     def quick(self, kernel: str, config: Any) -> float:
         """Time of a config over the default's."""
-        calls = self._stage(kernel)[0].calls
-        timings = _time(calls, QUICK_SECONDS, default={}, tried={kernel: config})
+        calls = self._calls(SPECS[kernel].stage, default={}, tried={kernel: config})
+        timings = _time(calls, QUICK_SECONDS)
         return timings["tried"].median_us / timings["default"].median_us
 
     def final(self, kernel: str, config: Any) -> Measured:
         """Time a config between two runs of the default, whose difference shows the noise."""
-        return _measure(self._stage(kernel)[0].calls, {kernel: config})
+        return self._measure(SPECS[kernel].stage, {kernel: config})
 
     def step(self, kernel: str, config: Any) -> Measured:
         """The same for the whole step."""
-        with pinned({}):
-            (provider,) = self._builder.providers("pipeline", METHODS[:1])
-        return _measure(provider.calls, {kernel: config})
+        return self._measure("pipeline", {kernel: config})
 
-    def _stage(self, kernel: str) -> tuple[Provider, Any, dict[str, torch.Tensor]]:
-        """A stage's calls, the step behind the first of them, and the bits that it writes."""
-        stage = SPACES[kernel].stage
-        if stage not in self._stages:
-            with pinned({}):
-                (provider,) = self._builder.providers(stage)
-                step = self._builder.slots(stage, METHODS[0])[0].step
-                provider.check()
-            expected = written_by(provider.calls[0], step, OUTPUTS[stage], {})
-            self._stages[stage] = provider, step, expected
-        return self._stages[stage]
+    def _slots(self, stage: str, pins: Mapping[str, Any]) -> list[Slot]:
+        """The inputs and workspaces of a stage, planned with some configs."""
+        return [slot.with_configs(pins) for slot in self._builder.slots(stage, METHODS[0])]
+
+    def _bits_of_default(self, stage: str) -> list[torch.Tensor]:
+        """What the default configs write, once they were compared with the reference."""
+        if stage not in self._expected:
+            (slot, *_) = self._slots(stage, {})
+            self._builder.check(stage, slot)
+            self._expected[stage] = written_by(stage, slot)
+        return self._expected[stage]
+
+    def _calls(self, stage: str, **pins: Mapping[str, Any]) -> dict[str, Calls]:
+        return {
+            name: [slot.calls[stage] for slot in self._slots(stage, own)]
+            for name, own in pins.items()
+        }
+
+    def _measure(self, stage: str, pins: Mapping[str, Any]) -> Measured:
+        return calmest(self._calls(stage, default={}, tried=pins, default_again={}))
 
 
-def written_by(
-    call: Callable[[], object], step: Any, names: tuple[str, ...], pins: Mapping[str, Any]
-) -> dict[str, torch.Tensor]:
-    """The bytes of a step's tensors after a call; before it they hold what no kernel writes."""
-    for name in names:
-        tensor = getattr(step, name)
+def calmest(calls: Mapping[str, Calls]) -> Measured:
+    """The calmest of a few times: more noise than `CALM` hides what a config gains."""
+    found: list[Measured] = []
+    for _ in range(MAX_TIMES):
+        found.append(measured(*_time(calls, FINAL_SECONDS).values()))
+        if found[-1].noise <= CALM:
+            break
+    return min(found, key=lambda each: each.noise)
+
+
+def written_by(stage: str, slot: Slot) -> list[torch.Tensor]:
+    """The bytes of a stage's results after a call; before it they hold what no kernel writes."""
+    outputs = OUTPUTS[stage](slot.step)
+    for tensor in outputs:
         tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
-    _pinned_call(pins, call)
-    return {name: getattr(step, name).contiguous().view(torch.uint8).clone() for name in names}
+    slot.calls[stage]()
+    return [each.contiguous().view(torch.uint8).clone() for each in OUTPUTS[stage](slot.step)]
 
 
 def compare_bits(name: str, written: torch.Tensor, expected: torch.Tensor) -> None:
@@ -122,27 +133,8 @@ def measured(default: Timing, tried: Timing, default_again: Timing) -> Measured:
     return Measured(tried.median_us, sum(medians) / 2, noise_us)
 
 
-def _measure(calls: Calls, pins: Mapping[str, Any]) -> Measured:
-    """The calmest of a few times: more noise than `CALM` hides what a config gains."""
-    found: list[Measured] = []
-    for _ in range(MAX_TIMES):
-        times = _time(calls, FINAL_SECONDS, default={}, tried=pins, default_again={})
-        found.append(measured(*times.values()))
-        if found[-1].noise <= CALM:
-            break
-    return min(found, key=lambda each: each.noise)
-
-
-def _time(calls: Calls, seconds: float, **pins: Mapping[str, Any]) -> dict[str, Timing]:
-    providers = {
-        name: [partial(_pinned_call, own, call) for call in calls] for name, own in pins.items()
-    }
-    return time_providers(providers, seconds=seconds, on_fallback=_refuse)
-
-
-def _pinned_call(pins: Mapping[str, Any], call: Callable[[], object]) -> object:
-    with pinned(pins):
-        return call()
+def _time(calls: Mapping[str, Calls], seconds: float) -> dict[str, Timing]:
+    return time_providers(calls, seconds=seconds, on_fallback=_refuse)
 
 
 def _refuse(name: str, error: Exception) -> None:

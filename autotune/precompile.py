@@ -9,62 +9,63 @@ import importlib
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 
 import torch
+from pebble import ProcessPool
 from tqdm import tqdm
 
-from twilight_tilelang.kernels.tuned import Configs, load_configs
-from twilight_tilelang.profiling import device
-from twilight_tilelang.profiling.sweeps import GPU_FULL
-from twilight_tilelang.profiling.workloads import GPU_WORKLOADS, BudgetSweep, Workload
+from twilight_tilelang.kernels.launch import Launch, StepShape
+from twilight_tilelang.kernels.plan import all_launches
+from twilight_tilelang.kernels.tuned import Planner
+from twilight_tilelang.profiling.workloads.standard import GPU_WORKLOADS
+from twilight_tilelang.profiling.workloads.sweeps import GPU_FULL
+from twilight_tilelang.profiling.workloads.workload import Workload
 
-from .farm import MAX_COMPILERS
-from .launches import launched_variants
+from .farm import COMPILE_SECONDS, MAX_COMPILERS
 from .tune import shape_of_workload
-from .variants import KernelShape, KernelVariant, arch_of
-from .worker import CONTEXT
+from .worker import CONTEXT, WorkerFailed, answer, ask
 
 Job = tuple[str, str, tuple]  # module and name of a factory, and what it is called with
 
 
-def shapes_of(workload: Workload | BudgetSweep) -> list[KernelShape]:
-    """The steps that a workload times: with each of its budgets, and over every page."""
-    if isinstance(workload, BudgetSweep):
-        whole = Workload(workload.name, workload.shape, workload.shape.max_seq_len, kept_mean=1)
-        return [shape_of_workload(whole)]
+def shapes_of(workload: Workload) -> list[StepShape]:
+    """The steps that a workload times: with each of its budgets, or over every page."""
     shapes = [shape_of_workload(variant) for variant in workload.variants()]
-    every_page = replace(shapes[0], width=shapes[0].max_pages * shapes[0].page_size)
-    return list(dict.fromkeys([*shapes, every_page]))
+    every_page = shapes[0]._replace(width=shapes[0].max_pages * shapes[0].page_size)
+    return [every_page] if workload.random_tokens else list(dict.fromkeys(shapes))
 
 
-def jobs_of(
-    workloads: Sequence[Workload | BudgetSweep], arch: str, configs: Configs | None
-) -> list[Job]:
-    """Every kernel once."""
-    variants = [
-        variant
-        for workload in workloads
-        for shape in shapes_of(workload)
-        for variant in launched_variants(shape, arch, configs)
-    ]
-    return list(dict.fromkeys(map(_job_of, variants)))
+def jobs_of(workloads: Sequence[Workload], planner: Planner) -> list[Job]:
+    """Every kernel once: of the whole step, and of its parts."""
+    shapes = (shape for workload in workloads for shape in shapes_of(workload))
+    every = (own for shape in shapes for own in (shape, shape._replace(launch_rows=shape.num_rows)))
+    launches = (launch for shape in dict.fromkeys(every) for launch in all_launches(shape, planner))
+    return list(dict.fromkeys(map(_job_of, launches)))
 
 
-def _job_of(variant: KernelVariant) -> Job:
-    made_by = variant.factory.func.orig_func
-    return made_by.__module__, made_by.__name__, variant.arguments
+def _job_of(launch: Launch) -> Job:
+    made_by = launch.factory.func.orig_func
+    return made_by.__module__, made_by.__name__, launch.arguments
 
 
-def compile_job(job: Job) -> str | None:
-    """Compile one kernel; why it cannot be, if so."""
+def compile_job(job: Job) -> None:
+    """Compile one kernel."""
     module, name, arguments = job
-    try:
-        getattr(importlib.import_module(module), name)(*arguments)
-    except Exception as error:
-        return f"not compiled: {name}{arguments}: {type(error).__name__}: {str(error)[:300]}"
-    return None
+    getattr(importlib.import_module(module), name)(*arguments)
+
+
+def compile_all(jobs: Sequence[Job]) -> list[str]:
+    """Compile every kernel, side by side, and say which could not be and why."""
+    faults = []
+    processes = min(len(os.sched_getaffinity(0)), MAX_COMPILERS, len(jobs))
+    with ProcessPool(processes, context=CONTEXT) as pool:
+        futures = [ask(pool, compile_job, job, seconds=COMPILE_SECONDS) for job in jobs]
+        for (_, name, arguments), future in zip(jobs, tqdm(futures, unit="kernel"), strict=True):
+            try:
+                answer(future, COMPILE_SECONDS)
+            except WorkerFailed as error:
+                faults.append(f"not compiled: {name}{arguments}: {str(error)[:300]}")
+    return faults
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,13 +80,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     chosen = every if arguments.full or arguments.workload else GPU_WORKLOADS
     chosen = [own for own in chosen if arguments.workload in (None, own.name)]
-    arch = arch_of(torch.cuda.get_device_capability())
-    jobs = jobs_of(chosen, arch, load_configs(device.gpu_label()))
+    jobs = jobs_of(chosen, Planner.on(torch.device("cuda", torch.cuda.current_device())))
     started = time.monotonic()
-    processes = min(len(os.sched_getaffinity(0)), MAX_COMPILERS, len(jobs))
-    with ProcessPoolExecutor(processes, CONTEXT) as pool:
-        progress = tqdm(pool.map(compile_job, jobs), total=len(jobs), unit="kernel")
-        faults = [fault for fault in progress if fault is not None]
+    faults = compile_all(jobs)
     for fault in faults:
         print(fault)
     print(f"precompile: {len(jobs) - len(faults)} kernels in {time.monotonic() - started:.0f} s")

@@ -4,37 +4,56 @@
 import argparse
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from twilight_tilelang.kernels.cache import HEAD_DIMS, check_page_size
+from twilight_tilelang.kernels.checks import check_count
+from twilight_tilelang.kernels.gpu import ARCHS, gpu_of
+from twilight_tilelang.kernels.launch import StepShape
+from twilight_tilelang.kernels.plan import SPECS
+from twilight_tilelang.kernels.query import MAX_GROUP_SIZE
 from twilight_tilelang.kernels.tuned import (
     CONFIGS,
     Configs,
     Entry,
-    choose,
+    Planner,
     load_configs,
     read_configs,
 )
 from twilight_tilelang.profiling import device
+from twilight_tilelang.profiling.workloads.workload import Workload
+from twilight_tilelang.reference.inputs import DecodeShape
 
-from .space import SPACES, bucket_of
 from .tune import WORKLOADS, shape_of_workload
-from .variants import CAPABILITY, KernelShape, arch_of, as_launched
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- table of autotune.show -->", "<!-- end of autotune.show -->"
+SIZES = {  # of a step, where neither a workload nor a size is named
+    "batch_size": 64,
+    "seq_len": 32_768,
+    "num_qo_heads": 32,
+    "num_kv_heads": 8,
+    "head_dim": 128,
+    "page_size": 16,
+    "token_budget": 8192,
+    "dtype": "float16",
+}
 
 
-def lines_of(shape: KernelShape, configs: Configs | None, arch: str) -> list[str]:
+def lines_of(shape: StepShape, configs: Configs | None, arch: str) -> list[str]:
     """One line per kernel: its config, and where that comes from."""
     lines = []
-    for kernel, space in SPACES.items():
-        choice = choose(kernel, bucket_of(kernel, shape), space.default(shape, arch), configs)
-        config = as_launched(choice.config, shape, arch)
-        lines.append(f"{kernel}: {config}\n    {choice.reason}")
+    planner = Planner(ARCHS[arch], configs)
+    for kernel, spec in SPECS.items():
+        planned, choice = planner.plan(spec, shape), planner.choose(spec, shape)
+        lines.append(f"{kernel}: {planned.config}\n    {choice.reason}")
         if choice.bucket is not None:
             entry = configs.entries[kernel][choice.bucket]
-            lines[-1] += f"; {_gain(entry)}, measured {entry.date} with tilelang {entry.tilelang}"
+            lines[-1] += (
+                f"; {_gain(entry)} us, measured {entry.date} with tilelang {entry.tilelang}"
+            )
     return lines
 
 
@@ -55,15 +74,19 @@ def write_table(readme: Path = README, folder: Path = CONFIGS) -> None:
 
 
 def _gain_table(configs: Configs) -> str:
+    columns = (
+        kernel if kernel == spec.stage else f"{kernel} (whole {spec.stage})"
+        for kernel, spec in SPECS.items()
+    )
     lines = [
-        "| workload | " + " | ".join(SPACES) + " |",
-        "|---" * (1 + len(SPACES)) + "|",
+        "| workload | " + " | ".join(columns) + " |",
+        "|---" * (1 + len(SPECS)) + "|",
     ]
     used: list[Entry] = []
     for workload in WORKLOADS:
         cells = []
-        for kernel in SPACES:
-            own = [e for e in configs.fresh(kernel).values() if workload.name in e.workloads]
+        for kernel in SPECS:
+            own = [e for e in configs.fresh(SPECS[kernel]).values() if workload.name in e.workloads]
             cells.append(_gain(own[0]) if own else "-")
             used += own
         lines.append(f"| {workload.name} | " + " | ".join(cells) + " |")
@@ -71,14 +94,14 @@ def _gain_table(configs: Configs) -> str:
     versions = ", ".join(sorted({entry.tilelang for entry in used}))
     span = " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "never"
     lines.append(
-        f"\nMicroseconds of the stage with the default and the tuned config on {configs.gpu}, "
-        f"tilelang {versions}, {span}."
+        f"\nMicroseconds of a kernel's stage with its default -> tuned config, one time where the "
+        f"default stays,\non {configs.gpu}, tilelang {versions}, {span}."
     )
     return "\n".join(lines)
 
 
 def _gain(entry: Entry) -> str:
-    """ "138.1 -> 129.0", or one time where the default stayed."""
+    """ "138.1 -> 129.0", of the whole stage in us, or one time where the default stayed."""
     if entry.default_us - entry.time_us <= entry.noise_us:
         return f"{entry.default_us:,.1f}"
     return f"{entry.default_us:,.1f} -> {entry.time_us:,.1f}"
@@ -89,14 +112,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__)
     by_name = {workload.name: workload for workload in WORKLOADS}
     parser.add_argument("--workload", choices=by_name, help="sizes of a standard workload")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--seq-len", type=int, default=32_768, help="tokens the page table holds")
-    parser.add_argument("--num-qo-heads", type=int, default=32)
-    parser.add_argument("--num-kv-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--page-size", type=int, default=16)
-    parser.add_argument("--token-budget", type=int, default=8192)
-    parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
+    for name, value in SIZES.items():
+        only = {"head_dim": HEAD_DIMS, "dtype": ("float16", "bfloat16")}.get(name)
+        flag, text = f"--{name.replace('_', '-')}", f"{value} where left out"
+        parser.add_argument(flag, type=type(value), choices=only, help=text)
     parser.add_argument("--gpu", help="its name in autotune/configs; this machine's where left out")
     parser.add_argument("--table", action="store_true", help="print the table of gains instead")
     parser.add_argument("--readme", action="store_true", help="write that table into README.md")
@@ -111,27 +130,37 @@ def main(argv: list[str] | None = None) -> int:
     configs = load_configs(arguments.gpu or device.gpu_label())
     if configs is not None:
         arch = configs.arch
+    elif arguments.gpu is not None:
+        tuned = ", ".join(path.stem for path in sorted(CONFIGS.glob("*.json")))
+        parser.error(f"--gpu: expected a tuned one ({tuned}), got {arguments.gpu}")
     else:
-        on_gpu = torch.cuda.is_available()
-        arch = arch_of(torch.cuda.get_device_capability() if on_gpu else CAPABILITY["sm_90a"])
+        arch = gpu_of(torch.device("cuda")).arch
         print(f"defaults as for {arch}")
+    given = {name: getattr(arguments, name) for name in SIZES}
+    given = {name: value for name, value in given.items() if value is not None}
+    if arguments.workload and given:
+        parser.error(f"--workload: expected no sizes beside it, got {', '.join(given)}")
     named = by_name.get(arguments.workload)
-    shape = shape_of_workload(named) if named else _shape_of_arguments(arguments)
+    try:
+        shape = shape_of_workload(named) if named else _shape_of(SIZES | given)
+    except ValueError as error:
+        parser.error(str(error))
     print(*lines_of(shape, configs, arch), sep="\n")
     return 0
 
 
-def _shape_of_arguments(arguments: argparse.Namespace) -> KernelShape:
-    max_pages = -(-arguments.seq_len // arguments.page_size)
-    return KernelShape(
-        group_size=arguments.num_qo_heads // arguments.num_kv_heads,
-        head_dim=arguments.head_dim,
-        page_size=arguments.page_size,
-        dtype=arguments.dtype,
-        num_rows=arguments.batch_size * arguments.num_kv_heads,
-        max_pages=max_pages,
-        width=min(arguments.token_budget, max_pages * arguments.page_size),
-    )
+def _shape_of(sizes: dict[str, Any]) -> StepShape:
+    """The shape of a step of these sizes; ValueError where no step can have them."""
+    token_budget, seq_len = sizes.pop("token_budget"), sizes.pop("seq_len")
+    dtype = getattr(torch, sizes.pop("dtype"))
+    shape = DecodeShape(**sizes, seq_lens=seq_len, dtype=dtype)
+    check_count("num_qo_heads / num_kv_heads", shape.group_size, 1, MAX_GROUP_SIZE)
+    check_count("seq_len", seq_len, least=1)
+    check_page_size(shape.page_size)
+    if token_budget < 1 or token_budget % shape.page_size:
+        expected = f"a multiple of page_size {shape.page_size}"
+        raise ValueError(f"token_budget: expected {expected}, got {token_budget}")
+    return shape_of_workload(Workload("asked", shape, token_budget, kept_mean=1))
 
 
 if __name__ == "__main__":

@@ -10,43 +10,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from twilight_tilelang.kernels.config import (
-    AttentionConfig,
-    EstimatePruneConfig,
-    EstimatorConfig,
-    PageScoreConfig,
-    PrunerConfig,
-    TopPagesConfig,
-    next_power_of_two,
-    static_width,
-)
-from twilight_tilelang.kernels.estimate_prune import blocks_that_fit, default_config
+from twilight_tilelang.kernels.cache import TILE_TOKENS
+from twilight_tilelang.kernels.compiling import starts_early
+from twilight_tilelang.kernels.estimate_prune import EstimatePruneConfig, blocks_that_fit
+from twilight_tilelang.kernels.estimator import EstimatorConfig
+from twilight_tilelang.kernels.gpu import Gpu
+from twilight_tilelang.kernels.launch import Launch, StepShape, next_power_of_two, static_width
+from twilight_tilelang.kernels.page_scores import PageScoreConfig
+from twilight_tilelang.kernels.plan import SPECS
 from twilight_tilelang.kernels.threshold import BINS_PER_THREAD
 from twilight_tilelang.kernels.top_p import MAX_VALUES, NUM_THREADS
 from twilight_tilelang.kernels.tuned import Bucket
-from twilight_tilelang.kernels.validate import TILE_TOKENS
-
-from .variants import (
-    CAPABILITY,
-    SHARED_MEMORY_LIMIT,
-    SM_SHARED_MEMORY,
-    KernelShape,
-    KernelVariant,
-    attention_variants,
-    estimate_prune_variants,
-    estimator_variants,
-    page_score_variants,
-    pruner_variants,
-    top_pages_variants,
-)
 
 REGISTERS = 65536  # of one SM
 FULL_GPU = 128  # blocks; fewer leave multiprocessors of a large GPU idle
 MANY_PAGES = 2**18  # over all rows, and
 MANY_TILES = 65536  # of 16 candidates: the estimator fills the GPU many times over
 
-# Says what holds of (config, shape, arch).
-Rule = tuple[str, Callable[[Any, KernelShape, str], bool]]
+# Says what holds of (config, shape, GPU).
+Rule = tuple[str, Callable[[Any, StepShape, Gpu], bool]]
 
 
 @dataclass(frozen=True)
@@ -54,40 +36,39 @@ class Space:
     """The configs of one kernel.
 
     Attributes:
-        stage: of the benchmark, in which the kernel is checked and timed.
         values: what each tuned field may be; the others keep the default's value.
         limits: what a config must meet to run at all.
         sensible: what it must meet to be worth a try; known bad regions are ruled out here.
-        default: the config where nothing is tuned.
-        width: the kernel's width of a row, as in `Bucket`.
-        variants: the kernels that launch with a config.
     """
 
-    stage: str
     values: dict[str, tuple]
-    limits: tuple[Rule, ...]
-    sensible: tuple[Rule, ...]
-    default: Callable[[KernelShape, str], Any]
-    width: Callable[[KernelShape], int]
-    variants: Callable[[KernelShape, Any], list[KernelVariant]]
+    limits: tuple[Rule, ...] = ()
+    sensible: tuple[Rule, ...] = ()
 
 
-def broken_limit(kernel: str, config: Any, shape: KernelShape, arch: str) -> str | None:
+def broken_limit(kernel: str, config: Any, shape: StepShape, gpu: Gpu) -> str | None:
     """The limit that keeps a config from running on a shape, in words; None if it can run."""
-    return next((text for text, ok in SPACES[kernel].limits if not ok(config, shape, arch)), None)
+    return next((text for text, ok in SPACES[kernel].limits if not ok(config, shape, gpu)), None)
 
 
-def candidates(kernel: str, shape: KernelShape, arch: str) -> list[Any]:
+def candidates(kernel: str, shape: StepShape, gpu: Gpu) -> list[Any]:
     """The configs to try, the default first."""
     space = SPACES[kernel]
-    default = space.default(shape, arch)
+    default = SPECS[kernel].default(shape, gpu)
     rules = (*space.limits, *space.sensible)
     found = [default]
     for values in itertools.product(*space.values.values()):
         config = replace(default, **dict(zip(space.values, values, strict=True)))
-        if config != default and all(ok(config, shape, arch) for _, ok in rules):
+        if config != default and all(ok(config, shape, gpu) for _, ok in rules):
             found.append(config)
     return found
+
+
+def launches_of(kernel: str, shape: StepShape, config: Any, gpu: Gpu) -> list[Launch]:
+    """The kernels that launch with a config, in a whole step and in a part of it."""
+    early = {starts_early(rows, gpu.capability) for rows in (shape.num_rows, shape.launch_rows)}
+    configs = (replace(config, pdl=pdl) for pdl in sorted(early))
+    return [launch for own in configs for launch in SPECS[kernel].launches(shape, own)]
 
 
 def space_id(configs: Sequence[Any]) -> str:
@@ -95,48 +76,37 @@ def space_id(configs: Sequence[Any]) -> str:
     return hashlib.sha256(repr(tuple(configs)).encode()).hexdigest()[:12]
 
 
-def bucket_of(kernel: str, shape: KernelShape) -> Bucket:
-    """The bucket that a kernel's launch of this shape belongs to."""
-    statics = (shape.group_size, shape.head_dim, shape.page_size, shape.dtype)
-    return Bucket(*statics, shape.num_rows, SPACES[kernel].width(shape))
-
-
-def shape_of(kernel: str, bucket: Bucket) -> KernelShape:
+def shape_of(kernel: str, bucket: Bucket) -> StepShape:
     """A shape whose launch of this kernel belongs to the bucket."""
+    max_pages, width = -(-bucket.width // bucket.page_size), bucket.width
+    if SPECS[kernel].stage == "selector":
+        max_pages, width = bucket.width, bucket.width * bucket.page_size
     statics = (bucket.group_size, bucket.head_dim, bucket.page_size, bucket.dtype)
-    if SPACES[kernel].stage == "selector":
-        max_pages = bucket.width
-        width = max_pages * bucket.page_size
-    else:
-        width = bucket.width
-        max_pages = -(-width // bucket.page_size)
-    return KernelShape(*statics, bucket.rows, max_pages, width)
+    return StepShape(*statics, bucket.rows, max_pages, width, bucket.rows)
 
 
-def _page_score_blocks(config: PageScoreConfig, shape: KernelShape) -> int:
+def _page_score_blocks(config: PageScoreConfig, shape: StepShape) -> int:
     return shape.num_rows * -(-shape.max_pages // config.block_pages)
 
 
-def _many_pages(shape: KernelShape) -> bool:
+def _many_pages(shape: StepShape) -> bool:
     return shape.num_rows * shape.max_pages >= MANY_PAGES
 
 
-def _estimator_blocks(config: EstimatorConfig, shape: KernelShape) -> int:
+def _estimator_blocks(config: EstimatorConfig, shape: StepShape) -> int:
     block_tiles = config.num_warps * config.tiles_per_warp * config.steps
     return shape.num_rows * -(-shape.width // (TILE_TOKENS * block_tiles))
 
 
-def _blocks_that_fit(config: EstimatePruneConfig, shape: KernelShape, arch: str) -> int:
-    return blocks_that_fit(
-        shape.group_size, shape.width, SM_SHARED_MEMORY[arch], config.heads_at_once
-    )
+def _blocks_that_fit(config: EstimatePruneConfig, shape: StepShape, gpu: Gpu) -> int:
+    return blocks_that_fit(shape, gpu, config.heads_at_once)
 
 
-def _many_tiles(shape: KernelShape) -> bool:
+def _many_tiles(shape: StepShape) -> bool:
     return shape.num_rows * shape.width // TILE_TOKENS >= MANY_TILES
 
 
-def _pruner_shared(shape: KernelShape) -> int:
+def _pruner_shared(shape: StepShape) -> int:
     """Bytes of a block: its bins and, of a row that is read once, its logits and the list of the
     near ones; one mask; a little more."""
     width = static_width(shape.width)
@@ -148,69 +118,58 @@ def _pruner_shared(shape: KernelShape) -> int:
 TILES = {"num_warps": (2, 4, 8), "tiles_per_warp": (1, 2, 4), "steps": (1, 2, 4, 8)}
 TILES_FIT = (
     "codes of all tiles in flight fit in a thread's registers",
-    lambda c, s, arch: c.tiles_per_warp * s.head_dim <= 512,
+    lambda c, s, gpu: c.tiles_per_warp * s.head_dim <= 512,
 )
 
 SPACES = {
     "page_score": Space(
-        stage="selector",
         values=TILES,
         limits=(TILES_FIT,),
         sensible=(
-            ("every SM has a block", lambda c, s, arch: _page_score_blocks(c, s) >= FULL_GPU),
+            ("every SM has a block", lambda c, s, gpu: _page_score_blocks(c, s) >= FULL_GPU),
             (
                 "many pages: 8 to 16 tiles of a block in flight, and several steps share its start",
-                lambda c, s, arch: (
+                lambda c, s, gpu: (
                     not _many_pages(s)
                     or (8 <= c.num_warps * c.tiles_per_warp <= 16 and c.steps >= 2)
                 ),
             ),
             (
                 "few pages are spread over many warps",
-                lambda c, s, arch: _many_pages(s) or (c.tiles_per_warp <= 2 and c.steps <= 2),
+                lambda c, s, gpu: _many_pages(s) or (c.tiles_per_warp <= 2 and c.steps <= 2),
             ),
         ),
-        default=lambda s, arch: PageScoreConfig.for_pages(
-            s.num_rows * s.max_pages, s.group_size, s.head_dim
-        ),
-        width=lambda s: s.max_pages,
-        variants=page_score_variants,
     ),
     "top_pages": Space(
-        stage="selector",
         values={"num_threads": (128, 256, 512, 1024), "pages_per_thread": (4, 8, 16)},
         limits=(
             (
                 "scores and some 56 other values of every thread fit in registers",
-                lambda c, s, arch: c.num_threads * (c.pages_per_thread + 56) <= REGISTERS,
+                lambda c, s, gpu: c.num_threads * (c.pages_per_thread + 56) <= REGISTERS,
             ),
         ),
         sensible=(
             (
                 "a row that fits in registers stays there",
-                lambda c, s, arch: c.num_threads * c.pages_per_thread >= min(s.max_pages, 2**14),
+                lambda c, s, gpu: c.num_threads * c.pages_per_thread >= min(s.max_pages, 2**14),
             ),
             (
                 "at least half of the registers hold pages",
-                lambda c, s, arch: (
+                lambda c, s, gpu: (
                     c.num_threads * c.pages_per_thread <= 2 * next_power_of_two(s.max_pages)
                 ),
             ),
         ),
-        default=lambda s, arch: TopPagesConfig.for_width(s.max_pages),
-        width=lambda s: s.max_pages,
-        variants=top_pages_variants,
     ),
     "estimator": Space(
-        stage="estimator",
         values=TILES,
         limits=(TILES_FIT,),
         sensible=(
-            ("every SM has a block", lambda c, s, arch: _estimator_blocks(c, s) >= FULL_GPU),
+            ("every SM has a block", lambda c, s, gpu: _estimator_blocks(c, s) >= FULL_GPU),
             (
                 "many tiles: 2 or more in flight per warp, 8 per block, and several steps, or too "
                 "few bytes are on their way (measured: NOTES.md)",
-                lambda c, s, arch: (
+                lambda c, s, gpu: (
                     not _many_tiles(s)
                     or (
                         c.tiles_per_warp >= 2
@@ -221,48 +180,38 @@ SPACES = {
             ),
             (
                 "few tiles are spread over many warps",
-                lambda c, s, arch: _many_tiles(s) or (c.tiles_per_warp <= 2 and c.steps <= 2),
+                lambda c, s, gpu: _many_tiles(s) or (c.tiles_per_warp <= 2 and c.steps <= 2),
             ),
         ),
-        default=lambda s, arch: EstimatorConfig.for_tiles(
-            s.num_rows * s.width // TILE_TOKENS, s.head_dim
-        ),
-        width=lambda s: s.width,
-        variants=estimator_variants,
     ),
     "pruner": Space(
-        stage="pruner",
         values={"heads_apart": (False, True), "blocks_per_sm": (1, 2, 3, 4)},
         limits=(
             (
                 "heads of one can not be apart",
-                lambda c, s, arch: s.group_size > 1 or not c.heads_apart,
+                lambda c, s, gpu: s.group_size > 1 or not c.heads_apart,
             ),
             (
                 "threads of all blocks fit on a multiprocessor, each with 56 registers",
-                lambda c, s, arch: NUM_THREADS * c.blocks_per_sm <= REGISTERS // 56,
+                lambda c, s, gpu: NUM_THREADS * c.blocks_per_sm <= REGISTERS // 56,
             ),
             (
                 "a block's shared memory fits",
-                lambda c, s, arch: _pruner_shared(s) <= SHARED_MEMORY_LIMIT[arch],
+                lambda c, s, gpu: _pruner_shared(s) <= gpu.block_shared_memory,
             ),
         ),
         sensible=(
             (
                 "shared memory of all blocks fits on a multiprocessor",
-                lambda c, s, arch: c.blocks_per_sm * _pruner_shared(s) <= SHARED_MEMORY_LIMIT[arch],
+                lambda c, s, gpu: c.blocks_per_sm * _pruner_shared(s) <= gpu.block_shared_memory,
             ),
             (
                 "many rows fill the GPU with a block each",
-                lambda c, s, arch: not c.heads_apart or s.num_rows < 512,
+                lambda c, s, gpu: not c.heads_apart or s.num_rows < 512,
             ),
         ),
-        default=lambda s, arch: PrunerConfig.for_rows(s.num_rows, s.group_size, CAPABILITY[arch]),
-        width=lambda s: s.width,
-        variants=pruner_variants,
     ),
     "estimate_prune": Space(
-        stage="estimate_prune",
         values={
             "fused": (False, True),
             "tiles_per_warp": (1, 2, 4),
@@ -272,11 +221,11 @@ SPACES = {
         limits=(
             (
                 "a block's logits fit in shared memory",
-                lambda c, s, arch: not c.fused or _blocks_that_fit(c, s, arch) >= 1,
+                lambda c, s, gpu: not c.fused or _blocks_that_fit(c, s, gpu) >= 1,
             ),
             (
                 "threads of all blocks fit on a multiprocessor, each with 56 registers",
-                lambda c, s, arch: (
+                lambda c, s, gpu: (
                     NUM_THREADS * c.heads_at_once * c.blocks_per_sm <= REGISTERS // 56
                 ),
             ),
@@ -285,44 +234,26 @@ SPACES = {
         sensible=(
             (
                 "two kernels have no form to choose",
-                lambda c, s, arch: (
-                    c.fused or c == replace(SPACES["estimate_prune"].default(s, arch), fused=False)
+                lambda c, s, gpu: (
+                    c.fused or c == replace(SPECS["estimate_prune"].default(s, gpu), fused=False)
                 ),
             ),
             (
                 "blocks fill a multiprocessor's shared memory, but for one at most",
-                lambda c, s, arch: (
-                    not c.fused or 0 <= min(_blocks_that_fit(c, s, arch), 4) - c.blocks_per_sm <= 1
+                lambda c, s, gpu: (
+                    not c.fused or 0 <= min(_blocks_that_fit(c, s, gpu), 4) - c.blocks_per_sm <= 1
                 ),
             ),
             (
                 "a multiprocessor has 768 threads or more (measured: NOTES.md)",
-                lambda c, s, arch: c.heads_at_once * c.blocks_per_sm >= 3,
+                lambda c, s, gpu: c.heads_at_once * c.blocks_per_sm >= 3,
             ),
-            ("no team without a head", lambda c, s, arch: c.heads_at_once <= s.group_size),
+            ("no team without a head", lambda c, s, gpu: c.heads_at_once <= s.group_size),
             (
                 "every SM has two blocks",
-                lambda c, s, arch: not c.fused or s.num_rows >= 2 * FULL_GPU,
+                lambda c, s, gpu: not c.fused or s.num_rows >= 2 * FULL_GPU,
             ),
         ),
-        default=lambda s, arch: default_config(
-            s.num_rows,
-            s.group_size,
-            s.head_dim,
-            s.width,
-            CAPABILITY[arch],
-            SM_SHARED_MEMORY[arch],
-        ),
-        width=lambda s: s.width,
-        variants=estimate_prune_variants,
     ),
-    "attention": Space(
-        stage="attention",
-        values={"blocks_per_sm": (1, 2, 3, 4, 6, 16)},
-        limits=(),
-        sensible=(),
-        default=lambda s, arch: AttentionConfig.for_group(s.group_size),
-        width=lambda s: s.width,
-        variants=attention_variants,
-    ),
+    "attention": Space(values={"blocks_per_sm": (1, 2, 3, 4, 6, 16)}),
 }

@@ -5,7 +5,8 @@ import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from twilight_tilelang.kernels.tuned import CONFIGS, KERNELS, Bucket, Configs, Entry, read_configs
+from twilight_tilelang.kernels.plan import SPECS
+from twilight_tilelang.kernels.tuned import CONFIGS, Bucket, Configs, Entry, read_configs
 
 
 def path_of(gpu: str, folder: Path = CONFIGS) -> Path:
@@ -28,7 +29,7 @@ def with_entry(configs: Configs, kernel: str, bucket: Bucket, entry: Entry) -> C
 def is_settled(configs: Configs, kernel: str, bucket: Bucket, space: str) -> bool:
     """Whether an entry was measured with the present sources, among the present candidates."""
     entry = configs.entries.get(kernel, {}).get(bucket)
-    return entry is not None and (entry.source, entry.space) == (KERNELS[kernel].source, space)
+    return entry is not None and (entry.source, entry.space) == (SPECS[kernel].source, space)
 
 
 def write_configs(configs: Configs, folder: Path = CONFIGS) -> Path:

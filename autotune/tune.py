@@ -19,24 +19,25 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from twilight_tilelang.kernels.gpu import ARCHS, gpu_of
+from twilight_tilelang.kernels.launch import StepShape
 from twilight_tilelang.kernels.pipeline import parts_for
-from twilight_tilelang.kernels.tuned import CONFIGS, KERNELS, Bucket, Entry
+from twilight_tilelang.kernels.plan import SPECS
+from twilight_tilelang.kernels.tuned import CONFIGS, Bucket, Entry
 from twilight_tilelang.profiling import device
-from twilight_tilelang.profiling.workloads import GPU_WORKLOADS, Workload
+from twilight_tilelang.profiling.workloads.standard import GPU_WORKLOADS
+from twilight_tilelang.profiling.workloads.workload import Workload
 
-from .farm import Compiler, Farm
+from .farm import Farm, compile_fault
 from .measure import Bench
 from .search import CALL_SECONDS, Settled, settle
-from .space import SPACES, bucket_of, candidates, space_id
+from .space import SPACES, candidates, space_id
 from .store import is_settled, open_configs, path_of, with_entry, write_configs
-from .variants import KernelShape, arch_of
 from .worker import SetupFailed, Worker, WorkerFailed
 
-STAGES = tuple(dict.fromkeys(space.stage for space in SPACES.values()))
+STAGES = tuple(dict.fromkeys(spec.stage for spec in SPECS.values()))
 # Those whose stages the benchmark times one by one.
-WORKLOADS = tuple(
-    w for w in GPU_WORKLOADS if isinstance(w, Workload) and set(STAGES) <= set(w.stages)
-)
+WORKLOADS = tuple(w for w in GPU_WORKLOADS if set(STAGES) <= set(w.stages))
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,17 @@ class Task:
 
     kernel: str
     bucket: Bucket
-    shape: KernelShape
+    shape: StepShape
     workload: Workload
     names: tuple[str, ...]  # every standard workload that launches this bucket
     configs: tuple[Any, ...]  # the default first
 
 
-def shape_of_workload(workload: Workload) -> KernelShape:
+def shape_of_workload(workload: Workload) -> StepShape:
     """The sizes of a workload's step of quest+twilight."""
     shape = workload.shape
     num_parts = parts_for(shape.batch_size, shape.num_kv_heads)
-    return KernelShape(
+    return StepShape(
         group_size=shape.group_size,
         head_dim=shape.head_dim,
         page_size=shape.page_size,
@@ -63,7 +64,7 @@ def shape_of_workload(workload: Workload) -> KernelShape:
         num_rows=shape.batch_size * shape.num_kv_heads,
         max_pages=-(-shape.max_seq_len // shape.page_size),
         width=workload.settings("quest+twilight")[0],
-        part_rows=shape.batch_size // num_parts * shape.num_kv_heads,
+        launch_rows=shape.batch_size // num_parts * shape.num_kv_heads,
     )
 
 
@@ -71,15 +72,15 @@ def tasks_of(workloads: Sequence[Workload], stages: Sequence[str], arch: str) ->
     """What there is to settle, workload by workload; a bucket that two share comes once."""
     users: dict[tuple[str, Bucket], list[Workload]] = {}
     for workload, kernel in itertools.product(WORKLOADS, SPACES):
-        if SPACES[kernel].stage in stages:
-            bucket = bucket_of(kernel, shape_of_workload(workload))
+        if SPECS[kernel].stage in stages:
+            bucket = Bucket.of(SPECS[kernel], shape_of_workload(workload))
             users.setdefault((kernel, bucket), []).append(workload)
     tasks = []
     for workload in workloads:
         for (kernel, bucket), own in users.items():
             if workload == next((user for user in own if user in workloads), None):
                 shape = shape_of_workload(workload)
-                configs = tuple(candidates(kernel, shape, arch))
+                configs = tuple(candidates(kernel, shape, ARCHS[arch]))
                 names = tuple(user.name for user in own)
                 if len(configs) > 1:  # else nothing is to choose
                     tasks.append(Task(kernel, bucket, shape, workload, names, configs))
@@ -97,11 +98,11 @@ class Run:
         minutes: float = 60.0,
         force: bool = False,
         make_bench: Callable[[Workload], Any] = Bench,
-        make_compiler: Callable[[str], Any] = Compiler,
+        compile_fault: Callable[..., str | None] = compile_fault,
         call_seconds: float = CALL_SECONDS,
     ) -> None:
         self.folder, self.force = folder, force
-        self.make_bench, self.make_compiler = make_bench, make_compiler
+        self.make_bench, self.compile_fault = make_bench, compile_fault
         self.call_seconds = call_seconds
         self.configs = open_configs(gpu, arch, folder)
         self.deadline = time.monotonic() + 60 * minutes
@@ -116,14 +117,14 @@ class Run:
         self.unfinished = len(todo)
         total = sum(len(task.configs) for task in todo)
         with (
-            Farm(self.make_compiler, self.configs.arch) as farm,
+            Farm(self.compile_fault, self.configs.arch) as farm,
             tqdm(total=total, unit="config", mininterval=1.0) as progress,
         ):
             # Defaults first: the worker's very first step launches them all.
             for first, last in ((0, 1), (1, None)):
                 for task in todo:
                     for config in task.configs[first:last]:
-                        farm.fault(task.kernel, task.shape, config)
+                        farm.start(task.kernel, task.shape, config)
             for workload, own in itertools.groupby(todo, key=lambda task: task.workload):
                 worker = Worker(self.make_bench, workload)
                 try:
@@ -143,7 +144,7 @@ class Run:
                 task.kernel,
                 task.configs,
                 worker,
-                fault=lambda config: farm.fault(task.kernel, task.shape, config).result(),
+                fault=lambda config: farm.fault(task.kernel, task.shape, config),
                 tried=progress.update,
                 seconds=self.call_seconds,
             )
@@ -157,7 +158,7 @@ class Run:
         progress.update(end - progress.n)
 
     def _keep(self, task: Task, settled: Settled) -> None:
-        tunable = KERNELS[task.kernel].tunable_fields
+        tunable = SPECS[task.kernel].tunable_fields
         fields = dataclasses.asdict(settled.config)
         measured = settled.measured
         entry = Entry(
@@ -167,7 +168,7 @@ class Run:
             default_us=round(measured.default_us, 2),
             noise_us=round(measured.noise_us, 2),
             rejected={changes(c, task.configs[0]): why for c, why in settled.rejected.items()},
-            source=KERNELS[task.kernel].source,
+            source=SPECS[task.kernel].source,
             space=space_id(task.configs),
             date=datetime.date.today().isoformat(),
             torch=torch.__version__,
@@ -213,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("tune: no GPU on this machine; a launch config is measured, not guessed")
         return 1
-    gpu, arch = device.gpu_label(), arch_of(torch.cuda.get_device_capability())
+    gpu, arch = device.gpu_label(), gpu_of(torch.device("cuda", torch.cuda.current_device())).arch
     run = Run(gpu, arch, arguments.configs, arguments.minutes, arguments.force)
     chosen = [w for w in WORKLOADS if arguments.workload in (None, w.name)]
     stages = (arguments.stage,) if arguments.stage else STAGES

@@ -1,12 +1,13 @@
-"""A process of its own for what may crash or hang: it answers calls, and is replaced if it dies."""
+"""Processes of their own for what may crash or hang: an answer, or the reason why there is none."""
 
 import multiprocessing
-import signal
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from typing import Any
 
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
+
 CONTEXT = multiprocessing.get_context("spawn")
+_subject: Any = None  # what the process of a Worker answers for
 
 
 class WorkerFailed(RuntimeError):
@@ -15,6 +16,23 @@ class WorkerFailed(RuntimeError):
 
 class SetupFailed(RuntimeError):
     """The process could not make what it is to answer for."""
+
+
+def ask(
+    pool: ProcessPool, function: Callable[..., Any], *arguments: Any, seconds: float
+) -> ProcessFuture:
+    """Call a function in a process of the pool, which is replaced if it dies or takes longer."""
+    return pool.schedule(_guarded, (function, *arguments), timeout=seconds)
+
+
+def answer(future: ProcessFuture, seconds: float) -> Any:
+    """What a call returned; WorkerFailed says why it did not within `seconds`."""
+    try:
+        return future.result()
+    except TimeoutError as error:
+        raise WorkerFailed(f"no answer in {seconds:g} s") from error
+    except ProcessExpired as error:
+        raise WorkerFailed(f"the process died with exit code {error.exitcode}") from error
 
 
 class Worker:
@@ -28,70 +46,45 @@ class Worker:
         self, make: Callable[..., Any], *arguments: Any, setup_seconds: float = 300.0
     ) -> None:
         self._make, self._arguments, self._setup_seconds = make, arguments, setup_seconds
-        self._process: multiprocessing.Process | None = None
-        self._connection: Connection | None = None
+        self._pool: ProcessPool | None = None
 
     def ask(self, method: str, *arguments: Any, seconds: float) -> Any:
         """What the method returns; WorkerFailed says why it does not within `seconds`."""
-        if self._process is None:
-            self._start()
-        return self._answer(seconds, (method, arguments))
-
-    def kill(self) -> None:
-        """End the process, whatever it is doing."""
-        if self._process is not None:
-            self._process.kill()
+        if self._pool is None:
+            self._pool = ProcessPool(1, context=CONTEXT)
+            try:
+                self._answer(_set_up, self._make, *self._arguments, seconds=self._setup_seconds)
+            except WorkerFailed as error:
+                raise SetupFailed(str(error)) from error
+        return self._answer(_call, method, *arguments, seconds=seconds)
 
     def close(self) -> None:
-        """End the process and wait for its end."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._connection.close()
-            self._process = None
+        """End the process, whatever it is doing, and wait for its end."""
+        if self._pool is not None:
+            self._pool.stop()
+            self._pool.join()
+            self._pool = None
 
-    def _start(self) -> None:
-        self._connection, theirs = CONTEXT.Pipe()
-        process = CONTEXT.Process(
-            target=_serve, args=(theirs, self._make, self._arguments), daemon=True
-        )
-        process.start()
-        self._process = process  # not before: another thread may kill it
-        theirs.close()
+    def _answer(self, function: Callable[..., Any], *arguments: Any, seconds: float) -> Any:
         try:
-            self._answer(self._setup_seconds)
-        except WorkerFailed as error:
-            raise SetupFailed(str(error)) from error
-
-    def _answer(self, seconds: float, request: tuple | None = None) -> Any:
-        reason = f"no answer in {seconds:g} s"
-        try:
-            if request is not None:
-                self._connection.send(request)
-            if self._connection.poll(seconds):
-                succeeded, answer = self._connection.recv()
-                if succeeded:
-                    return answer
-                reason = answer
-        except (EOFError, OSError):
-            self._process.join()
-            reason = f"the process died with exit code {self._process.exitcode}"
+            return answer(ask(self._pool, function, *arguments, seconds=seconds), seconds)
         except BaseException:
             self.close()
             raise
-        self.close()
-        raise WorkerFailed(reason)
 
 
-def _serve(connection: Connection, make: Callable[..., Any], arguments: tuple) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
+def _guarded(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Not every exception survives the way back to the parent: its text does."""
     try:
-        subject = make(*arguments)
-        connection.send((True, None))
-        while True:
-            method, given = connection.recv()
-            connection.send((True, getattr(subject, method)(*given)))
-    except EOFError:  # the parent is gone
-        return
+        return function(*arguments)
     except Exception as error:
-        connection.send((False, f"{type(error).__name__}: {error}"))
+        raise WorkerFailed(f"{type(error).__name__}: {error}") from None
+
+
+def _set_up(make: Callable[..., Any], *arguments: Any) -> None:
+    global _subject
+    _subject = make(*arguments)
+
+
+def _call(method: str, *arguments: Any) -> Any:
+    return getattr(_subject, method)(*arguments)

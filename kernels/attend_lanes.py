@@ -4,8 +4,8 @@ head."""
 import tilelang
 import tilelang.language as T
 
-from .config import THREAD_LEVEL, AttentionConfig, start_early
-from .split_kv import LOG2E, cache_row, listed_token, load_words
+from .compiling import THREAD_LEVEL, start_early
+from .split_kv import LOG2E, AttentionConfig, cache_row, listed_token, load_words
 
 CHANNELS = 8  # of a lane: 16 bytes
 SM_THREADS = 512  # that registers must allow for

@@ -7,8 +7,8 @@ and are not written. Tokens beyond an item's repeat its last one and weigh nothi
 import tilelang
 import tilelang.language as T
 
-from .config import TILE_LEVEL, AttentionConfig, start_early
-from .split_kv import LOG2E, cache_row, listed_token, load_words
+from .compiling import TILE_LEVEL, start_early
+from .split_kv import LOG2E, AttentionConfig, cache_row, listed_token, load_words
 
 QUERY_ROWS = 16
 # Leaves the copies of a T.Parallel loop in flight: the kernel waits for them itself.

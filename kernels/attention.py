@@ -6,26 +6,40 @@ and no plan on the host. An item's result is defined by its tokens alone; rows o
 merged by log-sum-exp in a fixed order.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 from .attend_lanes import lanes_kernel
 from .attend_tiles import tiles_kernel
 from .cache import PagedKVCache
-from .config import AttentionConfig, launches_early, num_multiprocessors
-from .split_kv import merge_kernel, plan_kernel
-from .tuned import config_for
-from .validate import check_query, check_scale, check_tensor, dtype_name
+from .compiling import starts_early
+from .gpu import Gpu, gpu_of
+from .launch import KernelSpec, Launch, StepShape
+from .lists import CandidatePages, Kept, TokenList, check_lists
+from .query import by_kv_head, check_query, check_scale, step_shape
+from .split_kv import AttentionConfig, merge_kernel, plan_kernel
+from .tuned import Planned, planned
 
 ATTENTION_KERNELS = {"tiles": tiles_kernel, "lanes": lanes_kernel}
 
 
-@dataclass
-class WorkList:
-    """The items of attention over rows of at most `width` tokens."""
+def default_config(group_size: int) -> AttentionConfig:
+    """One form for each group size, whatever the batch: it shapes the results."""
+    if group_size == 1:
+        return AttentionConfig("lanes", split_tokens=256, blocks_per_sm=16)
+    return AttentionConfig()
 
-    split_tokens: int  # of one item
+
+def split_tokens_of(group_size: int) -> int:
+    """Tokens of one work item."""
+    return default_config(group_size).split_tokens
+
+
+class WorkList(NamedTuple):
+    """The items of attention over rows of at most so many tokens."""
+
     # [max_items, 4] i32: batch, kv_head, split (-1: the row's only one), tokens
     items: torch.Tensor
     num_items: torch.Tensor  # [1] i32
@@ -35,20 +49,18 @@ class WorkList:
     def allocate(
         cls, num_rows: int, width: int, split_tokens: int, device: torch.device
     ) -> "WorkList":
+        """For rows of at most `width` tokens in items of `split_tokens`."""
         like = dict(dtype=torch.int32, device=device)
         return cls(
-            split_tokens=split_tokens,
             items=torch.empty(num_rows * -(-width // split_tokens), 4, **like),
             num_items=torch.zeros(1, **like),
             ticket=torch.zeros(1, dtype=torch.uint64, device=device),
         )
 
 
-@dataclass
-class AttentionWorkspace:
-    """What attention over rows of at most `width` tokens needs beside its inputs."""
+class AttentionWorkspace(NamedTuple):
+    """What attention over rows of at most so many tokens needs beside its inputs."""
 
-    config: AttentionConfig
     work: WorkList
     partial_out: torch.Tensor  # [batch_size, num_kv_heads, max_splits, group_size, head_dim] f32
     partial_lse: torch.Tensor  # [..., max_splits, group_size, 2] f32: max (in log2 units), sum
@@ -56,46 +68,30 @@ class AttentionWorkspace:
 
     @classmethod
     def allocate(
-        cls,
-        cache: PagedKVCache,
-        group_size: int,
-        width: int,
-        config: AttentionConfig | None = None,
+        cls, cache: PagedKVCache, group_size: int, width: int, split_tokens: int
     ) -> "AttentionWorkspace":
-        """For rows of at most `width` tokens; at the group's default configuration where None."""
-        config = config or AttentionConfig.for_group(group_size)
-        batch_size, num_kv_heads = cache.batch_size, cache.num_kv_heads
-        device = cache.k_cache.device
-        max_splits = -(-width // config.split_tokens)
-        partials = (batch_size, num_kv_heads, max_splits, group_size)
+        """For rows of at most `width` tokens in items of `split_tokens`."""
+        device, rows = cache.k_cache.device, (cache.batch_size, cache.num_kv_heads)
+        partials = (*rows, -(-width // split_tokens), group_size)
         return cls(
-            config=config,
-            work=WorkList.allocate(batch_size * num_kv_heads, width, config.split_tokens, device),
+            work=WorkList.allocate(rows[0] * rows[1], width, split_tokens, device),
             partial_out=torch.empty(*partials, cache.head_dim, device=device),
             partial_lse=torch.empty(*partials, 2, device=device),
-            lse=torch.empty(batch_size, num_kv_heads * group_size, device=device),
+            lse=torch.empty(rows[0], rows[1] * group_size, device=device),
         )
 
-    def __getitem__(self, requests: slice) -> "AttentionWorkspace":
+    def part(self, requests: slice) -> "AttentionWorkspace":
         """The share of some requests, with a list of items of its own."""
-        partial_lse, split_tokens = self.partial_lse[requests], self.work.split_tokens
-        batch_size, num_kv_heads, max_splits = partial_lse.shape[:3]
-        return AttentionWorkspace(
-            config=self.config,
-            work=WorkList.allocate(
-                batch_size * num_kv_heads, max_splits * split_tokens, split_tokens, self.lse.device
-            ),
-            partial_out=self.partial_out[requests],
-            partial_lse=partial_lse,
-            lse=self.lse[requests],
-        )
+        rows = len(range(*requests.indices(self.lse.shape[0]))) * self.partial_lse.shape[1]
+        max_splits = self.partial_lse.shape[2]
+        work = WorkList.allocate(rows, max_splits, 1, self.lse.device)
+        return AttentionWorkspace(work, *(tensor[requests] for tensor in self[1:]))
 
 
 def flash_topk_attention(
     q: torch.Tensor,
     cache: PagedKVCache,
-    kept_tokens: torch.Tensor,
-    kept_counts: torch.Tensor,
+    kept: Kept | tuple[torch.Tensor, torch.Tensor],
     *,
     sm_scale: float | None = None,
     return_lse: bool = False,
@@ -105,11 +101,10 @@ def flash_topk_attention(
 
     Args:
         q: [batch_size, num_qo_heads, head_dim], fp16 or bf16, as the cache.
-        cache: K and V pages; only the rows of kept tokens are read.
-        kept_tokens: [batch_size, num_kv_heads, width] i32, logical positions below the request's
-            length.
-        kept_counts: [batch_size, num_kv_heads] i32, how many of them are valid. A row of none gives
-            out 0 and lse -inf.
+        cache: K and V pages; only those of kept tokens are read.
+        kept: tokens [batch_size, num_kv_heads, width] i32, logical positions below the request's
+            length, and counts [batch_size, num_kv_heads] i32, how many of them are valid. A row of
+            none gives out 0 and lse -inf.
         sm_scale: factor of the logits; head_dim ** -0.5 where None.
         return_lse: also return the natural log of the sum of exponentials.
 
@@ -121,35 +116,29 @@ def flash_topk_attention(
         ValueError: a tensor has the wrong shape, dtype, device, layout or alignment.
     """
     check_query(q, cache)
-    rows = (cache.batch_size, cache.num_kv_heads)
-    check_tensor("kept_tokens", kept_tokens, (*rows, None), torch.int32, q.device)
-    check_tensor("kept_counts", kept_counts, rows, torch.int32, q.device)
-    width = kept_tokens.shape[2]
-    return _attend(q, cache, "tokens", kept_tokens, kept_counts, width, sm_scale, return_lse)
+    check_lists(("kept_tokens", "kept_counts"), kept, cache)
+    tokens = TokenList("tokens", *kept[:2])
+    return _attend(q, cache, tokens, tokens.indices.shape[2], sm_scale, return_lse)
 
 
 def page_attention(
     q: torch.Tensor,
     cache: PagedKVCache,
-    candidate_pages: torch.Tensor,
-    candidate_counts: torch.Tensor,
+    candidates: CandidatePages,
     *,
     sm_scale: float | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The same over every token of the listed pages: Quest without a pruner.
 
-    As flash_topk_attention, with candidate_pages [batch_size, num_kv_heads, width] i32, ascending
-    logical pages, and candidate_counts [batch_size, num_kv_heads] i32.
+    As flash_topk_attention, with candidates: pages [batch_size, num_kv_heads, width] i32, ascending
+    logical pages, and counts [batch_size, num_kv_heads] i32.
     """
     check_query(q, cache)
-    rows = (cache.batch_size, cache.num_kv_heads)
-    check_tensor("candidate_pages", candidate_pages, (*rows, None), torch.int32, q.device)
-    check_tensor("candidate_counts", candidate_counts, rows, torch.int32, q.device)
-    width = candidate_pages.shape[2] * cache.page_size
-    return _attend(
-        q, cache, "pages", candidate_pages, candidate_counts, width, sm_scale, return_lse
-    )
+    check_lists(("candidate_pages", "candidate_counts"), candidates, cache)
+    pages = TokenList("pages", *candidates)
+    width = pages.indices.shape[2] * cache.page_size
+    return _attend(q, cache, pages, width, sm_scale, return_lse)
 
 
 def dense_attention(
@@ -161,58 +150,95 @@ def dense_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The same over every cached token. As flash_topk_attention, without lists."""
     check_query(q, cache)
-    check_scale(sm_scale, cache.head_dim)
-    counts = cache.seq_lens[:, None].expand(-1, cache.num_kv_heads).contiguous()
-    no_indices = counts[:, :, None]
-    return _attend(q, cache, "all", no_indices, counts, cache.capacity, sm_scale, return_lse)
+    tokens = every_token(cache.seq_lens[:, None].expand(-1, cache.num_kv_heads).contiguous())
+    return _attend(q, cache, tokens, cache.capacity, sm_scale, return_lse)
 
 
-def _attend(q, cache, source, indices, counts, width, sm_scale, return_lse):
+def every_token(counts: torch.Tensor) -> TokenList:
+    """The list that names no token, as it holds the first `counts` of them."""
+    return TokenList("all", counts[:, :, None], counts)
+
+
+def _attend(
+    q: torch.Tensor,
+    cache: PagedKVCache,
+    tokens: TokenList,
+    width: int,
+    sm_scale: float | None,
+    return_lse: bool,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     sm_scale = check_scale(sm_scale, cache.head_dim)
+    group_size = q.shape[1] // cache.num_kv_heads
+    shape = step_shape(cache, group_size, width)
+    planned = planned_attention(tokens.kind, shape, q.device)
+    split_tokens = planned.config.split_tokens
+    workspace = AttentionWorkspace.allocate(cache, group_size, width, split_tokens)
     out = torch.empty_like(q)
-    workspace = AttentionWorkspace.allocate(cache, q.shape[1] // cache.num_kv_heads, width)
-    launch_plan(cache, source, indices, counts, workspace)
-    launch_attention(q, cache, source, indices, counts, workspace, out, sm_scale)
+    list_items(planned, cache, tokens, workspace.work)
+    attend(planned, by_kv_head(q, cache.num_kv_heads), cache, tokens, workspace, out, sm_scale)
     return (out, workspace.lse) if return_lse else out
 
 
-def launch_plan(
-    cache: PagedKVCache,
-    source: str,
-    indices: torch.Tensor,
-    counts: torch.Tensor,
-    workspace: AttentionWorkspace,
-) -> None:
+def list_items(planned: Planned, cache: PagedKVCache, tokens: TokenList, work: WorkList) -> None:
     """One launch: the list of items, where the pruner has not written it."""
-    config, work = replace(workspace.config, pdl=launches_early(cache)), workspace.work
-    plan_kernel(cache.page_size, source, config)(
-        cache.seq_lens, indices, counts, work.items, work.num_items, work.ticket
-    )
+    planned.launches[0](cache.seq_lens, tokens.indices, tokens.counts, *work)
 
 
-def launch_attention(
+def attend(
+    planned: Planned,
     q: torch.Tensor,
     cache: PagedKVCache,
-    source: str,
-    indices: torch.Tensor,
-    counts: torch.Tensor,
+    tokens: TokenList,
     workspace: AttentionWorkspace,
     out: torch.Tensor,
     sm_scale: float,
 ) -> None:
-    """Two launches into allocated memory: the listed items' attention, the merge."""
-    group_size = q.shape[1] // cache.num_kv_heads
-    config = replace(workspace.config, pdl=launches_early(cache))
-    if source == "tokens":  # what is tuned
-        config = config_for("attention", cache, group_size, indices.shape[2], config)
-    grouped = (cache.batch_size, cache.num_kv_heads, group_size)
-    shape = (group_size, cache.head_dim, cache.page_size, dtype_name(q), source, config)
-    k_rows, v_rows = (each.view(-1, cache.head_dim) for each in (cache.k_cache, cache.v_cache))
-    partials = (workspace.partial_out, workspace.partial_lse)
-    outputs = (out.view(*grouped, cache.head_dim), workspace.lse.view(grouped))
-    ATTENTION_KERNELS[config.form](*shape)(
-        q.view(*grouped, cache.head_dim), k_rows, v_rows, cache.page_table, indices,
-        workspace.work.items, workspace.work.num_items,
-        config.blocks_per_sm * num_multiprocessors(q.device), sm_scale, *partials, *outputs,
+    """Two launches: the listed items' attention to the grouped query, the merge -> out, lse."""
+    _, attend_items, merge_splits = planned.launches
+    work, *partials, lse = workspace
+    outputs = (by_kv_head(each, cache.num_kv_heads) for each in (out, lse))
+    written = (*partials, *outputs)
+    num_blocks = planned.config.blocks_per_sm * gpu_of(q.device).num_multiprocessors
+    attend_items(
+        q, cache.k_rows, cache.v_rows, cache.page_table, tokens.indices,
+        work.items, work.num_items, num_blocks, sm_scale, *written,
     )  # fmt: skip
-    merge_kernel(*shape)(cache.seq_lens, indices, counts, *partials, *outputs)
+    merge_splits(cache.seq_lens, tokens.indices, tokens.counts, *written)
+
+
+def planned_attention(kind: str, shape: StepShape, device: torch.device) -> Planned:
+    """Attention over a kind of list; it is tuned for kept tokens."""
+    if kind == "tokens":
+        return planned(ATTENTION, shape, device)
+    return plan_untuned(kind, shape, gpu_of(device))
+
+
+def plan_untuned(kind: str, shape: StepShape, gpu: Gpu) -> Planned:
+    """Attention over pages, or over every token."""
+    config = default_config(shape.group_size)
+    config = replace(config, pdl=starts_early(shape.launch_rows, gpu.capability))
+    return Planned(config, "default: tuned for kept tokens only", _launches(shape, config, kind))
+
+
+def _launches(
+    shape: StepShape, config: AttentionConfig, kind: str = "tokens"
+) -> tuple[Launch, ...]:
+    sizes = (shape.group_size, shape.head_dim, shape.page_size, shape.dtype)
+    return (
+        Launch(f"items_{kind}", plan_kernel, (shape.page_size, kind, config)),
+        Launch(f"attention_{kind}", ATTENTION_KERNELS[config.form], (*sizes, kind, config)),
+        Launch(f"merge_{kind}", merge_kernel, (*sizes, kind, config)),
+    )
+
+
+# All but the grid decides the order of sums.
+ATTENTION = KernelSpec(
+    name="attention",
+    stage="attention",
+    config=AttentionConfig,
+    default=lambda shape, gpu: default_config(shape.group_size),
+    width=lambda shape: shape.width,
+    launches=_launches,
+    sources=("attention.py", "attend_lanes.py", "attend_tiles.py", "split_kv.py"),
+    result_fields=("form", "split_tokens", "num_threads", "lane_tokens"),
+)

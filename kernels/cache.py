@@ -1,21 +1,34 @@
 """The paged KV cache: K and V pages, the 4-bit mirror of K and the page bounds, always written
 together."""
 
+import copy
+import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from tilelang.jit import JITImpl
 
+from .checks import check_choice, check_count, check_tensor, dtype_name
+from .gpu import check_machine
+from .launch import Launch
 from .mirror import append_kernel, mirror_kernel, prefill_kernel
-from .validate import (
-    HALF_DTYPES,
-    HEAD_DIMS,
-    check_choice,
-    check_count,
-    check_machine,
-    check_page_size,
-    check_tensor,
-    dtype_name,
-)
+
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+HEAD_DIMS = (64, 128, 256)
+TILE_TOKENS = 16  # a page holds a whole number of tensor-core tiles of tokens
+
+
+class CacheShape(NamedTuple):
+    """The sizes of a cache: caches of one shape share a decode step."""
+
+    batch_size: int
+    max_pages: int  # of one request
+    num_kv_heads: int
+    head_dim: int  # 64, 128 or 256
+    page_size: int = 16  # a multiple of 16
+    dtype: torch.dtype = torch.float16
+    device: torch.device | str = "cuda"
 
 
 @dataclass
@@ -52,7 +65,6 @@ class PagedKVCache:
     page_bounds: torch.Tensor
     bounds_scale_zero: torch.Tensor
     k_offset: torch.Tensor
-    step_rows: int = 0  # rows of all caches that one step works on at once; 0: of this one alone
     longest: int = 0  # host's upper bound on seq_lens; replays of a captured append do not move it
 
     def __post_init__(self) -> None:
@@ -70,61 +82,76 @@ class PagedKVCache:
             "bounds_scale_zero", self.bounds_scale_zero, pairs, torch.float32, device, align=16
         )
 
+        # As kernels read them: rows of head_dim channels, and codes four bytes at a time.
+        self.k_rows, self.v_rows = (
+            pool.view(-1, head_dim) for pool in (self.k_cache, self.v_cache)
+        )
+        self.code_words = self.k_int4.view(torch.int32)
+        self.bound_words = self.page_bounds.view(torch.int32)
+        self.shape = CacheShape(
+            *self.page_table.shape, num_kv_heads, head_dim, page_size, self.k_cache.dtype, device
+        )
+
     @property
     def num_pages(self) -> int:
         return self.k_cache.shape[0]
 
     @property
     def page_size(self) -> int:
-        return self.k_cache.shape[1]
+        return self.shape.page_size
 
     @property
     def num_kv_heads(self) -> int:
-        return self.k_cache.shape[2]
+        return self.shape.num_kv_heads
 
     @property
     def head_dim(self) -> int:
-        return self.k_cache.shape[3]
+        return self.shape.head_dim
 
     @property
     def batch_size(self) -> int:
-        return self.page_table.shape[0]
+        return self.shape.batch_size
 
     @property
     def max_pages(self) -> int:
-        return self.page_table.shape[1]
-
-    @property
-    def num_rows(self) -> int:
-        """Rows (a KV head of a request each) that launch configs are chosen for."""
-        return self.step_rows or self.batch_size * self.num_kv_heads
+        return self.shape.max_pages
 
     @property
     def capacity(self) -> int:
         """Tokens that one request can hold."""
         return self.max_pages * self.page_size
 
+    def part(self, requests: slice) -> "PagedKVCache":
+        """Some of the requests, on the same pages."""
+        part = copy.copy(self)
+        part.page_table, part.seq_lens = self.page_table[requests], self.seq_lens[requests]
+        part.shape = self.shape._replace(batch_size=part.page_table.shape[0])
+        return part
+
     @classmethod
     def empty(
         cls,
-        num_pages: int,
-        batch_size: int,
-        max_pages: int,
-        num_kv_heads: int,
-        head_dim: int,
-        page_size: int = 16,
-        dtype: torch.dtype = torch.float16,
-        device: torch.device | str = "cuda",
+        shape: CacheShape,
+        *,
+        num_pages: int | None = None,
         page_table: torch.Tensor | None = None,
         k_offset: torch.Tensor | None = None,
     ) -> "PagedKVCache":
         """A cache of empty requests.
 
-        Without a page_table, request b owns the pages b * max_pages to (b + 1) * max_pages - 1.
+        Args:
+            shape: its sizes, dtype and device.
+            num_pages: of the pool; where None, batch_size * max_pages.
+            page_table: [batch_size, max_pages] i32; without one, request b owns the pages
+                b * max_pages to (b + 1) * max_pages - 1.
+            k_offset: [num_kv_heads, head_dim] f32.
 
         Raises:
             ValueError: a size is out of range, or page_table or k_offset does not fit.
         """
+        batch_size, max_pages, num_kv_heads, head_dim, page_size, dtype, device = shape
+        owned = batch_size * max_pages
+        num_pages = owned if num_pages is None else num_pages
         check_count("num_pages", num_pages, least=1)
         check_count("batch_size", batch_size, least=1)
         check_count("max_pages", max_pages, least=1)
@@ -137,14 +164,13 @@ class PagedKVCache:
         check_machine(torch.device(device))
         if page_table is not None:
             check_tensor("page_table", page_table, (batch_size, max_pages), torch.int32)
-        elif num_pages < batch_size * max_pages:
+        elif num_pages < owned:
             raise ValueError(
-                f"num_pages: expected at least batch_size * max_pages = {batch_size * max_pages}, "
-                f"got {num_pages}"
+                f"num_pages: expected at least batch_size * max_pages = {owned}, got {num_pages}"
             )
         _check_offset(k_offset, num_kv_heads, head_dim)
         if page_table is None:
-            page_table = torch.arange(batch_size * max_pages, dtype=torch.int32, device=device)
+            page_table = torch.arange(owned, dtype=torch.int32, device=device)
             page_table = page_table.view(batch_size, max_pages)
         device = page_table.device
         k_cache = torch.empty(
@@ -191,16 +217,14 @@ class PagedKVCache:
         max_pages = needed_pages if max_pages is None else max_pages
         check_count("max_pages", max_pages, least=needed_pages)
         longest = _check_lengths(seq_lens, max_seq_len)
-        num_pages = batch_size * max_pages if num_pages is None else num_pages
-        cache = cls.empty(
-            num_pages, batch_size, max_pages, num_kv_heads, head_dim, page_size,
-            k.dtype, k.device, page_table, k_offset,
-        )  # fmt: skip
+        shape = CacheShape(
+            batch_size, max_pages, num_kv_heads, head_dim, page_size, k.dtype, k.device
+        )
+        cache = cls.empty(shape, num_pages=num_pages, page_table=page_table, k_offset=k_offset)
         cache.seq_lens.copy_(seq_lens)
         cache.longest = longest
-        prefill_kernel(head_dim, page_size, dtype_name(k))(
-            k, v, cache.page_table, cache.seq_lens, *cache._written()
-        )
+        prefill, _, _ = cache_launches(head_dim, page_size, dtype_name(k))
+        prefill(k, v, cache.page_table, cache.seq_lens, *cache._written())
         return cache
 
     @classmethod
@@ -229,7 +253,8 @@ class PagedKVCache:
         ids = torch.where(used > 0, page_table, 0).flatten().long()
         page_fill = torch.zeros(cache.num_pages, dtype=torch.int32, device=seq_lens.device)
         page_fill.scatter_reduce_(0, ids, used.flatten().int(), "amax")
-        mirror_kernel(cache.head_dim, cache.page_size, dtype_name(k_cache))(
+        _, mirror, _ = cache_launches(cache.head_dim, cache.page_size, dtype_name(k_cache))
+        mirror(
             page_fill, cache.k_offset, k_cache,
             cache.k_int4, cache.k_scale_zero, cache.page_bounds, cache.bounds_scale_zero,
         )  # fmt: skip
@@ -254,9 +279,8 @@ class PagedKVCache:
                 f"seq_lens: expected room below the capacity of {self.capacity} tokens, "
                 f"got a request that may hold {self.longest}"
             )
-        append_kernel(self.head_dim, self.page_size, dtype_name(k))(
-            k, v, self.page_table, self.seq_lens, *self._written()
-        )
+        _, _, append = cache_launches(self.head_dim, self.page_size, dtype_name(k))
+        append(k, v, self.page_table, self.seq_lens, *self._written())
         self.longest += 1
 
     @classmethod
@@ -285,6 +309,27 @@ class PagedKVCache:
             self.k_offset, self.k_cache, self.v_cache,
             self.k_int4, self.k_scale_zero, self.page_bounds, self.bounds_scale_zero,
         )  # fmt: skip
+
+
+@functools.cache
+def cache_launches(head_dim: int, page_size: int, dtype: str) -> tuple[Launch, Launch, Launch]:
+    """The kernels that write a cache: prefill, mirror, append. They have no config."""
+    kernels: dict[str, JITImpl] = {
+        "prefill": prefill_kernel,
+        "mirror": mirror_kernel,
+        "append": append_kernel,
+    }
+    prefill, mirror, append = (
+        Launch(name, kernel, (head_dim, page_size, dtype)) for name, kernel in kernels.items()
+    )
+    return prefill, mirror, append
+
+
+def check_page_size(page_size: int) -> None:
+    """Raises ValueError unless a page is a whole number of 16-token tiles."""
+    check_count("page_size", page_size, TILE_TOKENS)
+    if page_size % TILE_TOKENS != 0:
+        raise ValueError(f"page_size: expected a multiple of {TILE_TOKENS}, got {page_size}")
 
 
 def _check_pages(k_cache, v_cache, page_table, seq_lens, k_offset) -> None:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .launch import StepShape
+
 COPY_US = 2.4  # of the lengths to every KV head, which the benchmark's dense rows leave out
 LAUNCHES_US = {"sparse": 17.7, "candidates": 11.9, "dense": 7.7 + COPY_US}
 # For 1,024 pages and candidate tokens, on the dense path tokens.
@@ -43,27 +45,17 @@ class Expected:
         )
 
 
-def expected_times(
-    num_rows: int,
-    max_pages: int,
-    page_size: int,
-    width: int,
-    head_dim: int,
-    itemsize: int,
-    bandwidth: float,
-) -> dict[str, Expected]:
+def expected_times(shape: StepShape, itemsize: int, bandwidth: float) -> dict[str, Expected]:
     """The expected time of each path for requests as long as the page table allows; the candidates'
     own only where they are not everything.
 
     Args:
-        num_rows: batch_size * num_kv_heads.
-        max_pages: of the page table, page_size tokens each.
-        width: candidate pages of a row; max_pages where every page is one.
+        shape: of the step.
         itemsize: bytes of one value of K or V.
         bandwidth: read bandwidth in bytes per second.
     """
-    tokens, candidates = max_pages * page_size, width * page_size
-    pages = max_pages if width < max_pages else 0  # whose bounds are read
+    head_dim, tokens, candidates = shape.head_dim, shape.max_pages * shape.page_size, shape.width
+    pages = shape.max_pages if candidates < tokens else 0  # whose bounds are read
     bounds, codes, key_value = 2 * head_dim + 8, head_dim / 2 + 4, 2 * head_dim * itemsize
     row_work = {  # what one block goes through, and the bytes
         "sparse": (
@@ -77,7 +69,7 @@ def expected_times(
         del row_work["candidates"]
     return {
         path: Expected(
-            LAUNCHES_US[path], ROW_US[path] * length / 1024, num_rows * row_bytes, bandwidth
+            LAUNCHES_US[path], ROW_US[path] * length / 1024, shape.num_rows * row_bytes, bandwidth
         )
         for path, (length, row_bytes) in row_work.items()
     }

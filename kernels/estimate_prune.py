@@ -1,104 +1,86 @@
 """Estimator and pruner in one kernel: the logits of a KV head never leave its multiprocessor."""
 
-from dataclasses import replace
+from dataclasses import dataclass
 
 import tilelang
 import tilelang.language as T
 import torch
 
-from .attention import WorkList
-from .cache import PagedKVCache
-from .config import THREAD_LEVEL, EstimatePruneConfig, start_early, static_width
+from .attention import split_tokens_of
+from .cache import TILE_TOKENS, PagedKVCache
+from .compiling import THREAD_LEVEL, start_early
 from .estimator import estimate_tiles
+from .gpu import Gpu
+from .launch import KernelSpec, Launch, StepShape, static_width
+from .lists import CandidatePages, Window
+from .pruner import Pruned
+from .query import by_kv_head
 from .threshold import BINS_PER_THREAD
 from .top_p import NUM_THREADS, VECTOR, is_held, list_row, prune_heads
-from .tuned import config_for
-from .validate import TILE_TOKENS, dtype_name
+from .tuned import Planned
 
 MANY_ROWS = 264  # two blocks on each of 132 multiprocessors; fewer rows are spread over more blocks
 PADDING = 8  # logits behind each row, so that the heads' stores meet different banks
 
 
-def blocks_that_fit(group_size: int, width: int, shared_memory: int, heads_at_once: int = 1) -> int:
+@dataclass(frozen=True)
+class EstimatePruneConfig:
+    fused: bool = True  # one kernel; else estimator and pruner, each at its own config
+    tiles_per_warp: int = 2  # tiles of 16 tokens whose loads one warp issues together
+    blocks_per_sm: int = 2  # that registers must allow for
+    heads_at_once: int = 1  # that teams of a block's threads search side by side
+    pdl: bool = False
+
+
+def default_config(shape: StepShape, gpu: Gpu) -> EstimatePruneConfig:
+    """One kernel where many rows fill the GPU with a block each, and a multiprocessor has room for
+    two: while one waits for codes, another searches. Two heads are searched side by side where
+    registers allow it; logits of one query head leave room for more blocks."""
+    if shape.group_size == 1 and shape.head_dim <= 128:
+        blocks_per_sm, heads_at_once = 4 if gpu.capability < (10, 0) else 3, 1
+    else:
+        blocks_per_sm = 2
+        heads_at_once = 2 if shape.head_dim <= 128 and shape.group_size <= 8 else 1
+    room = blocks_that_fit(shape, gpu, heads_at_once)
+    return EstimatePruneConfig(
+        fused=shape.num_rows >= MANY_ROWS and room >= 2,
+        blocks_per_sm=blocks_per_sm,
+        heads_at_once=heads_at_once,
+    )
+
+
+def blocks_that_fit(shape: StepShape, gpu: Gpu, heads_at_once: int) -> int:
     """Blocks for which a multiprocessor's shared memory has room; 0 where a row is too wide."""
-    width_bound = static_width(width)
+    width_bound = static_width(shape.width)
     if not is_held(width_bound):
         return 0
     near = 2 * max(width_bound, VECTOR * NUM_THREADS) * heads_at_once
-    logits = 2 * group_size * (width_bound + PADDING)
+    logits = 2 * shape.group_size * (width_bound + PADDING)
     bins = 4 * BINS_PER_THREAD * NUM_THREADS * heads_at_once
     others = 2048  # the part that CUDA keeps of each block's, and alignment
-    return shared_memory // (logits + near + width_bound // 8 + bins + others)
+    return gpu.shared_memory // (logits + near + width_bound // 8 + bins + others)
 
 
-def default_config(
-    num_rows: int,
-    group_size: int,
-    head_dim: int,
-    width: int,
-    capability: tuple[int, int],
-    shared_memory: int,
-) -> EstimatePruneConfig:
-    """One kernel where many rows fill the GPU with a block each, and a multiprocessor has room for
-    two: while one waits for codes, another searches."""
-    config = EstimatePruneConfig.for_group(group_size, head_dim, capability)
-    room = blocks_that_fit(group_size, width, shared_memory, config.heads_at_once)
-    return replace(config, fused=num_rows >= MANY_ROWS and room >= 2)
-
-
-def estimate_prune_config(cache: PagedKVCache, group_size: int, width: int) -> EstimatePruneConfig:
-    """How a step estimates and prunes rows of `width` tokens."""
-    device = cache.k_cache.device
-    shared_memory = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
-    capability = torch.cuda.get_device_capability(device)
-    default = default_config(
-        cache.num_rows, group_size, cache.head_dim, width, capability, shared_memory
-    )
-    return config_for("estimate_prune", cache, group_size, width, default)
-
-
-def launch_estimate_prune(
+def estimate_and_prune(
+    planned: Planned,
     q: torch.Tensor,
     cache: PagedKVCache,
-    candidate_pages: torch.Tensor,
-    candidate_counts: torch.Tensor,
+    candidates: CandidatePages,
     top_p: torch.Tensor,
+    window: Window,
     sm_scale: float,
-    num_sink_tokens: int,
-    num_recent_tokens: int,
-    kept_tokens: torch.Tensor,
-    kept_counts: torch.Tensor,
-    kept_mass: torch.Tensor,
-    work: WorkList,
-    config: EstimatePruneConfig,
+    pruned: Pruned,
 ) -> None:
-    """One launch into allocated memory, with the bits of launch_estimate_logits and
-    launch_prune_top_p. It also writes attention's list of work."""
-    grouped = (cache.batch_size, cache.num_kv_heads, q.shape[1] // cache.num_kv_heads)
-    width = kept_tokens.shape[2]
-    kernel = estimate_prune_kernel(
-        grouped[2], cache.head_dim, cache.page_size, dtype_name(q),
-        static_width(width), work.split_tokens, config,
+    """One launch, with the bits of estimate() and prune(): candidates -> kept tokens, and
+    attention's list of work."""
+    (launch,) = planned.launches
+    kept, work, _ = pruned
+    top_p, mass = (by_kv_head(each, cache.num_kv_heads) for each in (top_p, kept.mass))
+    launch(
+        q, cache.code_words, cache.k_scale_zero, cache.page_table, cache.seq_lens, *candidates,
+        sm_scale, top_p, *window, kept.tokens, kept.counts, mass,
+        work.items, work.num_items, work.ticket,
     )  # fmt: skip
-    kernel(
-        q.view(*grouped, cache.head_dim),
-        cache.k_int4.view(torch.int32),
-        cache.k_scale_zero,
-        cache.page_table,
-        cache.seq_lens,
-        candidate_pages,
-        candidate_counts,
-        sm_scale,
-        top_p.view(grouped),
-        num_sink_tokens,
-        num_recent_tokens,
-        kept_tokens,
-        kept_counts,
-        kept_mass.view(grouped),
-        work.items,
-        work.num_items,
-        work.ticket,
-    )
 
 
 @tilelang.jit(pass_configs=THREAD_LEVEL)
@@ -171,3 +153,25 @@ def estimate_prune_kernel(
             )  # fmt: skip
 
     return estimate_and_prune
+
+
+def _launches(shape: StepShape, config: EstimatePruneConfig) -> tuple[Launch, ...]:
+    """None where estimator and pruner launch apart."""
+    if not config.fused:
+        return ()
+    sizes = (shape.group_size, shape.head_dim, shape.page_size, shape.dtype)
+    split_tokens = split_tokens_of(shape.group_size)
+    arguments = (*sizes, static_width(shape.width), split_tokens, config)
+    return (Launch("estimate_prune", estimate_prune_kernel, arguments),)
+
+
+ESTIMATE_PRUNE = KernelSpec(
+    name="estimate_prune",
+    stage="estimate_prune",
+    config=EstimatePruneConfig,
+    default=default_config,
+    width=lambda shape: shape.width,
+    launches=_launches,
+    sources=("estimate_prune.py", "estimator.py", "top_p.py", "split_kv.py", "threshold.py"),
+    static_width=True,
+)

@@ -1,24 +1,43 @@
-"""Estimated logits of the candidates, from the 4-bit mirror of K."""
+"""Estimator: logits of the candidate tokens from the 4-bit mirror of K, on tensor cores."""
+
+from dataclasses import dataclass
 
 import tilelang
 import tilelang.language as T
 import torch
 
-from .cache import PagedKVCache
-from .config import TILE_LEVEL, EstimatorConfig, start_early
-from .tuned import config_for
-from .validate import TILE_TOKENS, check_query, check_scale, check_tensor, dtype_name
+from .cache import TILE_TOKENS, PagedKVCache
+from .compiling import TILE_LEVEL, start_early
+from .gpu import Gpu
+from .launch import KernelSpec, Launch, StepShape
+from .lists import CandidatePages, check_lists
+from .query import by_kv_head, check_query, check_scale, step_shape
+from .tuned import Planned, planned
 
 TILE_HEADS = 8  # the tensor-core instruction is m16n8k16: tokens x query heads x channels
 CODE_UNIT = 2.0**24  # a code's fp16 bits are worth so many times less than the code
 MAX_LOGIT = 65504.0  # the largest number of fp16
 
 
+@dataclass(frozen=True)
+class EstimatorConfig:
+    num_warps: int = 4
+    tiles_per_warp: int = 2  # tiles of 16 tokens whose loads one warp issues together
+    steps: int = 8  # that a warp takes one after another
+    pdl: bool = False
+
+
+def default_config(shape: StepShape, gpu: Gpu) -> EstimatorConfig:
+    """Few tiles are spread over more warps; wide heads fill their registers with fewer."""
+    if shape.num_rows * shape.width // TILE_TOKENS < 16384:
+        return EstimatorConfig(tiles_per_warp=1, steps=2)
+    return EstimatorConfig(tiles_per_warp=1 if shape.head_dim > 128 else 2)
+
+
 def estimate_logits(
     q: torch.Tensor,
     cache: PagedKVCache,
-    candidate_pages: torch.Tensor,
-    candidate_counts: torch.Tensor,
+    candidates: CandidatePages,
     *,
     sm_scale: float | None = None,
 ) -> torch.Tensor:
@@ -27,8 +46,8 @@ def estimate_logits(
     Args:
         q: [batch_size, num_qo_heads, head_dim], fp16 or bf16, as the cache.
         cache: only k_int4, k_scale_zero, page_table and seq_lens are read.
-        candidate_pages: [batch_size, num_kv_heads, width] i32, logical pages.
-        candidate_counts: [batch_size, num_kv_heads] i32, how many of them are valid.
+        candidates: pages [batch_size, num_kv_heads, width] i32, logical pages, and counts
+            [batch_size, num_kv_heads] i32, how many of them are valid.
         sm_scale: factor of the logits; head_dim ** -0.5 where None.
 
     Returns:
@@ -39,44 +58,32 @@ def estimate_logits(
     Raises:
         ValueError: a tensor has the wrong shape, dtype, device, layout or alignment.
     """
-    check_query(q, cache)
+    group_size = check_query(q, cache)
     sm_scale = check_scale(sm_scale, cache.head_dim)
-    rows = (cache.batch_size, cache.num_kv_heads)
-    check_tensor("candidate_pages", candidate_pages, (*rows, None), torch.int32, q.device)
-    check_tensor("candidate_counts", candidate_counts, rows, torch.int32, q.device)
-    width = candidate_pages.shape[2] * cache.page_size
+    check_lists(("candidate_pages", "candidate_counts"), candidates, cache)
+    width = candidates[0].shape[2] * cache.page_size
     logits = torch.empty(*q.shape[:2], width, dtype=torch.float16, device=q.device)
-    launch_estimate_logits(q, cache, candidate_pages, candidate_counts, logits, sm_scale)
+    estimate(
+        planned(ESTIMATOR, step_shape(cache, group_size, width), q.device),
+        by_kv_head(q, cache.num_kv_heads), cache, candidates, logits, sm_scale,
+    )  # fmt: skip
     return logits
 
 
-def launch_estimate_logits(
+def estimate(
+    planned: Planned,
     q: torch.Tensor,
     cache: PagedKVCache,
-    candidate_pages: torch.Tensor,
-    candidate_counts: torch.Tensor,
+    candidates: CandidatePages,
     logits: torch.Tensor,
     sm_scale: float,
 ) -> None:
-    """One launch into allocated memory."""
-    group_size = q.shape[1] // cache.num_kv_heads
-    grouped = (cache.batch_size, cache.num_kv_heads, group_size)
-    default = EstimatorConfig.for_tiles(
-        cache.num_rows * logits.shape[2] // TILE_TOKENS, cache.head_dim
-    )
-    config = config_for("estimator", cache, group_size, logits.shape[2], default)
-    kernel = estimator_kernel(group_size, cache.head_dim, cache.page_size, dtype_name(q), config)
-    kernel(
-        q.view(*grouped, cache.head_dim),
-        cache.k_int4.view(torch.int32),
-        cache.k_scale_zero,
-        cache.page_table,
-        cache.seq_lens,
-        candidate_pages,
-        candidate_counts,
-        sm_scale,
-        logits.view(*grouped, -1, cache.page_size),
-    )
+    """One launch: candidates of the grouped query -> logits."""
+    (launch,) = planned.launches
+    launch(
+        q, cache.code_words, cache.k_scale_zero, cache.page_table, cache.seq_lens, *candidates,
+        sm_scale, logits.view(*q.shape[:3], -1, cache.page_size),
+    )  # fmt: skip
 
 
 @T.macro
@@ -308,3 +315,19 @@ def estimator_kernel(
             )  # fmt: skip
 
     return estimate_logits
+
+
+def _launches(shape: StepShape, config: EstimatorConfig) -> tuple[Launch, ...]:
+    arguments = (shape.group_size, shape.head_dim, shape.page_size, shape.dtype, config)
+    return (Launch("estimator", estimator_kernel, arguments),)
+
+
+ESTIMATOR = KernelSpec(
+    name="estimator",
+    stage="estimator",
+    config=EstimatorConfig,
+    default=default_config,
+    width=lambda shape: shape.width,
+    launches=_launches,
+    sources=("estimator.py",),
+)

@@ -6,7 +6,7 @@ One warp handles one key of one KV head: a lane holds head_dim / 32 neighbouring
 import tilelang
 import tilelang.language as T
 
-from .config import EXACT_MATH
+from .compiling import EXACT_MATH
 
 MAX_CODE = 15
 MAX_BOUND_CODE = 255

@@ -1,31 +1,48 @@
 """Page scores: a bound on the largest logit that a page can have (Quest, section 3.2), on tensor
 cores."""
 
+from dataclasses import dataclass
+
 import tilelang
 import tilelang.language as T
 import torch
 
 from .cache import PagedKVCache
-from .config import TILE_LEVEL, PageScoreConfig, start_early
-from .tuned import config_for
-from .validate import dtype_name
+from .compiling import TILE_LEVEL, start_early
+from .gpu import Gpu
+from .launch import KernelSpec, Launch, StepShape
+from .tuned import Planned
 
 TILE_PAGES, TILE_HEADS = 16, 8  # the tensor-core instruction is m16n8k16: pages x heads x channels
 
 
-def launch_page_scores(q: torch.Tensor, cache: PagedKVCache, scores: torch.Tensor) -> None:
-    """One launch into allocated memory."""
-    group_size = q.shape[1] // cache.num_kv_heads
-    default = PageScoreConfig.for_pages(
-        cache.num_rows * cache.max_pages, group_size, cache.head_dim
-    )
-    config = config_for("page_score", cache, group_size, cache.max_pages, default)
-    score = page_score_kernel(group_size, cache.head_dim, cache.page_size, dtype_name(q), config)
-    score(
-        q.view(cache.batch_size, cache.num_kv_heads, group_size, cache.head_dim),
-        cache.page_bounds.view(torch.int32), cache.bounds_scale_zero,
-        cache.page_table, cache.seq_lens, scores,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class PageScoreConfig:
+    num_warps: int = 4
+    tiles_per_warp: int = 2  # tiles of 16 pages whose loads one warp issues together
+    steps: int = 4  # that a warp takes one after another
+    pdl: bool = False
+
+    @property
+    def block_pages(self) -> int:
+        return self.num_warps * self.tiles_per_warp * self.steps * 16
+
+
+def default_config(shape: StepShape, gpu: Gpu) -> PageScoreConfig:
+    """Few pages (over all rows) are spread over more blocks; wide heads, or many, fill a warp's
+    registers with fewer tiles."""
+    num_pages = shape.num_rows * shape.max_pages
+    wide = shape.head_dim > 128 or (shape.head_dim == 128 and shape.group_size > 8)
+    tiles_per_warp = 1 if wide or num_pages < 2**15 else 2
+    return PageScoreConfig(tiles_per_warp=tiles_per_warp, steps=4 if num_pages >= 2**18 else 1)
+
+
+def score_pages(
+    planned: Planned, q: torch.Tensor, cache: PagedKVCache, scores: torch.Tensor
+) -> None:
+    """One launch: scores [batch_size, num_kv_heads, max_pages] f32 of the grouped query."""
+    (launch,) = planned.launches
+    launch(q, cache.bound_words, cache.bounds_scale_zero, cache.page_table, cache.seq_lens, scores)
 
 
 @T.macro
@@ -180,3 +197,19 @@ def page_score_kernel(
                                 scores[batch, kv_head, page] = best[t]
 
     return score_pages
+
+
+def _launches(shape: StepShape, config: PageScoreConfig) -> tuple[Launch, ...]:
+    arguments = (shape.group_size, shape.head_dim, shape.page_size, shape.dtype, config)
+    return (Launch("page_score", page_score_kernel, arguments),)
+
+
+PAGE_SCORE = KernelSpec(
+    name="page_score",
+    stage="selector",
+    config=PageScoreConfig,
+    default=default_config,
+    width=lambda shape: shape.max_pages,
+    launches=_launches,
+    sources=("page_scores.py",),
+)

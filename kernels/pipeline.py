@@ -1,35 +1,28 @@
-"""One decode step: select, estimate, prune, attend, in memory that is allocated once."""
+"""One decode step: planned when it is made, launched as often as one likes."""
 
 import copy
+import dataclasses
 import itertools
-from dataclasses import replace
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-from .attention import AttentionWorkspace, launch_attention, launch_plan
 from .cache import PagedKVCache
+from .checks import check_choice, check_count, check_tensor
 from .crossing import expected_times, fastest, read_bandwidth
-from .estimate_prune import estimate_prune_config, launch_estimate_prune
-from .estimator import launch_estimate_logits
 from .explain import explain
-from .pruner import HeadUnion, expand_top_p, launch_prune_top_p
-from .selector import launch_select_all, launch_select_pages, page_budget
-from .validate import (
-    MAX_GROUP_SIZE,
-    check_choice,
-    check_count,
-    check_query,
-    check_scale,
-    check_tensor,
-)
+from .lists import CandidatePages, Kept
+from .options import DecodeOptions
+from .plan import plan_candidates, plan_dense, plan_sparse
+from .pruner import expand_top_p
+from .query import check_query, check_scale, group_size_of, step_shape
+from .selector import page_budget
+from .steps import CandidateStep, DenseStep, Settings, SparseMemory, SparseStep
+from .tuned import Planner
 
 # Rows (one KV head of one request) of which a part still fills the GPU, and the parts then.
 MANY_ROWS, NUM_PARTS = 128, 4
-# What holds something for each request, by its name in TwilightDecode.
-PER_REQUEST = (
-    "top_p", "scores", "candidate_pages", "candidate_counts", "logits", "kept_tokens",
-    "kept_counts", "kept_mass", "union", "attention", "out",
-)  # fmt: skip
 
 
 class TwilightDecode:
@@ -37,58 +30,34 @@ class TwilightDecode:
     over what is kept; or, where asked for, attention over every candidate or every token.
 
     Args:
-        cache: any cache of the shape that run() will get: the same batch_size, max_pages,
-            page_size, heads, head_dim, dtype and device.
+        cache: any cache of the shape that run() will get; many layers share one step.
         num_qo_heads: query heads, 1 to 16 for each KV head.
-        selector: "quest" (the pages with the largest bounds) or "full" (every page).
-        token_budget: Quest's candidates per KV head, a multiple of page_size.
-        top_p: estimated mass to keep, in (0, 1]; float or tensor as in prune_top_p.
-        sm_scale: factor of the logits; head_dim ** -0.5 where None.
-        num_sink_tokens, num_recent_tokens: always kept.
-        num_parts: the batch is cut into so many, each on a stream of its own. Their stages overlap:
-            while the bytes of one arrive, the weights of another are searched. No result depends on
-            it. Where None, 4 for many rows (KV heads of all requests), else 1. Only the sparse path
-            is cut.
-        path: "sparse", the stages above; "candidates", the selector alone, with the bits of
-            page_attention; "dense", attention over every token, with the bits of dense_attention;
-            or "auto", the one that is expected to be fastest (crossing.py) for requests as long as
-            the page table allows. "auto" is no default because it goes by the batch too: a request
-            gives the same bits in any batch only within one path, and each drops other tokens.
+        options: see DecodeOptions.
+        changes: of the options, by name: `TwilightDecode(cache, 32, top_p=0.9)`.
 
-    After run(), candidate_pages, candidate_counts, kept_tokens, kept_counts and kept_mass hold the
-    last step's. A step of many rows estimates and prunes in one kernel (`fused`), to the same bits:
-    it leaves logits as they were, which estimate() writes. `path` says which path was taken. What
-    belongs to a stage that it leaves out does not exist, nor may that stage be called: on the
-    candidates' path nothing is estimated or pruned, on the dense one nothing is selected either.
+    After run(), `candidates` and `kept` hold the last step's lists, and `path` says which path was
+    taken: what belongs to a stage that it leaves out does not exist. `stages` has the stages of the
+    whole batch one by one; a step of many rows estimates and prunes in one kernel, to the same
+    bits, and leaves `logits` as they were.
 
     Raises:
-        ValueError: an argument is out of range or does not fit the cache.
+        ValueError: an option is unknown, out of range, or does not fit the cache.
     """
 
     def __init__(
         self,
         cache: PagedKVCache,
         num_qo_heads: int,
-        *,
-        selector: str = "quest",
-        token_budget: int = 8192,
-        top_p: float | torch.Tensor = 0.85,
-        sm_scale: float | None = None,
-        num_sink_tokens: int = 0,
-        num_recent_tokens: int = 0,
-        num_parts: int | None = None,
-        path: str = "sparse",
+        options: DecodeOptions | None = None,
+        **changes: Any,
     ) -> None:
+        options = _changed(options or DecodeOptions(), changes)
         check_tensor("seq_lens", cache.seq_lens, (None,), torch.int32)  # on a GPU
-        check_choice("selector", selector, ("quest", "full"))
-        check_choice("path", path, ("sparse", "candidates", "dense", "auto"))
+        check_choice("selector", options.selector, ("quest", "full"))
+        check_choice("path", options.path, ("sparse", "candidates", "dense", "auto"))
         check_count("num_qo_heads", num_qo_heads, least=1)
-        group_size, rest = divmod(num_qo_heads, cache.num_kv_heads)
-        if rest != 0 or group_size > MAX_GROUP_SIZE:
-            raise ValueError(
-                f"num_qo_heads: expected 1 to {MAX_GROUP_SIZE} for each of {cache.num_kv_heads} KV "
-                f"heads, got {num_qo_heads}"
-            )
+        group_size = group_size_of("num_qo_heads", num_qo_heads, cache)
+        num_parts = options.num_parts
         if num_parts is None:
             num_parts = parts_for(cache.batch_size, cache.num_kv_heads)
         check_count("num_parts", num_parts, least=1)
@@ -96,53 +65,66 @@ class TwilightDecode:
             raise ValueError(
                 f"num_parts: expected at most batch_size = {cache.batch_size}, got {num_parts}"
             )
-        budget = page_budget(cache, token_budget, num_sink_tokens, num_recent_tokens)
-        width = budget if selector == "quest" else cache.max_pages
-        self.selector = selector
-        self.sm_scale = check_scale(sm_scale, cache.head_dim)
-        self.num_sink_tokens, self.num_recent_tokens = num_sink_tokens, num_recent_tokens
-        self.cache_shape = _shape(cache)
-
+        budget = page_budget(cache, options.token_budget, options.window)
+        width = budget if options.selector == "quest" else cache.max_pages
         device = cache.k_cache.device
-        rows = (cache.batch_size, cache.num_kv_heads)
-        heads = (cache.batch_size, num_qo_heads)
-        tokens = width * cache.page_size
-        like = dict(device=device, dtype=torch.int32)
-        self.expected = expected_times(
-            rows[0] * rows[1], cache.max_pages, cache.page_size, width, cache.head_dim,
-            cache.k_cache.itemsize, read_bandwidth(device),
-        )  # fmt: skip
-        self.asked_path = path
-        self.path = fastest(self.expected) if path == "auto" else path
-        self.top_p = expand_top_p(top_p, *heads, device)
-        self.out = torch.empty(*heads, cache.head_dim, dtype=cache.k_cache.dtype, device=device)
-        self.parts = []
-        if self.path == "dense":
-            self.token_counts = torch.empty(rows, **like)
-            self.attention = AttentionWorkspace.allocate(cache, group_size, cache.capacity)
-            return
-        self.scores = torch.empty(*rows, cache.max_pages, device=device)
-        self.candidate_pages = torch.empty(*rows, width, **like)
-        self.candidate_counts = torch.empty(rows, **like)
-        self.attention = AttentionWorkspace.allocate(cache, group_size, tokens)
-        if self.path == "candidates":
-            return
-        self.logits = torch.empty(*heads, tokens, dtype=torch.float16, device=device)
-        self.kept_tokens = torch.empty(*rows, tokens, **like)
-        self.kept_counts = torch.empty(rows, **like)
-        self.kept_mass = torch.empty(heads, device=device)
-        self.fused = estimate_prune_config(cache, group_size, tokens).fused
-        self.union = HeadUnion.allocate(cache, tokens)
+        settings = Settings(check_scale(options.sm_scale, cache.head_dim), options.window)
+        top_p = expand_top_p(options.top_p, cache.batch_size, num_qo_heads, device)
+        self.options, self.cache_shape = options, cache.shape
+        self.shape = step_shape(cache, group_size, width * cache.page_size)
+        self.expected = expected_times(self.shape, cache.k_cache.itemsize, read_bandwidth(device))
+        self.path = fastest(self.expected) if options.path == "auto" else options.path
 
-        bounds = [part * cache.batch_size // num_parts for part in range(num_parts + 1)]
-        self.parts = [
-            (requests, self._part(requests), torch.cuda.Stream(device))
-            for requests in (slice(*pair) for pair in itertools.pairwise(bounds))
-            if num_parts > 1
-        ]
+        planner = Planner.on(device)
+        self.parts: list[tuple[slice, SparseStep, torch.cuda.Stream]] = []
+        self.stages: SparseStep | CandidateStep | DenseStep
+        if self.path == "dense":
+            plan = plan_dense(self.shape, planner)
+            self.stages = DenseStep(plan, cache, num_qo_heads, settings)
+        elif self.path == "candidates":
+            chosen = plan_candidates(self.shape, planner)
+            self.stages = CandidateStep(chosen, cache, num_qo_heads, width, settings)
+        else:
+            memory = SparseMemory.allocate(cache, width, top_p)
+            self.stages = SparseStep(plan_sparse(self.shape, planner), memory, settings)
+            bounds = [part * cache.batch_size // num_parts for part in range(num_parts + 1)]
+            for requests in itertools.starmap(slice, itertools.pairwise(bounds)):
+                if num_parts > 1:
+                    part = self._part(requests, memory.part(requests), planner)
+                    self.parts.append((requests, part, torch.cuda.Stream(device)))
+        self._compiled = False
+
+    @property
+    def selector(self) -> str:
+        return self.options.selector
+
+    @property
+    def fused(self) -> bool:
+        """Whether estimator and pruner are one kernel."""
+        return self.stages.plan.fused
+
+    @property
+    def out(self) -> torch.Tensor:
+        return self.stages.out
+
+    @property
+    def candidates(self) -> CandidatePages:
+        return self.stages.candidates
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """[batch_size, num_qo_heads, width] f16, of the candidates' tokens."""
+        return self.stages.memory.logits
+
+    @property
+    def kept(self) -> Kept:
+        return self.stages.kept
 
     def run(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
         """One step. Launches only, so that it can be captured; the next run overwrites `out`.
+
+        The batch of a captured step is cut into parts where that is faster; launched from Python,
+        more launches would take longer than they save.
 
         Args:
             q: [batch_size, num_qo_heads, head_dim] in the cache's dtype.
@@ -152,111 +134,51 @@ class TwilightDecode:
             out [batch_size, num_qo_heads, head_dim] in q's dtype.
         """
         check_query(q, cache)
-        if _shape(cache) != self.cache_shape:
-            raise ValueError(f"cache: expected {self.cache_shape}, got {_shape(cache)}")
+        if cache.shape != self.cache_shape:
+            raise ValueError(f"cache: expected {self.cache_shape}, got {cache.shape}")
         if q.shape != self.out.shape:
             raise ValueError(f"q: expected shape {list(self.out.shape)}, got {list(q.shape)}")
-        if self.path == "dense":
-            return self.attend_all(q, cache)
-        if self.path == "candidates":
-            self.select(q, cache)
-            return self.attend_candidates(q, cache)
-        if not self.parts:
-            return self._launch(q, cache)
-        current = torch.cuda.current_stream(q.device)
-        for requests, part, stream in self.parts:
-            own = replace(
-                cache,
-                page_table=cache.page_table[requests],
-                seq_lens=cache.seq_lens[requests],
-                step_rows=cache.num_rows,
-            )
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                part._launch(q[requests], own)
-        for _, _, stream in self.parts:
-            current.wait_stream(stream)
-        return self.out
+        capturing = torch.cuda.is_current_stream_capturing()
+        if self.parts and (capturing or not self._compiled):
+            self._run_parts(q, cache)
+            if capturing:
+                return self.out
+        self._compiled = True  # and the parts, so that a capture finds them so
+        return self.stages.run(q, cache)
 
     def explain(self) -> str:
         """What run() launches, and why: the path and the times it was chosen by, the parts, and
         each stage's kernels with their config and where that comes from. Launches nothing."""
         return explain(self)
 
-    def _part(self, requests: slice) -> "TwilightDecode":
-        """The same for some of the requests, on their share of the memory."""
-        part = copy.copy(self)
-        for name in PER_REQUEST:
-            setattr(part, name, getattr(self, name)[requests])
-        return part
+    def with_configs(self, configs: Mapping[str, Any]) -> "TwilightDecode":
+        """This sparse step, in the same memory, with these launch configs by kernel (a name of
+        plan.SPECS), and the defaults of the others, whatever is tuned."""
+        step, planner = copy.copy(self), Planner(Planner.on(self.out.device).gpu, pinned=configs)
+        stages = self.stages
+        step.stages = SparseStep(plan_sparse(self.shape, planner), stages.memory, stages.settings)
+        step.parts = [
+            (requests, step._part(requests, part.memory, planner), stream)
+            for requests, part, stream in self.parts
+        ]
+        step._compiled = False
+        return step
 
-    def _launch(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
-        """The stages in order."""
-        self.select(q, cache)
-        self.estimate_prune(q, cache)
-        return self.attend(q, cache)
+    def _part(self, requests: slice, memory: SparseMemory, planner: Planner) -> SparseStep:
+        """The same for some of the requests: its configs go by the rows of the whole step, and
+        whether its kernels start early by its own."""
+        rows = (requests.stop - requests.start) * self.cache_shape.num_kv_heads
+        plan = plan_sparse(self.shape._replace(launch_rows=rows), planner)
+        return SparseStep(plan, memory, self.stages.settings)
 
-    def select(self, q: torch.Tensor, cache: PagedKVCache) -> None:
-        """Candidates -> candidate_pages, candidate_counts."""
-        if self.candidate_pages.shape[2] == cache.max_pages:  # the budget has room for all
-            launch_select_all(cache, self.candidate_pages, self.candidate_counts)
-        else:
-            launch_select_pages(
-                q, cache, self.scores, self.candidate_pages, self.candidate_counts,
-                self.num_sink_tokens, self.num_recent_tokens,
-            )  # fmt: skip
-
-    def estimate(self, q: torch.Tensor, cache: PagedKVCache) -> None:
-        """Estimated logits of the candidates -> logits."""
-        launch_estimate_logits(
-            q, cache, self.candidate_pages, self.candidate_counts, self.logits, self.sm_scale
-        )
-
-    def prune(self, cache: PagedKVCache) -> None:
-        """What top-p keeps of them -> kept_tokens, kept_counts, kept_mass."""
-        launch_prune_top_p(
-            self.logits, cache, self.candidate_pages, self.candidate_counts, self.top_p,
-            self.num_sink_tokens, self.num_recent_tokens,
-            self.kept_tokens, self.kept_counts, self.kept_mass, self.attention.work, self.union,
-        )  # fmt: skip
-
-    def estimate_prune(self, q: torch.Tensor, cache: PagedKVCache) -> None:
-        """estimate() and prune(), or one kernel for both, to the same bits."""
-        group_size, width = q.shape[1] // cache.num_kv_heads, self.kept_tokens.shape[2]
-        config = estimate_prune_config(cache, group_size, width)
-        if not config.fused:
-            self.estimate(q, cache)
-            self.prune(cache)
-            return
-        launch_estimate_prune(
-            q, cache, self.candidate_pages, self.candidate_counts, self.top_p, self.sm_scale,
-            self.num_sink_tokens, self.num_recent_tokens,
-            self.kept_tokens, self.kept_counts, self.kept_mass, self.attention.work, config,
-        )  # fmt: skip
-
-    def attend(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
-        """Attention over the kept tokens, which prune() has listed -> out."""
-        launch_attention(
-            q, cache, "tokens", self.kept_tokens, self.kept_counts,
-            self.attention, self.out, self.sm_scale,
-        )  # fmt: skip
-        return self.out
-
-    def attend_candidates(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
-        """Attention over every token of the candidates -> out; their own path, and only there."""
-        inputs = (self.candidate_pages, self.candidate_counts, self.attention)
-        launch_plan(cache, "pages", *inputs)
-        launch_attention(q, cache, "pages", *inputs, self.out, self.sm_scale)
-        return self.out
-
-    def attend_all(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
-        """Attention over every token -> out; the dense path, and only there."""
-        counts = self.token_counts
-        counts.copy_(cache.seq_lens[:, None].expand(counts.shape))
-        inputs = (counts[:, :, None], counts, self.attention)  # no list of tokens
-        launch_plan(cache, "all", *inputs)
-        launch_attention(q, cache, "all", *inputs, self.out, self.sm_scale)
-        return self.out
+    def _run_parts(self, q: torch.Tensor, cache: PagedKVCache) -> None:
+        current = torch.cuda.current_stream(q.device)
+        for requests, part, stream in self.parts:
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                part.run(q[requests], cache.part(requests))
+        for _, _, stream in self.parts:
+            current.wait_stream(stream)
 
 
 def parts_for(batch_size: int, num_kv_heads: int) -> int:
@@ -264,9 +186,9 @@ def parts_for(batch_size: int, num_kv_heads: int) -> int:
     return min(NUM_PARTS, batch_size) if batch_size * num_kv_heads >= MANY_ROWS else 1
 
 
-def _shape(cache: PagedKVCache) -> tuple[object, ...]:
-    """What a workspace depends on."""
-    return (
-        cache.batch_size, cache.max_pages, cache.page_size, cache.num_kv_heads, cache.head_dim,
-        cache.k_cache.dtype, cache.k_cache.device,
-    )  # fmt: skip
+def _changed(options: DecodeOptions, changes: dict[str, Any]) -> DecodeOptions:
+    known = [field.name for field in dataclasses.fields(DecodeOptions)]
+    unknown = sorted(set(changes) - set(known))
+    if unknown:
+        raise ValueError(f"{unknown[0]}: expected an option among {', '.join(known)}")
+    return dataclasses.replace(options, **changes)

@@ -1,29 +1,41 @@
 """Top-p pruner: softmax, threshold search and compaction in one kernel, without a sort."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import tilelang
 import tilelang.language as T
 import torch
 
-from .attention import WorkList
-from .cache import PagedKVCache
-from .config import (
-    THREAD_LEVEL,
-    AttentionConfig,
-    PrunerConfig,
-    start_early,
-    static_width,
-)
+from .attention import WorkList, split_tokens_of
+from .cache import TILE_TOKENS, PagedKVCache
+from .checks import check_count, check_tensor, dtype_name
+from .compiling import THREAD_LEVEL, start_early
+from .gpu import Gpu
+from .launch import KernelSpec, Launch, StepShape, static_width
+from .lists import CandidatePages, Kept, Window, check_lists
+from .query import by_kv_head, group_size_of, step_shape
 from .top_p import NUM_THREADS, VECTOR, is_held, list_row, prune_heads
-from .tuned import config_for
-from .validate import TILE_TOKENS, check_count, check_tensor, dtype_name
+from .tuned import Planned, planned
 
 LOGIT_DTYPES = (torch.float16, torch.float32)
 
 
-@dataclass
-class HeadUnion:
+@dataclass(frozen=True)
+class PrunerConfig:
+    heads_apart: bool = False  # a block for each query head, not for each KV head
+    blocks_per_sm: int = 4  # that registers must allow for
+    pdl: bool = False
+
+
+def default_config(shape: StepShape, gpu: Gpu) -> PrunerConfig:
+    """Few rows are spread over a block per query head; many fill the GPU as they are. Code for
+    compute capability 10, or for wide logits, needs more registers than four blocks leave it."""
+    blocks_per_sm = 4 if gpu.capability < (10, 0) and shape.logits_dtype == "float16" else 3
+    return PrunerConfig(shape.group_size > 1 and shape.num_rows <= 128, blocks_per_sm)
+
+
+class HeadUnion(NamedTuple):
     """Where blocks that search the query heads of a KV head meet; zeros between launches."""
 
     words: torch.Tensor  # [batch_size, num_kv_heads, width / 32] i32: a bit per candidate
@@ -33,24 +45,26 @@ class HeadUnion:
     def allocate(cls, cache: PagedKVCache, width: int) -> "HeadUnion":
         rows = (cache.batch_size, cache.num_kv_heads)
         like = dict(dtype=torch.int32, device=cache.seq_lens.device)
-        words = torch.zeros(*rows, -(-width // 32), **like)
-        return cls(words, torch.zeros(rows, **like))
+        return cls(torch.zeros(*rows, -(-width // 32), **like), torch.zeros(rows, **like))
 
-    def __getitem__(self, requests: slice) -> "HeadUnion":
-        """The share of some requests."""
-        return HeadUnion(self.words[requests], self.arrived[requests])
+
+class Pruned(NamedTuple):
+    """What the pruner writes: the kept tokens, and attention's list of work over them."""
+
+    kept: Kept
+    work: WorkList
+    union: HeadUnion
 
 
 def prune_top_p(
     logits: torch.Tensor,
     cache: PagedKVCache,
-    candidate_pages: torch.Tensor,
-    candidate_counts: torch.Tensor,
+    candidates: CandidatePages,
     top_p: float | torch.Tensor,
     *,
     num_sink_tokens: int = 0,
     num_recent_tokens: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Kept:
     """Per query head the smallest set of candidates whose estimated mass reaches p; per KV head the
     union over its group (Twilight, sections 3 and 4.2).
 
@@ -58,8 +72,8 @@ def prune_top_p(
         logits: [batch_size, num_qo_heads, width * page_size] f16 or f32, in the candidates' order;
             -inf behind a request's last token.
         cache: only page_size and seq_lens are read.
-        candidate_pages: [batch_size, num_kv_heads, width] i32, ascending logical pages.
-        candidate_counts: [batch_size, num_kv_heads] i32, how many of them are valid.
+        candidates: pages [batch_size, num_kv_heads, width] i32, ascending logical pages, and counts
+            [batch_size, num_kv_heads] i32, how many of them are valid.
         top_p: in (0, 1], 1 keeps all; a float, or f32 [num_qo_heads], [batch_size, 1] or
             [batch_size, num_qo_heads], whose values are not checked: NaN and more than 1 count as
             1, less than 0 as 0, which keeps the heaviest token.
@@ -67,41 +81,32 @@ def prune_top_p(
             are always kept.
 
     Returns:
-        kept_tokens [batch_size, num_kv_heads, width * page_size] i32, ascending logical positions;
-        kept_counts [batch_size, num_kv_heads] i32, how many of them are valid;
-        kept_mass [batch_size, num_qo_heads] f32, the mass of each query head's own set. Weights
-        equal to one part in 10^4 are kept or dropped together. A query head whose logits have no
-        softmax (a NaN or +inf among them, or nothing above -inf) keeps every candidate.
+        tokens [batch_size, num_kv_heads, width * page_size] i32, ascending logical positions;
+        counts [batch_size, num_kv_heads] i32, how many of them are valid;
+        mass [batch_size, num_qo_heads] f32, the mass of each query head's own set. Weights equal to
+        one part in 10^4 are kept or dropped together. A query head whose logits have no softmax (a
+        NaN or +inf among them, or nothing above -inf) keeps every candidate.
 
     Raises:
         ValueError: a wrong tensor, or a float top_p outside (0, 1].
     """
-    rows = (cache.batch_size, cache.num_kv_heads)
-    device = cache.seq_lens.device
-    check_tensor("candidate_pages", candidate_pages, (*rows, None), torch.int32, device)
-    check_tensor("candidate_counts", candidate_counts, rows, torch.int32, device)
-    width = candidate_pages.shape[2] * cache.page_size
+    check_lists(("candidate_pages", "candidate_counts"), candidates, cache)
+    device, width = cache.seq_lens.device, candidates[0].shape[2] * cache.page_size
     check_tensor("logits", logits, (cache.batch_size, None, width), LOGIT_DTYPES, device)
     num_qo_heads = logits.shape[1]
-    if num_qo_heads % cache.num_kv_heads != 0:
-        raise ValueError(
-            f"logits: expected a multiple of {cache.num_kv_heads} heads, got {num_qo_heads}"
-        )
+    group_size = group_size_of("logits", num_qo_heads, cache)
     check_count("num_sink_tokens", num_sink_tokens, least=0)
     check_count("num_recent_tokens", num_recent_tokens, least=0)
     top_p = expand_top_p(top_p, cache.batch_size, num_qo_heads, device)
-    kept_tokens = torch.empty(*rows, width, dtype=torch.int32, device=device)
-    kept_counts = torch.empty(rows, dtype=torch.int32, device=device)
-    kept_mass = torch.empty(cache.batch_size, num_qo_heads, dtype=torch.float32, device=device)
-    launch_prune_top_p(
-        logits, cache, candidate_pages, candidate_counts, top_p,
-        num_sink_tokens, num_recent_tokens, kept_tokens, kept_counts, kept_mass,
-        WorkList.allocate(
-            cache.batch_size * cache.num_kv_heads, width, AttentionConfig().split_tokens, device
-        ),
-        HeadUnion.allocate(cache, width),
+    shape = step_shape(cache, group_size, width)._replace(logits_dtype=dtype_name(logits))
+    kept = Kept.allocate(cache, width, num_qo_heads)
+    work = WorkList.allocate(shape.num_rows, width, split_tokens_of(group_size), device)
+    prune(
+        planned(PRUNER, shape, device), logits, cache, candidates, top_p,
+        Window(num_sink_tokens, num_recent_tokens),
+        Pruned(kept, work, HeadUnion.allocate(cache, width)),
     )  # fmt: skip
-    return kept_tokens, kept_counts, kept_mass
+    return kept
 
 
 def expand_top_p(
@@ -120,35 +125,23 @@ def expand_top_p(
     return torch.full((batch_size, num_qo_heads), float(top_p), device=device)
 
 
-def launch_prune_top_p(
+def prune(
+    planned: Planned,
     logits: torch.Tensor,
     cache: PagedKVCache,
-    candidate_pages: torch.Tensor,
-    candidate_counts: torch.Tensor,
+    candidates: CandidatePages,
     top_p: torch.Tensor,
-    num_sink_tokens: int,
-    num_recent_tokens: int,
-    kept_tokens: torch.Tensor,
-    kept_counts: torch.Tensor,
-    kept_mass: torch.Tensor,
-    work: WorkList,
-    union: HeadUnion,
+    window: Window,
+    pruned: Pruned,
 ) -> None:
-    """One launch into allocated memory. It also writes attention's list of work."""
-    grouped = (cache.batch_size, cache.num_kv_heads, logits.shape[1] // cache.num_kv_heads)
-    width = logits.shape[2]
-    capability = torch.cuda.get_device_capability(logits.device)
-    default = PrunerConfig.for_rows(cache.num_rows, grouped[2], capability, logits.itemsize)
-    config = config_for("pruner", cache, grouped[2], width, default)
-    width_bound = static_width(width)
-    kernel = pruner_kernel(
-        grouped[2], cache.page_size, width_bound, dtype_name(logits), work.split_tokens, config
-    )
-    kernel(
-        logits.view(*grouped, width), cache.seq_lens, candidate_pages, candidate_counts,
-        top_p.view(grouped), num_sink_tokens, num_recent_tokens,
-        kept_tokens, kept_counts, kept_mass.view(grouped),
-        work.items, work.num_items, work.ticket, union.words, union.arrived,
+    """One launch: logits -> kept tokens, and attention's list of work."""
+    (launch,) = planned.launches
+    kept, work, union = pruned
+    grouped = (by_kv_head(each, cache.num_kv_heads) for each in (logits, top_p, kept.mass))
+    logits, top_p, mass = grouped
+    launch(
+        logits, cache.seq_lens, *candidates, top_p, *window, kept.tokens, kept.counts, mass,
+        work.items, work.num_items, work.ticket, *union,
     )  # fmt: skip
 
 
@@ -257,3 +250,22 @@ def pruner_kernel(
                 )  # fmt: skip
 
     return prune_top_p
+
+
+def _launches(shape: StepShape, config: PrunerConfig) -> tuple[Launch, ...]:
+    sizes = (shape.group_size, shape.page_size, static_width(shape.width))
+    split_tokens = split_tokens_of(shape.group_size)
+    arguments = (*sizes, shape.logits_dtype, split_tokens, config)
+    return (Launch("pruner", pruner_kernel, arguments),)
+
+
+PRUNER = KernelSpec(
+    name="pruner",
+    stage="pruner",
+    config=PrunerConfig,
+    default=default_config,
+    width=lambda shape: shape.width,
+    launches=_launches,
+    sources=("pruner.py", "top_p.py", "split_kv.py", "threshold.py"),
+    static_width=True,
+)

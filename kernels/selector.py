@@ -5,10 +5,14 @@ import tilelang.language as T
 import torch
 
 from .cache import PagedKVCache
-from .config import THREAD_LEVEL
-from .page_scores import launch_page_scores
-from .top_pages import launch_top_pages
-from .validate import check_count, check_query
+from .checks import check_count, check_tensor
+from .compiling import THREAD_LEVEL
+from .launch import Launch
+from .lists import CandidatePages, Window
+from .page_scores import PAGE_SCORE, score_pages
+from .query import by_kv_head, check_query, step_shape
+from .top_pages import TOP_PAGES, take_top_pages
+from .tuned import planned
 
 
 def select_pages(
@@ -18,7 +22,7 @@ def select_pages(
     *,
     num_sink_tokens: int = 0,
     num_recent_tokens: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> CandidatePages:
     """The pages with the largest bound on a logit of the group's query heads (Quest, section 3.2).
 
     Args:
@@ -29,44 +33,39 @@ def select_pages(
             are always in, and so is the newest page.
 
     Returns:
-        candidate_pages [batch_size, num_kv_heads, width] i32, ascending logical pages, with
-        width = min(budget in pages, max_pages); candidate_counts [batch_size, num_kv_heads] i32.
-        Of equal bounds the earlier page is taken.
+        pages [batch_size, num_kv_heads, width] i32, ascending logical pages, with width =
+        min(budget in pages, max_pages); counts [batch_size, num_kv_heads] i32. Of equal bounds the
+        earlier page is taken.
 
     Raises:
         ValueError: a wrong tensor; a budget that is no multiple of page_size, or too small for what
             is always in.
     """
-    check_query(q, cache)
-    width = page_budget(cache, token_budget, num_sink_tokens, num_recent_tokens)
-    rows = (cache.batch_size, cache.num_kv_heads)
-    scores = torch.empty(*rows, cache.max_pages, dtype=torch.float32, device=q.device)
-    candidate_pages = torch.empty(*rows, width, dtype=torch.int32, device=q.device)
-    candidate_counts = torch.empty(rows, dtype=torch.int32, device=q.device)
-    launch_select_pages(
-        q, cache, scores, candidate_pages, candidate_counts, num_sink_tokens, num_recent_tokens
-    )
-    return candidate_pages, candidate_counts
+    group_size = check_query(q, cache)
+    window = Window(num_sink_tokens, num_recent_tokens)
+    candidates = CandidatePages.allocate(cache, page_budget(cache, token_budget, window))
+    scores = torch.empty(cache.batch_size, cache.num_kv_heads, cache.max_pages, device=q.device)
+    shape = step_shape(cache, group_size, token_budget)
+    grouped = by_kv_head(q, cache.num_kv_heads)
+    score_pages(planned(PAGE_SCORE, shape, q.device), grouped, cache, scores)
+    take_top_pages(planned(TOP_PAGES, shape, q.device), cache, scores, window, candidates)
+    return candidates
 
 
-def page_budget(
-    cache: PagedKVCache, token_budget: int, num_sink_tokens: int, num_recent_tokens: int
-) -> int:
+def page_budget(cache: PagedKVCache, token_budget: int, window: Window) -> int:
     """Pages per KV head that a token budget allows, at most max_pages.
 
     Raises ValueError where the budget cannot be met.
     """
     check_count("token_budget", token_budget, least=1)
-    check_count("num_sink_tokens", num_sink_tokens, least=0)
-    check_count("num_recent_tokens", num_recent_tokens, least=0)
+    check_count("num_sink_tokens", window.num_sink_tokens, least=0)
+    check_count("num_recent_tokens", window.num_recent_tokens, least=0)
     if token_budget % cache.page_size != 0:
         raise ValueError(
             f"token_budget: expected a multiple of page_size {cache.page_size}, got {token_budget}"
         )
     width = min(token_budget // cache.page_size, cache.max_pages)
-    always_in = (
-        -(-num_sink_tokens // cache.page_size) + -(-num_recent_tokens // cache.page_size) + 1
-    )
+    always_in = sum(-(-tokens // cache.page_size) for tokens in window) + 1
     if always_in > width and width < cache.max_pages:
         raise ValueError(
             f"token_budget: expected at least {always_in * cache.page_size} for sinks, recent "
@@ -75,42 +74,29 @@ def page_budget(
     return width
 
 
-def launch_select_pages(
-    q: torch.Tensor,
-    cache: PagedKVCache,
-    scores: torch.Tensor,
-    candidate_pages: torch.Tensor,
-    candidate_counts: torch.Tensor,
-    num_sink_tokens: int,
-    num_recent_tokens: int,
-) -> None:
-    """Two launches into allocated memory: page scores, top pages."""
-    launch_page_scores(q, cache, scores)
-    launch_top_pages(
-        cache, q.shape[1] // cache.num_kv_heads, scores, candidate_pages, candidate_counts,
-        num_sink_tokens, num_recent_tokens,
-    )  # fmt: skip
-
-
-def select_all(cache: PagedKVCache) -> tuple[torch.Tensor, torch.Tensor]:
+def select_all(cache: PagedKVCache) -> CandidatePages:
     """Every page of every request, as a selector.
 
     Returns:
-        candidate_pages [batch_size, num_kv_heads, max_pages] i32 and
-        candidate_counts [batch_size, num_kv_heads] i32.
+        pages [batch_size, num_kv_heads, max_pages] i32 and counts [batch_size, num_kv_heads] i32.
+
+    Raises:
+        ValueError: the cache does not lie on a GPU.
     """
-    rows = (cache.batch_size, cache.num_kv_heads)
-    device = cache.seq_lens.device
-    candidate_pages = torch.empty(*rows, cache.max_pages, dtype=torch.int32, device=device)
-    candidate_counts = torch.empty(rows, dtype=torch.int32, device=device)
-    launch_select_all(cache, candidate_pages, candidate_counts)
-    return candidate_pages, candidate_counts
+    check_tensor("seq_lens", cache.seq_lens, (None,), torch.int32)
+    candidates = CandidatePages.allocate(cache, cache.max_pages)
+    list_all_pages(all_pages(cache.page_size), cache, candidates)
+    return candidates
 
 
-def launch_select_all(
-    cache: PagedKVCache, candidate_pages: torch.Tensor, candidate_counts: torch.Tensor
-) -> None:
-    all_pages_kernel(cache.page_size)(cache.seq_lens, candidate_pages, candidate_counts)
+def list_all_pages(launch: Launch, cache: PagedKVCache, candidates: CandidatePages) -> None:
+    """One launch: every page -> candidates."""
+    launch(cache.seq_lens, *candidates)
+
+
+def all_pages(page_size: int) -> Launch:
+    """The kernel that lists every page; it has no config."""
+    return Launch("all_pages", all_pages_kernel, (page_size,))
 
 
 @tilelang.jit(pass_configs=THREAD_LEVEL)

@@ -4,12 +4,24 @@ A row is one KV head of one request. An item is at most `split_tokens` of its to
 `source` says what indices and counts hold: "tokens", "pages", or "all" (only counts matter).
 """
 
+from dataclasses import dataclass
+
 import tilelang
 import tilelang.language as T
 
-from .config import TILE_LEVEL, AttentionConfig, start_early
+from .compiling import TILE_LEVEL, start_early
 
 LOG2E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    form: str = "tiles"  # "tiles" (tensor cores, any group) or "lanes" (CUDA cores, group of 1)
+    split_tokens: int = 128  # tokens of one work item; part of the result's definition
+    num_threads: int = 128
+    blocks_per_sm: int = 3  # of the grid; blocks stride over the items
+    lane_tokens: int = 8  # that the lanes of one team load together
+    pdl: bool = False
 
 
 def listed_token(source, page_size, indices, batch, kv_head, index):

@@ -1,11 +1,16 @@
 """The pages with the largest scores, by threshold search: no sort."""
 
+from dataclasses import dataclass
+
 import tilelang
 import tilelang.language as T
 import torch
 
 from .cache import PagedKVCache
-from .config import THREAD_LEVEL, TopPagesConfig, next_power_of_two, start_early
+from .compiling import THREAD_LEVEL, start_early
+from .gpu import Gpu
+from .launch import KernelSpec, Launch, StepShape, next_power_of_two
+from .lists import CandidatePages, Window
 from .threshold import (
     HALF_WORD,
     add_to_bin,
@@ -15,28 +20,33 @@ from .threshold import (
     compact,
     cross_bins,
 )
-from .tuned import config_for
+from .tuned import Planned
 
 LOWEST_KEY, HIGHEST_KEY = -(2**31), 2**31 - 1
 
 
-def launch_top_pages(
+@dataclass(frozen=True)
+class TopPagesConfig:
+    num_threads: int = 256
+    pages_per_thread: int = 8  # scores that a thread keeps in registers
+    pdl: bool = False
+
+
+def default_config(shape: StepShape, gpu: Gpu) -> TopPagesConfig:
+    """More threads for longer rows: a row is one block's work."""
+    return TopPagesConfig() if shape.max_pages <= 2048 else TopPagesConfig(num_threads=1024)
+
+
+def take_top_pages(
+    planned: Planned,
     cache: PagedKVCache,
-    group_size: int,
     scores: torch.Tensor,
-    candidate_pages: torch.Tensor,
-    candidate_counts: torch.Tensor,
-    num_sink_tokens: int,
-    num_recent_tokens: int,
+    window: Window,
+    candidates: CandidatePages,
 ) -> None:
-    """One launch into allocated memory."""
-    default = TopPagesConfig.for_width(cache.max_pages)
-    config = config_for("top_pages", cache, group_size, cache.max_pages, default)
-    top = top_pages_kernel(cache.page_size, next_power_of_two(cache.max_pages), config)
-    top(
-        scores, cache.seq_lens, num_sink_tokens, num_recent_tokens,
-        candidate_pages, candidate_counts,
-    )  # fmt: skip
+    """One launch: scores -> candidates."""
+    (launch,) = planned.launches
+    launch(scores, cache.seq_lens, *window, *candidates)
 
 
 @tilelang.jit(pass_configs=THREAD_LEVEL)
@@ -187,3 +197,20 @@ def top_pages_kernel(page_size: int, max_pages_bound: int, config: TopPagesConfi
                 candidate_counts[batch, kv_head] = count[0]
 
     return top_pages
+
+
+def _launches(shape: StepShape, config: TopPagesConfig) -> tuple[Launch, ...]:
+    arguments = (shape.page_size, next_power_of_two(shape.max_pages), config)
+    return (Launch("top_pages", top_pages_kernel, arguments),)
+
+
+TOP_PAGES = KernelSpec(
+    name="top_pages",
+    stage="selector",
+    config=TopPagesConfig,
+    default=default_config,
+    width=lambda shape: shape.max_pages,
+    launches=_launches,
+    sources=("top_pages.py", "threshold.py"),
+    static_width=True,
+)

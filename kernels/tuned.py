@@ -2,83 +2,30 @@
 
 A launch belongs to a bucket: its static sizes, and how much work it is. It takes the entry of its
 own bucket; else of the nearest one with the same static sizes, rows and width both within a factor
-of 2; else the default of config.py. Entries hold only what cannot change a result, so that a
-request's bits never depend on which entry its batch happens to take. Nothing is compiled or
-measured to choose, and a file is read once.
+of 2; else the kernel's default. Entries hold only what cannot change a result, so that a request's
+bits never depend on which entry its batch happens to take. Nothing is compiled or measured to
+choose, and a file is read once.
 """
 
 import functools
-import hashlib
 import json
 import math
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from .cache import PagedKVCache
-from .config import (
-    AttentionConfig,
-    EstimatePruneConfig,
-    EstimatorConfig,
-    PageScoreConfig,
-    PrunerConfig,
-    TopPagesConfig,
-    launches_early,
-)
-from .validate import dtype_name
+from .compiling import starts_early
+from .gpu import Gpu, gpu_of, gpu_slug
+from .launch import ROOM, KernelSpec, Launch, StepShape
 
-PACKAGE = Path(__file__).resolve().parent
-CONFIGS = PACKAGE.parent / "autotune" / "configs"
+CONFIGS = ROOM.parent / "autotune" / "configs"
 VARIABLE = "TWILIGHT_CONFIGS"  # a file to read instead
-
-
-@dataclass(frozen=True)
-class TunedKernel:
-    """What an entry of one kernel may say, and how long it holds."""
-
-    config: type
-    sources: tuple[str, ...]  # an entry measured with other contents of these files is stale
-    result_fields: tuple[str, ...] = ()  # part of the result's definition: never in an entry
-    static_width: bool = False  # compiled for its width, rounded up to a power of two
-
-    @property
-    def tunable_fields(self) -> set[str]:
-        """`pdl` follows from the number of rows, and is set after the look-up."""
-        return {field.name for field in fields(self.config)} - {*self.result_fields, "pdl"}
-
-    @functools.cached_property
-    def source(self) -> str:
-        """Hash of the source files."""
-        text = b"\0".join((PACKAGE / name).read_bytes() for name in self.sources)
-        return hashlib.sha256(text).hexdigest()[:12]
-
-
-KERNELS = {
-    "page_score": TunedKernel(PageScoreConfig, ("page_scores.py",)),
-    "top_pages": TunedKernel(TopPagesConfig, ("top_pages.py", "threshold.py"), static_width=True),
-    "estimator": TunedKernel(EstimatorConfig, ("estimator.py",)),
-    "pruner": TunedKernel(
-        PrunerConfig, ("pruner.py", "top_p.py", "split_kv.py", "threshold.py"), static_width=True
-    ),
-    "estimate_prune": TunedKernel(
-        EstimatePruneConfig,
-        ("estimate_prune.py", "estimator.py", "top_p.py", "split_kv.py", "threshold.py"),
-        static_width=True,
-    ),
-    # All but the grid decides the order of sums.
-    "attention": TunedKernel(
-        AttentionConfig,
-        ("attention.py", "attend_lanes.py", "attend_tiles.py", "split_kv.py"),
-        ("form", "split_tokens", "num_threads", "lane_tokens"),
-    ),
-}
 
 
 @dataclass(frozen=True, order=True)
@@ -91,6 +38,11 @@ class Bucket:
     dtype: str
     rows: int  # batch_size * num_kv_heads
     width: int  # of a row: pages for page_score and top_pages, tokens for the others
+
+    @classmethod
+    def of(cls, spec: KernelSpec, shape: StepShape) -> "Bucket":
+        """Where a kernel's launch of this shape belongs."""
+        return cls(*shape[:4], shape.num_rows, spec.width(shape))
 
     def __str__(self) -> str:
         return " ".join(f"{name}={value}" for name, value in asdict(self).items())
@@ -134,7 +86,7 @@ class Entry:
     default_us: float
     noise_us: float  # gains up to this are none
     rejected: dict[str, str]  # configs that could not win, with the reason
-    source: str  # TunedKernel.source when it was measured
+    source: str  # KernelSpec.source when it was measured
     space: str  # hash of the candidates
     date: str
     torch: str
@@ -148,15 +100,25 @@ class Configs:
     gpu: str
     arch: str  # what its kernels are compiled for
     entries: Mapping[str, Mapping[Bucket, Entry]]
+    path: Path | None = None  # that they were read from
 
-    def fresh(self, kernel: str) -> dict[Bucket, Entry]:
-        """The entries of a kernel that were measured with its present sources."""
-        own = self.entries.get(kernel, {})
-        return {at: entry for at, entry in own.items() if entry.source == KERNELS[kernel].source}
+    def fresh(self, spec: KernelSpec) -> dict[Bucket, Entry]:
+        """The entries of a kernel that were measured with its present sources.
 
-    def stale(self, kernel: str) -> bool:
-        """Whether any entry of a kernel is out of date."""
-        return len(self.fresh(kernel)) < len(self.entries.get(kernel, {}))
+        Raises:
+            ValueError: one of them holds what this kernel does not have.
+        """
+        own = self.entries.get(spec.name, {})
+        fresh = {at: entry for at, entry in own.items() if entry.source == spec.source}
+        for bucket, entry in fresh.items():
+            _check_config(f"{self.path}: {spec.name}, {bucket}", spec, entry.config)
+        if len(fresh) < len(own):
+            warnings.warn(
+                f"{self.path}: entries of {spec.name} were measured with other sources and are "
+                "ignored; `make tune` measures them again",
+                stacklevel=2,
+            )
+        return fresh
 
 
 @dataclass(frozen=True)
@@ -168,64 +130,76 @@ class Choice:
     bucket: Bucket | None = None
 
 
-def config_for(kernel: str, cache: PagedKVCache, group_size: int, width: int, default: Any) -> Any:
-    """The config of one launch: pinned, tuned or default, and whether it starts early.
+class Planned(NamedTuple):
+    """A kernel's config as launched, why, and what launches."""
 
-    Args:
-        kernel: a name of KERNELS.
-        width: pages of a row for page_score and top_pages, tokens for the others.
-        default: what to take where nothing is tuned; also gives the fields that are never tuned.
+    config: Any
+    reason: str
+    launches: tuple[Launch, ...]
+
+
+class Planner(NamedTuple):
+    """Where the kernels of a step get their configs.
+
+    Attributes:
+        gpu: what they are planned for.
+        configs: what is tuned for it.
+        pinned: launch these, by kernel, and the defaults of the others, whatever is tuned.
     """
-    bucket = Bucket(
-        group_size, cache.head_dim, cache.page_size, dtype_name(cache.k_cache),
-        cache.num_rows, width,
-    )  # fmt: skip
-    config = choice_for(kernel, bucket, default, cache.k_cache.device).config
-    return replace(config, pdl=launches_early(cache))
+
+    gpu: Gpu
+    configs: Configs | None = None
+    pinned: Mapping[str, Any] | None = None
+
+    @classmethod
+    def on(cls, device: torch.device) -> "Planner":
+        """The one of a device, with what is tuned for its GPU."""
+        return cls(gpu_of(device), configs_of(device))
+
+    def plan(self, spec: KernelSpec, shape: StepShape) -> Planned:
+        """A kernel as launched: whether it starts early follows from its rows."""
+        choice = self.choose(spec, shape)
+        early = starts_early(shape.launch_rows, self.gpu.capability)
+        config = replace(choice.config, pdl=early)
+        return Planned(config, choice.reason, spec.launches(shape, config))
+
+    def choose(self, spec: KernelSpec, shape: StepShape) -> Choice:
+        """The config of a kernel, by the rule at the top of this file."""
+        default, bucket = spec.default(shape, self.gpu), Bucket.of(spec, shape)
+        if self.pinned is not None:
+            reason = "pinned" if spec.name in self.pinned else "default: others are pinned"
+            return Choice(self.pinned.get(spec.name, default), reason)
+        if self.configs is None:
+            return Choice(default, "default: nothing is tuned on this GPU")
+        entries = self.configs.fresh(spec)
+        by_distance = {at: bucket.distance(at, spec.static_width) for at in sorted(entries)}
+        nearest = min(by_distance, key=by_distance.__getitem__, default=None)
+        if nearest is None or by_distance[nearest] == math.inf:
+            reason = "default: no bucket is near"
+            if len(entries) < len(self.configs.entries.get(spec.name, {})):
+                reason += ", and entries measured with other sources do not count"
+            return Choice(default, reason)
+        where = f"nearest: rows={nearest.rows} width={nearest.width}"
+        config = replace(default, **entries[nearest].config)
+        return Choice(config, "exact" if nearest == bucket else where, nearest)
 
 
-def choice_for(kernel: str, bucket: Bucket, default: Any, device: torch.device) -> Choice:
-    """The same of a bucket on a GPU, with the reason."""
-    if _pinned is not None:
-        reason = "pinned" if kernel in _pinned else "default: others are pinned"
-        return Choice(_pinned.get(kernel, default), reason)
-    return _choice(kernel, bucket, default, device)
+@functools.cache
+def planned(spec: KernelSpec, shape: StepShape, device: torch.device) -> Planned:
+    """A kernel as launched on a device: with its tuned config, else its default."""
+    return Planner.on(device).plan(spec, shape)
 
 
-def choose(kernel: str, bucket: Bucket, default: Any, configs: Configs | None) -> Choice:
-    """The config of a bucket, by the rule at the top of this file."""
-    if configs is None:
-        return Choice(default, "default: nothing is tuned on this GPU")
-    own, entries = KERNELS[kernel], configs.fresh(kernel)
-    by_distance = {at: bucket.distance(at, own.static_width) for at in sorted(entries)}
-    nearest = min(by_distance, key=by_distance.__getitem__, default=None)
-    if nearest is None or by_distance[nearest] == math.inf:
-        reason = "default: no bucket is near"
-        if configs.stale(kernel):
-            reason += ", and entries measured with other sources do not count"
-        return Choice(default, reason)
-    reason = "exact" if nearest == bucket else f"nearest: rows={nearest.rows} width={nearest.width}"
-    return Choice(replace(default, **entries[nearest].config), reason, nearest)
-
-
-@contextmanager
-def pinned(configs: Mapping[str, Any]) -> Iterator[None]:
-    """Launch these configs, by kernel, and the defaults of the others, whatever is tuned."""
-    global _pinned
-    before, _pinned = _pinned, configs
-    try:
-        yield
-    finally:
-        _pinned = before
-
-
-_pinned: Mapping[str, Any] | None = None
+@functools.cache
+def configs_of(device: torch.device) -> Configs | None:
+    """What is tuned for the GPU of a device."""
+    return load_configs(gpu_slug(torch.cuda.get_device_name(device)))
 
 
 def forget() -> None:
-    """Read files again at the next lookup."""
-    _choice.cache_clear()
-    _configs_of.cache_clear()
+    """Read files again at the next look-up."""
+    planned.cache_clear()
+    configs_of.cache_clear()
 
 
 def load_configs(gpu: str) -> Configs | None:
@@ -241,13 +215,6 @@ def load_configs(gpu: str) -> Configs | None:
     configs = read_configs(path)
     if configs.gpu != gpu:
         raise ValueError(f"{path}: expected configs of gpu {gpu}, got {configs.gpu}")
-    stale = [kernel for kernel in configs.entries if configs.stale(kernel)]
-    if stale:
-        warnings.warn(
-            f"{path}: entries of {', '.join(stale)} were measured with other sources and are "
-            "ignored; `make tune` measures them again",
-            stacklevel=2,
-        )
     return configs
 
 
@@ -256,56 +223,33 @@ def read_configs(path: Path) -> Configs:
     try:
         data = json.loads(path.read_text())
         _expect_keys("the file", data, ("arch", "gpu", "kernels"))
-        unknown = sorted(set(data["kernels"]) - set(KERNELS))
-        if unknown:
-            raise ValueError(f"unknown kernel {unknown[0]}, expected one of {', '.join(KERNELS)}")
         entries = {
-            kernel: {Bucket.parse(key): _entry(kernel, key, raw) for key, raw in own.items()}
+            kernel: {Bucket.parse(key): _entry(f"{kernel}, {key}", raw) for key, raw in own.items()}
             for kernel, own in data["kernels"].items()
         }
-        return Configs(data["gpu"], data["arch"], entries)
+        return Configs(data["gpu"], data["arch"], entries, path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def gpu_slug(name: str) -> str:
-    """Short lower-case name of a GPU: "NVIDIA H100 80GB HBM3" is "h100"."""
-    words = [word for word in re.split(r"[\s\-]+", name.lower()) if word]
-    words = [word for word in words if word not in ("nvidia", "geforce", "tesla", "quadro")]
-    if not words:
-        raise ValueError(f"name: expected the name of a GPU, got {name!r}")
-    short = words[0] + words[1] if words[0] in ("rtx", "gtx") and len(words) > 1 else words[0]
-    return re.sub(r"[^a-z0-9]", "", short)
-
-
-@functools.cache
-def _choice(kernel: str, bucket: Bucket, default: Any, device: torch.device) -> Choice:
-    return choose(kernel, bucket, default, _configs_of(device))
-
-
-@functools.cache
-def _configs_of(device: torch.device) -> Configs | None:
-    return load_configs(gpu_slug(torch.cuda.get_device_name(device)))
-
-
-def _entry(kernel: str, key: str, raw: Any) -> Entry:
-    where = f"{kernel}, {key}"
+def _entry(where: str, raw: Any) -> Entry:
     _expect_keys(where, raw, tuple(field.name for field in fields(Entry)))
     for field in fields(Entry):
         expected = {"config": dict, "workloads": list, "rejected": dict}.get(field.name, field.type)
         value = raw[field.name]
         if type(value) is not expected and not (expected is float and type(value) is int):
             raise ValueError(f"{where}: {field.name}: expected {expected.__name__}, got {value!r}")
-    own, default = KERNELS[kernel], KERNELS[kernel].config()
-    entry = Entry(**raw)
-    if entry.source == own.source:  # a stale one may name fields of its own time
-        for name, value in entry.config.items():
-            if name not in own.tunable_fields:
-                raise ValueError(f"{where}: unknown field {name} of {own.config.__name__}")
-            kind = type(getattr(default, name))
-            if type(value) is not kind:
-                raise ValueError(f"{where}: {name}: expected {kind.__name__}, got {value!r}")
-    return entry
+    return Entry(**raw)
+
+
+def _check_config(where: str, spec: KernelSpec, config: dict[str, Any]) -> None:
+    default = spec.config()
+    for name, value in config.items():
+        if name not in spec.tunable_fields:
+            raise ValueError(f"{where}: unknown field {name} of {spec.config.__name__}")
+        kind = type(getattr(default, name))
+        if type(value) is not kind:
+            raise ValueError(f"{where}: {name}: expected {kind.__name__}, got {value!r}")
 
 
 def _expect_keys(where: str, data: Any, keys: tuple[str, ...]) -> None:

@@ -1,135 +1,95 @@
-"""What p buys, how budgets differ between heads and requests, and what the cache costs."""
+"""What p buys, what the bits of the estimate cost, and how many tokens each head keeps."""
+
+from itertools import product
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+from matplotlib.ticker import NullFormatter
 
-from .frames import Frames, require, rows_of
-from .parts import bar_look, heads, line, panels, title
-from .style import count, legend_below, microseconds, three_digits
+from .frames import Frames, require
+from .parts import METHODS, heads, line, panels, title
+from .style import count, legend_below, ticks_at
 
-BITS = ("2", "3", "4", "8", "exact")
 METRICS = {
     "kept_mean": "tokens kept\nper KV head",
-    "lost": "true mass\nnot read",
-    "error": "output error\n|out - dense| / |dense|",
-    "median_us": "time of the step,\n4-bit kernels",
+    "error": "output error",
+    "ratio": "Full: error / error\nwith exact keys",
 }
-PARTS = {
-    "k_cache": "K",
-    "v_cache": "V",
-    "k_int4": "4-bit mirror of K: codes",
-    "k_scale_zero": "4-bit mirror of K: scale, zero",
-    "page_bounds": "page bounds: codes",
-    "bounds_scale_zero": "page bounds: scale, zero",
-}
+TOP_P_LINES = tuple(  # method, bits, look, words
+    (method, "4", method, METHODS[method]) for method in ("full+twilight", "quest+twilight")
+)
+BITS_LINES = tuple(
+    ("full+twilight", bits, f"{bits} bits", f"{bits} bits") for bits in ("2", "3", "8", "4")
+)
 
 
 def accuracy_top_p(frames: Frames) -> Figure:
-    """What p buys, by the bits of the estimate's keys: tokens kept, true mass that attention does
-    not read, output error, and the time of the 4-bit step."""
-    accuracy = frames["accuracy"].assign(lost=lambda rows: 1 - rows["captured_mean"])
-    workloads = list(dict.fromkeys(accuracy["workload"]))
-    num_rows = len(METRICS)
-    figure, every = panels(num_rows, len(workloads), (11, 2.7 * num_rows), sharey="row")
-    for place, axes in enumerate(every):
-        metric = list(METRICS)[place // len(workloads)]
-        workload = workloads[place % len(workloads)]
-        own = accuracy[accuracy["workload"] == workload]
-        if metric == "median_us":
-            _times_by_p(axes, frames, workload)
-        else:
-            full = own[own["method"] == "full+twilight"]
-            for bits in BITS:
-                text = "exact keys" if bits == "exact" else f"{bits} bits"
-                line(axes, full[full["bits"] == bits], "top_p", f"{bits} bits", text, metric)
-            quest = own[(own["method"] == "quest+twilight") & (own["bits"] == "4")]
-            text = "4 bits, Quest's candidates only"
-            line(axes, quest, "top_p", "quest candidates", text, metric)
-        axes.set_yscale("log")
-        _plain_log(axes, microseconds if metric == "median_us" else _number)
-        axes.xaxis.set_major_locator(FixedLocator(sorted(own["top_p"].unique())))
-        axes.tick_params(axis="x", labelrotation=45)
-        if place < len(workloads):
-            first = own.iloc[0]
+    """What p buys with the kernels' 4-bit estimate, over every page (Full) or over Quest's
+    candidates: tokens kept and output error, |out - dense| / |dense|. Below, what the bits of the
+    estimate cost: the error of Full + Twilight over that with exact keys; other bits than 4 are
+    computed in PyTorch. Left inputs that the benchmark makes up, right a recording of a small
+    model."""
+    rows = frames["accuracy"]
+    keys = ["workload", "method", "top_p"]
+    exact = rows[rows["bits"] == "exact"].set_index(keys)["error"].rename("exact")
+    rows = rows.join(exact, on=keys)
+    rows = rows.assign(ratio=rows["error"] / rows["exact"])
+    workloads = list(dict.fromkeys(rows["workload"]))
+    size = (9, 1.4 + 2.5 * len(METRICS))
+    figure, every = panels(len(METRICS), len(workloads), size, sharex=True, sharey="row")
+    for axes, (metric, workload) in zip(every, product(METRICS, workloads), strict=True):
+        own = rows[rows["workload"] == workload]
+        for method, bits, look, text in BITS_LINES if metric == "ratio" else TOP_P_LINES:
+            chosen = own[(own["method"] == method) & (own["bits"] == bits)]
+            what = f"workload {workload}, method {method}, bits {bits}"
+            line(axes, require(chosen, "accuracy", what), "top_p", look, text, metric)
+        if metric != "ratio":
+            _plain_log(axes)
+        first = own.iloc[0]
+        if metric == next(iter(METRICS)):
             sizes = f"{first['batch_size']} x {count(first['seq_len'])} tokens, {heads(first)}"
             axes.set_title(f"{workload}\n{sizes}", loc="left", fontsize=10)
-        if place % len(workloads) == 0:
-            axes.set_ylabel(METRICS[metric])
-        if place // len(workloads) == num_rows - 1:
-            axes.set_xlabel("p")
-    title(figure, "What p buys", accuracy, ["page_size"], "full selector, unless said")
-    legend_below(figure, every, 4)
+        ticks_at(axes.xaxis, sorted(own["top_p"].unique()), count)
+        axes.tick_params(axis="x", labelrotation=90)
+        axes.set(xlabel="p", ylabel=METRICS[metric])
+        axes.label_outer()
+    title(figure, "What p buys, and what the bits of the estimate cost", rows, ["page_size"])
+    legend_below(figure, every, 3)
     return figure
 
 
 def kept_heads(frames: Frames) -> Figure:
-    """How the tokens kept differ between KV heads and between requests: heads by their median, with
-    p20 to p80 as a band and all requests as whiskers."""
+    """Tokens that each KV head keeps: why no fixed budget fits all. A line spans the requests; the
+    inputs that the benchmark makes up have budgets skewed like a real layer's, the same for every
+    request."""
     rows = frames["kept"]
-    shown = [name for name in rows["workload"].unique() if not name.startswith("solo-")]
-    figure, every = panels(1, len(shown), (11, 4.4))
+    kinds = rows.sort_values("batch_size", ascending=False, kind="stable")
+    shown = kinds.drop_duplicates(["num_qo_heads", "num_kv_heads"])["workload"]
+    figure, every = panels(1, len(shown), (9, 4.0))
     for axes, workload in zip(every, shown, strict=True):
         own = rows[rows["workload"] == workload].sort_values("kept_median", ascending=False)
         x = range(1, len(own) + 1)
-        axes.vlines(x, own["kept_min"], own["kept_max"], color="#777777", lw=1.0, label="all")
-        axes.vlines(x, own["kept_p20"], own["kept_p80"], color="#f2c14e", lw=6, label="p20 to p80")
-        axes.plot(x, own["kept_median"], "o", color="#c1121f", ms=4, label="median")
-        mean = own["kept_mean"].mean()
-        axes.axhline(mean, color="#111111", ls="--", lw=1.2, label="mean of all")
-        axes.set_yscale("log")
-        _plain_log(axes, _number)
+        look = {"color": "#c1121f", "marker": "o", "ms": 4, "lw": 1.2}
+        axes.vlines(x, own["kept_min"], own["kept_max"], color="#777777", label="every request")
+        axes.axhline(own["kept_mean"].mean(), color="#111111", ls="--", lw=1.2, label="mean")
+        axes.plot(x, own["kept_median"], label="median over requests", **look)
+        _plain_log(axes)
         first = own.iloc[0]
         axes.set_title(
-            f"{workload}, p = {first['top_p']:g}\n"
-            f"{count(first['token_budget'])} of {count(first['seq_len'])} candidates",
+            f"{workload}, {heads(first)}\n"
+            f"{count(first['token_budget'])} of {count(first['seq_len'])} tokens are candidates",
             loc="left",
             fontsize=10,
         )
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_xlabel("KV heads, by their median")
+        axes.set_xlabel("KV heads, most tokens first")
     every[0].set_ylabel("tokens kept")
-    title(figure, "Tokens kept by each KV head, over requests", rows, ["page_size"])
-    legend_below(figure, every[:1], 4)
+    title(figure, "Tokens kept by each KV head", rows, ["page_size", "top_p"])
+    legend_below(figure, every[:1], 3)
     return figure
 
 
-def cache_memory(frames: Frames) -> Figure:
-    """Bytes of each part of the cache per token and KV head, and their share of 16-bit K and V."""
-    memory = frames["memory"]
-    largest = memory.sort_values(["head_dim", "workload"]).iloc[-1]["workload"]
-    rows = rows_of(frames, "memory", workload=largest).set_index("part")
-    figure, (axes,) = panels(1, 1, (9.5, 3.6))
-    present = [part for part in PARTS if part in rows.index]
-    sizes, shares = (rows.loc[present, name] for name in ("bytes_per_token", "share"))
-    bars = axes.barh([PARTS[part] for part in present], sizes, height=0.66, **bar_look("estimator"))
-    texts = [
-        f"{three_digits(size)} B, {100 * share:.3g} %"
-        for size, share in zip(sizes, shares, strict=True)
-    ]
-    axes.bar_label(bars, texts, fontsize=9, padding=4)
-    axes.invert_yaxis()
-    axes.margins(x=0.16)
-    axes.grid(axis="y", visible=False)
-    axes.set_xlabel("bytes per token and KV head (share of 16-bit K and V)")
-    extra = shares.drop(["k_cache", "v_cache"]).sum()
-    said = f"beside K and V {100 * extra:.3g} % more"
-    title(figure, "Memory of the cache", rows, ["head_dim", "page_size"], said)
-    return figure
-
-
-def _times_by_p(axes: Axes, frames: Frames, workload: str) -> None:
-    """Time of the step with the kernels' 4-bit mirror."""
-    times = rows_of(frames, "pipeline", workload=workload)
-    for method, look in (("full+twilight", "4 bits"), ("quest+twilight", "quest candidates")):
-        own = require(times[times["method"] == method], "pipeline", f"{workload}, {method}")
-        line(axes, own, "top_p", look, "")
-
-
-def _plain_log(axes: Axes, formatter: object) -> None:
-    axes.yaxis.set_major_formatter(FuncFormatter(formatter))
+def _plain_log(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _number(value: float, _position: object = None) -> str:
-    return f"{value:g}"

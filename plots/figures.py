@@ -1,4 +1,5 @@
-"""Every figure by its file's name. A figure's docstring is its sentence in index.md."""
+"""Every figure by its file's name, in the order of the page that shows them. A figure's docstring
+is its sentence there."""
 
 from collections.abc import Callable
 
@@ -10,25 +11,19 @@ from .style import styled
 
 Make = Callable[[Frames], Figure]
 
-
-def _named(*functions: Make) -> dict[str, Make]:
-    return {make.__name__: styled(make) for make in functions}
-
-
-FIGURES = _named(
-    latency_figures.attention_budget,
-    latency_figures.pipeline_length,
-    latency_figures.pipeline_speedup,
-    stage_figures.pipeline_share,
-    stage_figures.stage_floor,
-    stage_figures.stage_roofline,
-)
-FULL_FIGURES = _named(  # of the tables and sweeps that `make bench FULL=1` adds
-    latency_figures.pipeline_budget,
-    latency_figures.pipeline_paper,
-    stage_figures.stage_timeline,
-    accuracy_figures.accuracy_top_p,
-    accuracy_figures.kept_heads,
-    accuracy_figures.cache_memory,
-)
-TUNED_FIGURES = _named(stage_figures.tuned_gain)
+FIGURES: dict[str, Make] = {
+    make.__name__: styled(make)
+    for make in (
+        latency_figures.pipeline_error,
+        latency_figures.pipeline_length,
+        latency_figures.pipeline_budget,
+        accuracy_figures.accuracy_top_p,
+        stage_figures.pipeline_share,
+        stage_figures.stage_floor,
+        latency_figures.attention_budget,
+        accuracy_figures.kept_heads,
+        latency_figures.pipeline_paper,
+    )
+}
+# Of the tables and sweeps that `make bench FULL=1` adds: drawn as far as there are any.
+FULL = {"pipeline_error", "pipeline_budget", "accuracy_top_p", "kept_heads", "pipeline_paper"}

@@ -1,23 +1,37 @@
-"""Rows for the figures: `frames[name]` holds those of one result file, `frames["tuned"]` the
-tuner's.
+"""Rows for the figures and tables: `frames[name]` holds those of one result file.
 
 What is missing raises `MissingData` with the name of the file; nothing is guessed.
 """
 
-from collections.abc import Mapping
+from pathlib import Path
 
 import pandas as pd
 
-Frames = Mapping[str, pd.DataFrame]
-
+CPU = "cpu-reference"  # results of the reference on a CPU, in small
+CPU_NOTE = "CPU reference in small sizes: proves only that the benchmark runs"
 STEP_STAGES = ("selector", "estimator", "pruner", "estimate_prune", "attention")
 SWEEPS = ("budget-", "length-", "paper-", "top_p-", "trace-")
 SIZES = ["batch_size", "num_qo_heads", "num_kv_heads", "seq_len"]
+SAME = [*SIZES, "token_budget", "top_p", "method", "provider"]  # the same measurement
 OURS = ("tilelang", "torch")
+TEXT = ("commit", "torch", "tilelang", "bits")  # may look like numbers
 
 
 class MissingData(ValueError):
-    """A figure needs rows that no CSV file has."""
+    """A figure or table needs rows that no CSV file has."""
+
+
+class Frames:
+    """The CSV files of one GPU by name; one that is not there is an error with its path."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __getitem__(self, name: str) -> pd.DataFrame:
+        path = self.folder / f"{name}.csv"
+        if not path.is_file():
+            raise MissingData(f"{path}: no such file; `make bench [FULL=1]` writes it")
+        return pd.read_csv(path, dtype=dict.fromkeys(TEXT, str))
 
 
 def require(rows: pd.DataFrame, name: str, what: str) -> pd.DataFrame:
@@ -64,9 +78,38 @@ def own(frames: Frames, stage: str, workloads: pd.Index, column: str = "median_u
     return values.loc[workloads]
 
 
-def fastest(rows: pd.DataFrame) -> pd.DataFrame:
-    """The fastest row of each size."""
-    return rows.sort_values("median_us").drop_duplicates(SIZES)
+def steps(frames: Frames, *prefixes: str) -> pd.DataFrame:
+    """Whole steps of sweeps at the sizes of the first, with the fastest dense decode beside them:
+    its time as dense_us, its name as dense.
+
+    Where a standard workload measured the same, its row stands in for the sweep's: figures and
+    tables show one number.
+    """
+    standard, every = standard_rows(frames, "pipeline"), [sweep(frames, "pipeline", prefixes[0])]
+    sizes = every[0][SIZES].drop_duplicates()
+    every += [sweep(frames, "pipeline", prefix) for prefix in prefixes[1:]]
+    rows = pd.concat([standard, *every]).merge(sizes, on=SIZES)
+    return beside_dense(frames, rows.drop_duplicates(SAME))
+
+
+def beside_dense(frames: Frames, rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with the fastest dense decode of their sizes as dense_us and dense: of a standard
+    workload, else of the rows' own, else of any."""
+    dense = frames["dense"]
+    own_dense = dense[dense["workload"].isin(rows["workload"])]
+    dense = pd.concat([standard_rows(frames, "dense"), own_dense, dense]).drop_duplicates(SAME)
+    best = dense.sort_values("median_us").drop_duplicates(SIZES).set_index(SIZES)
+    rows = rows.join(best[["median_us", "provider"]].set_axis(["dense_us", "dense"], axis=1), SIZES)
+    lacking = rows[rows["dense_us"].isna()]
+    what = "the sizes of workload " + ", ".join(lacking["workload"].unique())
+    require(rows if lacking.empty else rows[:0], "dense", what)
+    return rows
+
+
+def of_method(rows: pd.DataFrame, method: str, by: str) -> pd.DataFrame:
+    """The steps of one method in the order of a column."""
+    chosen = rows[rows["method"] == method].sort_values(by)
+    return require(chosen, "pipeline", f"method {method}, workload {rows['workload'].iloc[0]}")
 
 
 def in_order(rows: pd.DataFrame, *columns: str) -> list[pd.Series]:

@@ -1,213 +1,206 @@
-"""How long attention and the whole step take: against the token budget, and against the length."""
+"""What one decode step and attention alone take: against the error, the budget and the length."""
 
 from itertools import product
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
-from .frames import OURS, SIZES, Frames, fastest, require, rows_of, sweep
-from .parts import BAND, METHODS, PROVIDERS, floor, heads, line, panels, title
-from .style import LOOKS, legend_below, log_axes, three_digits
+from .frames import OURS, Frames, of_method, require, steps, sweep
+from .parts import (
+    BAND,
+    MEDIAN,
+    METHODS,
+    PROVIDERS,
+    budget_rule,
+    heads,
+    line,
+    on_cpu,
+    panels,
+    point_text,
+    speedup,
+    title,
+)
+from .style import LOOKS, count, legend_below, log_axes, microseconds, ticks_at
 
-STEP_FIXED = ["num_qo_heads", "num_kv_heads", "head_dim", "page_size", "top_p"]
+STEP_FIXED = ["num_qo_heads", "num_kv_heads", "head_dim", "page_size"]
+SPEEDUPS = (1, 2, 4, 8, 16, 32)
 
 
-def attention_budget(frames: Frames) -> Figure:
-    """Flash-TopK-Attention alone against the tokens that each KV head reads, as many for every
-    head or skewed as in a real layer, beside FlashInfer with page size 1 over the same lists, dense
-    decode and the byte floor."""
-    rows = sweep(frames, "attention", "budget-")
-    figure, grid = _budget_grid(rows, "tokens read per KV head (mean)")
-    for axes, own in grid:
-        _dense_line(axes, frames, own)
-        equal = own[~own["workload"].str.endswith("-skewed")]
-        floors = equal.drop_duplicates("token_budget").sort_values("token_budget")
-        floor(axes, floors["token_budget"], floors["floor_us"])
-        for provider in sorted(own["provider"].unique(), key=lambda name: name in OURS):
-            for kind, chosen in (("skewed", own.drop(equal.index)), ("equal", equal)):
-                chosen = chosen[chosen["provider"] == provider]
-                if len(chosen):
-                    look = f"{provider}, skewed" if kind == "skewed" else provider
-                    page = " (page size 1)" if provider == "flashinfer" else ""
-                    text = f"{PROVIDERS[provider]}{page}, {kind}"
-                    line(axes, chosen, "token_budget", look, text)
-    fixed = ["seq_len", "head_dim", "page_size"]
-    title(figure, "Attention over kept tokens", rows, fixed, BAND)
-    legend_below(figure, [axes for axes, _ in grid], 3)
+def pipeline_error(frames: Frames) -> Figure:
+    """What speed costs: output error against the time of one decode step, for Quest alone by its
+    token budget and for Twilight by p. Down and to the left is better. Errors are of the inputs
+    that the benchmark makes up, |out - dense| / |dense|."""
+    rows, budgets = steps(frames, "top_p-"), steps(frames, "top_p-", "budget-gqa-skewed")
+    quest = of_method(budgets, "quest", "token_budget")
+    quest = quest[(quest["token_budget"] < quest["seq_len"]) & (quest["error"] < 1)]
+    figure, (axes,) = panels(1, 1, (9, 5.2))
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for method, by, chosen in (
+        ("full+twilight", "p", of_method(rows, "full+twilight", "top_p")),
+        ("quest", "token budget", quest),
+        ("quest+twilight", "p", of_method(rows, "quest+twilight", "top_p")),
+    ):
+        line(axes, chosen, "median_us", method, f"{METHODS[method]}, by {by}", "error")
+        if method != "full+twilight":
+            where, label = ("left", "top_p") if by == "p" else ("above", "token_budget")
+            for x, y, value in chosen[["median_us", "error", label]].itertuples(index=False):
+                point_text(axes, x, y, count(value), method, where)
+    twilight = of_method(rows, "quest+twilight", "top_p")
+    dense_us, dense = twilight[["dense_us", "dense"]].iloc[0]
+    axes.axvline(dense_us, color=LOOKS["baseline"]["color"], ls="--", lw=1.4)
+    axes.annotate(
+        f"dense decode,\n{PROVIDERS[dense]}:\ndrops nothing",
+        (dense_us, 0.97),
+        xycoords=("data", "axes fraction"),
+        xytext=(-5, 0),
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        fontsize=9,
+    )
+    axes.set_ylim(max(0.01, rows["error"].min() / 2), 1)
+    axes.set_xlim(quest["median_us"].min() / 1.3, 1.3 * max(dense_us, twilight["median_us"].max()))
+    ticks = [unit * 10**power for power in range(9) for unit in (1, 2, 5)]
+    ticks_at(axes.xaxis, ticks, microseconds)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel("time of one step")
+    axes.set_ylabel("output error")
+    if not on_cpu(rows):
+        top = axes.secondary_xaxis("top", functions=(lambda x: dense_us / np.maximum(x, 1e-9),) * 2)
+        top.spines["top"].set_visible(True)
+        ticks_at(top.xaxis, SPEEDUPS, lambda value, _: f"{value:g}x")
+        top.set_xlabel("times faster than dense")
+    budget = f"Quest + Twilight on {count(twilight['token_budget'].iloc[0])} candidates"
+    fixed = ["batch_size", "seq_len", *STEP_FIXED]
+    title(
+        figure, "What speed costs: one decode step", rows, fixed, "made-up inputs", budget, MEDIAN
+    )
+    legend_below(figure, [axes], 3)
     return figure
 
 
 def pipeline_budget(frames: Frames) -> Figure:
-    """The whole step against the selector's token budget: Quest alone attends to all of it,
-    Twilight to what top-p keeps, on inputs whose heads keep as many or skewed as in a real
-    layer."""
-    rows = sweep(frames, "pipeline", "budget-")
-    rows = rows[rows["method"] != "full+twilight"]
-    figure, grid = _budget_grid(rows, "token budget of the selector")
-    for axes, own in grid:
-        _dense_line(axes, frames, own)
-        skewed = own["workload"].str.endswith("-skewed")
-        twilight = own["method"] == "quest+twilight"
-        series = {
-            ("quest", METHODS["quest"]): skewed & (own["method"] == "quest"),
-            ("equal", "Quest + Twilight, equal"): ~skewed & twilight,
-            ("quest+twilight", "Quest + Twilight, skewed"): skewed & twilight,
-        }
-        for (look, text), chosen in series.items():
-            part = require(own[chosen], "pipeline", f"a budget sweep of {text}")
-            line(axes, part, "token_budget", look, text)
-        floors = part.sort_values("token_budget")
-        floor(axes, floors["token_budget"], floors["floor_us"], "floor of Quest + Twilight")
-    title(figure, "One decode step", rows, ["seq_len", "head_dim", "page_size"], BAND)
-    legend_below(figure, [axes for axes, _ in grid], 3)
+    """One decode step against the selector's token budget: Quest alone attends to all of it,
+    Twilight to what top-p keeps. The numbers say how many times faster than dense decode."""
+    figure, every = panels(1, 2, (9, 4.6))
+    shown = []
+    for axes, kind in zip(every, ("gqa", "mha"), strict=True):
+        rows = steps(frames, f"budget-{kind}-skewed")
+        rows = rows[rows["batch_size"] == rows["batch_size"].max()]
+        twilight = of_method(rows, "quest+twilight", "token_budget")
+        log_axes(axes, sorted(twilight["token_budget"]))
+        axes.set_title(heads(rows.iloc[0]), loc="left")
+        axes.set_xlabel("token budget of the selector")
+        _dense_level(axes, twilight)
+        _step_lines(axes, rows, "token_budget", ("quest", "quest+twilight"))
+        shown.append(twilight)
+    every[0].set_ylabel("time of one step")
+    every[0].set_ylim(top=2 * max(rows["dense_us"].max() for rows in shown))
+    fixed = ["batch_size", "seq_len", "head_dim", "page_size", "top_p"]
+    title(figure, "One decode step by token budget", pd.concat(shown), fixed, BAND)
+    legend_below(figure, every, 3)
     return figure
 
 
 def pipeline_length(frames: Frames) -> Figure:
-    """The whole step against the length of the sequence, beside dense decode and the byte floor.
-    What does not fit the GPU's memory is missing."""
-    steps, dense = sweep(frames, "pipeline", "length-"), sweep(frames, "dense", "length-")
-    baselines = fastest(dense[~dense["provider"].isin(OURS)])
-    others = " or ".join(PROVIDERS[name] for name in sorted(baselines["provider"].unique()))
-    figure, grid = _length_grid(steps, (11, 4.9))
-    for axes, batch_size in grid:
-        own = require(
-            dense[dense["batch_size"] == batch_size],
-            "dense",
-            f"a sweep over lengths at batch_size {batch_size}",
-        )
-        others_own = baselines[baselines["batch_size"] == batch_size]
-        if len(others_own):
-            line(axes, others_own, "seq_len", "baseline", f"dense, {others}")
-        ours = own[own["provider"].isin(OURS)]
-        line(axes, ours, "seq_len", "dense", f"dense, {PROVIDERS[ours.iloc[0]['provider']]}")
-        rows = steps[steps["batch_size"] == batch_size]
-        for method, chosen in _methods(rows, batch_size):
-            line(axes, chosen, "seq_len", method, METHODS[method])
-        floors = chosen.sort_values("seq_len")
-        floor(axes, floors["seq_len"], floors["floor_us"], f"floor of {METHODS[method]}")
-        axes.set_ylabel("time of one step")
-        axes.label_outer()
-    twilight = steps[steps["method"] == "quest+twilight"]
-    title(figure, "One decode step", twilight, STEP_FIXED, BAND)
-    legend_below(figure, [axes for axes, _ in grid], 3)
-    return figure
-
-
-def pipeline_speedup(frames: Frames) -> Figure:
-    """How many times faster the whole step is than the fastest dense decode of the same size."""
-    return _speedup(frames, "length-", "Speedup of one decode step over the fastest dense decode")
+    """One decode step against the length of the sequence, beside the fastest dense decode and the
+    byte floor. The numbers say how many times faster than dense. The kink is where the token budget
+    stops to grow. What does not fit the GPU's memory is missing."""
+    return _by_length(frames, "length-", "One decode step by length")
 
 
 def pipeline_paper(frames: Frames) -> Figure:
-    """The same speedup at the lengths of the Twilight paper's figure 7, with 32 query and 32 KV
-    heads."""
-    return _speedup(frames, "paper-", "Speedup at the lengths of the paper's figure 7")
+    """One decode step at the batch sizes and lengths of figure 7 of the Twilight paper (arXiv
+    2502.02770). The paper's own numbers are not shown."""
+    return _by_length(frames, "paper-", "One decode step at the sizes of the paper's figure 7")
 
 
-def _speedup(frames: Frames, prefix: str, what: str) -> Figure:
-    steps, dense = sweep(frames, "pipeline", prefix), fastest(sweep(frames, "dense", prefix))
-    steps = steps.join(dense.set_index(SIZES)["median_us"].rename("dense_us"), on=SIZES)
-    for name in ("median_us", "p20_us", "p80_us"):
-        steps[name] = steps["dense_us"] / steps[name]
-    require(steps.dropna(), "dense", f"the sizes of workload {prefix}*")
-    figure, grid = _length_grid(steps, (11, 4.4))
-    for axes, batch_size in grid:
-        axes.axhline(1, color=LOOKS["baseline"].color, ls="--", lw=1.4, label="fastest dense")
-        rows = steps[steps["batch_size"] == batch_size]
-        for method, chosen in _methods(rows, batch_size):
-            line(axes, chosen, "seq_len", method, METHODS[method])
-            if method == "quest+twilight":
-                _name_points(axes, chosen, rows)
-        axes.margins(y=0.12)
-        axes.yaxis.set_major_locator(FixedLocator([0.25, 0.5, 1, 2, 4, 8, 16, 32]))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_ylabel("dense time / time")
+def attention_budget(frames: Frames) -> Figure:
+    """Flash-TopK-Attention alone: the share of its byte floor that it reaches, by the tokens that
+    each KV head reads, as many for every head or skewed as in a real layer, beside FlashInfer with
+    page size 1 over the same lists."""
+    rows = sweep(frames, "attention", "budget-")
+    batch_sizes = sorted({rows["batch_size"].min(), rows["batch_size"].max()})
+    figure, every = panels(len(batch_sizes), 2, (9, 3.4 * len(batch_sizes)), sharex=True)
+    for axes, (batch_size, kind) in zip(every, product(batch_sizes, ("gqa", "mha")), strict=True):
+        chosen = rows["workload"].str.startswith(f"budget-{kind}")
+        own = rows[chosen & (rows["batch_size"] == batch_size)]
+        what = f"workload budget-{kind}, batch_size {batch_size}"
+        own = require(own.assign(share=100 * own["reached"]), "attention", what)
+        skewed = own["workload"].str.endswith("-skewed")
+        for provider in sorted(own["provider"].unique(), key=lambda name: name in OURS):
+            page = " (page size 1)" if provider == "flashinfer" else ""
+            for spread, part in ((", skewed", own[skewed]), ("", own[~skewed])):
+                text = f"{PROVIDERS[provider]}{page}{spread or ', equal'}"
+                part = part[part["provider"] == provider]
+                line(axes, part, "token_budget", f"{provider}{spread}", text, "share")
+        axes.set_title(f"batch {batch_size}, {heads(own.iloc[0])}", loc="left")
+        axes.set(xlabel="tokens read per KV head (mean)", ylabel="byte floor reached, %")
+        axes.set_xscale("log", base=2)
+        ticks_at(axes.xaxis, sorted(own["token_budget"].unique()), count)
+        axes.set_ylim(0, 106 * rows["reached"].max())
         axes.label_outer()
-    twilight = steps[steps["method"] == "quest+twilight"]
-    title(figure, what, twilight, STEP_FIXED, BAND)
-    legend_below(figure, [axes for axes, _ in grid], 4)
+    fixed = ["seq_len", "head_dim", "page_size"]
+    title(figure, "Attention over kept tokens", rows, fixed, MEDIAN)
+    legend_below(figure, every, 2)
     return figure
 
 
-def _name_points(axes: Axes, chosen: pd.DataFrame, rows: pd.DataFrame) -> None:
-    """The speedup beside each point: above where it is the best of `rows`, below where not."""
-    best = rows.groupby("seq_len")["median_us"].max()
-    for x, y in zip(chosen["seq_len"], chosen["median_us"], strict=True):
-        offset, side = ((-3, 5), "right") if y == best[x] else ((3, -12), "left")
-        axes.annotate(
-            f"{y:.2g}x", (x, y), xytext=offset, textcoords="offset points", ha=side, fontsize=9
-        )
-
-
-def _methods(rows: pd.DataFrame, batch_size: int) -> list[tuple[str, pd.DataFrame]]:
-    what = f"at batch_size {batch_size}"
-    return [
-        (method, require(rows[rows["method"] == method], "pipeline", f"method {method} {what}"))
-        for method in METHODS
-    ]
-
-
-def _length_grid(
-    steps: pd.DataFrame, size: tuple[float, float]
-) -> tuple[Figure, list[tuple[Axes, int]]]:
-    """A panel per batch size, of one range of lengths: in one row, or in two from four on."""
-    seq_lens = sorted(steps["seq_len"].unique())
-    batch_sizes = sorted(steps["batch_size"].unique())
-    num_rows = 1 if len(batch_sizes) < 4 else 2
-    columns = -(-len(batch_sizes) // num_rows)
-    figure, every = panels(num_rows, columns, (size[0], size[1] * (1 + 0.7 * (num_rows - 1))))
+def _by_length(frames: Frames, prefix: str, what: str) -> Figure:
+    rows = steps(frames, prefix)
+    batch_sizes = sorted(rows["batch_size"].unique())
+    shape = (1, len(batch_sizes)) if len(batch_sizes) < 4 else (-(-len(batch_sizes) // 2), 2)
+    figure, every = panels(*shape, (9, 1.4 + 3.4 * shape[0]), sharex=True, sharey="row")
     for axes in every[len(batch_sizes) :]:
         axes.remove()
-    grid = list(zip(every, batch_sizes, strict=False))
-    for axes, batch_size in grid:
+    rule, kink = budget_rule(rows)
+    for axes, batch_size in zip(every, batch_sizes, strict=False):
+        own = rows[rows["batch_size"] == batch_size]
+        twilight = of_method(own, "quest+twilight", "seq_len")
+        log_axes(axes, sorted(rows["seq_len"].unique()))
         axes.set_title(f"batch {batch_size}", loc="left")
-        axes.set_xlabel("cached tokens per request")
-        log_axes(axes, seq_lens)
-        axes.set_xlim(seq_lens[0] / 1.4, seq_lens[-1] * 1.2)
-    return figure, grid
-
-
-def _budget_grid(rows: pd.DataFrame, xlabel: str) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
-    """Heads that share KV heads or do not, by batch size: one row of panels for one batch size."""
-    batch_sizes = sorted(rows["batch_size"].unique())
-    kinds = ("budget-mha", "budget-gqa")
-    shape = (len(kinds), len(batch_sizes)) if len(batch_sizes) > 1 else (1, len(kinds))
-    figure, every = panels(*shape, (11, 4.6 * shape[0]))
-    grid = []
-    for axes, (kind, batch_size) in zip(every, product(kinds, batch_sizes), strict=True):
-        own = rows[rows["workload"].str.startswith(kind) & (rows["batch_size"] == batch_size)]
-        stage = rows["stage"].iloc[0]
-        own = require(own, stage, f"workload {kind}, batch_size {batch_size}")
-        axes.set_title(f"batch {batch_size}, {heads(own.iloc[0])}", loc="left")
-        axes.set(xlabel=xlabel, ylabel="time")
-        log_axes(axes, sorted(own["token_budget"].unique()))
-        axes.set_ylim(0.6 * rows["median_us"].min(), 4 * rows["median_us"].max())
-        axes.tick_params(axis="x", labelrotation=45)
+        axes.set(xlabel="cached tokens per request", ylabel="time of one step")
+        if kink is not None:
+            axes.axvline(kink, color="#bbbbbb", lw=1.2, zorder=0.5)
+        names = " or ".join(PROVIDERS[name] for name in sorted(rows["dense"].unique()))
+        line(axes, twilight, "seq_len", "baseline", f"dense, {names}", "dense_us")
+        _step_lines(axes, own, "seq_len", tuple(METHODS))
+    for axes in every:
         axes.label_outer()
-        grid.append((axes, own))
-    return figure, grid
+    twilight = rows[rows["method"] == "quest+twilight"]
+    if kink is not None:
+        rule += " (grey line)"
+    title(figure, what, twilight, [*STEP_FIXED, "top_p"], rule, BAND)
+    legend_below(figure, every[: len(batch_sizes)], 3)
+    return figure
 
 
-def _dense_line(axes: Axes, frames: Frames, own: pd.DataFrame) -> None:
-    """The fastest dense decode as a line, every one in words."""
-    first = own.iloc[0]
-    dense = rows_of(frames, "dense", **{size: first[size] for size in SIZES})
-    dense = dense.sort_values("median_us").drop_duplicates("provider")
-    others = dense[~dense["provider"].isin(OURS)]
-    shown = others if len(others) else dense
-    axes.axhline(shown["median_us"].min(), color=LOOKS["baseline"].color, ls="--", lw=1.4)
-    times = [
-        f"{PROVIDERS[row['provider']]} {three_digits(row['median_us'])}"
-        for _, row in shown.iterrows()
-    ]
+def _step_lines(axes: Axes, rows: pd.DataFrame, x: str, methods: tuple[str, ...]) -> None:
+    """A line per method, ours last, with the floor and the speedups of Quest + Twilight."""
+    twilight = of_method(rows, "quest+twilight", x)
+    line(axes, twilight, x, "floor", f"floor of {METHODS['quest+twilight']}", "floor_us")
+    for method in methods:
+        line(axes, of_method(rows, method, x), x, method, METHODS[method])
+    for _, row in twilight.iterrows():
+        others = rows[(rows[x] == row[x]) & rows["method"].isin(methods)]["median_us"]
+        others = np.array([*others, row["floor_us"], row["dense_us"]]) / row["median_us"]
+        room = others[others > 1.15].min(initial=np.inf) * others[others < 0.87].max(initial=0)
+        where = "above" if room > 1 else "below"
+        point_text(axes, row[x], row["median_us"], speedup(rows, row), "quest+twilight", where)
+    axes.margins(x=0.07)
+
+
+def _dense_level(axes: Axes, rows: pd.DataFrame) -> None:
+    """The fastest dense decode, which has no budget."""
+    dense_us, dense, seq_len = rows[["dense_us", "dense", "seq_len"]].iloc[0]
+    axes.axhline(dense_us, color=LOOKS["baseline"]["color"], ls="--", lw=1.4)
     axes.annotate(
-        f"dense, all {first['seq_len']:,} tokens, us:\n{', '.join(times)}",
-        (own["token_budget"].min(), shown["median_us"].min()),
+        f"dense, {seq_len:,} tokens, {PROVIDERS[dense]}: {dense_us:,.0f} us",
+        (rows["token_budget"].min(), dense_us),
         xytext=(0, 4),
         textcoords="offset points",
-        fontsize=8,
+        fontsize=9,
     )

@@ -4,10 +4,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .frames import MissingData, in_order
-from .style import KERNEL_COLORS, LOOKS, STAGE_COLORS, STAGE_HATCHES, count
+from .frames import CPU, CPU_NOTE, MissingData, in_order
+from .style import LOOKS, STAGE_COLORS, STAGE_HATCHES, count
 
 MEDIAN, BAND = "medians", "medians, band p20 to p80"
+LONGEST_LINE = 95  # characters of a title
 LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
 WORDS = {
     "batch_size": "batch {}",
@@ -38,11 +39,11 @@ METHODS = {
 
 
 def panels(
-    rows: int, columns: int, size: tuple[float, float], sharey: bool | str = True
+    rows: int, columns: int, size: tuple[float, float], **shared: bool | str
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with a grid of panels, row by row."""
+    """A figure with a grid of panels, row by row; `shared` as in matplotlib's subplots."""
     figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=sharey)
+    grid = figure.subplots(rows, columns, squeeze=False, **{"sharey": True} | shared)
     return figure, list(grid.flat)
 
 
@@ -53,52 +54,80 @@ def line(
     look = LOOKS[look_name]
     if y == "median_us":
         points, low, high = in_order(rows, x, "p20_us", "p80_us")
-        axes.fill_between(points, low, high, color=look.color, alpha=0.2, lw=0)
+        axes.fill_between(points, low, high, color=look["color"], alpha=0.2, lw=0)
     points, values = in_order(rows, x, y)
-    axes.plot(
-        points,
-        values,
-        color=look.color,
-        marker=look.marker,
-        markerfacecolor="white" if look.hollow else look.color,
-        ls=look.line,
-        lw=look.width,
-        ms=5.5,
-        label=text,
+    axes.plot(points, values, **look, label=text)
+
+
+def point_text(axes: Axes, x: float, y: float, text: str, look: str, where: str = "above") -> None:
+    """A word at a point, in the colour of its series."""
+    offset, side = {
+        "above": ((0, 7), "center"),
+        "below": ((0, -15), "center"),
+        "left": ((-8, -3.5), "right"),
+    }[where]
+    axes.annotate(
+        text,
+        (x, y),
+        xytext=offset,
+        textcoords="offset points",
+        ha=side,
+        fontsize=9.5,
+        color=LOOKS[look]["color"],
+        bbox=LABEL_BOX | {"pad": 0.2, "alpha": 0.8},
     )
 
 
-def floor(axes: Axes, x: pd.Series, y: pd.Series, text: str = "byte floor") -> None:
-    """The time that the bytes need."""
-    look = LOOKS["floor"]
-    axes.plot(x, y, color=look.color, ls=look.line, lw=1.6, label=text)
-
-
 def bar_look(stage: str) -> dict[str, object]:
-    """Colour and hatch of a stage or a kernel."""
+    """Colour and hatch of a stage."""
     return {
-        "color": {**STAGE_COLORS, **KERNEL_COLORS}[stage],
+        "color": STAGE_COLORS[stage],
         "hatch": STAGE_HATCHES.get(stage),
         "edgecolor": "#999999" if stage == "gap" else "white",
         "linewidth": 0.5,
     }
 
 
-def title(figure: Figure, what: str, rows: pd.DataFrame, fixed: list[str], shown: str = "") -> None:
-    """GPU, dtype, fixed parameters and timer; the fixed ones must be so in all rows."""
+def title(figure: Figure, what: str, rows: pd.DataFrame, fixed: list[str], *shown: str) -> None:
+    """GPU, dtype, fixed parameters, what is shown and the timer; the fixed parameters must be so in
+    all rows."""
     for column in ("gpu", *fixed):
         values = sorted(rows[column].unique(), key=str)
         if len(values) > 1:
             raise MissingData(f"{what}: expected one {column}, got {values}")
     first = rows.iloc[0]
-    gpu = first["gpu"] if first["gpu"] == "cpu-reference" else first["gpu"].upper()
+    gpu = first["gpu"] if on_cpu(rows) else first["gpu"].upper()
     dtypes = " and ".join(sorted(rows["dtype"].unique()))
     parts = [WORDS[name].format(count(first[name])) for name in fixed]
-    about = [", ".join(parts)] if parts else []
-    about += [shown] if shown else []
+    about = list(shown)
     if "timer" in rows:
         about.append(f"timer {', '.join(sorted(rows['timer'].unique()))}")
-    figure.suptitle(f"{what} ({gpu}, {dtypes})\n{'; '.join(about)}")
+    lines = [f"{what} ({gpu}, {dtypes})", "; ".join([", ".join(parts), *about])]
+    if len(lines[1]) > LONGEST_LINE:
+        lines[1:] = [", ".join(parts), "; ".join(about)]
+    figure.suptitle("\n".join([*lines, CPU_NOTE] if on_cpu(rows) else lines))
+
+
+def on_cpu(rows: pd.DataFrame) -> bool:
+    """Whether the rows are of the CPU reference, whose times compare nothing."""
+    return rows["gpu"].iloc[0] == CPU
+
+
+def speedup(rows: pd.DataFrame, row: pd.Series) -> str:
+    """How many times faster than the fastest dense decode one of the rows is; nothing on a CPU."""
+    return "" if on_cpu(rows) else f"{row.dense_us / row.median_us:.1f}x"
+
+
+def budget_rule(rows: pd.DataFrame) -> tuple[str, int | None]:
+    """How the token budget follows the length, in words, and where it stops to grow."""
+    rows = rows[rows["method"] == "quest"]
+    quarter, most = rows["seq_len"] // 4, rows["token_budget"].max()
+    if not (rows["token_budget"] == quarter.clip(upper=most)).all():
+        raise MissingData("pipeline.csv: expected token budgets of a quarter of the tokens")
+    if (quarter <= most).all():
+        return "token budget a quarter of the tokens", None
+    at = rows.loc[quarter >= most, "seq_len"].min()
+    return f"token budget a quarter of the tokens, at most {count(most)}", at
 
 
 def heads(row: pd.Series) -> str:

@@ -1,11 +1,11 @@
 """Colours, markers and sizes: one look per series, told apart in grey too."""
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -28,37 +28,30 @@ RC = {
 }
 
 
-@dataclass(frozen=True)
-class Look:
-    """How one series is drawn."""
-
-    color: str
-    marker: str = "o"
-    line: str = "-"
-    width: float = 1.8
-    hollow: bool = False  # the markers
+def _look(
+    color: str, marker: str = "o", line: str = "-", width: float = 1.8, hollow: bool = False
+) -> dict[str, object]:
+    """How one series is drawn, as arguments of matplotlib's plot."""
+    face = "white" if hollow else color
+    return dict(color=color, marker=marker, markerfacecolor=face, ls=line, lw=width, ms=5.5)
 
 
 LOOKS = {
-    "quest+twilight": Look("#c1121f", "o", "-", 2.8),
-    "full+twilight": Look("#f28e2b", "D", "--"),
-    "quest": Look("#2a6f97", "^", "-."),
-    "tilelang": Look("#c1121f", "o", "-", 2.8),
-    "torch": Look("#c1121f", "o", "-", 2.8),
-    "flashinfer": Look("#2a6f97", "s", "--"),
-    "tilelang, skewed": Look("#c1121f", "o", ":", 1.8, hollow=True),
-    "torch, skewed": Look("#c1121f", "o", ":", 1.8, hollow=True),
-    "flashinfer, skewed": Look("#2a6f97", "s", ":", 1.4, hollow=True),
-    "equal": Look("#c1121f", "o", ":", 1.8, hollow=True),
-    "2 bits": Look("#8fa3bf", "v", ":"),
-    "3 bits": Look("#6a97c4", "^", "-."),
-    "4 bits": Look("#c1121f", "o", "-", 2.8),
-    "8 bits": Look("#1d3557", "s", "--", 1.4),
-    "exact bits": Look("#111111", "", "-", 1.2),
-    "quest candidates": Look("#f28e2b", "D", "--", 1.8, hollow=True),
-    "dense": Look("#8d99ae", "v", "-"),
-    "baseline": Look("#111111", "s", "--"),
-    "floor": Look("#777777", "", ":"),
+    "quest+twilight": _look("#c1121f", "o", "-", 2.8),
+    "full+twilight": _look("#f28e2b", "D", "--"),
+    "quest": _look("#2a6f97", "^", "-."),
+    "tilelang": _look("#c1121f", "o", "-", 2.8),
+    "torch": _look("#c1121f", "o", "-", 2.8),
+    "flashinfer": _look("#2a6f97", "s", "--"),
+    "tilelang, skewed": _look("#c1121f", "o", ":", 1.8, hollow=True),
+    "torch, skewed": _look("#c1121f", "o", ":", 1.8, hollow=True),
+    "flashinfer, skewed": _look("#2a6f97", "s", ":", 1.4, hollow=True),
+    "2 bits": _look("#8fa3bf", "v", ":"),
+    "3 bits": _look("#6a97c4", "^", "-."),
+    "4 bits": _look("#f28e2b", "D", "-", 2.4),
+    "8 bits": _look("#1d3557", "s", "--", 1.4),
+    "baseline": _look("#111111", "s", "--"),
+    "floor": _look("#777777", "", ":"),
 }
 STAGE_COLORS = {
     "selector": "#1d3557",
@@ -69,23 +62,6 @@ STAGE_COLORS = {
     "pipeline": "#444444",
     "dense": "#b8bdc7",
     "gap": "#ffffff",
-}
-STAGE_MARKERS = {
-    "selector": "^",
-    "estimator": "s",
-    "pruner": "D",
-    "estimate_prune": "v",
-    "attention": "o",
-    "pipeline": "P",
-    "dense": "X",
-}
-KERNEL_COLORS = {
-    "page_score": STAGE_COLORS["selector"],
-    "top_pages": "#8fa3bf",
-    **{
-        stage: STAGE_COLORS[stage]
-        for stage in ("estimator", "pruner", "estimate_prune", "attention")
-    },
 }
 STAGE_HATCHES = {"estimator": "//", "attention": "..", "dense": "xx", "gap": "||"}
 
@@ -116,23 +92,23 @@ def microseconds(value: float, _position: object = None) -> str:
     return f"{value / 1000:g} ms" if value >= 1000 else f"{value:g} us"
 
 
-def megabytes(value: float, _position: object = None) -> str:
-    """A size in MB, in GB from 1,000 MB on."""
-    return f"{value / 1000:g} GB" if value >= 1000 else f"{value:g} MB"
-
-
 def three_digits(value: float) -> str:
     """Three digits, more only before the point: 3.14, 31.4, 314, 3,142."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def log_axes(axes: Axes, ticks: list[int]) -> None:
+def ticks_at(axis: Axis, values: Sequence[float], formatter: Callable[..., str]) -> None:
+    """Ticks at these values only."""
+    axis.set_major_locator(FixedLocator(values))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(formatter))
+
+
+def log_axes(axes: Axes, ticks: Sequence[float]) -> None:
     """Both axes logarithmic, x ticks at the measured points."""
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(count))
+    ticks_at(axes.xaxis, ticks, count)
     axes.yaxis.set_major_formatter(FuncFormatter(microseconds))
     axes.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
 

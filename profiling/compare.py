@@ -4,6 +4,8 @@
 Prints for every time that both hold the ratio B / A, and ends with 1 if any is a regression. A time
 is slower, or faster, only beyond the noise: its p20 to p80 does not meet that of the other folder,
 and the medians differ by more than the tolerance, since two runs differ by more than one run shows.
+The host's times (`host_us`) have no such band, and two hosts differ by more than two GPUs do: more
+than a quarter is a change.
 """
 
 import argparse
@@ -11,9 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .summary import summarize
+from .tables.summary import summarize
 
-TOLERANCE = 0.03
+TOLERANCE, HOST_TOLERANCE = 0.03, 0.25
+
+
+@dataclass(frozen=True)
+class Time:
+    """In microseconds; `tolerance`: the ratio - 1 that is no change."""
+
+    us: float
+    low_us: float
+    high_us: float
+    tolerance: float
 
 
 @dataclass(frozen=True)
@@ -34,26 +46,33 @@ def changes(
     before: dict[str, Any], after: dict[str, Any], tolerance: float = TOLERANCE
 ) -> list[Change]:
     """The times that both summaries hold, the worst change first."""
-    old, new = _times(before), _times(after)
-    shared = [
-        Change(name, old[name]["median_us"], new[name]["median_us"], "same")
+    old, new = times(before, tolerance), times(after, tolerance)
+    found = [
+        Change(name, old[name].us, new[name].us, _verdict(old[name], new[name]))
         for name in old.keys() & new.keys()
     ]
-    judged = [_judged(own, old[own.id], new[own.id], tolerance) for own in shared]
-    return sorted(judged, key=lambda change: (-change.ratio, change.id))
+    return sorted(found, key=lambda change: (-change.ratio, change.id))
 
 
-def _judged(change: Change, old: dict, new: dict, tolerance: float) -> Change:
-    verdict = "same"
-    if new["p20_us"] > old["p80_us"] and change.ratio > 1 + tolerance:
-        verdict = "slower"
-    elif new["p80_us"] < old["p20_us"] and change.ratio < 1 / (1 + tolerance):
-        verdict = "faster"
-    return Change(change.id, change.before_us, change.after_us, verdict)
+def times(data: dict[str, Any], tolerance: float) -> dict[str, Time]:
+    """The times of a summary by the id of their row, the host's with ` host_us` behind it."""
+    found = {}
+    for row in data["rows"]:
+        if "median_us" in row:
+            band = row["median_us"], row["p20_us"], row["p80_us"]
+            found[row["id"]] = Time(*band, tolerance)
+        if "host_us" in row:
+            tolerance_of_hosts = max(tolerance, HOST_TOLERANCE)
+            found[f"{row['id']} host_us"] = Time(*3 * (row["host_us"],), tolerance_of_hosts)
+    return found
 
 
-def _times(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {row["id"]: row for row in data["rows"] if "median_us" in row}
+def _verdict(old: Time, new: Time) -> str:
+    if new.low_us > old.high_us and new.us / old.us > 1 + old.tolerance:
+        return "slower"
+    if new.high_us < old.low_us and old.us / new.us > 1 + old.tolerance:
+        return "faster"
+    return "same"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,7 +101,8 @@ def main(argv: list[str] | None = None) -> int:
                 f"{change.before_us:10,.2f} -> {change.after_us:10,.2f} us  {change.id}"
             )
     counts = {name: sum(own.verdict == name for own in found) for name in ("slower", "faster")}
-    only = [len(_times(a).keys() - _times(b)) for a, b in ((before, after), (after, before))]
+    ids = [times(data, arguments.tolerance).keys() for data in (before, after)]
+    only = len(ids[0] - ids[1]), len(ids[1] - ids[0])
     print(
         f"compare: {before['gpu']} {', '.join(before['commits'])} -> {after['gpu']} "
         f"{', '.join(after['commits'])}: {len(found)} times, {counts['slower']} slower, "

@@ -1,7 +1,5 @@
 """What the results are labelled with: the GPU, the versions and the code that was run."""
 
-import ctypes
-import functools
 import hashlib
 import importlib.metadata
 import subprocess
@@ -14,7 +12,6 @@ ROOT = Path(__file__).resolve().parent.parent
 CPU_LABEL = "cpu-reference"
 SOURCES = ("kernels", "reference", "profiling", "autotune")
 DEFAULT_L2_BYTES = 64 << 20
-NVML_CLOCK_SM = 1
 
 
 def gpu_label() -> str:
@@ -40,24 +37,10 @@ def free_bytes() -> int:
 
 def sm_mhz() -> int:
     """Clock of the current GPU's SMs at this moment in MHz; 0 where NVML does not tell."""
-    nvml, handle = _nvml(torch.cuda.current_device()) if torch.cuda.is_available() else (None, None)
-    clock = ctypes.c_uint(0)
-    if nvml is None or nvml.nvmlDeviceGetClockInfo(handle, NVML_CLOCK_SM, ctypes.byref(clock)):
-        return 0
-    return clock.value
-
-
-@functools.cache
-def _nvml(index: int) -> tuple[ctypes.CDLL | None, ctypes.c_void_p]:
-    """NVML and its handle of a GPU; None where there is no NVML, or it does not know the GPU."""
-    handle = ctypes.c_void_p()
     try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return None, handle
-    uuid = f"GPU-{torch.cuda.get_device_properties(index).uuid}".encode()
-    failed = nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByUUID(uuid, ctypes.byref(handle))
-    return (None if failed else nvml), handle
+        return torch.cuda.clock_rate()  # through nvidia-ml-py
+    except Exception:  # no GPU, no driver, or no nvidia-ml-py: a clock is not worth a run
+        return 0
 
 
 def version(package: str) -> str:

@@ -1,20 +1,19 @@
-"""What a run measures on which inputs, and the names of its rows."""
+"""What a run measures on which inputs, and what it then need not measure again."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from twilight_tilelang.reference.inputs import DecodeShape
-
-from . import accuracy, device
-from .budget_sweep import METHOD as RANDOM
-from .budget_sweep import budget_providers
-from .observations import METHOD, PARTS, Origin, kept_rows, memory_rows, setting_of
-from .request_sets import affordable_sets, pool_bytes, sweep_sets, workload_sets
-from .rows import ROW_KEY, AnyRow
-from .stages import Notice, Provider, StageBuilder, methods_of, sets_wanted
-from .timeline import timeline_rows
-from .workloads import BudgetSweep, Workload
+from . import device
+from .observations.accuracy import BITS, accuracy_rows
+from .observations.accuracy import METHODS as ACCURACY_METHODS
+from .observations.kept import kept_rows
+from .observations.memory import PARTS, memory_rows
+from .observations.timeline import timeline_rows
+from .providers.stages import Notice, Provider, StageBuilder, sets_wanted
+from .tables.rows import ROW_KEY, AnyRow, Origin
+from .workloads.request_sets import affordable_sets, pool_bytes, workload_sets
+from .workloads.workload import METHOD, Workload
 
 
 @dataclass(frozen=True)
@@ -29,22 +28,21 @@ class Target:
 
 @dataclass(frozen=True)
 class Timed:
-    """Rows that are timed together: one stage of a workload, or one budget of a sweep."""
+    """Rows that are timed together: some methods of one stage, at one setting of a workload."""
 
     stage: str
-    workload: Workload | BudgetSweep  # with the settings of this group
+    workload: Workload
     methods: tuple[str, ...]
-    settings: tuple[tuple[int, float], ...]  # (token_budget, top_p) of each method
-    providers: Callable[[Any], list[Provider]]  # from what `prepare` returns
+
+    def providers(self, builder: StageBuilder) -> list[Provider]:
+        """What to time; the builder is that of the whole workload."""
+        return builder.variant(self.workload).providers(self.stage, self.methods)
 
     def marks(self, target: Target) -> list[tuple]:
         """Keys of our own rows; a baseline's may be missing."""
         rows = (
-            row_key(
-                *(self.workload, self.stage, method, target.backend.provider),
-                *(settings, target.gpu),
-            )
-            for method, settings in zip(self.methods, self.settings, strict=True)
+            self.workload.key(self.stage, method, target.backend.provider, target.gpu)
+            for method in self.methods
         )
         return [tuple(row[name] for name in ROW_KEY) for row in rows]
 
@@ -61,47 +59,34 @@ class Observed:
         """Key of one row: all are written at once."""
         on_gpu = target.backend.device == "cuda"
         method, *rest = {
-            "accuracy": (accuracy.METHODS[0], accuracy.BITS[0]),
+            "accuracy": (ACCURACY_METHODS[0], BITS[0]),
             "kept": (METHOD, 0),
             "memory": (METHOD, PARTS[0]),
             "timeline": (METHOD, "graph" if on_gpu else "host", "pipeline"),
         }[self.stage]
-        setting = setting_of(self.workload, method, target.gpu)
+        labels = self.workload.labels(method, target.gpu)
         if self.stage == "accuracy" and self.workload.top_ps:
-            setting["top_p"] = self.workload.top_ps[0]
-        return [(*setting.values(), *rest)]
+            labels["top_p"] = self.workload.top_ps[0]
+        return [(*labels.values(), *rest)]
 
 
 Group = Timed | Observed
 OBSERVERS = {
-    "accuracy": accuracy.accuracy_rows,
+    "accuracy": accuracy_rows,
     "kept": kept_rows,
     "memory": memory_rows,
     "timeline": timeline_rows,
 }
 
 
-def label(workload: Workload | BudgetSweep) -> str:
+def label(workload: Workload) -> str:
     """Name and sizes of a workload."""
     shape = workload.shape
     return f"{workload.name}/{shape.batch_size}x{shape.max_seq_len}"
 
 
-def groups_of(workload: Workload | BudgetSweep, target: Target) -> list[Group]:
+def groups_of(workload: Workload) -> list[Group]:
     """What is measured together on one workload's inputs."""
-    if isinstance(workload, BudgetSweep):
-        return [
-            Timed(
-                "attention",
-                workload,
-                (RANDOM,),
-                ((token_budget, 1.0),),
-                lambda sets, token_budget=token_budget: budget_providers(
-                    workload, token_budget, sets, target.backend, target.l2_bytes, target.notice
-                ),
-            )
-            for token_budget in workload.token_budgets
-        ]
     groups: list[Group] = []
     for stage in workload.stages:
         if stage in OBSERVERS:
@@ -114,31 +99,21 @@ def groups_of(workload: Workload | BudgetSweep, target: Target) -> list[Group]:
 def _timed(workload: Workload, stage: str) -> list[Timed]:
     """A group for each variant, with the methods that its settings change."""
     groups, seen = [], set()
-    for variant in workload.variants() if stage == "pipeline" else [workload]:
-        settings = {method: variant.settings(method) for method in methods_of(stage)}
+    for variant in workload.variants():
+        settings = {method: variant.settings(method) for method in workload.methods(stage)}
         own = {method: value for method, value in settings.items() if (method, value) not in seen}
         seen |= set(own.items())
-        groups.append(
-            Timed(
-                stage,
-                variant,
-                tuple(own),
-                tuple(own.values()),
-                lambda builder, variant=variant, methods=tuple(own): builder.variant(
-                    variant
-                ).providers(stage, methods),
-            )
-        )
+        if own:
+            groups.append(Timed(stage, variant, tuple(own)))
     return groups
 
 
-def prepare(workload: Workload | BudgetSweep, target: Target) -> Any:
-    """Make the inputs that `Group.providers` takes; None if they do not fit this GPU."""
-    backend, is_sweep, num_sets = target.backend, isinstance(workload, BudgetSweep), 1
+def prepare(workload: Workload, target: Target) -> StageBuilder | None:
+    """Make the inputs that `Timed.providers` takes; None if they do not fit this GPU."""
+    backend, num_sets = target.backend, 1
     if backend.device == "cuda":
         free = device.free_bytes()
-        wanted = 1 if is_sweep else sets_wanted(workload, target.l2_bytes)
-        num_sets = affordable_sets(workload.shape, wanted, free)
+        num_sets = affordable_sets(workload.shape, sets_wanted(workload, target.l2_bytes), free)
         if num_sets == 0:
             needed = pool_bytes(workload.shape) / 2**30
             target.notice(
@@ -146,40 +121,5 @@ def prepare(workload: Workload | BudgetSweep, target: Target) -> Any:
                 f"it, {free / 2**30:.0f} GiB are free"
             )
             return None
-    wrap = backend.package.PagedKVCache.wrap
-    if is_sweep:
-        return sweep_sets(workload, backend.device, wrap)
-    sets = workload_sets(workload, num_sets, backend.device, wrap)
+    sets = workload_sets(workload, num_sets, backend.device, backend.package.PagedKVCache.wrap)
     return StageBuilder(workload, sets, backend, target.l2_bytes, target.notice)
-
-
-def row_key(
-    workload: Workload | BudgetSweep,
-    stage: str,
-    method: str,
-    provider: str,
-    settings: tuple[int, float],
-    gpu: str,
-) -> dict[str, Any]:
-    """The fields of a Row that name it."""
-    shape: DecodeShape = workload.shape
-    token_budget, top_p = settings
-    return {
-        "workload": workload.name,
-        "stage": stage,
-        "method": method,
-        "provider": provider,
-        "batch_size": shape.batch_size,
-        "num_qo_heads": shape.num_qo_heads,
-        "num_kv_heads": shape.num_kv_heads,
-        "group_size": shape.group_size,
-        "head_dim": shape.head_dim,
-        "page_size": shape.page_size,
-        "seq_len": shape.max_seq_len,
-        "max_pages": -(-shape.max_seq_len // shape.page_size),
-        "page_budget": token_budget // shape.page_size,
-        "token_budget": token_budget,
-        "top_p": top_p,
-        "dtype": str(shape.dtype).removeprefix("torch."),
-        "gpu": gpu,
-    }

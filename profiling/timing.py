@@ -26,6 +26,7 @@ WALL_TIMER = "wall"
 MIN_GRAPH_US = 2000.0
 MAX_GRAPH_CALLS = 1024
 MIN_ROUNDS, MAX_ROUNDS = 7, 100
+HOST_CALLS, HOST_MEANS = 50, 5
 FLUSH_BYTES = 512 << 20
 
 
@@ -102,8 +103,25 @@ def time_on_host(
     return Timing.of(samples, WALL_TIMER)
 
 
+def host_us(call: Callable[[], object]) -> float:
+    """Time in microseconds that the host spends on one eager call, which has run before.
+
+    The mean over a row of calls during which nothing waits for the device; of such means the
+    median.
+    """
+    means = []
+    for _ in range(HOST_MEANS):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(HOST_CALLS):
+            call()
+        means.append((time.perf_counter() - started) * 1e6 / HOST_CALLS)
+    torch.cuda.synchronize()
+    return statistics.median(means)
+
+
 def measure_read_bandwidth(num_bytes: int) -> float:
-    """Largest rate in TB/s at which this GPU reads device memory.
+    """Rate in TB/s at which this GPU reads device memory.
 
     The fastest of three reductions over one tensor of `num_bytes`, which must exceed the L2 by far.
     """

@@ -10,8 +10,9 @@ from .attention import (
     gather_tokens,
     page_attention,
 )
-from .cache import PagedKVCache, exact_page_bounds, validate_cache
+from .cache import CacheShape, PagedKVCache, exact_page_bounds, validate_cache
 from .estimator import candidate_tokens, estimate_logits
+from .lists import CandidatePages, Kept
 from .pipeline import TwilightDecode
 from .pruner import group_union, prune_top_p, top_p_set_sorted, top_p_threshold
 from .quantize import (
@@ -27,6 +28,9 @@ from .quantize import (
 from .selector import quest_bounds, select_all, select_pages
 
 __all__ = [
+    "CacheShape",
+    "CandidatePages",
+    "Kept",
     "PagedKVCache",
     "TwilightDecode",
     "candidate_tokens",

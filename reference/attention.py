@@ -10,6 +10,7 @@ import torch
 
 from .cache import PagedKVCache
 from .estimator import candidate_tokens
+from .lists import CandidatePages, Kept
 from .validate import check_index_lists, check_query, compute_dtype, resolve_sm_scale
 
 
@@ -65,8 +66,7 @@ def attend(
 def flash_topk_attention(
     q: torch.Tensor,
     cache: PagedKVCache,
-    kept_tokens: torch.Tensor,
-    kept_counts: torch.Tensor,
+    kept: Kept | tuple[torch.Tensor, torch.Tensor],
     *,
     sm_scale: float | None = None,
     return_lse: bool = False,
@@ -76,8 +76,8 @@ def flash_topk_attention(
 
     Args:
         q: [batch_size, num_qo_heads, head_dim].
-        kept_tokens: [batch_size, num_kv_heads, width] int32 positions, read up to the count.
-        kept_counts: [batch_size, num_kv_heads] int32.
+        kept: tokens [batch_size, num_kv_heads, width] int32 positions, read up to the count, and
+            counts [batch_size, num_kv_heads] int32.
 
     Returns:
         out: [batch_size, num_qo_heads, head_dim], dtype of q (or `dtype`); with return_lse also
@@ -85,6 +85,7 @@ def flash_topk_attention(
         gives out 0 and lse -inf.
     """
     check_query(q, cache)
+    kept_tokens, kept_counts = kept[:2]
     check_index_lists("kept_tokens", "kept_counts", kept_tokens, kept_counts, cache)
     columns = torch.arange(kept_tokens.shape[-1], device=q.device)
     tokens = torch.where(columns < kept_counts[..., None], kept_tokens, -1)
@@ -95,8 +96,7 @@ def flash_topk_attention(
 def page_attention(
     q: torch.Tensor,
     cache: PagedKVCache,
-    candidate_pages: torch.Tensor,
-    candidate_counts: torch.Tensor,
+    candidates: CandidatePages,
     *,
     sm_scale: float | None = None,
     return_lse: bool = False,
@@ -104,10 +104,11 @@ def page_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Exact attention over every token of the listed pages: Quest alone.
 
-    candidate_pages: [batch_size, num_kv_heads, width] int32; candidate_counts:
-    [batch_size, num_kv_heads] int32. The rest as `flash_topk_attention`.
+    candidates: pages [batch_size, num_kv_heads, width] int32 and counts [batch_size, num_kv_heads]
+    int32. The rest as `flash_topk_attention`.
     """
     check_query(q, cache)
+    candidate_pages, candidate_counts = candidates
     check_index_lists(
         "candidate_pages", "candidate_counts", candidate_pages, candidate_counts, cache
     )

@@ -5,6 +5,7 @@ the first seq_lens[b] tokens exist: other slots and pages are never read and may
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -48,6 +49,18 @@ def tokens_per_page(
     used = tokens > 0
     counts = torch.zeros(num_pages, dtype=torch.int64, device=page_table.device)
     return counts.scatter_reduce(0, page_table[used].long(), tokens[used], "amax")
+
+
+class CacheShape(NamedTuple):
+    """The sizes of a cache."""
+
+    batch_size: int
+    max_pages: int  # of one request
+    num_kv_heads: int
+    head_dim: int
+    page_size: int = 16
+    dtype: torch.dtype = torch.float16
+    device: torch.device | str = "cpu"
 
 
 @dataclass
@@ -111,18 +124,15 @@ class PagedKVCache:
     @classmethod
     def empty(
         cls,
-        num_pages: int,
-        batch_size: int,
-        max_pages: int,
-        num_kv_heads: int,
-        head_dim: int,
-        page_size: int = 16,
-        dtype: torch.dtype = torch.float16,
-        device: torch.device | str = "cpu",
+        shape: CacheShape,
+        *,
+        num_pages: int | None = None,
         page_table: torch.Tensor | None = None,
         k_offset: torch.Tensor | None = None,
     ) -> "PagedKVCache":
         """A cache of no tokens; by default request b owns pages b * max_pages and following."""
+        batch_size, max_pages, num_kv_heads, head_dim, page_size, dtype, device = shape
+        num_pages = batch_size * max_pages if num_pages is None else num_pages
         if page_table is None:
             page_table = default_page_table(batch_size, max_pages, num_pages, device)
         check_tensor("page_table", page_table, (batch_size, max_pages), INT_DTYPES)

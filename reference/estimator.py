@@ -9,6 +9,7 @@ logit is the nearest of its numbers; NaN stays NaN.
 import torch
 
 from .cache import PagedKVCache
+from .lists import CandidatePages
 from .quantize import dequantize_int4
 from .validate import check_index_lists, check_query, compute_dtype, resolve_sm_scale
 
@@ -35,8 +36,7 @@ def candidate_tokens(
 def estimate_logits(
     q: torch.Tensor,
     cache: PagedKVCache,
-    candidate_pages: torch.Tensor,
-    candidate_counts: torch.Tensor,
+    candidates: CandidatePages,
     *,
     sm_scale: float | None = None,
     dtype: torch.dtype | None = None,
@@ -45,8 +45,8 @@ def estimate_logits(
 
     Args:
         q: [batch_size, num_qo_heads, head_dim].
-        candidate_pages: [batch_size, num_kv_heads, width] int32 logical pages.
-        candidate_counts: [batch_size, num_kv_heads] int32.
+        candidates: pages [batch_size, num_kv_heads, width] int32 logical pages, and counts
+            [batch_size, num_kv_heads] int32.
         sm_scale: None for head_dim ** -0.5.
 
     Returns:
@@ -56,6 +56,7 @@ def estimate_logits(
         tokens) is left out.
     """
     check_query(q, cache)
+    candidate_pages, candidate_counts = candidates
     check_index_lists(
         "candidate_pages", "candidate_counts", candidate_pages, candidate_counts, cache
     )

@@ -22,8 +22,11 @@ class TwilightDecode:
         sm_scale: None for head_dim ** -0.5.
         num_sink_tokens, num_recent_tokens: first and last tokens that are always kept.
 
-    After `run`: candidate_pages, candidate_counts, logits, kept_tokens, kept_counts, kept_mass.
+    After `run`: candidates, logits, kept.
+    The stages can be called one by one; each reads what the one before left.
     """
+
+    fused = False  # estimator and pruner are two stages, as `kernels` has a step that joins them
 
     def __init__(
         self,
@@ -59,6 +62,11 @@ class TwilightDecode:
             "num_recent_tokens": num_recent_tokens,
         }
 
+    @property
+    def stages(self) -> "TwilightDecode":
+        """What has the stages one by one: the step itself."""
+        return self
+
     def run(
         self, q: torch.Tensor, cache: PagedKVCache, *, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
@@ -67,15 +75,41 @@ class TwilightDecode:
             raise ValueError(
                 f"q: expected [batch_size, {self.num_qo_heads}, head_dim], got {list(q.shape)}"
             )
+        self.select(q, cache, dtype=dtype)
+        self.estimate_prune(q, cache, dtype=dtype)
+        return self.attend(q, cache, dtype=dtype)
+
+    def select(
+        self, q: torch.Tensor, cache: PagedKVCache, *, dtype: torch.dtype | None = None
+    ) -> None:
+        """-> candidates."""
         if self.selector == "full":
-            candidates = select_all(cache)
-        else:
-            candidates = select_pages(q, cache, self.token_budget, **self.windows, dtype=dtype)
-        self.candidate_pages, self.candidate_counts = candidates
-        self.logits = estimate_logits(q, cache, *candidates, sm_scale=self.sm_scale, dtype=dtype)
-        self.kept_tokens, self.kept_counts, self.kept_mass = prune_top_p(
-            self.logits, cache, *candidates, self.top_p, **self.windows, dtype=dtype
+            self.candidates = select_all(cache)
+            return
+        self.candidates = select_pages(q, cache, self.token_budget, **self.windows, dtype=dtype)
+
+    def estimate(
+        self, q: torch.Tensor, cache: PagedKVCache, *, dtype: torch.dtype | None = None
+    ) -> None:
+        """Estimated logits of the candidates -> logits."""
+        options = {"sm_scale": self.sm_scale, "dtype": dtype}
+        self.logits = estimate_logits(q, cache, self.candidates, **options)
+
+    def prune(self, cache: PagedKVCache, *, dtype: torch.dtype | None = None) -> None:
+        """What top-p keeps of them -> kept."""
+        self.kept = prune_top_p(
+            self.logits, cache, self.candidates, self.top_p, **self.windows, dtype=dtype
         )
-        return flash_topk_attention(
-            q, cache, self.kept_tokens, self.kept_counts, sm_scale=self.sm_scale, dtype=dtype
-        )
+
+    def estimate_prune(
+        self, q: torch.Tensor, cache: PagedKVCache, *, dtype: torch.dtype | None = None
+    ) -> None:
+        """estimate() and prune()."""
+        self.estimate(q, cache, dtype=dtype)
+        self.prune(cache, dtype=dtype)
+
+    def attend(
+        self, q: torch.Tensor, cache: PagedKVCache, *, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """Attention over the kept tokens -> out."""
+        return flash_topk_attention(q, cache, self.kept, sm_scale=self.sm_scale, dtype=dtype)

@@ -15,6 +15,7 @@ import torch
 
 from .cache import PagedKVCache
 from .estimator import candidate_tokens
+from .lists import CandidatePages, Kept
 from .validate import check_index_lists, check_tensor, check_windows
 
 NO_TOKEN = torch.iinfo(torch.int32).max
@@ -81,14 +82,13 @@ def group_union(keep: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
 def prune_top_p(
     logits: torch.Tensor,
     cache: PagedKVCache,
-    candidate_pages: torch.Tensor,
-    candidate_counts: torch.Tensor,
+    candidates: CandidatePages,
     top_p: float | torch.Tensor,
     *,
     num_sink_tokens: int = 0,
     num_recent_tokens: int = 0,
     dtype: torch.dtype | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Kept:
     """Softmax over the candidates, top-p per query head, union per KV head.
 
     The first num_sink_tokens and the last num_recent_tokens tokens are kept wherever they are
@@ -98,18 +98,19 @@ def prune_top_p(
 
     Args:
         logits: [batch_size, num_qo_heads, width * page_size] float; read where a token is.
-        candidate_pages: [batch_size, num_kv_heads, width] int32 logical pages, ascending.
-        candidate_counts: [batch_size, num_kv_heads] int32.
+        candidates: pages [batch_size, num_kv_heads, width] int32 logical pages, ascending, and
+            counts [batch_size, num_kv_heads] int32.
         top_p: number in (0, 1], or float32 [num_qo_heads], [batch_size, 1] or
             [batch_size, num_qo_heads]. 1 keeps every candidate token.
 
     Returns:
-        kept_tokens: [batch_size, num_kv_heads, width * page_size] int32, logical positions,
-            ascending, then -1.
-        kept_counts: [batch_size, num_kv_heads] int32.
-        kept_mass: [batch_size, num_qo_heads] float32 (or `dtype`): the estimated mass of the query
+        tokens: [batch_size, num_kv_heads, width * page_size] int32, logical positions, ascending,
+            then -1.
+        counts: [batch_size, num_kv_heads] int32.
+        mass: [batch_size, num_qo_heads] float32 (or `dtype`): the estimated mass of the query
             head's own set, before the union, forced tokens included; 0 for a request of no tokens.
     """
+    candidate_pages, candidate_counts = candidates
     check_index_lists(
         "candidate_pages", "candidate_counts", candidate_pages, candidate_counts, cache
     )
@@ -144,7 +145,7 @@ def prune_top_p(
         ascending = torch.where(union, token, NO_TOKEN).sort(dim=-1).values
         kept_tokens[batch] = torch.where(ascending == NO_TOKEN, -1, ascending).to(torch.int32)
         kept_counts[batch] = union.sum(dim=-1)
-    return kept_tokens, kept_counts, kept_mass
+    return Kept(kept_tokens, kept_counts, kept_mass)
 
 
 def candidate_weights(

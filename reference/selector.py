@@ -14,6 +14,7 @@ for all: that is what a k_offset is for.
 import torch
 
 from .cache import PagedKVCache, pages_of
+from .lists import CandidatePages
 from .quantize import dequantize_bounds
 from .validate import check_positive, check_query, check_windows, compute_dtype
 
@@ -49,7 +50,7 @@ def select_pages(
     num_sink_tokens: int = 0,
     num_recent_tokens: int = 0,
     dtype: torch.dtype | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> CandidatePages:
     """Quest: the token_budget // page_size pages of the largest score, lower page first on ties.
 
     The newest page and the pages of the first num_sink_tokens and last num_recent_tokens tokens
@@ -61,8 +62,8 @@ def select_pages(
             max_pages).
 
     Returns:
-        candidate_pages: [batch_size, num_kv_heads, width] int32, ascending logical pages, then -1.
-        candidate_counts: [batch_size, num_kv_heads] int32 = min(pages of the request, width).
+        pages: [batch_size, num_kv_heads, width] int32, ascending logical pages, then -1.
+        counts: [batch_size, num_kv_heads] int32 = min(pages of the request, width).
     """
     check_query(q, cache)
     width = selection_width(cache, token_budget, num_sink_tokens, num_recent_tokens)
@@ -87,7 +88,7 @@ def select_pages(
         best = scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
         candidate_pages[batch, :, :count] = best.sort(dim=-1).values.to(torch.int32)
         candidate_counts[batch] = count
-    return candidate_pages, candidate_counts
+    return CandidatePages(candidate_pages, candidate_counts)
 
 
 def selection_width(
@@ -112,18 +113,16 @@ def selection_width(
     return width
 
 
-def select_all(
-    cache: PagedKVCache, *, dtype: torch.dtype | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def select_all(cache: PagedKVCache, *, dtype: torch.dtype | None = None) -> CandidatePages:
     """The full selector: every page of every request.
 
     Returns:
-        candidate_pages: [batch_size, num_kv_heads, max_pages] int32, ascending, then -1.
-        candidate_counts: [batch_size, num_kv_heads] int32.
+        pages: [batch_size, num_kv_heads, max_pages] int32, ascending, then -1.
+        counts: [batch_size, num_kv_heads] int32.
     """
     counts = (cache.seq_lens + cache.page_size - 1) // cache.page_size
     pages = torch.arange(cache.max_pages, dtype=torch.int32, device=counts.device)
     pages = torch.where(pages < counts[:, None], pages, -1)
     rows = (cache.batch_size, cache.num_kv_heads)
     candidate_pages = pages[:, None].expand(*rows, cache.max_pages).contiguous()
-    return candidate_pages, counts[:, None].expand(rows).contiguous()
+    return CandidatePages(candidate_pages, counts[:, None].expand(rows).contiguous())

@@ -6,15 +6,16 @@ import pytest
 import torch
 
 from twilight_tilelang import reference
-from twilight_tilelang.profiling import accuracy
-from twilight_tilelang.profiling.accuracy import Request, accuracy_rows, prune
-from twilight_tilelang.profiling.backends import Torch
-from twilight_tilelang.profiling.checks import request_cache
-from twilight_tilelang.profiling.observations import kept_rows, memory_rows
+from twilight_tilelang.profiling.observations import accuracy
+from twilight_tilelang.profiling.observations.accuracy import Request, accuracy_rows, prune
+from twilight_tilelang.profiling.observations.kept import kept_rows
+from twilight_tilelang.profiling.observations.memory import memory_rows
 from twilight_tilelang.profiling.plan import Target, prepare
-from twilight_tilelang.profiling.rows import AccuracyRow
-from twilight_tilelang.profiling.stages import StageBuilder
-from twilight_tilelang.profiling.workloads import Workload
+from twilight_tilelang.profiling.providers.backends import Torch
+from twilight_tilelang.profiling.providers.checks import request_cache
+from twilight_tilelang.profiling.providers.stages import StageBuilder
+from twilight_tilelang.profiling.tables.rows import AccuracyRow
+from twilight_tilelang.profiling.workloads.workload import Workload
 from twilight_tilelang.reference.inputs import DecodeShape
 
 TOP_PS = (0.5, 0.85, 0.99)
@@ -87,9 +88,9 @@ def test_four_bits_are_those_of_the_reference_step(
     )
     out = step.run(q, cache, dtype=torch.float64)
     dense = reference.dense_attention(q, cache, dtype=torch.float64)
-    assert row.kept_mean == pytest.approx(float(step.kept_counts.double().mean()), abs=0.5)
+    assert row.kept_mean == pytest.approx(float(step.kept.counts.double().mean()), abs=0.5)
     assert row.error == pytest.approx(float((out - dense).norm() / dense.norm()), rel=0.02)
-    assert row.kept_mass == pytest.approx(float(step.kept_mass.mean()), abs=1e-3)
+    assert row.kept_mass == pytest.approx(float(step.kept.mass.mean()), abs=1e-3)
 
 
 def test_p_1_is_dense(builder: StageBuilder) -> None:
@@ -111,7 +112,7 @@ def test_a_code_is_within_half_a_step_at_every_width(bits: int, rng: torch.Gener
 
 
 def test_kept_rows_are_the_counts_of_the_step(builder: StageBuilder) -> None:
-    counts = builder.slots("pipeline", "quest+twilight")[0].step.kept_counts.double()
+    counts = builder.slots("pipeline", "quest+twilight")[0].step.kept.counts.double()
     found = kept_rows(builder, "cpu-reference", ORIGIN)
     assert [row.kv_head for row in found] == [0, 1]
     for row in found:

@@ -1,6 +1,7 @@
 """flash_topk_attention, page_attention and dense_attention against fp64, and against each other."""
 
 import dataclasses
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,9 +18,9 @@ from tests.inputs.cases import (
     forms_for,
     make_tensors,
 )
+from tests.inputs.pinned import pinned
 from twilight_tilelang import reference
-from twilight_tilelang.kernels.attention import AttentionWorkspace, launch_attention, launch_plan
-from twilight_tilelang.kernels.tuned import pinned
+from twilight_tilelang.kernels import attention, tuned
 from twilight_tilelang.reference.compare import assert_close
 from twilight_tilelang.reference.hazards import poison_unused
 from twilight_tilelang.reference.inputs import LAYER_BUDGETS
@@ -66,21 +67,15 @@ def test_flash_topk_attention_matches_reference(case, rng):
     cache = build_cache(kernels, tensors)
     poison_unused(cache)
     kept = random_tokens(tensors.seq_lens.tolist(), skewed_counts(cache, rng), rng)
-    result = kernels.flash_topk_attention(tensors.q, cache, *kept, return_lse=True)
+    result = kernels.flash_topk_attention(tensors.q, cache, kept, return_lse=True)
     assert_attention_close(result, tensors.q, cache, *kept)
 
 
 def attend_as(config, q, cache, kept_tokens, kept_counts) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of flash_topk_attention at a configuration of choice."""
-    width = kept_tokens.shape[2]
-    workspace = AttentionWorkspace.allocate(cache, q.shape[1] // cache.num_kv_heads, width, config)
-    out = torch.empty_like(q)
-    launch_plan(cache, "tokens", kept_tokens, kept_counts, workspace)
-    with pinned({}):  # whatever is tuned
-        launch_attention(
-            q, cache, "tokens", kept_tokens, kept_counts, workspace, out, cache.head_dim**-0.5
-        )
-    return out, workspace.lse
+    with patch.object(attention, "default_config", lambda _: config), pinned({}):
+        kept = kept_tokens, kept_counts
+        return kernels.flash_topk_attention(q, cache, kept, return_lse=True)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -99,8 +94,7 @@ def test_every_form_matches_reference(case, rng):
 def test_every_form_gives_the_same_bits_from_any_grid(form, pdl, rng, monkeypatch):
     if pdl and torch.cuda.get_device_capability(rng.device) < (9, 0):
         pytest.skip("early starts need compute capability 9")
-    for module in ("attention", "tuned"):
-        monkeypatch.setattr(f"twilight_tilelang.kernels.{module}.launches_early", lambda cache: pdl)
+    monkeypatch.setattr(tuned, "starts_early", lambda *_: pdl)
     tensors = layer_tensors(rng, 3008)
     cache = build_cache(kernels, tensors)
     counts = torch.tensor(LAYER_BUDGETS, dtype=torch.int32, device=rng.device).view(8, 4)
@@ -117,9 +111,9 @@ def test_flash_topk_attention_returns_out_alone(rng):
     tensors = make_tensors(BASE, rng)
     cache = build_cache(kernels, tensors)
     kept = random_tokens(tensors.seq_lens.tolist(), skewed_counts(cache, rng), rng)
-    out = kernels.flash_topk_attention(tensors.q, cache, *kept)
+    out = kernels.flash_topk_attention(tensors.q, cache, kept)
     assert torch.equal(
-        out, kernels.flash_topk_attention(tensors.q, cache, *kept, return_lse=True)[0]
+        out, kernels.flash_topk_attention(tensors.q, cache, kept, return_lse=True)[0]
     )
 
 
@@ -128,7 +122,7 @@ def test_flash_topk_attention_of_no_tokens_is_zero(rng):
     cache = build_cache(kernels, tensors)
     counts = torch.tensor([[0, 1], [0, 0], [5, 0], [700, 0]], dtype=torch.int32, device=rng.device)
     kept = random_tokens(tensors.seq_lens.tolist(), counts, rng)
-    out, lse = kernels.flash_topk_attention(tensors.q, cache, *kept, return_lse=True)
+    out, lse = kernels.flash_topk_attention(tensors.q, cache, kept, return_lse=True)
     empty = (counts == 0).repeat_interleave(4, dim=1)
     assert (out[empty] == 0).all() and (lse[empty] == -torch.inf).all()
     assert torch.isfinite(lse[~empty]).all() and (out[~empty] != 0).any(-1).all()
@@ -140,7 +134,7 @@ def test_flash_topk_attention_with_the_budgets_of_a_real_layer(rng):
     cache = build_cache(kernels, tensors)
     counts = torch.tensor(LAYER_BUDGETS, dtype=torch.int32, device=rng.device).view(8, 4)
     kept = random_tokens(tensors.seq_lens.tolist(), counts, rng)
-    result = kernels.flash_topk_attention(tensors.q, cache, *kept, return_lse=True)
+    result = kernels.flash_topk_attention(tensors.q, cache, kept, return_lse=True)
     assert_attention_close(result, tensors.q, cache, *kept)
 
 
@@ -151,7 +145,7 @@ def test_flash_topk_attention_at_every_budget(budget, rng):
     cache = build_cache(kernels, tensors)
     counts = torch.full((2, 4), budget, dtype=torch.int32, device=rng.device)
     kept = random_tokens(tensors.seq_lens.tolist(), counts, rng)
-    result = kernels.flash_topk_attention(tensors.q, cache, *kept, return_lse=True)
+    result = kernels.flash_topk_attention(tensors.q, cache, kept, return_lse=True)
     assert_attention_close(result, tensors.q, cache, *kept)
 
 
@@ -160,7 +154,7 @@ def test_flash_topk_attention_scales(rng):
     cache = build_cache(kernels, tensors)
     kept = random_tokens(tensors.seq_lens.tolist(), skewed_counts(cache, rng), rng)
     options = {"sm_scale": 0.31}
-    result = kernels.flash_topk_attention(tensors.q, cache, *kept, **options, return_lse=True)
+    result = kernels.flash_topk_attention(tensors.q, cache, kept, **options, return_lse=True)
     assert_attention_close(result, tensors.q, cache, *kept, **options)
 
 
@@ -169,7 +163,7 @@ def test_flash_topk_attention_of_large_logits(rng):
     tensors = make_tensors(BASE, rng)
     cache = build_cache(kernels, tensors)
     kept = random_tokens(tensors.seq_lens.tolist(), skewed_counts(cache, rng), rng)
-    result = kernels.flash_topk_attention(tensors.q, cache, *kept, sm_scale=8.0, return_lse=True)
+    result = kernels.flash_topk_attention(tensors.q, cache, kept, sm_scale=8.0, return_lse=True)
     assert_attention_close(result, tensors.q, cache, *kept, sm_scale=8.0)
 
 
@@ -179,7 +173,7 @@ def test_lse_measures_the_captured_mass(rng):
     cache = build_cache(kernels, tensors)
     counts = (cache.seq_lens[:, None] // torch.tensor([1, 2, 3, 4], device=rng.device)).int()
     kept = random_tokens(tensors.seq_lens.tolist(), counts, rng)
-    lse = kernels.flash_topk_attention(tensors.q, cache, *kept, return_lse=True)[1]
+    lse = kernels.flash_topk_attention(tensors.q, cache, kept, return_lse=True)[1]
     full_lse = kernels.dense_attention(tensors.q, cache, return_lse=True)[1]
     captured = torch.exp(lse - full_lse)
     keys = tensors.k[0].double().transpose(0, 1)
@@ -197,7 +191,7 @@ def test_page_attention_attends_to_every_token_of_the_pages(case, rng):
     cache = build_cache(kernels, tensors)
     poison_unused(cache)
     pages, counts = kernels.select_pages(tensors.q, cache, case.token_budget)
-    result = kernels.page_attention(tensors.q, cache, pages, counts, return_lse=True)
+    result = kernels.page_attention(tensors.q, cache, (pages, counts), return_lse=True)
     position, valid = candidate_positions(cache, pages, counts)
     assert_attention_close(result, tensors.q, cache, position.int(), valid.sum(-1).int())
 
@@ -208,8 +202,8 @@ def test_page_attention_equals_flash_topk_attention(rng):
     pages, counts = kernels.select_pages(tensors.q, cache, 256, num_sink_tokens=4)
     position, valid = candidate_positions(cache, pages, counts)
     kept = position.int(), valid.sum(-1).int()
-    out, lse = kernels.page_attention(tensors.q, cache, pages, counts, return_lse=True)
-    expected, expected_lse = kernels.flash_topk_attention(tensors.q, cache, *kept, return_lse=True)
+    out, lse = kernels.page_attention(tensors.q, cache, (pages, counts), return_lse=True)
+    expected, expected_lse = kernels.flash_topk_attention(tensors.q, cache, kept, return_lse=True)
     torch.testing.assert_close(out, expected, rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-4)
 

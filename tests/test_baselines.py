@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from twilight_tilelang import reference
-from twilight_tilelang.profiling import baselines
-from twilight_tilelang.profiling.request_sets import random_tokens
+from twilight_tilelang.profiling.providers import baselines
+from twilight_tilelang.profiling.workloads.request_sets import random_tokens
 from twilight_tilelang.reference.compare import relative_error
 from twilight_tilelang.reference.inputs import DecodeShape, random_inputs
 
@@ -77,7 +77,7 @@ def test_flashinfer_gets_the_same_single_tokens(shape: DecodeShape) -> None:
     counts = torch.tensor(head_counts, dtype=torch.int32).expand(shape.batch_size, -1)
     calls = baselines.flashinfer_tokens(q, cache, lists, counts)
     for call, tokens in zip(calls, lists, strict=True):
-        expected = reference.flash_topk_attention(q, cache, tokens, counts)
+        expected = reference.flash_topk_attention(q, cache, (tokens, counts))
         assert relative_error(call().reshape(q.shape), expected) < 1e-5
 
 

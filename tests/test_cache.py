@@ -6,7 +6,7 @@ import torch
 import twilight_tilelang as kernels
 from tests.checks.properties import as_reference, valid_entries
 from tests.inputs.cases import BASE, CASES, NAMED, Tensors, build_cache, make_tensors
-from twilight_tilelang import reference
+from twilight_tilelang import CacheShape, reference
 from twilight_tilelang.reference.hazards import poison_unused
 
 pytestmark = pytest.mark.gpu
@@ -158,7 +158,7 @@ def test_append_token_by_token_equals_a_prefill(device, rng):
     """From nothing, over page ends, into pages whose mirror and bounds are leftovers."""
     k, v = torch.randn(2, 3, 35, 2, 128, generator=rng, device=device).half()
     options = dict(page_table=torch.randperm(9, generator=rng, device=device).int().view(3, 3))
-    cache = kernels.PagedKVCache.empty(9, 3, 3, 2, 128, device=device, **options)
+    cache = kernels.PagedKVCache.empty(CacheShape(3, 3, 2, 128, device=device), **options)
     poison_unused(cache)
     for token in range(35):
         cache.append(k[:, token].contiguous(), v[:, token].contiguous())
@@ -174,7 +174,7 @@ def test_append_bounds_a_filling_page_as_a_prefill(page_size, device, rng):
     k[..., ::20] += 15
     options = dict(page_size=page_size, k_offset=torch.zeros(2, 128, device=device))
     options["k_offset"][:, ::40] = 15
-    cache = kernels.PagedKVCache.empty(2, 1, 2, 2, 128, device=device, **options)
+    cache = kernels.PagedKVCache.empty(CacheShape(1, 2, 2, 128, device=device), **options)
     poison_unused(cache)
     for token in range(page_size + 2):
         cache.append(k[:, token].contiguous(), k[:, token].contiguous())
@@ -199,7 +199,7 @@ def test_append_extends_a_prefill(length, device, rng):
 
 
 def test_append_raises_once_the_longest_request_is_full(device, rng):
-    cache = kernels.PagedKVCache.empty(2, 2, 1, 2, 128, device=device)
+    cache = kernels.PagedKVCache.empty(CacheShape(2, 1, 2, 128, device=device))
     for _ in range(cache.capacity):
         cache.append(*random_token(cache, rng))
     before = copies(cache)
@@ -222,7 +222,7 @@ def assert_unchanged(cache, before: dict[str, torch.Tensor]) -> None:
 
 def test_append_leaves_a_full_request_alone(device, rng):
     """The device's own guard: here a request is full although the host's bound says otherwise."""
-    cache = kernels.PagedKVCache.empty(3, 3, 1, 2, 128, device=device)
+    cache = kernels.PagedKVCache.empty(CacheShape(3, 1, 2, 128, device=device))
     for _ in range(3):
         cache.append(*random_token(cache, rng))
     cache.seq_lens[1] = cache.capacity
@@ -259,7 +259,7 @@ def test_addresses_are_64_bit(tensor, elements_per_byte, rng):
         step = kernels.TwilightDecode(cache, 8, token_budget=BASE.token_budget, top_p=0.9)
         out = step.run(tensors.q, cache)
         results.append(
-            (out, step.kept_counts, step.kept_mass, kernels.dense_attention(tensors.q, cache))
+            (out, step.kept.counts, step.kept.mass, kernels.dense_attention(tensors.q, cache))
         )
     for large_result, small_result in zip(*results, strict=True):
         assert torch.equal(large_result, small_result)

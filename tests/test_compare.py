@@ -2,15 +2,16 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from tests.doubles.made_up_results import made_up_rows, write_frames
 from twilight_tilelang.profiling import compare
-from twilight_tilelang.profiling.results import RESULTS
-from twilight_tilelang.profiling.rows import Row
-from twilight_tilelang.profiling.summary import FILE, summarize, write_summary
+from twilight_tilelang.profiling.tables.rows import Row
+from twilight_tilelang.profiling.tables.store import RESULTS
+from twilight_tilelang.profiling.tables.summary import FILE, summarize, write_summary
 
 
 @pytest.fixture
@@ -58,6 +59,19 @@ def test_the_tolerance_is_between_runs(rows: list[Row], tmp_path: Path, capsys) 
     assert "1.040" not in capsys.readouterr().out.splitlines()[-1]
 
 
+@pytest.mark.parametrize(("host_us", "code"), [(124.0, 0), (126.0, 1), (79.0, 0), (None, 0)])
+def test_a_host_that_takes_a_quarter_longer_is_a_regression(
+    rows: list[Row], tmp_path: Path, capsys, host_us: float | None, code: int
+) -> None:
+    rows[0] = dataclasses.replace(rows[0], host_us=100.0)
+    after = dataclasses.replace(rows[0], host_us=math.nan if host_us is None else host_us)
+    assert compared(rows, after, tmp_path) == code
+    printed = capsys.readouterr().out
+    assert ("slower  1.260" in printed) == (host_us == 126.0)
+    assert ("faster  0.790" in printed) == (host_us == 79.0)
+    assert f"{4 if host_us is None else 5} times" in printed
+
+
 def test_rows_of_one_folder_only_are_counted(rows: list[Row], tmp_path: Path, capsys) -> None:
     write_frames(rows, tmp_path / "a")
     write_frames(rows[1:3], tmp_path / "b")
@@ -84,7 +98,7 @@ def test_nothing_to_compare_is_an_error(rows: list[Row], tmp_path: Path, capsys)
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob(f"*/{FILE}")), ids=lambda p: p.parent.name)
 def test_the_committed_summary_is_that_of_its_files(path: Path) -> None:
-    """If not: python -m twilight_tilelang.profiling.summary FOLDER"""
+    """If not: python -m twilight_tilelang.profiling.tables.summary FOLDER"""
     assert json.loads(path.read_text()) == json.loads(json.dumps(summarize(path.parent)))
 
 

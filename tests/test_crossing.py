@@ -11,8 +11,10 @@ import torch
 import twilight_tilelang as kernels
 from tests.doubles import fake_gpu
 from twilight_tilelang.kernels import crossing
+from twilight_tilelang.kernels.cache import CacheShape
 from twilight_tilelang.kernels.crossing import Expected, expected_times, fastest, read_bandwidth
-from twilight_tilelang.profiling.results import path_of, read_rows
+from twilight_tilelang.kernels.launch import StepShape
+from twilight_tilelang.profiling.tables.store import path_of, read_rows
 
 H200_MEMORY = {"memory_clock_rate": 3_201_000, "memory_bus_width": 6144}  # kHz, bits
 TOLERATED = 1.10  # time of the path taken over that of the fastest, near the crossing
@@ -51,9 +53,11 @@ def bandwidth(monkeypatch) -> float:
 
 def path_of_row(row, bandwidth: float) -> str:
     """The path that "auto" takes at the sizes of a measured row."""
-    width = min(row.token_budget // row.page_size, row.max_pages)
-    sizes = (row.max_pages, row.page_size, width, row.head_dim, 2, bandwidth)
-    return fastest(expected_times(row.batch_size * row.num_kv_heads, *sizes))
+    num_rows = row.batch_size * row.num_kv_heads
+    width = min(row.token_budget, row.max_pages * row.page_size)
+    statics = (row.group_size, row.head_dim, row.page_size, row.dtype)
+    shape = StepShape(*statics, num_rows, row.max_pages, width, num_rows)
+    return fastest(expected_times(shape, 2, bandwidth))
 
 
 @pytest.mark.parametrize("row, times", MEASURED)
@@ -86,7 +90,8 @@ def test_bandwidth_is_read_from_the_device(bandwidth, monkeypatch):
 
 def test_bytes_are_those_of_what_is_read():
     """A row of 2,048 pages with 512 candidates, as of `solo-32k`; no bounds where all are."""
-    some, every = (expected_times(8, 2048, 16, width, 128, 2, 1e12) for width in (512, 2048))
+    shapes = (StepShape(4, 128, 16, "float16", 8, 2048, width, 8) for width in (8192, 32_768))
+    some, every = (expected_times(shape, 2, 1e12) for shape in shapes)
     assert some["dense"].num_bytes == every["dense"].num_bytes == 8 * 32_768 * 512
     assert some["candidates"].num_bytes == 8 * (2048 * 264 + 8192 * 512)
     assert "candidates" not in every  # it would be dense attention
@@ -108,9 +113,7 @@ def launched(monkeypatch) -> list[str]:
 
 def cache_of(max_pages: int, batch_size: int = 2):
     """Requests of 16 tokens a page, 8 KV heads."""
-    cache = kernels.PagedKVCache.empty(
-        batch_size * max_pages, batch_size, max_pages, 8, 64, device="cuda"
-    )
+    cache = kernels.PagedKVCache.empty(CacheShape(batch_size, max_pages, 8, 64))
     cache.seq_lens.copy_(torch.arange(3, 3 + batch_size))
     return cache
 
@@ -154,7 +157,7 @@ def test_the_dense_path_launches_dense_attention(options, launched):
     assert launched == []
     out = step.run(query_of(cache), cache)
     assert launched == expected and out is step.out
-    assert step.token_counts.tolist() == [[3] * 8, [4] * 8]
+    assert step.stages.tokens.counts.tolist() == [[3] * 8, [4] * 8]
 
 
 @pytest.mark.parametrize("max_pages", [16, 64])  # of 16 pages each is a candidate
@@ -164,26 +167,25 @@ def test_the_path_of_candidates_launches_their_attention(max_pages, launched):
     candidates = (
         kernels.select_pages(q, cache, 256) if max_pages > 16 else kernels.select_all(cache)
     )
-    kernels.page_attention(q, cache, *candidates)
+    kernels.page_attention(q, cache, candidates)
     expected = launched.copy()
     launched.clear()
     step = step_of(cache, path="candidates")
     out = step.run(q, cache)
     assert launched == expected and out is step.out
-    assert not hasattr(step, "logits") and not hasattr(step, "kept_tokens")
+    assert not hasattr(step, "logits") and not hasattr(step, "kept")
 
 
 def test_the_dense_path_holds_nothing_of_the_sparse_one(launched):
-    sparse, dense = (step_of(cache_of(16), path=path) for path in ("sparse", "dense"))
-    tensors = [name for name, value in vars(sparse).items() if isinstance(value, torch.Tensor)]
-    assert {name for name in tensors if hasattr(dense, name)} == {"top_p", "out"}
-    assert not hasattr(dense, "union")
+    dense = step_of(cache_of(16), path="dense")
+    assert not any(hasattr(dense, name) for name in ("candidates", "logits", "kept"))
+    assert vars(dense.stages).keys() == {"plan", "settings", "tokens", "attention", "out"}
 
 
 def test_the_dense_path_takes_caches_of_its_shape_only(launched):
     cache = cache_of(16)
     step = step_of(cache, path="dense")
-    with pytest.raises(ValueError, match="cache: expected .*16, 16, 8, 64.*, got .*17, 16, 8, 64"):
+    with pytest.raises(ValueError, match="cache: expected .*pages=16, .*, got .*pages=17, "):
         step.run(query_of(cache), cache_of(17))
     with pytest.raises(ValueError, match=r"q: expected shape \[2, 32, 64\], got \[2, 16, 64\]"):
         step.run(query_of(cache)[:, :16].contiguous(), cache)

@@ -3,8 +3,6 @@
 That it gives them at odd sizes is tested in tests/emulated.
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -13,54 +11,43 @@ from tests.checks.promises import assert_identical, decode, decoded, results_of,
 from tests.checks.properties import assert_decode_step
 from tests.doubles import fake_gpu
 from tests.inputs.cases import BASE, CASES, NAMED, Case, build_cache, make_tensors
-from twilight_tilelang.kernels import pipeline
-from twilight_tilelang.kernels.estimate_prune import default_config, estimate_prune_config
+from tests.inputs.pinned import fused
+from twilight_tilelang.kernels.cache import CacheShape
+from twilight_tilelang.kernels.estimate_prune import default_config
+from twilight_tilelang.kernels.gpu import ARCHS
+from twilight_tilelang.kernels.launch import StepShape
 from twilight_tilelang.reference.hazards import poison_unused
 from twilight_tilelang.reference.inputs import DecodeShape
 
-SHARED_MEMORY = {"a100": 164 * 1024, "h200": 228 * 1024}
-
 
 @pytest.mark.parametrize(
-    "rows, group_size, width, gpu, fused",
+    "rows, group_size, width, gpu, expected",
     [
-        pytest.param(512, 4, 8192, "h200", True, id="gqa-32k"),
-        pytest.param(2048, 1, 8192, "h200", True, id="mha-32k"),
-        pytest.param(128, 4, 8192, "h200", False, id="gqa-128k"),
-        pytest.param(8, 4, 8192, "h200", False, id="solo-32k"),
-        pytest.param(512, 8, 8192, "h200", False, id="logits-do-not-fit"),
-        pytest.param(512, 4, 8192, "a100", False, id="less-shared-memory"),
-        pytest.param(512, 4, 4096, "a100", True, id="fewer-candidates"),
-        pytest.param(512, 1, 32768, "h200", False, id="rows-read-by-every-pass"),
+        pytest.param(512, 4, 8192, "sm_90a", True, id="gqa-32k"),
+        pytest.param(2048, 1, 8192, "sm_90a", True, id="mha-32k"),
+        pytest.param(128, 4, 8192, "sm_90a", False, id="gqa-128k"),
+        pytest.param(8, 4, 8192, "sm_90a", False, id="solo-32k"),
+        pytest.param(512, 8, 8192, "sm_90a", False, id="logits-do-not-fit"),
+        pytest.param(512, 4, 8192, "sm_80", False, id="less-shared-memory"),
+        pytest.param(512, 4, 4096, "sm_80", True, id="fewer-candidates"),
+        pytest.param(512, 1, 32768, "sm_90a", False, id="rows-read-by-every-pass"),
     ],
 )
-def test_many_rows_whose_logits_fit_are_fused(rows, group_size, width, gpu, fused):
-    capability = (8, 0) if gpu == "a100" else (9, 0)
-    config = default_config(rows, group_size, 128, width, capability, SHARED_MEMORY[gpu])
-    assert config.fused == fused
+def test_many_rows_whose_logits_fit_are_fused(rows, group_size, width, gpu, expected):
+    shape = StepShape(group_size, 128, 16, "float16", rows, 2048, width, rows)
+    assert default_config(shape, ARCHS[gpu]).fused == expected
 
 
 @pytest.mark.parametrize("rows", [263, 264])
 def test_a_fused_step_launches_one_kernel_for_two(rows, monkeypatch):
     fake_gpu.install(monkeypatch)
     launched = fake_gpu.count_launches(monkeypatch, launch=False)
-    cache = kernels.PagedKVCache.empty(4 * rows, rows, 4, 1, 64, device="cuda")
+    cache = kernels.PagedKVCache.empty(CacheShape(rows, 4, 1, 64))
     step = kernels.TwilightDecode(cache, 4, token_budget=32, num_parts=1)
     step.run(torch.zeros(rows, 4, 64, dtype=torch.float16, device="cuda"), cache)
     assert step.fused == (rows == 264)
     middle = ["estimate_prune_kernel"] if step.fused else ["estimator_kernel", "pruner_kernel"]
     assert [name for name in launched if "estimat" in name or "prune" in name] == middle
-
-
-@pytest.fixture
-def fuse(monkeypatch):
-    """Every step is made fused, or none."""
-
-    def patch(fused: bool) -> None:
-        own = lambda *shape: replace(estimate_prune_config(*shape), fused=fused)  # noqa: E731
-        monkeypatch.setattr(pipeline, "estimate_prune_config", own)
-
-    return patch
 
 
 OPTIONS = {
@@ -73,19 +60,19 @@ OPTIONS = {
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("case", CASES)
-def test_a_fused_step_gives_the_bits_of_two_kernels(case, options, rng, fuse):
+def test_a_fused_step_gives_the_bits_of_two_kernels(case, options, rng):
     tensors = make_tensors(case, rng)
     cache = build_cache(kernels, tensors)
     poison_unused(cache)
     if options == "windows":
         tensors.q[0, 0, 0] = torch.nan
     results = []
-    for fused in (True, False):
-        fuse(fused)
-        step, out = decode(kernels, tensors, cache, case.token_budget, **OPTIONS[options])
+    for is_fused in (True, False):
+        with fused(is_fused):
+            step, out = decode(kernels, tensors, cache, case.token_budget, **OPTIONS[options])
         results.append(results_of(step, out, cache))
-    for fused, apart in zip(*results, strict=True):
-        assert_identical(without_nan(fused), without_nan(apart))
+    for together, apart in zip(*results, strict=True):
+        assert_identical(without_nan(together), without_nan(apart))
 
 
 def without_nan(results: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -95,11 +82,11 @@ def without_nan(results: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", [BASE, NAMED["mha-ragged"], NAMED["gqa8-p64"]], ids=str)
-def test_a_fused_step_matches_reference(case, rng, fuse):
-    fuse(True)
+def test_a_fused_step_matches_reference(case, rng):
     tensors = make_tensors(case, rng)
     cache = build_cache(kernels, tensors)
-    step, out = decode(kernels, tensors, cache, case.token_budget, top_p=0.85)
+    with fused(True):
+        step, out = decode(kernels, tensors, cache, case.token_budget, top_p=0.85)
     assert_decode_step(step, out, tensors.q, cache, case.token_budget, 0.85)
 
 

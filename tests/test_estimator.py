@@ -6,8 +6,8 @@ import torch
 import twilight_tilelang as kernels
 from tests.checks.properties import assert_logits_close, listed_columns, num_used_pages
 from tests.inputs.cases import BASE, CASES, NAMED, build_cache, make_tensors
-from twilight_tilelang.kernels.config import EstimatorConfig
-from twilight_tilelang.kernels.tuned import pinned
+from tests.inputs.pinned import pinned
+from twilight_tilelang.kernels.estimator import EstimatorConfig
 from twilight_tilelang.reference.hazards import poison_unused
 
 pytestmark = pytest.mark.gpu
@@ -41,7 +41,7 @@ def test_estimate_logits_matches_reference(case, rng):
     poison_unused(cache)
     width = min(case.token_budget // cache.page_size, cache.max_pages)
     candidates = random_candidates(cache, width, rng)
-    logits = kernels.estimate_logits(tensors.q, cache, *candidates)
+    logits = kernels.estimate_logits(tensors.q, cache, candidates)
     assert_logits_close(logits, tensors.q, cache, *candidates)
 
 
@@ -50,7 +50,7 @@ def test_estimate_logits_over_every_page(case, rng):
     tensors = make_tensors(case, rng)
     cache = build_cache(kernels, tensors)
     candidates = kernels.select_all(cache)
-    logits = kernels.estimate_logits(tensors.q, cache, *candidates)
+    logits = kernels.estimate_logits(tensors.q, cache, candidates)
     assert_logits_close(logits, tensors.q, cache, *candidates)
     present = torch.arange(cache.capacity, device=rng.device) < cache.seq_lens[:, None]
     present = present[:, None].expand_as(logits)
@@ -67,9 +67,9 @@ def test_estimate_logits_at_other_configs(config, case, rng):
     cache = build_cache(kernels, tensors)
     poison_unused(cache)
     candidates = random_candidates(cache, cache.max_pages, rng)
-    expected = kernels.estimate_logits(tensors.q, cache, *candidates)
+    expected = kernels.estimate_logits(tensors.q, cache, candidates)
     with pinned({"estimator": config}):
-        logits = kernels.estimate_logits(tensors.q, cache, *candidates)
+        logits = kernels.estimate_logits(tensors.q, cache, candidates)
     listed = listed_columns(logits, cache, candidates[1])
     assert torch.equal(logits[listed], expected[listed])
     assert_logits_close(logits, tensors.q, cache, *candidates)
@@ -79,7 +79,7 @@ def test_estimate_logits_scales(rng):
     tensors = make_tensors(BASE, rng)
     cache = build_cache(kernels, tensors)
     candidates = random_candidates(cache, 32, rng)
-    logits = kernels.estimate_logits(tensors.q, cache, *candidates, sm_scale=0.37)
+    logits = kernels.estimate_logits(tensors.q, cache, candidates, sm_scale=0.37)
     assert_logits_close(logits, tensors.q, cache, *candidates, sm_scale=0.37)
 
 
@@ -88,7 +88,7 @@ def test_estimate_logits_stay_in_the_range_of_fp16(rng):
     tensors = tensors._replace(q=tensors.q.clamp(-6, 6) * 1e4, k=tensors.k * 30)
     cache = build_cache(kernels, tensors)
     candidates = kernels.select_all(cache)
-    logits = kernels.estimate_logits(tensors.q, cache, *candidates)
+    logits = kernels.estimate_logits(tensors.q, cache, candidates)
     assert_logits_close(logits, tensors.q, cache, *candidates)
     present = torch.arange(cache.capacity, device=rng.device) < cache.seq_lens[:, None]
     largest = logits[present[:, None].expand_as(logits)].abs().amax()
@@ -102,7 +102,7 @@ def test_estimate_logits_never_reads_keys(rng):
     candidates = kernels.select_all(cache)
     for tensor in (cache.k_cache, cache.v_cache, cache.bounds_scale_zero):
         tensor.fill_(float("nan"))
-    logits = kernels.estimate_logits(tensors.q, cache, *candidates)
+    logits = kernels.estimate_logits(tensors.q, cache, candidates)
     assert_logits_close(logits, tensors.q, cache, *candidates)
 
 
@@ -115,7 +115,7 @@ def test_estimate_logits_gain_from_an_offset(case, rng):
     errors = []
     for k_offset in (None, offset):
         cache = build_cache(kernels, tensors._replace(k_offset=k_offset))
-        logits = kernels.estimate_logits(tensors.q, cache, *kernels.select_all(cache))
+        logits = kernels.estimate_logits(tensors.q, cache, kernels.select_all(cache))
         errors.append(weight_error(logits, tensors))
     without, with_offset = errors
     assert with_offset < 0.25 * without

@@ -96,17 +96,18 @@ def faulty(spoil: Callable) -> SimpleNamespace:
 
 
 def drop_last_kept(step, out, q, cache):
-    step.kept_counts = (step.kept_counts - 1).clamp(min=0)
+    step.kept = step.kept._replace(counts=(step.kept.counts - 1).clamp(min=0))
     return out
 
 
 def keep_too_little(step, out, q, cache):
-    step.kept_mass = step.kept_mass - 2e-4
+    step.kept = step.kept._replace(mass=step.kept.mass - 2e-4)
     return out
 
 
 def skip_newest_page(step, out, q, cache):
-    step.candidate_counts = (step.candidate_counts - 1).clamp(min=1)
+    fewer = (step.candidates.counts - 1).clamp(min=1)
+    step.candidates = step.candidates._replace(counts=fewer)
     return out
 
 

@@ -23,7 +23,11 @@ from twilight_tilelang.reference.hazards import poison_unused
 
 pytestmark = pytest.mark.gpu
 
-RESULTS = ("candidate_counts", "kept_counts", "kept_mass")  # defined in every element
+
+def results_of(step) -> dict[str, torch.Tensor]:
+    """What a run defines in every element."""
+    counts, kept = step.candidates.counts, step.kept
+    return {"candidate_counts": counts, "kept_counts": kept.counts, "kept_mass": kept.mass}
 
 
 def make_step(cache, case: Case, **options) -> kernels.TwilightDecode:
@@ -80,11 +84,12 @@ def test_run_equals_its_stages_in_order(case, selector, rng):
         candidates = kernels.select_all(cache)
     else:
         candidates = kernels.select_pages(q, cache, case.token_budget)
-    logits = kernels.estimate_logits(q, cache, *candidates, sm_scale=0.1)
-    tokens, counts, mass = kernels.prune_top_p(logits, cache, *candidates, 0.9)
-    expected = kernels.flash_topk_attention(q, cache, tokens, counts, sm_scale=0.1)
-    for name, value in zip(RESULTS, (candidates[1], counts, mass), strict=True):
-        assert torch.equal(getattr(step, name), value), name
+    logits = kernels.estimate_logits(q, cache, candidates, sm_scale=0.1)
+    tokens, counts, mass = kernels.prune_top_p(logits, cache, candidates, 0.9)
+    expected = kernels.flash_topk_attention(q, cache, (tokens, counts), sm_scale=0.1)
+    values = (candidates.counts, counts, mass)
+    for (name, result), value in zip(results_of(step).items(), values, strict=True):
+        assert torch.equal(result, value), name
     assert torch.equal(out, expected)
 
 
@@ -95,8 +100,8 @@ def test_dropped_mass_bounds_the_error(case, rng):
     cache = build_cache(kernels, tensors)
     step = make_step(cache, case, top_p=0.85)
     out = step.run(tensors.q, cache)
-    kept = step.kept_tokens, step.kept_counts
-    _, lse = kernels.flash_topk_attention(tensors.q, cache, *kept, return_lse=True)
+    kept = step.kept.tokens, step.kept.counts
+    _, lse = kernels.flash_topk_attention(tensors.q, cache, kept, return_lse=True)
     dense, full_lse = kernels.dense_attention(tensors.q, cache, return_lse=True)
     dropped = 1 - torch.exp(lse - full_lse)
     assert dropped.max() > 0.05, "nothing was dropped: the bound is idle"
@@ -111,7 +116,7 @@ def test_run_with_an_empty_request(rng):
     cache = build_cache(kernels, tensors)
     step = make_step(cache, BASE)
     out = step.run(tensors.q, cache)
-    assert (out[1] == 0).all() and (step.kept_counts[1] == 0).all()
+    assert (out[1] == 0).all() and (step.kept.counts[1] == 0).all()
     assert_decode_step(step, out, tensors.q, cache, BASE.token_budget, 0.85)
 
 
@@ -136,15 +141,16 @@ def test_run_leaves_its_counters_at_zero(case, selector, num_parts, rng):
     step = make_step(cache, case, selector=selector, num_parts=num_parts)
     for _ in range(2):
         step.run(tensors.q, cache)
-        for each in (step, *(part for _, part, _ in step.parts)):
-            ticket = each.attention.work.ticket.view(torch.int32)
-            for counters in (ticket, each.union.words, each.union.arrived):
+        for each in (step.stages, *(part for _, part, _ in step.parts)):
+            _, work, union = each.pruned
+            for counters in (work.ticket.view(torch.int32), *union):
                 assert not counters.any()
 
 
 def assert_same_results(actual, expected) -> None:
-    for name in RESULTS:
-        assert torch.equal(getattr(actual, name), getattr(expected, name)), name
+    wanted = results_of(expected)
+    for name, result in results_of(actual).items():
+        assert torch.equal(result, wanted[name]), name
 
 
 @contextmanager
@@ -283,7 +289,7 @@ def attention_of(path: str, q: torch.Tensor, cache, case, sm_scale: float | None
     if path == "dense":
         return kernels.dense_attention(q, cache, sm_scale=sm_scale)
     pages = kernels.select_pages(q, cache, case.token_budget)
-    return kernels.page_attention(q, cache, *pages, sm_scale=sm_scale)
+    return kernels.page_attention(q, cache, pages, sm_scale=sm_scale)
 
 
 @pytest.mark.parametrize("path", ["dense", "candidates"])
@@ -298,7 +304,7 @@ def test_other_paths_give_the_bits_of_their_attention(case, path, rng):
     for _ in range(2):
         step.out.fill_(float("nan"))
         assert torch.equal(step.run(tensors.q, cache), expected)
-        assert not step.attention.work.ticket.view(torch.int32).any()
+        assert not step.stages.attention.work.ticket.view(torch.int32).any()
 
 
 @pytest.mark.parametrize("path", ["dense", "candidates"])

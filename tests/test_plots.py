@@ -1,14 +1,22 @@
 """Figures, their page and the README's tables, drawn from files of made-up and measured rows."""
 
+import dataclasses
+import importlib.metadata
+import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
+from matplotlib.text import Text
 
 from tests.doubles.made_up_results import made_up_rows, write_frames
-from twilight_tilelang.plots import draw
-from twilight_tilelang.plots.figures import FIGURES, FULL_FIGURES
-from twilight_tilelang.plots.frames import MissingData
-from twilight_tilelang.profiling.rows import AnyRow, table_of
+from twilight_tilelang.plots import draw, tables
+from twilight_tilelang.plots.figures import FIGURES, FULL
+from twilight_tilelang.plots.frames import CPU, CPU_NOTE, SIZES, Frames, MissingData, steps
+from twilight_tilelang.plots.parts import budget_rule
+from twilight_tilelang.profiling.tables.rows import AnyRow, table_of
+
+MEASURED = Frames(draw.RESULTS / "h200")
 
 
 @pytest.fixture(scope="module")
@@ -16,50 +24,163 @@ def rows() -> list[AnyRow]:
     return made_up_rows()
 
 
-def test_figures_and_table_are_drawn_from_files(rows: list[AnyRow], tmp_path: Path, capsys) -> None:
+def frames_of(rows: list[AnyRow], folder: Path, gpu: str = "h200") -> Frames:
+    write_frames([dataclasses.replace(row, gpu=gpu) for row in rows], folder)
+    return Frames(folder / gpu)
+
+
+def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Draw these figures only."""
+    monkeypatch.setattr(draw, "FIGURES", {name: FIGURES[name] for name in names})
+
+
+def words(name: str, frames: Frames) -> list[str]:
+    """Every text in a figure."""
+    return [text.get_text() for text in FIGURES[name](frames).findobj(Text)]
+
+
+def test_figures_and_tables_are_made_from_files(rows: list[AnyRow], tmp_path: Path, capsys) -> None:
     write_frames(rows, tmp_path / "results")
     folders = ["--results", str(tmp_path / "results"), "--figures", str(tmp_path / "figures")]
-    folders += ["--configs", str(tmp_path)]  # of a GPU that is not tuned
     assert draw.main(folders) == 0
-    every = FIGURES | FULL_FIGURES
-    assert f"{len(every)} figures" in capsys.readouterr().out
+    assert f"{len(FIGURES)} figures" in capsys.readouterr().out
     page = (tmp_path / "figures" / "h200" / "index.md").read_text()
-    for name in every:
+    for name in FIGURES:
         assert (tmp_path / "figures" / "h200" / f"{name}.png").stat().st_size > 20_000
         assert f"![{name}]({name}.png)" in page
     assert draw.main([*folders, "--table"]) == 0
     table = capsys.readouterr().out
     for workload in ("mha-32k", "gqa-32k", "gqa-128k", "solo-128k", "solo-32k"):
         assert f"| {workload} |" in table
-    assert "commit 0123456789" in table
+    assert "torch 2.13.0, tilelang 0.1.15, at commit 0123456789" in " ".join(table.split())
+
+
+def test_committed_figures_and_tables_are_those_of_the_committed_rows(tmp_path: Path) -> None:
+    readme = draw.README.read_text()
+    assert all(block in readme for block in tables.blocks([MEASURED]))
+    drawn, committed = tmp_path / "h200", draw.FIGURES_FOLDER / "h200"
+    draw.draw(MEASURED.folder, drawn)
+    assert {path.name for path in drawn.iterdir()} == {path.name for path in committed.iterdir()}
+    pinned = f"matplotlib=={importlib.metadata.version('matplotlib')}\n"
+    if pinned in (draw.ROOT / "requirements.txt").read_text():  # others draw other pixels
+        for path in drawn.iterdir():
+            assert path.read_bytes() == (committed / path.name).read_bytes(), path.name
+
+
+def test_figures_and_tables_show_one_number_for_one_measurement() -> None:
+    length, standard = steps(MEASURED, "length-"), MEASURED["pipeline"].set_index("workload")
+    twilight = length[length["method"] == "quest+twilight"].set_index(["batch_size", "seq_len"])
+    for name, sizes in (("gqa-32k", (64, 32_768)), ("solo-128k", (1, 131_072))):
+        own = standard.loc[name].set_index("method")
+        assert twilight.loc[sizes, "median_us"] == own.loc["quest+twilight", "median_us"]
+    table = tables.speed_table(MEASURED)
+    shown = set(re.findall(r"\d+\.\dx", table))
+    drawn = words("pipeline_length", MEASURED) + words("pipeline_budget", MEASURED)
+    assert shown - {"13.9x"} <= set(drawn)  # gqa-128k has sizes of its own
+
+
+def test_every_figure_of_a_step_says_at_which_p_and_error(rows: list[AnyRow]) -> None:
+    for name in ("pipeline_length", "pipeline_budget", "pipeline_share", "pipeline_paper"):
+        assert any("p = 0.85" in text for text in words(name, MEASURED)), name
+    assert {"0.85", "0.95", "output error"} <= set(words("pipeline_error", MEASURED))
+    assert tables.speed_table(MEASURED).count("**0.") == 5  # an error for each workload
+
+
+def test_the_budget_rule_is_said_and_held_to() -> None:
+    length = steps(MEASURED, "length-")
+    rule = "token budget a quarter of the tokens, at most 8k"
+    assert budget_rule(length) == (rule, 32_768)
+    assert budget_rule(steps(MEASURED, "paper-")) == ("token budget a quarter of the tokens", None)
+    assert any(rule in text for text in words("pipeline_length", MEASURED))
+    with pytest.raises(MissingData, match="a quarter"):
+        budget_rule(length.assign(seq_len=2 * length["seq_len"]))
+
+
+def test_a_cpu_compares_nothing(rows: list[AnyRow], tmp_path: Path, monkeypatch, capsys) -> None:
+    frames = frames_of(rows, tmp_path / "results", CPU)
+    for name in FIGURES:
+        texts = words(name, frames)
+        assert any(CPU_NOTE in text for text in texts), name
+        assert not any(re.search(r"\dx", text) for text in texts), name
+    only(monkeypatch, "stage_floor")
+    folders = ["--results", str(tmp_path / "results"), "--figures", str(tmp_path / "figures")]
+    assert draw.main(folders) == 0
+    assert f"**{CPU_NOTE}.**" in (tmp_path / "figures" / CPU / "index.md").read_text()
+    capsys.readouterr()
+    assert draw.main([*folders, "--table"]) == 0
+    assert capsys.readouterr().out == f"{CPU_NOTE}\n"
 
 
 def test_missing_data_is_an_error_that_names_the_file(
-    rows: list[AnyRow], tmp_path: Path, capsys
+    rows: list[AnyRow], tmp_path: Path, monkeypatch, capsys
 ) -> None:
     kept = [
         row
         for row in rows
         if table_of(row) != "estimate_prune" and not row.workload.startswith("budget-mha")
     ]
-    write_frames(kept, tmp_path)
+    frames = frames_of(kept, tmp_path)
     with pytest.raises(MissingData, match=r"estimate_prune\.csv"):
-        FIGURES["pipeline_share"](draw.Results(tmp_path / "h200"))
+        FIGURES["pipeline_share"](frames)
     with pytest.raises(MissingData, match=r"attention\.csv.*budget-mha"):
-        FIGURES["attention_budget"](draw.Results(tmp_path / "h200"))
+        FIGURES["attention_budget"](frames)
+    only(monkeypatch, "pipeline_share", "pipeline_length")
     folders = ["--results", str(tmp_path), "--figures", str(tmp_path / "figures")]
     assert draw.main(folders) == 1
-    assert "attention.csv" in capsys.readouterr().out
+    assert "estimate_prune.csv" in capsys.readouterr().out
     assert draw.main([*folders, "--present"]) == 0
     assert "not drawn: pipeline_share" in capsys.readouterr().out
     assert (tmp_path / "figures" / "h200" / "pipeline_length.png").exists()
     assert "pipeline_share" not in (tmp_path / "figures" / "h200" / "index.md").read_text()
 
 
-def test_figures_of_a_full_run_wait_for_one(
-    rows: list[AnyRow], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+def test_steps_without_dense_decode_of_their_size_are_an_error(
+    rows: list[AnyRow], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(draw, "FIGURES", {})
-    write_frames([row for row in rows if table_of(row) != "accuracy"], tmp_path)
-    assert draw.main(["--results", str(tmp_path), "--figures", str(tmp_path / "figures")]) == 0
-    assert "not drawn: accuracy_top_p" in capsys.readouterr().out
+    frames = frames_of(
+        [r for r in rows if r.workload != "length-b8" or r.stage != "dense"], tmp_path
+    )
+    with pytest.raises(MissingData, match=r"dense\.csv: no row with the sizes of .*length-b8"):
+        FIGURES["pipeline_length"](frames)
+
+
+def test_figures_and_tables_of_a_full_run_wait_for_one(
+    rows: list[AnyRow], tmp_path: Path, monkeypatch, capsys
+) -> None:
+    absent = ("accuracy_top_p", "pipeline_error", "pipeline_paper")
+    only(monkeypatch, *absent, "stage_floor")
+    kept = [row for row in rows if not row.workload.startswith(("top_p-", "trace-", "paper-"))]
+    frames = frames_of(kept, tmp_path / "results")
+    folders = ["--results", str(tmp_path / "results"), "--figures", str(tmp_path / "figures")]
+    assert draw.main(folders) == 0
+    text = capsys.readouterr().out
+    assert "1 figures" in text
+    for name in absent:
+        assert f"not drawn: {name}" in text and name in FULL
+    named = dict(zip(tables.TABLES, tables.blocks([frames]), strict=True))
+    assert "Not measured yet." in named["top_p"] and "gqa-32k" in named["speed"]
+
+
+def test_tables_are_written_between_their_markers(rows: list[AnyRow], tmp_path: Path) -> None:
+    frames, readme = frames_of(rows, tmp_path), tmp_path / "README.md"
+    texts = [f"{block.splitlines()[0]}\nold\n{block.splitlines()[-1]}\n" for block in
+             tables.blocks([frames])]  # fmt: skip
+    readme.write_text("before\n" + "between\n".join(texts) + "after\n")
+    tables.write_tables(readme, [frames])
+    text = readme.read_text()
+    assert text == "before\n" + "\nbetween\n".join(tables.blocks([frames])) + "\nafter\n"
+    readme.write_text(text.replace("<!-- end of stage -->", ""))
+    with pytest.raises(ValueError, match="stage"):
+        tables.write_tables(readme, [frames])
+
+
+def test_the_fastest_time_is_bold() -> None:
+    row = {"batch_size": 1, "dense_us": 30.0, **dict.fromkeys(SIZES[1:], 1)}
+    every = pd.DataFrame(
+        [
+            row | {"method": "quest", "median_us": 11.04},
+            row | {"method": "quest+twilight", "median_us": 22.06},
+        ]
+    )
+    assert tables._times(every, 1) == "30.0 / **11.0** / 22.1"
+    assert tables._times(every, 8) == "-"

@@ -9,11 +9,12 @@ from tilelang.jit import JITImpl
 import twilight_tilelang as kernels
 from tests.doubles import fake_gpu
 from twilight_tilelang.autotune import precompile
-from twilight_tilelang.autotune.precompile import compile_job, jobs_of
-from twilight_tilelang.kernels import tuned
-from twilight_tilelang.profiling.backends import TileLang
-from twilight_tilelang.profiling.stages import Slot
-from twilight_tilelang.profiling.workloads import Workload
+from twilight_tilelang.autotune.precompile import compile_all, jobs_of
+from twilight_tilelang.kernels import launch, tuned
+from twilight_tilelang.kernels.cache import CacheShape
+from twilight_tilelang.profiling.providers.backends import TileLang
+from twilight_tilelang.profiling.providers.stages import Slot
+from twilight_tilelang.profiling.workloads.workload import Workload
 from twilight_tilelang.reference.inputs import DecodeShape
 
 
@@ -32,14 +33,11 @@ def record_launches(monkeypatch: pytest.MonkeyPatch) -> set[tuple]:
     """From now on, name and arguments of every factory called; nothing is launched."""
     found: set[tuple] = set()
 
-    def recorded(factory: JITImpl, _: str) -> Callable:
-        def make(*static):
-            found.add((factory.func.orig_func.__name__, static))
-            return lambda *_: None
+    def recorded(factory: JITImpl, arguments: tuple) -> Callable[..., None]:
+        found.add((factory.func.orig_func.__name__, arguments))
+        return lambda *_: None
 
-        return make
-
-    fake_gpu.replace_kernels(monkeypatch, recorded)
+    monkeypatch.setattr(launch, "compiled", recorded)
     return found
 
 
@@ -60,25 +58,23 @@ def test_every_launch_was_compiled_ahead(name, monkeypatch):
         batch_size, num_qo_heads, num_kv_heads, 64, 16, (seq_len,) * batch_size, torch.float16
     )
     workload = Workload("small", shape, token_budget=256, kept_mean=64)
-    jobs = {job[1:] for job in jobs_of([workload], "sm_90a", None)}
+    jobs = {job[1:] for job in jobs_of([workload], tuned.Planner.on(fake_gpu.CUDA))}
     launched = record_launches(monkeypatch)
 
     max_pages = seq_len // 16
-    cache = kernels.PagedKVCache.empty(
-        batch_size * max_pages, batch_size, max_pages, num_kv_heads, 64, device="cuda"
-    )
+    cache = kernels.PagedKVCache.empty(CacheShape(batch_size, max_pages, num_kv_heads, 64))
     kernels.PagedKVCache.wrap(cache.k_cache, cache.v_cache, cache.page_table, cache.seq_lens)
     q = torch.zeros(batch_size, num_qo_heads, 64, dtype=torch.float16, device="cuda")
     backend = TileLang()
     for selector in ("quest", "full"):
         step = backend.step(cache, num_qo_heads, selector=selector, token_budget=256)
         step.run(q, cache)
-        for call in Slot(q, cache, step).stage_calls.values():
+        for call in Slot(q, cache, step).calls.values():
             call()
     for call in (
         backend.quest(q, cache, 256),
         backend.dense(q, cache),
-        backend.attend_tokens(q, cache, step.kept_tokens, step.kept_counts),
+        backend.attend_tokens(q, cache, step.kept),
     ):
         call()
     assert len(launched) >= 10
@@ -86,8 +82,11 @@ def test_every_launch_was_compiled_ahead(name, monkeypatch):
 
 
 def test_a_kernel_that_does_not_compile_is_named():
-    job = ("twilight_tilelang.kernels.selector", "all_pages_kernel", ("sixteen", 1))
-    assert compile_job(job).startswith("not compiled: all_pages_kernel('sixteen', 1): ")
+    module = "twilight_tilelang.kernels.selector"
+    jobs = [(module, "all_pages_kernel", ("sixteen", 1)), ("os", "_exit", (13,))]
+    wrong, dead = compile_all(jobs)
+    assert wrong.startswith("not compiled: all_pages_kernel('sixteen', 1): ")
+    assert dead == "not compiled: _exit(13,): the process died with exit code 13"
 
 
 def test_without_a_gpu_nothing_is_compiled(monkeypatch, capsys):

@@ -34,14 +34,14 @@ def test_promise_1_kept_mass_is_reached_and_needed(top_p, rng):
     tensors = make_tensors(case, rng)
     cache = build_cache(kernels, tensors)
     step, _ = decode(kernels, tensors, cache, case.token_budget, top_p=top_p)
-    position, valid = candidate_positions(cache, step.candidate_pages, step.candidate_counts)
+    position, valid = candidate_positions(cache, step.candidates.pages, step.candidates.counts)
     weights = head_weights(step.logits, valid)[:, :, 0]
-    kept = as_mask(step.kept_tokens, step.kept_counts, cache.capacity).gather(-1, position.long())
+    kept = as_mask(step.kept.tokens, step.kept.counts, cache.capacity).gather(-1, position.long())
     mass = (weights * (kept & valid)).sum(-1)
     lightest = weights.masked_fill(~(kept & valid), torch.inf).amin(-1)
     assert (mass >= top_p - 1e-4).all() and (mass - lightest < top_p + 1e-4).all()
-    assert (step.kept_mass - mass).abs().max() <= 1e-4
-    assert (step.kept_counts < valid.sum(-1)).any(), "nothing was pruned: the promise is idle"
+    assert (step.kept.mass - mass).abs().max() <= 1e-4
+    assert (step.kept.counts < valid.sum(-1)).any(), "nothing was pruned: the promise is idle"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -50,12 +50,12 @@ def test_promise_2_p_1_with_every_page_is_dense_attention(case, rng):
     cache = build_cache(kernels, tensors)
     poison_unused(cache)
     step, out = decode(kernels, tensors, cache, case.token_budget, selector="full", top_p=1.0)
-    assert torch.equal(step.kept_counts, cache.seq_lens[:, None].expand_as(step.kept_counts))
+    assert torch.equal(step.kept.counts, cache.seq_lens[:, None].expand_as(step.kept.counts))
     position = torch.arange(cache.capacity, dtype=torch.int32, device=rng.device)
-    every = position.expand_as(step.kept_tokens).contiguous()
+    every = position.expand_as(step.kept.tokens).contiguous()
     dense, lse = kernels.dense_attention(tensors.q, cache, return_lse=True)
     for result in (out, dense):
-        assert_attention_close((result, lse), tensors.q, cache, every, step.kept_counts)
+        assert_attention_close((result, lse), tensors.q, cache, every, step.kept.counts)
 
 
 @pytest.mark.parametrize("case", [BASE, NAMED["gqa8-p64"], NAMED["gqa3"]], ids=str)
@@ -63,13 +63,13 @@ def test_promise_2_p_1_is_dense_attention_over_the_candidates(case, rng):
     tensors = make_tensors(case, rng)
     cache = build_cache(kernels, tensors)
     step, out = decode(kernels, tensors, cache, case.token_budget, top_p=1.0)
-    position, valid = candidate_positions(cache, step.candidate_pages, step.candidate_counts)
-    kept = as_mask(step.kept_tokens, step.kept_counts, cache.capacity).gather(-1, position.long())
+    position, valid = candidate_positions(cache, step.candidates.pages, step.candidates.counts)
+    kept = as_mask(step.kept.tokens, step.kept.counts, cache.capacity).gather(-1, position.long())
     assert torch.equal(kept & valid, valid)
-    assert torch.equal(step.kept_counts, valid.sum(-1).int())
-    candidates = step.candidate_pages, step.candidate_counts
-    _, lse = kernels.page_attention(tensors.q, cache, *candidates, return_lse=True)
-    assert_attention_close((out, lse), tensors.q, cache, position.int(), step.kept_counts)
+    assert torch.equal(step.kept.counts, valid.sum(-1).int())
+    candidates = step.candidates.pages, step.candidates.counts
+    _, lse = kernels.page_attention(tensors.q, cache, candidates, return_lse=True)
+    assert_attention_close((out, lse), tensors.q, cache, position.int(), step.kept.counts)
 
 
 @pytest.mark.parametrize("outlier", [0, 15], ids=["plain", "outliers"])
@@ -117,7 +117,7 @@ def test_promise_4_windows_are_kept(case, selector, rng):
         top_p=1e-6,
         **windows,
     )
-    kept = as_mask(step.kept_tokens, step.kept_counts, cache.capacity)
+    kept = as_mask(step.kept.tokens, step.kept.counts, cache.capacity)
     position = torch.arange(cache.capacity, device=rng.device)
     length = cache.seq_lens[:, None]
     forced = ((position < 5) | (position >= length - 19)) & (position < length)
@@ -128,7 +128,7 @@ def test_promise_4_windows_are_kept(case, selector, rng):
 def num_heaviest(step, cache) -> torch.Tensor:
     """[batch_size, num_kv_heads]: candidates that are the heaviest of a query head, ties included:
     logits are rounded to fp16, so that two tokens may weigh alike."""
-    _, valid = candidate_positions(cache, step.candidate_pages, step.candidate_counts)
+    _, valid = candidate_positions(cache, step.candidates.pages, step.candidates.counts)
     weights = head_weights(step.logits, valid)
     heaviest = weights >= weights.amax(-1, keepdim=True) * (1 - MASS_TOLERANCE)
     return (heaviest.any(2) & valid).sum(-1)
@@ -139,8 +139,8 @@ def test_promise_4_at_least_one_token_is_kept(case, rng):
     tensors = make_tensors(case, rng)
     cache = build_cache(kernels, tensors)
     step, out = decode(kernels, tensors, cache, case.token_budget, top_p=1e-6)
-    assert (step.kept_counts >= 1).all() and (step.kept_counts <= num_heaviest(step, cache)).all()
-    assert (step.kept_mass > 0).all() and torch.isfinite(out).all()
+    assert (step.kept.counts >= 1).all() and (step.kept.counts <= num_heaviest(step, cache)).all()
+    assert (step.kept.mass > 0).all() and torch.isfinite(out).all()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -241,8 +241,8 @@ def test_promise_6_nothing_unused_is_read(case, rng):
             poison_unused(cache)
         step, out = decode(kernels, tensors, cache, case.token_budget, top_p=0.9)
         dense = kernels.dense_attention(tensors.q, cache)
-        kept = as_mask(step.kept_tokens, step.kept_counts, cache.capacity)
-        named = {"out": out, "kept_mass": step.kept_mass, "kept_tokens": kept, "dense": dense}
+        kept = as_mask(step.kept.tokens, step.kept.counts, cache.capacity)
+        named = {"out": out, "kept_mass": step.kept.mass, "kept_tokens": kept, "dense": dense}
         results.append(named)
     assert torch.isfinite(results[1]["out"]).all()
     assert_identical(*results)

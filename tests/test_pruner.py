@@ -17,9 +17,10 @@ from tests.checks.properties import (
 )
 from tests.inputs.cases import NAN
 from tests.inputs.logits import LOGITS, NO_SOFTMAX, normal, rounded, skewed
+from tests.inputs.pinned import pinned
 from twilight_tilelang import reference
-from twilight_tilelang.kernels.config import PrunerConfig
-from twilight_tilelang.kernels.tuned import pinned
+from twilight_tilelang.kernels.cache import CacheShape
+from twilight_tilelang.kernels.pruner import PrunerConfig
 
 pytestmark = pytest.mark.gpu
 
@@ -35,7 +36,7 @@ class Problem(NamedTuple):
     def prune(self, top_p, package=kernels, **windows):
         cache = self.cache if package is kernels else as_reference(self.cache)
         lists = self.candidate_pages, self.candidate_counts
-        return package.prune_top_p(self.logits, cache, *lists, top_p, **windows)
+        return package.prune_top_p(self.logits, cache, lists, top_p, **windows)
 
     def check(self, result, top_p, **windows) -> None:
         lists = self.candidate_pages, self.candidate_counts
@@ -83,9 +84,8 @@ def length_cache(seq_lens, num_kv_heads: int, page_size: int, least_pages: int, 
     """A pool of one page to which every entry of the table points: only lengths mean anything."""
     max_pages = max(-(-max(seq_lens) // page_size), least_pages)
     table = torch.zeros(len(seq_lens), max_pages, dtype=torch.int32, device=device)
-    cache = kernels.PagedKVCache.empty(
-        1, len(seq_lens), max_pages, num_kv_heads, 64, page_size, device=device, page_table=table
-    )
+    shape = CacheShape(len(seq_lens), max_pages, num_kv_heads, 64, page_size, device=device)
+    cache = kernels.PagedKVCache.empty(shape, num_pages=1, page_table=table)
     cache.seq_lens.copy_(torch.tensor(seq_lens, dtype=torch.int32))
     return cache
 

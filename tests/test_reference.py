@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twilight_tilelang.reference import (
+    CacheShape,
     PagedKVCache,
     dequantize_bounds,
     dequantize_int4,
@@ -207,7 +208,7 @@ def test_append_matches_from_contiguous_and_wrap(seed, lengths, page_size, dtype
 def test_empty_grows_from_nothing():
     generator = torch.Generator().manual_seed(0)
     k, v = torch.randn(2, 2, 9, 1, 4, generator=generator).half()
-    cache = PagedKVCache.empty(6, 2, 3, 1, 4, page_size=4)
+    cache = PagedKVCache.empty(CacheShape(2, 3, 1, 4, page_size=4))
     for token in range(9):
         cache.append(k[:, token], v[:, token])
     lengths = torch.tensor([9, 9], dtype=torch.int32)
@@ -246,7 +247,7 @@ def test_append_rejects_a_full_cache():
 
 
 def test_append_rejects_wrong_rows():
-    cache = PagedKVCache.empty(2, 1, 2, 2, 8, page_size=4)
+    cache = PagedKVCache.empty(CacheShape(1, 2, 2, 8, page_size=4))
     row = torch.zeros(1, 2, 8, dtype=torch.float16)
     with pytest.raises(ValueError, match="k: expected dtype float16, got float32"):
         cache.append(row.float(), row)

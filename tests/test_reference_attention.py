@@ -69,8 +69,8 @@ def test_flash_topk_attention_over_everything_matches_dense(seed, lengths, heads
     inputs = small_inputs(seed, lengths, heads, dtype)
     cache = PagedKVCache.wrap(*inputs.paged())
     dense, dense_lse = dense_attention(inputs.q, cache, return_lse=True)
-    sparse = flash_topk_attention(inputs.q, cache, *every_token(cache), return_lse=True)
-    paged = page_attention(inputs.q, cache, *select_all(cache), return_lse=True)
+    sparse = flash_topk_attention(inputs.q, cache, every_token(cache), return_lse=True)
+    paged = page_attention(inputs.q, cache, select_all(cache), return_lse=True)
     assert dense.dtype == dtype
     eps = torch.finfo(dtype).eps
     for out, lse in (sparse, paged):
@@ -91,7 +91,7 @@ def test_flash_topk_attention_matches_loops(seed, lengths, heads):
             chosen = (torch.rand(length, generator=generator) < 0.4).nonzero().flatten()
             kept_tokens[batch, kv_head, : len(chosen)] = chosen.to(torch.int32)
             kept_counts[batch, kv_head] = len(chosen)
-    out, lse = flash_topk_attention(inputs.q, cache, kept_tokens, kept_counts, return_lse=True)
+    out, lse = flash_topk_attention(inputs.q, cache, (kept_tokens, kept_counts), return_lse=True)
     for batch in range(len(lengths)):
         for head in range(heads[0]):
             kv_head = head * heads[1] // heads[0]
@@ -115,11 +115,11 @@ def test_page_attention_matches_tokens_of_its_pages(seed, lengths, heads):
     inputs = small_inputs(seed, lengths, heads)
     cache = PagedKVCache.wrap(*inputs.paged())
     candidates = select_pages(inputs.q, cache, 12)
-    logits = estimate_logits(inputs.q, cache, *candidates)
-    kept_tokens, kept_counts, _ = prune_top_p(logits, cache, *candidates, 1.0)
+    logits = estimate_logits(inputs.q, cache, candidates)
+    kept_tokens, kept_counts, _ = prune_top_p(logits, cache, candidates, 1.0)
     torch.testing.assert_close(
-        page_attention(inputs.q, cache, *candidates),
-        flash_topk_attention(inputs.q, cache, kept_tokens, kept_counts),
+        page_attention(inputs.q, cache, candidates),
+        flash_topk_attention(inputs.q, cache, (kept_tokens, kept_counts)),
     )
 
 
@@ -137,15 +137,15 @@ def test_flash_topk_attention_rejects_wrong_tensors():
     cache = PagedKVCache.wrap(*inputs.paged())
     kept_tokens, kept_counts = every_token(cache)
     with pytest.raises(ValueError, match=r"kept_tokens: expected shape \[2, 2, any\]"):
-        flash_topk_attention(inputs.q, cache, kept_tokens[:, :1], kept_counts)
+        flash_topk_attention(inputs.q, cache, (kept_tokens[:, :1], kept_counts))
     with pytest.raises(ValueError, match="kept_counts: expected dtype int32, got int64"):
-        flash_topk_attention(inputs.q, cache, kept_tokens, kept_counts.long())
+        flash_topk_attention(inputs.q, cache, (kept_tokens, kept_counts.long()))
     with pytest.raises(ValueError, match="q: expected a tensor, got NoneType"):
-        flash_topk_attention(None, cache, kept_tokens, kept_counts)
+        flash_topk_attention(None, cache, (kept_tokens, kept_counts))
     with pytest.raises(ValueError, match=r"q: expected shape \[2, any, 16\]"):
         dense_attention(inputs.q[:1], cache)
     with pytest.raises(ValueError, match="candidate_counts: expected shape"):
-        page_attention(inputs.q, cache, kept_tokens, kept_counts[0])
+        page_attention(inputs.q, cache, (kept_tokens, kept_counts[0]))
 
 
 def run_step(inputs: DecodeInputs, cache: PagedKVCache, **options):
@@ -162,8 +162,8 @@ def test_twilight_decode_at_p_one_full_matches_dense(seed, lengths, heads, dtype
     dense = dense_attention(inputs.q, cache)
     oracle = dense_attention(inputs.q, cache, dtype=torch.float64)
     assert_close(out, dense, oracle, "out")
-    expected = cache.seq_lens[:, None].expand_as(step.kept_counts)
-    assert torch.equal(step.kept_counts, expected)
+    expected = cache.seq_lens[:, None].expand_as(step.kept.counts)
+    assert torch.equal(step.kept.counts, expected)
 
 
 @quick
@@ -174,9 +174,9 @@ def test_twilight_decode_matches_its_stages(seed, lengths, heads):
     windows = {"num_sink_tokens": 2, "num_recent_tokens": 3}
     out, step = run_step(inputs, cache, token_budget=16, top_p=0.7, sm_scale=0.4, **windows)
     candidates = select_pages(inputs.q, cache, 16, **windows)
-    logits = estimate_logits(inputs.q, cache, *candidates, sm_scale=0.4)
-    kept_tokens, kept_counts, kept_mass = prune_top_p(logits, cache, *candidates, 0.7, **windows)
-    expected = flash_topk_attention(inputs.q, cache, kept_tokens, kept_counts, sm_scale=0.4)
+    logits = estimate_logits(inputs.q, cache, candidates, sm_scale=0.4)
+    kept_tokens, kept_counts, kept_mass = prune_top_p(logits, cache, candidates, 0.7, **windows)
+    expected = flash_topk_attention(inputs.q, cache, (kept_tokens, kept_counts), sm_scale=0.4)
     assert torch.equal(out, expected)
     assert torch.equal(step.logits, logits)
     results = (*candidates, kept_tokens, kept_counts, kept_mass)
@@ -218,7 +218,7 @@ def test_twilight_decode_does_not_depend_on_where_pages_lie(seed, lengths, heads
     out, step = run_step(shared, cache, token_budget=16)
     expected, expected_step = run_step(shared, moved, token_budget=16)
     assert torch.equal(out, expected)
-    assert torch.equal(step.kept_tokens, expected_step.kept_tokens)
+    assert torch.equal(step.kept.tokens, expected_step.kept.tokens)
 
 
 def test_twilight_decode_is_an_oracle_in_float64():
@@ -226,9 +226,9 @@ def test_twilight_decode_is_an_oracle_in_float64():
     cache = PagedKVCache.wrap(*inputs.paged())
     step = TwilightDecode(cache, 4, token_budget=32)
     assert step.run(inputs.q, cache).dtype == torch.float16
-    assert step.kept_mass.dtype == torch.float32
+    assert step.kept.mass.dtype == torch.float32
     assert step.run(inputs.q, cache, dtype=torch.float64).dtype == torch.float64
-    assert (step.kept_mass >= 0.85).all()
+    assert (step.kept.mass >= 0.85).all()
 
 
 def test_twilight_decode_rejects_bad_arguments():

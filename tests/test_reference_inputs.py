@@ -28,7 +28,7 @@ def test_make_inputs_keeps_the_asked_budget(shape, selector):
     cache = PagedKVCache.wrap(*inputs.paged())
     step = TwilightDecode(cache, shape.num_qo_heads, selector=selector, token_budget=8192 // 4)
     step.run(inputs.q, cache)
-    budgets = measure_budgets(inputs.q, cache, step.kept_tokens, step.kept_counts)
+    budgets = measure_budgets(inputs.q, cache, step.kept.tokens, step.kept.counts)
     assert budgets.kept_mean == pytest.approx(kept_mean, rel=0.15)
     assert budgets.kept_max >= 3 * budgets.kept_min
     assert budgets.captured_mean > 0.8 and budgets.captured_min > 0.75

@@ -132,14 +132,14 @@ def test_prune_top_p_matches_head_by_head(
     q, cache = small_step(seed, lengths, heads)
     windows = {"num_sink_tokens": num_sink_tokens, "num_recent_tokens": num_recent_tokens}
     pages, counts = select_pages(q, cache, 16, **windows)
-    logits = estimate_logits(q, cache, pages, counts, dtype=torch.float64) * 3
+    logits = estimate_logits(q, cache, (pages, counts), dtype=torch.float64) * 3
     logits = torch.where(logits.isinf(), float("nan"), logits)  # what no token defines is not read
     sizes = {"all": (), "head": heads[:1], "request": (len(lengths), 1)}
     size = sizes.get(per, (len(lengths), heads[0]))
     top_p = torch.rand(size, generator=torch.Generator().manual_seed(seed)) * 0.9 + 0.1
     top_p = float(top_p) if per == "all" else top_p
     kept_tokens, kept_counts, kept_mass = prune_top_p(
-        logits, cache, pages, counts, top_p, **windows, dtype=torch.float64
+        logits, cache, (pages, counts), top_p, **windows, dtype=torch.float64
     )
     assert kept_tokens.dtype == kept_counts.dtype == torch.int32
     each_p = torch.as_tensor(top_p, dtype=torch.float64).expand(len(lengths), heads[0])
@@ -169,8 +169,8 @@ def test_prune_top_p_matches_head_by_head(
 def test_prune_top_p_keeps_every_candidate_at_one():
     q, cache = small_step(3, [37, 5, 0], (4, 2))
     pages, counts = select_all(cache)
-    logits = estimate_logits(q * 500, cache, pages, counts)  # most weights underflow to 0
-    kept_tokens, kept_counts, kept_mass = prune_top_p(logits, cache, pages, counts, 1.0)
+    logits = estimate_logits(q * 500, cache, (pages, counts))  # most weights underflow to 0
+    kept_tokens, kept_counts, kept_mass = prune_top_p(logits, cache, (pages, counts), 1.0)
     assert kept_counts.tolist() == [[37, 37], [5, 5], [0, 0]]
     assert kept_tokens[0, 1, :37].tolist() == list(range(37))
     assert kept_mass.tolist() == [[1.0] * 4, [1.0] * 4, [0.0] * 4]
@@ -190,10 +190,10 @@ def test_prune_top_p_without_a_softmax_keeps_every_candidate(spoil):
     """Where one query head's is missing, its KV head keeps all; the others are as they were."""
     q, cache = small_step(3, [37, 5], (4, 2))
     pages, counts = select_all(cache)
-    logits = estimate_logits(q, cache, pages, counts)
-    expected = prune_top_p(logits, cache, pages, counts, 0.3)
+    logits = estimate_logits(q, cache, (pages, counts))
+    expected = prune_top_p(logits, cache, (pages, counts), 0.3)
     spoil(logits[0, 1, :37])
-    kept_tokens, kept_counts, kept_mass = prune_top_p(logits, cache, pages, counts, 0.3)
+    kept_tokens, kept_counts, kept_mass = prune_top_p(logits, cache, (pages, counts), 0.3)
     assert kept_counts[0, 0] == 37 and kept_mass[0, 1] == 1
     assert kept_tokens[0, 0, :37].tolist() == list(range(37))
     kept_counts[0, 0], kept_mass[0, 1] = expected[1][0, 0], expected[2][0, 1]
@@ -203,17 +203,17 @@ def test_prune_top_p_without_a_softmax_keeps_every_candidate(spoil):
 def test_prune_top_p_rejects_bad_arguments():
     q, cache = small_step(0, [40, 8], (4, 2))
     pages, counts = select_all(cache)
-    logits = estimate_logits(q, cache, pages, counts)
+    logits = estimate_logits(q, cache, (pages, counts))
     for top_p in (0.0, 1.5, float("nan"), torch.tensor([0.5, 0.5, 0.5, 2.0])):
         with pytest.raises(ValueError, match=r"top_p: expected values in \(0, 1\]"):
-            prune_top_p(logits, cache, pages, counts, top_p)
+            prune_top_p(logits, cache, (pages, counts), top_p)
     with pytest.raises(ValueError, match="top_p: expected dtype float32, got float64"):
-        prune_top_p(logits, cache, pages, counts, torch.full((4,), 0.5).double())
+        prune_top_p(logits, cache, (pages, counts), torch.full((4,), 0.5).double())
     with pytest.raises(ValueError, match=r"top_p: expected shape \[4\] or \[2, 1\] or \[2, 4\]"):
-        prune_top_p(logits, cache, pages, counts, torch.full((2,), 0.5))
+        prune_top_p(logits, cache, (pages, counts), torch.full((2,), 0.5))
     with pytest.raises(ValueError, match=r"logits: expected shape \[2, any, 40\]"):
-        prune_top_p(logits[..., :36], cache, pages, counts, 0.5)
+        prune_top_p(logits[..., :36], cache, (pages, counts), 0.5)
     with pytest.raises(ValueError, match="logits: expected num_qo_heads a multiple of 2"):
-        prune_top_p(logits[:, :3], cache, pages, counts, 0.5)
+        prune_top_p(logits[:, :3], cache, (pages, counts), 0.5)
     with pytest.raises(ValueError, match="num_recent_tokens: expected an int >= 0"):
-        prune_top_p(logits, cache, pages, counts, 0.5, num_recent_tokens=-2)
+        prune_top_p(logits, cache, (pages, counts), 0.5, num_recent_tokens=-2)

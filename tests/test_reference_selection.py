@@ -156,7 +156,7 @@ def test_select_pages_captures_the_mass_of_exact_bounds(num_kv_heads, outlier, w
     whole = dense_attention(inputs.q, cache, return_lse=True)[1]
     captured, possible = (
         float(
-            (page_attention(inputs.q, cache, pages, counts, return_lse=True)[1] - whole)
+            (page_attention(inputs.q, cache, (pages, counts), return_lse=True)[1] - whole)
             .exp()
             .mean()
         )
@@ -218,9 +218,8 @@ def test_estimate_logits_matches_single_rows(seed, lengths, heads, with_offset):
         cache = PagedKVCache.wrap(*paged, k_offset=k_offset)
         poison_unused(cache)
     candidate_pages, candidate_counts = select_pages(q, cache, 12)
-    logits = estimate_logits(
-        q, cache, candidate_pages, candidate_counts, sm_scale=0.3, dtype=torch.float64
-    )
+    candidates = candidate_pages, candidate_counts
+    logits = estimate_logits(q, cache, candidates, sm_scale=0.3, dtype=torch.float64)
     assert logits.shape == (len(lengths), heads[0], candidate_pages.shape[-1] * 4)
     for batch, length in enumerate(lengths):
         for head in range(heads[0]):
@@ -247,8 +246,8 @@ def test_estimate_logits_rejects_wrong_candidates():
     q, cache = small_step(0, [40], (2, 2))
     pages, counts = select_all(cache)
     with pytest.raises(ValueError, match="candidate_pages: expected dtype int32, got int64"):
-        estimate_logits(q, cache, pages.long(), counts)
+        estimate_logits(q, cache, (pages.long(), counts))
     with pytest.raises(ValueError, match=r"candidate_counts: expected shape \[1, 2\]"):
-        estimate_logits(q, cache, pages, counts[:, :1])
+        estimate_logits(q, cache, (pages, counts[:, :1]))
     with pytest.raises(ValueError, match="sm_scale: expected a positive finite number"):
-        estimate_logits(q, cache, pages, counts, sm_scale=float("nan"))
+        estimate_logits(q, cache, (pages, counts), sm_scale=float("nan"))

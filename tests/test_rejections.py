@@ -15,8 +15,9 @@ import twilight_tilelang as kernels
 from tests.doubles import fake_gpu
 from tests.inputs.cases import BASE, NAMED, build_cache, make_tensors
 from twilight_tilelang import reference
-from twilight_tilelang.kernels import validate
-from twilight_tilelang.kernels.validate import check_machine
+from twilight_tilelang.kernels import gpu
+from twilight_tilelang.kernels.cache import CacheShape
+from twilight_tilelang.kernels.gpu import check_machine
 
 
 class Call(NamedTuple):
@@ -43,30 +44,54 @@ def valid_calls(cache, device: torch.device | str) -> dict[str, Call]:
     pool = {name: torch.zeros(8, 16, 2, 128, **half) for name in ("k_cache", "v_cache")}
     logits = torch.zeros(2, 8, 48, device=device)
     kept = {"kept_tokens": pages.clone(), "kept_counts": counts.clone()}
-    sizes = {"num_pages": 8, "batch_size": 2, "max_pages": 4, "num_kv_heads": 2, "head_dim": 128}
+    sizes = {"batch_size": 2, "max_pages": 4, "num_kv_heads": 2, "head_dim": 128}
     decode = {"cache": cache, "num_qo_heads": 8, "token_budget": 64}
-    empty = {**sizes, "device": device, "k_offset": layout["k_offset"]}
+    empty = {**sizes, "device": device, "num_pages": 8, "k_offset": layout["k_offset"]}
     build = kernels.PagedKVCache
     return {
-        "empty": Call(build.empty, empty | {"page_table": layout["page_table"]}),
+        "empty": Call(empty_cache, empty | {"page_table": layout["page_table"]}),
         "from_contiguous": Call(build.from_contiguous, {"k": k, "v": v, **layout}),
         "wrap": Call(build.wrap, {**pool, **layout}),
         "PagedKVCache": Call(build, {"k_offset": layout["k_offset"], **tensors_of(cache)}),
         "append": Call(lambda cache, k, v: cache.append(k, v), {"cache": cache, **token}),
         "select_pages": Call(kernels.select_pages, {"q": q, "cache": cache, "token_budget": 64}),
         "select_all": Call(kernels.select_all, {"cache": cache}),
-        "estimate_logits": Call(kernels.estimate_logits, {"q": q, "cache": cache, **candidates}),
+        "estimate_logits": Call(
+            over_list(kernels.estimate_logits), {"q": q, "cache": cache, **candidates}
+        ),
         "prune_top_p": Call(
-            kernels.prune_top_p, {"logits": logits, "cache": cache, **candidates, "top_p": 0.85}
+            over_list(kernels.prune_top_p),
+            {"logits": logits, "cache": cache, **candidates, "top_p": 0.85},
         ),
         "flash_topk_attention": Call(
-            kernels.flash_topk_attention, {"q": q, "cache": cache, **kept}
+            over_list(kernels.flash_topk_attention), {"q": q, "cache": cache, **kept}
         ),
-        "page_attention": Call(kernels.page_attention, {"q": q, "cache": cache, **candidates}),
+        "page_attention": Call(
+            over_list(kernels.page_attention), {"q": q, "cache": cache, **candidates}
+        ),
         "dense_attention": Call(kernels.dense_attention, {"q": q, "cache": cache}),
         "TwilightDecode": Call(kernels.TwilightDecode, decode),
         "run": Call(LazyStep(cache).run, {"q": q, "cache": cache}),
     }
+
+
+def empty_cache(num_pages, page_table, k_offset, **shape):
+    """PagedKVCache.empty, its shape's fields by name."""
+    return kernels.PagedKVCache.empty(
+        CacheShape(**shape), num_pages=num_pages, page_table=page_table, k_offset=k_offset
+    )
+
+
+def over_list(function: Callable) -> Callable:
+    """A stage, the two tensors of its list by name."""
+
+    def call(**given):
+        names = [name for name in given if name.startswith(("candidate_", "kept_"))]
+        others = {name: value for name, value in given.items() if name not in names}
+        position = "kept" if names[0].startswith("kept") else "candidates"
+        return function(**others, **{position: tuple(given[name] for name in names)})
+
+    return call
 
 
 def tensors_of(cache) -> dict[str, torch.Tensor]:
@@ -347,7 +372,7 @@ def test_from_contiguous_rejects_a_table_too_narrow_for_its_tokens(calls, reject
 
 
 def test_run_rejects_a_cache_of_another_shape(calls, rejects):
-    other = kernels.PagedKVCache.empty(4, 1, 4, 2, 128, device="cuda")
+    other = kernels.PagedKVCache.empty(CacheShape(1, 4, 2, 128))
     rejects(
         calls["run"], {"cache": other}, r"\b(cache|page_table|seq_lens|batch_size|q)\b.*expected"
     )
@@ -397,7 +422,7 @@ def test_a_cache_asks_for_nvcc(found, calls, other_machine):
             raise RuntimeError("no CUDA")
         return f"/{found}/bin/nvcc"
 
-    other_machine.setattr(validate, "get_nvcc_compiler", compiler)
+    other_machine.setattr(gpu, "get_nvcc_compiler", compiler)
     other_machine.setenv("PATH", "")
     with pytest.raises(RuntimeError, match="nvcc: expected CUDA's compiler"):
         calls["empty"].function(**calls["empty"].arguments)

@@ -1,6 +1,7 @@
 """Bookkeeping of the benchmark: traffic, CSV files, resuming, a whole run on the CPU."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -8,33 +9,41 @@ import pytest
 import torch
 
 from tests.doubles.made_up_results import made_up_rows
-from twilight_tilelang.plots import draw
-from twilight_tilelang.profiling import bench, traffic
-from twilight_tilelang.profiling.checks import (
+from twilight_tilelang.profiling import bench, run
+from twilight_tilelang.profiling.plan import Target, groups_of, prepare
+from twilight_tilelang.profiling.providers.backends import Torch
+from twilight_tilelang.profiling.providers.checks import (
     CheckFailed,
     check_attention,
     check_pruner,
     check_selector,
 )
-from twilight_tilelang.profiling.plan import Target, groups_of, prepare
-from twilight_tilelang.profiling.request_sets import (
+from twilight_tilelang.profiling.providers.stages import sets_wanted
+from twilight_tilelang.profiling.tables.rows import OBSERVED, ROW_KEY, TIMED, Row
+from twilight_tilelang.profiling.tables.store import (
+    RESULTS,
+    Finished,
+    path_of,
+    raise_ceiling,
+    read_rows,
+    write_rows,
+)
+from twilight_tilelang.profiling.timing import Timing, time_on_host
+from twilight_tilelang.profiling.workloads import traffic
+from twilight_tilelang.profiling.workloads.request_sets import (
     affordable_sets,
     cold_sets,
     random_tokens,
     workload_sets,
 )
-from twilight_tilelang.profiling.results import RESULTS, Finished, path_of, read_rows, write_rows
-from twilight_tilelang.profiling.rows import OBSERVED, ROW_KEY, TIMED, Row
-from twilight_tilelang.profiling.stages import sets_wanted
-from twilight_tilelang.profiling.sweeps import CPU_FULL, GPU_FULL
-from twilight_tilelang.profiling.timing import Timing, time_on_host
-from twilight_tilelang.profiling.workloads import (
+from twilight_tilelang.profiling.workloads.standard import (
     CPU_WORKLOADS,
     GPU_WORKLOADS,
     LOOKED_ON,
-    BudgetSweep,
-    Workload,
+    budget_sweep,
 )
+from twilight_tilelang.profiling.workloads.sweeps import CPU_FULL, GPU_FULL
+from twilight_tilelang.profiling.workloads.workload import Workload
 from twilight_tilelang.reference import PagedKVCache, TwilightDecode
 from twilight_tilelang.reference.inputs import LAYER_BUDGETS, DecodeShape
 
@@ -53,9 +62,9 @@ def rows() -> list[Row]:
 
 
 def test_rows_survive_the_file(rows: list[Row], tmp_path: Path) -> None:
-    for row in rows[:4]:
+    for row in (dataclasses.replace(row, host_us=81.2) for row in rows[:4]):
         write_rows([row], tmp_path)
-    row = rows[2]
+    row = dataclasses.replace(rows[2], host_us=81.2)
     frame = read_rows(path_of(row.stage, "h200", tmp_path))
     assert tuple(frame.columns) == tuple(TIMED.types)
     back = Row(**frame.iloc[0].to_dict())
@@ -113,13 +122,44 @@ def test_files_from_before_a_column_stay_readable(rows: list[Row], tmp_path: Pat
     write_rows([old], tmp_path)
     path = path_of(old.stage, "h200", tmp_path)
     frame = pd.read_csv(path, dtype=str)
-    frame.drop(columns="sm_mhz").to_csv(path, index=False)
-    assert read_rows(path)["sm_mhz"].tolist() == [0]
+    frame.drop(columns=["sm_mhz", "host_us"]).to_csv(path, index=False)
+    assert read_rows(path)["sm_mhz"].tolist() == [0] and read_rows(path)["host_us"].isna().all()
     write_rows([new], tmp_path)
     assert sorted(read_rows(path)["sm_mhz"]) == [0, 1980]
     frame.drop(columns="timer").to_csv(path, index=False)
     with pytest.raises(ValueError, match="timer"):
         read_rows(path)
+
+
+def test_a_host_s_time_that_is_not_measured_is_empty(rows: list[Row], tmp_path: Path) -> None:
+    timed, other = [row for row in rows if row.workload == "budget-gqa"][:2]
+    write_rows([dataclasses.replace(timed, host_us=81.24)], tmp_path)
+    write_rows([other], tmp_path)
+    frame = read_rows(path_of(timed.stage, "h200", tmp_path))
+    assert sorted(frame["host_us"], key=str) == [81.2, pytest.approx(math.nan, nan_ok=True)]
+
+
+def test_a_run_has_one_ceiling_the_largest_rate_that_it_saw(
+    rows: list[Row], tmp_path: Path
+) -> None:
+    slow, fast = (next(row for row in rows if row.stage == name) for name in ("selector", "dense"))
+    other = dataclasses.replace(slow, workload="other", commit="another")
+    median_us = 1e-6 * fast.bytes / 4.6  # the ceiling of these rows is 4.4
+    fast = dataclasses.replace(fast, median_us=median_us, reached=fast.floor_us / median_us)
+    for row in (slow, fast, other):
+        write_rows([row], tmp_path)
+    assert fast.reached > 1
+    assert raise_ceiling(4.5, "h200", "0123456789", tmp_path) == pytest.approx(4.6, rel=1e-3)
+    frames = {name: read_rows(path_of(name, "h200", tmp_path)) for name in ("selector", "dense")}
+    old, new = (frames["selector"].set_index("workload").loc[n] for n in ("other", slow.workload))
+    assert old["read_tbps"] == 4.4 and old["reached"] == pytest.approx(slow.reached, abs=1e-4)
+    for row, was in ((new, slow), (frames["dense"].iloc[0], fast)):
+        assert row["read_tbps"] == pytest.approx(4.6, rel=1e-3) and row["reached"] <= 1
+        assert row["floor_us"] == pytest.approx(was.floor_us * 4.4 / 4.6, rel=1e-3)
+        assert row["reached"] == pytest.approx(row["floor_us"] / row["median_us"], rel=1e-3)
+    before = path_of("dense", "h200", tmp_path).stat().st_mtime_ns
+    assert raise_ceiling(1.0, "h200", "0123456789", tmp_path) == pytest.approx(4.6, rel=1e-3)
+    assert path_of("dense", "h200", tmp_path).stat().st_mtime_ns == before
 
 
 def test_read_rows_rejects_a_repeated_key(rows: list[Row], tmp_path: Path) -> None:
@@ -150,15 +190,9 @@ def test_committed_results_conform(path: Path) -> None:
     assert set(frame["stage"]) == {path.stem}
     assert (frame["p20_us"] <= frame["median_us"]).all()
     assert (frame["median_us"] <= frame["p80_us"]).all()
+    assert (frame["reached"] <= 1).all()
     floor_us = frame["bytes"] / frame["read_tbps"] * 1e-6
     assert (floor_us - frame["floor_us"]).abs().le(0.01 + 1e-3 * floor_us).all()
-
-
-def test_readme_holds_the_tables_of_the_committed_results() -> None:
-    frames = draw.Results(RESULTS / "h200")
-    readme = (RESULTS.parents[1] / "README.md").read_text()
-    assert draw.markdown_table(frames) in readme
-    assert draw.stage_table(frames) in readme
 
 
 def test_bytes_are_those_of_the_design() -> None:
@@ -231,24 +265,24 @@ def test_checks_pass_what_is_right(step) -> None:
     q, cache, step = step
     assert check_selector(q, cache, step) == 0
     assert check_pruner(cache, step, 0.85) < 1e-6
-    assert check_attention(step.out, q, cache, step.kept_tokens, step.kept_counts) < 1e-5
+    assert check_attention(step.out, q, cache, step.kept) < 1e-5
 
 
 def test_checks_refuse_what_is_wrong(step) -> None:
     q, cache, step = step
     with pytest.raises(CheckFailed, match="out"):
-        check_attention(step.out * 1.01, q, cache, step.kept_tokens, step.kept_counts)
+        check_attention(step.out * 1.01, q, cache, step.kept)
     with pytest.raises(CheckFailed, match="out"):
-        check_attention(step.out * float("nan"), q, cache, step.kept_tokens, step.kept_counts)
-    heaviest_dropped = step.kept_counts - 8
-    step.kept_counts, kept_counts = heaviest_dropped, step.kept_counts
+        check_attention(step.out * float("nan"), q, cache, step.kept)
+    kept = step.kept
+    step.kept = kept._replace(counts=kept.counts - 8)  # the heaviest are dropped
     with pytest.raises(CheckFailed, match="kept_tokens"):
         check_pruner(cache, step, 0.85)
-    step.kept_counts = kept_counts
-    step.kept_tokens[0, 0, :2] = step.kept_tokens[0, 0, 0]
+    step.kept = kept
+    step.kept.tokens[0, 0, :2] = step.kept.tokens[0, 0, 0]
     with pytest.raises(CheckFailed, match="ascending"):
         check_pruner(cache, step, 0.85)
-    step.candidate_pages[0, 0, :8] = torch.arange(8)
+    step.candidates.pages[0, 0, :8] = torch.arange(8)
     with pytest.raises(CheckFailed, match="candidate_pages"):
         check_selector(q, cache, step)
 
@@ -257,9 +291,9 @@ def test_checks_refuse_what_is_wrong(step) -> None:
 def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run as on a machine without a GPU, and in a moment."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    tiny = [SMALL, BudgetSweep("budget-gqa", SMALL.shape, (32, 64))]
+    tiny = [SMALL, budget_sweep("budget-gqa", SMALL.shape, (32, 64))]
     monkeypatch.setattr(bench, "CPU_WORKLOADS", tuple(tiny))
-    monkeypatch.setattr(bench, "CPU_READ_BYTES", 1 << 20)
+    monkeypatch.setattr(run, "CPU_READ_BYTES", 1 << 20)
 
 
 @pytest.mark.usefixtures("without_gpu")
@@ -272,6 +306,9 @@ def test_bench_runs_on_the_cpu_and_resumes(tmp_path: Path, capsys) -> None:
     singles = dict.fromkeys(("selector", "estimator", "pruner", "estimate_prune", "dense"), 1)
     assert counts == {**singles, "attention": 3, "pipeline": 3}
     assert all((frame["provider"] == "torch").all() for frame in frames.values())
+    every = pd.concat(frames.values())
+    assert every["read_tbps"].nunique() == 1 and (every["reached"] <= 1).all()
+    assert every["host_us"].isna().all()  # there is no device to wait for
 
     before = (tmp_path / "cpu-reference" / "dense.csv").stat().st_mtime_ns
     assert bench.main(arguments) == 0
@@ -284,8 +321,8 @@ def test_bench_runs_on_the_cpu_and_resumes(tmp_path: Path, capsys) -> None:
 def test_bench_writes_no_row_for_a_wrong_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    right = bench.Torch.dense
-    monkeypatch.setattr(bench.Torch, "dense", lambda *inputs: lambda: 1.01 * right(*inputs)())
+    right = Torch.dense
+    monkeypatch.setattr(Torch, "dense", lambda *inputs: lambda: 1.01 * right(*inputs)())
     assert bench.main(["--results", str(tmp_path), "--workload", "small"]) == 1
     assert "FAILED: small/2x256 dense" in capsys.readouterr().out
     assert not (tmp_path / "cpu-reference" / "dense.csv").exists()
@@ -305,29 +342,29 @@ def test_cpu_workloads_feed_every_figure() -> None:
     names = {workload.name for workload in CPU_WORKLOADS}
     assert {"budget-gqa", "budget-mha", "length-b1"} <= names
     for workloads in EVERY:
-        for sweep in (w for w in workloads if isinstance(w, BudgetSweep)):
-            standard = (w for w in workloads if isinstance(w, Workload) and "dense" in w.stages)
+        for sweep in (w for w in workloads if w.random_tokens):
+            standard = (w for w in workloads if "dense" in w.stages)
             assert any(w.shape == sweep.shape for w in standard)
 
 
 @pytest.mark.parametrize("workloads", EVERY, ids=["gpu", "cpu"])
-def test_nothing_is_measured_twice(workloads: tuple[Workload | BudgetSweep, ...]) -> None:
-    target = Target(bench.Torch(), "any", 0, print)
-    groups = [group for workload in workloads for group in groups_of(workload, target)]
+def test_nothing_is_measured_twice(workloads: tuple[Workload, ...]) -> None:
+    target = Target(Torch(), "any", 0, print)
+    groups = [group for workload in workloads for group in groups_of(workload)]
     marks = [(group.stage, *mark) for group in groups for mark in group.marks(target)]
     assert len(set(marks)) == len(marks)
     assert all(group.marks(target) for group in groups)
 
 
 def test_skewed_budgets_keep_the_mean() -> None:
-    for sweep in (w for own in EVERY for w in own if isinstance(w, BudgetSweep)):
-        for budget in sweep.token_budgets:
-            counts = sweep.counts(budget)
+    for sweep in (w for own in EVERY for w in own if w.random_tokens):
+        for variant in sweep.variants():
+            counts = variant.head_counts()
             assert len(counts) == sweep.shape.num_kv_heads
-            assert sum(counts) / len(counts) == pytest.approx(budget, rel=0.02)
+            assert sum(counts) / len(counts) == pytest.approx(variant.token_budget, rel=0.02)
             assert (max(counts) > 3 * min(counts)) == sweep.name.endswith("-skewed")
     with pytest.raises(ValueError, match="32768 tokens"):
-        BudgetSweep("big", GPU_WORKLOADS[1].shape, (8192,), LAYER_BUDGETS).counts(8192)
+        budget_sweep("big", GPU_WORKLOADS[1].shape, (8192,), LAYER_BUDGETS).head_counts()
 
 
 def test_head_budgets_shape_what_the_inputs_keep() -> None:
@@ -336,7 +373,7 @@ def test_head_budgets_shape_what_the_inputs_keep() -> None:
         sets = workload_sets(workload, 1, "cpu", PagedKVCache.wrap)
         step = TwilightDecode(sets.caches[0], 8, selector="full")
         step.run(sets.queries[0], sets.caches[0])
-        ratio = float(step.kept_counts.max() / step.kept_counts.min())
+        ratio = float(step.kept.counts.max() / step.kept.counts.min())
         assert 2 / 3 * largest <= ratio <= 1.5 * largest
 
 
@@ -353,9 +390,7 @@ def test_variants_share_their_inputs_and_are_measured_once(
     settings = rows.groupby("method")[["token_budget", "top_p"]].apply(lambda own: len(own))
     assert settings.to_dict() == {"quest+twilight": 4, "full+twilight": 2, "quest": 2}
     pools = []
-    monkeypatch.setattr(
-        bench, "prepare", lambda *inputs: pools.append(prepare(*inputs)) or pools[-1]
-    )
+    monkeypatch.setattr(run, "prepare", lambda *inputs: pools.append(prepare(*inputs)) or pools[-1])
     (tmp_path / "cpu-reference" / "timeline.csv").unlink()
     assert bench.main(arguments) == 0 and len(pools) == 1
     assert (tmp_path / "cpu-reference" / "summary.json").exists()

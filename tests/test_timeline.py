@@ -5,13 +5,19 @@ import types
 import pytest
 import torch
 
-from twilight_tilelang.profiling import timeline
-from twilight_tilelang.profiling.backends import TileLang, Torch
+from twilight_tilelang.profiling.observations import timeline
+from twilight_tilelang.profiling.observations.timeline import (
+    STEPS,
+    Share,
+    Span,
+    shares,
+    timeline_rows,
+)
 from twilight_tilelang.profiling.plan import Target, prepare
-from twilight_tilelang.profiling.stages import Slot
-from twilight_tilelang.profiling.timeline import STEPS, Share, Span, shares, timeline_rows
+from twilight_tilelang.profiling.providers.backends import TileLang, Torch
+from twilight_tilelang.profiling.providers.stages import Slot
 from twilight_tilelang.profiling.timing import time_providers
-from twilight_tilelang.profiling.workloads import Workload
+from twilight_tilelang.profiling.workloads.workload import Workload
 from twilight_tilelang.reference.inputs import DecodeShape
 
 KERNELS = {"selector": ["score", "top"], "attention": ["attend"]}

@@ -3,14 +3,16 @@
 import itertools
 from pathlib import Path
 
+import pynvml
 import pytest
 import torch
 
-from twilight_tilelang.profiling import bench, timing
-from twilight_tilelang.profiling.results import read_rows
-from twilight_tilelang.profiling.rows import STAGES
-from twilight_tilelang.profiling.sweeps import COPY_TASK, EQUAL, trace_workload
-from twilight_tilelang.profiling.workloads import LOOKED_ON, BudgetSweep, Workload
+from twilight_tilelang.profiling import bench, run, timing
+from twilight_tilelang.profiling.tables.rows import STAGES
+from twilight_tilelang.profiling.tables.store import read_rows
+from twilight_tilelang.profiling.workloads.standard import EQUAL, LOOKED_ON, budget_sweep
+from twilight_tilelang.profiling.workloads.sweeps import COPY_TASK, trace_workload
+from twilight_tilelang.profiling.workloads.workload import Workload
 from twilight_tilelang.reference.inputs import LAYER_BUDGETS, DecodeShape
 
 
@@ -127,22 +129,33 @@ def test_a_provider_that_raises_is_left_out(gpu: MadeUpGpu) -> None:
         timing.time_providers({"broken": [broken]})
 
 
-def test_the_clock_is_read_from_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Nvml:
-        failed = 0
+def test_the_host_is_timed_over_calls_that_wait_for_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A call costs the host 80 us; waiting for the device, a second, is no part of it."""
+    host = {"seconds": 0.0, "calls": 0, "waits": 0}
 
-        def nvmlDeviceGetClockInfo(self, handle: int, kind: int, clock) -> int:
-            assert (handle, kind) == (7, 1)
-            clock._obj.value = 1755
-            return self.failed
+    def call() -> None:
+        host["seconds"] += 80e-6
+        host["calls"] += 1
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(timing.device, "_nvml", lambda _index: (Nvml(), 7))
+    def synchronize() -> None:
+        host["seconds"] += 1.0
+        host["waits"] += 1
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: host["seconds"])
+    assert timing.host_us(call) == pytest.approx(80.0)
+    assert (host["calls"], host["waits"]) == (250, 6)
+
+
+def test_a_clock_that_cannot_be_read_stops_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable() -> int:
+        raise pynvml.NVMLError_LibraryNotFound
+
+    monkeypatch.setattr(torch.cuda, "clock_rate", lambda: 1755)
     assert timing.device.sm_mhz() == 1755
-    monkeypatch.setattr(Nvml, "failed", 999)
-    assert timing.device.sm_mhz() == 0
-    monkeypatch.setattr(timing.device, "_nvml", lambda _index: (None, 7))
+    monkeypatch.setattr(torch.cuda, "clock_rate", unreadable)
     assert timing.device.sm_mhz() == 0
 
 
@@ -190,18 +203,18 @@ def test_bench_runs_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     shape = DecodeShape(4, 8, 2, 128, seq_lens=4096)
     stages = (*STAGES, *LOOKED_ON, "accuracy")
     base = (
-        Workload("tiny", shape, 1024, 64, max_sets=3, stages=stages),
-        BudgetSweep("budget-tiny", shape, (64,), max_sets=3),
+        Workload("tiny", shape, 1024, 64, max_sets=3, stages=stages, host_times=True),
+        budget_sweep("budget-tiny", shape, (64,)),
     )
     step = {"stages": ("pipeline",), "token_budgets": (64, 4096), "head_budgets": EQUAL}
     full = (
         Workload("budget-tiny", shape, 1024, 64, max_sets=3, **step),
-        BudgetSweep("budget-tiny-skewed", shape, (256,), LAYER_BUDGETS, max_sets=3),
+        budget_sweep("budget-tiny-skewed", shape, (256,), LAYER_BUDGETS),
         trace_workload(COPY_TASK),
     )
     monkeypatch.setattr(bench, "GPU_WORKLOADS", base)
     monkeypatch.setattr(bench, "GPU_FULL", full)
-    monkeypatch.setattr(bench, "READ_BYTES", 1 << 30)
+    monkeypatch.setattr(run, "READ_BYTES", 1 << 30)
     assert bench.main(["--results", str(tmp_path), "--full"]) == 0
     frames = {path.stem: read_rows(path) for path in tmp_path.glob("*/*.csv")}
     assert {"accuracy", "kept", "memory", "timeline"} < frames.keys()
@@ -214,4 +227,7 @@ def test_bench_runs_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     }
     for rows in ours.values():
         assert set(rows["timer"]) == {"graph-rotate"}
-        assert (rows["sm_mhz"] > 100).all()
+        assert (rows["sm_mhz"] > 100).all() and (rows["reached"] <= 1).all()
+    for stage in ("pipeline", "dense"):
+        hosts = frames[stage].set_index("workload")["host_us"]
+        assert (hosts["tiny"] > 1).all() and hosts.drop("tiny").isna().all()

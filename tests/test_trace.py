@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from twilight_tilelang import reference
-from twilight_tilelang.profiling import bench, copy_model, trace
-from twilight_tilelang.profiling.results import read_rows
-from twilight_tilelang.profiling.sweeps import COPY_TASK, trace_workload
-from twilight_tilelang.profiling.trace import read_trace, save_trace
+from twilight_tilelang.profiling import bench, run
+from twilight_tilelang.profiling.recordings import copy_model, trace
+from twilight_tilelang.profiling.recordings.trace import read_trace, save_trace
+from twilight_tilelang.profiling.tables.store import read_rows
+from twilight_tilelang.profiling.workloads.sweeps import COPY_TASK, trace_workload
 from twilight_tilelang.reference.compare import relative_error
 from twilight_tilelang.reference.inputs import measure_budgets
 
@@ -77,14 +78,14 @@ def test_the_committed_recording_is_of_learnt_attention(capsys) -> None:
     cache = reference.PagedKVCache.wrap(*inputs.paged())
     step = reference.TwilightDecode(cache, 4, selector="full", top_p=0.9)
     step.run(inputs.q, cache)
-    budgets = measure_budgets(inputs.q, cache, step.kept_tokens, step.kept_counts)
+    budgets = measure_budgets(inputs.q, cache, step.kept.tokens, step.kept.counts)
     assert budgets.kept_mean < 51 and budgets.kept_max > 5 * budgets.kept_min
     assert budgets.captured_mean > 0.88
 
 
 def test_bench_measures_a_recording(tensors: Tensors, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(bench, "CPU_READ_BYTES", 1 << 20)
+    monkeypatch.setattr(run, "CPU_READ_BYTES", 1 << 20)
     save_trace(tmp_path / "own.pt", **tensors)
     assert trace_workload(tmp_path / "own.pt").token_budget == 16
     arguments = ["--trace", str(tmp_path / "own.pt"), "--results", str(tmp_path)]

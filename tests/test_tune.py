@@ -1,39 +1,42 @@
 """The tuner without a GPU: its spaces, its search over made-up kernels, what it keeps."""
 
+import copy
 import dataclasses
 import json
 import time
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
 
 from tests.doubles.fake_bench import (
-    DyingCompiler,
     FakeBench,
-    FineCompiler,
     bench_of_workload,
+    dies_of_pruners,
+    no_fault,
     slow_start,
 )
+from twilight_tilelang import reference
 from twilight_tilelang.autotune import measure, tune
 from twilight_tilelang.autotune.measure import WrongResult, compare_bits, measured, written_by
 from twilight_tilelang.autotune.search import Measured, settle
 from twilight_tilelang.autotune.space import (
     SPACES,
     broken_limit,
-    bucket_of,
     candidates,
     shape_of,
     space_id,
 )
 from twilight_tilelang.autotune.store import open_configs, path_of
 from twilight_tilelang.autotune.worker import SetupFailed, Worker, WorkerFailed
-from twilight_tilelang.kernels import tuned
-from twilight_tilelang.kernels.tuned import KERNELS
-from twilight_tilelang.profiling.backends import Torch, TorchStep
+from twilight_tilelang.kernels.gpu import ARCHS
+from twilight_tilelang.kernels.plan import SPECS
+from twilight_tilelang.kernels.tuned import Bucket
+from twilight_tilelang.profiling.providers.backends import Torch
 from twilight_tilelang.profiling.timing import Timing
-from twilight_tilelang.profiling.workloads import Workload
+from twilight_tilelang.profiling.workloads.workload import Workload
 from twilight_tilelang.reference.inputs import DecodeShape
 
 
@@ -120,43 +123,44 @@ def test_noise_is_what_separates_equal_runs_or_their_samples() -> None:
     assert not measured(timing(100.0, 0.5), tried, timing(100.0, 12.0)).wins
 
 
-class Step:
-    """Two outputs, of which a call writes what it is told to."""
+def slot_that_writes(upto: int, value: float) -> SimpleNamespace:
+    """A slot whose estimator writes so many of four logits."""
+    step = SimpleNamespace(logits=torch.zeros(4))
 
-    def __init__(self) -> None:
-        self.logits = torch.zeros(4)
-        self.counts = torch.zeros(4, dtype=torch.int32)
+    def write() -> None:
+        step.logits[:upto] = value
 
-    def write(self, upto: int, value: float) -> None:
-        self.logits[:upto] = value
-        self.counts[:] = 1
+    return SimpleNamespace(step=step, calls={"estimator": write})
 
 
 def test_bits_are_compared_after_the_outputs_were_poisoned() -> None:
-    step, names = Step(), ("logits", "counts")
-    expected = written_by(partial(step.write, 4, 0.0), step, names, {})
-    same = written_by(partial(step.write, 4, 0.0), step, names, {})
-    for name in names:
-        compare_bits(name, same[name], expected[name])
-    for odd in (partial(step.write, 3, 0.0), partial(step.write, 4, -0.0)):
-        written = written_by(odd, step, names, {})
-        compare_bits("counts", written["counts"], expected["counts"])
+    (expected,), (same,) = (written_by("estimator", slot_that_writes(4, 0.0)) for _ in range(2))
+    compare_bits("logits", same, expected)
+    for odd in (slot_that_writes(3, 0.0), slot_that_writes(4, -0.0)):
+        (written,) = written_by("estimator", odd)
         with pytest.raises(WrongResult, match="logits"):
-            compare_bits("logits", written["logits"], expected["logits"])
+            compare_bits("logits", written, expected)
 
 
-class PinnedStep(TorchStep):
+class ConfiguredStep(reference.TwilightDecode):
     """The reference's step, whose estimator goes wrong with the config "wrong"."""
 
-    def estimate(self, q, cache) -> None:
-        super().estimate(q, cache)
-        if tuned._pinned.get("estimator") == "wrong":
+    configs: Mapping[str, str] = MappingProxyType({})
+
+    def with_configs(self, configs: Mapping[str, str]) -> "ConfiguredStep":
+        step = copy.deepcopy(self)
+        step.configs = configs
+        return step
+
+    def estimate(self, q, cache, **options) -> None:
+        super().estimate(q, cache, **options)
+        if self.configs.get("estimator") == "wrong":
             self.logits[-1, -1, -1] += 1
 
 
 def test_bench_checks_configs_on_the_inputs_of_the_benchmark(monkeypatch) -> None:
     backend = Torch()
-    backend.step = lambda cache, num_qo_heads, **options: PinnedStep(**options)
+    backend.step = ConfiguredStep
     monkeypatch.setattr(measure, "TileLang", lambda: backend)
     monkeypatch.setattr(measure.device, "l2_bytes", lambda: 1 << 20)
     monkeypatch.setattr(measure, "time_providers", made_up_times)
@@ -165,7 +169,7 @@ def test_bench_checks_configs_on_the_inputs_of_the_benchmark(monkeypatch) -> Non
     for kernel in ("estimator", "pruner"):
         bench.verify(kernel)
         bench.check(kernel, "right")
-    with pytest.raises(WrongResult, match="logits"):
+    with pytest.raises(WrongResult, match="estimator"):
         bench.check("estimator", "wrong")
     assert bench.quick("pruner", "right") == 0.5
     assert bench.final("pruner", "right") == Measured(5.0, 10.0, 1.0)
@@ -188,33 +192,34 @@ def test_a_noisy_time_is_taken_again(monkeypatch) -> None:
         return {name: Timing(10.0, 10.0, 10.0 + spread, "made up") for name in providers}
 
     monkeypatch.setattr(measure, "time_providers", times)
-    assert measure._measure([], {}).noise_us == 0.0625
-    assert measure._measure([], {}).noise_us == 7.0
+    calls = {"default": [], "tried": [], "default_again": []}
+    assert measure.calmest(calls).noise_us == 0.0625
+    assert measure.calmest(calls).noise_us == 7.0
     assert next(spreads) == 9.0
 
 
 def test_spaces_vary_only_what_cannot_change_a_result() -> None:
-    assert set(SPACES) == set(KERNELS)
+    assert set(SPACES) == set(SPECS)
     for kernel, space in SPACES.items():
-        assert set(space.values) <= KERNELS[kernel].tunable_fields
-        for task in tune.tasks_of(tune.WORKLOADS, (space.stage,), "sm_90a"):
-            for name in KERNELS[task.kernel].result_fields:
+        assert set(space.values) <= SPECS[kernel].tunable_fields
+        for task in tune.tasks_of(tune.WORKLOADS, (SPECS[kernel].stage,), "sm_90a"):
+            for name in SPECS[task.kernel].result_fields:
                 assert len({getattr(config, name) for config in task.configs}) == 1
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a"])
 def test_candidates_are_few_legal_and_begin_with_the_default(arch: str) -> None:
     for task in tune.tasks_of(tune.WORKLOADS, tune.STAGES, arch):
-        assert task.configs[0] == SPACES[task.kernel].default(task.shape, arch)
+        assert task.configs[0] == SPECS[task.kernel].default(task.shape, ARCHS[arch])
         assert 2 <= len(set(task.configs)) == len(task.configs) <= 16
         for config in task.configs:
-            assert broken_limit(task.kernel, config, task.shape, arch) is None, config
+            assert broken_limit(task.kernel, config, task.shape, ARCHS[arch]) is None, config
 
 
 def test_broken_limit_names_the_limit() -> None:
     (task,) = [t for t in tune.tasks_of(tune.WORKLOADS[:1], ("pruner",), "sm_90a")]
     greedy = dataclasses.replace(task.configs[0], blocks_per_sm=16)
-    assert "registers" in broken_limit("pruner", greedy, task.shape, "sm_90a")
+    assert "registers" in broken_limit("pruner", greedy, task.shape, ARCHS["sm_90a"])
 
 
 def test_every_bucket_comes_once_and_knows_its_workloads() -> None:
@@ -229,11 +234,11 @@ def test_every_bucket_comes_once_and_knows_its_workloads() -> None:
     (alone,) = tune.tasks_of([tune.WORKLOADS[4]], ("pruner",), "sm_90a")
     assert alone.workload.name == "solo-32k" and alone.names == shared[0]
     for task in tasks:
-        assert bucket_of(task.kernel, shape_of(task.kernel, task.bucket)) == task.bucket
+        assert Bucket.of(SPECS[task.kernel], shape_of(task.kernel, task.bucket)) == task.bucket
 
 
 def run_of(folder: Path, **options) -> tune.Run:
-    options = {"make_bench": bench_of_workload, "make_compiler": FineCompiler, **options}
+    options = {"make_bench": bench_of_workload, "compile_fault": no_fault, **options}
     return tune.Run("h200", "sm_90a", folder, **options)
 
 
@@ -248,9 +253,9 @@ def test_a_run_writes_what_it_finds_and_the_next_does_nothing(tmp_path: Path) ->
     text = path_of("h200", tmp_path).read_text()
     assert text == json.dumps(json.loads(text), indent=2) + "\n"
     configs = open_configs("h200", "sm_90a", tmp_path)
-    (entry,) = configs.fresh("attention").values()
+    (entry,) = configs.fresh(SPECS["attention"]).values()
     assert (entry.time_us, entry.default_us, entry.noise_us) == (80.0, 100.0, 1.0)
-    assert set(entry.config) == KERNELS["attention"].tunable_fields
+    assert set(entry.config) == SPECS["attention"].tunable_fields
 
     again = run_of(tmp_path, make_bench=None)  # nothing may be started
     before = time.monotonic()
@@ -266,18 +271,18 @@ def test_more_candidates_or_other_sources_open_a_bucket_again(tmp_path: Path, mo
     assert run._done(task)
     assert not run._done(dataclasses.replace(task, configs=task.configs[:-1]))
     monkeypatch.setitem(
-        KERNELS, "attention", dataclasses.replace(KERNELS["attention"], sources=("config.py",))
+        SPECS, "attention", dataclasses.replace(SPECS["attention"], sources=("gpu.py",))
     )
     assert not run._done(task)
 
 
 def test_a_compiler_that_dies_is_recorded_and_the_default_stays(tmp_path: Path) -> None:
-    tasks = tune.tasks_of(SOLO, ("pruner",), "sm_90a")
-    run = run_of(tmp_path, make_compiler=DyingCompiler)
-    run.settle(tasks)
+    (task,) = tune.tasks_of(SOLO, ("pruner",), "sm_90a")
+    run = run_of(tmp_path, compile_fault=dies_of_pruners)
+    run.settle([dataclasses.replace(task, configs=task.configs[:4])])
     assert (run.settled, run.improved) == (1, 0)
-    (entry,) = run.configs.fresh("pruner").values()
-    assert len(entry.rejected) == len(tasks[0].configs) - 1
+    (entry,) = run.configs.fresh(SPECS["pruner"]).values()
+    assert len(entry.rejected) == 3
     assert all("exit code 13" in why for why in entry.rejected.values())
 
 
@@ -330,4 +335,4 @@ def test_space_id_depends_on_every_candidate() -> None:
     (task,) = tune.tasks_of(SOLO, ("attention",), "sm_90a")
     assert space_id(task.configs) == space_id(list(task.configs))
     assert space_id(task.configs) != space_id(task.configs[:-1])
-    assert task.configs == tuple(candidates("attention", task.shape, "sm_90a"))
+    assert task.configs == tuple(candidates("attention", task.shape, ARCHS["sm_90a"]))

@@ -2,32 +2,37 @@
 
 import dataclasses
 import json
+import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from tests.doubles import fake_gpu
 from twilight_tilelang.autotune import show
 from twilight_tilelang.autotune.compiled import compile_for
-from twilight_tilelang.autotune.launches import variants_of
-from twilight_tilelang.autotune.space import SPACES, broken_limit, shape_of
+from twilight_tilelang.autotune.space import broken_limit, launches_of, shape_of
 from twilight_tilelang.autotune.store import path_of, with_entry, write_configs
-from twilight_tilelang.autotune.variants import KernelVariant
 from twilight_tilelang.kernels import tuned
-from twilight_tilelang.kernels.config import PrunerConfig
+from twilight_tilelang.kernels.attention import ATTENTION
+from twilight_tilelang.kernels.gpu import ARCHS, gpu_slug
+from twilight_tilelang.kernels.launch import ROOM, KernelSpec, Launch
+from twilight_tilelang.kernels.plan import SPECS
+from twilight_tilelang.kernels.pruner import PRUNER, PrunerConfig
+from twilight_tilelang.kernels.split_kv import AttentionConfig
 from twilight_tilelang.kernels.tuned import (
     CONFIGS,
-    KERNELS,
     Bucket,
+    Choice,
     Configs,
     Entry,
-    choose,
+    Planner,
     load_configs,
 )
-from twilight_tilelang.plots.draw import MissingData, draw
-from twilight_tilelang.profiling.workloads import Workload
+from twilight_tilelang.profiling.workloads.workload import Workload
 from twilight_tilelang.reference.inputs import DecodeShape
 
 HOME = Bucket(4, 128, 16, "float16", 512, 8192)
@@ -44,7 +49,7 @@ def entry_of(kernel: str, config: dict, **changes) -> Entry:
         default_us=100.0,
         noise_us=1.0,
         rejected={"blocks_per_sm=1": "spills 48 bytes"},
-        source=KERNELS[kernel].source,
+        source=SPECS[kernel].source,
         space="0123456789ab",
         date="2026-01-31",
         torch="2.13.0",
@@ -71,10 +76,16 @@ def nothing_remembered(monkeypatch: pytest.MonkeyPatch):
     tuned.forget()
 
 
+H200 = ARCHS["sm_90a"]
+
+
+def choose(kernel: str, bucket: Bucket, configs: Configs | None) -> Choice:
+    """What a launch of this bucket takes."""
+    return Planner(H200, configs).choose(SPECS[kernel], shape_of(kernel, bucket))
+
+
 def test_an_exact_bucket_is_taken() -> None:
-    choice = choose(
-        "pruner", HOME, DEFAULT, configs_of("pruner", {HOME: entry_of("pruner", FASTER)})
-    )
+    choice = choose("pruner", HOME, configs_of("pruner", {HOME: entry_of("pruner", FASTER)}))
     assert (choice.config, choice.reason, choice.bucket) == (PrunerConfig(True, 2), "exact", HOME)
 
 
@@ -96,7 +107,7 @@ def test_an_exact_bucket_is_taken() -> None:
 )
 def test_the_nearest_bucket_has_the_same_statics_and_half_to_double_the_size(change, found) -> None:
     configs = configs_of("pruner", {HOME: entry_of("pruner", FASTER)})
-    choice = choose("pruner", dataclasses.replace(HOME, **change), DEFAULT, configs)
+    choice = choose("pruner", dataclasses.replace(HOME, **change), configs)
     assert (choice.bucket == HOME) == found
     assert choice.config == (PrunerConfig(True, 2) if found else DEFAULT)
     assert choice.reason.startswith("nearest" if found else "default")
@@ -104,99 +115,91 @@ def test_the_nearest_bucket_has_the_same_statics_and_half_to_double_the_size(cha
 
 def test_a_kernel_that_is_not_compiled_for_its_width_takes_any_near_one() -> None:
     configs = configs_of("attention", {HOME: entry_of("attention", {"blocks_per_sm": 6})})
-    default = KERNELS["attention"].config()
     for width, blocks in ((4096, 6), (16384, 6), (4095, 3), (16385, 3)):
         bucket = dataclasses.replace(HOME, width=width)
-        assert choose("attention", bucket, default, configs).config.blocks_per_sm == blocks
+        assert choose("attention", bucket, configs).config.blocks_per_sm == blocks
 
 
 def test_of_several_the_nearest_is_taken() -> None:
     at = [dataclasses.replace(HOME, rows=rows) for rows in (256, 400, 900)]
     entries = {own: entry_of("pruner", {"blocks_per_sm": i}) for i, own in enumerate(at, 1)}
-    assert choose("pruner", HOME, DEFAULT, configs_of("pruner", entries)).bucket == at[1]
+    assert choose("pruner", HOME, configs_of("pruner", entries)).bucket == at[1]
 
 
 def test_fields_of_the_result_come_from_the_default() -> None:
     configs = configs_of("attention", {HOME: entry_of("attention", {"blocks_per_sm": 6})})
-    default = KERNELS["attention"].config(split_tokens=64, num_threads=256)
-    expected = dataclasses.replace(default, blocks_per_sm=6)
-    assert choose("attention", HOME, default, configs).config == expected
+    default = AttentionConfig(split_tokens=64, num_threads=256)
+    spec = dataclasses.replace(ATTENTION, default=lambda shape, gpu: default)
+    chosen = Planner(H200, configs).choose(spec, shape_of("attention", HOME)).config
+    assert chosen == dataclasses.replace(default, blocks_per_sm=6)
 
 
-def test_a_stale_entry_is_ignored_and_reported_once(written: Path, monkeypatch) -> None:
-    monkeypatch.setenv(tuned.VARIABLE, str(written))
+@pytest.fixture
+def h200(monkeypatch: pytest.MonkeyPatch) -> Callable[[KernelSpec], Any]:
+    """A look-up on an H200 that is not there: the config of a launch of HOME."""
+    fake_gpu.install(monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    changed = dataclasses.replace(KERNELS["pruner"], sources=("top_pages.py",))
-    monkeypatch.setitem(KERNELS, "pruner", changed)
-    lookup = lambda: tuned.config_for("pruner", cache_of(HOME), 4, HOME.width, DEFAULT)  # noqa: E731
+    return lambda spec: tuned.planned(spec, shape_of("pruner", HOME), fake_gpu.CUDA).config
+
+
+def test_a_stale_entry_is_ignored_and_reported_once(written: Path, monkeypatch, h200) -> None:
+    monkeypatch.setenv(tuned.VARIABLE, str(written))
+    changed = dataclasses.replace(PRUNER, sources=("top_pages.py",))
     with pytest.warns(UserWarning, match="h200.json: entries of pruner .* other sources"):
-        assert lookup() == DEFAULT
+        assert h200(changed) == DEFAULT
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert lookup() == DEFAULT
-    assert "other sources" in choose("pruner", HOME, DEFAULT, load_configs_quietly()).reason
-
-
-def load_configs_quietly() -> Configs:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return load_configs("h200")
+        assert h200(changed) == DEFAULT
+        configs = load_configs("h200")
+    with pytest.warns(UserWarning, match="other sources"):
+        choice = Planner(H200, configs).choose(changed, shape_of("pruner", HOME))
+    assert "other sources" in choice.reason
 
 
 def test_a_stale_entry_may_name_fields_of_its_time(tmp_path: Path) -> None:
     old = entry_of("pruner", {"gone": 1}, source="another")
     path = write_configs(configs_of("pruner", {HOME: old}), tmp_path)
-    assert tuned.read_configs(path).stale("pruner")
+    with pytest.warns(UserWarning, match="entries of pruner"):
+        assert tuned.read_configs(path).fresh(PRUNER) == {}
 
 
-def cache_of(bucket: Bucket) -> SimpleNamespace:
-    """What a look-up reads of a cache."""
-    return SimpleNamespace(
-        head_dim=bucket.head_dim,
-        page_size=bucket.page_size,
-        num_rows=bucket.rows,
-        batch_size=bucket.rows,  # of one KV head
-        num_kv_heads=1,
-        k_cache=SimpleNamespace(dtype=torch.float16, device=torch.device("cuda", 0)),
-    )
-
-
-def test_a_launch_looks_its_config_up_once(written: Path, monkeypatch) -> None:
+def test_a_launch_looks_its_config_up_once(written: Path, monkeypatch, h200) -> None:
     monkeypatch.setenv(tuned.VARIABLE, str(written))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    lookup = lambda: tuned.config_for("pruner", cache_of(HOME), 4, HOME.width, DEFAULT)  # noqa: E731
-    assert lookup() == PrunerConfig(True, 2)
+    assert h200(PRUNER) == PrunerConfig(True, 2)
     written.unlink()  # not read again
-    assert lookup() == PrunerConfig(True, 2)
-    with tuned.pinned({"pruner": PrunerConfig(True, 1)}):
-        assert lookup() == PrunerConfig(True, 1)
-        with tuned.pinned({}):
-            assert lookup() == DEFAULT
-    assert lookup() == PrunerConfig(True, 2)
+    assert h200(PRUNER) == PrunerConfig(True, 2)
+
+
+def test_pinned_configs_come_before_tuned_ones() -> None:
+    configs = configs_of("pruner", {HOME: entry_of("pruner", FASTER)})
+    planner = Planner(H200, configs, pinned={"pruner": PrunerConfig(True, 1)})
+    for spec, config, reason in (
+        (PRUNER, PrunerConfig(True, 1), "pinned"),
+        (ATTENTION, AttentionConfig(), "default: others are pinned"),
+    ):
+        choice = planner.choose(spec, shape_of("pruner", HOME))
+        assert (choice.config, choice.reason) == (config, reason)
 
 
 @pytest.mark.parametrize("rows, early", [(32, True), (33, False)])
-def test_few_rows_start_early_whatever_is_tuned(rows, early, monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    cache = cache_of(dataclasses.replace(HOME, rows=rows))
-    with tuned.pinned({}):
-        config = tuned.config_for("pruner", cache, 4, HOME.width, DEFAULT)
-    assert config == dataclasses.replace(DEFAULT, pdl=early)
+def test_few_rows_start_early_whatever_is_tuned(rows, early) -> None:
+    """By the rows of one launch, not of the whole step."""
+    shape = shape_of("pruner", HOME)._replace(launch_rows=rows)
+    assert Planner(H200).plan(PRUNER, shape).config == dataclasses.replace(DEFAULT, pdl=early)
+    assert not Planner(ARCHS["sm_80"]).plan(PRUNER, shape).config.pdl
 
 
 def test_without_a_file_defaults_are_taken(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(tuned, "CONFIGS", tmp_path)
     assert load_configs("h200") is None
-    assert choose("pruner", HOME, DEFAULT, None).config == DEFAULT
+    assert choose("pruner", HOME, None).config == DEFAULT
 
 
 def test_the_variable_names_another_file(written: Path, monkeypatch) -> None:
     monkeypatch.setattr(tuned, "CONFIGS", written.parent / "elsewhere")
     assert load_configs("h200") is None
     monkeypatch.setenv(tuned.VARIABLE, str(written))
-    assert load_configs("h200").fresh("pruner")
+    assert load_configs("h200").fresh(PRUNER)
     monkeypatch.setenv(tuned.VARIABLE, str(written.parent / "missing.json"))
     with pytest.raises(ValueError, match="missing.json"):
         load_configs("h200")
@@ -213,7 +216,6 @@ def test_a_file_of_another_gpu_is_refused(written: Path, monkeypatch) -> None:
     [
         ("{", "", "Expecting|Extra data"),
         ('"gpu": "h200"', '"GPU": "h200"', "expected the keys arch, gpu, kernels"),
-        ('"pruner": {', '"sampler": {', "unknown kernel sampler"),
         ("heads_apart\": true", "head_apart\": true", "unknown field head_apart"),
         ("heads_apart\": true", "heads_apart\": 1", "heads_apart: expected bool"),
         ("rows=512", "rows=many", "expected a bucket like"),
@@ -227,14 +229,14 @@ def test_a_malformed_file_is_refused_by_name(written: Path, old, new, problem) -
     assert old in text
     written.write_text(text.replace(old, new, 1))
     with pytest.raises(ValueError, match=rf"h200\.json: .*({problem})"):
-        tuned.read_configs(written)
+        tuned.read_configs(written).fresh(PRUNER)
 
 
 def test_a_field_of_the_result_is_refused(tmp_path: Path) -> None:
     odd = entry_of("attention", {"split_tokens": 64})
     path = write_configs(configs_of("attention", {HOME: odd}), tmp_path)
     with pytest.raises(ValueError, match="unknown field split_tokens of AttentionConfig"):
-        tuned.read_configs(path)
+        tuned.read_configs(path).fresh(ATTENTION)
 
 
 def test_files_are_sorted_and_survive_the_way_there_and_back(tmp_path: Path) -> None:
@@ -243,7 +245,7 @@ def test_files_are_sorted_and_survive_the_way_there_and_back(tmp_path: Path) -> 
         bucket = dataclasses.replace(HOME, rows=rows)
         configs = with_entry(configs, kernel, bucket, entry_of(kernel, {"blocks_per_sm": 2}))
     path = write_configs(configs, tmp_path)
-    assert tuned.read_configs(path) == configs
+    assert tuned.read_configs(path) == dataclasses.replace(configs, path=path)
     kernels = json.loads(path.read_text())["kernels"]
     assert list(kernels) == ["attention", "pruner"]
     assert [Bucket.parse(key).rows for key in kernels["pruner"]] == [64, 512]
@@ -252,12 +254,12 @@ def test_files_are_sorted_and_survive_the_way_there_and_back(tmp_path: Path) -> 
 def test_sources_are_those_of_the_kernels() -> None:
     """An entry goes stale with the file that holds its kernel."""
     shape = shape_of("pruner", HOME)
-    for kernel, space in SPACES.items():
-        for variant in variants_of(kernel, shape, space.default(shape, "sm_90a"), "sm_90a"):
-            file = Path(variant.factory.func.orig_func.__code__.co_filename).name
-            assert file in KERNELS[kernel].sources
-        for name in KERNELS[kernel].sources:
-            assert (tuned.PACKAGE / name).is_file()
+    for name, spec in SPECS.items():
+        for launch in launches_of(name, shape, spec.default(shape, H200), H200):
+            file = Path(launch.factory.func.orig_func.__code__.co_filename).name
+            assert file in spec.sources
+        for source in spec.sources:
+            assert (ROOM / source).is_file()
 
 
 @pytest.mark.parametrize(
@@ -271,7 +273,7 @@ def test_sources_are_those_of_the_kernels() -> None:
     ],
 )
 def test_gpu_slug_is_short(name: str, slug: str) -> None:
-    assert tuned.gpu_slug(name) == slug
+    assert gpu_slug(name) == slug
 
 
 SYNTHETIC = Configs(
@@ -291,9 +293,9 @@ def stored(configs: Configs) -> list[tuple]:
     """(arch, kernel, shape, config) of every entry that counts."""
     found = []
     for kernel in configs.entries:
-        for bucket, entry in configs.fresh(kernel).items():
+        for bucket, entry in configs.fresh(SPECS[kernel]).items():
             shape = shape_of(kernel, bucket)
-            default = SPACES[kernel].default(shape, configs.arch)
+            default = SPECS[kernel].default(shape, ARCHS[configs.arch])
             config = dataclasses.replace(default, **entry.config)
             found.append((configs.arch, kernel, shape, config))
     return found
@@ -301,19 +303,21 @@ def stored(configs: Configs) -> list[tuple]:
 
 def illegal(configs: Configs) -> list[str]:
     """The stored configs that cannot run, and the limit that each breaks."""
-    broken = ((kernel, broken_limit(kernel, c, s, arch)) for arch, kernel, s, c in stored(configs))
+    broken = (
+        (kernel, broken_limit(kernel, c, s, ARCHS[arch])) for arch, kernel, s, c in stored(configs)
+    )
     return [f"{kernel}: {limit}" for kernel, limit in broken if limit is not None]
 
 
-def stored_kernels(configs: Configs) -> dict[str, tuple[str, KernelVariant]]:
+def stored_kernels(configs: Configs) -> dict[str, tuple[str, Launch]]:
     """(arch, kernel) of every stored config by a name; what compiles alike comes once."""
-    by_arguments = {
-        (arch, variant.name, variant.arguments): (arch, variant)
+    by_launch = {
+        (arch, launch): (arch, launch)
         for arch, kernel, shape, config in stored(configs)
-        for variant in variants_of(kernel, shape, config, arch)
+        for launch in launches_of(kernel, shape, config, ARCHS[arch])
     }
-    every = enumerate(by_arguments.values())
-    return {f"{configs.gpu}-{variant.name}-{i}": (arch, variant) for i, (arch, variant) in every}
+    every = enumerate(by_launch.values())
+    return {f"{configs.gpu}-{launch.name}-{i}": (arch, launch) for i, (arch, launch) in every}
 
 
 COMMITTED = [tuned.read_configs(path) for path in sorted(CONFIGS.glob("*.json"))]
@@ -325,9 +329,9 @@ STORED = [
 ]
 
 
-@pytest.mark.parametrize(("arch", "variant"), STORED)
-def test_stored_configs_compile_cleanly(arch: str, variant: KernelVariant, tmp_path: Path) -> None:
-    compiled = compile_for(variant, arch, tmp_path)
+@pytest.mark.parametrize(("arch", "launch"), STORED)
+def test_stored_configs_compile_cleanly(arch: str, launch: Launch, tmp_path: Path) -> None:
+    compiled = compile_for(launch, arch, tmp_path)
     assert compiled.fault(arch) is None, compiled.report
 
 
@@ -349,7 +353,7 @@ ENTRIES = [
     pytest.param(configs, kernel, bucket, id=f"{configs.gpu}-{kernel}-{bucket}".replace(" ", "-"))
     for configs in COMMITTED
     for kernel in configs.entries
-    for bucket in configs.fresh(kernel)
+    for bucket in configs.fresh(SPECS[kernel])
 ]
 
 
@@ -375,8 +379,7 @@ def test_stored_configs_give_right_results(configs: Configs, kernel: str, bucket
     from twilight_tilelang.autotune.measure import Bench
 
     bench = Bench(small_workload(bucket, kernel))
-    default = SPACES[kernel].default(shape_of(kernel, bucket), configs.arch)
-    stored = choose(kernel, bucket, default, configs)
+    stored = Planner(ARCHS[configs.arch], configs).choose(SPECS[kernel], shape_of(kernel, bucket))
     assert stored.reason == "exact"
     bench.verify(kernel)
     bench.check(kernel, stored.config)
@@ -401,6 +404,25 @@ def test_show_says_what_is_launched_and_why(written: Path, monkeypatch, capsys) 
     assert "nearest: rows=512 width=8192" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--gpu nonsense", r"--gpu: expected a tuned one \(h200\), got nonsense"),
+        ("--head-dim 100", "--head-dim: invalid choice: 100"),
+        ("--token-budget 1000", "token_budget: expected a multiple of page_size 16, got 1000"),
+        ("--workload gqa-32k --batch-size 2", "expected no sizes beside it, got batch_size"),
+        ("--num-kv-heads 1", "num_qo_heads / num_kv_heads: expected from 1 to 16, got 32"),
+        ("--page-size 17", "page_size: expected a multiple of 16, got 17"),
+        ("--seq-len 0", "seq_len: expected at least 1, got 0"),
+    ],
+)
+def test_show_refuses_what_no_step_can_have(arguments: str, said: str, monkeypatch, capsys) -> None:
+    monkeypatch.delenv(tuned.VARIABLE, raising=False)
+    with pytest.raises(SystemExit):
+        show.main(["--gpu", "h200", *arguments.split()])
+    assert re.search(said, capsys.readouterr().err)
+
+
 def test_table_is_written_between_its_markers(written: Path, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{show.BEGIN}\nold\n{show.END}\nafter\n")
@@ -415,13 +437,3 @@ def test_table_is_written_between_its_markers(written: Path, tmp_path: Path) -> 
 
 def test_readme_holds_the_table_of_the_committed_configs() -> None:
     assert f"{show.BEGIN}\n{show.gain_table()}\n{show.END}" in show.README.read_text()
-
-
-def test_gains_are_drawn_from_the_file(written: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("twilight_tilelang.plots.draw.FIGURES", {})
-    assert draw(tmp_path / "h200", tmp_path / "figures", configs=written.parent) == 1
-    assert (tmp_path / "figures" / "tuned_gain.png").stat().st_size > 20_000
-    assert draw(tmp_path / "a100", tmp_path / "figures", configs=written.parent) == 0
-    write_configs(Configs("h200", "sm_90a", {}), written.parent)
-    with pytest.raises(MissingData, match="no tuned config"):
-        draw(tmp_path / "h200", tmp_path / "figures", configs=written.parent)

@@ -11,13 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .kernels.attention import dense_attention, flash_topk_attention, page_attention
-    from .kernels.cache import PagedKVCache, validate_cache
+    from .kernels.cache import CacheShape, PagedKVCache, validate_cache
     from .kernels.estimator import estimate_logits
+    from .kernels.lists import CandidatePages, Kept
+    from .kernels.options import DecodeOptions
     from .kernels.pipeline import TwilightDecode
     from .kernels.pruner import prune_top_p
     from .kernels.selector import select_all, select_pages
 
 __all__ = [
+    "CacheShape",
+    "CandidatePages",
+    "DecodeOptions",
+    "Kept",
     "PagedKVCache",
     "TwilightDecode",
     "dense_attention",
@@ -32,8 +38,10 @@ __all__ = [
 
 HOMES = {
     "attention": ("dense_attention", "flash_topk_attention", "page_attention"),
-    "cache": ("PagedKVCache", "validate_cache"),
+    "cache": ("CacheShape", "PagedKVCache", "validate_cache"),
     "estimator": ("estimate_logits",),
+    "lists": ("CandidatePages", "Kept"),
+    "options": ("DecodeOptions",),
     "pipeline": ("TwilightDecode",),
     "pruner": ("prune_top_p",),
     "selector": ("select_all", "select_pages"),

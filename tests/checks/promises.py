@@ -41,17 +41,17 @@ def decode(package: ModuleType, tensors: Tensors, cache, token_budget: int, **op
 
 def results_of(step, out: torch.Tensor, cache) -> list[Results]:
     """Per request: every defined result of a run, by name."""
-    page_counts, kept_counts = step.candidate_counts.tolist(), step.kept_counts.tolist()
+    page_counts, kept_counts = step.candidates.counts.tolist(), step.kept.counts.tolist()
     logits = step.logits.unflatten(1, (cache.num_kv_heads, -1))
     results = []
     for request in range(cache.batch_size):
-        named = {"out": out[request].clone(), "kept_mass": step.kept_mass[request].clone()}
+        named = {"out": out[request].clone(), "kept_mass": step.kept.mass[request].clone()}
         for head in range(cache.num_kv_heads):
             num_pages, num_kept = page_counts[request][head], kept_counts[request][head]
             columns = num_pages * cache.page_size
-            named[f"pages of {head}"] = step.candidate_pages[request, head, :num_pages].clone()
+            named[f"pages of {head}"] = step.candidates.pages[request, head, :num_pages].clone()
             named[f"logits of {head}"] = logits[request, head, :, :columns].clone()
-            named[f"kept_tokens of {head}"] = step.kept_tokens[request, head, :num_kept].clone()
+            named[f"kept_tokens of {head}"] = step.kept.tokens[request, head, :num_kept].clone()
         results.append(named)
     return results
 
@@ -126,8 +126,8 @@ class Run:
 def promise_1_kept_mass_is_reached_and_needed(run: Run) -> None:
     step = run.step
     assert_top_p(
-        step.logits, run.cache, step.candidate_pages, step.candidate_counts, run.top_p,
-        (step.kept_tokens, step.kept_counts, step.kept_mass), **run.generated.windows,
+        step.logits, run.cache, step.candidates.pages, step.candidates.counts, run.top_p,
+        (step.kept.tokens, step.kept.counts, step.kept.mass), **run.generated.windows,
     )  # fmt: skip
 
 
@@ -142,14 +142,14 @@ def every_stage_is_right(run: Run) -> None:
 def promise_2_p_1_is_dense_over_the_candidates(run: Run) -> None:
     tensors, cache = run.tensors, run.cache
     step, out = decode(run.package, tensors, cache, **run.options | {"top_p": 1.0})
-    position, valid = candidate_positions(cache, step.candidate_pages, step.candidate_counts)
-    kept = as_mask(step.kept_tokens, step.kept_counts, cache.capacity).gather(-1, position.long())
+    position, valid = candidate_positions(cache, step.candidates.pages, step.candidates.counts)
+    kept = as_mask(step.kept.tokens, step.kept.counts, cache.capacity).gather(-1, position.long())
     assert torch.equal(kept & valid, valid)
-    assert torch.equal(step.kept_counts, valid.sum(-1).int())
-    assert_out_close(out, tensors.q, cache, position.int(), step.kept_counts)
+    assert torch.equal(step.kept.counts, valid.sum(-1).int())
+    assert_out_close(out, tensors.q, cache, position.int(), step.kept.counts)
     if run.generated.selector == "full":
         dense = run.package.dense_attention(tensors.q, cache)
-        assert_out_close(dense, tensors.q, cache, position.int(), step.kept_counts)
+        assert_out_close(dense, tensors.q, cache, position.int(), step.kept.counts)
 
 
 def promise_3_bounds_and_codes_hold(run: Run) -> None:
@@ -163,9 +163,9 @@ def promise_4_windows_and_one_token_are_kept(run: Run) -> None:
     windows = run.generated.windows
     forced = position < windows["num_sink_tokens"]
     forced = (forced | (position >= length - windows["num_recent_tokens"])) & (position < length)
-    kept = as_mask(run.step.kept_tokens, run.step.kept_counts, cache.capacity)
+    kept = as_mask(run.step.kept.tokens, run.step.kept.counts, cache.capacity)
     assert kept[forced[:, None].expand_as(kept)].all()
-    assert (run.step.kept_counts >= (length > 0)).all()
+    assert (run.step.kept.counts >= (length > 0)).all()
 
 
 def promise_5_a_request_gives_the_same_bits_anywhere(run: Run) -> None:
@@ -197,9 +197,9 @@ def promise_6_no_request_reads_another(run: Run) -> None:
     own[seed % len(own)][0] = SPOILS[seed // 3 % 3]
     cache = build_cache(run.package, spoiled)
     step, out = decode(run.package, spoiled, cache, **run.options)
-    assert (step.kept_counts >= (cache.seq_lens > 0)[:, None]).all()
-    assert_ascending(step.candidate_pages, step.candidate_counts, num_used_pages(cache))
-    assert_ascending(step.kept_tokens, step.kept_counts, cache.seq_lens)
+    assert (step.kept.counts >= (cache.seq_lens > 0)[:, None]).all()
+    assert_ascending(step.candidates.pages, step.candidates.counts, num_used_pages(cache))
+    assert_ascending(step.kept.tokens, step.kept.counts, cache.seq_lens)
     results = results_of(step, out, cache)
     for actual, expected in zip(results[1:], run.results[1:], strict=True):
         assert_identical(actual, expected)

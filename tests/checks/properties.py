@@ -254,7 +254,7 @@ def assert_logits_close(
     """
     assert logits.dtype == torch.float16
     assert logits.shape == (*q.shape[:2], candidate_pages.shape[-1] * cache.page_size)
-    arguments = q, as_reference(cache), candidate_pages, candidate_counts
+    arguments = q, as_reference(cache), (candidate_pages, candidate_counts)
     expected = reference.estimate_logits(*arguments, sm_scale=sm_scale)
     oracle = reference.estimate_logits(*arguments, sm_scale=sm_scale, dtype=torch.float64)
     largest = torch.finfo(torch.float16).max
@@ -302,7 +302,7 @@ def assert_out_close(
 ) -> torch.Tensor:
     """out against exact attention over the same tokens; returns that attention's lse in fp64."""
     assert out.dtype == q.dtype
-    arguments = q, as_reference(cache), kept_tokens, kept_counts
+    arguments = q, as_reference(cache), (kept_tokens, kept_counts)
     expected = reference.flash_topk_attention(*arguments, sm_scale=sm_scale)
     oracle, oracle_lse = reference.flash_topk_attention(
         *arguments, sm_scale=sm_scale, return_lse=True, dtype=torch.float64
@@ -330,7 +330,7 @@ def write_logits(step, q: torch.Tensor, cache) -> None:
     """A step that estimates and prunes in one kernel leaves no logits; they would have the same
     bits."""
     if getattr(step, "fused", False):
-        step.estimate(q, cache)
+        step.stages.estimate(q, cache)
 
 
 def assert_decode_step(
@@ -344,12 +344,12 @@ def assert_decode_step(
 ) -> None:
     """Each stage of a TwilightDecode run, judged on what the stage before it gave."""
     write_logits(step, q, cache)
-    candidates = step.candidate_pages, step.candidate_counts
-    kept = step.kept_tokens, step.kept_counts
+    candidates = step.candidates.pages, step.candidates.counts
+    kept = step.kept.tokens, step.kept.counts
     if step.selector == "full":
         assert_every_page(cache, *candidates)
     else:
         assert_pages_selected(q, cache, *candidates, token_budget, **windows)
     assert_logits_close(step.logits, q, cache, *candidates)
-    assert_top_p(step.logits, cache, *candidates, top_p, (*kept, step.kept_mass), **windows)
+    assert_top_p(step.logits, cache, *candidates, top_p, (*kept, step.kept.mass), **windows)
     assert_out_close(out, q, cache, *kept)

@@ -66,22 +66,14 @@ def slow_start(seconds: float) -> None:
     time.sleep(seconds)
 
 
-class FineCompiler:
-    """Finds no fault with any config."""
-
-    def __init__(self, arch: str) -> None:
-        self.arch = arch
-
-    def fault(self, kernel: str, shape: Any, config: Any) -> None:
-        return None
+def no_fault(kernel: str, shape: Any, config: Any, arch: str) -> None:
+    """A compiler that finds no fault with any config."""
 
 
-class DyingCompiler(FineCompiler):
-    """Dies of every config of the pruner."""
-
-    def fault(self, kernel: str, shape: Any, config: Any) -> None:
-        if kernel == "pruner":
-            os._exit(13)
+def dies_of_pruners(kernel: str, shape: Any, config: Any, arch: str) -> None:
+    """A compiler that dies of every config of the pruner."""
+    if kernel == "pruner":
+        os._exit(13)
 
 
 def bench_of_workload(workload: Any) -> FakeBench:

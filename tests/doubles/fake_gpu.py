@@ -4,19 +4,20 @@ Under it every public function of `kernels` runs on any machine up to its launch
 """
 
 import functools
-import importlib
-import pkgutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import is_dataclass
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tilelang.jit import JITImpl
 
-from twilight_tilelang.kernels.validate import check_machine
+from twilight_tilelang.kernels import launch as kernels
+from twilight_tilelang.kernels.cache import cache_launches
+from twilight_tilelang.kernels.gpu import check_machine, gpu_of
+from twilight_tilelang.kernels.tuned import forget
 
 CUDA = torch.device("cuda", 0)
 CREATORS = ("arange", "empty", "full", "ones", "tensor", "zeros")
@@ -47,7 +48,10 @@ def install(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0
     sizes = {"multi_processor_count": 132, "shared_memory_per_multiprocessor": 228 * 1024}
     properties = type("Properties", (), sizes)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
-    check_machine.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for remembered in (check_machine, gpu_of, cache_launches):
+        remembered.cache_clear()
+    forget()
 
 
 def install_streams(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,20 +76,18 @@ def _on_fake(create: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 def count_launches(monkeypatch: pytest.MonkeyPatch, launch: bool) -> list[str]:
     """A list to which every launch of a kernel adds its name; without `launch`, that is all."""
     launched: list[str] = []
+    compiled = kernels.compiled
 
-    def counted(factory: JITImpl, name: str) -> Callable:
-        def make(*static):
-            kernel = factory(*static) if launch else lambda *_: None
+    def counted(factory: JITImpl, arguments: tuple) -> Callable[..., None]:
+        kernel = compiled(factory, arguments) if launch else lambda *_: None
 
-            def run(*arguments):
-                launched.append(name)
-                return kernel(*arguments)
+        def run(*own: Any) -> None:
+            launched.append(factory.func.orig_func.__name__)
+            kernel(*own)
 
-            return run
+        return run
 
-        return make
-
-    replace_kernels(monkeypatch, counted)
+    monkeypatch.setattr(kernels, "compiled", counted)
     return launched
 
 
@@ -93,30 +95,8 @@ def record_configs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A list to which every kernel that would be launched adds its config; none is launched."""
     configs: list[Any] = []
 
-    def recorded(factory: JITImpl, name: str) -> Callable:
-        def make(*static):
-            return lambda *_: configs.extend(each for each in static if is_dataclass(each))
+    def recorded(_: JITImpl, arguments: tuple) -> Callable[..., None]:
+        return lambda *_: configs.extend(each for each in arguments if is_dataclass(each))
 
-        return make
-
-    replace_kernels(monkeypatch, recorded)
+    monkeypatch.setattr(kernels, "compiled", recorded)
     return configs
-
-
-def replace_kernels(
-    monkeypatch: pytest.MonkeyPatch, replacement: Callable[[JITImpl, str], Callable]
-) -> None:
-    """Another factory for every one of `kernels`."""
-    for module in kernel_modules():
-        holder = vars(module)
-        for scope in (holder, *(each for each in holder.values() if isinstance(each, dict))):
-            for name, value in list(scope.items()):
-                if isinstance(value, JITImpl):
-                    monkeypatch.setitem(scope, name, replacement(value, name))
-
-
-def kernel_modules() -> list[ModuleType]:
-    """Every module of `kernels`."""
-    room = importlib.import_module("twilight_tilelang.kernels")
-    found = pkgutil.iter_modules(room.__path__, f"{room.__name__}.")
-    return [importlib.import_module(module.name) for module in found]

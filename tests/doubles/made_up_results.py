@@ -3,11 +3,9 @@
 import itertools
 from pathlib import Path
 
-from twilight_tilelang.profiling import accuracy, traffic
-from twilight_tilelang.profiling.observations import PARTS, setting_of
-from twilight_tilelang.profiling.plan import row_key
-from twilight_tilelang.profiling.results import write_rows
-from twilight_tilelang.profiling.rows import (
+from twilight_tilelang.profiling.observations import accuracy
+from twilight_tilelang.profiling.observations.memory import PARTS
+from twilight_tilelang.profiling.tables.rows import (
     OBSERVED,
     TABLES,
     AccuracyRow,
@@ -18,23 +16,25 @@ from twilight_tilelang.profiling.rows import (
     TimelineRow,
     table_of,
 )
-from twilight_tilelang.profiling.stages import methods_of
-from twilight_tilelang.profiling.sweeps import GPU_FULL
-from twilight_tilelang.profiling.workloads import GPU_WORKLOADS, BudgetSweep, Workload, work_of
+from twilight_tilelang.profiling.tables.store import write_rows
+from twilight_tilelang.profiling.workloads import traffic
+from twilight_tilelang.profiling.workloads.standard import GPU_WORKLOADS
+from twilight_tilelang.profiling.workloads.sweeps import GPU_FULL
+from twilight_tilelang.profiling.workloads.workload import Workload
 from twilight_tilelang.reference.inputs import LAYER_BUDGETS
 
 ORIGIN = {"torch": "2.13.0", "commit": "0123456789", "date": "2026-01-31"}
 READ_TBPS = 4.4
 
 
-def make_row(workload, stage, method, provider, settings, work, gpu="h200", slowness=1.3) -> Row:
+def make_row(workload, stage, method, provider, work, slowness=1.3) -> Row:
     """A timed row: a multiple of its floor, and 3 us."""
     num_bytes = traffic.bytes_moved(stage, method, work)
     floor_us = num_bytes / READ_TBPS * 1e-6
     median_us = slowness * floor_us + 3.0
     tokens = work.kept_tokens // (work.batch_size * work.num_kv_heads)
     return Row(
-        **row_key(workload, stage, method, provider, settings, gpu),
+        **workload.key(stage, method, provider, "h200"),
         kept_mean=float(tokens),
         kept_min=tokens // 4,
         kept_max=4 * tokens,
@@ -72,9 +72,9 @@ def _key(row: AnyRow) -> tuple:
     return (name, *(getattr(row, column) for column in TABLES[name].key))
 
 
-def _rows_of(workload: Workload | BudgetSweep) -> list[AnyRow]:
-    if isinstance(workload, BudgetSweep):
-        return _sweep_rows(workload)
+def _rows_of(workload: Workload) -> list[AnyRow]:
+    if workload.random_tokens:
+        return _random_rows(workload)
     rows: list[AnyRow] = []
     for stage in workload.stages:
         if stage in OBSERVED:
@@ -82,30 +82,22 @@ def _rows_of(workload: Workload | BudgetSweep) -> list[AnyRow]:
             continue
         providers = ["tilelang", *(workload.dense_baselines if stage == "dense" else ())]
         for variant, method, (place, provider) in itertools.product(
-            workload.variants(), methods_of(stage), enumerate(providers)
+            workload.variants(), workload.methods(stage), enumerate(providers)
         ):
             slowness = 1.02 + 0.3 * (place == 3) if stage == "dense" else 1.25
-            rows.append(
-                make_row(
-                    *(variant, stage, method, provider, variant.settings(method)),
-                    variant.work(method),
-                    slowness=slowness,
-                )
-            )
+            work = variant.work(method)
+            rows.append(make_row(variant, stage, method, provider, work, slowness))
     return rows
 
 
-def _sweep_rows(sweep: BudgetSweep) -> list[Row]:
+def _random_rows(workload: Workload) -> list[Row]:
     rows = []
-    for budget, provider in itertools.product(sweep.token_budgets, ("tilelang", "flashinfer")):
-        kept = sweep.shape.batch_size * sum(sweep.counts(budget))
-        work = work_of(sweep.shape, candidate_tokens=0, kept_tokens=kept)
+    for variant, provider in itertools.product(workload.variants(), ("tilelang", "flashinfer")):
+        kept = variant.shape.batch_size * sum(variant.head_counts())
+        work = variant.work("random", kept_tokens=kept)
         slowness = 1.25 if provider == "tilelang" else 1.5
-        slowness += 0.2 * (len(sweep.head_budgets) > 1)
-        settings = (budget, 1.0)
-        rows.append(
-            make_row(sweep, "attention", "random", provider, settings, work, slowness=slowness)
-        )
+        slowness += 0.2 * (len(variant.head_budgets) > 1)
+        rows.append(make_row(variant, "attention", "random", provider, work, slowness))
     return rows
 
 
@@ -114,7 +106,7 @@ def _accuracy_rows(workload: Workload) -> list[AccuracyRow]:
     lost = {"2": 0.12, "3": 0.04, "4": 0.01, "8": 0.001, "exact": 0.0}
     return [
         AccuracyRow(
-            **setting_of(variant, method, "h200"),
+            **variant.labels(method, "h200"),
             bits=bits,
             num_requests=4,
             kept_mean=workload.kept_mean * variant.top_p**4,
@@ -139,7 +131,7 @@ def _kept_rows(workload: Workload) -> list[KeptRow]:
     names = ("kept_min", "kept_p20", "kept_median", "kept_p80", "kept_max")
     return [
         KeptRow(
-            **setting_of(workload, "quest+twilight", "h200"),
+            **workload.labels("quest+twilight", "h200"),
             kv_head=kv_head,
             kept_mean=mean,
             **{name: share * mean for name, share in zip(names, shares, strict=True)},
@@ -154,7 +146,7 @@ def _memory_rows(workload: Workload) -> list[MemoryRow]:
     sizes = (2 * head_dim, 2 * head_dim, head_dim / 2, 4, 2 * head_dim / page_size, 8 / page_size)
     return [
         MemoryRow(
-            **setting_of(workload, "quest+twilight", "h200"),
+            **workload.labels("quest+twilight", "h200"),
             part=part,
             bytes_per_token=size,
             share=size / (4 * head_dim),
@@ -177,7 +169,7 @@ def _timeline_rows(workload: Workload) -> list[TimelineRow]:
         every = [(stage, launches[stage], busy[stage], gaps[stage]) for stage in launches]
         rows += [
             TimelineRow(
-                **setting_of(workload, method, "h200"),
+                **workload.labels(method, "h200"),
                 timeline=timeline,
                 stage=stage,
                 launches=float(count),

@@ -4,6 +4,7 @@ What is tested with it on the CPU is the tests themselves.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
@@ -12,15 +13,6 @@ from twilight_tilelang.reference import PagedKVCache, dense_attention
 from twilight_tilelang.reference.pruner import broadcast_top_p
 
 __all__ = ["PagedKVCache", "TwilightDecode", "dense_attention"]
-
-RESULTS = {  # and what pads them
-    "candidate_pages": -1,
-    "candidate_counts": 0,
-    "logits": -torch.inf,
-    "kept_tokens": -1,
-    "kept_counts": 0,
-    "kept_mass": 0,
-}
 
 
 class TwilightDecode:
@@ -47,15 +39,16 @@ class TwilightDecode:
         width = cache.max_pages
         if self.selector == "quest":
             width = min(self.whole.token_budget // cache.page_size, width)
-        widths = {"candidate_pages": width} | dict.fromkeys(
-            ("logits", "kept_tokens"), width * cache.page_size
-        )
-        for name, padding in RESULTS.items():
-            rows = [getattr(step, name) for step in steps]
-            if name in widths:
-                rows = [
-                    torch.nn.functional.pad(row, (0, widths[name] - row.shape[-1]), value=padding)
-                    for row in rows
-                ]
-            setattr(self, name, torch.cat(rows))
+        tokens = width * cache.page_size
+        self.logits = padded([step.logits for step in steps], tokens, -torch.inf)
+        pages, counts = zip(*(step.candidates for step in steps), strict=True)
+        self.candidates = reference.CandidatePages(padded(pages, width, -1), torch.cat(counts))
+        kept, *others = zip(*(step.kept for step in steps), strict=True)
+        self.kept = reference.Kept(padded(kept, tokens, -1), *map(torch.cat, others))
         return torch.cat(outs)
+
+
+def padded(rows: Sequence[torch.Tensor], width: int, value: float) -> torch.Tensor:
+    """The rows of all requests, each widened by `value`."""
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(row, (0, width - row.shape[-1]), value=value) for row in rows])

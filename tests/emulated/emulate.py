@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from twilight_tilelang.autotune.compiled import lower
+from twilight_tilelang.kernels.launch import Launch
 
 HEADER = Path(__file__).parent / "cuda_on_cpu.h"
 _built: dict[tuple, Callable[..., None]] = {}
@@ -27,7 +28,7 @@ def emulated(factory, arguments: tuple, folder: Path) -> Callable[..., None]:
 
 
 def _build(factory, arguments: tuple, folder: Path) -> Callable[..., None]:
-    source = lower(factory, arguments, "sm_80").kernel_source
+    source = lower(Launch("", factory, arguments), "sm_80").kernel_source
     name, parameters = re.search(r'extern "C" __global__ void (\w+)\((.*?)\);', source).groups()
     parameters = [parameter.replace("__restrict__", "") for parameter in parameters.split(",")]
     names = [parameter.split()[-1].lstrip("*") for parameter in parameters]

@@ -4,8 +4,8 @@ import torch
 
 from tests.checks.guards import GuardedMemory
 from tests.emulated.emulate import emulated
-from twilight_tilelang.kernels.config import static_width
 from twilight_tilelang.kernels.estimator import estimator_kernel
+from twilight_tilelang.kernels.launch import static_width
 from twilight_tilelang.kernels.pruner import HeadUnion, pruner_kernel
 from twilight_tilelang.kernels.top_p import NUM_THREADS
 from twilight_tilelang.reference.inputs import DecodeShape

@@ -10,8 +10,7 @@ from tests.emulated.launches import blank, grouped, sizes
 from tests.inputs.cases import FORMS, forms_for
 from twilight_tilelang import reference
 from twilight_tilelang.kernels.attention import ATTENTION_KERNELS
-from twilight_tilelang.kernels.config import AttentionConfig
-from twilight_tilelang.kernels.split_kv import merge_kernel, plan_kernel
+from twilight_tilelang.kernels.split_kv import AttentionConfig, merge_kernel, plan_kernel
 
 
 @pytest.mark.parametrize("source", ["tokens", "pages", "all"])
@@ -25,13 +24,15 @@ def test_attention_matches_reference(form, source, inputs, folder):
     pages, counts = reference.select_pages(inputs.q, cache, cache.page_size * 12)
     if source == "tokens":
         indices, counts, _ = reference.prune_top_p(
-            reference.estimate_logits(inputs.q, cache, pages, counts), cache, pages, counts, 0.9
+            reference.estimate_logits(inputs.q, cache, (pages, counts)), cache, (pages, counts), 0.9
         )
-        expected = reference.flash_topk_attention(inputs.q, cache, indices, counts, return_lse=True)
+        expected = reference.flash_topk_attention(
+            inputs.q, cache, (indices, counts), return_lse=True
+        )
         width = indices.shape[2]
     elif source == "pages":
         indices, width = pages, pages.shape[2] * cache.page_size
-        expected = reference.page_attention(inputs.q, cache, pages, counts, return_lse=True)
+        expected = reference.page_attention(inputs.q, cache, (pages, counts), return_lse=True)
     else:
         counts = cache.seq_lens[:, None].expand(rows).contiguous()
         indices, width = counts[..., None].contiguous(), cache.capacity

@@ -83,7 +83,7 @@ def test_append_fills_a_page_as_a_prefill(page_size, with_offset, folder):
     offset = torch.zeros(2, 64).index_fill_(1, torch.tensor([0, 40]), 15.1)
     options = dict(page_table=inputs.page_table, k_offset=offset if with_offset else None)
     k, v = contiguous(inputs)
-    cache = reference.PagedKVCache.empty(2, 1, 2, 2, 64, page_size, **options)
+    cache = reference.PagedKVCache.empty(reference.CacheShape(1, 2, 2, 64, page_size), **options)
     poison_unused(cache)
     append = emulated(append_kernel, (64, page_size, "float16"), folder)
     for token in range(page_size + 2):

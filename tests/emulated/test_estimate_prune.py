@@ -15,13 +15,10 @@ from tests.emulated.launches import (
 )
 from tests.inputs.cases import NAN
 from twilight_tilelang import reference
-from twilight_tilelang.kernels.config import (
-    EstimatePruneConfig,
-    EstimatorConfig,
-    PrunerConfig,
-    static_width,
-)
-from twilight_tilelang.kernels.estimate_prune import estimate_prune_kernel
+from twilight_tilelang.kernels.estimate_prune import EstimatePruneConfig, estimate_prune_kernel
+from twilight_tilelang.kernels.estimator import EstimatorConfig
+from twilight_tilelang.kernels.launch import static_width
+from twilight_tilelang.kernels.pruner import PrunerConfig
 from twilight_tilelang.kernels.top_p import NUM_THREADS
 from twilight_tilelang.reference.hazards import poison_unused
 from twilight_tilelang.reference.inputs import DecodeShape, random_inputs
@@ -83,7 +80,7 @@ def test_fused_kernel_gives_the_bits_of_two(name, hazard, folder):
         cache.seq_lens[0], counts[0] = 0, 0
 
     windows = dict(zip(("num_sink_tokens", "num_recent_tokens"), windows, strict=True))
-    few = EstimatorConfig.for_tiles(1, head_dim)
+    few = EstimatorConfig(tiles_per_warp=1, steps=2)
     logits = estimate_emulated(inputs.q, cache, pages, counts, few, folder)
     apart = PrunerConfig(heads_apart=heads[0] > heads[1])
     expected = prune_emulated(logits, cache, pages, counts, top_p, windows, apart, folder)

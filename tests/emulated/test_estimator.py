@@ -6,12 +6,12 @@ import torch
 from tests.emulated.launches import SHAPES, estimate_emulated
 from tests.inputs.cases import NAN
 from twilight_tilelang import reference
-from twilight_tilelang.kernels.config import EstimatorConfig
+from twilight_tilelang.kernels.estimator import EstimatorConfig
 from twilight_tilelang.reference.inputs import random_inputs
 
 CONFIGS = {
     "default": EstimatorConfig(),
-    "few": EstimatorConfig.for_tiles(1, 128),
+    "few": EstimatorConfig(tiles_per_warp=1, steps=2),
     "one-warp": EstimatorConfig(num_warps=1, tiles_per_warp=2, steps=3),
 }
 
@@ -21,7 +21,7 @@ def test_estimated_logits_match_reference(config, inputs, folder):
     cache = reference.PagedKVCache.wrap(*inputs.paged())
     config = CONFIGS[config]
     pages, counts = reference.select_pages(inputs.q, cache, cache.page_size * 5)
-    expected = reference.estimate_logits(inputs.q, cache, pages, counts, dtype=torch.float64)
+    expected = reference.estimate_logits(inputs.q, cache, (pages, counts), dtype=torch.float64)
     logits = estimate_emulated(inputs.q, cache, pages, counts, config, folder)
     width = pages.shape[2]
     listed = torch.arange(width)[None, None] < counts[..., None]

@@ -10,7 +10,7 @@ from tests.emulated.launches import prune_emulated
 from tests.inputs.cases import NAN
 from tests.inputs.logits import LOGITS, NO_SOFTMAX, normal, rounded
 from twilight_tilelang import reference
-from twilight_tilelang.kernels.config import PrunerConfig
+from twilight_tilelang.kernels.pruner import PrunerConfig
 
 ROWS = {  # seq_len, group size, sinks, recent, dtype of logits, config
     "gqa4": (700, 4, 0, 0, torch.float32, PrunerConfig()),
@@ -33,7 +33,7 @@ def test_pruned_sets_match_reference(row, draw, top_p, rng, folder):
     logits = [LOGITS[draw](seq_len, rng) for _ in range(group_size)]
     problem = one_row(logits, dtype)
     tokens, counts, mass = prune_emulated(*problem, top_p, windows, config, folder)
-    expected = reference.prune_top_p(*problem, top_p, **windows)
+    expected = reference.prune_top_p(*problem[:2], problem[2:], top_p, **windows)
     count = int(expected[1])
     # Weights equal to one part in 10^4 may fall either way.
     assert abs(int(counts) - count) <= count // 1000
@@ -88,7 +88,9 @@ def one_row(logits: list[torch.Tensor], dtype: torch.dtype, max_pages: int | Non
     seq_len = len(logits[0])
     max_pages = -(-seq_len // 16) if max_pages is None else max_pages
     page_table = torch.zeros(1, max_pages, dtype=torch.int32)
-    cache = reference.PagedKVCache.empty(1, 1, max_pages, 1, 64, page_table=page_table)
+    cache = reference.PagedKVCache.empty(
+        reference.CacheShape(1, max_pages, 1, 64), num_pages=1, page_table=page_table
+    )
     cache.seq_lens.fill_(seq_len)
     padded = torch.full((1, len(logits), cache.capacity), -torch.inf)
     padded[..., :seq_len] = torch.stack(logits)

@@ -6,18 +6,14 @@ import torch
 from tests.emulated.emulate import emulated
 from tests.emulated.launches import blank, grouped, sizes
 from twilight_tilelang import reference
-from twilight_tilelang.kernels.config import (
-    PageScoreConfig,
-    TopPagesConfig,
-    next_power_of_two,
-)
-from twilight_tilelang.kernels.page_scores import page_score_kernel
+from twilight_tilelang.kernels.launch import next_power_of_two
+from twilight_tilelang.kernels.page_scores import PageScoreConfig, page_score_kernel
 from twilight_tilelang.kernels.selector import all_pages_kernel
-from twilight_tilelang.kernels.top_pages import top_pages_kernel
+from twilight_tilelang.kernels.top_pages import TopPagesConfig, top_pages_kernel
 
 SCORE_CONFIGS = {
     "default": PageScoreConfig(),
-    "few": PageScoreConfig.for_pages(1, 1, 256),
+    "few": PageScoreConfig(tiles_per_warp=1, steps=1),
     "one-warp": PageScoreConfig(num_warps=1, tiles_per_warp=1, steps=2),
 }
 

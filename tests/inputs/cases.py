@@ -7,7 +7,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from twilight_tilelang.kernels.config import AttentionConfig
+from twilight_tilelang.kernels.attention import default_config
+from twilight_tilelang.kernels.split_kv import AttentionConfig
 from twilight_tilelang.reference.inputs import DecodeShape
 
 NAN = float("nan")
@@ -186,9 +187,9 @@ def _normal_like(rng: torch.Generator):
 
 # Every form of attention.
 FORMS = {
-    "tiles": AttentionConfig.for_group(4),
+    "tiles": default_config(4),
     "tiles-short": AttentionConfig("tiles", split_tokens=64, blocks_per_sm=5),
-    "lanes": AttentionConfig.for_group(1),
+    "lanes": default_config(1),
     "lanes-short": AttentionConfig("lanes", split_tokens=128, blocks_per_sm=16, lane_tokens=4),
 }
 

@@ -8,7 +8,6 @@ initcheck sees what a kernel reads of its workspaces before it was written.
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
 
@@ -16,19 +15,15 @@ import pytest
 import torch
 
 import twilight_tilelang as kernels
-from tests.doubles.fake_gpu import count_launches, kernel_modules
+from tests.doubles.fake_gpu import count_launches
 from tests.inputs.cases import FORMS, NAMED, Case, Tensors, build_cache, forms_for, make_tensors
-from twilight_tilelang.kernels import pipeline
+from tests.inputs.pinned import fused, pinned
+from twilight_tilelang.kernels import attention, tuned
 from twilight_tilelang.kernels.attention import WorkList
-from twilight_tilelang.kernels.config import (
-    AttentionConfig,
-    EstimatorConfig,
-    PageScoreConfig,
-    PrunerConfig,
-    TopPagesConfig,
-)
-from twilight_tilelang.kernels.estimate_prune import estimate_prune_config
-from twilight_tilelang.kernels.tuned import pinned
+from twilight_tilelang.kernels.estimator import EstimatorConfig
+from twilight_tilelang.kernels.page_scores import PageScoreConfig
+from twilight_tilelang.kernels.pruner import PrunerConfig
+from twilight_tilelang.kernels.top_pages import TopPagesConfig
 from twilight_tilelang.reference.hazards import poison_unused
 from twilight_tilelang.reference.inputs import DecodeShape
 
@@ -54,17 +49,16 @@ def every_stage(case: Case) -> None:
         step = kernels.TwilightDecode(
             cache, q.shape[1], token_budget=case.token_budget, selector=selector, **windows
         )
-        step.scores.fill_(torch.nan)
-        step.candidate_pages.fill_(FOREIGN)
+        step.stages.memory.selection.scores.fill_(torch.nan)
+        step.candidates.pages.fill_(FOREIGN)
         cache.append(token, token)
         step.run(q, cache)
-    kernels.page_attention(q, cache, step.candidate_pages, step.candidate_counts)
+    kernels.page_attention(q, cache, step.candidates)
     kernels.dense_attention(q, cache)
-    lists = step.candidate_pages, step.candidate_counts
     for top_p in (1e-6, 1.0):
-        logits = kernels.estimate_logits(q, cache, *lists)
-        kept = kernels.prune_top_p(logits, cache, *lists, top_p)
-        kernels.flash_topk_attention(q, cache, *kept[:2])
+        logits = kernels.estimate_logits(q, cache, step.candidates)
+        kept = kernels.prune_top_p(logits, cache, step.candidates, top_p)
+        kernels.flash_topk_attention(q, cache, kept)
     k, v = tensors.k.nan_to_num(0.0), tensors.v.nan_to_num(0.0)
     kernels.PagedKVCache.from_contiguous(k, v, tensors.seq_lens, case.shape.page_size)
     select = kernels.select_pages(q, cache, case.token_budget)
@@ -79,18 +73,16 @@ def cases(part: int) -> None:
 
 def without_early_starts() -> None:
     """As where many rows fill the GPU: no kernel starts before the one ahead of it has ended."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        for module in kernel_modules():
-            if hasattr(module, "launches_early"):
-                monkeypatch.setattr(module, "launches_early", lambda cache: False)
+    with pytest.MonkeyPatch.context() as monkeypatch, pinned({}):
+        for module in (attention, tuned):
+            monkeypatch.setattr(module, "starts_early", lambda *_: False)
         every_stage(small(1))
         every_stage(small(4))
 
 
-def fused() -> None:
+def in_one_kernel() -> None:
     """As where many rows fill the GPU: estimator and pruner are one kernel."""
-    config = lambda *shape: replace(estimate_prune_config(*shape), fused=True)  # noqa: E731
-    with patch.object(pipeline, "estimate_prune_config", config):
+    with fused(True):
         for case in (small(1), small(3), small(4, (333, 1), 64), NAMED["gqa8-p64"]):
             every_stage(case)
 
@@ -125,7 +117,8 @@ def every_form() -> None:
     """Of attention, for the groups that it is meant for."""
     for group_size, lengths in ((1, (300,)), (8, (129, 1))):
         for name in forms_for(group_size):
-            with patch.object(AttentionConfig, "for_group", lambda *_, form=FORMS[name]: form):
+            form = lambda _, own=FORMS[name]: own  # noqa: E731
+            with patch.object(attention, "default_config", form), pinned({}):
                 every_stage(small(group_size, lengths))
 
 
@@ -156,7 +149,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "forms": every_form,
     "configs": every_config,
     "late": without_early_starts,
-    "fused": fused,
+    "fused": in_one_kernel,
 }
 
 

@@ -36,10 +36,12 @@ class Engine:
         self.random = random.Random(seed)
         self.rng = torch.Generator(device=device).manual_seed(seed)
         self.table = torch.zeros(batch_size, max_pages, dtype=torch.int32)  # the host's copy
+        sizes = (batch_size, max_pages, NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE)
         self.cache = package.PagedKVCache.empty(
-            batch_size * max_pages * 2 // 3, batch_size, max_pages, NUM_KV_HEADS, HEAD_DIM,
-            PAGE_SIZE, device=device, page_table=self.table.to(device),
-        )  # fmt: skip
+            package.CacheShape(*sizes, device=device),
+            num_pages=batch_size * max_pages * 2 // 3,
+            page_table=self.table.to(device),
+        )
         self.users = [0] * self.cache.num_pages  # requests that hold each page
         self.owned: list[list[int]] = [[] for _ in range(batch_size)]
         self.lengths = [0] * batch_size

@@ -3,8 +3,9 @@
 Everything that touches the implementation under test goes through `backends.py`.
 """
 
+import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,15 +13,16 @@ from typing import Any
 
 import torch
 
+from ..tables.rows import STAGES
+from ..timing import Calls
+from ..workloads.request_sets import SEED, RequestSets, cold_sets, random_tokens
+from ..workloads.traffic import INDEX_BYTES, LOGIT_BYTES, Work, bytes_moved
+from ..workloads.workload import METHOD, METHODS, RANDOM, Workload
 from . import baselines, checks
-from .request_sets import RequestSets, cold_sets
-from .rows import STAGES
-from .timing import Calls
-from .traffic import INDEX_BYTES, LOGIT_BYTES, Work, bytes_moved
-from .workloads import METHODS, Workload
 
 WORKSPACE_BYTES = 8 << 30  # of all steps of one method together, about
 MAX_SLOTS = 4 * 72
+MAX_TOKEN_LISTS = 128
 
 Notice = Callable[[str], None]
 
@@ -66,23 +68,31 @@ class Slot:
     cache: Any
     step: Any
 
+    def with_configs(self, configs: Mapping[str, Any]) -> "Slot":
+        """The same with launch configs by kernel, and the defaults of the others."""
+        return dataclasses.replace(self, step=self.step.with_configs(configs))
+
     @property
-    def stage_calls(self) -> dict[str, Callable[[], object]]:
-        """Each stage of the step, in order; one needs what those before it left in the step.
-        Estimator and pruner come alone, and together in the form that the step launches."""
+    def calls(self) -> dict[str, Callable[[], object]]:
+        """Each stage of the step, in order, and the whole; one stage needs what those before it
+        left in the step. Estimator and pruner come alone, and together in the form that the step
+        launches."""
+        stages = self.step.stages
         return {
-            "selector": partial(self.step.select, self.q, self.cache),
-            "estimator": partial(self.step.estimate, self.q, self.cache),
-            "pruner": partial(self.step.prune, self.cache),
-            "estimate_prune": partial(self.step.estimate_prune, self.q, self.cache),
-            "attention": partial(self.step.attend, self.q, self.cache),
+            "selector": partial(stages.select, self.q, self.cache),
+            "estimator": partial(stages.estimate, self.q, self.cache),
+            "pruner": partial(stages.prune, self.cache),
+            "estimate_prune": partial(stages.estimate_prune, self.q, self.cache),
+            "attention": partial(stages.attend, self.q, self.cache),
+            "pipeline": partial(self.step.run, self.q, self.cache),
         }
 
     @property
     def launched(self) -> dict[str, Callable[[], object]]:
         """The stages as the step launches them."""
-        replaced = ("estimator", "pruner") if self.step.fused else ("estimate_prune",)
-        return {name: call for name, call in self.stage_calls.items() if name not in replaced}
+        others = ("estimator", "pruner") if self.step.fused else ("estimate_prune",)
+        left_out = (*others, "pipeline")
+        return {name: call for name, call in self.calls.items() if name not in left_out}
 
 
 class StageBuilder:
@@ -107,7 +117,7 @@ class StageBuilder:
             return self._dense()
         if stage == "pipeline":
             return [self._quest() if m == "quest" else self._twilight(m) for m in methods]
-        return [self._stage(stage)]
+        return self._random() if self.workload.random_tokens else [self._stage(stage)]
 
     def slots(self, stage: str, method: str) -> list[Slot]:
         """Slots that keep a stage cold, their steps run once, as far as their workspaces allow.
@@ -131,41 +141,36 @@ class StageBuilder:
                 token_budget=workload.token_budget,
                 top_p=workload.top_p,
             )
-            step.run(q, cache)
             slots.append(Slot(q, cache, step))
-            # A step that runs in parts leaves the whole batch's stages nothing to work on.
-            for call in slots[-1].stage_calls.values():
+            for call in slots[-1].calls.values():
                 call()
         return slots[:wanted]
 
     def _stage(self, stage: str) -> Provider:
         """One stage of quest+twilight, on what the stages before it left in the workspaces."""
-        method = METHODS[0]
+        method = METHOD
         slots = self.slots(stage, method)
-        calls, (q, cache, step) = [slot.stage_calls[stage] for slot in slots], _parts(slots[0])
-
-        def check() -> float:
-            out = calls[0]()
-            if stage == "selector":
-                return checks.check_selector(q, cache, step)
-            if stage == "estimator":
-                return checks.check_estimator(q, cache, step)
-            if stage in ("pruner", "estimate_prune"):
-                return checks.check_pruner(cache, step, self.workload.top_p)
-            return checks.check_attention(out, q, cache, step.kept_tokens, step.kept_counts)
-
+        calls, check = [slot.calls[stage] for slot in slots], partial(self.check, stage, slots[0])
         return self._provider(stage, method, slots, calls, check)
+
+    def check(self, stage: str, slot: Slot) -> float:
+        """The error of one stage; raises CheckFailed where it is too large."""
+        out, q, cache, step = slot.calls[stage](), slot.q, slot.cache, slot.step
+        if stage == "selector":
+            return checks.check_selector(q, cache, step)
+        if stage == "estimator":
+            return checks.check_estimator(q, cache, step)
+        if stage in ("pruner", "estimate_prune"):
+            return checks.check_pruner(cache, step, self.workload.top_p)
+        return checks.check_attention(out, q, cache, step.kept)
 
     def _twilight(self, method: str) -> Provider:
         slots = self.slots("pipeline", method)
-        calls, (q, cache, step) = (
-            [partial(s.step.run, s.q, s.cache) for s in slots],
-            _parts(slots[0]),
-        )
+        calls, (q, cache, step) = [slot.calls["pipeline"] for slot in slots], _parts(slots[0])
 
         def check() -> float:
             out = calls[0]()
-            checks.check_attention(out, q, cache, step.kept_tokens, step.kept_counts)
+            checks.check_attention(out, q, cache, step.kept)
             return checks.dense_error(out, q, cache)
 
         return self._provider("pipeline", method, slots, calls, check)
@@ -183,7 +188,7 @@ class StageBuilder:
         def check() -> float:
             out = calls[0]()
             candidates = backend.package.select_pages(q, cache, token_budget)
-            checks.check_pages(out, q, cache, *candidates)
+            checks.check_pages(out, q, cache, candidates)
             return checks.dense_error(out, q, cache)
 
         kept, work = Kept.same(workload.settings("quest")[0]), workload.work("quest")
@@ -213,10 +218,40 @@ class StageBuilder:
             for name, own in calls.items()
         ]
 
+    def _random(self) -> list[Provider]:
+        """Attention over random tokens: the calls share the requests and differ in the tokens."""
+        workload, backend = self.workload, self.backend
+        shape, q, cache = workload.shape, self.sets.queries[0], self.sets.caches[0]
+        head_counts = workload.head_counts()
+        work = workload.work(RANDOM, kept_tokens=shape.batch_size * sum(head_counts))
+        wanted = cold_sets(bytes_moved("attention", RANDOM, work), self.l2_bytes)
+        generator = torch.Generator(backend.device).manual_seed(SEED + workload.token_budget)
+        tokens = [
+            random_tokens(shape, head_counts, backend.device, generator)
+            for _ in range(min(wanted, MAX_TOKEN_LISTS))
+        ]
+        counts = torch.tensor(head_counts, dtype=torch.int32, device=backend.device)
+        counts = counts.expand(shape.batch_size, -1).contiguous()
+        calls: dict[str, Calls] = {
+            backend.provider: [backend.attend_tokens(q, cache, (own, counts)) for own in tokens]
+        }
+        if backend.device == "cuda":
+            with optional(f"flashinfer, {workload.token_budget} tokens", self.notice):
+                calls["flashinfer"] = baselines.flashinfer_tokens(q, cache, tokens, counts)
+
+        def check(call: Callable[[], torch.Tensor]) -> float:
+            return checks.check_attention(call(), q, cache, (tokens[0], counts))
+
+        kept = Kept.of([counts])
+        return [
+            Provider("attention", RANDOM, name, own, partial(check, own[0]), kept, work)
+            for name, own in calls.items()
+        ]
+
     def _provider(
         self, stage: str, method: str, slots: list[Slot], calls: Calls, check: Callable[[], float]
     ) -> Provider:
-        kept = Kept.of([slot.step.kept_counts for slot in slots])
+        kept = Kept.of([slot.step.kept.counts for slot in slots])
         rows = self.sets.shape.batch_size * self.sets.shape.num_kv_heads
         work = self.workload.work(method, kept_tokens=round(kept.mean * rows))
         return Provider(stage, method, self.backend.provider, calls, check, kept, work)
@@ -233,15 +268,10 @@ def sets_wanted(workload: Workload, l2_bytes: int) -> int:
     """Input sets that keep every stage of a workload cold, as far as `max_sets` allows."""
     wanted = 1
     for stage in set(workload.stages) & set(STAGES) - {"pruner"}:  # it reads its workspace only
-        for method, variant in itertools.product(methods_of(stage), workload.variants()):
+        for method, variant in itertools.product(workload.methods(stage), workload.variants()):
             num_bytes = bytes_moved(stage, method, variant.work(method))
             wanted = max(wanted, cold_sets(num_bytes, l2_bytes))
     return min(wanted, workload.max_sets)
-
-
-def methods_of(stage: str) -> tuple[str, ...]:
-    """Methods that a stage is timed for."""
-    return {"pipeline": METHODS, "dense": ("dense",)}.get(stage, METHODS[:1])
 
 
 @contextmanager

@@ -14,10 +14,10 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from .observations import METHOD, Origin, setting_of
-from .rows import TimelineRow
-from .stages import StageBuilder
-from .timing import capture
+from ..providers.stages import StageBuilder
+from ..tables.rows import Origin, TimelineRow
+from ..timing import capture
+from ..workloads.workload import METHOD
 
 STEPS = 12  # at least; the first does not count, as nothing runs before it
 
@@ -99,7 +99,7 @@ def timeline_rows(builder: StageBuilder, gpu: str, origin: Origin) -> list[Timel
         found = {"host": shares(spans, {stage: [stage] for stage in stages}, steps)}
     return [
         TimelineRow(
-            **setting_of(builder.workload, METHOD, gpu),
+            **builder.workload.labels(METHOD, gpu),
             timeline=timeline,
             stage=stage,
             launches=share.launches,

@@ -5,10 +5,11 @@ A recording is a file of `torch.save` that holds a dictionary of three tensors o
     q     [batch_size, num_qo_heads, head_dim]           the newest token's queries, after RoPE
     k, v  [batch_size, seq_len, num_kv_heads, head_dim]  every cached token, the newest one too
 
-A request is one layer of one prompt; all have one length.
-`python -m twilight_tilelang.profiling.trace MODEL` records one from a local Hugging Face model
-folder, `python -m twilight_tilelang.profiling.trace FILE` says what a file holds, and
-`python -m twilight_tilelang.profiling.bench --trace FILE` measures it.
+A request is one layer of one prompt; all have one length. From the root of the project:
+
+    python -m twilight_tilelang.profiling.recordings.trace MODEL   records a Hugging Face model
+    python -m twilight_tilelang.profiling.recordings.trace FILE    says what a file holds
+    python -m twilight_tilelang.profiling.bench --trace FILE       measures it
 """
 
 import argparse

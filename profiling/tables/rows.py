@@ -1,6 +1,8 @@
 """What the result files hold: one dataclass per kind of row, one file per table and GPU."""
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 STAGES = ("selector", "estimator", "pruner", "estimate_prune", "attention", "pipeline", "dense")
@@ -41,7 +43,7 @@ class Row:
     flops: int
     floor_us: float  # bytes / read_tbps
     reached: float  # floor_us / median_us
-    read_tbps: float  # read bandwidth measured in the same run
+    read_tbps: float  # read ceiling: the largest rate that the run saw, see store.raise_ceiling
     error: float  # see checks.py
     num_sets: int  # input sets that the timer went round
     timer: str
@@ -50,6 +52,7 @@ class Row:
     commit: str
     date: str
     sm_mhz: int = 0  # clock of the SMs while it was timed; 0: not recorded
+    host_us: float = math.nan  # of one eager call, see timing.host_us; empty: not measured
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,7 @@ class TimelineRow(Setting):
     date: str
 
 
+Origin = Mapping[str, str]  # torch, commit and date of a run
 AnyRow = Row | AccuracyRow | KeptRow | MemoryRow | TimelineRow
 
 
@@ -151,7 +155,7 @@ class Table:
 
     @property
     def defaults(self) -> dict[str, object]:
-        """Columns that older files lack, and what they then hold."""
+        """Columns that older files lack, and what they then hold; nan: nothing."""
         fields = dataclasses.fields(self.row)
         return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from .rows import TABLES, AnyRow, table_of
+from .rows import STAGES, TABLES, AnyRow, table_of
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 DECIMALS = {"median_us": 2, "p20_us": 2, "p80_us": 2, "floor_us": 2, "kept_mean": 2}
 DECIMALS |= dict.fromkeys(("kept_p20", "kept_median", "kept_p80"), 1)
-DECIMALS |= {"reached": 4, "read_tbps": 5, "busy_us": 2, "gap_us": 2, "share": 4}
+DECIMALS |= {"host_us": 1, "reached": 4, "read_tbps": 5, "busy_us": 2, "gap_us": 2, "share": 4}
 DIGITS = {"error": 3, "kept_mass": 5, "captured_mean": 5, "captured_min": 5}
 
 
@@ -30,6 +30,8 @@ def read_rows(path: Path) -> pd.DataFrame:
     for name, default in table.defaults.items():
         if name not in frame.columns:
             frame[name] = str(default)
+    optional = [name for name, default in table.defaults.items() if default != default]  # nan
+    frame[optional] = frame[optional].replace("", "nan")
     if tuple(frame.columns) != tuple(table.types):
         odd = sorted(set(frame.columns) ^ set(table.types)) or "their order"
         raise ValueError(f"{path}: expected the columns of {table.row.__name__}, differs in {odd}")
@@ -39,7 +41,7 @@ def read_rows(path: Path) -> pd.DataFrame:
         raise ValueError(f"{path}: {error}") from error
     for name, kind in table.types.items():
         empty = frame[name] == "" if kind is str else frame[name].isna()
-        if empty.any():
+        if empty.any() and name not in optional:
             raise ValueError(f"{path}: {name}: expected a value in every row")
     if frame.duplicated(list(table.key)).any():
         raise ValueError(f"{path}: two rows have the same key")
@@ -56,7 +58,33 @@ def write_rows(rows: Sequence[AnyRow], folder: Path = RESULTS) -> None:
     frame = pd.DataFrame([_cells(row) for row in rows], columns=list(table.types))
     if path.exists():
         frame = pd.concat([read_rows(path), frame]).drop_duplicates(list(table.key), keep="last")
-    frame = frame.sort_values(list(table.key), kind="stable")
+    _write(frame.sort_values(list(table.key), kind="stable"), path)
+
+
+def raise_ceiling(read_tbps: float, gpu: str, commit: str, folder: Path = RESULTS) -> float:
+    """Hold the timed rows of a run to the largest rate that it has seen so far, in TB/s.
+
+    That is the largest of `read_tbps`, of the ceiling that its rows have, and of their own rates.
+    A run is what one commit measured on one GPU, at once or in several goes: its rows share one
+    ceiling, in every table, so that none of them reaches more than its floor.
+    """
+    paths = [path_of(stage, gpu, folder) for stage in STAGES]
+    frames = {path: read_rows(path) for path in paths if path.exists()}
+    runs = {path: frame[frame["commit"] == commit] for path, frame in frames.items()}
+    for own in runs.values():
+        rates = [*own["read_tbps"], *(1e-6 * own["bytes"] / own["median_us"])]
+        read_tbps = max([read_tbps, *rates])
+    for path, own in runs.items():
+        if (own["read_tbps"] < round(read_tbps, DECIMALS["read_tbps"])).any():
+            floor_us = 1e-6 * own["bytes"] / read_tbps
+            reached = floor_us / own["median_us"]
+            held = own.assign(read_tbps=read_tbps, floor_us=floor_us, reached=reached)
+            frames[path].loc[own.index] = held.round(DECIMALS)
+            _write(frames[path], path)
+    return read_tbps
+
+
+def _write(frame: pd.DataFrame, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     frame.to_csv(partial, index=False, lineterminator="\n")

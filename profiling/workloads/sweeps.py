@@ -4,22 +4,22 @@ from pathlib import Path
 
 from twilight_tilelang.reference.inputs import LAYER_BUDGETS
 
-from .trace import TRACES, read_trace
-from .workloads import (
+from ..recordings.trace import TRACES, read_trace
+from .standard import (
     BUDGETS,
+    EQUAL,
     LENGTHS,
     PAGE_SIZE,
     SMALL_BUDGETS,
-    BudgetSweep,
-    Workload,
+    budget_sweep,
     kept_of,
     lengths,
     shape_of,
     small,
     small_shape,
 )
+from .workload import Workload
 
-EQUAL = (1,)  # every head keeps as many
 SKEWED_BUDGETS = (64, 256, 1024, 4096)  # the mean; the largest head reads up to 4.9 times as many
 STEP_BUDGETS = (64, 256, 1024, 4096, 16_384, 32_768)
 TOP_PS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
@@ -42,21 +42,21 @@ def trace_workload(path: Path) -> Workload:
     )
 
 
-def _budgets(kind: str, batch_size: int, num_kv_heads: int) -> list[Workload | BudgetSweep]:
+def _budgets(kind: str, batch_size: int, num_kv_heads: int) -> list[Workload]:
     """Attention alone and the whole step against the token budget, as far as not in GPU_WORKLOADS:
     it has attention over equal budgets, and dense decode, at batch 64."""
     shape, new = shape_of(batch_size, 32_768, num_kv_heads), batch_size != 64
     step = dict(token_budget=8192, kept_mean=kept_of(num_kv_heads), token_budgets=STEP_BUDGETS)
     stages = ("pipeline", "dense") if new else ("pipeline",)
     return [
-        *([BudgetSweep(f"budget-{kind}", shape, BUDGETS)] if new else []),
-        BudgetSweep(f"budget-{kind}-skewed", shape, SKEWED_BUDGETS, LAYER_BUDGETS),
+        *([budget_sweep(f"budget-{kind}", shape, BUDGETS)] if new else []),
+        budget_sweep(f"budget-{kind}-skewed", shape, SKEWED_BUDGETS, LAYER_BUDGETS),
         Workload(f"budget-{kind}", shape, **step, stages=stages, head_budgets=EQUAL),
         Workload(f"budget-{kind}-skewed", shape, **step, stages=("pipeline",)),
     ]
 
 
-GPU_FULL: tuple[Workload | BudgetSweep, ...] = (
+GPU_FULL: tuple[Workload, ...] = (
     Workload(
         "top_p-gqa",
         shape_of(64, 32_768, 8),
@@ -73,17 +73,17 @@ GPU_FULL: tuple[Workload | BudgetSweep, ...] = (
 )
 
 
-def _small_budgets(kind: str, num_kv_heads: int) -> list[Workload | BudgetSweep]:
+def _small_budgets(kind: str, num_kv_heads: int) -> list[Workload]:
     sizes = (4, 1024, num_kv_heads)
     step = dict(stages=("pipeline",), token_budgets=SMALL_BUDGETS)
     return [
-        BudgetSweep(f"budget-{kind}-skewed", small_shape(*sizes), (64, 128), LAYER_BUDGETS),
+        budget_sweep(f"budget-{kind}-skewed", small_shape(*sizes), (64, 128), LAYER_BUDGETS),
         small(f"budget-{kind}", *sizes, **step, head_budgets=EQUAL),
         small(f"budget-{kind}-skewed", *sizes, **step),
     ]
 
 
-CPU_FULL: tuple[Workload | BudgetSweep, ...] = (
+CPU_FULL: tuple[Workload, ...] = (
     small("top_p-gqa", 4, 1024, 2, stages=("pipeline", "accuracy"), top_ps=TOP_PS),
     trace_workload(COPY_TASK),
     *_small_budgets("gqa", 2),

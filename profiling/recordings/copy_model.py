@@ -3,7 +3,7 @@
 A decoder of two layers learns to go on with a text that repeats itself. To do so one head finds the
 token before each token and another finds where the present token stood last (an induction head,
 Olsson et al., arXiv 2209.11895): heads that need a few tokens beside heads that look at many, as in
-a large model. `python -m twilight_tilelang.profiling.copy_model` trains it and writes
+a large model. `python -m twilight_tilelang.profiling.recordings.copy_model` trains it and writes
 traces/copy-task.pt.
 """
 

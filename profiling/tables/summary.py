@@ -1,6 +1,6 @@
 """All results of one folder as one JSON file, for other programs: summary.json.
 
-`make bench` writes it, and so does `python -m twilight_tilelang.profiling.summary FOLDER`.
+`make bench` writes it, and so does `python -m twilight_tilelang.profiling.tables.summary FOLDER`.
 
     {"gpu": ..., "commits": [...], "dates": [...], "read_tbps": ...,
      "rows": [{"id": "pipeline/gqa-32k/quest+twilight/tilelang/64/32/...", "median_us": ..., ...}]}
@@ -17,8 +17,8 @@ from typing import Any
 
 import pandas as pd
 
-from .results import read_rows
 from .rows import TABLES, Table
+from .store import read_rows
 
 FILE = "summary.json"
 ORIGIN = ("torch", "tilelang", "commit", "date", "gpu")
@@ -57,6 +57,7 @@ def write_summary(folder: Path) -> None:
 def _entry(name: str, table: Table, row: dict[str, Any]) -> dict[str, Any]:
     named = [f"{row[column]}" for column in table.key if column != "gpu" and row[column] != name]
     values = {key: row[key] for key in table.types if key not in (*table.key, *ORIGIN)}
+    values = {key: value for key, value in values.items() if value == value}  # what is empty
     return {"id": "/".join((name, *named)), **values, "commit": row["commit"]}
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .device import free_bytes
+from ..device import free_bytes
 
 SPARE_BYTES = 4 << 30
 FLASHINFER_WORKSPACE = 512 << 20

@@ -15,10 +15,9 @@ import torch
 
 from twilight_tilelang import reference
 
-from .checks import ORACLE, request_cache
-from .observations import Origin, setting_of
-from .rows import AccuracyRow
-from .stages import StageBuilder
+from ..providers.checks import ORACLE, request_cache
+from ..providers.stages import StageBuilder
+from ..tables.rows import AccuracyRow, Origin
 
 METHODS = ("full+twilight", "quest+twilight")
 BITS = ("2", "3", "4", "8", "exact")
@@ -114,7 +113,7 @@ def accuracy_rows(builder: StageBuilder, gpu: str, origin: Origin) -> list[Accur
                     found.setdefault((method, bits, place), []).append(kept)
     return [
         AccuracyRow(
-            **setting_of(dataclasses.replace(workload, top_p=top_ps[place]), method, gpu),
+            **dataclasses.replace(workload, top_p=top_ps[place]).labels(method, gpu),
             bits=bits,
             num_requests=num_requests,
             **_summary(own),

@@ -27,6 +27,7 @@ SCORE_TOLERANCE = 1e-4
 LOGIT_TOLERANCE = 1e-3
 MASS_TOLERANCE = 1e-3
 COUNT_TOLERANCE = 0.01
+Lists = tuple[torch.Tensor, ...]  # indices and counts; what follows them is passed over
 ORACLE = torch.float64
 
 
@@ -54,11 +55,11 @@ def check_selector(q: torch.Tensor, cache: Any, step: Any) -> float:
     for request in requests_to_check(cache):
         one = request_cache(cache, request)
         num_pages = -(-int(one.seq_lens) // one.page_size)
-        expected = min(num_pages, step.candidate_pages.shape[-1])
-        counts = step.candidate_counts[request].tolist()
+        expected = min(num_pages, step.candidates.pages.shape[-1])
+        counts = step.candidates.counts[request].tolist()
         if counts != [expected] * one.num_kv_heads:
             raise CheckFailed(f"candidate_counts: expected {expected}, got {counts}")
-        chosen = step.candidate_pages[request, :, :expected].long()
+        chosen = step.candidates.pages[request, :, :expected].long()
         if bool((chosen.diff(dim=-1) <= 0).any()) or bool(
             ((chosen < 0) | (chosen >= num_pages)).any()
         ):
@@ -83,8 +84,8 @@ def check_estimator(q: torch.Tensor, cache: Any, step: Any) -> float:
     for request in requests_to_check(cache):
         rows = slice(request, request + 1)
         one = request_cache(cache, request)
-        pages, counts = step.candidate_pages[rows], step.candidate_counts[rows]
-        oracle = reference.estimate_logits(q[rows], one, pages, counts, dtype=ORACLE)
+        candidates = [each[rows] for each in step.candidates]
+        oracle = reference.estimate_logits(q[rows], one, candidates, dtype=ORACLE)
         valid = oracle.isfinite()
         errors.append(relative_error(step.logits[rows][valid], oracle[valid]))
     return _within("logits", max(errors), LOGIT_TOLERANCE)
@@ -96,20 +97,20 @@ def check_pruner(cache: Any, step: Any, top_p: float) -> float:
     for request in requests_to_check(cache):
         rows = slice(request, request + 1)
         one = request_cache(cache, request)
-        candidates = step.candidate_pages[rows], step.candidate_counts[rows]
+        candidates = [each[rows] for each in step.candidates]
         logits = step.logits[rows]
-        tokens, counts, mass = reference.prune_top_p(logits, one, *candidates, top_p, dtype=ORACLE)
-        kept_mass = step.kept_mass[rows].double()
+        tokens, counts, mass = reference.prune_top_p(logits, one, candidates, top_p, dtype=ORACLE)
+        kept_mass = step.kept.mass[rows].double()
         if not bool((kept_mass >= top_p - MASS_TOLERANCE).all()):
             raise CheckFailed(f"kept_mass: expected >= {top_p}, got {float(kept_mass.amin()):.5f}")
         _within("kept_mass", float((kept_mass - mass).abs().amax()), MASS_TOLERANCE)
-        excess = (step.kept_counts[rows] - counts).abs() - COUNT_TOLERANCE * counts
+        excess = (step.kept.counts[rows] - counts).abs() - COUNT_TOLERANCE * counts
         if bool((excess > 8).any()):
-            got = step.kept_counts[rows].flatten().tolist()
+            got = step.kept.counts[rows].flatten().tolist()
             raise CheckFailed(f"kept_counts: expected {counts.flatten().tolist()}, got {got}")
         seq_len = int(one.seq_lens)
         differs = _membership(tokens, counts, seq_len) ^ _membership(
-            step.kept_tokens[rows], step.kept_counts[rows], seq_len
+            step.kept.tokens[rows], step.kept.counts[rows], seq_len
         )
         positions = reference.candidate_tokens(one, *candidates)[0]  # [num_kv_heads, width]
         valid = positions >= 0
@@ -120,36 +121,24 @@ def check_pruner(cache: Any, step: Any, top_p: float) -> float:
     return _within("kept_tokens", max(errors), MASS_TOLERANCE)
 
 
-def check_attention(
-    out: torch.Tensor,
-    q: torch.Tensor,
-    cache: Any,
-    kept_tokens: torch.Tensor,
-    kept_counts: torch.Tensor,
-) -> float:
+def check_attention(out: torch.Tensor, q: torch.Tensor, cache: Any, kept: Lists) -> float:
     """Attention over given tokens."""
-    return _compare_out(
-        out,
-        q,
-        cache,
-        lambda one, rows: reference.flash_topk_attention(
-            q[rows], one, kept_tokens[rows], kept_counts[rows], dtype=ORACLE
-        ),
-    )
+
+    def oracle(one: Any, rows: slice) -> torch.Tensor:
+        own = tuple(each[rows] for each in kept)
+        return reference.flash_topk_attention(q[rows], one, own, dtype=ORACLE)
+
+    return _compare_out(out, q, cache, oracle)
 
 
-def check_pages(
-    out: torch.Tensor, q: torch.Tensor, cache: Any, pages: torch.Tensor, counts: torch.Tensor
-) -> float:
+def check_pages(out: torch.Tensor, q: torch.Tensor, cache: Any, candidates: Lists) -> float:
     """Attention over given pages."""
-    return _compare_out(
-        out,
-        q,
-        cache,
-        lambda one, rows: reference.page_attention(
-            q[rows], one, pages[rows], counts[rows], dtype=ORACLE
-        ),
-    )
+
+    def oracle(one: Any, rows: slice) -> torch.Tensor:
+        own = tuple(each[rows] for each in candidates)
+        return reference.page_attention(q[rows], one, own, dtype=ORACLE)
+
+    return _compare_out(out, q, cache, oracle)
 
 
 def check_dense(out: torch.Tensor, q: torch.Tensor, cache: Any) -> float:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from .results import read_rows
 from .rows import STAGES
+from .store import read_rows
 
 SETUP = ["workload", "batch_size", "seq_len"]
 SHOWN = [*SETUP, "stage", "method", "provider", "token_budget", "kept_mean"]

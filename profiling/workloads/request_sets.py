@@ -12,8 +12,8 @@ import torch
 
 from twilight_tilelang.reference.inputs import DecodeShape, make_inputs, random_inputs
 
-from .trace import read_trace
-from .workloads import BudgetSweep, Workload
+from ..recordings.trace import read_trace
+from .workload import Workload
 
 COLD_L2_SIZES = 3  # the sets' bytes together, over the size of the L2
 POOL_SHARE = 0.45  # of the free memory
@@ -62,30 +62,35 @@ def workload_sets(
     workload: Workload, num_sets: int, device: str, wrap: Callable[..., Any]
 ) -> RequestSets:
     """Requests on which top-p keeps about `workload.kept_mean` tokens per KV head, or the recorded
-    ones, which are the same in every set.
+    ones, which are the same in every set; Gaussian ones where attention reads random tokens.
 
     Args:
         wrap: `PagedKVCache.wrap` of the package under test.
     """
     shape = workload.shape
+    every = dataclasses.replace(shape, batch_size=num_sets * shape.batch_size)
     if workload.trace is not None:
         inputs = read_trace(workload.trace).inputs(shape.page_size, num_sets, SEED, device)
+    elif workload.random_tokens:
+        inputs = random_inputs(every, SEED, device=device)
     else:
         inputs = make_inputs(
-            dataclasses.replace(shape, batch_size=num_sets * shape.batch_size),
+            every,
             SEED,
             device=device,
             kept_mean=workload.kept_mean,
             top_p=workload.top_p,
             head_budgets=workload.head_budgets,
         )
-    return _split(shape, inputs.q, wrap(*inputs.paged()), num_sets)
-
-
-def sweep_sets(sweep: BudgetSweep, device: str, wrap: Callable[..., Any]) -> RequestSets:
-    """One set of Gaussian requests: attention over given tokens is as fast on any data."""
-    inputs = random_inputs(sweep.shape, SEED, device=device)
-    return _split(sweep.shape, inputs.q, wrap(*inputs.paged()), 1)
+    q, pool = inputs.q, wrap(*inputs.paged())
+    rows = [slice(own * shape.batch_size, (own + 1) * shape.batch_size) for own in range(num_sets)]
+    caches = [
+        dataclasses.replace(
+            pool, page_table=pool.page_table[row].clone(), seq_lens=pool.seq_lens[row].clone()
+        )
+        for row in rows
+    ]
+    return RequestSets(shape, [q[row].clone() for row in rows], caches)
 
 
 def random_tokens(
@@ -103,15 +108,3 @@ def random_tokens(
         chosen = order.argsort(dim=-1)[:, :width].masked_fill(unused, length)
         row.copy_(chosen.sort(dim=-1).values.masked_fill(unused, -1))
     return rows
-
-
-def _split(shape: DecodeShape, q: torch.Tensor, pool: Any, num_sets: int) -> RequestSets:
-    size = shape.batch_size
-    rows = [slice(index * size, (index + 1) * size) for index in range(num_sets)]
-    caches = [
-        dataclasses.replace(
-            pool, page_table=pool.page_table[row].clone(), seq_lens=pool.seq_lens[row].clone()
-        )
-        for row in rows
-    ]
-    return RequestSets(shape, [q[row].clone() for row in rows], caches)

@@ -1,0 +1,99 @@
+"""What a kernel may be launched with, stated once beside each kernel, and read by all that launch,
+explain, compile ahead or tune it."""
+
+import functools
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tilelang.jit import JITImpl
+
+from .gpu import Gpu
+
+ROOM = Path(__file__).resolve().parent
+
+
+class StepShape(NamedTuple):
+    """What a step's plan depends on. A row is one KV head of one request."""
+
+    group_size: int  # query heads of a KV head
+    head_dim: int
+    page_size: int
+    dtype: str
+    num_rows: int  # of the whole step: what its configs are chosen by
+    max_pages: int
+    width: int  # candidate tokens of a row
+    launch_rows: int  # of one launch: fewer where the batch is cut into parts
+    logits_dtype: str = "float16"  # of the estimator's; the pruner takes float32 too
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel, as a factory and its arguments; called with the kernel's own, it launches."""
+
+    name: str
+    factory: JITImpl = field(compare=False)
+    arguments: tuple
+
+    def __call__(self, *arguments: Any) -> None:
+        self._kernel(*arguments)
+
+    @functools.cached_property
+    def _kernel(self) -> Callable[..., None]:
+        """Compiled at the first launch."""
+        return compiled(self.factory, self.arguments)
+
+
+def compiled(factory: JITImpl, arguments: tuple) -> Callable[..., None]:
+    """The kernel's entry, which TileLang's own wrapper calls too: 6 us a launch, not 10."""
+    return factory(*arguments).adapter.get_exportable_executable()["main"]
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One kernel.
+
+    Attributes:
+        name: in files of tuned configs.
+        stage: of the benchmark, in which it is timed.
+        config: dataclass of its launch configuration.
+        default: the config where nothing is tuned, by shape and GPU.
+        width: of a row, as tuned configs count it: pages of the selector's kernels, else tokens.
+        launches: what launches with a config.
+        sources: an entry measured with other contents of these files is stale.
+        result_fields: part of the result's definition: never tuned.
+        static_width: compiled for its width, rounded up to a power of two.
+    """
+
+    name: str
+    stage: str
+    config: type
+    default: Callable[[StepShape, Gpu], Any]
+    width: Callable[[StepShape], int]
+    launches: Callable[[StepShape, Any], tuple[Launch, ...]]
+    sources: tuple[str, ...]
+    result_fields: tuple[str, ...] = ()
+    static_width: bool = False
+
+    @property
+    def tunable_fields(self) -> set[str]:
+        """`pdl` follows from the number of rows, and is set after the look-up."""
+        return {own.name for own in fields(self.config)} - {*self.result_fields, "pdl"}
+
+    @functools.cached_property
+    def source(self) -> str:
+        """Hash of the source files."""
+        text = b"\0".join((ROOM / name).read_bytes() for name in self.sources)
+        return hashlib.sha256(text).hexdigest()[:12]
+
+
+def next_power_of_two(value: int) -> int:
+    """What a static width is rounded up to, so that few kernels are compiled."""
+    return 1 << (value - 1).bit_length()
+
+
+def static_width(width: int) -> int:
+    """The static width of a search over rows of at most `width` tokens: whole words of bits."""
+    return next_power_of_two(max(width, 32))

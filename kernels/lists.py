@@ -1,0 +1,74 @@
+"""What flows from stage to stage: lists on the device, one for each row (KV head of a request)."""
+
+from typing import NamedTuple
+
+import torch
+
+from .cache import PagedKVCache
+from .checks import check_tensor
+
+
+class CandidatePages(NamedTuple):
+    """The pages that a selector chose.
+
+    pages     [batch_size, num_kv_heads, width] i32, ascending logical pages
+    counts    [batch_size, num_kv_heads] i32, how many of them are valid
+    """
+
+    pages: torch.Tensor
+    counts: torch.Tensor
+
+    @classmethod
+    def allocate(cls, cache: PagedKVCache, width: int) -> "CandidatePages":
+        """Unwritten, for `width` pages of every row."""
+        return cls(*_lists(cache, width))
+
+
+class Kept(NamedTuple):
+    """The tokens that the pruner left.
+
+    tokens    [batch_size, num_kv_heads, width] i32, ascending logical positions
+    counts    [batch_size, num_kv_heads] i32, how many of them are valid
+    mass      [batch_size, num_qo_heads] f32, the share of the candidates' estimated mass that each
+              query head's own set holds
+    """
+
+    tokens: torch.Tensor
+    counts: torch.Tensor
+    mass: torch.Tensor
+
+    @classmethod
+    def allocate(cls, cache: PagedKVCache, width: int, num_qo_heads: int) -> "Kept":
+        """Unwritten, for `width` tokens of every row."""
+        mass = torch.empty(cache.batch_size, num_qo_heads, device=cache.seq_lens.device)
+        return cls(*_lists(cache, width), mass)
+
+
+class TokenList(NamedTuple):
+    """What attention reads, by `kind`: "tokens", "pages", or "all", where only counts matter."""
+
+    kind: str
+    indices: torch.Tensor  # [batch_size, num_kv_heads, width] i32
+    counts: torch.Tensor  # [batch_size, num_kv_heads] i32
+
+
+class Window(NamedTuple):
+    """What is always a candidate, and always kept."""
+
+    num_sink_tokens: int  # at the start of a request
+    num_recent_tokens: int  # at its end
+
+
+def check_lists(
+    names: tuple[str, str], lists: tuple[torch.Tensor, ...], cache: PagedKVCache
+) -> None:
+    """Raises ValueError, naming the tensor, unless (indices, counts) list a cache's rows."""
+    rows, device = (cache.batch_size, cache.num_kv_heads), cache.seq_lens.device
+    check_tensor(names[0], lists[0], (*rows, None), torch.int32, device)
+    check_tensor(names[1], lists[1], rows, torch.int32, device)
+
+
+def _lists(cache: PagedKVCache, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = (cache.batch_size, cache.num_kv_heads)
+    like = dict(dtype=torch.int32, device=cache.seq_lens.device)
+    return torch.empty(*rows, width, **like), torch.empty(rows, **like)

@@ -1,0 +1,42 @@
+"""What a decode step is asked for."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .lists import Window
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """The options of TwilightDecode.
+
+    Attributes:
+        selector: "quest" (the pages with the largest bounds) or "full" (every page).
+        token_budget: Quest's candidates per KV head, a multiple of page_size.
+        top_p: estimated mass to keep, in (0, 1]; float or tensor as in prune_top_p.
+        sm_scale: factor of the logits; head_dim ** -0.5 where None.
+        num_sink_tokens, num_recent_tokens: always kept.
+        num_parts: a captured batch is cut into so many, each on a stream of its own. Their stages
+            overlap: while the bytes of one arrive, the weights of another are searched. No result
+            depends on it. Where None, 4 for many rows (KV heads of all requests), else 1. Only the
+            sparse path is cut.
+        path: "sparse", every stage; "candidates", the selector alone, with the bits of
+            page_attention; "dense", attention over every token, with the bits of dense_attention;
+            or "auto", the one that is expected to be fastest (crossing.py) for requests as long as
+            the page table allows. "auto" is no default because it goes by the batch too: a request
+            gives the same bits in any batch only within one path, and each drops other tokens.
+    """
+
+    selector: str = "quest"
+    token_budget: int = 8192
+    top_p: float | torch.Tensor = 0.85
+    sm_scale: float | None = None
+    num_sink_tokens: int = 0
+    num_recent_tokens: int = 0
+    num_parts: int | None = None
+    path: str = "sparse"
+
+    @property
+    def window(self) -> Window:
+        return Window(self.num_sink_tokens, self.num_recent_tokens)

@@ -1,0 +1,100 @@
+"""What a step launches: planned when it is made, read by run(), explain() and whatever compiles or
+tunes it."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from .attention import ATTENTION, plan_untuned
+from .cache import cache_launches
+from .estimate_prune import ESTIMATE_PRUNE
+from .estimator import ESTIMATOR
+from .launch import KernelSpec, Launch, StepShape
+from .page_scores import PAGE_SCORE
+from .pruner import PRUNER
+from .selector import all_pages
+from .top_pages import TOP_PAGES
+from .tuned import Planned, Planner
+
+# What is tuned, in the order of a step.
+SPECS: dict[str, KernelSpec] = {
+    spec.name: spec
+    for spec in (PAGE_SCORE, TOP_PAGES, ESTIMATOR, PRUNER, ESTIMATE_PRUNE, ATTENTION)
+}
+
+
+class QuestPlan(NamedTuple):
+    """The two kernels of Quest's selector."""
+
+    page_score: Planned
+    top_pages: Planned
+
+
+SelectorPlan = QuestPlan | Launch  # the latter where the budget has room for every page
+
+
+class SparsePlan(NamedTuple):
+    """The kernels of every stage; one kernel estimates and prunes where its config says `fused`."""
+
+    selector: SelectorPlan
+    estimator: Planned
+    pruner: Planned
+    estimate_prune: Planned
+    attention: Planned
+
+    @property
+    def fused(self) -> bool:
+        return self.estimate_prune.config.fused
+
+
+class CandidatePlan(NamedTuple):
+    """The kernels of the selector and of attention over the pages it chose."""
+
+    selector: SelectorPlan
+    attention: Planned
+
+
+class DensePlan(NamedTuple):
+    """The kernels of attention over every token."""
+
+    attention: Planned
+
+
+def plan_selector(shape: StepShape, planner: Planner) -> SelectorPlan:
+    """Quest, or every page where the budget has room for all."""
+    if shape.width >= shape.max_pages * shape.page_size:
+        return all_pages(shape.page_size)
+    return QuestPlan(planner.plan(PAGE_SCORE, shape), planner.plan(TOP_PAGES, shape))
+
+
+def plan_sparse(shape: StepShape, planner: Planner) -> SparsePlan:
+    """Select, estimate, prune, attend."""
+    stages = (planner.plan(spec, shape) for spec in (ESTIMATOR, PRUNER, ESTIMATE_PRUNE, ATTENTION))
+    return SparsePlan(plan_selector(shape, planner), *stages)
+
+
+def plan_candidates(shape: StepShape, planner: Planner) -> CandidatePlan:
+    """Select, and attend to every candidate."""
+    return CandidatePlan(plan_selector(shape, planner), plan_untuned("pages", shape, planner.gpu))
+
+
+def plan_dense(shape: StepShape, planner: Planner) -> DensePlan:
+    """Attend to every token."""
+    return DensePlan(plan_untuned("all", shape, planner.gpu))
+
+
+def launches_in(plan: tuple) -> Iterator[Launch]:
+    """Every kernel of a plan."""
+    for each in plan:
+        if isinstance(each, Launch):
+            yield each
+        elif isinstance(each, tuple):
+            yield from launches_in(each)
+
+
+def all_launches(shape: StepShape, planner: Planner) -> list[Launch]:
+    """Every kernel that caches and steps of a shape launch, on each path."""
+    every_page = shape._replace(width=shape.max_pages * shape.page_size)
+    paths = (plan_sparse, plan_candidates, plan_dense)
+    plans = tuple(make(own, planner) for make in paths for own in (shape, every_page))
+    cache = cache_launches(shape.head_dim, shape.page_size, shape.dtype)
+    return list(dict.fromkeys(launches_in((cache, plans))))

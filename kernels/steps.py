@@ -1,0 +1,232 @@
+"""The stages of a step in order, one class for each path, in memory that is allocated once."""
+
+from typing import NamedTuple
+
+import torch
+
+from .attention import AttentionWorkspace, attend, every_token, list_items, split_tokens_of
+from .cache import PagedKVCache
+from .estimate_prune import estimate_and_prune
+from .estimator import estimate
+from .launch import Launch
+from .lists import CandidatePages, Kept, TokenList, Window
+from .page_scores import score_pages
+from .plan import CandidatePlan, DensePlan, SelectorPlan, SparsePlan
+from .pruner import HeadUnion, Pruned, prune
+from .query import by_kv_head
+from .selector import list_all_pages
+from .top_pages import take_top_pages
+
+
+class Settings(NamedTuple):
+    """What a step's launches are told."""
+
+    sm_scale: float
+    window: Window
+
+
+class Selection(NamedTuple):
+    """What a selector writes."""
+
+    scores: torch.Tensor  # [batch_size, num_kv_heads, max_pages] f32
+    candidates: CandidatePages
+
+    @classmethod
+    def allocate(cls, cache: PagedKVCache, width: int) -> "Selection":
+        """For `width` candidate pages of every row."""
+        rows = (cache.batch_size, cache.num_kv_heads)
+        scores = torch.empty(*rows, cache.max_pages, device=cache.k_cache.device)
+        return cls(scores, CandidatePages.allocate(cache, width))
+
+    def part(self, requests: slice) -> "Selection":
+        """The share of some requests."""
+        return Selection(
+            self.scores[requests], CandidatePages(*(each[requests] for each in self.candidates))
+        )
+
+
+class SparseMemory(NamedTuple):
+    """What the stages of the sparse path read and write."""
+
+    selection: Selection
+    top_p: torch.Tensor  # [batch_size, num_qo_heads] f32
+    logits: torch.Tensor  # [batch_size, num_qo_heads, width] f16
+    kept: Kept
+    union: HeadUnion
+    attention: AttentionWorkspace
+    out: torch.Tensor  # [batch_size, num_qo_heads, head_dim]
+
+    @classmethod
+    def allocate(cls, cache: PagedKVCache, width: int, top_p: torch.Tensor) -> "SparseMemory":
+        """For `width` candidate pages of every row."""
+        num_qo_heads, tokens = top_p.shape[1], width * cache.page_size
+        group_size = num_qo_heads // cache.num_kv_heads
+        logits = torch.empty(*top_p.shape, tokens, dtype=torch.float16, device=top_p.device)
+        return cls(
+            Selection.allocate(cache, width),
+            top_p,
+            logits,
+            Kept.allocate(cache, tokens, num_qo_heads),
+            HeadUnion.allocate(cache, tokens),
+            AttentionWorkspace.allocate(cache, group_size, tokens, split_tokens_of(group_size)),
+            empty_out(cache, num_qo_heads),
+        )
+
+    def part(self, requests: slice) -> "SparseMemory":
+        """The share of some requests."""
+        return SparseMemory(
+            self.selection.part(requests),
+            self.top_p[requests],
+            self.logits[requests],
+            Kept(*(each[requests] for each in self.kept)),
+            HeadUnion(*(each[requests] for each in self.union)),
+            self.attention.part(requests),
+            self.out[requests],
+        )
+
+
+def empty_out(cache: PagedKVCache, num_qo_heads: int) -> torch.Tensor:
+    """[batch_size, num_qo_heads, head_dim] in the cache's dtype, unwritten."""
+    sizes = (cache.batch_size, num_qo_heads, cache.head_dim)
+    return torch.empty(sizes, dtype=cache.k_cache.dtype, device=cache.k_cache.device)
+
+
+def select(
+    plan: SelectorPlan, q: torch.Tensor, cache: PagedKVCache, window: Window, selection: Selection
+) -> None:
+    """The selector that a plan names -> candidates."""
+    scores, candidates = selection
+    if isinstance(plan, Launch):
+        list_all_pages(plan, cache, candidates)
+        return
+    score_pages(plan.page_score, by_kv_head(q, cache.num_kv_heads), cache, scores)
+    take_top_pages(plan.top_pages, cache, scores, window, candidates)
+
+
+class SparseStep:
+    """Select, estimate, prune, attend. Each stage reads what the one before it left in memory."""
+
+    def __init__(self, plan: SparsePlan, memory: SparseMemory, settings: Settings) -> None:
+        self.plan, self.memory, self.settings = plan, memory, settings
+        self.pruned = Pruned(memory.kept, memory.attention.work, memory.union)
+        self.kept_list = TokenList("tokens", memory.kept.tokens, memory.kept.counts)
+
+    @property
+    def out(self) -> torch.Tensor:
+        return self.memory.out
+
+    @property
+    def candidates(self) -> CandidatePages:
+        return self.memory.selection.candidates
+
+    @property
+    def kept(self) -> Kept:
+        return self.memory.kept
+
+    def run(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
+        """The stages in order."""
+        self.select(q, cache)
+        self.estimate_prune(q, cache)
+        return self.attend(q, cache)
+
+    def select(self, q: torch.Tensor, cache: PagedKVCache) -> None:
+        """-> candidates."""
+        select(self.plan.selector, q, cache, self.settings.window, self.memory.selection)
+
+    def estimate(self, q: torch.Tensor, cache: PagedKVCache) -> None:
+        """Estimated logits of the candidates -> logits."""
+        grouped = by_kv_head(q, cache.num_kv_heads)
+        sm_scale, logits = self.settings.sm_scale, self.memory.logits
+        estimate(self.plan.estimator, grouped, cache, self.candidates, logits, sm_scale)
+
+    def prune(self, cache: PagedKVCache) -> None:
+        """What top-p keeps of them -> kept, and attention's list of work."""
+        logits, top_p, window = self.memory.logits, self.memory.top_p, self.settings.window
+        prune(self.plan.pruner, logits, cache, self.candidates, top_p, window, self.pruned)
+
+    def estimate_prune(self, q: torch.Tensor, cache: PagedKVCache) -> None:
+        """estimate() and prune(), or one kernel for both, to the same bits."""
+        if not self.plan.fused:
+            self.estimate(q, cache)
+            self.prune(cache)
+            return
+        sm_scale, window = self.settings
+        estimate_and_prune(
+            self.plan.estimate_prune, by_kv_head(q, cache.num_kv_heads), cache, self.candidates,
+            self.memory.top_p, window, sm_scale, self.pruned,
+        )  # fmt: skip
+
+    def attend(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
+        """Attention over the kept tokens, which prune() has listed -> out."""
+        grouped, (_, *_, workspace, out) = by_kv_head(q, cache.num_kv_heads), self.memory
+        attend(
+            self.plan.attention, grouped, cache, self.kept_list, workspace, out,
+            self.settings.sm_scale,
+        )  # fmt: skip
+        return out
+
+
+class CandidateStep:
+    """Select, and attend to every candidate: Quest alone, with the bits of page_attention."""
+
+    def __init__(
+        self,
+        plan: CandidatePlan,
+        cache: PagedKVCache,
+        num_qo_heads: int,
+        width: int,
+        settings: Settings,
+    ) -> None:
+        self.plan, self.settings = plan, settings
+        self.selection = Selection.allocate(cache, width)
+        self.candidates = self.selection.candidates
+        group_size, tokens = num_qo_heads // cache.num_kv_heads, width * cache.page_size
+        split_tokens = split_tokens_of(group_size)
+        self.attention = AttentionWorkspace.allocate(cache, group_size, tokens, split_tokens)
+        self.out = empty_out(cache, num_qo_heads)
+
+    def run(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
+        """The stages in order."""
+        self.select(q, cache)
+        return self.attend(q, cache)
+
+    def select(self, q: torch.Tensor, cache: PagedKVCache) -> None:
+        """-> candidates."""
+        select(self.plan.selector, q, cache, self.settings.window, self.selection)
+
+    def attend(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
+        """Attention over every token of the candidates -> out."""
+        pages = TokenList("pages", *self.candidates)
+        list_items(self.plan.attention, cache, pages, self.attention.work)
+        attend(
+            self.plan.attention, by_kv_head(q, cache.num_kv_heads), cache, pages, self.attention,
+            self.out, self.settings.sm_scale,
+        )  # fmt: skip
+        return self.out
+
+
+class DenseStep:
+    """Attend to every token, with the bits of dense_attention."""
+
+    def __init__(
+        self, plan: DensePlan, cache: PagedKVCache, num_qo_heads: int, settings: Settings
+    ) -> None:
+        self.plan, self.settings = plan, settings
+        device, group_size = cache.k_cache.device, num_qo_heads // cache.num_kv_heads
+        rows = (cache.batch_size, cache.num_kv_heads)
+        self.tokens = every_token(torch.empty(rows, dtype=torch.int32, device=device))
+        split_tokens = split_tokens_of(group_size)
+        self.attention = AttentionWorkspace.allocate(
+            cache, group_size, cache.capacity, split_tokens
+        )
+        self.out = empty_out(cache, num_qo_heads)
+
+    def run(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
+        """Lists the tokens of every row and attends to them -> out."""
+        self.tokens.counts.copy_(cache.seq_lens[:, None].expand(self.tokens.counts.shape))
+        list_items(self.plan.attention, cache, self.tokens, self.attention.work)
+        attend(
+            self.plan.attention, by_kv_head(q, cache.num_kv_heads), cache, self.tokens,
+            self.attention, self.out, self.settings.sm_scale,
+        )  # fmt: skip
+        return self.out

@@ -1,0 +1,194 @@
+"""The README's tables: made from the rows, written between their markers.
+
+Each of TABLES makes the text of one GPU. Rows of a CPU make none: they compare nothing.
+"""
+
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from .frames import (
+    STEP_STAGES,
+    Frames,
+    MissingData,
+    beside_dense,
+    of_method,
+    own,
+    rows_of,
+    standard_rows,
+    steps,
+)
+from .parts import METHODS, PROVIDERS, budget_rule, speedup, stage_words
+
+QUEST, OURS = "quest", "quest+twilight"
+
+
+def speed_table(frames: Frames) -> str:
+    """The whole step of every standard workload beside the fastest dense decode, with its error."""
+    rows = beside_dense(frames, standard_rows(frames, "pipeline"))
+    lines = []
+    for workload, every in rows.groupby("workload", sort=False):
+        quest, ours = (of_method(every, name, "seq_len").iloc[0] for name in (QUEST, OURS))
+        lines.append(
+            f"{workload} | {ours.batch_size} x {ours.seq_len:,}, {ours.num_qo_heads} / "
+            f"{ours.num_kv_heads} | {ours.dense_us:,.1f} ({PROVIDERS[ours.dense]}) "
+            f"| {quest.median_us:,.1f} | {quest.error:.3f} "
+            f"| **{ours.median_us:,.1f}** | **{ours.error:.3f}** "
+            f"| {speedup(every, ours)} | {100 * ours.reached:.0f} %"
+        )
+    header = (
+        "workload | batch x tokens, query / KV heads | fastest dense, us | Quest alone, us | error "
+        "| **Quest + Twilight, us** | **error** | speedup over dense | byte floor reached"
+    )
+    rows = rows[rows["method"] == OURS]
+    seen = {name: ", ".join(sorted(map(str, rows[name].unique()))) for name in rows.columns}
+    caption = (
+        f"One decode step on {seen['gpu'].upper()}, {seen['dtype']}, token budget "
+        f"{seen['token_budget']}, p = {seen['top_p']}; medians, cold inputs, timer "
+        f"{seen['timer']}. Error: |out - dense| / |dense|, the larger of the first and the last "
+        "request's, on made-up inputs. Byte floor: bytes that must move / read ceiling, "
+        f"{rows['read_tbps'].max():.2f} TB/s. Measured with torch {seen['torch']}, tilelang "
+        f"{seen['tilelang']}, at commit {seen['commit']}, {seen['date']}."
+    )
+    return _table(header, lines, caption)
+
+
+def top_p_table(frames: Frames) -> str:
+    """What p keeps, what it costs and what it takes; Quest alone on the same candidates."""
+    rows = steps(frames, "top_p-")
+    ours, quest = of_method(rows, OURS, "top_p"), of_method(rows, QUEST, "top_p")
+    lines = [
+        f"{name} | {row.kept_mean:,.0f} | {row.error:.3f} | {row.median_us:,.1f} "
+        f"| {speedup(rows, row)}"
+        for row in pd.concat([ours, quest]).itertuples()
+        for name in [f"p = {row.top_p:g}" if row.method == OURS else METHODS[QUEST]]
+    ]
+    first = ours.iloc[0]
+    caption = (
+        f"{first.batch_size} requests of {first.seq_len:,} tokens, {first.num_qo_heads} query and "
+        f"{first.num_kv_heads} KV heads, {first.token_budget:,} candidates, on "
+        f"{first.gpu.upper()}, made-up inputs; error as above."
+    )
+    header = " | tokens read per KV head | error | step, us | speedup over dense"
+    return _table(header, lines, caption)
+
+
+def length_table(frames: Frames) -> str:
+    """Dense decode, Quest alone and Quest + Twilight, by length and batch."""
+    rows = steps(frames, "length-")
+    batch_sizes = sorted(rows["batch_size"].unique())
+    lines = [
+        " | ".join([f"{tokens:,}", *(_times(every, size) for size in batch_sizes)])
+        for tokens, every in rows.groupby("seq_len")
+    ]
+    first = rows.iloc[0]
+    caption = (
+        "Microseconds of the fastest dense decode / Quest alone / Quest + Twilight, the fastest in "
+        f"bold, on {first.gpu.upper()}; {first.num_qo_heads} query and {first.num_kv_heads} KV "
+        f"heads, {budget_rule(rows)[0]}."
+    )
+    header = " | ".join(["tokens", *(f"batch {batch_size}" for batch_size in batch_sizes)])
+    return _table(header, lines, caption)
+
+
+def stage_table(frames: Frames) -> str:
+    """Each stage alone: its time, its bytes over time, and the share of its byte floor."""
+    whole = standard_rows(frames, "pipeline", method=OURS).set_index("workload")
+    columns = [own(frames, "attention", whole.index, "kept_mean").map("{:.0f}".format)]
+    for stage in STEP_STAGES:
+        us, size, reached = (
+            own(frames, stage, whole.index, name) for name in ("median_us", "bytes", "reached")
+        )
+        cells = zip(us, size / us / 1e6, 100 * reached, strict=True)
+        columns.append(
+            pd.Series([f"{a:,.1f} us, {b:.2f} TB/s, {c:.0f} %" for a, b, c in cells], us.index)
+        )
+    lines = [" | ".join(cells) for cells in pd.concat(columns, axis=1).reset_index().to_numpy()]
+    header = " | ".join(["workload", "tokens kept per KV head", *map(stage_words, STEP_STAGES)])
+    gpu = whole["gpu"].iloc[0].upper()
+    caption = f"Each stage alone on {gpu}: time, bytes / time, share of the byte floor reached."
+    return _table(header, lines, caption)
+
+
+def memory_text(frames: Frames) -> str:
+    """What the mirror and the page bounds add to the cache."""
+    rows = rows_of(frames, "memory", workload=frames["memory"]["workload"].iloc[0])
+    size, first = rows.set_index("part")["bytes_per_token"], rows.iloc[0]
+    cache, mirror, bounds = (
+        size.reindex(parts).sum()
+        for parts in (
+            ["k_cache", "v_cache"],
+            ["k_int4", "k_scale_zero"],
+            ["page_bounds", "bounds_scale_zero"],
+        )
+    )
+    return _wrapped(
+        f"A token of a KV head takes {cache:g} bytes of K and V, {mirror:g} of the 4-bit mirror "
+        f"and {bounds:g} of page bounds (head_dim {first.head_dim}, page_size {first.page_size}): "
+        f"{100 * (mirror + bounds) / cache:.1f} % more memory than K and V alone."
+    )
+
+
+TABLES: dict[str, Callable[[Frames], str]] = {
+    "speed": speed_table,
+    "top_p": top_p_table,
+    "length": length_table,
+    "stage": stage_table,
+    "memory": memory_text,
+}
+
+
+def blocks(every: Sequence[Frames]) -> list[str]:
+    """Each of TABLES between its markers, of every GPU that has its rows."""
+    return [
+        f"<!-- {name}: by `make plots` -->\n{_of_all(name, every)}\n<!-- end of {name} -->"
+        for name in TABLES
+    ]
+
+
+def write_tables(readme: Path, every: Sequence[Frames]) -> None:
+    """Put the tables between their markers.
+
+    Raises:
+        ValueError: a pair of markers is not there exactly once.
+    """
+    text = readme.read_text()
+    for block in blocks(every):
+        begin, *_, end = block.splitlines()
+        old = re.findall(f"{re.escape(begin)}\n.*?{re.escape(end)}", text, re.DOTALL)
+        if len(old) != 1:
+            raise ValueError(f"{readme}: expected the markers {begin} and {end} once")
+        text = text.replace(old[0], block)
+    readme.write_text(text)
+
+
+def _of_all(name: str, every: Sequence[Frames]) -> str:
+    texts = []
+    for frames in every:
+        try:
+            texts.append(TABLES[name](frames))
+        except MissingData as error:
+            print(f"no {name} table: {error}")
+    return "\n\n".join(texts) or "Not measured yet."
+
+
+def _table(header: str, lines: Sequence[str], caption: str) -> str:
+    rule = "---|" * (header.count(" | ") + 1)
+    rows = (f"| {line} |" for line in lines)
+    return "\n".join([f"| {header} |", f"|{rule}", *rows, "", _wrapped(caption)])
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 100, break_on_hyphens=False)
+
+
+def _times(rows: pd.DataFrame, batch_size: int) -> str:
+    """ "11.6 / 13.7 / 22.2", the smallest bold; "-" where nothing was measured."""
+    times = rows[rows["batch_size"] == batch_size].set_index("method")
+    if times.empty:
+        return "-"
+    times = [times.loc[OURS, "dense_us"], *times.loc[[QUEST, OURS], "median_us"]]
+    return " / ".join(f"**{us:,.1f}**" if us == min(times) else f"{us:,.1f}" for us in times)

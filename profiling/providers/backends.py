@@ -1,0 +1,105 @@
+"""The two implementations under test behind one face: `kernels` on a GPU, `reference` on a CPU.
+
+`step` makes an object with `run(q, cache)`, whose `stages` come one by one: `select(q, cache)`,
+`estimate(q, cache)`, `prune(cache)` and `attend(q, cache)`: each reads what the one before left in
+the step's own workspace and can be repeated any number of times; `run` and `attend` return out.
+`estimate_prune(q, cache)` stands for two of them, in one launch where the step is `fused`.
+After `run` the step shows `candidates`, `logits` and `kept`.
+
+`attend_tokens`, `quest` and `dense` make a call that returns out. As in a decode loop, memory is
+allocated when the call is made, not when it runs.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from twilight_tilelang import reference
+
+Call = Callable[[], torch.Tensor]
+Lists = tuple[torch.Tensor, ...]  # indices and counts; what follows them is passed over
+
+
+class TileLang:
+    """The kernels of this repository."""
+
+    provider = "tilelang"
+    device = "cuda"
+
+    def __init__(self) -> None:
+        import twilight_tilelang as kernels  # compiles for a GPU: only where there is one
+
+        self.package: ModuleType = kernels
+
+    def step(self, cache: Any, num_qo_heads: int, **options: Any) -> Any:
+        """A step with a workspace of its own; options are those of `TwilightDecode`."""
+        return self.package.TwilightDecode(cache, num_qo_heads, **options)
+
+    def attend_tokens(self, q: torch.Tensor, cache: Any, kept: Lists) -> Call:
+        """Attention over given tokens."""
+        from twilight_tilelang.kernels.lists import TokenList
+
+        return self._attention(q, cache, TokenList("tokens", *kept[:2]), kept[0].shape[2])
+
+    def quest(self, q: torch.Tensor, cache: Any, token_budget: int) -> Call:
+        """Quest alone: exact attention over every token of the pages chosen."""
+        step = self.step(cache, q.shape[1], token_budget=token_budget, path="candidates")
+        return partial(step.run, q, cache)
+
+    def dense(self, q: torch.Tensor, cache: Any) -> Call:
+        """Attention over every token."""
+        from twilight_tilelang.kernels.attention import every_token
+
+        counts = cache.seq_lens[:, None].expand(-1, cache.num_kv_heads).contiguous()
+        return self._attention(q, cache, every_token(counts), cache.capacity)
+
+    def _attention(self, q: torch.Tensor, cache: Any, tokens: Any, width: int) -> Call:
+        from twilight_tilelang.kernels.attention import (
+            AttentionWorkspace,
+            attend,
+            list_items,
+            planned_attention,
+        )
+        from twilight_tilelang.kernels.query import by_kv_head, step_shape
+
+        group_size = q.shape[1] // cache.num_kv_heads
+        planned = planned_attention(tokens.kind, step_shape(cache, group_size, width), q.device)
+        split_tokens = planned.config.split_tokens
+        workspace = AttentionWorkspace.allocate(cache, group_size, width, split_tokens)
+        grouped, out = by_kv_head(q, cache.num_kv_heads), torch.empty_like(q)
+
+        def call() -> torch.Tensor:
+            list_items(planned, cache, tokens, workspace.work)
+            attend(planned, grouped, cache, tokens, workspace, out, cache.head_dim**-0.5)
+            return out
+
+        return call
+
+
+class Torch:
+    """The plain PyTorch definition, to run the benchmark itself without a GPU."""
+
+    provider = "torch"
+    device = "cpu"
+    package: ModuleType = reference
+
+    def step(self, cache: Any, num_qo_heads: int, **options: Any) -> Any:
+        """A step that keeps the results of its stages; options are those of `TwilightDecode`."""
+        return reference.TwilightDecode(cache, num_qo_heads, **options)
+
+    def attend_tokens(self, q: torch.Tensor, cache: Any, kept: Lists) -> Call:
+        """Attention over given tokens."""
+        return partial(reference.flash_topk_attention, q, cache, kept)
+
+    def quest(self, q: torch.Tensor, cache: Any, token_budget: int) -> Call:
+        """Quest alone: exact attention over every token of the pages chosen."""
+        return lambda: reference.page_attention(
+            q, cache, reference.select_pages(q, cache, token_budget)
+        )
+
+    def dense(self, q: torch.Tensor, cache: Any) -> Call:
+        """Attention over every token."""
+        return partial(reference.dense_attention, q, cache)

@@ -1,0 +1,112 @@
+"""The workloads of `make bench`, for a GPU and in small for a machine without one.
+
+FULL=1 adds those of sweeps.py. What does not fit the GPU's memory is left out, and the run says so.
+"""
+
+import torch
+
+from twilight_tilelang.reference.inputs import DecodeShape
+
+from ..tables.rows import STAGES
+from .workload import Workload
+
+PAGE_SIZE = 16
+LOOKED_ON = ("timeline", "kept", "memory")  # tables that are filled beside the timed stages
+EQUAL = (1,)  # every head keeps, or reads, as many
+LENGTHS = (4096, 8192, 16_384, 32_768, 65_536, 131_072, 262_144)
+BUDGETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768)
+SMALL_LENGTHS, SMALL_BUDGETS = (256, 512, 1024), (64, 128, 256, 512)
+
+
+def shape_of(batch_size: int, seq_len: int, num_kv_heads: int) -> DecodeShape:
+    """Sizes as in models of 7 to 8 billion parameters: 32 query heads of 128 channels."""
+    return DecodeShape(batch_size, 32, num_kv_heads, 128, PAGE_SIZE, seq_len, torch.float16)
+
+
+def kept_of(num_kv_heads: int) -> int:
+    """Tokens that a KV head of `shape_of` keeps: a query head's, or the union of a group's."""
+    return 512 if num_kv_heads == 8 else 256
+
+
+def lengths(
+    name: str, batch_size: int, num_kv_heads: int, seq_lens: tuple[int, ...]
+) -> list[Workload]:
+    """The whole step and dense decode at growing length; a quarter is candidate, 8,192 at most."""
+    return [
+        Workload(
+            name,
+            shape_of(batch_size, seq_len, num_kv_heads),
+            token_budget=min(8192, seq_len // 4),
+            kept_mean=kept_of(num_kv_heads),
+            stages=("pipeline", "dense"),
+            dense_baselines=("flashinfer", "cudnn"),
+            max_sets=48,
+        )
+        for seq_len in seq_lens
+    ]
+
+
+def budget_sweep(
+    name: str,
+    shape: DecodeShape,
+    token_budgets: tuple[int, ...],
+    head_budgets: tuple[int, ...] = EQUAL,
+) -> Workload:
+    """Attention alone over random tokens: `token_budgets` of every KV head, or as many in the mean.
+
+    The calls share their requests and differ in the tokens: one input set will do.
+    """
+    return Workload(
+        name,
+        shape,
+        token_budget=token_budgets[0],
+        kept_mean=token_budgets[0],
+        stages=("attention",),
+        max_sets=1,
+        head_budgets=head_budgets,
+        token_budgets=token_budgets,
+        random_tokens=True,
+    )
+
+
+def _standard(name: str, batch_size: int, seq_len: int, num_kv_heads: int) -> Workload:
+    shape = shape_of(batch_size, seq_len, num_kv_heads)
+    stages = (*STAGES, *LOOKED_ON)
+    return Workload(name, shape, 8192, kept_of(num_kv_heads), stages=stages, host_times=True)
+
+
+GPU_WORKLOADS: tuple[Workload, ...] = (
+    _standard("gqa-32k", 64, 32_768, 8),
+    _standard("mha-32k", 64, 32_768, 32),
+    _standard("gqa-128k", 16, 131_072, 8),
+    _standard("solo-128k", 1, 131_072, 8),
+    _standard("solo-32k", 1, 32_768, 8),
+    budget_sweep("budget-gqa", shape_of(64, 32_768, 8), BUDGETS),
+    budget_sweep("budget-mha", shape_of(64, 32_768, 32), BUDGETS),
+    *lengths("length-b1", 1, 8, LENGTHS),
+    *lengths("length-b8", 8, 8, LENGTHS),
+    *lengths("length-b64", 64, 8, LENGTHS),
+)
+
+
+def small_shape(batch_size: int, seq_len: int, num_kv_heads: int) -> DecodeShape:
+    """Sizes for the reference on a CPU."""
+    return DecodeShape(batch_size, 8, num_kv_heads, 64, PAGE_SIZE, seq_len, torch.float32)
+
+
+def small(name: str, batch_size: int, seq_len: int, num_kv_heads: int, **more: object) -> Workload:
+    """The whole step and dense decode, or more, on a CPU."""
+    shape = small_shape(batch_size, seq_len, num_kv_heads)
+    more = {"stages": ("pipeline", "dense")} | more
+    return Workload(name, shape, seq_len // 4, kept_mean=48, dense_baselines=(), **more)
+
+
+CPU_WORKLOADS: tuple[Workload, ...] = (
+    *(
+        small(*sizes, stages=(*STAGES, *LOOKED_ON))
+        for sizes in (("gqa-1k", 4, 1024, 2), ("mha-1k", 4, 1024, 8), ("solo-2k", 1, 2048, 2))
+    ),
+    budget_sweep("budget-gqa", small_shape(4, 1024, 2), SMALL_BUDGETS),
+    budget_sweep("budget-mha", small_shape(4, 1024, 8), SMALL_BUDGETS),
+    *(small(f"length-b{b}", b, seq_len, 2) for b in (1, 2, 4) for seq_len in SMALL_LENGTHS),
+)

@@ -1,0 +1,138 @@
+"""A workload: requests, made up or recorded, and what is measured on them."""
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twilight_tilelang.reference.inputs import LAYER_BUDGETS, DecodeShape
+
+from ..tables.rows import STAGES
+from .traffic import Work
+
+METHODS = ("quest+twilight", "full+twilight", "quest")
+METHOD = METHODS[0]
+RANDOM = "random"
+TOP_P = 0.85
+MAX_SETS = 72
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Decode steps to measure over requests of equal length.
+
+    Attributes:
+        name: the `workload` column of the results.
+        shape: the requests of one input set.
+        token_budget: candidates of the Quest selector.
+        kept_mean: tokens per KV head, after the group's union, that the inputs are made to keep.
+        top_p: the mass that is kept, and that made-up inputs are made for.
+        stages: what is timed, and which tables are filled by looking on, in this order.
+        dense_baselines: providers of dense decode beside ours.
+        max_sets: input sets to go round, at most; fewer are made where fewer exceed the L2.
+        head_budgets: how what is kept is shared out: heads in turn keep in proportion.
+        token_budgets, top_ps: settings to be timed at, one after another, on the same inputs;
+            empty for token_budget and top_p.
+        host_times: the host's time of an eager step, or of dense decode, is measured too.
+        random_tokens: attention alone is measured, over token_budget random tokens of a KV head.
+        trace: file of recorded inputs (see trace.py); None for made-up ones.
+    """
+
+    name: str
+    shape: DecodeShape
+    token_budget: int
+    kept_mean: int
+    top_p: float = TOP_P
+    stages: tuple[str, ...] = STAGES
+    dense_baselines: tuple[str, ...] = ("flashinfer", "cudnn", "flash")
+    max_sets: int = MAX_SETS
+    head_budgets: tuple[int, ...] = LAYER_BUDGETS
+    token_budgets: tuple[int, ...] = ()
+    top_ps: tuple[float, ...] = ()
+    host_times: bool = False
+    random_tokens: bool = False
+    trace: Path | None = None
+
+    def variants(self) -> "list[Workload]":
+        """This workload once for every setting; the inputs are the same."""
+        return [
+            dataclasses.replace(self, token_budget=token_budget, top_p=top_p)
+            for token_budget in self.token_budgets or (self.token_budget,)
+            for top_p in self.top_ps or (self.top_p,)
+        ]
+
+    def methods(self, stage: str) -> tuple[str, ...]:
+        """Methods that a stage is timed for."""
+        if self.random_tokens:
+            return (RANDOM,)
+        return {"pipeline": METHODS, "dense": ("dense",)}.get(stage, (METHOD,))
+
+    def settings(self, method: str) -> tuple[int, float]:
+        """(token_budget, top_p) of a method: what it does not limit is the whole sequence, or 1."""
+        seq_len = self.shape.max_seq_len
+        reads_all = method in ("full+twilight", "dense")
+        token_budget = seq_len if reads_all else min(self.token_budget, seq_len)
+        return token_budget, self.top_p if method.endswith("twilight") else 1.0
+
+    def labels(self, method: str, gpu: str) -> dict[str, Any]:
+        """The fields of `rows.Setting`."""
+        shape, (token_budget, top_p) = self.shape, self.settings(method)
+        return {
+            "workload": self.name,
+            "method": method,
+            "batch_size": shape.batch_size,
+            "num_qo_heads": shape.num_qo_heads,
+            "num_kv_heads": shape.num_kv_heads,
+            "head_dim": shape.head_dim,
+            "page_size": shape.page_size,
+            "seq_len": shape.max_seq_len,
+            "token_budget": token_budget,
+            "top_p": top_p,
+            "dtype": str(shape.dtype).removeprefix("torch."),
+            "gpu": gpu,
+        }
+
+    def key(self, stage: str, method: str, provider: str, gpu: str) -> dict[str, Any]:
+        """The fields of a `rows.Row` that name it."""
+        shape, labels = self.shape, self.labels(method, gpu)
+        return labels | {
+            "stage": stage,
+            "provider": provider,
+            "group_size": shape.group_size,
+            "max_pages": -(-shape.max_seq_len // shape.page_size),
+            "page_budget": labels["token_budget"] // shape.page_size,
+        }
+
+    def work(self, method: str, kept_tokens: int | None = None) -> Work:
+        """The work of one call; kept_tokens over all rows, by default what is expected."""
+        shape, (candidates, top_p) = self.shape, self.settings(method)
+        rows = shape.batch_size * shape.num_kv_heads
+        kept = candidates if top_p == 1.0 else min(self.kept_mean, candidates)
+        return Work(
+            batch_size=shape.batch_size,
+            num_qo_heads=shape.num_qo_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            page_size=shape.page_size,
+            seq_len=shape.max_seq_len,
+            itemsize=torch.finfo(shape.dtype).bits // 8,
+            candidate_tokens=rows * candidates,
+            kept_tokens=rows * kept if kept_tokens is None else kept_tokens,
+        )
+
+    def head_counts(self) -> list[int]:
+        """Random tokens that each KV head reads: token_budget in the mean, and in proportion to
+        head_budgets, which its query heads take in turn."""
+        budgets, size = itertools.cycle(self.head_budgets), self.shape.group_size
+        groups = [sum(itertools.islice(budgets, size)) for _ in range(self.shape.num_kv_heads)]
+        scale = self.token_budget * len(groups) / sum(groups)
+        counts = [max(1, round(group * scale)) for group in groups]
+        if max(counts) > self.shape.max_seq_len:
+            raise ValueError(
+                f"token_budget: {self.token_budget} gives one head {max(counts)} of "
+                f"{self.shape.max_seq_len} tokens"
+            )
+        return counts
