@@ -50,10 +50,10 @@ class WorkList(NamedTuple):
         cls, num_rows: int, width: int, split_tokens: int, device: torch.device
     ) -> "WorkList":
         """For rows of at most `width` tokens in items of `split_tokens`."""
-        like = dict(dtype=torch.int32, device=device)
+        max_items = num_rows * -(-width // split_tokens)
         return cls(
-            items=torch.empty(num_rows * -(-width // split_tokens), 4, **like),
-            num_items=torch.zeros(1, **like),
+            items=torch.empty(max_items, 4, dtype=torch.int32, device=device),
+            num_items=torch.zeros(1, dtype=torch.int32, device=device),
             ticket=torch.zeros(1, dtype=torch.uint64, device=device),
         )
 

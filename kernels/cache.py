@@ -88,8 +88,10 @@ class PagedKVCache:
         )
         self.code_words = self.k_int4.view(torch.int32)
         self.bound_words = self.page_bounds.view(torch.int32)
+        batch_size, max_pages = self.page_table.shape
+        dtype = self.k_cache.dtype
         self.shape = CacheShape(
-            *self.page_table.shape, num_kv_heads, head_dim, page_size, self.k_cache.dtype, device
+            batch_size, max_pages, num_kv_heads, head_dim, page_size, dtype, device
         )
 
     @property
@@ -284,7 +286,14 @@ class PagedKVCache:
         self.longest += 1
 
     @classmethod
-    def _around(cls, k_cache, v_cache, page_table, seq_lens, k_offset) -> "PagedKVCache":
+    def _around(
+        cls,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        page_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        k_offset: torch.Tensor | None,
+    ) -> "PagedKVCache":
         """Allocates mirror and bounds for K and V pages, unwritten."""
         num_pages, page_size, num_kv_heads, head_dim = k_cache.shape
         device = k_cache.device
@@ -332,7 +341,13 @@ def check_page_size(page_size: int) -> None:
         raise ValueError(f"page_size: expected a multiple of {TILE_TOKENS}, got {page_size}")
 
 
-def _check_pages(k_cache, v_cache, page_table, seq_lens, k_offset) -> None:
+def _check_pages(
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k_offset: torch.Tensor | None,
+) -> None:
     check_tensor("k_cache", k_cache, (None,) * 4, HALF_DTYPES, align=16)
     _, page_size, num_kv_heads, head_dim = k_cache.shape
     check_choice("head_dim", head_dim, HEAD_DIMS)
@@ -347,13 +362,18 @@ def _check_pages(k_cache, v_cache, page_table, seq_lens, k_offset) -> None:
 
 def _check_lengths(seq_lens: torch.Tensor, most: int) -> int:
     """The longest of them; raises ValueError unless all lie in [0, most]. Synchronizes."""
-    lengths = seq_lens.tolist()
+    lengths: list[int] = seq_lens.tolist()
     if min(lengths) < 0 or max(lengths) > most:
         raise ValueError(f"seq_lens: expected 0 to {most} tokens, got {lengths}")
     return max(lengths)
 
 
-def _check_offset(k_offset, num_kv_heads, head_dim, device=None) -> None:
+def _check_offset(
+    k_offset: torch.Tensor | None,
+    num_kv_heads: int,
+    head_dim: int,
+    device: torch.device | None = None,
+) -> None:
     if k_offset is not None:
         shape = (num_kv_heads, head_dim)
         check_tensor("k_offset", k_offset, shape, torch.float32, device, align=16)

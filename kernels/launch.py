@@ -3,7 +3,7 @@ explain, compile ahead or tune it."""
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +35,7 @@ class Launch:
 
     name: str
     factory: JITImpl = field(compare=False)
-    arguments: tuple
+    arguments: tuple[Hashable, ...]
 
     def __call__(self, *arguments: Any) -> None:
         self._kernel(*arguments)
@@ -46,9 +46,10 @@ class Launch:
         return compiled(self.factory, self.arguments)
 
 
-def compiled(factory: JITImpl, arguments: tuple) -> Callable[..., None]:
+def compiled(factory: JITImpl, arguments: tuple[Hashable, ...]) -> Callable[..., None]:
     """The kernel's entry, which TileLang's own wrapper calls too: 6 us a launch, not 10."""
-    return factory(*arguments).adapter.get_exportable_executable()["main"]
+    kernel: Callable[..., None] = factory(*arguments).adapter.get_exportable_executable()["main"]
+    return kernel
 
 
 @dataclass(frozen=True)

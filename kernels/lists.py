@@ -70,5 +70,6 @@ def check_lists(
 
 def _lists(cache: PagedKVCache, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     rows = (cache.batch_size, cache.num_kv_heads)
-    like = dict(dtype=torch.int32, device=cache.seq_lens.device)
-    return torch.empty(*rows, width, **like), torch.empty(rows, **like)
+    device = cache.seq_lens.device
+    indices = torch.empty(*rows, width, dtype=torch.int32, device=device)
+    return indices, torch.empty(rows, dtype=torch.int32, device=device)

@@ -43,7 +43,7 @@ class SparsePlan(NamedTuple):
 
     @property
     def fused(self) -> bool:
-        return self.estimate_prune.config.fused
+        return bool(self.estimate_prune.config.fused)
 
 
 class CandidatePlan(NamedTuple):
@@ -82,7 +82,7 @@ def plan_dense(shape: StepShape, planner: Planner) -> DensePlan:
     return DensePlan(plan_untuned("all", shape, planner.gpu))
 
 
-def launches_in(plan: tuple) -> Iterator[Launch]:
+def launches_in(plan: tuple[object, ...]) -> Iterator[Launch]:
     """Every kernel of a plan."""
     for each in plan:
         if isinstance(each, Launch):

@@ -44,8 +44,9 @@ class HeadUnion(NamedTuple):
     @classmethod
     def allocate(cls, cache: PagedKVCache, width: int) -> "HeadUnion":
         rows = (cache.batch_size, cache.num_kv_heads)
-        like = dict(dtype=torch.int32, device=cache.seq_lens.device)
-        return cls(torch.zeros(*rows, -(-width // 32), **like), torch.zeros(rows, **like))
+        device = cache.seq_lens.device
+        words = torch.zeros(*rows, -(-width // 32), dtype=torch.int32, device=device)
+        return cls(words, torch.zeros(rows, dtype=torch.int32, device=device))
 
 
 class Pruned(NamedTuple):

@@ -38,7 +38,7 @@ def by_kv_head(per_qo_head: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
 def check_scale(sm_scale: float | None, head_dim: int) -> float:
     """The factor of the logits: head_dim ** -0.5 where None; raises ValueError unless finite."""
     if sm_scale is None:
-        return head_dim**-0.5
+        return float(head_dim**-0.5)
     if not isinstance(sm_scale, float | int) or not math.isfinite(sm_scale):
         raise ValueError(f"sm_scale: expected a finite number, got {sm_scale!r}")
     return float(sm_scale)

@@ -21,7 +21,7 @@ def bits_per_round(num_threads: int) -> int:
     return (num_threads * BINS_PER_THREAD).bit_length() - 1
 
 
-def alloc_search(num_threads: int, num_teams: int = 1, team=0) -> tuple:
+def alloc_search(num_threads: int, num_teams: int = 1, team=0) -> tuple[object, ...]:
     """Shared memory of the searches that teams of threads make side by side: bins, one sum per
     warp, and the bin found, (low, above, mass); with it the number of this thread's team."""
     # Static scope: atomics in the dynamic pool are taken to alias every other buffer there.

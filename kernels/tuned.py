@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_origin, get_type_hints
 
 import torch
 
@@ -50,15 +50,16 @@ class Bucket:
     @classmethod
     def parse(cls, text: str) -> "Bucket":
         """The inverse of str(); ValueError where it is none."""
+        kinds = get_type_hints(cls)
         pattern = " ".join(
-            rf"{field.name}=({'[1-9][0-9]*' if field.type is int else '[a-z0-9]+'})"
-            for field in fields(cls)
+            rf"{name}=({'[1-9][0-9]*' if kind is int else '[a-z0-9]+'})"
+            for name, kind in kinds.items()
         )
         match = re.fullmatch(pattern, text)
         if match is None:
             raise ValueError(f"expected a bucket like {_EXAMPLE}, got {text!r}")
-        values = zip(fields(cls), match.groups(), strict=True)
-        return cls(*(field.type(value) for field, value in values))
+        values = zip(kinds.values(), match.groups(), strict=True)
+        return cls(*(kind(value) for kind, value in values))
 
     def distance(self, other: "Bucket", static_width: bool) -> float:
         """Octaves between the two in rows and in width together; infinite where none may stand for
@@ -234,11 +235,10 @@ def read_configs(path: Path) -> Configs:
 
 def _entry(where: str, raw: Any) -> Entry:
     _expect_keys(where, raw, tuple(field.name for field in fields(Entry)))
-    for field in fields(Entry):
-        expected = {"config": dict, "workloads": list, "rejected": dict}.get(field.name, field.type)
-        value = raw[field.name]
+    for name, hint in get_type_hints(Entry).items():
+        expected, value = get_origin(hint) or hint, raw[name]
         if type(value) is not expected and not (expected is float and type(value) is int):
-            raise ValueError(f"{where}: {field.name}: expected {expected.__name__}, got {value!r}")
+            raise ValueError(f"{where}: {name}: expected {expected.__name__}, got {value!r}")
     return Entry(**raw)
 
 

@@ -111,11 +111,12 @@ def random_inputs(
     num_pages = shape.batch_size * max_pages
     pool = (num_pages, shape.page_size, shape.num_kv_heads, shape.head_dim)
     q_shape = (shape.batch_size, shape.num_qo_heads, shape.head_dim)
-    options = {"dtype": shape.dtype, "device": device}
+    q = torch.empty(q_shape, dtype=shape.dtype, device=device)
+    k_cache = torch.empty(pool, dtype=shape.dtype, device=device)
     return DecodeInputs(
-        q=torch.empty(q_shape, **options).normal_(generator=generator),
-        k_cache=torch.empty(pool, **options).normal_(0.0, key_std, generator=generator),
-        v_cache=torch.empty(pool, **options).normal_(generator=generator),
+        q=q.normal_(generator=generator),
+        k_cache=k_cache.normal_(0.0, key_std, generator=generator),
+        v_cache=torch.empty_like(k_cache).normal_(generator=generator),
         page_table=shuffled_page_table(shape.batch_size, max_pages, num_pages, seed).to(device),
         seq_lens=torch.tensor(shape.lengths, dtype=torch.int32, device=device),
     )
@@ -175,7 +176,8 @@ def orthogonal_queries(shape: DecodeShape, generator: torch.Generator) -> torch.
     groups = shape.batch_size * shape.num_kv_heads
     q = torch.randn(groups, shape.head_dim, shape.group_size, generator=generator)
     q = torch.linalg.qr(q).Q if shape.group_size <= shape.head_dim else q
-    q = q * math.sqrt(shape.head_dim) / torch.linalg.vector_norm(q, dim=1, keepdim=True)
+    norm: torch.Tensor = torch.linalg.vector_norm(q, dim=1, keepdim=True)
+    q = q * math.sqrt(shape.head_dim) / norm
     return q.transpose(1, 2).reshape(shape.batch_size, shape.num_qo_heads, shape.head_dim)
 
 

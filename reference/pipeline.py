@@ -92,8 +92,9 @@ class TwilightDecode:
         self, q: torch.Tensor, cache: PagedKVCache, *, dtype: torch.dtype | None = None
     ) -> None:
         """Estimated logits of the candidates -> logits."""
-        options = {"sm_scale": self.sm_scale, "dtype": dtype}
-        self.logits = estimate_logits(q, cache, self.candidates, **options)
+        self.logits = estimate_logits(
+            q, cache, self.candidates, sm_scale=self.sm_scale, dtype=dtype
+        )
 
     def prune(self, cache: PagedKVCache, *, dtype: torch.dtype | None = None) -> None:
         """What top-p keeps of them -> kept."""
@@ -112,4 +113,6 @@ class TwilightDecode:
         self, q: torch.Tensor, cache: PagedKVCache, *, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
         """Attention over the kept tokens -> out."""
-        return flash_topk_attention(q, cache, self.kept, sm_scale=self.sm_scale, dtype=dtype)
+        out = flash_topk_attention(q, cache, self.kept, sm_scale=self.sm_scale, dtype=dtype)
+        assert isinstance(out, torch.Tensor)  # as no lse is asked for
+        return out

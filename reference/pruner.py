@@ -76,7 +76,8 @@ def group_union(keep: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     Returns:
         [..., num_kv_heads, n] bool.
     """
-    return keep.unflatten(-2, (num_kv_heads, -1)).any(dim=-2)
+    union: torch.Tensor = keep.unflatten(-2, (num_kv_heads, -1)).any(dim=-2)
+    return union
 
 
 def prune_top_p(

@@ -80,7 +80,7 @@ def check_windows(num_sink_tokens: int, num_recent_tokens: int) -> None:
 def resolve_sm_scale(sm_scale: float | None, head_dim: int) -> float:
     """The softmax scale: head_dim ** -0.5 unless given; must be positive and finite."""
     if sm_scale is None:
-        return head_dim**-0.5
+        return float(head_dim**-0.5)
     if not (math.isfinite(sm_scale) and sm_scale > 0):
         raise ValueError(f"sm_scale: expected a positive finite number, got {sm_scale!r}")
     return sm_scale
