@@ -105,7 +105,7 @@ def flash_topk_attention(
         kept: tokens [batch_size, num_kv_heads, width] i32, logical positions below the request's
             length, and counts [batch_size, num_kv_heads] i32, how many of them are valid. A row of
             none gives out 0 and lse -inf.
-        sm_scale: factor of the logits; head_dim ** -0.5 where None.
+        sm_scale: factor of the logits, positive; head_dim ** -0.5 where None.
         return_lse: also return the natural log of the sum of exponentials.
 
     Returns:

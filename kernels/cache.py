@@ -218,7 +218,7 @@ class PagedKVCache:
         needed_pages = -(-max_seq_len // page_size)
         max_pages = needed_pages if max_pages is None else max_pages
         check_count("max_pages", max_pages, least=needed_pages)
-        longest = _check_lengths(seq_lens, max_seq_len)
+        longest = _check_lengths(seq_lens, max_seq_len, k)
         shape = CacheShape(
             batch_size, max_pages, num_kv_heads, head_dim, page_size, k.dtype, k.device
         )
@@ -334,6 +334,13 @@ def cache_launches(head_dim: int, page_size: int, dtype: str) -> tuple[Launch, L
     return prefill, mirror, append
 
 
+def check_cache(cache: PagedKVCache) -> None:
+    """Raises ValueError unless it is a PagedKVCache of this package, which lies on a GPU."""
+    if not isinstance(cache, PagedKVCache):
+        own, got = (f"{kind.__module__}.{kind.__name__}" for kind in (PagedKVCache, type(cache)))
+        raise ValueError(f"cache: expected a {own}, got {got}")
+
+
 def check_page_size(page_size: int) -> None:
     """Raises ValueError unless a page is a whole number of 16-token tiles."""
     check_count("page_size", page_size, TILE_TOKENS)
@@ -360,9 +367,15 @@ def _check_pages(
     check_machine(device)
 
 
-def _check_lengths(seq_lens: torch.Tensor, most: int) -> int:
-    """The longest of them; raises ValueError unless all lie in [0, most]. Synchronizes."""
+def _check_lengths(seq_lens: torch.Tensor, most: int, k: torch.Tensor | None = None) -> int:
+    """The longest of them; raises ValueError unless all lie in [0, most], naming k where its heads
+    stand before its tokens. Synchronizes."""
     lengths: list[int] = seq_lens.tolist()
+    if k is not None and most < max(lengths) <= k.shape[2]:
+        raise ValueError(
+            "k: expected [batch_size, tokens, num_kv_heads, head_dim], "
+            f"got {list(k.shape)} for {max(lengths)} tokens"
+        )
     if min(lengths) < 0 or max(lengths) > most:
         raise ValueError(f"seq_lens: expected 0 to {most} tokens, got {lengths}")
     return max(lengths)

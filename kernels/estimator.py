@@ -48,7 +48,7 @@ def estimate_logits(
         cache: only k_int4, k_scale_zero, page_table and seq_lens are read.
         candidates: pages [batch_size, num_kv_heads, width] i32, logical pages, and counts
             [batch_size, num_kv_heads] i32, how many of them are valid.
-        sm_scale: factor of the logits; head_dim ** -0.5 where None.
+        sm_scale: factor of the logits, positive; head_dim ** -0.5 where None.
 
     Returns:
         logits [batch_size, num_qo_heads, width * page_size] f16, at most 65504 in magnitude, in the

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from .cache import PagedKVCache
+from .cache import PagedKVCache, check_cache
 from .checks import check_tensor
 
 
@@ -63,6 +63,7 @@ def check_lists(
     names: tuple[str, str], lists: tuple[torch.Tensor, ...], cache: PagedKVCache
 ) -> None:
     """Raises ValueError, naming the tensor, unless (indices, counts) list a cache's rows."""
+    check_cache(cache)
     rows, device = (cache.batch_size, cache.num_kv_heads), cache.seq_lens.device
     check_tensor(names[0], lists[0], (*rows, None), torch.int32, device)
     check_tensor(names[1], lists[1], rows, torch.int32, device)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .cache import PagedKVCache
-from .checks import check_choice, check_count, check_tensor
+from .cache import PagedKVCache, check_cache
+from .checks import check_choice, check_count
 from .crossing import expected_times, fastest, read_bandwidth
 from .explain import explain
 from .lists import CandidatePages, Kept
@@ -52,7 +52,7 @@ class TwilightDecode:
         **changes: Any,
     ) -> None:
         options = _changed(options or DecodeOptions(), changes)
-        check_tensor("seq_lens", cache.seq_lens, (None,), torch.int32)  # on a GPU
+        check_cache(cache)
         check_choice("selector", options.selector, ("quest", "full"))
         check_choice("path", options.path, ("sparse", "candidates", "dense", "auto"))
         check_count("num_qo_heads", num_qo_heads, least=1)

@@ -7,7 +7,7 @@ from .cache import PagedKVCache
 from .estimator import estimate_logits
 from .pruner import broadcast_top_p, prune_top_p
 from .selector import select_all, select_pages, selection_width
-from .validate import check_positive, check_windows, resolve_sm_scale
+from .validate import check_positive, check_query, check_windows, resolve_sm_scale
 
 
 class TwilightDecode:
@@ -71,7 +71,8 @@ class TwilightDecode:
         self, q: torch.Tensor, cache: PagedKVCache, *, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
         """q: [batch_size, num_qo_heads, head_dim] -> out, of q's shape and dtype (or `dtype`)."""
-        if q.ndim != 3 or q.shape[1] != self.num_qo_heads:
+        check_query(q, cache)
+        if q.shape[1] != self.num_qo_heads:
             raise ValueError(
                 f"q: expected [batch_size, {self.num_qo_heads}, head_dim], got {list(q.shape)}"
             )
