@@ -64,7 +64,7 @@ class AttentionWorkspace(NamedTuple):
     work: WorkList
     partial_out: torch.Tensor  # [batch_size, num_kv_heads, max_splits, group_size, head_dim] f32
     partial_lse: torch.Tensor  # [..., max_splits, group_size, 2] f32: max (in log2 units), sum
-    lse: torch.Tensor  # [batch_size, num_qo_heads] f32
+    lse: torch.Tensor  # [batch_size, num_kv_heads, group_size] f32
 
     @classmethod
     def allocate(
@@ -77,7 +77,7 @@ class AttentionWorkspace(NamedTuple):
             work=WorkList.allocate(rows[0] * rows[1], width, split_tokens, device),
             partial_out=torch.empty(*partials, cache.head_dim, device=device),
             partial_lse=torch.empty(*partials, 2, device=device),
-            lse=torch.empty(rows[0], rows[1] * group_size, device=device),
+            lse=torch.empty(*rows, group_size, device=device),
         )
 
     def part(self, requests: slice) -> "AttentionWorkspace":
@@ -174,9 +174,10 @@ def _attend(
     split_tokens = planned.config.split_tokens
     workspace = AttentionWorkspace.allocate(cache, group_size, width, split_tokens)
     out = torch.empty_like(q)
+    grouped = [by_kv_head(each, cache.num_kv_heads) for each in (q, out)]
     list_items(planned, cache, tokens, workspace.work)
-    attend(planned, by_kv_head(q, cache.num_kv_heads), cache, tokens, workspace, out, sm_scale)
-    return (out, workspace.lse) if return_lse else out
+    attend(planned, grouped[0], cache, tokens, workspace, grouped[1], sm_scale)
+    return (out, workspace.lse.flatten(1)) if return_lse else out
 
 
 def list_items(planned: Planned, cache: PagedKVCache, tokens: TokenList, work: WorkList) -> None:
@@ -193,11 +194,11 @@ def attend(
     out: torch.Tensor,
     sm_scale: float,
 ) -> None:
-    """Two launches: the listed items' attention to the grouped query, the merge -> out, lse."""
+    """Two launches: the listed items' attention to the grouped query, the merge -> out, by KV head
+    too, and lse."""
     _, attend_items, merge_splits = planned.launches
     work, *partials, lse = workspace
-    outputs = (by_kv_head(each, cache.num_kv_heads) for each in (out, lse))
-    written = (*partials, *outputs)
+    written = (*partials, out, lse)
     num_blocks = planned.config.blocks_per_sm * gpu_of(q.device).num_multiprocessors
     attend_items(
         q, cache.k_rows, cache.v_rows, cache.page_table, tokens.indices,

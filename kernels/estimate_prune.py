@@ -14,7 +14,6 @@ from .gpu import Gpu
 from .launch import KernelSpec, Launch, StepShape, static_width
 from .lists import CandidatePages, Window
 from .pruner import Pruned
-from .query import by_kv_head
 from .threshold import BINS_PER_THREAD
 from .top_p import NUM_THREADS, VECTOR, is_held, list_row, prune_heads
 from .tuned import Planned
@@ -71,15 +70,13 @@ def estimate_and_prune(
     sm_scale: float,
     pruned: Pruned,
 ) -> None:
-    """One launch, with the bits of estimate() and prune(): candidates -> kept tokens, and
-    attention's list of work."""
+    """One launch, with the bits of estimate() and prune(): candidates of the grouped query, top_p
+    by KV head -> kept tokens, and attention's list of work."""
     (launch,) = planned.launches
     kept, work, _ = pruned
-    top_p, mass = (by_kv_head(each, cache.num_kv_heads) for each in (top_p, kept.mass))
     launch(
         q, cache.code_words, cache.k_scale_zero, cache.page_table, cache.seq_lens, *candidates,
-        sm_scale, top_p, *window, kept.tokens, kept.counts, mass,
-        work.items, work.num_items, work.ticket,
+        sm_scale, top_p, *window, *kept, *work,
     )  # fmt: skip
 
 

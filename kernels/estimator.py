@@ -63,10 +63,9 @@ def estimate_logits(
     check_lists(("candidate_pages", "candidate_counts"), candidates, cache)
     width = candidates[0].shape[2] * cache.page_size
     logits = torch.empty(*q.shape[:2], width, dtype=torch.float16, device=q.device)
-    estimate(
-        planned(ESTIMATOR, step_shape(cache, group_size, width), q.device),
-        by_kv_head(q, cache.num_kv_heads), cache, candidates, logits, sm_scale,
-    )  # fmt: skip
+    own = planned(ESTIMATOR, step_shape(cache, group_size, width), q.device)
+    grouped = [by_kv_head(each, cache.num_kv_heads) for each in (q, logits)]
+    estimate(own, grouped[0], cache, candidates, grouped[1], sm_scale)
     return logits
 
 
@@ -78,11 +77,11 @@ def estimate(
     logits: torch.Tensor,
     sm_scale: float,
 ) -> None:
-    """One launch: candidates of the grouped query -> logits."""
+    """One launch: candidates of the grouped query -> logits by KV head."""
     (launch,) = planned.launches
     launch(
         q, cache.code_words, cache.k_scale_zero, cache.page_table, cache.seq_lens, *candidates,
-        sm_scale, logits.view(*q.shape[:3], -1, cache.page_size),
+        sm_scale, logits.view(*logits.shape[:3], -1, cache.page_size),
     )  # fmt: skip
 
 

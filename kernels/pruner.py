@@ -52,7 +52,7 @@ class HeadUnion(NamedTuple):
 class Pruned(NamedTuple):
     """What the pruner writes: the kept tokens, and attention's list of work over them."""
 
-    kept: Kept
+    kept: Kept  # its mass by KV head, [batch_size, num_kv_heads, group_size]
     work: WorkList
     union: HeadUnion
 
@@ -102,11 +102,12 @@ def prune_top_p(
     shape = step_shape(cache, group_size, width)._replace(logits_dtype=dtype_name(logits))
     kept = Kept.allocate(cache, width, num_qo_heads)
     work = WorkList.allocate(shape.num_rows, width, split_tokens_of(group_size), device)
-    prune(
-        planned(PRUNER, shape, device), logits, cache, candidates, top_p,
-        Window(num_sink_tokens, num_recent_tokens),
-        Pruned(kept, work, HeadUnion.allocate(cache, width)),
-    )  # fmt: skip
+    grouped = [by_kv_head(each, cache.num_kv_heads) for each in (logits, top_p, kept.mass)]
+    logits, top_p, mass = grouped
+    union = HeadUnion.allocate(cache, width)
+    window = Window(num_sink_tokens, num_recent_tokens)
+    pruned = Pruned(kept._replace(mass=mass), work, union)
+    prune(planned(PRUNER, shape, device), logits, cache, candidates, top_p, window, pruned)
     return kept
 
 
@@ -135,15 +136,10 @@ def prune(
     window: Window,
     pruned: Pruned,
 ) -> None:
-    """One launch: logits -> kept tokens, and attention's list of work."""
+    """One launch: logits and top_p by KV head -> kept tokens, and attention's list of work."""
     (launch,) = planned.launches
     kept, work, union = pruned
-    grouped = (by_kv_head(each, cache.num_kv_heads) for each in (logits, top_p, kept.mass))
-    logits, top_p, mass = grouped
-    launch(
-        logits, cache.seq_lens, *candidates, top_p, *window, kept.tokens, kept.counts, mass,
-        work.items, work.num_items, work.ticket, *union,
-    )  # fmt: skip
+    launch(logits, cache.seq_lens, *candidates, top_p, *window, *kept, *work, *union)
 
 
 @T.macro

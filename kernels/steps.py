@@ -108,8 +108,14 @@ class SparseStep:
 
     def __init__(self, plan: SparsePlan, memory: SparseMemory, settings: Settings) -> None:
         self.plan, self.memory, self.settings = plan, memory, settings
-        self.pruned = Pruned(memory.kept, memory.attention.work, memory.union)
-        self.kept_list = TokenList("tokens", memory.kept.tokens, memory.kept.counts)
+        num_kv_heads = memory.kept.tokens.shape[1]
+        self.top_p, self.grouped_logits, self.grouped_out, mass = (
+            by_kv_head(each, num_kv_heads)
+            for each in (memory.top_p, memory.logits, memory.out, memory.kept.mass)
+        )
+        kept = memory.kept._replace(mass=mass)
+        self.pruned = Pruned(kept, memory.attention.work, memory.union)
+        self.kept_list = TokenList("tokens", kept.tokens, kept.counts)
 
     @property
     def out(self) -> torch.Tensor:
@@ -135,14 +141,14 @@ class SparseStep:
 
     def estimate(self, q: torch.Tensor, cache: PagedKVCache) -> None:
         """Estimated logits of the candidates -> logits."""
-        grouped = by_kv_head(q, cache.num_kv_heads)
-        sm_scale, logits = self.settings.sm_scale, self.memory.logits
+        grouped, sm_scale = by_kv_head(q, cache.num_kv_heads), self.settings.sm_scale
+        logits = self.grouped_logits
         estimate(self.plan.estimator, grouped, cache, self.candidates, logits, sm_scale)
 
     def prune(self, cache: PagedKVCache) -> None:
         """What top-p keeps of them -> kept, and attention's list of work."""
-        logits, top_p, window = self.memory.logits, self.memory.top_p, self.settings.window
-        prune(self.plan.pruner, logits, cache, self.candidates, top_p, window, self.pruned)
+        logits, window = self.grouped_logits, self.settings.window
+        prune(self.plan.pruner, logits, cache, self.candidates, self.top_p, window, self.pruned)
 
     def estimate_prune(self, q: torch.Tensor, cache: PagedKVCache) -> None:
         """estimate() and prune(), or one kernel for both, to the same bits."""
@@ -153,17 +159,16 @@ class SparseStep:
         sm_scale, window = self.settings
         estimate_and_prune(
             self.plan.estimate_prune, by_kv_head(q, cache.num_kv_heads), cache, self.candidates,
-            self.memory.top_p, window, sm_scale, self.pruned,
+            self.top_p, window, sm_scale, self.pruned,
         )  # fmt: skip
 
     def attend(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
         """Attention over the kept tokens, which prune() has listed -> out."""
-        grouped, (_, *_, workspace, out) = by_kv_head(q, cache.num_kv_heads), self.memory
         attend(
-            self.plan.attention, grouped, cache, self.kept_list, workspace, out,
-            self.settings.sm_scale,
+            self.plan.attention, by_kv_head(q, cache.num_kv_heads), cache, self.kept_list,
+            self.memory.attention, self.grouped_out, self.settings.sm_scale,
         )  # fmt: skip
-        return out
+        return self.out
 
 
 class CandidateStep:
@@ -184,6 +189,7 @@ class CandidateStep:
         split_tokens = split_tokens_of(group_size)
         self.attention = AttentionWorkspace.allocate(cache, group_size, tokens, split_tokens)
         self.out = empty_out(cache, num_qo_heads)
+        self.grouped_out = by_kv_head(self.out, cache.num_kv_heads)
 
     def run(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
         """The stages in order."""
@@ -200,7 +206,7 @@ class CandidateStep:
         list_items(self.plan.attention, cache, pages, self.attention.work)
         attend(
             self.plan.attention, by_kv_head(q, cache.num_kv_heads), cache, pages, self.attention,
-            self.out, self.settings.sm_scale,
+            self.grouped_out, self.settings.sm_scale,
         )  # fmt: skip
         return self.out
 
@@ -220,6 +226,7 @@ class DenseStep:
             cache, group_size, cache.capacity, split_tokens
         )
         self.out = empty_out(cache, num_qo_heads)
+        self.grouped_out = by_kv_head(self.out, cache.num_kv_heads)
 
     def run(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
         """Lists the tokens of every row and attends to them -> out."""
@@ -227,6 +234,6 @@ class DenseStep:
         list_items(self.plan.attention, cache, self.tokens, self.attention.work)
         attend(
             self.plan.attention, by_kv_head(q, cache.num_kv_heads), cache, self.tokens,
-            self.attention, self.out, self.settings.sm_scale,
+            self.attention, self.grouped_out, self.settings.sm_scale,
         )  # fmt: skip
         return self.out

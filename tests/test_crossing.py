@@ -179,7 +179,8 @@ def test_the_path_of_candidates_launches_their_attention(max_pages, launched):
 def test_the_dense_path_holds_nothing_of_the_sparse_one(launched):
     dense = step_of(cache_of(16), path="dense")
     assert not any(hasattr(dense, name) for name in ("candidates", "logits", "kept"))
-    assert vars(dense.stages).keys() == {"plan", "settings", "tokens", "attention", "out"}
+    own = {"plan", "settings", "tokens", "attention", "out", "grouped_out"}
+    assert vars(dense.stages).keys() == own
 
 
 def test_the_dense_path_takes_caches_of_its_shape_only(launched):

@@ -13,10 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = {
     "reference": {"reference", "torch"},
     "kernels": {"kernels", "torch", "tilelang"},
-    "profiling": {
-        *("profiling", "kernels", "reference"),
-        *("torch", "numpy", "pandas", "tqdm"),
-    },
+    "profiling": {"profiling", "kernels", "torch", "tqdm"},
     "profiling/tables": {"profiling.tables", "pandas"},
     "profiling/recordings": {
         *("profiling.recordings", "reference", "torch"),

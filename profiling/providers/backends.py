@@ -69,11 +69,12 @@ class TileLang:
         planned = planned_attention(tokens.kind, step_shape(cache, group_size, width), q.device)
         split_tokens = planned.config.split_tokens
         workspace = AttentionWorkspace.allocate(cache, group_size, width, split_tokens)
-        grouped, out = by_kv_head(q, cache.num_kv_heads), torch.empty_like(q)
+        out = torch.empty_like(q)
+        grouped = [by_kv_head(each, cache.num_kv_heads) for each in (q, out)]
 
         def call() -> torch.Tensor:
             list_items(planned, cache, tokens, workspace.work)
-            attend(planned, grouped, cache, tokens, workspace, out, cache.head_dim**-0.5)
+            attend(planned, grouped[0], cache, tokens, workspace, grouped[1], cache.head_dim**-0.5)
             return out
 
         return call

@@ -116,6 +116,3 @@ class Finished:
 
     def __contains__(self, key: tuple) -> bool:
         return key in self._keys
-
-    def __len__(self) -> int:
-        return len(self._keys)

@@ -1,0 +1,112 @@
+"""A step is planned when it is made: what it launches then, eagerly and in a captured graph."""
+
+import pytest
+import torch
+
+import twilight_tilelang as kernels
+from tests.doubles import fake_gpu
+from twilight_tilelang.kernels.cache import CacheShape
+from twilight_tilelang.kernels.gpu import ARCHS
+from twilight_tilelang.kernels.launch import StepShape
+from twilight_tilelang.kernels.plan import (
+    launches_in,
+    plan_candidates,
+    plan_dense,
+    plan_sparse,
+)
+from twilight_tilelang.kernels.tuned import Planner
+
+ROWS = 160  # of 4 query heads each: cut into 4 parts, too few for one kernel that prunes too
+STAGES = ["page_score_kernel", "top_pages_kernel", "estimator_kernel", "pruner_kernel"]
+ATTENTION = ["tiles_kernel", "merge_kernel"]
+
+
+@pytest.fixture
+def launched(monkeypatch) -> list[str]:
+    fake_gpu.install(monkeypatch)
+    fake_gpu.install_streams(monkeypatch)
+    return fake_gpu.count_launches(monkeypatch, launch=False)
+
+
+def step_and_inputs(**options):
+    cache = kernels.PagedKVCache.empty(CacheShape(ROWS // 8, 64, 8, 64))
+    step = kernels.TwilightDecode(cache, 32, token_budget=256, **options)
+    q = torch.zeros(ROWS // 8, 32, 64, dtype=torch.float16, device="cuda")
+    return step, q, cache
+
+
+def capture(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+
+def test_run_plans_nothing(launched, monkeypatch):
+    step, q, cache = step_and_inputs()
+
+    def too_late(*_):
+        raise AssertionError("planned in run()")
+
+    monkeypatch.setattr(Planner, "choose", too_late)
+    step.run(q, cache)
+    assert launched
+
+
+def test_an_eager_step_is_whole_and_a_captured_one_in_parts(launched, monkeypatch):
+    step, q, cache = step_and_inputs()
+    assert [part.out.shape[0] for _, part, _ in step.parts] == [5, 5, 5, 5]
+    step.run(q, cache)  # the first compiles both
+    assert launched == (STAGES + ATTENTION) * 5
+    launched.clear()
+    step.run(q, cache)
+    assert launched == STAGES + ATTENTION
+    launched.clear()
+    capture(monkeypatch)
+    step.run(q, cache)
+    assert launched == (STAGES + ATTENTION) * 4
+
+
+def test_parts_share_the_memory_of_the_whole(launched):
+    step, *_ = step_and_inputs()
+    whole = step.stages.memory
+    for requests, part, _ in step.parts:
+        own = part.memory
+        for mine, all_of_it in (
+            (own.kept.tokens, whole.kept.tokens),
+            (own.selection.candidates.pages, whole.selection.candidates.pages),
+            (own.out, whole.out),
+        ):
+            assert mine.data_ptr() == all_of_it[requests].data_ptr()
+        assert own.attention.work.items.data_ptr() != whole.attention.work.items.data_ptr()
+
+
+def test_with_configs_shares_memory_and_changes_what_is_named(launched):
+    step, q, cache = step_and_inputs()
+    config = step.stages.plan.pruner.config
+    changed = type(config)(heads_apart=not config.heads_apart)
+    other = step.with_configs({"pruner": changed})
+    assert other.stages.plan.pruner.config.heads_apart != config.heads_apart
+    assert other.stages.plan.estimator.config == step.stages.plan.estimator.config
+    assert other.out is step.out and step.stages.plan.pruner.config == config
+    other.run(q, cache)
+
+
+SHAPE = StepShape(4, 128, 16, "float16", 512, 2048, 8192, 512)
+
+
+def names(plan) -> list[str]:
+    return [launch.name for launch in launches_in(plan)]
+
+
+def test_a_plan_names_the_kernels_of_its_path():
+    planner = Planner(ARCHS["sm_90a"])
+    every_page = SHAPE._replace(width=2048 * 16)
+    selector = ["page_score", "top_pages"]
+    attention = ["items_{0}", "attention_{0}", "merge_{0}"]
+    pages, everything = ([name.format(kind) for name in attention] for kind in ("pages", "all"))
+    assert names(plan_candidates(SHAPE, planner)) == selector + pages
+    assert names(plan_candidates(every_page, planner)) == ["all_pages", *pages]
+    assert names(plan_dense(SHAPE, planner)) == everything
+    fused = plan_sparse(SHAPE, planner)
+    assert fused.fused and "estimate_prune" in names(fused)
+    few = plan_sparse(SHAPE._replace(num_rows=8, launch_rows=8), planner)
+    assert not few.fused and "estimate_prune" not in names(few)
+    assert few.pruner.config.pdl and not fused.pruner.config.pdl
