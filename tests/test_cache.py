@@ -6,8 +6,8 @@ import torch
 import twilight_tilelang as kernels
 from tests.checks.properties import as_reference, valid_entries
 from tests.inputs.cases import BASE, CASES, NAMED, Tensors, build_cache, make_tensors
+from tests.inputs.hazards import poison_unused
 from twilight_tilelang import CacheShape, reference
-from twilight_tilelang.reference.hazards import poison_unused
 
 pytestmark = pytest.mark.gpu
 

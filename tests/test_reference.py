@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.inputs.hazards import contiguous, poison_inputs, share_prefix
 from twilight_tilelang.reference import (
     CacheShape,
     PagedKVCache,
@@ -19,7 +20,6 @@ from twilight_tilelang.reference import (
     unpack_int4,
     validate_cache,
 )
-from twilight_tilelang.reference.hazards import contiguous, poison_inputs, share_prefix
 from twilight_tilelang.reference.inputs import DecodeShape, random_inputs
 
 SEEDS = st.integers(0, 2**31)

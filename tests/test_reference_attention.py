@@ -5,6 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.checks.closeness import assert_close
+from tests.inputs.hazards import contiguous, poisoned_cache, share_prefix
 from twilight_tilelang.reference import (
     PagedKVCache,
     TwilightDecode,
@@ -17,8 +19,6 @@ from twilight_tilelang.reference import (
     select_all,
     select_pages,
 )
-from twilight_tilelang.reference.compare import assert_close
-from twilight_tilelang.reference.hazards import contiguous, poisoned_cache, share_prefix
 from twilight_tilelang.reference.inputs import DecodeInputs, DecodeShape, random_inputs
 
 SEEDS = st.integers(0, 2**31)

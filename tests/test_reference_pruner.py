@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.inputs.hazards import poisoned_cache
 from twilight_tilelang.reference import (
     PagedKVCache,
     estimate_logits,
@@ -17,7 +18,6 @@ from twilight_tilelang.reference import (
     top_p_set_sorted,
     top_p_threshold,
 )
-from twilight_tilelang.reference.hazards import poisoned_cache
 from twilight_tilelang.reference.inputs import DecodeShape, random_inputs
 
 SEEDS = st.integers(0, 2**31)

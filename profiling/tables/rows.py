@@ -129,7 +129,7 @@ class TimelineRow(Setting):
     The stages' busy_us and gap_us together are the time of one step.
     """
 
-    timeline: str  # graph: a replayed graph; launches: launched one by one; host: CPU, no device
+    timeline: str  # graph: a replayed graph; host: CPU, no device
     stage: str
     launches: float  # kernels and memory operations per step
     busy_us: float  # a launch of the stage, and none before it, is on the device
