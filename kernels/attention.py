@@ -180,13 +180,15 @@ def _attend(
     return (out, workspace.lse.flatten(1)) if return_lse else out
 
 
-def list_items(planned: Planned, cache: PagedKVCache, tokens: TokenList, work: WorkList) -> None:
+def list_items(
+    planned: Planned[AttentionConfig], cache: PagedKVCache, tokens: TokenList, work: WorkList
+) -> None:
     """One launch: the list of items, where the pruner has not written it."""
     planned.launches[0](cache.seq_lens, tokens.indices, tokens.counts, *work)
 
 
 def attend(
-    planned: Planned,
+    planned: Planned[AttentionConfig],
     q: torch.Tensor,
     cache: PagedKVCache,
     tokens: TokenList,
@@ -207,14 +209,16 @@ def attend(
     merge_splits(cache.seq_lens, tokens.indices, tokens.counts, *written)
 
 
-def planned_attention(kind: str, shape: StepShape, device: torch.device) -> Planned:
+def planned_attention(
+    kind: str, shape: StepShape, device: torch.device
+) -> Planned[AttentionConfig]:
     """Attention over a kind of list; it is tuned for kept tokens."""
     if kind == "tokens":
         return planned(ATTENTION, shape, device)
     return plan_untuned(kind, shape, gpu_of(device))
 
 
-def plan_untuned(kind: str, shape: StepShape, gpu: Gpu) -> Planned:
+def plan_untuned(kind: str, shape: StepShape, gpu: Gpu) -> Planned[AttentionConfig]:
     """Attention over pages, or over every token."""
     config = default_config(shape.group_size)
     config = replace(config, pdl=starts_early(shape.launch_rows, gpu.capability))

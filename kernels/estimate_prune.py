@@ -61,7 +61,7 @@ def blocks_that_fit(shape: StepShape, gpu: Gpu, heads_at_once: int) -> int:
 
 
 def estimate_and_prune(
-    planned: Planned,
+    planned: Planned[EstimatePruneConfig],
     q: torch.Tensor,
     cache: PagedKVCache,
     candidates: CandidatePages,

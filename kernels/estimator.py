@@ -70,7 +70,7 @@ def estimate_logits(
 
 
 def estimate(
-    planned: Planned,
+    planned: Planned[EstimatorConfig],
     q: torch.Tensor,
     cache: PagedKVCache,
     candidates: CandidatePages,

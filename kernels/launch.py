@@ -6,12 +6,16 @@ import hashlib
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from tilelang.jit import JITImpl
 
 from .gpu import Gpu
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")  # a kernel's launch configuration
 ROOM = Path(__file__).resolve().parent
 
 
@@ -53,7 +57,7 @@ def compiled(factory: JITImpl, arguments: tuple[Hashable, ...]) -> Callable[...,
 
 
 @dataclass(frozen=True)
-class KernelSpec:
+class KernelSpec(Generic[Config]):
     """One kernel.
 
     Attributes:
@@ -70,10 +74,10 @@ class KernelSpec:
 
     name: str
     stage: str
-    config: type
-    default: Callable[[StepShape, Gpu], Any]
+    config: type[Config]
+    default: Callable[[StepShape, Gpu], Config]
     width: Callable[[StepShape], int]
-    launches: Callable[[StepShape, Any], tuple[Launch, ...]]
+    launches: Callable[[StepShape, Config], tuple[Launch, ...]]
     sources: tuple[str, ...]
     result_fields: tuple[str, ...] = ()
     static_width: bool = False

@@ -38,7 +38,7 @@ def default_config(shape: StepShape, gpu: Gpu) -> PageScoreConfig:
 
 
 def score_pages(
-    planned: Planned, q: torch.Tensor, cache: PagedKVCache, scores: torch.Tensor
+    planned: Planned[PageScoreConfig], q: torch.Tensor, cache: PagedKVCache, scores: torch.Tensor
 ) -> None:
     """One launch: scores [batch_size, num_kv_heads, max_pages] f32 of the grouped query."""
     (launch,) = planned.launches

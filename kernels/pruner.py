@@ -128,7 +128,7 @@ def expand_top_p(
 
 
 def prune(
-    planned: Planned,
+    planned: Planned[PrunerConfig],
     logits: torch.Tensor,
     cache: PagedKVCache,
     candidates: CandidatePages,

@@ -38,7 +38,7 @@ def default_config(shape: StepShape, gpu: Gpu) -> TopPagesConfig:
 
 
 def take_top_pages(
-    planned: Planned,
+    planned: Planned[TopPagesConfig],
     cache: PagedKVCache,
     scores: torch.Tensor,
     window: Window,

@@ -16,13 +16,13 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_origin, get_type_hints
+from typing import Any, Generic, NamedTuple, get_origin, get_type_hints
 
 import torch
 
 from .compiling import starts_early
 from .gpu import Gpu, gpu_of, gpu_slug
-from .launch import ROOM, KernelSpec, Launch, StepShape
+from .launch import ROOM, Config, KernelSpec, Launch, StepShape
 
 CONFIGS = ROOM.parent / "autotune" / "configs"
 VARIABLE = "TWILIGHT_CONFIGS"  # a file to read instead
@@ -40,7 +40,7 @@ class Bucket:
     width: int  # of a row: pages for page_score and top_pages, tokens for the others
 
     @classmethod
-    def of(cls, spec: KernelSpec, shape: StepShape) -> "Bucket":
+    def of(cls, spec: KernelSpec[Any], shape: StepShape) -> "Bucket":
         """Where a kernel's launch of this shape belongs."""
         return cls(*shape[:4], shape.num_rows, spec.width(shape))
 
@@ -103,7 +103,7 @@ class Configs:
     entries: Mapping[str, Mapping[Bucket, Entry]]
     path: Path | None = None  # that they were read from
 
-    def fresh(self, spec: KernelSpec) -> dict[Bucket, Entry]:
+    def fresh(self, spec: KernelSpec[Any]) -> dict[Bucket, Entry]:
         """The entries of a kernel that were measured with its present sources.
 
         Raises:
@@ -123,18 +123,18 @@ class Configs:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Choice(Generic[Config]):
     """A config, why it was chosen, and the bucket it was measured for, if any."""
 
-    config: Any
+    config: Config
     reason: str
     bucket: Bucket | None = None
 
 
-class Planned(NamedTuple):
+class Planned(NamedTuple, Generic[Config]):
     """A kernel's config as launched, why, and what launches."""
 
-    config: Any
+    config: Config
     reason: str
     launches: tuple[Launch, ...]
 
@@ -157,14 +157,14 @@ class Planner(NamedTuple):
         """The one of a device, with what is tuned for its GPU."""
         return cls(gpu_of(device), configs_of(device))
 
-    def plan(self, spec: KernelSpec, shape: StepShape) -> Planned:
+    def plan(self, spec: KernelSpec[Config], shape: StepShape) -> Planned[Config]:
         """A kernel as launched: whether it starts early follows from its rows."""
         choice = self.choose(spec, shape)
         early = starts_early(shape.launch_rows, self.gpu.capability)
         config = replace(choice.config, pdl=early)
         return Planned(config, choice.reason, spec.launches(shape, config))
 
-    def choose(self, spec: KernelSpec, shape: StepShape) -> Choice:
+    def choose(self, spec: KernelSpec[Config], shape: StepShape) -> Choice[Config]:
         """The config of a kernel, by the rule at the top of this file."""
         default, bucket = spec.default(shape, self.gpu), Bucket.of(spec, shape)
         if self.pinned is not None:
@@ -186,7 +186,7 @@ class Planner(NamedTuple):
 
 
 @functools.cache
-def planned(spec: KernelSpec, shape: StepShape, device: torch.device) -> Planned:
+def planned(spec: KernelSpec[Any], shape: StepShape, device: torch.device) -> Planned[Any]:
     """A kernel as launched on a device: with its tuned config, else its default."""
     return Planner.on(device).plan(spec, shape)
 
@@ -242,7 +242,7 @@ def _entry(where: str, raw: Any) -> Entry:
     return Entry(**raw)
 
 
-def _check_config(where: str, spec: KernelSpec, config: dict[str, Any]) -> None:
+def _check_config(where: str, spec: KernelSpec[Any], config: dict[str, Any]) -> None:
     default = spec.config()
     for name, value in config.items():
         if name not in spec.tunable_fields:
