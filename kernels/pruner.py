@@ -18,6 +18,7 @@ from .config import (
 from .top_p import NUM_THREADS, VECTOR, is_held, list_row, prune_heads
 from .tuned import config_for
 from .validate import TILE_TOKENS, check_count, check_tensor, dtype_name
+from .warp import atomic_exchange, atomic_or
 
 LOGIT_DTYPES = (torch.float16, torch.float32)
 
@@ -160,10 +161,7 @@ def meet(words, union_words, arrived, place, batch, kv_head, num_words, group_si
         word = step * NUM_THREADS + thread
         if word < num_words:
             if words[word] != T.uint32(0):
-                T.call_extern(
-                    "int32", "atomicOr", T.access_ptr(union_words[batch, kv_head, word], "rw"),
-                    T.cast(words[word], T.int32),
-                )  # fmt: skip
+                atomic_or(union_words[batch, kv_head, word], T.cast(words[word], T.int32))
     T.sync_threads()
     if thread == 0:
         place[0] = T.atomic_add(
@@ -174,13 +172,8 @@ def meet(words, union_words, arrived, place, batch, kv_head, num_words, group_si
         for step in T.serial(T.ceildiv(num_words, NUM_THREADS)):
             word = step * NUM_THREADS + thread
             if word < num_words:
-                words[word] = T.cast(
-                    T.call_extern(
-                        "int32", "atomicExch",
-                        T.access_ptr(union_words[batch, kv_head, word], "rw"), 0,
-                    ),
-                    T.uint32,
-                )  # fmt: skip
+                bits = atomic_exchange(union_words[batch, kv_head, word], 0)
+                words[word] = T.cast(bits, T.uint32)
         if thread == 0:
             arrived[batch, kv_head] = 0
         T.sync_threads()

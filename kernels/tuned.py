@@ -61,21 +61,33 @@ class TunedKernel:
 
 
 KERNELS = {
-    "page_score": TunedKernel(PageScoreConfig, ("page_scores.py",)),
-    "top_pages": TunedKernel(TopPagesConfig, ("top_pages.py", "threshold.py"), static_width=True),
-    "estimator": TunedKernel(EstimatorConfig, ("estimator.py",)),
+    "page_score": TunedKernel(PageScoreConfig, ("page_scores.py", "mma.py", "warp.py")),
+    "top_pages": TunedKernel(
+        TopPagesConfig, ("top_pages.py", "threshold.py", "warp.py"), static_width=True
+    ),
+    "estimator": TunedKernel(EstimatorConfig, ("estimator.py", "mma.py", "warp.py")),
     "pruner": TunedKernel(
-        PrunerConfig, ("pruner.py", "top_p.py", "split_kv.py", "threshold.py"), static_width=True
+        PrunerConfig,
+        ("pruner.py", "top_p.py", "split_kv.py", "threshold.py", "warp.py"),
+        static_width=True,
     ),
     "estimate_prune": TunedKernel(
         EstimatePruneConfig,
-        ("estimate_prune.py", "estimator.py", "top_p.py", "split_kv.py", "threshold.py"),
+        (
+            "estimate_prune.py",
+            "estimator.py",
+            "mma.py",
+            "top_p.py",
+            "split_kv.py",
+            "threshold.py",
+            "warp.py",
+        ),  # fmt: skip
         static_width=True,
     ),
     # All but the grid decides the order of sums.
     "attention": TunedKernel(
         AttentionConfig,
-        ("attention.py", "attend_lanes.py", "attend_tiles.py", "split_kv.py"),
+        ("attention.py", "attend_lanes.py", "attend_tiles.py", "split_kv.py", "warp.py"),
         ("form", "split_tokens", "num_threads", "lane_tokens"),
     ),
 }
