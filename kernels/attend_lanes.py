@@ -6,6 +6,7 @@ import tilelang.language as T
 
 from .compiling import THREAD_LEVEL, start_early
 from .split_kv import LOG2E, AttentionConfig, cache_row, listed_token, load_words
+from .warp import join_lanes
 
 CHANNELS = 8  # of a lane: 16 bytes
 SM_THREADS = 512  # that registers must allow for
@@ -115,9 +116,7 @@ def lanes_kernel(
                                     partial += T.cast(query[c], T.float32) * T.cast(
                                         k[t, c], T.float32
                                     )
-                                for bit in T.unroll(team_lanes.bit_length() - 1):
-                                    partial += T.shfl_xor(partial, 1 << bit)
-                                weights[t] = partial * (sm_scale * LOG2E)
+                                weights[t] = join_lanes(partial, team_lanes) * (sm_scale * LOG2E)
                                 row_max = T.max(row_max, weights[t])
                             scale = T.exp2(scale - row_max)
                             row_sum *= scale

@@ -9,11 +9,11 @@ import torch
 from .attention import split_tokens_of
 from .cache import TILE_TOKENS, PagedKVCache
 from .compiling import THREAD_LEVEL, start_early
-from .estimator import estimate_tiles
+from .estimator import ESTIMATOR, estimate_tiles
 from .gpu import Gpu
 from .launch import KernelSpec, Launch, StepShape, static_width
 from .lists import CandidatePages, Window
-from .pruner import Pruned
+from .pruner import PRUNER, Pruned
 from .threshold import BINS_PER_THREAD
 from .top_p import NUM_THREADS, VECTOR, is_held, list_row, prune_heads
 from .tuned import Planned
@@ -169,6 +169,6 @@ ESTIMATE_PRUNE = KernelSpec(
     default=default_config,
     width=lambda shape: shape.width,
     launches=_launches,
-    sources=("estimate_prune.py", "estimator.py", "top_p.py", "split_kv.py", "threshold.py"),
+    sources=("estimate_prune.py", *ESTIMATOR.sources, *PRUNER.sources[1:4]),
     static_width=True,
 )

@@ -11,11 +11,17 @@ from .compiling import TILE_LEVEL, start_early
 from .gpu import Gpu
 from .launch import KernelSpec, Launch, StepShape
 from .lists import CandidatePages, check_lists
+from .mma import (
+    CODE_UNIT,
+    TILE_HEADS,
+    codes_as_fp16,
+    load_group_query,
+    mma_m16n8k16,
+    place_in_quad,
+)
 from .query import by_kv_head, check_query, check_scale, step_shape
 from .tuned import Planned, planned
 
-TILE_HEADS = 8  # the tensor-core instruction is m16n8k16: tokens x query heads x channels
-CODE_UNIT = 2.0**24  # a code's fp16 bits are worth so many times less than the code
 MAX_LOGIT = 65504.0  # the largest number of fp16
 
 
@@ -102,36 +108,10 @@ def find_pages(
 
 
 @T.macro
-def load_query(q_fragment, q_sum, q, sm_scale, batch, kv_head, row, lane):
-    """The group's queries as the products' second operand, and sm_scale * sum(q) of two heads."""
-    group_size, head_tiles = int(q.shape[2]), int(q_sum.shape[0])
-    lane_channels = int(q_fragment.shape[1])
-    q_words = T.alloc_local((lane_channels,), q.dtype)
-    partial = T.alloc_var(T.float32)
-    for n in T.unroll(head_tiles):
-        head = T.min(n * TILE_HEADS + row, group_size - 1)
-        partial = 0.0
-        for j in T.vectorized(lane_channels):
-            q_words[j] = q[batch, kv_head, head, lane * lane_channels + j]
-        for j in T.unroll(lane_channels):
-            partial += T.cast(q_words[j], T.float32)
-        partial += T.shfl_xor(partial, 1)
-        partial += T.shfl_xor(partial, 2)
-        for h in T.unroll(2):
-            q_sum[n, h] = T.shfl_sync(partial, (lane * 2 + h) * 4) * sm_scale
-        for s in T.unroll(lane_channels // 4):
-            for e in T.unroll(2):
-                even = T.cast(q_words[s // 2 * 8 + s % 2 * 2 + e * 4], T.float32)
-                odd = T.cast(q_words[s // 2 * 8 + s % 2 * 2 + e * 4 + 1], T.float32)
-                q_fragment[n, s * 4 + e] = T.cast(even, T.float16)
-                q_fragment[n, s * 4 + 2 + e] = T.cast(odd * 0.0625, T.float16)
-
-
-@T.macro
-def swap_rows(pairs, is_odd):
-    """`pairs` = this row's two tokens of one head and of the next, as words of two fp16. Afterwards
-    an even row has the first head's tokens of itself and of the row below, an odd row has the
-    second head's of the row above and of itself: neighbours, which are stored as one word."""
+def swap_neighbours(pairs, is_odd):
+    """`pairs` = this quad's two tokens of one head and of the next, as words of two fp16. After it
+    an even quad has the first head's tokens of itself and of the next quad, an odd one has the
+    second head's of the quad before and of itself: neighbours, which are stored as one word."""
     own = T.alloc_var(T.uint32)
     other = T.alloc_var(T.uint32)
     own = T.if_then_else(is_odd, pairs[1], pairs[0])
@@ -143,13 +123,13 @@ def swap_rows(pairs, is_odd):
 
 
 @T.macro
-def confine(logit, row, tokens_left):
+def confine(logit, quad, tokens_left):
     """Finite and infinite logits to the range of fp16, and to -inf where no token is."""
     for t in T.unroll(2):
         for h in T.unroll(logit.shape[0]):
             if T.abs(logit[h, t]) > MAX_LOGIT:
                 logit[h, t] = T.copysign(T.float32(MAX_LOGIT), logit[h, t])
-            if row + t * 8 >= tokens_left:
+            if quad + t * 8 >= tokens_left:
                 logit[h, t] = -T.infinity(T.float32)
 
 
@@ -165,8 +145,7 @@ def estimate_tiles(
     head_tiles = -(-group_size // TILE_HEADS)
     lane_heads = min(group_size, 2)
     tiles_per_page = page_size // TILE_TOKENS
-    row = thread % 32 // 4  # this thread's tokens of a tile: row and row + 8
-    lane = thread % 4
+    quad, lane = place_in_quad()  # this thread's tokens of a tile: quad and quad + 8
 
     q_fragment = T.alloc_local((head_tiles, lane_words * 8), T.float16)
     q_sum = T.alloc_local((head_tiles, 2), T.float32)
@@ -188,7 +167,11 @@ def estimate_tiles(
     )  # fmt: skip
     # A condition that waits for nothing; without any, the kernel that prunes too spills.
     if warp_tile < candidate_pages.shape[2] * tiles_per_page:
-        load_query(q_fragment, q_sum, q, sm_scale, batch, kv_head, row, lane)
+        load_group_query(
+            q_fragment, q_sum, q, batch, kv_head, lane_words * 8,
+            lambda of, s, e: T.cast(of[s // 2 * 8 + s % 2 * 2 + e % 2 * 4 + e // 2], T.float32)
+            * T.if_then_else(e < 2, 1.0, 0.0625), sm_scale,
+        )  # fmt: skip
 
     for step in T.serial(steps):
         first_tile = warp_tile + step * step_tiles
@@ -197,7 +180,7 @@ def estimate_tiles(
                 tile = T.min(first_tile + i, num_tiles - 1)
                 is_tile = first_tile + i < num_tiles
                 page = T.if_then_else(is_tile, next_physical[i], next_physical[0])
-                token = tile % tiles_per_page * TILE_TOKENS + row
+                token = tile % tiles_per_page * TILE_TOKENS + quad
                 tile_page[i] = next_page[i]
                 for t in T.unroll(2):
                     cell = token + t * 8
@@ -223,13 +206,9 @@ def estimate_tiles(
                     for s in T.unroll(lane_words * 2):
                         for t in T.unroll(2):
                             word = tile_codes[i, t, s // 2] >> (s % 2 * 8)
-                            a_fragment[t] = T.cast(word & 0x000F000F, T.uint32)
-                            a_fragment[2 + t] = T.cast(word & 0x00F000F0, T.uint32)
-                        T.ptx_mma(
-                            "float32", "m16n8k16", "row", "col", "fp16", "fp16", "fp32",
-                            a_fragment.data, 0, q_fragment.data, n * lane_words * 8 + s * 4,
-                            acc.data, 0, T.bool(False),
-                        )  # fmt: skip
+                            a_fragment[t] = codes_as_fp16(word, 0x000F000F)
+                            a_fragment[2 + t] = codes_as_fp16(word, 0x00F000F0)
+                        mma_m16n8k16(a_fragment, q_fragment, n * lane_words * 8 + s * 4, acc, 0)
                     largest = 0.0
                     for t in T.unroll(2):
                         scale = T.cast(tile_scale_zero[i, t, 0], T.float32) * (CODE_UNIT * sm_scale)
@@ -242,21 +221,21 @@ def estimate_tiles(
                             largest = T.max(largest, T.abs(logit[h, t]))
                     # Hardly ever: four instructions for each logit are skipped.
                     if largest > MAX_LOGIT or first_token + TILE_TOKENS > seq_len:
-                        confine(logit, row, seq_len - first_token)
+                        confine(logit, quad, seq_len - first_token)
                     for h in T.unroll(lane_heads):
                         for t in T.unroll(2):
                             rounded[h, t] = T.cast(logit[h, t], T.float16)
                     if group_size == 1:
                         if lane == 0:
                             for t in T.unroll(2):
-                                store(0, tile, row + t * 8, rounded[0, t])
+                                store(0, tile, quad + t * 8, rounded[0, t])
                     else:
-                        swap_rows(pairs, row % 2 == 1)
-                        head = n * TILE_HEADS + lane * 2 + row % 2
+                        swap_neighbours(pairs, quad % 2 == 1)
+                        head = n * TILE_HEADS + lane * 2 + quad % 2
                         if head < group_size:
                             for t in T.unroll(2):
                                 for e in T.vectorized(2):
-                                    store(head, tile, t * 8 + row // 2 * 2 + e, rounded[t, e])
+                                    store(head, tile, t * 8 + quad // 2 * 2 + e, rounded[t, e])
 
 
 @tilelang.jit(pass_configs=TILE_LEVEL)
@@ -267,11 +246,10 @@ def estimator_kernel(
     `tiles_per_warp` tiles of 16 tokens, and issues all their loads before the first product.
 
     With codes u, k_hat = u * scale + zero, so q . k_hat = scale * (q . u) + zero * sum(q): the
-    codes go to the tensor cores as they are. A nibble pair masked out of a word, `x & 0x000f000f`,
-    is read as two fp16 subnormals u * 2^-24, and `x & 0x00f000f0` as u * 2^-20; both are exact, so
-    unpacking needs no arithmetic. Channels are permuted alike in u and q: lane c of the four that
-    share a token holds a quarter of its channels, eight to a word, nibble n of a word being channel
-    n.
+    codes go to the tensor cores as they are: nibbles masked out of a word, `x & 0x000f000f`, and
+    `x & 0x00f000f0`, which are worth 16 times as much. Channels are permuted alike in u and q: lane
+    c of a quad holds a quarter of a token's channels, eight to a word, nibble n of a word being
+    channel n.
     """
     batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
     num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
@@ -328,5 +306,5 @@ ESTIMATOR = KernelSpec(
     default=default_config,
     width=lambda shape: shape.width,
     launches=_launches,
-    sources=("estimator.py",),
+    sources=("estimator.py", "mma.py", "warp.py"),
 )

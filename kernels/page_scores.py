@@ -11,9 +11,19 @@ from .cache import PagedKVCache
 from .compiling import TILE_LEVEL, start_early
 from .gpu import Gpu
 from .launch import KernelSpec, Launch, StepShape
+from .mma import (
+    CODE_UNIT,
+    QUAD,
+    TILE_HEADS,
+    codes_as_fp16,
+    load_group_query,
+    mma_m16n8k16,
+    place_in_quad,
+)
 from .tuned import Planned
+from .warp import join_lanes
 
-TILE_PAGES, TILE_HEADS = 16, 8  # the tensor-core instruction is m16n8k16: pages x heads x channels
+TILE_PAGES = 16  # of one tensor-core instruction
 
 
 @dataclass(frozen=True)
@@ -46,12 +56,12 @@ def score_pages(
 
 
 @T.macro
-def find_rows(physical, first_tile, page_table, batch, row, count):
+def find_pages(physical, first_tile, page_table, batch, quad, count):
     """Physical ids of a thread's two pages of `count` tiles; anything beyond the last page, since
     nothing here waits for the number of pages."""
     for i in T.unroll(count):
         for t in T.unroll(2):
-            page = (first_tile + i) * TILE_PAGES + row + t * 8
+            page = (first_tile + i) * TILE_PAGES + quad + t * 8
             physical[i, t] = page_table[batch, T.min(page, page_table.shape[1] - 1)]
 
 
@@ -67,10 +77,9 @@ def page_score_kernel(
 
         sum_c max(q_c * lo_c, q_c * hi_c) = scale * (q+ . M + q- . m) + zero * sum(q):
 
-    the codes go to the tensor cores as they are. Two bytes masked out of a word, `x & 0x00ff00ff`
-    (channels 0 and 2 of its four) or the same of `x >> 8` (1 and 3), are read as fp16 subnormals
-    u * 2^-24, which is exact. Channels are permuted alike in q: of every 64, the four lanes that
-    share a page hold 16 each, one load. Columns beyond the group repeat its last head.
+    the codes go to the tensor cores as they are: of a word, `x & 0x00ff00ff` has channels 0 and 2,
+    the same of `x >> 8` has 1 and 3. Channels are permuted alike in q: of every 64, the lanes of a
+    quad hold 16 each, one load.
     """
     batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
     num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
@@ -96,17 +105,14 @@ def page_score_kernel(
         ) as (block, kv_head, batch):
             start_early(config.pdl)
             thread = T.get_thread_binding()
-            row = thread % 32 // 4  # this thread's pages of a tile: row and row + 8
-            lane = thread % 4
+            quad, lane = place_in_quad()  # this thread's pages of a tile: quad and quad + 8
             used_pages = T.ceildiv(seq_lens[batch], page_size)
             num_tiles = T.ceildiv(used_pages, TILE_PAGES)
             warp_tile = block * (step_tiles * config.steps) + thread // 32 * config.tiles_per_warp
 
-            q_words = T.alloc_local((half_words * 4,), dtype)
             q_fragment = T.alloc_local((head_tiles, half_words * 4), T.float16)
             b_fragment = T.alloc_local((4,), T.float16)
             q_sum = T.alloc_local((head_tiles, 2), T.float32)
-            partial = T.alloc_var(T.float32)
             physical = T.alloc_local((config.tiles_per_warp, 2), T.int32)
             tile_codes = T.alloc_local((config.tiles_per_warp, 2, 2, half_words), T.int32)
             tile_scale_zero = T.alloc_local((config.tiles_per_warp, 2, 2), T.float32)
@@ -114,31 +120,19 @@ def page_score_kernel(
             acc = T.alloc_local((head_tiles, 4), T.float32)
             best = T.alloc_local((2,), T.float32)
 
-            find_rows(physical, warp_tile, page_table, batch, row, config.tiles_per_warp)
+            find_pages(physical, warp_tile, page_table, batch, quad, config.tiles_per_warp)
             if warp_tile < num_tiles:
-                for n in T.unroll(head_tiles):
-                    head = T.min(n * TILE_HEADS + row, group_size - 1)
-                    partial = 0.0
-                    for i in T.unroll(half_loads):
-                        for j in T.vectorized(16):
-                            q_words[i * 16 + j] = q[batch, kv_head, head, (i * 4 + lane) * 16 + j]
-                    for j in T.unroll(half_words * 4):
-                        partial += T.cast(q_words[j], T.float32)
-                    partial += T.shfl_xor(partial, 1)
-                    partial += T.shfl_xor(partial, 2)
-                    for h in T.unroll(2):
-                        q_sum[n, h] = T.shfl_sync(partial, (lane * 2 + h) * 4)
-                    for w in T.unroll(half_words):
-                        for e in T.unroll(4):
-                            channel = T.cast(q_words[w * 4 + e % 2 * 2 + e // 2], T.float32)
-                            q_fragment[n, w * 4 + e] = T.cast(channel, T.float16)
+                load_group_query(
+                    q_fragment, q_sum, q, batch, kv_head, 16,
+                    lambda of, w, e: T.cast(of[w * 4 + e % 2 * 2 + e // 2], T.float32), 1.0,
+                )  # fmt: skip
 
             for step in T.serial(config.steps):
                 first_tile = warp_tile + step * step_tiles
                 if first_tile < num_tiles:
                     for i in T.unroll(config.tiles_per_warp):
                         for t in T.unroll(2):
-                            is_page = (first_tile + i) * TILE_PAGES + row + t * 8 < used_pages
+                            is_page = (first_tile + i) * TILE_PAGES + quad + t * 8 < used_pages
                             page = T.if_then_else(is_page, physical[i, t], 0)
                             for side in T.unroll(2):
                                 for k in T.unroll(half_loads):
@@ -151,8 +145,8 @@ def page_score_kernel(
                                 tile_scale_zero[i, t, e] = bounds_scale_zero[page, kv_head, e]
                     # The next step's page ids arrive with this step's codes.
                     if step + 1 < config.steps:
-                        find_rows(
-                            physical, first_tile + step_tiles, page_table, batch, row,
+                        find_pages(
+                            physical, first_tile + step_tiles, page_table, batch, quad,
                             config.tiles_per_warp,
                         )  # fmt: skip
 
@@ -165,8 +159,8 @@ def page_score_kernel(
                             for w in T.unroll(half_words):
                                 for t in T.unroll(2):
                                     word = tile_codes[i, t, side, w]
-                                    a_fragment[t] = T.cast(word & 0x00FF00FF, T.uint32)
-                                    a_fragment[2 + t] = T.cast((word >> 8) & 0x00FF00FF, T.uint32)
+                                    a_fragment[t] = codes_as_fp16(word, 0x00FF00FF)
+                                    a_fragment[2 + t] = codes_as_fp16(word >> 8, 0x00FF00FF)
                                 for n in T.unroll(head_tiles):
                                     for e in T.vectorized(4):
                                         channel = q_fragment[n, w * 4 + e]
@@ -175,24 +169,19 @@ def page_score_kernel(
                                             if side == 0
                                             else T.min(channel, T.float16(0))
                                         )
-                                    T.ptx_mma(
-                                        "float32", "m16n8k16", "row", "col", "fp16", "fp16", "fp32",
-                                        a_fragment.data, 0, b_fragment.data, 0,
-                                        acc.data, n * 4, T.bool(False),
-                                    )  # fmt: skip
+                                    mma_m16n8k16(a_fragment, b_fragment, 0, acc, n)
                         for t in T.unroll(2):
                             best[t] = -T.infinity(T.float32)
                             for n in T.unroll(head_tiles):
                                 for h in T.unroll(2):
-                                    product = acc[n, t * 2 + h] * 16777216.0  # 2^24
+                                    product = acc[n, t * 2 + h] * CODE_UNIT
                                     bound = (
                                         tile_scale_zero[i, t, 0] * product
                                         + tile_scale_zero[i, t, 1] * q_sum[n, h]
                                     )
                                     best[t] = T.max(best[t], bound)
-                            best[t] = T.max(best[t], T.shfl_xor(best[t], 1))
-                            best[t] = T.max(best[t], T.shfl_xor(best[t], 2))
-                            page = (first_tile + i) * TILE_PAGES + row + t * 8
+                            best[t] = join_lanes(best[t], QUAD, T.max)
+                            page = (first_tile + i) * TILE_PAGES + quad + t * 8
                             if lane == t and page < used_pages:
                                 scores[batch, kv_head, page] = best[t]
 
@@ -211,5 +200,5 @@ PAGE_SCORE = KernelSpec(
     default=default_config,
     width=lambda shape: shape.max_pages,
     launches=_launches,
-    sources=("page_scores.py",),
+    sources=("page_scores.py", "mma.py", "warp.py"),
 )

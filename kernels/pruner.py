@@ -17,6 +17,7 @@ from .lists import CandidatePages, Kept, Window, check_lists
 from .query import by_kv_head, group_size_of, step_shape
 from .top_p import NUM_THREADS, VECTOR, is_held, list_row, prune_heads
 from .tuned import Planned, planned
+from .warp import atomic_exchange, atomic_or
 
 LOGIT_DTYPES = (torch.float16, torch.float32)
 
@@ -150,10 +151,7 @@ def meet(words, union_words, arrived, place, batch, kv_head, num_words, group_si
         word = step * NUM_THREADS + thread
         if word < num_words:
             if words[word] != T.uint32(0):
-                T.call_extern(
-                    "int32", "atomicOr", T.access_ptr(union_words[batch, kv_head, word], "rw"),
-                    T.cast(words[word], T.int32),
-                )  # fmt: skip
+                atomic_or(union_words[batch, kv_head, word], T.cast(words[word], T.int32))
     T.sync_threads()
     if thread == 0:
         place[0] = T.atomic_add(
@@ -164,13 +162,8 @@ def meet(words, union_words, arrived, place, batch, kv_head, num_words, group_si
         for step in T.serial(T.ceildiv(num_words, NUM_THREADS)):
             word = step * NUM_THREADS + thread
             if word < num_words:
-                words[word] = T.cast(
-                    T.call_extern(
-                        "int32", "atomicExch",
-                        T.access_ptr(union_words[batch, kv_head, word], "rw"), 0,
-                    ),
-                    T.uint32,
-                )  # fmt: skip
+                bits = atomic_exchange(union_words[batch, kv_head, word], 0)
+                words[word] = T.cast(bits, T.uint32)
         if thread == 0:
             arrived[batch, kv_head] = 0
         T.sync_threads()
@@ -263,6 +256,6 @@ PRUNER = KernelSpec(
     default=default_config,
     width=lambda shape: shape.width,
     launches=_launches,
-    sources=("pruner.py", "top_p.py", "split_kv.py", "threshold.py"),
+    sources=("pruner.py", "top_p.py", "split_kv.py", "threshold.py", "warp.py"),
     static_width=True,
 )

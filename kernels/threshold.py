@@ -12,6 +12,8 @@ the need.
 
 import tilelang.language as T
 
+from .warp import block_exclusive_sum, warp_inclusive_sum
+
 BINS_PER_THREAD = 4
 HALF_WORD = 16
 
@@ -68,11 +70,7 @@ def cross_bins(search, thread, bracket, shift, need, num_threads):
     thread_mass = 0
     for j in T.unroll(BINS_PER_THREAD):
         thread_mass += own[j]
-    running = thread_mass
-    for step in T.unroll(5):
-        higher = T.shfl_down(running, 1 << step)
-        if thread % 32 + (1 << step) < 32:
-            running += higher
+    running = warp_inclusive_sum(thread_mass, downward=True)
     if thread % 32 == 0:
         warp_sums[team, thread // 32] = running
     clear_bins(search, thread)
@@ -103,28 +101,6 @@ def cross_bins(search, thread, bracket, shift, need, num_threads):
 
 
 @T.macro
-def exclusive_sum(value, prefix, total, warp_sums, thread, num_threads):
-    """prefix[0] = the sum of `value` over the threads before this one, total[0] = over all."""
-    running = T.alloc_var(T.int32)
-    num_warps = num_threads // 32
-    running = value
-    for step in T.unroll(5):
-        lower = T.shfl_up(running, 1 << step)
-        if thread % 32 >= (1 << step):
-            running += lower
-    if thread % 32 == 31:
-        warp_sums[thread // 32] = running
-    T.sync_threads()
-    prefix[0] = running - value
-    total[0] = 0
-    for warp in T.serial(num_warps):
-        total[0] += warp_sums[warp]
-        if warp < thread // 32:
-            prefix[0] += warp_sums[warp]
-    T.sync_threads()
-
-
-@T.macro
 def compact(
     word_at, num_words, warp_sums, num_threads, count, half_position, output, batch, kv_head
 ):  # fmt: skip
@@ -135,8 +111,6 @@ def compact(
     """
     thread = T.get_thread_binding()
     first = T.alloc_local((2,), T.int32)
-    prefix = T.alloc_local((1,), T.int32)
-    total = T.alloc_local((1,), T.int32)
     bits = T.alloc_var(T.uint32)
     slot = T.alloc_var(T.int32)
     count[0] = 0
@@ -148,10 +122,8 @@ def compact(
         if bits != T.uint32(0):  # asked for here: they arrive while the words are counted
             for half in T.unroll(2):
                 first[half] = half_position(word * 2 + half)
-        exclusive_sum(
-            T.cast(T.popcount(bits), T.int32), prefix, total, warp_sums, thread, num_threads
-        )
-        slot = count[0] + prefix[0]
+        before, total = block_exclusive_sum(T.cast(T.popcount(bits), T.int32), warp_sums)
+        slot = count[0] + before
         while bits != T.uint32(0):
             lowest = bits & (T.uint32(0) - bits)
             bit = 31 - T.cast(T.clz(lowest), T.int32)
@@ -160,4 +132,4 @@ def compact(
             )
             slot += 1
             bits = bits ^ lowest
-        count[0] += total[0]
+        count[0] += total

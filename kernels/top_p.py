@@ -23,6 +23,7 @@ from .threshold import (
     compact,
     cross_bins,
 )
+from .warp import atomic_add, atomic_or, warp_inclusive_sum
 
 STEPS = 16384.0  # of a distance per nat: weights that share a step are equal to 1 part in 10^4
 DISTANCE_BITS = 20  # of the farthest distance that can matter: ln(tokens / (1 - p)) nats
@@ -205,7 +206,7 @@ def prune_heads(
                 word = step * NUM_THREADS + thread
                 if word < num_words:
                     excess = T.cast(T.max(word * 32 + 32 - num_tokens[0], 0), T.uint32)
-                    set_bits(words, word, T.uint32(0xFFFFFFFF) >> excess)
+                    atomic_or(words[word], T.uint32(0xFFFFFFFF) >> excess)
         elif held:
             listed = num_near[team, turn % 2]
             for step in T.serial(T.ceildiv(listed, NUM_THREADS)):
@@ -288,19 +289,11 @@ def merge_warps(value, join, result, warp_values, team, part, thread):
 @T.macro
 def reserve_slots(count, slot, num_taken, team, parity, thread):
     """slot[0] = the first of `count` slots of this thread's own, in no order that matters."""
-    inclusive = T.alloc_var(T.int32)
     first = T.alloc_var(T.int32)
-    inclusive = count
-    for step in T.unroll(5):
-        lower = T.shfl_up(inclusive, 1 << step)
-        if thread % 32 >= (1 << step):
-            inclusive += lower
+    inclusive = warp_inclusive_sum(count)
     first = 0
     if thread % 32 == 31:
-        # T.atomic_add with return_prev takes the slow way round through generic addresses.
-        first = T.call_extern(
-            "int32", "atomicAdd", T.access_ptr(num_taken[team, parity], "rw"), inclusive
-        )
+        first = atomic_add(num_taken[team, parity], inclusive)
     slot[0] = T.shfl_sync(first, 31) + inclusive - count
 
 
@@ -313,14 +306,8 @@ def add_distance(search, distance, inside, shift, num_bins, mass):
 
 
 @T.macro
-def set_bits(words, word, bits):
-    """Others of the word may be set by other threads at the same time."""
-    T.call_extern("uint32", "atomicOr", T.access_ptr(words[word], "rw"), bits)
-
-
-@T.macro
 def set_bit(words, token):
-    set_bits(words, token // 32, T.uint32(1) << T.cast(token % 32, T.uint32))
+    atomic_or(words[token // 32], T.uint32(1) << T.cast(token % 32, T.uint32))
 
 
 @T.macro

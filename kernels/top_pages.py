@@ -211,6 +211,6 @@ TOP_PAGES = KernelSpec(
     default=default_config,
     width=lambda shape: shape.max_pages,
     launches=_launches,
-    sources=("top_pages.py", "threshold.py"),
+    sources=("top_pages.py", "threshold.py", "warp.py"),
     static_width=True,
 )
