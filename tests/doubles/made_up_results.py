@@ -32,7 +32,7 @@ def make_row(workload, stage, method, provider, work, slowness=1.3) -> Row:
     num_bytes = traffic.bytes_moved(stage, method, work)
     floor_us = num_bytes / READ_TBPS * 1e-6
     median_us = slowness * floor_us + 3.0
-    tokens = work.kept_tokens // (work.batch_size * work.num_kv_heads)
+    tokens = work.kept_tokens // (work.shape.batch_size * work.shape.num_kv_heads)
     return Row(
         **workload.key(stage, method, provider, "h200"),
         kept_mean=float(tokens),
