@@ -244,6 +244,13 @@ ATTENTION = KernelSpec(
     default=lambda shape, gpu: default_config(shape.group_size),
     width=lambda shape: shape.width,
     launches=_launches,
-    sources=("attention.py", "attend_lanes.py", "attend_tiles.py", "split_kv.py", "warp.py"),
+    sources=(
+        "attention.py",
+        "attend_lanes.py",
+        "attend_tiles.py",
+        "split_kv.py",
+        "token_list.py",
+        "warp.py",
+    ),
     result_fields=("form", "split_tokens", "num_threads", "lane_tokens"),
 )
