@@ -90,18 +90,12 @@ class Run:
             if builder is not None and time.monotonic() > self.deadline:
                 self.unfinished += 1
             elif builder is not None:
-                self._measure_group(group, builder)
+                measure = self._measure_times if isinstance(group, Timed) else self._look_on
+                measure(f"{label(workload)} {group.stage}", group, builder)
                 self._release()
             progress.update()
         del builder
         self._release()
-
-    def _measure_group(self, group: Group, builder: StageBuilder) -> None:
-        name = f"{label(group.workload)} {group.stage}"
-        if isinstance(group, Timed):
-            self._measure_times(name, group, builder)
-        else:
-            self._look_on(name, group, builder)
 
     def _look_on(self, name: str, group: Observed, builder: StageBuilder) -> None:
         try:

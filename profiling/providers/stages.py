@@ -3,13 +3,12 @@
 Everything that touches the implementation under test goes through `backends.py`.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -60,8 +59,7 @@ class Provider:
     work: Work
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """One input set with a workspace of its own."""
 
     q: torch.Tensor
@@ -70,7 +68,7 @@ class Slot:
 
     def with_configs(self, configs: Mapping[str, Any]) -> "Slot":
         """The same with launch configs by kernel, and the defaults of the others."""
-        return dataclasses.replace(self, step=self.step.with_configs(configs))
+        return self._replace(step=self.step.with_configs(configs))
 
     @property
     def calls(self) -> dict[str, Callable[[], object]]:
@@ -148,14 +146,13 @@ class StageBuilder:
 
     def _stage(self, stage: str) -> Provider:
         """One stage of quest+twilight, on what the stages before it left in the workspaces."""
-        method = METHOD
-        slots = self.slots(stage, method)
+        slots = self.slots(stage, METHOD)
         calls, check = [slot.calls[stage] for slot in slots], partial(self.check, stage, slots[0])
-        return self._provider(stage, method, slots, calls, check)
+        return self._provider(stage, METHOD, slots, calls, check)
 
     def check(self, stage: str, slot: Slot) -> float:
         """The error of one stage; raises CheckFailed where it is too large."""
-        out, q, cache, step = slot.calls[stage](), slot.q, slot.cache, slot.step
+        out, (q, cache, step) = slot.calls[stage](), slot
         if stage == "selector":
             return checks.check_selector(q, cache, step, self.workload.num_sink_tokens)
         if stage == "estimator":
@@ -167,7 +164,7 @@ class StageBuilder:
 
     def _twilight(self, method: str) -> Provider:
         slots = self.slots("pipeline", method)
-        calls, (q, cache, step) = [slot.calls["pipeline"] for slot in slots], _parts(slots[0])
+        calls, (q, cache, step) = [slot.calls["pipeline"] for slot in slots], slots[0]
 
         def check() -> float:
             out = calls[0]()
@@ -283,7 +280,3 @@ def optional(what: str, notice: Notice) -> Iterator[None]:
         yield
     except Exception as error:
         notice(f"left out: {what}: {type(error).__name__}: {error}")
-
-
-def _parts(slot: Slot) -> tuple[torch.Tensor, Any, Any]:
-    return slot.q, slot.cache, slot.step
