@@ -7,6 +7,7 @@ the same code goes on from there.
 import argparse
 import datetime
 import gc
+import importlib.metadata
 import math
 import time
 from pathlib import Path
@@ -15,10 +16,10 @@ import torch
 from tqdm import tqdm
 
 from . import device, timing
-from .plan import Group, Observed, Target, Timed, groups_of, label, prepare
+from .plan import Group, Observed, Timed, groups_of, label, prepare
 from .providers.backends import TileLang, Torch
 from .providers.checks import CheckFailed
-from .providers.stages import Provider, StageBuilder
+from .providers.stages import Provider, StageBuilder, Target
 from .tables.rows import Row
 from .tables.store import Finished, raise_ceiling, write_rows
 from .workloads import traffic
@@ -159,7 +160,7 @@ class Run:
             error=error,
             num_sets=len(provider.calls) if self.on_gpu else 1,
             timer=measured.timer,
-            tilelang=device.version("tilelang"),
+            tilelang=importlib.metadata.version("tilelang"),
             sm_mhz=measured.sm_mhz,
             host_us=timing.host_us(provider.calls[0]) if whole else math.nan,
             **self.origin,

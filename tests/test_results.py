@@ -10,7 +10,7 @@ import torch
 
 from tests.doubles.made_up_results import made_up_rows, write_frames
 from twilight_tilelang.profiling import bench, run
-from twilight_tilelang.profiling.plan import Target, groups_of, prepare
+from twilight_tilelang.profiling.plan import groups_of, prepare
 from twilight_tilelang.profiling.providers.backends import Torch
 from twilight_tilelang.profiling.providers.checks import (
     CheckFailed,
@@ -18,7 +18,7 @@ from twilight_tilelang.profiling.providers.checks import (
     check_pruner,
     check_selector,
 )
-from twilight_tilelang.profiling.providers.stages import sets_wanted
+from twilight_tilelang.profiling.providers.stages import Target, sets_wanted
 from twilight_tilelang.profiling.tables.report import report
 from twilight_tilelang.profiling.tables.rows import OBSERVED, ROW_KEY, TIMED, Row
 from twilight_tilelang.profiling.tables.store import (

@@ -23,11 +23,12 @@ import torch
 
 from twilight_tilelang import reference
 
+from .backends import Lists
+
 SCORE_TOLERANCE = 1e-4
 LOGIT_TOLERANCE = 1e-3
 MASS_TOLERANCE = 1e-3
 COUNT_TOLERANCE = 0.01
-Lists = tuple[torch.Tensor, ...]  # indices and counts; what follows them is passed over
 ORACLE = torch.float64
 
 

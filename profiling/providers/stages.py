@@ -27,6 +27,16 @@ Notice = Callable[[str], None]
 
 
 @dataclass(frozen=True)
+class Target:
+    """What is measured, and where: the backend, its GPU's name, and the size of that GPU's L2."""
+
+    backend: Any
+    gpu: str
+    l2_bytes: int
+    notice: Notice
+
+
+@dataclass(frozen=True)
 class Kept:
     """Tokens that attention reads per KV head."""
 
@@ -96,18 +106,16 @@ class Slot(NamedTuple):
 class StageBuilder:
     """Builds the providers of one workload; steps are made once and shared by the stages."""
 
-    def __init__(
-        self, workload: Workload, sets: RequestSets, backend: Any, l2_bytes: int, notice: Notice
-    ) -> None:
-        self.workload, self.sets, self.backend = workload, sets, backend
-        self.l2_bytes, self.notice = l2_bytes, notice
+    def __init__(self, workload: Workload, sets: RequestSets, target: Target) -> None:
+        self.workload, self.sets, self.target = workload, sets, target
+        self.backend = target.backend
         self._slots: dict[str, list[Slot]] = {}
 
     def variant(self, workload: Workload) -> "StageBuilder":
         """A builder for other settings of this workload, on the same inputs."""
         if workload == self.workload:
             return self
-        return StageBuilder(workload, self.sets, self.backend, self.l2_bytes, self.notice)
+        return StageBuilder(workload, self.sets, self.target)
 
     def providers(self, stage: str, methods: Sequence[str] = METHODS) -> list[Provider]:
         """The providers of one stage, to be timed together; `methods` are those of the pipeline."""
@@ -201,11 +209,11 @@ class StageBuilder:
         }
         wanted = self.workload.dense_baselines
         if "flashinfer" in wanted:
-            with optional("flashinfer, dense", self.notice):
+            with optional("flashinfer, dense", self.target.notice):
                 calls["flashinfer"] = baselines.flashinfer_dense(queries, caches)
         sdpa = [name for name in wanted if name in baselines.SDPA_BACKENDS]
         if sdpa:
-            with optional(f"{' and '.join(sdpa)}, dense", self.notice):
+            with optional(f"{' and '.join(sdpa)}, dense", self.target.notice):
                 calls |= baselines.sdpa_dense(sdpa, queries, caches)
 
         def check(call: Callable[[], torch.Tensor]) -> float:
@@ -223,7 +231,7 @@ class StageBuilder:
         shape, q, cache = workload.shape, self.sets.queries[0], self.sets.caches[0]
         head_counts = workload.head_counts()
         work = workload.work(RANDOM, kept_tokens=shape.batch_size * sum(head_counts))
-        wanted = cold_sets(bytes_moved("attention", RANDOM, work), self.l2_bytes)
+        wanted = cold_sets(bytes_moved("attention", RANDOM, work), self.target.l2_bytes)
         generator = torch.Generator(backend.device).manual_seed(SEED + workload.token_budget)
         tokens = [
             random_tokens(shape, head_counts, backend.device, generator)
@@ -235,7 +243,7 @@ class StageBuilder:
             backend.provider: [backend.attend_tokens(q, cache, (own, counts)) for own in tokens]
         }
         if backend.device == "cuda":
-            with optional(f"flashinfer, {workload.token_budget} tokens", self.notice):
+            with optional(f"flashinfer, {workload.token_budget} tokens", self.target.notice):
                 calls["flashinfer"] = baselines.flashinfer_tokens(q, cache, tokens, counts)
 
         def check(call: Callable[[], torch.Tensor]) -> float:
@@ -256,7 +264,9 @@ class StageBuilder:
         return Provider(stage, method, self.backend.provider, calls, check, kept, work)
 
     def _num_cold(self, stage: str, method: str) -> int:
-        return cold_sets(bytes_moved(stage, method, self.workload.work(method)), self.l2_bytes)
+        return cold_sets(
+            bytes_moved(stage, method, self.workload.work(method)), self.target.l2_bytes
+        )
 
     def _cold_sets(self, stage: str, method: str) -> tuple[list[torch.Tensor], list[Any]]:
         wanted = self._num_cold(stage, method)
