@@ -18,7 +18,6 @@ from twilight_tilelang.kernels.launch import Launch, StepShape, next_power_of_tw
 from twilight_tilelang.kernels.plan import SPECS
 from twilight_tilelang.kernels.threshold import BINS_PER_THREAD
 from twilight_tilelang.kernels.top_p import MAX_VALUES, NUM_THREADS
-from twilight_tilelang.kernels.tuned import Bucket
 
 REGISTERS = 65536  # of one SM
 FULL_GPU = 128  # blocks; fewer leave multiprocessors of a large GPU idle
@@ -41,11 +40,6 @@ class Space:
     values: dict[str, tuple]
     limits: tuple[Rule, ...] = ()
     sensible: tuple[Rule, ...] = ()
-
-
-def broken_limit(kernel: str, config: Any, shape: StepShape, gpu: Gpu) -> str | None:
-    """The limit that keeps a config from running on a shape, in words; None if it can run."""
-    return next((text for text, ok in SPACES[kernel].limits if not ok(config, shape, gpu)), None)
 
 
 def candidates(kernel: str, shape: StepShape, gpu: Gpu) -> list[Any]:
@@ -71,15 +65,6 @@ def launches_of(kernel: str, shape: StepShape, config: Any, gpu: Gpu) -> list[La
 def space_id(configs: Sequence[Any]) -> str:
     """Hash of what was tried: another list of candidates is another search."""
     return hashlib.sha256(repr(tuple(configs)).encode()).hexdigest()[:12]
-
-
-def shape_of(kernel: str, bucket: Bucket) -> StepShape:
-    """A shape whose launch of this kernel belongs to the bucket."""
-    max_pages, width = -(-bucket.width // bucket.page_size), bucket.width
-    if SPECS[kernel].stage == "selector":
-        max_pages, width = bucket.width, bucket.width * bucket.page_size
-    statics = (bucket.group_size, bucket.head_dim, bucket.page_size, bucket.dtype)
-    return StepShape(*statics, bucket.rows, max_pages, width, bucket.rows)
 
 
 def _blocks_that_fit(config: EstimatePruneConfig, shape: StepShape, gpu: Gpu) -> int:
@@ -212,7 +197,7 @@ SPACES = {
                     NUM_THREADS * c.heads_at_once * c.blocks_per_sm <= REGISTERS // 56
                 ),
             ),
-            ("codes of all tiles in flight fit in a thread's registers", TILES_FIT[1]),
+            TILES_FIT,
         ),
         sensible=(
             (

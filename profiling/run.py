@@ -21,7 +21,7 @@ from .providers.backends import TileLang, Torch
 from .providers.checks import CheckFailed
 from .providers.stages import Provider, StageBuilder, Target
 from .tables.rows import Row
-from .tables.store import Finished, raise_ceiling, write_rows
+from .tables.store import finished, raise_ceiling, write_rows
 from .workloads import traffic
 from .workloads.workload import Workload
 
@@ -31,6 +31,8 @@ CPU_READ_BYTES = 256 << 20
 
 class Run:
     """One run of the benchmark on this machine."""
+
+    notice = staticmethod(tqdm.write)  # beside the progress bar
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.on_gpu = torch.cuda.is_available()
@@ -43,7 +45,7 @@ class Run:
             "date": datetime.date.today().isoformat(),
         }
         self.folder: Path = arguments.results
-        self.finished = Finished(self.target.gpu, self.origin["commit"], self.folder)
+        self.finished = finished(self.target.gpu, self.origin["commit"], self.folder)
         self.force = arguments.force
         self.deadline = time.monotonic() + 60 * arguments.minutes
         self.failures: list[str] = []
@@ -70,11 +72,6 @@ class Run:
             for workload, groups in todo:
                 progress.set_description(label(workload), refresh=False)
                 self._measure_workload(workload, groups, progress)
-
-    @staticmethod
-    def notice(text: str) -> None:
-        """Say something beside the progress bar."""
-        tqdm.write(text)
 
     def _measure_workload(self, workload: Workload, groups: list[Group], progress: tqdm) -> None:
         if time.monotonic() > self.deadline:

@@ -133,7 +133,8 @@ class StageBuilder:
         workload, sets = self.workload, self.sets
         row_bytes = LOGIT_BYTES * workload.shape.group_size + INDEX_BYTES
         workspace = 2 * workload.work(method).candidate_tokens * row_bytes
-        wanted = min(self._num_cold(stage, method), max(1, WORKSPACE_BYTES // workspace))
+        num_cold = _num_cold(workload, stage, method, self.target.l2_bytes)
+        wanted = min(num_cold, max(1, WORKSPACE_BYTES // workspace))
         wanted = min(wanted, MAX_SLOTS if stage == "pruner" else sets.num_sets)
         slots = self._slots.setdefault(method, [])
         while len(slots) < wanted:
@@ -263,24 +264,23 @@ class StageBuilder:
         work = self.workload.work(method, kept_tokens=round(kept.mean * rows))
         return Provider(stage, method, self.backend.provider, calls, check, kept, work)
 
-    def _num_cold(self, stage: str, method: str) -> int:
-        return cold_sets(
-            bytes_moved(stage, method, self.workload.work(method)), self.target.l2_bytes
-        )
-
     def _cold_sets(self, stage: str, method: str) -> tuple[list[torch.Tensor], list[Any]]:
-        wanted = self._num_cold(stage, method)
+        wanted = _num_cold(self.workload, stage, method, self.target.l2_bytes)
         return self.sets.queries[:wanted], self.sets.caches[:wanted]
 
 
 def sets_wanted(workload: Workload, l2_bytes: int) -> int:
     """Input sets that keep every stage of a workload cold, as far as `max_sets` allows."""
-    wanted = 1
-    for stage in set(workload.stages) & set(STAGES) - {"pruner"}:  # it reads its workspace only
-        for method, variant in itertools.product(workload.methods(stage), workload.variants()):
-            num_bytes = bytes_moved(stage, method, variant.work(method))
-            wanted = max(wanted, cold_sets(num_bytes, l2_bytes))
-    return min(wanted, workload.max_sets)
+    wanted = [
+        _num_cold(variant, stage, method, l2_bytes)
+        for stage in set(workload.stages) & set(STAGES) - {"pruner"}  # it reads its workspace only
+        for method, variant in itertools.product(workload.methods(stage), workload.variants())
+    ]
+    return min(max(wanted, default=1), workload.max_sets)
+
+
+def _num_cold(workload: Workload, stage: str, method: str, l2_bytes: int) -> int:
+    return cold_sets(bytes_moved(stage, method, workload.work(method)), l2_bytes)
 
 
 @contextmanager
