@@ -164,11 +164,14 @@ class _GraphRunner:
         return start.elapsed_time(end) * 1e3
 
     def sample(self) -> None:
-        events = _event_pair()
-        events[0].record()
-        self.graph.replay()
-        events[1].record()
-        self.events.append(events)
+        self._launch_between(self.graph.replay)
+
+    def _launch_between(self, launch: Callable[[], object]) -> None:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        launch()
+        end.record()
+        self.events.append((start, end))
 
     def timing(self, sm_mhz: int) -> Timing:
         samples = [start.elapsed_time(end) * 1e3 / self.num_calls for start, end in self.events]
@@ -187,12 +190,8 @@ class _FlushRunner(_GraphRunner):
 
     def sample(self) -> None:
         torch.amax(self.buffer)
-        events = _event_pair()
-        events[0].record()
-        self.calls[self.next]()
-        events[1].record()
+        self._launch_between(self.calls[self.next])
         self.next = (self.next + 1) % len(self.calls)
-        self.events.append(events)
 
 
 def _runner(
@@ -221,7 +220,3 @@ def capture(calls: Calls, num_calls: int) -> torch.cuda.CUDAGraph:
         for index in range(num_calls):
             calls[index % len(calls)]()
     return graph
-
-
-def _event_pair() -> tuple[torch.cuda.Event, torch.cuda.Event]:
-    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -260,7 +260,7 @@ class StageBuilder:
         self, stage: str, method: str, slots: list[Slot], calls: Calls, check: Callable[[], float]
     ) -> Provider:
         kept = Kept.of([slot.step.kept.counts for slot in slots])
-        rows = self.sets.shape.batch_size * self.sets.shape.num_kv_heads
+        rows = self.workload.shape.batch_size * self.workload.shape.num_kv_heads
         work = self.workload.work(method, kept_tokens=round(kept.mean * rows))
         return Provider(stage, method, self.backend.provider, calls, check, kept, work)
 
