@@ -277,7 +277,9 @@ def find_limit(team, share, weights, logit, farthest, need, turn):
 @T.macro
 def add_distance(search, weights, distance, shift, num_bins, farthest):
     """Adds the mass at a distance to its bin of 2^shift steps, unless it lies outside the bins."""
-    steps = T.alloc_var(T.float32)  # in an index, its expression would be computed with 64 bits
+    # Variables: an expression would be computed again in the index, and with 64 bits.
+    steps = T.alloc_var(T.float32)
+    bin_index = T.alloc_var(T.int32)
     steps = distance
     if farthest is None or steps <= farthest:
         inside = -T.cast(T.ceil(steps), T.int32) - search.low
@@ -292,9 +294,8 @@ def set_bit(words, candidate):
 
 
 @T.macro
-def mark_all(team, words, num_tokens):
+def mark_all(team, words, num_words, num_tokens):
     """Phase 4, where everything is kept."""
-    num_words = T.ceildiv(num_tokens, 32)
     for step in T.serial(T.ceildiv(num_words, NUM_THREADS)):
         word = step * NUM_THREADS + team.thread
         if word < num_words:
@@ -398,7 +399,7 @@ def prune_heads(
         need = T.max(T.cast(T.ceil(p * UNITY), T.int32), 1)
         limit = find_limit(team, share, weights, near_logit, farthest, need, turn)
         if p >= 1.0:
-            mark_all(team, words, num_tokens)
+            mark_all(team, words, num_words, num_tokens)
         else:
             visit_near(
                 team, share, near_logit, turn,
