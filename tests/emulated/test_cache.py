@@ -13,6 +13,8 @@ from twilight_tilelang.kernels.mirror import append_kernel, mirror_kernel, prefi
 from twilight_tilelang.reference.hazards import contiguous, poison_unused
 from twilight_tilelang.reference.inputs import DecodeShape, random_inputs
 
+pytestmark = pytest.mark.xdist_group("emulated cache")  # the tests share kernels
+
 MIRROR = ("k_int4", "k_scale_zero", "page_bounds", "bounds_scale_zero")
 
 
