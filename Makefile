@@ -20,7 +20,7 @@ WORKERS = $$($(PYTHON) -c 'import importlib.util as u, os; \
 	print(f"-n {$(or $(JOBS),min(8, os.cpu_count()))} --dist loadgroup" if u.find_spec("xdist") else "")')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format test test-gpu sanitize soak mutants tune bench plots check clean
+.PHONY: help setup lint format types test test-gpu sanitize soak mutants tune bench plots check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
@@ -34,11 +34,14 @@ help:  ## list the targets
 setup: $(READY)  ## install the pinned packages, report versions and GPU
 	@$(PYTHON) -c '$(subst ','"'"',$(GPU_REPORT))'
 
-lint: $(READY)  ## ruff check
-	@$(PYTHON) -m ruff check --quiet . && echo 'lint: clean'
+lint: $(READY)  ## ruff check, and whether ruff format would change anything
+	@$(PYTHON) -m ruff check --quiet . && $(PYTHON) -m ruff format --check --quiet . && echo 'lint: clean'
 
 format: $(READY)  ## ruff format, and safe fixes
 	@$(PYTHON) -m ruff format . && $(PYTHON) -m ruff check --quiet --fix . && echo 'format: done'
+
+types: $(READY)  ## mypy on the reference and the host side of the kernels
+	@$(PYTHON) -m mypy --no-error-summary && echo 'types: clean'
 
 test: $(READY)  ## every test; those marked gpu skip where there is no GPU
 	@start=$$(date +%s); $(PYTHON) -m pytest -q -m "not alone" $(WORKERS) && $(PYTHON) -m pytest -q -m alone; \
@@ -74,10 +77,10 @@ bench: $(READY)  ## check, time, save rows, draw: [FULL=1] [STAGE=pruner] [WORKL
 plots: $(READY)  ## draw every figure from the data files, write the tables of README.md
 	@$(PYTHON) -m twilight_tilelang.plots.draw --readme && $(PYTHON) -m twilight_tilelang.autotune.show --readme && $(PYTHON) -m twilight_tilelang.plots.draw
 
-check: lint test  ## lint and test
+check: lint types test  ## lint, types and test
 	@echo 'check: ok'
 
 clean:  ## remove caches; configs, results and figures stay
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
-	@rm -rf .pytest_cache .ruff_cache .hypothesis autotuner.log
+	@rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis autotuner.log
 	@echo 'clean: done'

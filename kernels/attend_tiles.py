@@ -1,21 +1,46 @@
 """Attention to the listed items on tensor cores: for groups of query heads.
 
-The group's query heads are the rows of a 16-row tile; rows beyond the group repeat its last head
-and are not written. Tokens beyond an item's repeat its last one and weigh nothing.
+A tile holds 16 query heads: those beyond the group repeat its last head and are not written. Tokens
+beyond an item's repeat its last one and weigh nothing.
 """
 
 import tilelang
 import tilelang.language as T
 
 from .compiling import TILE_LEVEL, start_early
-from .split_kv import LOG2E, AttentionConfig, cache_row, listed_token, load_words
+from .split_kv import LOG2E, AttentionConfig, Results, cache_vector, load_item
+from .token_list import Row, TokenList
 
-QUERY_ROWS = 16
+TILE_HEADS = 16
 # Leaves the copies of a T.Parallel loop in flight: the kernel waits for them itself.
 IN_FLIGHT = {
     "prefer_async": True,
     "annotations": {"parallel_async_without_async_commit_wait": True},
 }
+
+
+@T.macro
+def write_result(results, row, split, acc, head_max, head_sum):
+    """An item's result of every query head of the group."""
+    group_size, head_dim = int(results.out.shape[2]), int(acc.shape[1])
+    if split < 0:
+        for i, j in T.Parallel(TILE_HEADS, head_dim):
+            if i < group_size:
+                results.out[row.batch, row.kv_head, i, j] = T.cast(
+                    acc[i, j] / head_sum[i], results.out.dtype
+                )
+        for i in T.Parallel(TILE_HEADS):
+            if i < group_size:
+                lse_log2 = head_max[i] + T.log2(head_sum[i])
+                results.lse[row.batch, row.kv_head, i] = lse_log2 / LOG2E
+    else:
+        for i, j in T.Parallel(TILE_HEADS, head_dim):
+            if i < group_size:
+                results.partial_out[row.batch, row.kv_head, split, i, j] = acc[i, j]
+        for i in T.Parallel(TILE_HEADS):
+            if i < group_size:
+                results.partial_lse[row.batch, row.kv_head, split, i, 0] = head_max[i]
+                results.partial_lse[row.batch, row.kv_head, split, i, 1] = head_sum[i]
 
 
 @tilelang.jit(pass_configs=TILE_LEVEL)
@@ -27,31 +52,32 @@ def tiles_kernel(
     Blocks of one multiprocessor overlap: while one multiplies, the others' copies arrive.
     """
     batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
-    num_rows, max_pages = T.dynamic("num_rows"), T.dynamic("max_pages")
+    num_vectors, max_pages = T.dynamic("num_vectors"), T.dynamic("max_pages")
     width, max_items = T.dynamic("width"), T.dynamic("max_items")
     max_splits = T.dynamic("max_splits")
     split_tokens = config.split_tokens
     assert config.num_threads >= split_tokens
-    # A row is copied by row_threads threads, 16 bytes each; the block copies step_rows at once.
-    row_threads = head_dim // 8
-    step_rows = config.num_threads // row_threads
+    # A vector is copied by vector_threads threads, 16 bytes each; the block copies step_vectors at
+    # once.
+    vector_threads = head_dim // 8
+    step_vectors = config.num_threads // vector_threads
     copies = T.Fragment(
         (split_tokens, head_dim),
-        forward_thread_fn=lambda i, j: i % step_rows * row_threads + j // 8,
-        forward_index_fn=lambda i, j: i // step_rows * 8 + j % 8,
+        forward_thread_fn=lambda i, j: i % step_vectors * vector_threads + j // 8,
+        forward_index_fn=lambda i, j: i // step_vectors * 8 + j % 8,
     )
-    copied_rows = T.Fragment(
+    copied_vectors = T.Fragment(
         (split_tokens,),
-        forward_thread_fn=lambda i, rep: i % step_rows * row_threads + rep,
-        forward_index_fn=lambda i: i // step_rows,
-        replicate=row_threads,
+        forward_thread_fn=lambda i, rep: i % step_vectors * vector_threads + rep,
+        forward_index_fn=lambda i: i // step_vectors,
+        replicate=vector_threads,
     )
 
     @T.prim_func
     def attend_items(
         q: T.Tensor[(batch_size, num_kv_heads, group_size, head_dim), dtype],
-        k_cache: T.Tensor[(num_rows, head_dim), dtype],
-        v_cache: T.Tensor[(num_rows, head_dim), dtype],
+        k_cache: T.Tensor[(num_vectors, head_dim), dtype],
+        v_cache: T.Tensor[(num_vectors, head_dim), dtype],
         page_table: T.Tensor[(batch_size, max_pages), T.int32],
         indices: T.Tensor[(batch_size, num_kv_heads, width), T.int32],
         items: T.Tensor[(max_items, 4), T.int32],
@@ -68,38 +94,39 @@ def tiles_kernel(
         with T.Kernel(num_blocks, threads=config.num_threads) as block:
             start_early(config.pdl)
             # Static scope: from the dynamic pool, each copy that reads it would wait at a barrier.
-            rows = T.alloc_shared((split_tokens,), T.int32, scope="shared")
-            q_shared = T.alloc_shared((QUERY_ROWS, head_dim), dtype)
+            vectors = T.alloc_shared((split_tokens,), T.int32, scope="shared")
+            q_shared = T.alloc_shared((TILE_HEADS, head_dim), dtype)
             k_shared = T.alloc_shared((split_tokens, head_dim), dtype)
             v_shared = T.alloc_shared((split_tokens, head_dim), dtype)
-            weights_shared = T.alloc_shared((QUERY_ROWS, split_tokens), dtype)
-            logits = T.alloc_fragment((QUERY_ROWS, split_tokens), T.float32)
-            acc = T.alloc_fragment((QUERY_ROWS, head_dim), T.float32)
-            row_max = T.alloc_fragment((QUERY_ROWS,), T.float32)
-            row_sum = T.alloc_fragment((QUERY_ROWS,), T.float32)
-            # A copy whose row is read from shared memory would wait for the copy before it.
-            row_of = T.alloc_fragment((split_tokens,), T.int32)
-            T.annotate_layout({row_of: copied_rows})
+            weights_shared = T.alloc_shared((TILE_HEADS, split_tokens), dtype)
+            logits = T.alloc_fragment((TILE_HEADS, split_tokens), T.float32)
+            acc = T.alloc_fragment((TILE_HEADS, head_dim), T.float32)
+            head_max = T.alloc_fragment((TILE_HEADS,), T.float32)
+            head_sum = T.alloc_fragment((TILE_HEADS,), T.float32)
+            # A copy whose vector is looked up in shared memory would wait for the copy before it.
+            vector_of = T.alloc_fragment((split_tokens,), T.int32)
+            T.annotate_layout({vector_of: copied_vectors})
             words = T.alloc_local((4, 4), T.int32)  # of this item and of the block's next three
             page = T.alloc_var(T.int32)
             token = T.alloc_var(T.int32)
             next_token = T.alloc_var(T.int32)
             item = T.alloc_var(T.int32)
+            tokens = TokenList(source, page_size, indices)
+            results = Results(partial_out, partial_lse, out, lse)
 
-            # A thread looks up one row: an item's words, its token, the token's page. One after
+            # A thread looks up one vector: an item's words, its token, the token's page. One after
             # another they take as long as the copies, so each is asked for an item ahead of the
             # next, and before the copies, behind which it would queue.
             own = T.min(T.get_thread_binding(), split_tokens - 1)
             words_of = lambda turn: [words[turn, w] for w in range(4)]
-            token_of = lambda batch, kv_head, split, num_tokens: listed_token(
-                source, page_size, indices, batch, kv_head,
-                T.max(split, 0) * split_tokens + T.min(own, num_tokens - 1),
-            )  # fmt: skip
+            token_of = lambda batch, kv_head, split, num_tokens: tokens.token(
+                Row(batch, kv_head), T.max(split, 0) * split_tokens + T.min(own, num_tokens - 1)
+            )
             is_listed = lambda turn: item + turn * num_blocks < num_items[0]
 
             item = block
             for ahead in T.unroll(3):
-                load_words(words, ahead, items, item + ahead * num_blocks, max_items)
+                load_item(words, ahead, items, item + ahead * num_blocks)
             if is_listed(0):
                 token = token_of(*words_of(0))
                 page = page_table[words[0, 0], token // page_size]
@@ -107,24 +134,25 @@ def tiles_kernel(
                 next_token = token_of(*words_of(1))
             while is_listed(0):
                 batch, kv_head, split, num_tokens = words_of(0)
-                rows[own] = cache_row(page, page_size, num_kv_heads, kv_head, token)
+                row = Row(batch, kv_head)
+                vectors[own] = cache_vector(page, page_size, num_kv_heads, kv_head, token)
                 token = next_token
                 if is_listed(1):
                     page = page_table[words[1, 0], token // page_size]
                 if is_listed(2):
                     next_token = token_of(*words_of(2))
-                load_words(words, 3, items, item + 3 * num_blocks, max_items)
+                load_item(words, 3, items, item + 3 * num_blocks)
                 T.sync_threads()
 
                 for i in T.Parallel(split_tokens):
-                    row_of[i] = rows[i]
-                for i, j in T.Parallel(QUERY_ROWS, head_dim, **IN_FLIGHT):
+                    vector_of[i] = vectors[i]
+                for i, j in T.Parallel(TILE_HEADS, head_dim, **IN_FLIGHT):
                     q_shared[i, j] = q[batch, kv_head, T.min(i, group_size - 1), j]
                 for i, j in T.Parallel(split_tokens, head_dim, loop_layout=copies, **IN_FLIGHT):
-                    k_shared[i, j] = k_cache[row_of[i], j]
+                    k_shared[i, j] = k_cache[vector_of[i], j]
                 T.ptx_commit_group()
                 for i, j in T.Parallel(split_tokens, head_dim, loop_layout=copies, **IN_FLIGHT):
-                    v_shared[i, j] = v_cache[row_of[i], j]
+                    v_shared[i, j] = v_cache[vector_of[i], j]
                 T.ptx_commit_group()
                 T.ptx_wait_group(1)
                 T.sync_threads()
@@ -132,14 +160,14 @@ def tiles_kernel(
                     q_shared, k_shared, logits,
                     transpose_B=True, policy=T.GemmWarpPolicy.FullCol, clear_accum=True,
                 )  # fmt: skip
-                for i, j in T.Parallel(QUERY_ROWS, split_tokens):
+                for i, j in T.Parallel(TILE_HEADS, split_tokens):
                     logits[i, j] = T.if_then_else(
                         j < num_tokens, logits[i, j] * (sm_scale * LOG2E), -T.infinity(T.float32)
                     )
-                T.reduce_max(logits, row_max, dim=1, clear=True)
-                for i, j in T.Parallel(QUERY_ROWS, split_tokens):
-                    logits[i, j] = T.exp2(logits[i, j] - row_max[i])
-                T.reduce_sum(logits, row_sum, dim=1, clear=True)
+                T.reduce_max(logits, head_max, dim=1, clear=True)
+                for i, j in T.Parallel(TILE_HEADS, split_tokens):
+                    logits[i, j] = T.exp2(logits[i, j] - head_max[i])
+                T.reduce_sum(logits, head_sum, dim=1, clear=True)
                 T.copy(logits, weights_shared)
                 T.ptx_wait_group(0)
                 T.sync_threads()
@@ -148,21 +176,7 @@ def tiles_kernel(
                     policy=T.GemmWarpPolicy.FullCol, clear_accum=True,
                 )  # fmt: skip
 
-                if split < 0:
-                    for i, j in T.Parallel(QUERY_ROWS, head_dim):
-                        if i < group_size:
-                            out[batch, kv_head, i, j] = T.cast(acc[i, j] / row_sum[i], dtype)
-                    for i in T.Parallel(QUERY_ROWS):
-                        if i < group_size:
-                            lse[batch, kv_head, i] = (row_max[i] + T.log2(row_sum[i])) / LOG2E
-                else:
-                    for i, j in T.Parallel(QUERY_ROWS, head_dim):
-                        if i < group_size:
-                            partial_out[batch, kv_head, split, i, j] = acc[i, j]
-                    for i in T.Parallel(QUERY_ROWS):
-                        if i < group_size:
-                            partial_lse[batch, kv_head, split, i, 0] = row_max[i]
-                            partial_lse[batch, kv_head, split, i, 1] = row_sum[i]
+                write_result(results, row, split, acc, head_max, head_sum)
                 for ahead in T.unroll(3):
                     for w in T.unroll(4):
                         words[ahead, w] = words[ahead + 1, w]

@@ -50,10 +50,10 @@ class WorkList(NamedTuple):
         cls, num_rows: int, width: int, split_tokens: int, device: torch.device
     ) -> "WorkList":
         """For rows of at most `width` tokens in items of `split_tokens`."""
-        like = dict(dtype=torch.int32, device=device)
+        max_items = num_rows * -(-width // split_tokens)
         return cls(
-            items=torch.empty(num_rows * -(-width // split_tokens), 4, **like),
-            num_items=torch.zeros(1, **like),
+            items=torch.empty(max_items, 4, dtype=torch.int32, device=device),
+            num_items=torch.zeros(1, dtype=torch.int32, device=device),
             ticket=torch.zeros(1, dtype=torch.uint64, device=device),
         )
 
@@ -105,7 +105,7 @@ def flash_topk_attention(
         kept: tokens [batch_size, num_kv_heads, width] i32, logical positions below the request's
             length, and counts [batch_size, num_kv_heads] i32, how many of them are valid. A row of
             none gives out 0 and lse -inf.
-        sm_scale: factor of the logits; head_dim ** -0.5 where None.
+        sm_scale: factor of the logits, positive; head_dim ** -0.5 where None.
         return_lse: also return the natural log of the sum of exponentials.
 
     Returns:
@@ -180,13 +180,15 @@ def _attend(
     return (out, workspace.lse.flatten(1)) if return_lse else out
 
 
-def list_items(planned: Planned, cache: PagedKVCache, tokens: TokenList, work: WorkList) -> None:
+def list_items(
+    planned: Planned[AttentionConfig], cache: PagedKVCache, tokens: TokenList, work: WorkList
+) -> None:
     """One launch: the list of items, where the pruner has not written it."""
     planned.launches[0](cache.seq_lens, tokens.indices, tokens.counts, *work)
 
 
 def attend(
-    planned: Planned,
+    planned: Planned[AttentionConfig],
     q: torch.Tensor,
     cache: PagedKVCache,
     tokens: TokenList,
@@ -207,14 +209,16 @@ def attend(
     merge_splits(cache.seq_lens, tokens.indices, tokens.counts, *written)
 
 
-def planned_attention(kind: str, shape: StepShape, device: torch.device) -> Planned:
+def planned_attention(
+    kind: str, shape: StepShape, device: torch.device
+) -> Planned[AttentionConfig]:
     """Attention over a kind of list; it is tuned for kept tokens."""
     if kind == "tokens":
         return planned(ATTENTION, shape, device)
     return plan_untuned(kind, shape, gpu_of(device))
 
 
-def plan_untuned(kind: str, shape: StepShape, gpu: Gpu) -> Planned:
+def plan_untuned(kind: str, shape: StepShape, gpu: Gpu) -> Planned[AttentionConfig]:
     """Attention over pages, or over every token."""
     config = default_config(shape.group_size)
     config = replace(config, pdl=starts_early(shape.launch_rows, gpu.capability))
@@ -240,6 +244,13 @@ ATTENTION = KernelSpec(
     default=lambda shape, gpu: default_config(shape.group_size),
     width=lambda shape: shape.width,
     launches=_launches,
-    sources=("attention.py", "attend_lanes.py", "attend_tiles.py", "split_kv.py"),
+    sources=(
+        "attention.py",
+        "attend_lanes.py",
+        "attend_tiles.py",
+        "split_kv.py",
+        "token_list.py",
+        "warp.py",
+    ),
     result_fields=("form", "split_tokens", "num_threads", "lane_tokens"),
 )

@@ -88,8 +88,10 @@ class PagedKVCache:
         )
         self.code_words = self.k_int4.view(torch.int32)
         self.bound_words = self.page_bounds.view(torch.int32)
+        batch_size, max_pages = self.page_table.shape
+        dtype = self.k_cache.dtype
         self.shape = CacheShape(
-            *self.page_table.shape, num_kv_heads, head_dim, page_size, self.k_cache.dtype, device
+            batch_size, max_pages, num_kv_heads, head_dim, page_size, dtype, device
         )
 
     @property
@@ -216,7 +218,7 @@ class PagedKVCache:
         needed_pages = -(-max_seq_len // page_size)
         max_pages = needed_pages if max_pages is None else max_pages
         check_count("max_pages", max_pages, least=needed_pages)
-        longest = _check_lengths(seq_lens, max_seq_len)
+        longest = _check_lengths(seq_lens, max_seq_len, k)
         shape = CacheShape(
             batch_size, max_pages, num_kv_heads, head_dim, page_size, k.dtype, k.device
         )
@@ -284,7 +286,14 @@ class PagedKVCache:
         self.longest += 1
 
     @classmethod
-    def _around(cls, k_cache, v_cache, page_table, seq_lens, k_offset) -> "PagedKVCache":
+    def _around(
+        cls,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        page_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        k_offset: torch.Tensor | None,
+    ) -> "PagedKVCache":
         """Allocates mirror and bounds for K and V pages, unwritten."""
         num_pages, page_size, num_kv_heads, head_dim = k_cache.shape
         device = k_cache.device
@@ -325,6 +334,13 @@ def cache_launches(head_dim: int, page_size: int, dtype: str) -> tuple[Launch, L
     return prefill, mirror, append
 
 
+def check_cache(cache: PagedKVCache) -> None:
+    """Raises ValueError unless it is a PagedKVCache of this package, which lies on a GPU."""
+    if not isinstance(cache, PagedKVCache):
+        own, got = (f"{kind.__module__}.{kind.__name__}" for kind in (PagedKVCache, type(cache)))
+        raise ValueError(f"cache: expected a {own}, got {got}")
+
+
 def check_page_size(page_size: int) -> None:
     """Raises ValueError unless a page is a whole number of 16-token tiles."""
     check_count("page_size", page_size, TILE_TOKENS)
@@ -332,7 +348,13 @@ def check_page_size(page_size: int) -> None:
         raise ValueError(f"page_size: expected a multiple of {TILE_TOKENS}, got {page_size}")
 
 
-def _check_pages(k_cache, v_cache, page_table, seq_lens, k_offset) -> None:
+def _check_pages(
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k_offset: torch.Tensor | None,
+) -> None:
     check_tensor("k_cache", k_cache, (None,) * 4, HALF_DTYPES, align=16)
     _, page_size, num_kv_heads, head_dim = k_cache.shape
     check_choice("head_dim", head_dim, HEAD_DIMS)
@@ -345,15 +367,26 @@ def _check_pages(k_cache, v_cache, page_table, seq_lens, k_offset) -> None:
     check_machine(device)
 
 
-def _check_lengths(seq_lens: torch.Tensor, most: int) -> int:
-    """The longest of them; raises ValueError unless all lie in [0, most]. Synchronizes."""
-    lengths = seq_lens.tolist()
+def _check_lengths(seq_lens: torch.Tensor, most: int, k: torch.Tensor | None = None) -> int:
+    """The longest of them; raises ValueError unless all lie in [0, most], naming k where its heads
+    stand before its tokens. Synchronizes."""
+    lengths: list[int] = seq_lens.tolist()
+    if k is not None and most < max(lengths) <= k.shape[2]:
+        raise ValueError(
+            "k: expected [batch_size, tokens, num_kv_heads, head_dim], "
+            f"got {list(k.shape)} for {max(lengths)} tokens"
+        )
     if min(lengths) < 0 or max(lengths) > most:
         raise ValueError(f"seq_lens: expected 0 to {most} tokens, got {lengths}")
     return max(lengths)
 
 
-def _check_offset(k_offset, num_kv_heads, head_dim, device=None) -> None:
+def _check_offset(
+    k_offset: torch.Tensor | None,
+    num_kv_heads: int,
+    head_dim: int,
+    device: torch.device | None = None,
+) -> None:
     if k_offset is not None:
         shape = (num_kv_heads, head_dim)
         check_tensor("k_offset", k_offset, shape, torch.float32, device, align=16)

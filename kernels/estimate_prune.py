@@ -9,13 +9,16 @@ import torch
 from .attention import split_tokens_of
 from .cache import TILE_TOKENS, PagedKVCache
 from .compiling import THREAD_LEVEL, start_early
-from .estimator import estimate_tiles
+from .estimate_tiles import Mirror, estimate_tiles
 from .gpu import Gpu
 from .launch import KernelSpec, Launch, StepShape, static_width
 from .lists import CandidatePages, Window
-from .pruner import Pruned
+from .mma import Tiles
+from .pruner import SEARCH_SOURCES, Pruned
+from .split_kv import Work
 from .threshold import BINS_PER_THREAD
-from .top_p import NUM_THREADS, VECTOR, is_held, list_row, prune_heads
+from .token_list import Row, TokenList
+from .top_p import NUM_THREADS, VECTOR, Heads, Logits, is_held, list_row, prune_heads
 from .tuned import Planned
 
 MANY_ROWS = 264  # two blocks on each of 132 multiprocessors; fewer rows are spread over more blocks
@@ -61,7 +64,7 @@ def blocks_that_fit(shape: StepShape, gpu: Gpu, heads_at_once: int) -> int:
 
 
 def estimate_and_prune(
-    planned: Planned,
+    planned: Planned[EstimatePruneConfig],
     q: torch.Tensor,
     cache: PagedKVCache,
     candidates: CandidatePages,
@@ -122,32 +125,35 @@ def estimate_prune_kernel(
         with T.Kernel(num_kv_heads, batch_size, threads=num_threads) as (kv_head, batch):
             T.annotate_min_blocks_per_sm(config.blocks_per_sm)
             start_early(config.pdl)
-            thread = T.get_thread_binding()
             logits = T.alloc_shared((group_size, width_bound + PADDING), T.float16)
             words = T.alloc_shared((width_bound // 32,), T.uint32)
-            num_tokens = T.alloc_local((1,), T.int32)
+            row = Row(batch, kv_head, seq_lens[batch])
+            candidates = TokenList("pages", page_size, candidate_pages, candidate_counts)
+            work = Work(items, num_items, ticket, split_tokens, batch_size * num_kv_heads)
 
             num_tiles = candidate_counts[batch, kv_head] * (page_size // TILE_TOKENS)
+            tiles = Tiles(
+                first=T.get_thread_binding() // 32 * config.tiles_per_warp,
+                per_warp=config.tiles_per_warp,
+                stride=step_tiles,
+                steps=T.ceildiv(num_tiles, step_tiles),
+                count=num_tiles,
+            )
             estimate_tiles(
-                q, codes, scale_zero, page_table, candidate_pages, seq_lens[batch], sm_scale,
-                batch, kv_head, thread, thread // 32 * config.tiles_per_warp, num_tiles,
-                step_tiles, T.ceildiv(num_tiles, step_tiles), config.tiles_per_warp,
-                lambda of_head, of_tile, of_token, value: T.buffer_store(
-                    logits, value, [of_head, of_tile * TILE_TOKENS + of_token]
+                tiles, q, Mirror(codes, scale_zero), row, candidates, page_table, sm_scale,
+                lambda head, tile, token, value: T.buffer_store(
+                    logits, value, [head, tile * TILE_TOKENS + token]
                 ),
             )  # fmt: skip
             T.sync_threads()
-            prune_heads(
-                lambda of_head, at: logits[of_head, at], None, "float16",
-                width_bound, 0, group_size, seq_lens, candidate_pages,
-                candidate_counts, page_size, top_p, num_sink_tokens, num_recent_tokens, kept_mass,
-                words, num_tokens, batch, kv_head, config.heads_at_once,
+            num_tokens = prune_heads(
+                Heads(0, group_size, config.heads_at_once),
+                Logits(lambda head, at: logits[head, at], "float16", width_bound),
+                row, candidates, top_p, num_sink_tokens, num_recent_tokens, kept_mass, words,
             )  # fmt: skip
             list_row(
-                words, num_tokens[0], candidate_pages, candidate_counts, page_size,
-                kept_tokens, kept_counts, items, num_items, ticket, split_tokens,
-                batch_size * num_kv_heads, batch, kv_head, num_threads,
-            )  # fmt: skip
+                words, num_tokens, row, candidates, kept_tokens, kept_counts, work, num_threads
+            )
 
     return estimate_and_prune
 
@@ -169,6 +175,6 @@ ESTIMATE_PRUNE = KernelSpec(
     default=default_config,
     width=lambda shape: shape.width,
     launches=_launches,
-    sources=("estimate_prune.py", "estimator.py", "top_p.py", "split_kv.py", "threshold.py"),
+    sources=("estimate_prune.py", "estimate_tiles.py", "mma.py", *SEARCH_SOURCES),
     static_width=True,
 )

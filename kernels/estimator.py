@@ -8,15 +8,14 @@ import torch
 
 from .cache import TILE_TOKENS, PagedKVCache
 from .compiling import TILE_LEVEL, start_early
+from .estimate_tiles import Mirror, estimate_tiles
 from .gpu import Gpu
 from .launch import KernelSpec, Launch, StepShape
 from .lists import CandidatePages, check_lists
+from .mma import Tiles
 from .query import by_kv_head, check_query, check_scale, step_shape
+from .token_list import Row, TokenList
 from .tuned import Planned, planned
-
-TILE_HEADS = 8  # the tensor-core instruction is m16n8k16: tokens x query heads x channels
-CODE_UNIT = 2.0**24  # a code's fp16 bits are worth so many times less than the code
-MAX_LOGIT = 65504.0  # the largest number of fp16
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def estimate_logits(
         cache: only k_int4, k_scale_zero, page_table and seq_lens are read.
         candidates: pages [batch_size, num_kv_heads, width] i32, logical pages, and counts
             [batch_size, num_kv_heads] i32, how many of them are valid.
-        sm_scale: factor of the logits; head_dim ** -0.5 where None.
+        sm_scale: factor of the logits, positive; head_dim ** -0.5 where None.
 
     Returns:
         logits [batch_size, num_qo_heads, width * page_size] f16, at most 65504 in magnitude, in the
@@ -70,7 +69,7 @@ def estimate_logits(
 
 
 def estimate(
-    planned: Planned,
+    planned: Planned[EstimatorConfig],
     q: torch.Tensor,
     cache: PagedKVCache,
     candidates: CandidatePages,
@@ -85,193 +84,12 @@ def estimate(
     )  # fmt: skip
 
 
-@T.macro
-def find_pages(
-    pages, physical, first_tile, tiles_per_page, candidate_pages, page_table, batch, kv_head, count
-):  # fmt: skip
-    """Logical and physical pages of `count` tiles; beyond the last tile anything, as nothing here
-    waits for their number."""
-    last_tile = candidate_pages.shape[2] * tiles_per_page - 1
-    for i in T.unroll(count):
-        pages[i] = T.min(first_tile + i, last_tile) // tiles_per_page
-    for i in T.unroll(count):
-        pages[i] = candidate_pages[batch, kv_head, pages[i]]
-    for i in T.unroll(count):
-        in_table = T.min(T.cast(pages[i], T.uint32), T.cast(page_table.shape[1] - 1, T.uint32))
-        physical[i] = page_table[batch, T.cast(in_table, T.int32)]
-
-
-@T.macro
-def load_query(q_fragment, q_sum, q, sm_scale, batch, kv_head, row, lane):
-    """The group's queries as the products' second operand, and sm_scale * sum(q) of two heads."""
-    group_size, head_tiles = int(q.shape[2]), int(q_sum.shape[0])
-    lane_channels = int(q_fragment.shape[1])
-    q_words = T.alloc_local((lane_channels,), q.dtype)
-    partial = T.alloc_var(T.float32)
-    for n in T.unroll(head_tiles):
-        head = T.min(n * TILE_HEADS + row, group_size - 1)
-        partial = 0.0
-        for j in T.vectorized(lane_channels):
-            q_words[j] = q[batch, kv_head, head, lane * lane_channels + j]
-        for j in T.unroll(lane_channels):
-            partial += T.cast(q_words[j], T.float32)
-        partial += T.shfl_xor(partial, 1)
-        partial += T.shfl_xor(partial, 2)
-        for h in T.unroll(2):
-            q_sum[n, h] = T.shfl_sync(partial, (lane * 2 + h) * 4) * sm_scale
-        for s in T.unroll(lane_channels // 4):
-            for e in T.unroll(2):
-                even = T.cast(q_words[s // 2 * 8 + s % 2 * 2 + e * 4], T.float32)
-                odd = T.cast(q_words[s // 2 * 8 + s % 2 * 2 + e * 4 + 1], T.float32)
-                q_fragment[n, s * 4 + e] = T.cast(even, T.float16)
-                q_fragment[n, s * 4 + 2 + e] = T.cast(odd * 0.0625, T.float16)
-
-
-@T.macro
-def swap_rows(pairs, is_odd):
-    """`pairs` = this row's two tokens of one head and of the next, as words of two fp16. Afterwards
-    an even row has the first head's tokens of itself and of the row below, an odd row has the
-    second head's of the row above and of itself: neighbours, which are stored as one word."""
-    own = T.alloc_var(T.uint32)
-    other = T.alloc_var(T.uint32)
-    own = T.if_then_else(is_odd, pairs[1], pairs[0])
-    other = T.shfl_xor(T.if_then_else(is_odd, pairs[0], pairs[1]), 4)
-    low_halves = T.if_then_else(is_odd, 0x1054, 0x5410)
-    high_halves = T.if_then_else(is_odd, 0x3276, 0x7632)
-    pairs[0] = T.call_extern("uint32", "__byte_perm", own, other, low_halves)
-    pairs[1] = T.call_extern("uint32", "__byte_perm", own, other, high_halves)
-
-
-@T.macro
-def confine(logit, row, tokens_left):
-    """Finite and infinite logits to the range of fp16, and to -inf where no token is."""
-    for t in T.unroll(2):
-        for h in T.unroll(logit.shape[0]):
-            if T.abs(logit[h, t]) > MAX_LOGIT:
-                logit[h, t] = T.copysign(T.float32(MAX_LOGIT), logit[h, t])
-            if row + t * 8 >= tokens_left:
-                logit[h, t] = -T.infinity(T.float32)
-
-
-@T.macro
-def estimate_tiles(
-    q, codes, scale_zero, page_table, candidate_pages, seq_len, sm_scale, batch, kv_head,
-    thread, warp_tile, num_tiles, step_tiles, steps, tiles_per_warp, store,
-):  # fmt: skip
-    """A warp's logits: of `tiles_per_warp` tiles from warp_tile on, and again `step_tiles` further,
-    `steps` times. store(head, tile, token of the tile, logit) stores one logit."""
-    group_size, page_size = int(q.shape[2]), int(codes.shape[2])
-    lane_words = int(codes.shape[3]) // 4
-    head_tiles = -(-group_size // TILE_HEADS)
-    lane_heads = min(group_size, 2)
-    tiles_per_page = page_size // TILE_TOKENS
-    row = thread % 32 // 4  # this thread's tokens of a tile: row and row + 8
-    lane = thread % 4
-
-    q_fragment = T.alloc_local((head_tiles, lane_words * 8), T.float16)
-    q_sum = T.alloc_local((head_tiles, 2), T.float32)
-    next_page = T.alloc_local((tiles_per_warp,), T.int32)
-    next_physical = T.alloc_local((tiles_per_warp,), T.int32)
-    tile_page = T.alloc_local((tiles_per_warp,), T.int32)
-    tile_codes = T.alloc_local((tiles_per_warp, 2, lane_words), T.int32)
-    tile_scale_zero = T.alloc_local((tiles_per_warp, 2, 2), T.float16)
-    a_fragment = T.alloc_local((4,), T.uint32)
-    acc = T.alloc_local((4,), T.float32)
-    rounded = T.alloc_local((2, 2), T.float16)
-    pairs = T.view(rounded, (2,), T.uint32)
-    logit = T.alloc_local((lane_heads, 2), T.float32)  # of two heads and two tokens
-    largest = T.alloc_var(T.float32)
-
-    find_pages(
-        next_page, next_physical, warp_tile, tiles_per_page,
-        candidate_pages, page_table, batch, kv_head, tiles_per_warp,
-    )  # fmt: skip
-    # A condition that waits for nothing; without any, the kernel that prunes too spills.
-    if warp_tile < candidate_pages.shape[2] * tiles_per_page:
-        load_query(q_fragment, q_sum, q, sm_scale, batch, kv_head, row, lane)
-
-    for step in T.serial(steps):
-        first_tile = warp_tile + step * step_tiles
-        if first_tile < num_tiles:
-            for i in T.unroll(tiles_per_warp):
-                tile = T.min(first_tile + i, num_tiles - 1)
-                is_tile = first_tile + i < num_tiles
-                page = T.if_then_else(is_tile, next_physical[i], next_physical[0])
-                token = tile % tiles_per_page * TILE_TOKENS + row
-                tile_page[i] = next_page[i]
-                for t in T.unroll(2):
-                    cell = token + t * 8
-                    for w in T.vectorized(lane_words):
-                        word = lane * lane_words + w
-                        tile_codes[i, t, w] = codes[page, kv_head, cell, word]
-                    for e in T.vectorized(2):
-                        tile_scale_zero[i, t, e] = scale_zero[page, kv_head, cell, e]
-            # The next step's page ids arrive with this step's codes.
-            if step + 1 < steps:
-                find_pages(
-                    next_page, next_physical, first_tile + step_tiles, tiles_per_page,
-                    candidate_pages, page_table, batch, kv_head, tiles_per_warp,
-                )  # fmt: skip
-
-        for i in T.unroll(tiles_per_warp):
-            if first_tile + i < num_tiles:
-                tile = first_tile + i
-                first_token = tile_page[i] * page_size + tile % tiles_per_page * TILE_TOKENS
-                for n in T.unroll(head_tiles):
-                    for e in T.unroll(4):
-                        acc[e] = 0.0
-                    for s in T.unroll(lane_words * 2):
-                        for t in T.unroll(2):
-                            word = tile_codes[i, t, s // 2] >> (s % 2 * 8)
-                            a_fragment[t] = T.cast(word & 0x000F000F, T.uint32)
-                            a_fragment[2 + t] = T.cast(word & 0x00F000F0, T.uint32)
-                        T.ptx_mma(
-                            "float32", "m16n8k16", "row", "col", "fp16", "fp16", "fp32",
-                            a_fragment.data, 0, q_fragment.data, n * lane_words * 8 + s * 4,
-                            acc.data, 0, T.bool(False),
-                        )  # fmt: skip
-                    largest = 0.0
-                    for t in T.unroll(2):
-                        scale = T.cast(tile_scale_zero[i, t, 0], T.float32) * (CODE_UNIT * sm_scale)
-                        zero = T.cast(tile_scale_zero[i, t, 1], T.float32)
-                        for h in T.unroll(lane_heads):
-                            # One of two products is rounded: always the same one.
-                            logit[h, t] = T.call_extern(
-                                "float32", "fmaf", scale, acc[t * 2 + h], zero * q_sum[n, h]
-                            )
-                            largest = T.max(largest, T.abs(logit[h, t]))
-                    # Hardly ever: four instructions for each logit are skipped.
-                    if largest > MAX_LOGIT or first_token + TILE_TOKENS > seq_len:
-                        confine(logit, row, seq_len - first_token)
-                    for h in T.unroll(lane_heads):
-                        for t in T.unroll(2):
-                            rounded[h, t] = T.cast(logit[h, t], T.float16)
-                    if group_size == 1:
-                        if lane == 0:
-                            for t in T.unroll(2):
-                                store(0, tile, row + t * 8, rounded[0, t])
-                    else:
-                        swap_rows(pairs, row % 2 == 1)
-                        head = n * TILE_HEADS + lane * 2 + row % 2
-                        if head < group_size:
-                            for t in T.unroll(2):
-                                for e in T.vectorized(2):
-                                    store(head, tile, t * 8 + row // 2 * 2 + e, rounded[t, e])
-
-
 @tilelang.jit(pass_configs=TILE_LEVEL)
 def estimator_kernel(
     group_size: int, head_dim: int, page_size: int, dtype: str, config: EstimatorConfig
 ):
     """Grid: (blocks of candidate tiles, kv_head, batch); in each of `steps`, a warp takes
     `tiles_per_warp` tiles of 16 tokens, and issues all their loads before the first product.
-
-    With codes u, k_hat = u * scale + zero, so q . k_hat = scale * (q . u) + zero * sum(q): the
-    codes go to the tensor cores as they are. A nibble pair masked out of a word, `x & 0x000f000f`,
-    is read as two fp16 subnormals u * 2^-24, and `x & 0x00f000f0` as u * 2^-20; both are exact, so
-    unpacking needs no arithmetic. Channels are permuted alike in u and q: lane c of the four that
-    share a token holds a quarter of its channels, eight to a word, nibble n of a word being channel
-    n.
     """
     batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
     num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
@@ -300,18 +118,24 @@ def estimator_kernel(
             threads=config.num_warps * 32,
         ) as (block, kv_head, batch):
             start_early(config.pdl)
-            thread = T.get_thread_binding()
+            row = Row(batch, kv_head, seq_lens[batch])
             num_tiles = candidate_counts[batch, kv_head] * tiles_per_page
+            candidates = TokenList("pages", page_size, candidate_pages, candidate_counts)
+            warp = T.get_thread_binding() // 32
+            tiles = Tiles(
+                first=block * block_tiles + warp * config.tiles_per_warp,
+                per_warp=config.tiles_per_warp,
+                stride=step_tiles,
+                steps=config.steps,
+                count=num_tiles,
+            )
             store = lambda of_head, of_tile, of_token, value: T.buffer_store(
                 logits, value,
                 [batch, kv_head, of_head, of_tile // tiles_per_page,
                  of_tile % tiles_per_page * TILE_TOKENS + of_token],
             )  # fmt: skip
-            estimate_tiles(
-                q, codes, scale_zero, page_table, candidate_pages, seq_lens[batch], sm_scale,
-                batch, kv_head, thread, block * block_tiles + thread // 32 * config.tiles_per_warp,
-                num_tiles, step_tiles, config.steps, config.tiles_per_warp, store,
-            )  # fmt: skip
+            mirror = Mirror(codes, scale_zero)
+            estimate_tiles(tiles, q, mirror, row, candidates, page_table, sm_scale, store)
 
     return estimate_logits
 
@@ -328,5 +152,5 @@ ESTIMATOR = KernelSpec(
     default=default_config,
     width=lambda shape: shape.width,
     launches=_launches,
-    sources=("estimator.py",),
+    sources=("estimator.py", "estimate_tiles.py", "mma.py", "token_list.py", "warp.py"),
 )

@@ -1,9 +1,10 @@
 """What a step launches, and why, in words for a terminal."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .launch import Launch
 from .plan import SelectorPlan, SparsePlan
+from .split_kv import AttentionConfig
 from .steps import CandidateStep, DenseStep
 from .tuned import Planned
 
@@ -58,10 +59,10 @@ def _selector(plan: SelectorPlan) -> list[str]:
     ]
 
 
-def _attention(tokens: str, planned: Planned) -> str:
+def _attention(tokens: str, planned: Planned[AttentionConfig]) -> str:
     return _line(f"attention: {tokens}, as {planned.config.form}, then a merge", planned)
 
 
-def _line(what: str, planned: Planned) -> str:
+def _line(what: str, planned: Planned[Any]) -> str:
     """A config as launched, and where it comes from."""
     return f"{what}, {planned.config}\n    {planned.reason}"

@@ -59,8 +59,13 @@ def gpu_slug(name: str) -> str:
 
 @functools.cache
 def check_machine(device: torch.device) -> None:
-    """Raises ValueError on a GPU that is too old, RuntimeError where nothing can be compiled."""
-    oldest, capability = ARCHS["sm_80"].capability, torch.cuda.get_device_capability(device)
+    """Raises ValueError without a GPU or on one that is too old, RuntimeError where nothing can be
+    compiled."""
+    oldest = ARCHS["sm_80"].capability
+    try:
+        capability = torch.cuda.get_device_capability(device)
+    except (AssertionError, RuntimeError) as error:  # torch without CUDA, or no driver or device
+        raise ValueError("device: expected a CUDA device, got none") from error
     if capability < oldest:
         expected, got = (".".join(map(str, each)) for each in (oldest, capability))
         raise ValueError(f"device: expected compute capability {expected} or newer, got {got}")

@@ -3,15 +3,19 @@ explain, compile ahead or tune it."""
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from tilelang.jit import JITImpl
 
 from .gpu import Gpu
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")  # a kernel's launch configuration
 ROOM = Path(__file__).resolve().parent
 
 
@@ -35,7 +39,7 @@ class Launch:
 
     name: str
     factory: JITImpl = field(compare=False)
-    arguments: tuple
+    arguments: tuple[Hashable, ...]
 
     def __call__(self, *arguments: Any) -> None:
         self._kernel(*arguments)
@@ -46,13 +50,14 @@ class Launch:
         return compiled(self.factory, self.arguments)
 
 
-def compiled(factory: JITImpl, arguments: tuple) -> Callable[..., None]:
+def compiled(factory: JITImpl, arguments: tuple[Hashable, ...]) -> Callable[..., None]:
     """The kernel's entry, which TileLang's own wrapper calls too: 6 us a launch, not 10."""
-    return factory(*arguments).adapter.get_exportable_executable()["main"]
+    kernel: Callable[..., None] = factory(*arguments).adapter.get_exportable_executable()["main"]
+    return kernel
 
 
 @dataclass(frozen=True)
-class KernelSpec:
+class KernelSpec(Generic[Config]):
     """One kernel.
 
     Attributes:
@@ -69,10 +74,10 @@ class KernelSpec:
 
     name: str
     stage: str
-    config: type
-    default: Callable[[StepShape, Gpu], Any]
+    config: type[Config]
+    default: Callable[[StepShape, Gpu], Config]
     width: Callable[[StepShape], int]
-    launches: Callable[[StepShape, Any], tuple[Launch, ...]]
+    launches: Callable[[StepShape, Config], tuple[Launch, ...]]
     sources: tuple[str, ...]
     result_fields: tuple[str, ...] = ()
     static_width: bool = False

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from .cache import PagedKVCache
+from .cache import PagedKVCache, check_cache
 from .checks import check_tensor
 
 
@@ -63,6 +63,7 @@ def check_lists(
     names: tuple[str, str], lists: tuple[torch.Tensor, ...], cache: PagedKVCache
 ) -> None:
     """Raises ValueError, naming the tensor, unless (indices, counts) list a cache's rows."""
+    check_cache(cache)
     rows, device = (cache.batch_size, cache.num_kv_heads), cache.seq_lens.device
     check_tensor(names[0], lists[0], (*rows, None), torch.int32, device)
     check_tensor(names[1], lists[1], rows, torch.int32, device)
@@ -70,5 +71,6 @@ def check_lists(
 
 def _lists(cache: PagedKVCache, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     rows = (cache.batch_size, cache.num_kv_heads)
-    like = dict(dtype=torch.int32, device=cache.seq_lens.device)
-    return torch.empty(*rows, width, **like), torch.empty(rows, **like)
+    device = cache.seq_lens.device
+    indices = torch.empty(*rows, width, dtype=torch.int32, device=device)
+    return indices, torch.empty(rows, dtype=torch.int32, device=device)

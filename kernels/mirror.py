@@ -3,8 +3,11 @@
 One warp handles one key of one KV head: a lane holds head_dim / 32 neighbouring channels of it.
 """
 
+from typing import NamedTuple
+
 import tilelang
 import tilelang.language as T
+from tvm.tirx import Buffer, PrimExpr
 
 from .compiling import EXACT_MATH
 
@@ -14,13 +17,32 @@ SCALE_UP = 1 + 2**-20  # so that 255 rounded steps still reach the largest bound
 ROWS_IN_FLIGHT = 16  # rows of a page whose loads append issues together
 
 
+class Mirror(NamedTuple):
+    """What is written beside K and V."""
+
+    codes: Buffer  # [num_pages, num_kv_heads, page_size, head_dim / 2] u8
+    scale_zero: Buffer  # [num_pages, num_kv_heads, page_size, 2] f16
+    bounds: Buffer  # [num_pages, num_kv_heads, 2, head_dim] u8
+    bounds_scale_zero: Buffer  # [num_pages, num_kv_heads, 2] f32
+
+
+class Place(NamedTuple):
+    """Where a lane is at work: the channels of one page's KV head that it holds."""
+
+    page: PrimExpr
+    kv_head: PrimExpr
+    lane: PrimExpr
+    channels: int  # of a lane
+
+
 @T.macro
-def quantize_key(key, offset, codes, scale_zero, page, kv_head, slot, lane, channels):
+def quantize_key(key, offset, mirror, place, slot):
     """Writes code = round((key - offset - zero) / scale) for a warp's key, and (scale, zero).
 
     zero rounds down and scale rounds up, so that the fp16 pair still spans every channel. A
     constant key has scale 0 and codes 0.
     """
+    page, kv_head, lane, channels = place
     shifted = T.alloc_local((channels,), T.float32)
     packed = T.alloc_local((channels // 2,), T.uint8)
     zero = T.alloc_var(T.float32)
@@ -46,14 +68,14 @@ def quantize_key(key, offset, codes, scale_zero, page, kv_head, slot, lane, chan
             bits += T.uint16(1)
     zero = T.cast(T.reinterpret(bits, T.float16), T.float32)
     if lane == 0:
-        scale_zero[page, kv_head, slot, 1] = T.reinterpret(bits, T.float16)
+        mirror.scale_zero[page, kv_head, slot, 1] = T.reinterpret(bits, T.float16)
     scale = (scale - zero) / T.float32(MAX_CODE)
     bits = T.reinterpret(T.cast(scale, T.float16), T.uint16)
     if T.cast(T.reinterpret(bits, T.float16), T.float32) < scale:
         bits += T.uint16(1)
     scale = T.cast(T.reinterpret(bits, T.float16), T.float32)
     if lane == 0:
-        scale_zero[page, kv_head, slot, 0] = T.reinterpret(bits, T.float16)
+        mirror.scale_zero[page, kv_head, slot, 0] = T.reinterpret(bits, T.float16)
 
     for c in T.unroll(channels):
         if scale > 0.0:
@@ -65,7 +87,7 @@ def quantize_key(key, offset, codes, scale_zero, page, kv_head, slot, lane, chan
         low, high = T.cast(shifted[c * 2], T.int32), T.cast(shifted[c * 2 + 1], T.int32)
         packed[c] = T.cast(low + high * 16, T.uint8)
     for c in T.vectorized(channels // 2):
-        codes[page, kv_head, slot, lane * (channels // 2) + c] = packed[c]
+        mirror.codes[page, kv_head, slot, lane * (channels // 2) + c] = packed[c]
 
 
 @T.macro
@@ -76,12 +98,13 @@ def extend_bounds(low, high, key, channels):
 
 
 @T.macro
-def quantize_bounds(low, high, offset, bounds, bounds_scale_zero, page, kv_head, lane, channels):
+def quantize_bounds(low, high, offset, mirror, place):
     """Writes the outward codes of a warp's bounds (less the offset), and (scale, zero).
 
     code * scale is compared with a difference, never added to anything: no product can be fused
     into a multiply-add, so every operation rounds once, as in the reference.
     """
+    page, kv_head, lane, channels = place
     above = T.alloc_local((channels,), T.float32)
     below = T.alloc_local((channels,), T.float32)
     packed_high = T.alloc_local((channels,), T.uint8)
@@ -101,8 +124,8 @@ def quantize_bounds(low, high, offset, bounds, bounds_scale_zero, page, kv_head,
     scale = T.warp_reduce_max(scale)
     scale = (scale - zero) / T.float32(MAX_BOUND_CODE) * T.float32(SCALE_UP)
     if lane == 0:
-        bounds_scale_zero[page, kv_head, 0] = scale
-        bounds_scale_zero[page, kv_head, 1] = zero
+        mirror.bounds_scale_zero[page, kv_head, 0] = scale
+        mirror.bounds_scale_zero[page, kv_head, 1] = zero
 
     for c in T.unroll(channels):
         packed_high[c] = T.uint8(0)
@@ -123,20 +146,19 @@ def quantize_bounds(low, high, offset, bounds, bounds_scale_zero, page, kv_head,
                 code -= 1.0
             packed_low[c] = T.cast(T.min(T.max(code, 0.0), T.float32(MAX_BOUND_CODE)), T.uint8)
     for c in T.vectorized(channels):
-        bounds[page, kv_head, 0, lane * channels + c] = packed_high[c]
+        mirror.bounds[page, kv_head, 0, lane * channels + c] = packed_high[c]
     for c in T.vectorized(channels):
-        bounds[page, kv_head, 1, lane * channels + c] = packed_low[c]
+        mirror.bounds[page, kv_head, 1, lane * channels + c] = packed_low[c]
 
 
 @T.macro
-def mirror_page(
-    k_cache, k_offset, codes, scale_zero, bounds, bounds_scale_zero,
-    page, kv_head, fill, lane, channels, page_size, dtype,
-):  # fmt: skip
+def mirror_page(k_cache, k_offset, mirror, place, fill):
     """One warp mirrors and bounds a page's first `fill` >= 1 tokens; other slots get codes 0."""
-    key = T.alloc_local((channels,), dtype)
-    low = T.alloc_local((channels,), dtype)
-    high = T.alloc_local((channels,), dtype)
+    page, kv_head, lane, channels = place
+    page_size = int(k_cache.shape[1])
+    key = T.alloc_local((channels,), k_cache.dtype)
+    low = T.alloc_local((channels,), k_cache.dtype)
+    high = T.alloc_local((channels,), k_cache.dtype)
     offset = T.alloc_local((channels,), T.float32)
     for c in T.vectorized(channels):
         low[c] = k_cache[page, 0, kv_head, lane * channels + c]
@@ -149,13 +171,13 @@ def mirror_page(
             for c in T.vectorized(channels):
                 key[c] = k_cache[page, slot, kv_head, lane * channels + c]
             extend_bounds(low, high, key, channels)
-            quantize_key(key, offset, codes, scale_zero, page, kv_head, slot, lane, channels)
+            quantize_key(key, offset, mirror, place, slot)
         else:
             for c in T.vectorized(channels // 2):
-                codes[page, kv_head, slot, lane * (channels // 2) + c] = T.uint8(0)
+                mirror.codes[page, kv_head, slot, lane * (channels // 2) + c] = T.uint8(0)
             if lane < 2:
-                scale_zero[page, kv_head, slot, lane] = T.float16(0)
-    quantize_bounds(low, high, offset, bounds, bounds_scale_zero, page, kv_head, lane, channels)
+                mirror.scale_zero[page, kv_head, slot, lane] = T.float16(0)
+    quantize_bounds(low, high, offset, mirror, place)
 
 
 @tilelang.jit(pass_configs=EXACT_MATH)
@@ -193,10 +215,9 @@ def prefill_kernel(head_dim: int, page_size: int, dtype: str):
                     for c in T.vectorized(channels):
                         channel = lane * channels + c
                         v_cache[page, slot, kv_head, channel] = v[batch, token, kv_head, channel]
-                mirror_page(
-                    k_cache, k_offset, codes, scale_zero, bounds, bounds_scale_zero,
-                    page, kv_head, fill, lane, channels, page_size, dtype,
-                )  # fmt: skip
+                mirror = Mirror(codes, scale_zero, bounds, bounds_scale_zero)
+                place = Place(page, kv_head, lane, channels)
+                mirror_page(k_cache, k_offset, mirror, place, fill)
 
     return prefill_pages
 
@@ -220,10 +241,9 @@ def mirror_kernel(head_dim: int, page_size: int, dtype: str):
         with T.Kernel(num_pages, num_kv_heads, threads=32) as (page, kv_head):
             lane = T.get_thread_binding()
             if page_fill[page] > 0:
-                mirror_page(
-                    k_cache, k_offset, codes, scale_zero, bounds, bounds_scale_zero,
-                    page, kv_head, page_fill[page], lane, channels, page_size, dtype,
-                )  # fmt: skip
+                mirror = Mirror(codes, scale_zero, bounds, bounds_scale_zero)
+                place = Place(page, kv_head, lane, channels)
+                mirror_page(k_cache, k_offset, mirror, place, page_fill[page])
 
     return mirror_pages
 
@@ -295,21 +315,10 @@ def append_kernel(head_dim: int, page_size: int, dtype: str):
                             k_cache[page, slot, kv_head, first_channel + c] = key[c]
                         for c in T.vectorized(channels):
                             v_cache[page, slot, kv_head, first_channel + c] = value[c]
-                        quantize_bounds(
-                            low, high, offset, bounds, bounds_scale_zero,
-                            page, kv_head, thread % 32, channels,
-                        )  # fmt: skip
-                        quantize_key(
-                            key,
-                            offset,
-                            codes,
-                            scale_zero,
-                            page,
-                            kv_head,
-                            slot,
-                            thread % 32,
-                            channels,
-                        )
+                        mirror = Mirror(codes, scale_zero, bounds, bounds_scale_zero)
+                        place = Place(page, kv_head, thread % 32, channels)
+                        quantize_bounds(low, high, offset, mirror, place)
+                        quantize_key(key, offset, mirror, place, slot)
                 T.sync_threads()
                 if thread == 0:
                     seq_lens[batch] = token + 1

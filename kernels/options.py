@@ -15,7 +15,7 @@ class DecodeOptions:
         selector: "quest" (the pages with the largest bounds) or "full" (every page).
         token_budget: Quest's candidates per KV head, a multiple of page_size.
         top_p: estimated mass to keep, in (0, 1]; float or tensor as in prune_top_p.
-        sm_scale: factor of the logits; head_dim ** -0.5 where None.
+        sm_scale: factor of the logits, positive; head_dim ** -0.5 where None.
         num_sink_tokens, num_recent_tokens: always kept.
         num_parts: a captured batch is cut into so many, each on a stream of its own. Their stages
             overlap: while the bytes of one arrive, the weights of another are searched. No result

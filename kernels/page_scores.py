@@ -2,18 +2,33 @@
 cores."""
 
 from dataclasses import dataclass
+from functools import partialmethod
+from typing import NamedTuple
 
 import tilelang
 import tilelang.language as T
 import torch
+from tvm.tirx import Buffer
 
 from .cache import PagedKVCache
 from .compiling import TILE_LEVEL, start_early
 from .gpu import Gpu
 from .launch import KernelSpec, Launch, StepShape
+from .mma import (
+    CODE_UNIT,
+    QUAD,
+    TILE_HEADS,
+    GroupQuery,
+    Tiles,
+    codes_as_fp16,
+    mma_m16n8k16,
+    place_in_quad,
+)
+from .token_list import Row
 from .tuned import Planned
+from .warp import join_lanes
 
-TILE_PAGES, TILE_HEADS = 16, 8  # the tensor-core instruction is m16n8k16: pages x heads x channels
+TILE_PAGES = 16  # of one tensor-core instruction
 
 
 @dataclass(frozen=True)
@@ -38,21 +53,100 @@ def default_config(shape: StepShape, gpu: Gpu) -> PageScoreConfig:
 
 
 def score_pages(
-    planned: Planned, q: torch.Tensor, cache: PagedKVCache, scores: torch.Tensor
+    planned: Planned[PageScoreConfig], q: torch.Tensor, cache: PagedKVCache, scores: torch.Tensor
 ) -> None:
     """One launch: scores [batch_size, num_kv_heads, max_pages] f32 of the grouped query."""
     (launch,) = planned.launches
     launch(q, cache.bound_words, cache.bounds_scale_zero, cache.page_table, cache.seq_lens, scores)
 
 
+class LoadedBounds(NamedTuple):
+    """The bounds of a warp's tiles, in registers: of each, this thread's two pages."""
+
+    page: Buffer  # [per_warp, 2] i32, physical
+    codes: Buffer  # [per_warp, 2, 2 bounds, words] i32
+    scale_zero: Buffer  # [per_warp, 2, 2] f32
+
+    @classmethod
+    def allocate(cls, per_warp, words):
+        return cls(
+            T.alloc_local((per_warp, 2), T.int32),
+            T.alloc_local((per_warp, 2, 2, words), T.int32),
+            T.alloc_local((per_warp, 2, 2), T.float32),
+        )
+
+    @partialmethod
+    @T.macro
+    def find_pages(self, tiles, first_tile, page_table, row):
+        """Anything beyond the last page, since nothing here waits for the number of pages."""
+        physical = self.page
+        for i in T.unroll(tiles.per_warp):
+            for t in T.unroll(2):
+                page = T.min(page_of(first_tile + i, t), page_table.shape[1] - 1)
+                physical[i, t] = page_table[row.batch, page]
+
+    @partialmethod
+    @T.macro
+    def load(self, tiles, first_tile, used_pages, bounds, scale_zero, row):
+        tile_codes, tile_scale_zero = self.codes, self.scale_zero
+        _, lane = place_in_quad()
+        for i in T.unroll(tiles.per_warp):
+            for t in T.unroll(2):
+                is_page = page_of(first_tile + i, t) < used_pages
+                page = T.if_then_else(is_page, self.page[i, t], 0)
+                for side in T.unroll(2):
+                    for k in T.unroll(tile_codes.shape[3] // 4):
+                        for w in T.vectorized(4):
+                            word = (k * QUAD + lane) * 4 + w
+                            tile_codes[i, t, side, k * 4 + w] = bounds[
+                                page, row.kv_head, side, word
+                            ]
+                for e in T.vectorized(2):
+                    tile_scale_zero[i, t, e] = scale_zero[page, row.kv_head, e]
+
+
+def page_of(tile, t):
+    """The page of a tile that is this thread's t-th."""
+    quad, _ = place_in_quad()
+    return tile * TILE_PAGES + quad + t * 8
+
+
 @T.macro
-def find_rows(physical, first_tile, page_table, batch, row, count):
-    """Physical ids of a thread's two pages of `count` tiles; anything beyond the last page, since
-    nothing here waits for the number of pages."""
-    for i in T.unroll(count):
-        for t in T.unroll(2):
-            page = (first_tile + i) * TILE_PAGES + row + t * 8
-            physical[i, t] = page_table[batch, T.min(page, page_table.shape[1] - 1)]
+def multiply_bounds(acc, loaded, i, query):
+    """acc = q+ . M + q- . m of the i-th loaded tile and all heads, in units of 1 / CODE_UNIT."""
+    a_fragment = T.alloc_local((4,), T.uint32)
+    b_fragment = T.alloc_local((4,), T.float16)
+    head_tiles = int(acc.shape[0])
+    for n in T.unroll(head_tiles):
+        for e in T.unroll(4):
+            acc[n, e] = 0.0
+    for side in T.unroll(2):
+        for w in T.unroll(loaded.codes.shape[3]):
+            for t in T.unroll(2):
+                word = loaded.codes[i, t, side, w]
+                a_fragment[t] = codes_as_fp16(word, 0x00FF00FF)
+                a_fragment[2 + t] = codes_as_fp16(word >> 8, 0x00FF00FF)
+            for n in T.unroll(head_tiles):
+                for e in T.vectorized(4):
+                    channel = query.operand[n, w * 4 + e]
+                    b_fragment[e] = (
+                        T.max(channel, T.float16(0)) if side == 0 else T.min(channel, T.float16(0))
+                    )
+                mma_m16n8k16(a_fragment, b_fragment, 0, acc, n)
+
+
+@T.macro
+def largest_bounds(best, acc, loaded, i, query):
+    """best = the scores of this thread's two pages: the largest bounds over the heads, which the
+    lanes of a quad share out."""
+    for t in T.unroll(2):
+        scale, zero = loaded.scale_zero[i, t, 0], loaded.scale_zero[i, t, 1]
+        best[t] = -T.infinity(T.float32)
+        for n in T.unroll(acc.shape[0]):
+            for h in T.unroll(2):
+                product = acc[n, t * 2 + h] * CODE_UNIT
+                best[t] = T.max(best[t], scale * product + zero * query.sums[n, h])
+        best[t] = join_lanes(best[t], QUAD, T.max)
 
 
 @tilelang.jit(pass_configs=TILE_LEVEL)
@@ -67,16 +161,12 @@ def page_score_kernel(
 
         sum_c max(q_c * lo_c, q_c * hi_c) = scale * (q+ . M + q- . m) + zero * sum(q):
 
-    the codes go to the tensor cores as they are. Two bytes masked out of a word, `x & 0x00ff00ff`
-    (channels 0 and 2 of its four) or the same of `x >> 8` (1 and 3), are read as fp16 subnormals
-    u * 2^-24, which is exact. Channels are permuted alike in q: of every 64, the four lanes that
-    share a page hold 16 each, one load. Columns beyond the group repeat its last head.
+    the codes go to the tensor cores as they are: of a word, `x & 0x00ff00ff` has channels 0 and 2,
+    the same of `x >> 8` has 1 and 3. Channels are permuted alike in q: of every 64, the lanes of a
+    quad hold 16 each, one load.
     """
     batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
     num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
-    half_loads = head_dim // 64  # of 16 bytes, per lane and bound
-    half_words = half_loads * 4
-    head_tiles = -(-group_size // TILE_HEADS)
     step_tiles = config.num_warps * config.tiles_per_warp
 
     @T.prim_func
@@ -95,104 +185,40 @@ def page_score_kernel(
             threads=config.num_warps * 32,
         ) as (block, kv_head, batch):
             start_early(config.pdl)
-            thread = T.get_thread_binding()
-            row = thread % 32 // 4  # this thread's pages of a tile: row and row + 8
-            lane = thread % 4
+            row = Row(batch, kv_head)
+            _, lane = place_in_quad()
             used_pages = T.ceildiv(seq_lens[batch], page_size)
-            num_tiles = T.ceildiv(used_pages, TILE_PAGES)
-            warp_tile = block * (step_tiles * config.steps) + thread // 32 * config.tiles_per_warp
-
-            q_words = T.alloc_local((half_words * 4,), dtype)
-            q_fragment = T.alloc_local((head_tiles, half_words * 4), T.float16)
-            b_fragment = T.alloc_local((4,), T.float16)
-            q_sum = T.alloc_local((head_tiles, 2), T.float32)
-            partial = T.alloc_var(T.float32)
-            physical = T.alloc_local((config.tiles_per_warp, 2), T.int32)
-            tile_codes = T.alloc_local((config.tiles_per_warp, 2, 2, half_words), T.int32)
-            tile_scale_zero = T.alloc_local((config.tiles_per_warp, 2, 2), T.float32)
-            a_fragment = T.alloc_local((4,), T.uint32)
-            acc = T.alloc_local((head_tiles, 4), T.float32)
+            warp = T.get_thread_binding() // 32
+            tiles = Tiles(
+                first=block * (step_tiles * config.steps) + warp * config.tiles_per_warp,
+                per_warp=config.tiles_per_warp,
+                stride=step_tiles,
+                steps=config.steps,
+                count=T.ceildiv(used_pages, TILE_PAGES),
+            )
+            loaded = LoadedBounds.allocate(tiles.per_warp, head_dim // 16)
+            query = GroupQuery.allocate(group_size, head_dim)
+            acc = T.alloc_local((-(-group_size // TILE_HEADS), 4), T.float32)
             best = T.alloc_local((2,), T.float32)
 
-            find_rows(physical, warp_tile, page_table, batch, row, config.tiles_per_warp)
-            if warp_tile < num_tiles:
-                for n in T.unroll(head_tiles):
-                    head = T.min(n * TILE_HEADS + row, group_size - 1)
-                    partial = 0.0
-                    for i in T.unroll(half_loads):
-                        for j in T.vectorized(16):
-                            q_words[i * 16 + j] = q[batch, kv_head, head, (i * 4 + lane) * 16 + j]
-                    for j in T.unroll(half_words * 4):
-                        partial += T.cast(q_words[j], T.float32)
-                    partial += T.shfl_xor(partial, 1)
-                    partial += T.shfl_xor(partial, 2)
-                    for h in T.unroll(2):
-                        q_sum[n, h] = T.shfl_sync(partial, (lane * 2 + h) * 4)
-                    for w in T.unroll(half_words):
-                        for e in T.unroll(4):
-                            channel = T.cast(q_words[w * 4 + e % 2 * 2 + e // 2], T.float32)
-                            q_fragment[n, w * 4 + e] = T.cast(channel, T.float16)
-
-            for step in T.serial(config.steps):
-                first_tile = warp_tile + step * step_tiles
-                if first_tile < num_tiles:
-                    for i in T.unroll(config.tiles_per_warp):
-                        for t in T.unroll(2):
-                            is_page = (first_tile + i) * TILE_PAGES + row + t * 8 < used_pages
-                            page = T.if_then_else(is_page, physical[i, t], 0)
-                            for side in T.unroll(2):
-                                for k in T.unroll(half_loads):
-                                    for w in T.vectorized(4):
-                                        word = (k * 4 + lane) * 4 + w
-                                        tile_codes[i, t, side, k * 4 + w] = bounds[
-                                            page, kv_head, side, word
-                                        ]
-                            for e in T.vectorized(2):
-                                tile_scale_zero[i, t, e] = bounds_scale_zero[page, kv_head, e]
+            loaded.find_pages(tiles, tiles.first, page_table, row)
+            if tiles.first < tiles.count:
+                query.load(
+                    q, row, 16, lambda of, w, e: T.cast(of[w * 4 + e % 2 * 2 + e // 2], T.float32)
+                )
+            for step in T.serial(tiles.steps):
+                first_tile = tiles.first + step * tiles.stride
+                if first_tile < tiles.count:
+                    loaded.load(tiles, first_tile, used_pages, bounds, bounds_scale_zero, row)
                     # The next step's page ids arrive with this step's codes.
-                    if step + 1 < config.steps:
-                        find_rows(
-                            physical, first_tile + step_tiles, page_table, batch, row,
-                            config.tiles_per_warp,
-                        )  # fmt: skip
-
-                for i in T.unroll(config.tiles_per_warp):
-                    if first_tile + i < num_tiles:
-                        for n in T.unroll(head_tiles):
-                            for e in T.unroll(4):
-                                acc[n, e] = 0.0
-                        for side in T.unroll(2):
-                            for w in T.unroll(half_words):
-                                for t in T.unroll(2):
-                                    word = tile_codes[i, t, side, w]
-                                    a_fragment[t] = T.cast(word & 0x00FF00FF, T.uint32)
-                                    a_fragment[2 + t] = T.cast((word >> 8) & 0x00FF00FF, T.uint32)
-                                for n in T.unroll(head_tiles):
-                                    for e in T.vectorized(4):
-                                        channel = q_fragment[n, w * 4 + e]
-                                        b_fragment[e] = (
-                                            T.max(channel, T.float16(0))
-                                            if side == 0
-                                            else T.min(channel, T.float16(0))
-                                        )
-                                    T.ptx_mma(
-                                        "float32", "m16n8k16", "row", "col", "fp16", "fp16", "fp32",
-                                        a_fragment.data, 0, b_fragment.data, 0,
-                                        acc.data, n * 4, T.bool(False),
-                                    )  # fmt: skip
+                    if step + 1 < tiles.steps:
+                        loaded.find_pages(tiles, first_tile + tiles.stride, page_table, row)
+                for i in T.unroll(tiles.per_warp):
+                    if first_tile + i < tiles.count:
+                        multiply_bounds(acc, loaded, i, query)
+                        largest_bounds(best, acc, loaded, i, query)
                         for t in T.unroll(2):
-                            best[t] = -T.infinity(T.float32)
-                            for n in T.unroll(head_tiles):
-                                for h in T.unroll(2):
-                                    product = acc[n, t * 2 + h] * 16777216.0  # 2^24
-                                    bound = (
-                                        tile_scale_zero[i, t, 0] * product
-                                        + tile_scale_zero[i, t, 1] * q_sum[n, h]
-                                    )
-                                    best[t] = T.max(best[t], bound)
-                            best[t] = T.max(best[t], T.shfl_xor(best[t], 1))
-                            best[t] = T.max(best[t], T.shfl_xor(best[t], 2))
-                            page = (first_tile + i) * TILE_PAGES + row + t * 8
+                            page = page_of(first_tile + i, t)
                             if lane == t and page < used_pages:
                                 scores[batch, kv_head, page] = best[t]
 
@@ -211,5 +237,5 @@ PAGE_SCORE = KernelSpec(
     default=default_config,
     width=lambda shape: shape.max_pages,
     launches=_launches,
-    sources=("page_scores.py",),
+    sources=("page_scores.py", "mma.py", "token_list.py", "warp.py"),
 )

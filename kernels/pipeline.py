@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .cache import PagedKVCache
-from .checks import check_choice, check_count, check_tensor
+from .cache import PagedKVCache, check_cache
+from .checks import check_choice, check_count
 from .crossing import expected_times, fastest, read_bandwidth
 from .explain import explain
 from .lists import CandidatePages, Kept
@@ -52,7 +52,7 @@ class TwilightDecode:
         **changes: Any,
     ) -> None:
         options = _changed(options or DecodeOptions(), changes)
-        check_tensor("seq_lens", cache.seq_lens, (None,), torch.int32)  # on a GPU
+        check_cache(cache)
         check_choice("selector", options.selector, ("quest", "full"))
         check_choice("path", options.path, ("sparse", "candidates", "dense", "auto"))
         check_count("num_qo_heads", num_qo_heads, least=1)
@@ -101,7 +101,7 @@ class TwilightDecode:
     @property
     def fused(self) -> bool:
         """Whether estimator and pruner are one kernel."""
-        return self.stages.plan.fused
+        return self._sparse.plan.fused
 
     @property
     def out(self) -> torch.Tensor:
@@ -109,16 +109,24 @@ class TwilightDecode:
 
     @property
     def candidates(self) -> CandidatePages:
+        if isinstance(self.stages, DenseStep):
+            raise AttributeError("path 'dense' has no selector")
         return self.stages.candidates
 
     @property
     def logits(self) -> torch.Tensor:
         """[batch_size, num_qo_heads, width] f16, of the candidates' tokens."""
-        return self.stages.memory.logits
+        return self._sparse.memory.logits
 
     @property
     def kept(self) -> Kept:
-        return self.stages.kept
+        return self._sparse.kept
+
+    @property
+    def _sparse(self) -> SparseStep:
+        if not isinstance(self.stages, SparseStep):
+            raise AttributeError(f"path {self.path!r} has no estimator and no pruner")
+        return self.stages
 
     def run(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
         """One step. Launches only, so that it can be captured; the next run overwrites `out`.
@@ -155,7 +163,7 @@ class TwilightDecode:
         """This sparse step, in the same memory, with these launch configs by kernel (a name of
         plan.SPECS), and the defaults of the others, whatever is tuned."""
         step, planner = copy.copy(self), Planner(Planner.on(self.out.device).gpu, pinned=configs)
-        stages = self.stages
+        stages = self._sparse
         step.stages = SparseStep(plan_sparse(self.shape, planner), stages.memory, stages.settings)
         step.parts = [
             (requests, step._part(requests, part.memory, planner), stream)
@@ -169,7 +177,7 @@ class TwilightDecode:
         whether its kernels start early by its own."""
         rows = (requests.stop - requests.start) * self.cache_shape.num_kv_heads
         plan = plan_sparse(self.shape._replace(launch_rows=rows), planner)
-        return SparseStep(plan, memory, self.stages.settings)
+        return SparseStep(plan, memory, self._sparse.settings)
 
     def _run_parts(self, q: torch.Tensor, cache: PagedKVCache) -> None:
         current = torch.cuda.current_stream(q.device)

@@ -2,21 +2,22 @@
 tunes it."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .attention import ATTENTION, plan_untuned
 from .cache import cache_launches
-from .estimate_prune import ESTIMATE_PRUNE
-from .estimator import ESTIMATOR
+from .estimate_prune import ESTIMATE_PRUNE, EstimatePruneConfig
+from .estimator import ESTIMATOR, EstimatorConfig
 from .launch import KernelSpec, Launch, StepShape
-from .page_scores import PAGE_SCORE
-from .pruner import PRUNER
+from .page_scores import PAGE_SCORE, PageScoreConfig
+from .pruner import PRUNER, PrunerConfig
 from .selector import all_pages
-from .top_pages import TOP_PAGES
+from .split_kv import AttentionConfig
+from .top_pages import TOP_PAGES, TopPagesConfig
 from .tuned import Planned, Planner
 
 # What is tuned, in the order of a step.
-SPECS: dict[str, KernelSpec] = {
+SPECS: dict[str, KernelSpec[Any]] = {
     spec.name: spec
     for spec in (PAGE_SCORE, TOP_PAGES, ESTIMATOR, PRUNER, ESTIMATE_PRUNE, ATTENTION)
 }
@@ -25,8 +26,8 @@ SPECS: dict[str, KernelSpec] = {
 class QuestPlan(NamedTuple):
     """The two kernels of Quest's selector."""
 
-    page_score: Planned
-    top_pages: Planned
+    page_score: Planned[PageScoreConfig]
+    top_pages: Planned[TopPagesConfig]
 
 
 SelectorPlan = QuestPlan | Launch  # the latter where the budget has room for every page
@@ -36,10 +37,10 @@ class SparsePlan(NamedTuple):
     """The kernels of every stage; one kernel estimates and prunes where its config says `fused`."""
 
     selector: SelectorPlan
-    estimator: Planned
-    pruner: Planned
-    estimate_prune: Planned
-    attention: Planned
+    estimator: Planned[EstimatorConfig]
+    pruner: Planned[PrunerConfig]
+    estimate_prune: Planned[EstimatePruneConfig]
+    attention: Planned[AttentionConfig]
 
     @property
     def fused(self) -> bool:
@@ -50,13 +51,13 @@ class CandidatePlan(NamedTuple):
     """The kernels of the selector and of attention over the pages it chose."""
 
     selector: SelectorPlan
-    attention: Planned
+    attention: Planned[AttentionConfig]
 
 
 class DensePlan(NamedTuple):
     """The kernels of attention over every token."""
 
-    attention: Planned
+    attention: Planned[AttentionConfig]
 
 
 def plan_selector(shape: StepShape, planner: Planner) -> SelectorPlan:
@@ -68,8 +69,13 @@ def plan_selector(shape: StepShape, planner: Planner) -> SelectorPlan:
 
 def plan_sparse(shape: StepShape, planner: Planner) -> SparsePlan:
     """Select, estimate, prune, attend."""
-    stages = (planner.plan(spec, shape) for spec in (ESTIMATOR, PRUNER, ESTIMATE_PRUNE, ATTENTION))
-    return SparsePlan(plan_selector(shape, planner), *stages)
+    return SparsePlan(
+        plan_selector(shape, planner),
+        planner.plan(ESTIMATOR, shape),
+        planner.plan(PRUNER, shape),
+        planner.plan(ESTIMATE_PRUNE, shape),
+        planner.plan(ATTENTION, shape),
+    )
 
 
 def plan_candidates(shape: StepShape, planner: Planner) -> CandidatePlan:
@@ -82,7 +88,7 @@ def plan_dense(shape: StepShape, planner: Planner) -> DensePlan:
     return DensePlan(plan_untuned("all", shape, planner.gpu))
 
 
-def launches_in(plan: tuple) -> Iterator[Launch]:
+def launches_in(plan: tuple[object, ...]) -> Iterator[Launch]:
     """Every kernel of a plan."""
     for each in plan:
         if isinstance(each, Launch):

@@ -15,10 +15,14 @@ from .gpu import Gpu
 from .launch import KernelSpec, Launch, StepShape, static_width
 from .lists import CandidatePages, Kept, Window, check_lists
 from .query import by_kv_head, group_size_of, step_shape
-from .top_p import NUM_THREADS, VECTOR, is_held, list_row, prune_heads
+from .split_kv import Work
+from .token_list import Row, TokenList
+from .top_p import NUM_THREADS, VECTOR, Heads, Logits, is_held, list_row, prune_heads
 from .tuned import Planned, planned
+from .warp import atomic_exchange, atomic_or
 
 LOGIT_DTYPES = (torch.float16, torch.float32)
+SEARCH_SOURCES = ("top_p.py", "split_kv.py", "threshold.py", "token_list.py", "warp.py")
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,9 @@ class HeadUnion(NamedTuple):
     @classmethod
     def allocate(cls, cache: PagedKVCache, width: int) -> "HeadUnion":
         rows = (cache.batch_size, cache.num_kv_heads)
-        like = dict(dtype=torch.int32, device=cache.seq_lens.device)
-        return cls(torch.zeros(*rows, -(-width // 32), **like), torch.zeros(rows, **like))
+        device = cache.seq_lens.device
+        words = torch.zeros(*rows, -(-width // 32), dtype=torch.int32, device=device)
+        return cls(words, torch.zeros(rows, dtype=torch.int32, device=device))
 
 
 class Pruned(NamedTuple):
@@ -127,7 +132,7 @@ def expand_top_p(
 
 
 def prune(
-    planned: Planned,
+    planned: Planned[PrunerConfig],
     logits: torch.Tensor,
     cache: PagedKVCache,
     candidates: CandidatePages,
@@ -142,37 +147,33 @@ def prune(
 
 
 @T.macro
-def meet(words, union_words, arrived, place, batch, kv_head, num_words, group_size, thread):
-    """Adds a query head's words to the union; place[0] = how many heads came before. The last one
+def meet(words, union_words, arrived, row, num_words, group_size):
+    """Adds a query head's words to the union; returns how many heads came before. The last one
     takes the union into its words, and leaves zeros for the next launch."""
+    thread = T.get_thread_binding()
+    place = T.alloc_shared((1,), T.int32, scope="shared")
     for step in T.serial(T.ceildiv(num_words, NUM_THREADS)):
         word = step * NUM_THREADS + thread
         if word < num_words:
             if words[word] != T.uint32(0):
-                T.call_extern(
-                    "int32", "atomicOr", T.access_ptr(union_words[batch, kv_head, word], "rw"),
-                    T.cast(words[word], T.int32),
-                )  # fmt: skip
+                bits = T.cast(words[word], T.int32)
+                atomic_or(union_words[row.batch, row.kv_head, word], bits)
     T.sync_threads()
     if thread == 0:
         place[0] = T.atomic_add(
-            arrived[batch, kv_head], 1, memory_order="acq_rel", return_prev=True
+            arrived[row.batch, row.kv_head], 1, memory_order="acq_rel", return_prev=True
         )
     T.sync_threads()
     if place[0] == group_size - 1:
         for step in T.serial(T.ceildiv(num_words, NUM_THREADS)):
             word = step * NUM_THREADS + thread
             if word < num_words:
-                words[word] = T.cast(
-                    T.call_extern(
-                        "int32", "atomicExch",
-                        T.access_ptr(union_words[batch, kv_head, word], "rw"), 0,
-                    ),
-                    T.uint32,
-                )  # fmt: skip
+                bits = atomic_exchange(union_words[row.batch, row.kv_head, word], 0)
+                words[word] = T.cast(bits, T.uint32)
         if thread == 0:
-            arrived[batch, kv_head] = 0
+            arrived[row.batch, row.kv_head] = 0
         T.sync_threads()
+    return place[0]
 
 
 @tilelang.jit(pass_configs=THREAD_LEVEL)
@@ -193,7 +194,7 @@ def pruner_kernel(
     max_items = T.dynamic("max_items")
     width_words = T.dynamic("width_words")
     num_apart = group_size if config.heads_apart else 1
-    copied = max(width_bound, NUM_THREADS * VECTOR) if is_held(width_bound) else 1
+    copied = (max(width_bound, NUM_THREADS * VECTOR),)
 
     @T.prim_func
     def prune_top_p(
@@ -221,29 +222,28 @@ def pruner_kernel(
             T.annotate_min_blocks_per_sm(config.blocks_per_sm)
             T.assume(width % TILE_TOKENS == 0)
             start_early(config.pdl)
-            thread = T.get_thread_binding()
-            place = T.alloc_shared((1,), T.int32, scope="shared")
-            row_copy = T.alloc_shared((copied,), logits_dtype)
+            copy = T.alloc_shared(copied, logits_dtype) if is_held(width_bound) else None
             words = T.alloc_shared((width_bound // 32,), T.uint32)
-            num_tokens = T.alloc_local((1,), T.int32)
+            row = Row(batch, kv_head, seq_lens[batch])
+            candidates = TokenList("pages", page_size, candidate_pages, candidate_counts)
+            num_rows = batch_size * num_kv_heads
+            work = Work(items, num_items, ticket, split_tokens, num_rows)
 
-            prune_heads(
-                lambda of_head, at: logits[batch, kv_head, of_head, at], row_copy, logits_dtype,
-                width_bound, first_head, group_size // num_apart, seq_lens, candidate_pages,
-                candidate_counts, page_size, top_p, num_sink_tokens, num_recent_tokens, kept_mass,
-                words, num_tokens, batch, kv_head,
+            num_tokens = prune_heads(
+                Heads(first_head, group_size // num_apart),
+                Logits(
+                    lambda head, at: logits[batch, kv_head, head, at],
+                    logits_dtype, width_bound, copy,
+                ),
+                row, candidates, top_p, num_sink_tokens, num_recent_tokens, kept_mass, words,
             )  # fmt: skip
             if config.heads_apart:
-                meet(
-                    words, union_words, arrived, place, batch, kv_head,
-                    T.ceildiv(num_tokens[0], 32), group_size, thread,
-                )  # fmt: skip
-            if not config.heads_apart or place[0] == group_size - 1:
+                num_words = T.ceildiv(num_tokens, 32)
+                place = meet(words, union_words, arrived, row, num_words, group_size)
+            if not config.heads_apart or place == group_size - 1:
                 list_row(
-                    words, num_tokens[0], candidate_pages, candidate_counts, page_size,
-                    kept_tokens, kept_counts, items, num_items, ticket, split_tokens,
-                    batch_size * num_kv_heads, batch, kv_head, NUM_THREADS,
-                )  # fmt: skip
+                    words, num_tokens, row, candidates, kept_tokens, kept_counts, work, NUM_THREADS
+                )
 
     return prune_top_p
 
@@ -262,6 +262,6 @@ PRUNER = KernelSpec(
     default=default_config,
     width=lambda shape: shape.width,
     launches=_launches,
-    sources=("pruner.py", "top_p.py", "split_kv.py", "threshold.py"),
+    sources=("pruner.py", *SEARCH_SOURCES),
     static_width=True,
 )

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from .cache import PagedKVCache
+from .cache import PagedKVCache, check_cache
 from .checks import check_tensor, dtype_name
 from .launch import StepShape
 
@@ -24,6 +24,7 @@ def group_size_of(name: str, num_qo_heads: int, cache: PagedKVCache) -> int:
 
 def check_query(q: torch.Tensor, cache: PagedKVCache) -> int:
     """Its group size; raises ValueError unless q [batch_size, num_qo_heads, head_dim] fits."""
+    check_cache(cache)
     shape = (cache.batch_size, None, cache.head_dim)
     check_tensor("q", q, shape, cache.k_cache.dtype, cache.k_cache.device, align=16)
     return group_size_of("q", q.shape[1], cache)
@@ -36,11 +37,12 @@ def by_kv_head(per_qo_head: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
 
 
 def check_scale(sm_scale: float | None, head_dim: int) -> float:
-    """The factor of the logits: head_dim ** -0.5 where None; raises ValueError unless finite."""
+    """The factor of the logits: head_dim ** -0.5 where None; raises ValueError unless it is
+    positive and finite."""
     if sm_scale is None:
-        return head_dim**-0.5
-    if not isinstance(sm_scale, float | int) or not math.isfinite(sm_scale):
-        raise ValueError(f"sm_scale: expected a finite number, got {sm_scale!r}")
+        return float(head_dim**-0.5)
+    if not isinstance(sm_scale, float | int) or not 0 < sm_scale < math.inf:
+        raise ValueError(f"sm_scale: expected a positive finite number, got {sm_scale!r}")
     return float(sm_scale)
 
 

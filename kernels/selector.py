@@ -4,8 +4,8 @@ import tilelang
 import tilelang.language as T
 import torch
 
-from .cache import PagedKVCache
-from .checks import check_count, check_tensor
+from .cache import PagedKVCache, check_cache
+from .checks import check_count
 from .compiling import THREAD_LEVEL
 from .launch import Launch
 from .lists import CandidatePages, Window
@@ -81,9 +81,9 @@ def select_all(cache: PagedKVCache) -> CandidatePages:
         pages [batch_size, num_kv_heads, max_pages] i32 and counts [batch_size, num_kv_heads] i32.
 
     Raises:
-        ValueError: the cache does not lie on a GPU.
+        ValueError: cache is no PagedKVCache.
     """
-    check_tensor("seq_lens", cache.seq_lens, (None,), torch.int32)
+    check_cache(cache)
     candidates = CandidatePages.allocate(cache, cache.max_pages)
     list_all_pages(all_pages(cache.page_size), cache, candidates)
     return candidates

@@ -1,15 +1,18 @@
 """Split-KV attention over listed tokens: what its kernels share, the list of items, and the merge.
 
-A row is one KV head of one request. An item is at most `split_tokens` of its tokens, in list order.
-`source` says what indices and counts hold: "tokens", "pages", or "all" (only counts matter).
+An item is at most `split_tokens` of a row's tokens, in the order of its list.
 """
 
 from dataclasses import dataclass
+from functools import partialmethod
+from typing import NamedTuple
 
 import tilelang
 import tilelang.language as T
+from tvm.tirx import Buffer, PrimExpr
 
 from .compiling import TILE_LEVEL, start_early
+from .token_list import Row, TokenList
 
 LOG2E = 1.4426950408889634
 
@@ -24,67 +27,66 @@ class AttentionConfig:
     pdl: bool = False
 
 
-def listed_token(source, page_size, indices, batch, kv_head, index):
-    """The logical position that the row's list names at `index`."""
-    if source == "tokens":
-        return indices[batch, kv_head, index]
-    if source == "pages":
-        return indices[batch, kv_head, index // page_size] * page_size + index % page_size
-    return index
-
-
-def cache_row(page, page_size, num_kv_heads, kv_head, token):
-    """Where K and V of a token in that page lie: a row of the cache seen as [rows, head_dim]."""
-    return (page * page_size + token % page_size) * num_kv_heads + kv_head
-
-
-@T.macro
-def count_tokens(source, page_size, seq_lens, indices, counts, batch, kv_head, num_tokens):
-    """num_tokens[0] = the row's tokens; a page list may end in a part-filled last page."""
-    num_tokens[0] = counts[batch, kv_head]
-    if source == "pages":
-        if num_tokens[0] > 0:
-            last_page = indices[batch, kv_head, num_tokens[0] - 1]
-            num_tokens[0] = (num_tokens[0] - 1) * page_size + T.min(
-                page_size, seq_lens[batch] - last_page * page_size
-            )
-
-
-@T.macro
-def append_items(
-    items, num_items, ticket, first_item, num_tokens, split_tokens,
-    batch, kv_head, num_rows, thread, num_threads,
-):  # fmt: skip
-    """Appends the row's items to the list, in no order that matters.
+class Work(NamedTuple):
+    """The list of items while rows append to it.
 
     ticket counts the rows that took their items, above 32 bits that count the items: one atomic
     says where a row's items go and whether it is the last, which publishes how many there are and
-    leaves zero for the next launch. first_item is one int32 of shared memory. All threads of the
-    block take part.
+    leaves zero for the next launch.
     """
-    num_splits = T.ceildiv(num_tokens, split_tokens)
-    if thread == 0:
-        taken = T.uint64(1 << 32) + T.cast(num_splits, T.uint64)
-        before = T.atomic_add(ticket[0], taken, return_prev=True)
-        first_item[0] = T.cast(before & T.uint64(0xFFFFFFFF), T.int32)
-        if T.cast(before >> T.uint64(32), T.int32) == num_rows - 1:
-            num_items[0] = first_item[0] + num_splits
-            ticket[0] = T.uint64(0)
-    T.sync_threads()
-    for step in T.serial(T.ceildiv(num_splits, num_threads)):
-        split = step * num_threads + thread
-        if split < num_splits:
-            items[first_item[0] + split, 0] = batch
-            items[first_item[0] + split, 1] = kv_head
-            items[first_item[0] + split, 2] = T.if_then_else(num_splits == 1, -1, split)
-            items[first_item[0] + split, 3] = T.min(split_tokens, num_tokens - split * split_tokens)
+
+    items: Buffer  # [max_items, 4] i32: batch, kv_head, split (-1: the row's only one), tokens
+    num_items: Buffer  # [1] i32
+    ticket: Buffer  # [1] u64
+    split_tokens: int
+    num_rows: PrimExpr  # that append to it
+
+    @partialmethod
+    @T.macro
+    def append(self, row, num_tokens, num_threads):
+        """Appends a row's items, in no order that matters. All threads of the block take part."""
+        thread = T.get_thread_binding()
+        first_item = T.alloc_shared((1,), T.int32, scope="shared")
+        num_splits = T.ceildiv(num_tokens, self.split_tokens)
+        if thread == 0:
+            taken = T.uint64(1 << 32) + T.cast(num_splits, T.uint64)
+            before = T.atomic_add(self.ticket[0], taken, return_prev=True)
+            first_item[0] = T.cast(before & T.uint64(0xFFFFFFFF), T.int32)
+            if T.cast(before >> T.uint64(32), T.int32) == self.num_rows - 1:
+                self.num_items[0] = first_item[0] + num_splits
+                self.ticket[0] = T.uint64(0)
+        T.sync_threads()
+        for step in T.serial(T.ceildiv(num_splits, num_threads)):
+            split = step * num_threads + thread
+            if split < num_splits:
+                item = first_item[0] + split
+                self.items[item, 0] = row.batch
+                self.items[item, 1] = row.kv_head
+                self.items[item, 2] = T.if_then_else(num_splits == 1, -1, split)
+                self.items[item, 3] = T.min(
+                    self.split_tokens, num_tokens - split * self.split_tokens
+                )
+
+
+class Results(NamedTuple):
+    """Where an item's result goes: that of a row's only one (its split is -1) to out and lse."""
+
+    partial_out: Buffer  # [batch_size, num_kv_heads, max_splits, group_size, head_dim] f32
+    partial_lse: Buffer  # [..., max_splits, group_size, 2] f32: max (in log2 units), sum
+    out: Buffer  # [batch_size, num_kv_heads, group_size, head_dim]
+    lse: Buffer  # [batch_size, num_kv_heads, group_size] f32
 
 
 @T.macro
-def load_words(words, turn, items, item, max_items):
+def load_item(words, turn, items, item):
     """words[turn] = (batch, kv_head, split, tokens), anything for an item behind the list's end."""
     for w in T.vectorized(4):
-        words[turn, w] = items[T.min(item, max_items - 1), w]
+        words[turn, w] = items[T.min(item, items.shape[0] - 1), w]
+
+
+def cache_vector(page, page_size, num_kv_heads, kv_head, token):
+    """Where K and V of a token in that page lie in the cache seen as [vectors, head_dim]."""
+    return (page * page_size + token % page_size) * num_kv_heads + kv_head
 
 
 @tilelang.jit(pass_configs=TILE_LEVEL)
@@ -105,14 +107,11 @@ def plan_kernel(page_size: int, source: str, config: AttentionConfig):
     ):
         with T.Kernel(num_kv_heads, batch_size, threads=num_threads) as (kv_head, batch):
             start_early(config.pdl)
-            thread = T.get_thread_binding()
-            first_item = T.alloc_shared((1,), T.int32, scope="shared")
-            num_tokens = T.alloc_local((1,), T.int32)
-            count_tokens(source, page_size, seq_lens, indices, counts, batch, kv_head, num_tokens)
-            append_items(
-                items, num_items, ticket, first_item, num_tokens[0], config.split_tokens,
-                batch, kv_head, batch_size * num_kv_heads, thread, num_threads,
-            )  # fmt: skip
+            row = Row(batch, kv_head, seq_lens[batch])
+            num_tokens = TokenList(source, page_size, indices, counts).count(row)
+            num_rows = batch_size * num_kv_heads
+            work = Work(items, num_items, ticket, config.split_tokens, num_rows)
+            work.append(row, num_tokens, num_threads)
 
     return plan_items
 
@@ -146,13 +145,14 @@ def merge_kernel(
             start_early(config.pdl)
             channel = T.get_thread_binding()
             lane = channel % 32
-            num_tokens = T.alloc_local((1,), T.int32)
+            num_tokens = T.alloc_var(T.int32)
             max_log2 = T.alloc_var(T.float32)
             total = T.alloc_var(T.float32)
             acc = T.alloc_var(T.float32)
 
-            count_tokens(source, page_size, seq_lens, indices, counts, batch, kv_head, num_tokens)
-            num_splits = T.ceildiv(num_tokens[0], config.split_tokens)
+            row = Row(batch, kv_head, seq_lens[batch])
+            num_tokens = TokenList(source, page_size, indices, counts).count(row)
+            num_splits = T.ceildiv(num_tokens, config.split_tokens)
             if num_splits == 0:
                 out[batch, kv_head, head, channel] = T.cast(0, dtype)
                 if channel == 0:

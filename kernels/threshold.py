@@ -10,154 +10,189 @@ bin with shared memory atomics, and keeps the one bin in which the running sum f
 the need.
 """
 
+from functools import partialmethod
+from typing import NamedTuple
+
 import tilelang.language as T
+from tvm.tirx import Buffer, PrimExpr
+
+from .warp import block_exclusive_sum, warp_inclusive_sum
 
 BINS_PER_THREAD = 4
 HALF_WORD = 16
 
 
-def bits_per_round(num_threads: int) -> int:
-    """Bits of the key that one round settles: the log2 of its bins."""
-    return (num_threads * BINS_PER_THREAD).bit_length() - 1
+class Search(NamedTuple):
+    """A search that a team of threads makes, beside those of the block's other teams."""
 
+    bins: Buffer  # [num_teams, bins] i32: the mass of each
+    warp_sums: Buffer  # [num_teams, warps of a team] i32
+    found: Buffer  # [num_teams, 3] i32: the bracket, from the thread that found it to the others
+    team: PrimExpr  # number of this thread's team
+    thread: PrimExpr  # and its own in it
+    bracket: Buffer  # [3] i32, in registers: where the search is; see `low`, `above` and `mass`
 
-def alloc_search(num_threads: int, num_teams: int = 1, team=0) -> tuple:
-    """Shared memory of the searches that teams of threads make side by side: bins, one sum per
-    warp, and the bin found, (low, above, mass); with it the number of this thread's team."""
-    # Static scope: atomics in the dynamic pool are taken to alias every other buffer there.
-    bins = T.alloc_shared((num_teams, num_threads * BINS_PER_THREAD), T.int32, scope="shared")
-    warp_sums = T.alloc_shared((num_teams, num_threads // 32), T.int32, scope="shared")
-    state = T.alloc_shared((num_teams, 3), T.int32, scope="shared")
-    return bins, warp_sums, state, team
+    @classmethod
+    def allocate(cls, num_threads, num_teams=1):
+        """For teams of num_threads."""
+        thread = T.get_thread_binding()
+        team = thread // num_threads if num_teams > 1 else 0
+        thread = thread % num_threads if num_teams > 1 else thread
+        # Static scope: atomics in the dynamic pool are taken to alias every other buffer there.
+        bins = T.alloc_shared((num_teams, num_threads * BINS_PER_THREAD), T.int32, scope="shared")
+        warp_sums = T.alloc_shared((num_teams, num_threads // 32), T.int32, scope="shared")
+        found = T.alloc_shared((num_teams, 3), T.int32, scope="shared")
+        return cls(bins, warp_sums, found, team, thread, T.alloc_local((3,), T.int32))
 
+    def again(self):
+        """Another search, with a bracket of its own."""
+        return self._replace(bracket=T.alloc_local((3,), T.int32))
 
-@T.macro
-def clear_bins(search, thread):
-    for j in T.vectorized(BINS_PER_THREAD):
-        search[0][search[3], thread * BINS_PER_THREAD + j] = 0
+    @property
+    def low(self):
+        """The smallest key of the bracket."""
+        return self.bracket[0]
 
+    @property
+    def above(self):
+        """The mass of all larger keys."""
+        return self.bracket[1]
 
-@T.macro
-def add_to_bin(search, key, low, shift, mass, num_bins):
-    """Adds an item's mass to its bin of 2^shift keys, unless its key lies outside the num_bins."""
-    if key >= low:
-        # 64 bits: a large negative and a large positive score are more than 2^31 keys apart.
-        bin_index = (T.cast(key, T.int64) - T.cast(low, T.int64)) >> T.cast(shift, T.int64)
-        if bin_index < T.cast(num_bins, T.int64):
-            T.atomic_add(search[0][search[3], T.cast(bin_index, T.int32)], mass)
+    @property
+    def mass(self):
+        """The mass of the bracket."""
+        return self.bracket[2]
 
+    @property
+    def round_bits(self) -> int:
+        """Bits of the key that one round settles: the log2 of its bins."""
+        return int(self.bins.shape[1]).bit_length() - 1
 
-@T.macro
-def cross_bins(search, thread, bracket, shift, need, num_threads):
-    """Moves `bracket` = (low, above, mass) to the bin where the sum from the top reaches the need.
+    @partialmethod
+    @T.macro
+    def clear(self):
+        bins = self.bins
+        for j in T.vectorized(BINS_PER_THREAD):
+            bins[self.team, self.thread * BINS_PER_THREAD + j] = 0
 
-    `low` is the smallest key of the bin, `above` the mass of all larger keys, `mass` the bin's own.
-    Where even all bins together do not reach the need, the lowest bin is taken. All threads of the
-    block take part, each with its number in its team.
-    """
-    bins, warp_sums, state, team = search
-    num_warps = num_threads // 32
-    own = T.alloc_local((BINS_PER_THREAD,), T.int32)
-    thread_mass = T.alloc_var(T.int32)
-    running = T.alloc_var(T.int32)
-    found = T.alloc_var(T.int32)
+    @partialmethod
+    @T.macro
+    def add(self, key, shift, num_bins, mass):
+        """Adds an item's mass to its bin of 2^shift keys, unless its key lies outside the bins."""
+        if key >= self.low:
+            # 64 bits: a large negative and a large positive score are more than 2^31 keys apart.
+            inside = T.cast(key, T.int64) - T.cast(self.low, T.int64)
+            bin_index = inside >> T.cast(shift, T.int64)
+            if bin_index < T.cast(num_bins, T.int64):
+                T.atomic_add(self.bins[self.team, T.cast(bin_index, T.int32)], mass)
 
-    T.sync_threads()
-    for j in T.vectorized(BINS_PER_THREAD):
-        own[j] = bins[team, thread * BINS_PER_THREAD + j]
-    thread_mass = 0
-    for j in T.unroll(BINS_PER_THREAD):
-        thread_mass += own[j]
-    running = thread_mass
-    for step in T.unroll(5):
-        higher = T.shfl_down(running, 1 << step)
-        if thread % 32 + (1 << step) < 32:
-            running += higher
-    if thread % 32 == 0:
-        warp_sums[team, thread // 32] = running
-    clear_bins(search, thread)
-    T.sync_threads()
-    for warp in T.serial(num_warps):
-        if warp > thread // 32:
-            running += warp_sums[team, warp]
+    @partialmethod
+    @T.macro
+    def cross(self, shift, need):
+        """Moves the bracket, which the bins cut up, to the bin where the sum from the top reaches
+        the need; to the lowest where all bins together do not. Clears the bins.
 
-    running += bracket[1] - thread_mass  # the mass above this thread's bins
-    if (running < need and running + thread_mass >= need) or thread == 0:
-        found = 0
+        All threads of the block take part.
+        """
+        bins, warp_sums, found, team, thread, bracket = self
+        first = thread * BINS_PER_THREAD
+        own = T.alloc_local((BINS_PER_THREAD,), T.int32)
+        thread_mass = T.alloc_var(T.int32)
+        running = T.alloc_var(T.int32)
+        is_found = T.alloc_var(T.int32)
+
+        T.sync_threads()
+        for j in T.vectorized(BINS_PER_THREAD):
+            own[j] = bins[team, first + j]
+        thread_mass = 0
         for j in T.unroll(BINS_PER_THREAD):
-            k = BINS_PER_THREAD - 1 - j
-            if found == 0:
-                is_lowest = thread * BINS_PER_THREAD + k == 0
-                if running < need and (running + own[k] >= need or is_lowest):
-                    found = 1
-                    bin_index = T.cast(thread * BINS_PER_THREAD + k, T.int64)
-                    lowest_key = T.cast(bracket[0], T.int64) + (bin_index << T.cast(shift, T.int64))
-                    state[team, 0] = T.cast(lowest_key, T.int32)
-                    state[team, 1] = running
-                    state[team, 2] = own[k]
-                else:
-                    running += own[k]
-    T.sync_threads()
-    for j in T.unroll(3):
-        bracket[j] = state[team, j]
+            thread_mass += own[j]
+        running = warp_inclusive_sum(thread_mass, downward=True)
+        if thread % 32 == 0:
+            warp_sums[team, thread // 32] = running
+        self.clear()
+        T.sync_threads()
+        for warp in T.serial(warp_sums.shape[1]):
+            if warp > thread // 32:
+                running += warp_sums[team, warp]
+
+        running += self.above - thread_mass  # the mass above this thread's bins
+        if (running < need and running + thread_mass >= need) or thread == 0:
+            is_found = 0
+            for j in T.unroll(BINS_PER_THREAD):
+                k = BINS_PER_THREAD - 1 - j
+                if is_found == 0:
+                    is_lowest = first + k == 0
+                    if running < need and (running + own[k] >= need or is_lowest):
+                        is_found = 1
+                        below = T.cast(first + k, T.int64) << T.cast(shift, T.int64)
+                        found[team, 0] = T.cast(T.cast(self.low, T.int64) + below, T.int32)
+                        found[team, 1] = running
+                        found[team, 2] = own[k]
+                    else:
+                        running += own[k]
+        T.sync_threads()
+        for j in T.unroll(3):
+            bracket[j] = found[team, j]
+
+    @partialmethod
+    @T.macro
+    def find(self, low, span, above, need, add_all):
+        """Moves the bracket to the largest key such that the items from it on weigh at least the
+        need, or to more keys than that one if all of them together weigh just it.
+
+        Keys lie from `low` to low + span, the mass `above` over them. add_all(shift, num_bins) adds
+        every item.
+        """
+        bracket = self.bracket
+        num_bins = T.alloc_var(T.int32)
+        shift = T.alloc_var(T.int32)
+        searching = T.alloc_var(T.int32)
+        bracket[0] = low
+        bracket[1] = above
+        num_bins = 1 << self.round_bits
+        shift = T.max(32 - self.round_bits - T.cast(T.clz(span), T.int32), 0)
+        searching = 1
+        while searching != 0:
+            add_all(shift, num_bins)
+            self.cross(shift, need)
+            searching = T.if_then_else(shift > 0 and self.above + self.mass != need, 1, 0)
+            num_bins = 1 << T.min(shift, self.round_bits)  # only the chosen bin is open
+            shift = T.max(shift - self.round_bits, 0)
 
 
 @T.macro
-def exclusive_sum(value, prefix, total, warp_sums, thread, num_threads):
-    """prefix[0] = the sum of `value` over the threads before this one, total[0] = over all."""
-    running = T.alloc_var(T.int32)
-    num_warps = num_threads // 32
-    running = value
-    for step in T.unroll(5):
-        lower = T.shfl_up(running, 1 << step)
-        if thread % 32 >= (1 << step):
-            running += lower
-    if thread % 32 == 31:
-        warp_sums[thread // 32] = running
-    T.sync_threads()
-    prefix[0] = running - value
-    total[0] = 0
-    for warp in T.serial(num_warps):
-        total[0] += warp_sums[warp]
-        if warp < thread // 32:
-            prefix[0] += warp_sums[warp]
-    T.sync_threads()
+def compact(words, num_words, position, output, row, num_threads):
+    """Writes the position of every set bit to the row's part of the output, ascending, and returns
+    how many they are.
 
-
-@T.macro
-def compact(
-    word_at, num_words, warp_sums, num_threads, count, half_position, output, batch, kv_head
-):  # fmt: skip
-    """Writes the position of every set bit to output[batch, kv_head], ascending.
-
-    count[0] = how many. word_at(w) holds bits 32 w to 32 w + 31; a thread takes a whole word. Bit i
-    of half a word stands for half_position(half) + i.
+    A thread takes a whole word. Bit i stands for position(i), and the bits of half a word stand for
+    neighbours.
     """
     thread = T.get_thread_binding()
+    warp_sums = T.alloc_shared((num_threads // 32,), T.int32, scope="shared")
     first = T.alloc_local((2,), T.int32)
-    prefix = T.alloc_local((1,), T.int32)
-    total = T.alloc_local((1,), T.int32)
+    count = T.alloc_var(T.int32)
     bits = T.alloc_var(T.uint32)
     slot = T.alloc_var(T.int32)
-    count[0] = 0
+    count = 0
     for base in T.serial(T.ceildiv(num_words, num_threads)):
         word = base * num_threads + thread
         bits = T.uint32(0)
         if word < num_words:
-            bits = word_at(word)
+            bits = words[word]
         if bits != T.uint32(0):  # asked for here: they arrive while the words are counted
             for half in T.unroll(2):
-                first[half] = half_position(word * 2 + half)
-        exclusive_sum(
-            T.cast(T.popcount(bits), T.int32), prefix, total, warp_sums, thread, num_threads
-        )
-        slot = count[0] + prefix[0]
+                first[half] = position((word * 2 + half) * HALF_WORD)
+        before, total = block_exclusive_sum(T.cast(T.popcount(bits), T.int32), warp_sums)
+        slot = count + before
         while bits != T.uint32(0):
             lowest = bits & (T.uint32(0) - bits)
             bit = 31 - T.cast(T.clz(lowest), T.int32)
-            output[batch, kv_head, slot] = (
+            output[row.batch, row.kv_head, slot] = (
                 T.if_then_else(bit < HALF_WORD, first[0], first[1]) + bit % HALF_WORD
             )
             slot += 1
             bits = bits ^ lowest
-        count[0] += total[0]
+        count += total
+    return count

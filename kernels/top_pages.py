@@ -1,25 +1,20 @@
 """The pages with the largest scores, by threshold search: no sort."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import tilelang
 import tilelang.language as T
 import torch
+from tvm.tirx import Buffer, PrimExpr
 
 from .cache import PagedKVCache
 from .compiling import THREAD_LEVEL, start_early
 from .gpu import Gpu
 from .launch import KernelSpec, Launch, StepShape, next_power_of_two
 from .lists import CandidatePages, Window
-from .threshold import (
-    HALF_WORD,
-    add_to_bin,
-    alloc_search,
-    bits_per_round,
-    clear_bins,
-    compact,
-    cross_bins,
-)
+from .threshold import Search, compact
+from .token_list import Row
 from .tuned import Planned
 
 LOWEST_KEY, HIGHEST_KEY = -(2**31), 2**31 - 1
@@ -38,7 +33,7 @@ def default_config(shape: StepShape, gpu: Gpu) -> TopPagesConfig:
 
 
 def take_top_pages(
-    planned: Planned,
+    planned: Planned[TopPagesConfig],
     cache: PagedKVCache,
     scores: torch.Tensor,
     window: Window,
@@ -47,6 +42,100 @@ def take_top_pages(
     """One launch: scores -> candidates."""
     (launch,) = planned.launches
     launch(scores, cache.seq_lens, *window, *candidates)
+
+
+class RowPages(NamedTuple):
+    """A row's pages as a thread of its block sees them: `per_thread` of every chunk."""
+
+    scores: Buffer  # [batch_size, num_kv_heads, max_pages] f32
+    row: Row
+    held: Buffer | None  # [per_thread] i32, this thread's keys; None where they are read every time
+    num_threads: int
+    per_thread: int
+    num_chunks: PrimExpr = 1
+    first_open: PrimExpr = None  # the pages before it, sinks, are always in
+    first_recent: PrimExpr = None  # and so are those from here on
+
+    def page(self, chunk, r):
+        return (chunk * self.per_thread + r) * self.num_threads + T.get_thread_binding()
+
+    def is_open(self, page):
+        return T.And(page >= self.first_open, page < self.first_recent)
+
+    def bits(self, page):
+        # Clamping costs a row that is read again and again 10 us at 16,384 pages.
+        in_row = page if self.held is None else T.min(page, self.scores.shape[2] - 1)
+        return T.reinterpret(self.scores[self.row.batch, self.row.kv_head, in_row], T.int32)
+
+    def key_of(self, page, bits):
+        """A score's bits as a key: signed integers in the order of the scores."""
+        return T.if_then_else(self.is_open(page), bits ^ ((bits >> 31) & HIGHEST_KEY), LOWEST_KEY)
+
+    def key(self, chunk, r):
+        page = self.page(chunk, r)
+        return self.key_of(page, self.bits(page)) if self.held is None else self.held[r]
+
+
+@T.macro
+def find_extremes(pages, extremes):
+    """The smallest and the largest key of the open pages."""
+    thread = T.get_thread_binding()
+    lowest = T.alloc_var(T.int32)
+    highest = T.alloc_var(T.int32)
+    lowest = HIGHEST_KEY
+    highest = LOWEST_KEY
+    for chunk in T.serial(pages.num_chunks):
+        for r in T.unroll(pages.per_thread):
+            if pages.is_open(pages.page(chunk, r)):
+                lowest = T.min(lowest, pages.key(chunk, r))
+                highest = T.max(highest, pages.key(chunk, r))
+    lowest = T.warp_reduce_min(lowest)
+    highest = T.warp_reduce_max(highest)
+    if thread % 32 == 0:
+        extremes[0, thread // 32] = lowest
+        extremes[1, thread // 32] = highest
+    T.sync_threads()
+    for each in T.serial(extremes.shape[1]):
+        lowest = T.min(lowest, extremes[0, each])
+        highest = T.max(highest, extremes[1, each])
+    return lowest, highest
+
+
+@T.macro
+def add_keys(search, pages, shift, num_bins):
+    """Adds every open page by its key."""
+    for chunk in T.serial(pages.num_chunks):
+        for r in T.unroll(pages.per_thread):
+            if pages.is_open(pages.page(chunk, r)):
+                search.add(pages.key(chunk, r), shift, num_bins, 1)
+
+
+@T.macro
+def add_ties(ties, search, pages, shift, num_bins):
+    """Adds the open pages with the key found by their numbers, negated: the first is largest."""
+    for chunk in T.serial(pages.num_chunks):
+        for r in T.unroll(pages.per_thread):
+            if pages.is_open(pages.page(chunk, r)) and pages.key(chunk, r) == search.low:
+                ties.add(-pages.page(chunk, r), shift, num_bins, 1)
+
+
+@T.macro
+def mark_pages(words, pages, num_pages, takes_all, search, ties):
+    """words = a bit for each page that is a candidate."""
+    for chunk in T.serial(pages.num_chunks):
+        for r in T.unroll(pages.per_thread):
+            page = pages.page(chunk, r)
+            key = pages.key(chunk, r)
+            keep = page < num_pages and (
+                takes_all
+                or not pages.is_open(page)
+                or key > search.low
+                or (key == search.low and -page >= ties.low)
+            )
+            bits = T.cast(T.ballot(keep), T.uint32)
+            if T.get_thread_binding() % 32 == 0 and page < num_pages:
+                words[page // 32] = bits
+    T.sync_threads()
 
 
 @tilelang.jit(pass_configs=THREAD_LEVEL)
@@ -64,7 +153,6 @@ def top_pages_kernel(page_size: int, max_pages_bound: int, config: TopPagesConfi
     num_threads, per_thread = config.num_threads, config.pages_per_thread
     wide = max_pages_bound > num_threads * per_thread
     max_words = max(max_pages_bound // 32, 1)
-    round_bits = bits_per_round(num_threads)
 
     @T.prim_func
     def top_pages(
@@ -77,124 +165,57 @@ def top_pages_kernel(page_size: int, max_pages_bound: int, config: TopPagesConfi
     ):
         with T.Kernel(num_kv_heads, batch_size, threads=num_threads) as (kv_head, batch):
             start_early(config.pdl)
-            thread = T.get_thread_binding()
-            warp = thread // 32
-            search = alloc_search(num_threads)
+            row = Row(batch, kv_head, seq_lens[batch])
+            search = Search.allocate(num_threads)  # over keys
+            ties = search.again()  # over the pages of one key, by their numbers, negated
             extremes = T.alloc_shared((2, num_threads // 32), T.int32, scope="shared")
-            scan_sums = T.alloc_shared((num_threads // 32,), T.int32, scope="shared")
             words = T.alloc_shared((max_words,), T.uint32)
             keys = T.alloc_local((per_thread,), T.int32)
-            bracket = T.alloc_local((3,), T.int32)
-            ties = T.alloc_local((3,), T.int32)
-            count = T.alloc_local((1,), T.int32)
-            lowest = T.alloc_var(T.int32)
-            highest = T.alloc_var(T.int32)
-            shift = T.alloc_var(T.int32)
-            num_bins = T.alloc_var(T.int32)
-            searching = T.alloc_var(T.int32)
 
-            page_of = lambda chunk, r: (chunk * per_thread + r) * num_threads + thread
-            # Clamping costs a row that is read again and again 10 us at 16,384 pages.
-            in_row = lambda page: page if wide else T.min(page, max_pages - 1)
-            bits_of = lambda page: T.reinterpret(scores[batch, kv_head, in_row(page)], T.int32)
+            pages = RowPages(scores, row, None if wide else keys, num_threads, per_thread)
             if not wide:
                 for r in T.unroll(per_thread):  # asked for before the number of pages is there
-                    keys[r] = bits_of(page_of(0, r))
-            num_pages = T.ceildiv(seq_lens[batch], page_size)
-            num_chunks = T.ceildiv(num_pages, num_threads * per_thread) if wide else 1
-            sink_pages = T.ceildiv(num_sink_tokens, page_size)
+                    keys[r] = pages.bits(pages.page(0, r))
+            num_pages = T.ceildiv(row.seq_len, page_size)
+            first_open = T.ceildiv(num_sink_tokens, page_size)
             first_recent = T.min(
-                T.max(seq_lens[batch] - num_recent_tokens, 0) // page_size, num_pages - 1
+                T.max(row.seq_len - num_recent_tokens, 0) // page_size, num_pages - 1
             )
-            need = width - sink_pages - (num_pages - first_recent)
-            is_open = lambda page: T.And(page >= sink_pages, page < first_recent)
-            key_of_bits = lambda page, bits: T.if_then_else(
-                is_open(page), bits ^ ((bits >> 31) & HIGHEST_KEY), LOWEST_KEY
+            pages = pages._replace(
+                num_chunks=T.ceildiv(num_pages, num_threads * per_thread) if wide else 1,
+                first_open=first_open,
+                first_recent=first_recent,
             )
-            read_key = lambda page: key_of_bits(page, bits_of(page))
-            key_of = lambda chunk, r: read_key(page_of(chunk, r)) if wide else keys[r]
+            need = width - first_open - (num_pages - first_recent)
 
-            bracket[0] = LOWEST_KEY  # takes every page
-            ties[0] = LOWEST_KEY
+            search.bracket[0] = LOWEST_KEY  # takes every page
+            ties.bracket[0] = LOWEST_KEY
             if num_pages > width and need == 0:
-                bracket[0] = HIGHEST_KEY  # takes none
-                ties[0] = 1
+                search.bracket[0] = HIGHEST_KEY  # takes none
+                ties.bracket[0] = 1
             if num_pages > width and need > 0:
-                clear_bins(search, thread)
+                search.clear()
                 if not wide:
                     for r in T.unroll(per_thread):
-                        keys[r] = key_of_bits(page_of(0, r), keys[r])
-                lowest = HIGHEST_KEY
-                highest = LOWEST_KEY
-                for chunk in T.serial(num_chunks):
-                    for r in T.unroll(per_thread):
-                        if is_open(page_of(chunk, r)):
-                            lowest = T.min(lowest, key_of(chunk, r))
-                            highest = T.max(highest, key_of(chunk, r))
-                lowest = T.warp_reduce_min(lowest)
-                highest = T.warp_reduce_max(highest)
-                if thread % 32 == 0:
-                    extremes[0, warp] = lowest
-                    extremes[1, warp] = highest
-                T.sync_threads()
-                for each in T.serial(num_threads // 32):
-                    lowest = T.min(lowest, extremes[0, each])
-                    highest = T.max(highest, extremes[1, each])
-
-                bracket[0] = lowest
-                bracket[1] = 0
-                num_bins = 1 << round_bits
+                        keys[r] = pages.key_of(pages.page(0, r), keys[r])
+                lowest, highest = find_extremes(pages, extremes)
                 key_span = T.cast(T.cast(highest, T.int64) - T.cast(lowest, T.int64), T.uint32)
-                shift = T.max(32 - round_bits - T.cast(T.clz(key_span), T.int32), 0)
-                searching = 1
-                while searching != 0:
-                    for chunk in T.serial(num_chunks):
-                        for r in T.unroll(per_thread):
-                            if is_open(page_of(chunk, r)):
-                                key = key_of(chunk, r)
-                                add_to_bin(search, key, bracket[0], shift, 1, num_bins)
-                    cross_bins(search, thread, bracket, shift, need, num_threads)
-                    searching = T.if_then_else(shift > 0 and bracket[1] + bracket[2] != need, 1, 0)
-                    num_bins = 1 << T.min(shift, round_bits)  # only the chosen bin is open
-                    shift = T.max(shift - round_bits, 0)
+                search.find(
+                    lowest, key_span, 0, need,
+                    lambda shift, num_bins: add_keys(search, pages, shift, num_bins),
+                )  # fmt: skip
+                if search.above + search.mass > need:
+                    ties.find(
+                        -num_pages, num_pages, search.above, need,
+                        lambda shift, num_bins: add_ties(ties, search, pages, shift, num_bins),
+                    )  # fmt: skip
 
-                if bracket[1] + bracket[2] > need:
-                    ties[0] = -num_pages
-                    ties[1] = bracket[1]
-                    num_bins = 1 << round_bits
-                    shift = T.max(32 - round_bits - T.clz(num_pages), 0)
-                    searching = 1
-                    while searching != 0:
-                        for chunk in T.serial(num_chunks):
-                            for r in T.unroll(per_thread):
-                                if is_open(page_of(chunk, r)) and key_of(chunk, r) == bracket[0]:
-                                    page = page_of(chunk, r)
-                                    add_to_bin(search, -page, ties[0], shift, 1, num_bins)
-                        cross_bins(search, thread, ties, shift, need, num_threads)
-                        searching = T.if_then_else(shift > 0, 1, 0)
-                        num_bins = 1 << T.min(shift, round_bits)
-                        shift = T.max(shift - round_bits, 0)
-
-            for chunk in T.serial(num_chunks):
-                for r in T.unroll(per_thread):
-                    page = page_of(chunk, r)
-                    key = key_of(chunk, r)
-                    keep = page < num_pages and (
-                        num_pages <= width
-                        or not is_open(page)
-                        or key > bracket[0]
-                        or (key == bracket[0] and -page >= ties[0])
-                    )
-                    bits = T.cast(T.ballot(keep), T.uint32)
-                    if thread % 32 == 0 and page < num_pages:
-                        words[page // 32] = bits
-            T.sync_threads()
-            compact(
-                lambda at: words[at], T.ceildiv(num_pages, 32), scan_sums, num_threads,
-                count, lambda half: half * HALF_WORD, candidate_pages, batch, kv_head,
-            )  # fmt: skip
-            if thread == 0:
-                candidate_counts[batch, kv_head] = count[0]
+            mark_pages(words, pages, num_pages, num_pages <= width, search, ties)
+            count = compact(
+                words, T.ceildiv(num_pages, 32), lambda at: at, candidate_pages, row, num_threads
+            )
+            if T.get_thread_binding() == 0:
+                candidate_counts[batch, kv_head] = count
 
     return top_pages
 
@@ -211,6 +232,6 @@ TOP_PAGES = KernelSpec(
     default=default_config,
     width=lambda shape: shape.max_pages,
     launches=_launches,
-    sources=("top_pages.py", "threshold.py"),
+    sources=("top_pages.py", "threshold.py", "token_list.py", "warp.py"),
     static_width=True,
 )

@@ -16,13 +16,13 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, get_origin, get_type_hints
 
 import torch
 
 from .compiling import starts_early
 from .gpu import Gpu, gpu_of, gpu_slug
-from .launch import ROOM, KernelSpec, Launch, StepShape
+from .launch import ROOM, Config, KernelSpec, Launch, StepShape
 
 CONFIGS = ROOM.parent / "autotune" / "configs"
 VARIABLE = "TWILIGHT_CONFIGS"  # a file to read instead
@@ -40,7 +40,7 @@ class Bucket:
     width: int  # of a row: pages for page_score and top_pages, tokens for the others
 
     @classmethod
-    def of(cls, spec: KernelSpec, shape: StepShape) -> "Bucket":
+    def of(cls, spec: KernelSpec[Any], shape: StepShape) -> "Bucket":
         """Where a kernel's launch of this shape belongs."""
         return cls(*shape[:4], shape.num_rows, spec.width(shape))
 
@@ -50,15 +50,16 @@ class Bucket:
     @classmethod
     def parse(cls, text: str) -> "Bucket":
         """The inverse of str(); ValueError where it is none."""
+        kinds = get_type_hints(cls)
         pattern = " ".join(
-            rf"{field.name}=({'[1-9][0-9]*' if field.type is int else '[a-z0-9]+'})"
-            for field in fields(cls)
+            rf"{name}=({'[1-9][0-9]*' if kind is int else '[a-z0-9]+'})"
+            for name, kind in kinds.items()
         )
         match = re.fullmatch(pattern, text)
         if match is None:
             raise ValueError(f"expected a bucket like {_EXAMPLE}, got {text!r}")
-        values = zip(fields(cls), match.groups(), strict=True)
-        return cls(*(field.type(value) for field, value in values))
+        values = zip(kinds.values(), match.groups(), strict=True)
+        return cls(*(kind(value) for kind, value in values))
 
     def distance(self, other: "Bucket", static_width: bool) -> float:
         """Octaves between the two in rows and in width together; infinite where none may stand for
@@ -102,7 +103,7 @@ class Configs:
     entries: Mapping[str, Mapping[Bucket, Entry]]
     path: Path | None = None  # that they were read from
 
-    def fresh(self, spec: KernelSpec) -> dict[Bucket, Entry]:
+    def fresh(self, spec: KernelSpec[Any]) -> dict[Bucket, Entry]:
         """The entries of a kernel that were measured with its present sources.
 
         Raises:
@@ -122,18 +123,18 @@ class Configs:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Choice(Generic[Config]):
     """A config, why it was chosen, and the bucket it was measured for, if any."""
 
-    config: Any
+    config: Config
     reason: str
     bucket: Bucket | None = None
 
 
-class Planned(NamedTuple):
+class Planned(NamedTuple, Generic[Config]):
     """A kernel's config as launched, why, and what launches."""
 
-    config: Any
+    config: Config
     reason: str
     launches: tuple[Launch, ...]
 
@@ -156,14 +157,14 @@ class Planner(NamedTuple):
         """The one of a device, with what is tuned for its GPU."""
         return cls(gpu_of(device), configs_of(device))
 
-    def plan(self, spec: KernelSpec, shape: StepShape) -> Planned:
+    def plan(self, spec: KernelSpec[Config], shape: StepShape) -> Planned[Config]:
         """A kernel as launched: whether it starts early follows from its rows."""
         choice = self.choose(spec, shape)
         early = starts_early(shape.launch_rows, self.gpu.capability)
         config = replace(choice.config, pdl=early)
         return Planned(config, choice.reason, spec.launches(shape, config))
 
-    def choose(self, spec: KernelSpec, shape: StepShape) -> Choice:
+    def choose(self, spec: KernelSpec[Config], shape: StepShape) -> Choice[Config]:
         """The config of a kernel, by the rule at the top of this file."""
         default, bucket = spec.default(shape, self.gpu), Bucket.of(spec, shape)
         if self.pinned is not None:
@@ -185,7 +186,7 @@ class Planner(NamedTuple):
 
 
 @functools.cache
-def planned(spec: KernelSpec, shape: StepShape, device: torch.device) -> Planned:
+def planned(spec: KernelSpec[Any], shape: StepShape, device: torch.device) -> Planned[Any]:
     """A kernel as launched on a device: with its tuned config, else its default."""
     return Planner.on(device).plan(spec, shape)
 
@@ -234,15 +235,14 @@ def read_configs(path: Path) -> Configs:
 
 def _entry(where: str, raw: Any) -> Entry:
     _expect_keys(where, raw, tuple(field.name for field in fields(Entry)))
-    for field in fields(Entry):
-        expected = {"config": dict, "workloads": list, "rejected": dict}.get(field.name, field.type)
-        value = raw[field.name]
+    for name, hint in get_type_hints(Entry).items():
+        expected, value = get_origin(hint) or hint, raw[name]
         if type(value) is not expected and not (expected is float and type(value) is int):
-            raise ValueError(f"{where}: {field.name}: expected {expected.__name__}, got {value!r}")
+            raise ValueError(f"{where}: {name}: expected {expected.__name__}, got {value!r}")
     return Entry(**raw)
 
 
-def _check_config(where: str, spec: KernelSpec, config: dict[str, Any]) -> None:
+def _check_config(where: str, spec: KernelSpec[Any], config: dict[str, Any]) -> None:
     default = spec.config()
     for name, value in config.items():
         if name not in spec.tunable_fields:

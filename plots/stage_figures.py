@@ -19,7 +19,6 @@ def pipeline_share(frames: Frames) -> Figure:
     step = by_workload(frames, "pipeline", method="quest+twilight")
     alone = {stage: own(frames, stage, step.index) for stage in SHARED_STAGES}
     timeline = frames["timeline"]
-    timeline = timeline[timeline["timeline"].isin(("graph", "host"))]
     profiled = "" if on_cpu(step) else " profiled"
     figure, (axes,) = panels(1, 1, (9, 1.8 + 0.95 * len(step)))
     axes.axvline(100, color="#111111", lw=1.4, zorder=0.9)

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import device
-from .observations.accuracy import BITS, accuracy_rows
-from .observations.accuracy import METHODS as ACCURACY_METHODS
+from .observations.accuracy import accuracy_rows
 from .observations.kept import kept_rows
-from .observations.memory import PARTS, memory_rows
+from .observations.memory import memory_rows
 from .observations.timeline import timeline_rows
 from .providers.stages import Notice, Provider, StageBuilder, sets_wanted
-from .tables.rows import ROW_KEY, AnyRow, Origin
+from .tables.rows import TABLES, AnyRow, Origin
 from .workloads.request_sets import affordable_sets, pool_bytes, workload_sets
 from .workloads.workload import METHOD, Workload
 
@@ -39,12 +38,12 @@ class Timed:
         return builder.variant(self.workload).providers(self.stage, self.methods)
 
     def marks(self, target: Target) -> list[tuple]:
-        """Keys of our own rows; a baseline's may be missing."""
+        """Our own rows, one by one; a baseline's may be missing."""
         rows = (
             self.workload.key(self.stage, method, target.backend.provider, target.gpu)
             for method in self.methods
         )
-        return [tuple(row[name] for name in ROW_KEY) for row in rows]
+        return [tuple(row[name] for name in TABLES[self.stage].mark) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -56,18 +55,9 @@ class Observed:
     observe: Callable[[StageBuilder, str, Origin], list[AnyRow]]
 
     def marks(self, target: Target) -> list[tuple]:
-        """Key of one row: all are written at once."""
-        on_gpu = target.backend.device == "cuda"
-        method, *rest = {
-            "accuracy": (ACCURACY_METHODS[0], BITS[0]),
-            "kept": (METHOD, 0),
-            "memory": (METHOD, PARTS[0]),
-            "timeline": (METHOD, "graph" if on_gpu else "host", "pipeline"),
-        }[self.stage]
-        labels = self.workload.labels(method, target.gpu)
-        if self.stage == "accuracy" and self.workload.top_ps:
-            labels["top_p"] = self.workload.top_ps[0]
-        return [(*labels.values(), *rest)]
+        """The inputs and the budget that all rows share, which are written at once."""
+        labels = self.workload.labels(METHOD, target.gpu)
+        return [tuple(labels[name] for name in TABLES[self.stage].mark)]
 
 
 Group = Timed | Observed

@@ -161,11 +161,21 @@ class PagedKVCache:
             seq_lens: [batch_size] int32.
             max_pages: page-table width (None: enough for max_seq_len).
             num_pages: pages in the pool (None: batch_size * max_pages).
+
+        Raises:
+            ValueError: a tensor, a size or a length does not fit.
         """
         check_tensor("k", k, (None, None, None, None), FLOAT_DTYPES)
         check_tensor("v", v, tuple(k.shape), (k.dtype,), k.device)
         check_positive("page_size", page_size)
         batch_size, max_seq_len = k.shape[:2]
+        check_tensor("seq_lens", seq_lens, (batch_size,), INT_DTYPES, k.device)
+        longest = max(seq_lens.tolist(), default=0)
+        if max_seq_len < longest <= k.shape[2]:
+            raise ValueError(
+                "k: expected [batch_size, tokens, num_kv_heads, head_dim], "
+                f"got {list(k.shape)} for {longest} tokens"
+            )
         check_lengths(seq_lens, batch_size, max_seq_len, k.device)
         if page_table is not None and max_pages is None:
             max_pages = page_table.shape[-1]

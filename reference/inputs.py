@@ -11,9 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .attention import dense_attention, flash_topk_attention
-from .cache import PagedKVCache, pages_of
-from .lists import Kept
+from .cache import pages_of
 from .validate import FLOAT_DTYPES, check_positive, dtype_name
 
 # Tokens that p = 0.85 keeps in the 32 heads of one layer of a 7B model: a spread of 200x.
@@ -104,18 +102,19 @@ def random_inputs(
     """Independent normal q, K and V in a physically shuffled pool; no page is shared.
 
     Every request owns max_pages pages: room for spare_tokens more than the longest request holds.
-    Unused slots and pages hold normal numbers too (see `poison_unused`).
+    Unused slots and pages hold normal numbers too.
     """
     generator = torch.Generator(device).manual_seed(seed)
     max_pages = max(1, pages_of(shape.max_seq_len + spare_tokens, shape.page_size))
     num_pages = shape.batch_size * max_pages
     pool = (num_pages, shape.page_size, shape.num_kv_heads, shape.head_dim)
     q_shape = (shape.batch_size, shape.num_qo_heads, shape.head_dim)
-    options = {"dtype": shape.dtype, "device": device}
+    q = torch.empty(q_shape, dtype=shape.dtype, device=device)
+    k_cache = torch.empty(pool, dtype=shape.dtype, device=device)
     return DecodeInputs(
-        q=torch.empty(q_shape, **options).normal_(generator=generator),
-        k_cache=torch.empty(pool, **options).normal_(0.0, key_std, generator=generator),
-        v_cache=torch.empty(pool, **options).normal_(generator=generator),
+        q=q.normal_(generator=generator),
+        k_cache=k_cache.normal_(0.0, key_std, generator=generator),
+        v_cache=torch.empty_like(k_cache).normal_(generator=generator),
         page_table=shuffled_page_table(shape.batch_size, max_pages, num_pages, seed).to(device),
         seq_lens=torch.tensor(shape.lengths, dtype=torch.int32, device=device),
     )
@@ -175,7 +174,8 @@ def orthogonal_queries(shape: DecodeShape, generator: torch.Generator) -> torch.
     groups = shape.batch_size * shape.num_kv_heads
     q = torch.randn(groups, shape.head_dim, shape.group_size, generator=generator)
     q = torch.linalg.qr(q).Q if shape.group_size <= shape.head_dim else q
-    q = q * math.sqrt(shape.head_dim) / torch.linalg.vector_norm(q, dim=1, keepdim=True)
+    norm: torch.Tensor = torch.linalg.vector_norm(q, dim=1, keepdim=True)
+    q = q * math.sqrt(shape.head_dim) / norm
     return q.transpose(1, 2).reshape(shape.batch_size, shape.num_qo_heads, shape.head_dim)
 
 
@@ -252,33 +252,6 @@ def lone_cell_share() -> float:
     mean_run = (MIN_RUN + MAX_RUN) / 2
     lone, in_runs = SCATTERED_SHARE, (1 - SCATTERED_SHARE) / mean_run
     return lone / (lone + in_runs)
-
-
-@dataclass(frozen=True)
-class Budgets:
-    """What a step kept: tokens per KV head, and the true (exact) mass captured per query head."""
-
-    kept_mean: float
-    kept_min: int
-    kept_max: int
-    captured_mean: float
-    captured_min: float
-
-
-def measure_budgets(q: torch.Tensor, cache: PagedKVCache, kept: Kept) -> Budgets:
-    """Measure a step's kept tokens; requests of no tokens do not count."""
-    kept_lse = flash_topk_attention(q, cache, kept, return_lse=True)[1]
-    full_lse = dense_attention(q, cache, return_lse=True)[1]
-    some = cache.seq_lens > 0
-    captured = torch.exp(kept_lse[some] - full_lse[some])
-    counts = kept.counts[some]
-    return Budgets(
-        kept_mean=float(counts.double().mean()),
-        kept_min=int(counts.min()),
-        kept_max=int(counts.max()),
-        captured_mean=float(captured.mean()),
-        captured_min=float(captured.min()),
-    )
 
 
 def shuffled_page_table(batch_size: int, max_pages: int, num_pages: int, seed: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ from .cache import PagedKVCache
 from .estimator import estimate_logits
 from .pruner import broadcast_top_p, prune_top_p
 from .selector import select_all, select_pages, selection_width
-from .validate import check_positive, check_windows, resolve_sm_scale
+from .validate import check_positive, check_query, check_windows, resolve_sm_scale
 
 
 class TwilightDecode:
@@ -71,7 +71,8 @@ class TwilightDecode:
         self, q: torch.Tensor, cache: PagedKVCache, *, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
         """q: [batch_size, num_qo_heads, head_dim] -> out, of q's shape and dtype (or `dtype`)."""
-        if q.ndim != 3 or q.shape[1] != self.num_qo_heads:
+        check_query(q, cache)
+        if q.shape[1] != self.num_qo_heads:
             raise ValueError(
                 f"q: expected [batch_size, {self.num_qo_heads}, head_dim], got {list(q.shape)}"
             )
@@ -92,8 +93,9 @@ class TwilightDecode:
         self, q: torch.Tensor, cache: PagedKVCache, *, dtype: torch.dtype | None = None
     ) -> None:
         """Estimated logits of the candidates -> logits."""
-        options = {"sm_scale": self.sm_scale, "dtype": dtype}
-        self.logits = estimate_logits(q, cache, self.candidates, **options)
+        self.logits = estimate_logits(
+            q, cache, self.candidates, sm_scale=self.sm_scale, dtype=dtype
+        )
 
     def prune(self, cache: PagedKVCache, *, dtype: torch.dtype | None = None) -> None:
         """What top-p keeps of them -> kept."""
@@ -112,4 +114,6 @@ class TwilightDecode:
         self, q: torch.Tensor, cache: PagedKVCache, *, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
         """Attention over the kept tokens -> out."""
-        return flash_topk_attention(q, cache, self.kept, sm_scale=self.sm_scale, dtype=dtype)
+        out = flash_topk_attention(q, cache, self.kept, sm_scale=self.sm_scale, dtype=dtype)
+        assert isinstance(out, torch.Tensor)  # as no lse is asked for
+        return out

@@ -37,8 +37,11 @@ def top_p_set_sorted(weights: torch.Tensor, top_p: torch.Tensor | float) -> torc
 
     Returns:
         [..., n] bool.
+
+    Raises:
+        ValueError: a top_p outside (0, 1].
     """
-    top_p = torch.as_tensor(top_p, dtype=torch.float64, device=weights.device)
+    top_p = top_p_values(top_p, weights.device)
     units = mass_units(weights)
     heaviest_first = weights.sort(dim=-1, descending=True)
     mass = units.gather(-1, heaviest_first.indices).cumsum(dim=-1)
@@ -53,7 +56,7 @@ def top_p_threshold(weights: torch.Tensor, top_p: torch.Tensor | float) -> torch
 
     Arguments and result as `top_p_set_sorted`.
     """
-    top_p = torch.as_tensor(top_p, dtype=torch.float64, device=weights.device)
+    top_p = top_p_values(top_p, weights.device)
     units = mass_units(weights)
     wanted = top_p * units.sum(dim=-1, keepdim=True)
     bits = weights.to(torch.float64).view(torch.int64)
@@ -76,7 +79,8 @@ def group_union(keep: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     Returns:
         [..., num_kv_heads, n] bool.
     """
-    return keep.unflatten(-2, (num_kv_heads, -1)).any(dim=-2)
+    union: torch.Tensor = keep.unflatten(-2, (num_kv_heads, -1)).any(dim=-2)
+    return union
 
 
 def prune_top_p(
@@ -174,7 +178,14 @@ def broadcast_top_p(
         if tuple(top_p.shape) not in shapes:
             expected = " or ".join(str(list(shape)) for shape in shapes)
             raise ValueError(f"top_p: expected shape {expected}, got {list(top_p.shape)}")
+    return top_p_values(top_p, device).expand(batch_size, num_qo_heads)
+
+
+def top_p_values(top_p: float | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A number or a tensor in float64; ValueError where it is neither, or outside (0, 1]."""
+    if not isinstance(top_p, float | int | torch.Tensor):
+        raise ValueError(f"top_p: expected a number or a tensor, got {top_p!r}")
     values = torch.as_tensor(top_p, dtype=torch.float64, device=device)
     if not bool(((values > 0) & (values <= 1)).all()):
         raise ValueError(f"top_p: expected values in (0, 1], got {top_p}")
-    return values.expand(batch_size, num_qo_heads)
+    return values

@@ -67,6 +67,8 @@ def quantize_rows(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tenso
     Returns:
         codes: [..., head_dim] uint8, and scale_zero: [..., 2] fp16 (scale, zero).
     """
+    if bits not in range(1, 9):
+        raise ValueError(f"bits: expected 1 to 8, got {bits!r}")
     x, top = x.to(torch.float32), 2**bits - 1
     zero = fp16_floor(x.amin(dim=-1))
     base = zero.to(torch.float32)

@@ -57,10 +57,14 @@ def check_index_lists(
     counts: torch.Tensor,
     cache: "PagedKVCache",
 ) -> None:
-    """indices: [batch_size, num_kv_heads, any] int32; counts: [batch_size, num_kv_heads] int32."""
+    """indices: [batch_size, num_kv_heads, width] int32; counts: [batch_size, num_kv_heads] int32,
+    each in [0, width]."""
     rows, device = (cache.batch_size, cache.num_kv_heads), cache.k_cache.device
     check_tensor(name, indices, (*rows, None), INT_DTYPES, device)
     check_tensor(counts_name, counts, rows, INT_DTYPES, device)
+    for count in counts.flatten().tolist():
+        if not 0 <= count <= indices.shape[-1]:
+            raise ValueError(f"{counts_name}: expected 0..{indices.shape[-1]}, got {count}")
 
 
 def check_positive(name: str, value: int) -> None:
@@ -80,8 +84,8 @@ def check_windows(num_sink_tokens: int, num_recent_tokens: int) -> None:
 def resolve_sm_scale(sm_scale: float | None, head_dim: int) -> float:
     """The softmax scale: head_dim ** -0.5 unless given; must be positive and finite."""
     if sm_scale is None:
-        return head_dim**-0.5
-    if not (math.isfinite(sm_scale) and sm_scale > 0):
+        return float(head_dim**-0.5)
+    if not isinstance(sm_scale, float | int) or not 0 < sm_scale < math.inf:
         raise ValueError(f"sm_scale: expected a positive finite number, got {sm_scale!r}")
     return sm_scale
 

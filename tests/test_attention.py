@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import twilight_tilelang as kernels
+from tests.checks.closeness import assert_close
 from tests.checks.properties import as_reference, assert_attention_close, candidate_positions
 from tests.inputs.cases import (
     BASE,
@@ -18,11 +19,10 @@ from tests.inputs.cases import (
     forms_for,
     make_tensors,
 )
+from tests.inputs.hazards import poison_unused
 from tests.inputs.pinned import pinned
 from twilight_tilelang import reference
 from twilight_tilelang.kernels import attention, tuned
-from twilight_tilelang.reference.compare import assert_close
-from twilight_tilelang.reference.hazards import poison_unused
 from twilight_tilelang.reference.inputs import LAYER_BUDGETS
 
 pytestmark = pytest.mark.gpu

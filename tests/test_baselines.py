@@ -8,8 +8,8 @@ import torch
 
 from twilight_tilelang import reference
 from twilight_tilelang.profiling.providers import baselines
+from twilight_tilelang.profiling.providers.checks import relative_error
 from twilight_tilelang.profiling.workloads.request_sets import random_tokens
-from twilight_tilelang.reference.compare import relative_error
 from twilight_tilelang.reference.inputs import DecodeShape, random_inputs
 
 

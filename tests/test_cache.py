@@ -6,8 +6,8 @@ import torch
 import twilight_tilelang as kernels
 from tests.checks.properties import as_reference, valid_entries
 from tests.inputs.cases import BASE, CASES, NAMED, Tensors, build_cache, make_tensors
+from tests.inputs.hazards import poison_unused
 from twilight_tilelang import CacheShape, reference
-from twilight_tilelang.reference.hazards import poison_unused
 
 pytestmark = pytest.mark.gpu
 
@@ -172,9 +172,11 @@ def test_append_bounds_a_filling_page_as_a_prefill(page_size, device, rng):
     """Bit for bit at every fill of a page, with outlier channels and an offset for some of them."""
     k = torch.randn(1, page_size + 2, 2, 128, generator=rng, device=device).half()
     k[..., ::20] += 15
-    options = dict(page_size=page_size, k_offset=torch.zeros(2, 128, device=device))
-    options["k_offset"][:, ::40] = 15
-    cache = kernels.PagedKVCache.empty(CacheShape(1, 2, 2, 128, device=device), **options)
+    k_offset = torch.zeros(2, 128, device=device)
+    k_offset[:, ::40] = 15
+    options = dict(page_size=page_size, k_offset=k_offset)
+    shape = CacheShape(1, 2, 2, 128, page_size, device=device)
+    cache = kernels.PagedKVCache.empty(shape, k_offset=k_offset)
     poison_unused(cache)
     for token in range(page_size + 2):
         cache.append(k[:, token].contiguous(), k[:, token].contiguous())

@@ -11,12 +11,12 @@ from tests.checks.promises import assert_identical, decode, decoded, results_of,
 from tests.checks.properties import assert_decode_step
 from tests.doubles import fake_gpu
 from tests.inputs.cases import BASE, CASES, NAMED, Case, build_cache, make_tensors
+from tests.inputs.hazards import poison_unused
 from tests.inputs.pinned import fused
 from twilight_tilelang.kernels.cache import CacheShape
 from twilight_tilelang.kernels.estimate_prune import default_config
 from twilight_tilelang.kernels.gpu import ARCHS
 from twilight_tilelang.kernels.launch import StepShape
-from twilight_tilelang.reference.hazards import poison_unused
 from twilight_tilelang.reference.inputs import DecodeShape
 
 

@@ -6,9 +6,9 @@ import torch
 import twilight_tilelang as kernels
 from tests.checks.properties import assert_logits_close, listed_columns, num_used_pages
 from tests.inputs.cases import BASE, CASES, NAMED, build_cache, make_tensors
+from tests.inputs.hazards import poison_unused
 from tests.inputs.pinned import pinned
 from twilight_tilelang.kernels.estimator import EstimatorConfig
-from twilight_tilelang.reference.hazards import poison_unused
 
 pytestmark = pytest.mark.gpu
 CONFIGS = {

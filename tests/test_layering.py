@@ -1,20 +1,22 @@
-"""Who may import whom: read from the sources, nothing is run."""
+"""Who may import whom, and what a function looks like: read from the sources, nothing is run."""
 
 import ast
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = {
     "reference": {"reference", "torch"},
-    "kernels": {"kernels", "torch", "tilelang"},
-    "profiling": {
-        *("profiling", "kernels", "reference"),
-        *("torch", "numpy", "pandas", "tqdm"),
+    "kernels": {
+        *("kernels", "torch", "tilelang"),
+        "_typeshed",  # of the standard library, for types alone
     },
+    "profiling": {"profiling", "kernels", "torch", "tqdm"},
     "profiling/tables": {"profiling.tables", "pandas"},
     "profiling/recordings": {
         *("profiling.recordings", "reference", "torch"),
@@ -106,3 +108,89 @@ def test_forbidden_sees_every_form_of_import() -> None:
         "profiling.stages",
         "reference",
     ]
+
+
+class Function(NamedTuple):
+    """A function of a source; T is what the kernel language is imported as."""
+
+    node: ast.FunctionDef
+    in_kernel_language: bool  # of T.macro, T.prim_func or tilelang.jit, or inside one
+    is_macro: bool
+
+    @property
+    def arguments(self) -> list[ast.arg]:
+        """All but self and cls."""
+        own = self.node.args
+        rest = [each for each in (own.vararg, own.kwarg) if each is not None]
+        every = (*own.posonlyargs, *own.args, *own.kwonlyargs, *rest)
+        return [each for each in every if each.arg not in ("self", "cls")]
+
+
+def functions_of(node: ast.AST, in_kernel_language: bool = False) -> Iterator[Function]:
+    """Every function inside a node, in the order of the source."""
+    for child in ast.iter_child_nodes(node):
+        inside = in_kernel_language
+        if isinstance(child, ast.FunctionDef):
+            called = (
+                each.func if isinstance(each, ast.Call) else each for each in child.decorator_list
+            )
+            names = {ast.unparse(each) for each in called}
+            inside = inside or not names.isdisjoint(("T.macro", "T.prim_func", "tilelang.jit"))
+            yield Function(child, inside, "T.macro" in names)
+        yield from functions_of(child, inside)
+
+
+def lacks_types(function: Function) -> bool:
+    """Whether a function of Python itself has an argument, or a result, of no stated type."""
+    stated = [*(each.annotation for each in function.arguments), function.node.returns]
+    return not function.in_kernel_language and None in stated
+
+
+def takes_too_many(function: Function) -> bool:
+    """Whether a function of Python itself takes more than 8 arguments, or a macro more than 10."""
+    limit = 10 if function.is_macro else 8
+    counted = function.is_macro or not function.in_kernel_language
+    return counted and len(function.arguments) > limit
+
+
+TYPED = [each for each in MODULES if each.values[0] in ("kernels", "reference")]
+
+
+@pytest.mark.parametrize(("room", "path"), TYPED)
+def test_every_function_of_python_states_its_types(room: str, path: Path) -> None:
+    found = functions_of(ast.parse(path.read_text()))
+    assert [each.node.name for each in found if lacks_types(each)] == []
+
+
+@pytest.mark.parametrize(
+    ("room", "path"), [each for each in MODULES if each.values[0] == "kernels"]
+)
+def test_functions_of_kernels_take_few_arguments(room: str, path: Path) -> None:
+    found = functions_of(ast.parse(path.read_text()))
+    assert [each.node.name for each in found if takes_too_many(each)] == []
+
+
+def test_functions_of_sees_every_form_of_function() -> None:
+    eight, ten = ", ".join("abcdefgh"), ", ".join("abcdefghij")
+    source = f"""
+class Row:
+    def host(self, {eight}, *, late): return lambda x: x
+    @partialmethod
+    @T.macro
+    def macro(self, {ten}): ...
+    @partialmethod
+    @T.macro
+    def long_macro(self, {ten}, k): ...
+    @classmethod
+    def typed(cls, a: int, *rest: int) -> int: ...
+    def half(self, a: int, *rest) -> int: ...
+def no_result(a: int): ...
+@tilelang.jit(pass_configs=X)
+def factory({ten}, k):
+    @T.prim_func
+    def kernel({ten}, k): ...
+    def inner(a): ...
+"""
+    found = list(functions_of(ast.parse(source)))
+    assert [each.node.name for each in found if lacks_types(each)] == ["host", "half", "no_result"]
+    assert [each.node.name for each in found if takes_too_many(each)] == ["host", "long_macro"]

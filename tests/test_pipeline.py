@@ -18,8 +18,8 @@ from tests.inputs.cases import (
     build_cache,
     make_tensors,
 )
+from tests.inputs.hazards import poison_unused
 from twilight_tilelang.kernels.crossing import fastest
-from twilight_tilelang.reference.hazards import poison_unused
 
 pytestmark = pytest.mark.gpu
 

@@ -21,7 +21,7 @@ from tests.checks.properties import (
     stored_keys,
 )
 from tests.inputs.cases import BASE, CASES, NAMED, Case, Tensors, build_cache, make_tensors
-from twilight_tilelang.reference.hazards import poison_unused
+from tests.inputs.hazards import poison_unused
 from twilight_tilelang.reference.inputs import DecodeShape
 
 pytestmark = pytest.mark.gpu

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.inputs.hazards import contiguous, poison_inputs, share_prefix
 from twilight_tilelang.reference import (
     CacheShape,
     PagedKVCache,
@@ -15,10 +16,10 @@ from twilight_tilelang.reference import (
     pack_int4,
     quantize_bounds,
     quantize_int4,
+    quantize_rows,
     unpack_int4,
     validate_cache,
 )
-from twilight_tilelang.reference.hazards import contiguous, poison_inputs, share_prefix
 from twilight_tilelang.reference.inputs import DecodeShape, random_inputs
 
 SEEDS = st.integers(0, 2**31)
@@ -93,6 +94,12 @@ def test_quantize_int4_is_exact_on_constant_rows(value, head_dim):
     packed, scale_zero = quantize_int4(x)
     assert torch.equal(dequantize_int4(packed, scale_zero), x.float())
     assert not packed.any() and scale_zero[0, 0] == 0
+
+
+@pytest.mark.parametrize("bits", [0, 9, -1, None])
+def test_quantize_rows_rejects_bits_that_fill_no_byte(bits):
+    with pytest.raises(ValueError, match=f"bits: expected 1 to 8, got {bits}"):
+        quantize_rows(torch.ones(2, 8), bits)
 
 
 def bound_codes(value: np.float32, scale: np.float32) -> tuple[int, int]:
@@ -277,6 +284,11 @@ def test_from_contiguous_rejects_wrong_tensors():
         PagedKVCache.from_contiguous(k, k[:, :5], lengths)
     with pytest.raises(ValueError, match="seq_lens: expected 0..6, got 7"):
         PagedKVCache.from_contiguous(k, k, lengths + 1)
+    heads_first = torch.zeros(1, 2, 6, 8)
+    with pytest.raises(
+        ValueError, match=r"k: expected \[batch_size, tokens, .* got \[1, 2, 6, 8\]"
+    ):
+        PagedKVCache.from_contiguous(heads_first, heads_first, lengths)
     with pytest.raises(ValueError, match="num_pages: expected at least 2, got 1"):
         PagedKVCache.from_contiguous(k, k, lengths, page_size=4, num_pages=1)
 

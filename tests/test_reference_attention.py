@@ -5,6 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.checks.closeness import assert_close
+from tests.inputs.hazards import contiguous, poisoned_cache, share_prefix
 from twilight_tilelang.reference import (
     PagedKVCache,
     TwilightDecode,
@@ -17,8 +19,6 @@ from twilight_tilelang.reference import (
     select_all,
     select_pages,
 )
-from twilight_tilelang.reference.compare import assert_close
-from twilight_tilelang.reference.hazards import contiguous, poisoned_cache, share_prefix
 from twilight_tilelang.reference.inputs import DecodeInputs, DecodeShape, random_inputs
 
 SEEDS = st.integers(0, 2**31)
@@ -141,6 +141,11 @@ def test_flash_topk_attention_rejects_wrong_tensors():
         flash_topk_attention(inputs.q, cache, (kept_tokens, kept_counts.long()))
     with pytest.raises(ValueError, match="q: expected a tensor, got NoneType"):
         flash_topk_attention(None, cache, (kept_tokens, kept_counts))
+    for counts in (kept_counts - 6, kept_counts + kept_tokens.shape[-1]):
+        with pytest.raises(
+            ValueError, match=rf"kept_counts: expected 0\.\.{kept_tokens.shape[-1]}"
+        ):
+            flash_topk_attention(inputs.q, cache, (kept_tokens, counts))
     with pytest.raises(ValueError, match=r"q: expected shape \[2, any, 16\]"):
         dense_attention(inputs.q[:1], cache)
     with pytest.raises(ValueError, match="candidate_counts: expected shape"):
@@ -242,5 +247,12 @@ def test_twilight_decode_rejects_bad_arguments():
         TwilightDecode(cache, 4, top_p=0)
     with pytest.raises(ValueError, match="sm_scale: expected a positive finite number"):
         TwilightDecode(cache, 4, sm_scale=-1.0)
+    for top_p in ("0.9", None):
+        with pytest.raises(ValueError, match="top_p: expected a number or a tensor"):
+            TwilightDecode(cache, 4, top_p=top_p)
+    with pytest.raises(ValueError, match="sm_scale: expected a positive finite number, got '1'"):
+        TwilightDecode(cache, 4, sm_scale="1")
+    with pytest.raises(ValueError, match="q: expected a tensor, got NoneType"):
+        TwilightDecode(cache, 4).run(None, cache)
     with pytest.raises(ValueError, match=r"q: expected \[batch_size, 4, head_dim\]"):
         TwilightDecode(cache, 4).run(inputs.q[:, :2], cache)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.inputs.hazards import poisoned_cache
 from twilight_tilelang.reference import (
     PagedKVCache,
     estimate_logits,
@@ -17,7 +18,6 @@ from twilight_tilelang.reference import (
     top_p_set_sorted,
     top_p_threshold,
 )
-from twilight_tilelang.reference.hazards import poisoned_cache
 from twilight_tilelang.reference.inputs import DecodeShape, random_inputs
 
 SEEDS = st.integers(0, 2**31)
@@ -86,6 +86,13 @@ def test_top_p_keeps_the_smallest_set(form):
     assert form(torch.tensor([0.1, 0.4, 0.2, 0.3]), 0.5).tolist() == [False, True, False, True]
     assert form(torch.tensor([5.0]), 1e-9).all()
     assert form(torch.tensor([2.0, 1.0, 1.0]), 0.5).tolist() == [True, False, False]  # just enough
+
+
+@pytest.mark.parametrize("form", [top_p_set_sorted, top_p_threshold])
+@pytest.mark.parametrize("top_p", [2, 0.0, float("nan"), torch.tensor([[0.5], [1.5]]), "0.9", None])
+def test_top_p_rejects_what_is_no_share(form, top_p):
+    with pytest.raises(ValueError, match="top_p: expected"):
+        form(torch.ones(2, 3), top_p)
 
 
 @quick
@@ -207,6 +214,13 @@ def test_prune_top_p_rejects_bad_arguments():
     for top_p in (0.0, 1.5, float("nan"), torch.tensor([0.5, 0.5, 0.5, 2.0])):
         with pytest.raises(ValueError, match=r"top_p: expected values in \(0, 1\]"):
             prune_top_p(logits, cache, (pages, counts), top_p)
+    for top_p in ("0.9", None):
+        with pytest.raises(
+            ValueError, match=f"top_p: expected a number or a tensor, got {top_p!r}"
+        ):
+            prune_top_p(logits, cache, (pages, counts), top_p)
+    with pytest.raises(ValueError, match=r"candidate_counts: expected 0\.\.10, got 11"):
+        prune_top_p(logits, cache, (pages, counts + 1), 0.5)
     with pytest.raises(ValueError, match="top_p: expected dtype float32, got float64"):
         prune_top_p(logits, cache, (pages, counts), torch.full((4,), 0.5).double())
     with pytest.raises(ValueError, match=r"top_p: expected shape \[4\] or \[2, 1\] or \[2, 4\]"):

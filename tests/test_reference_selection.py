@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.inputs.hazards import poison_unused, poisoned_cache
 from twilight_tilelang.reference import (
     PagedKVCache,
     dense_attention,
@@ -17,7 +18,6 @@ from twilight_tilelang.reference import (
     select_all,
     select_pages,
 )
-from twilight_tilelang.reference.hazards import poison_unused, poisoned_cache
 from twilight_tilelang.reference.inputs import DecodeShape, make_inputs, random_inputs
 
 SEEDS = st.integers(0, 2**31)

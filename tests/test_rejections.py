@@ -144,7 +144,7 @@ NAMES = (
     *("dense_attention", "TwilightDecode", "run"),
 )
 
-ON_ANY_CACHE = ("append", "select_all", "TwilightDecode")  # whose only device is the cache's
+MAKE_A_CACHE = ("empty", "from_contiguous", "wrap", "PagedKVCache")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -157,12 +157,32 @@ def test_the_calls_below_are_accepted_as_they_are(name, calls, launched):
     assert calls.keys() == set(NAMES)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ON_ANY_CACHE])
+@pytest.mark.parametrize("name", MAKE_A_CACHE)
 def test_every_function_rejects_cpu_tensors(name):
     """On any machine: the reference's cache has the same fields, on the CPU."""
     call = valid_calls(small_cache(reference, "cpu"), "cpu")[name]
     with pytest.raises(ValueError, match=r"expected a CUDA (tensor|device), got (device )?cpu"):
         call.function(**call.arguments)
+
+
+NO_CACHE = {
+    "none": lambda: None,
+    "tensor": lambda: torch.zeros(8, 16, 2, 128),
+    "shape": lambda: CacheShape(2, 4, 2, 128),
+    "reference": lambda: small_cache(reference, "cpu"),
+}
+
+
+@pytest.mark.parametrize("what", NO_CACHE)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in (*MAKE_A_CACHE, "append")])
+def test_every_function_rejects_what_is_no_cache_of_its_own(name, what, calls):
+    call, expected = (
+        calls[name],
+        r"^cache: expected a twilight_tilelang\.kernels\.cache\.PagedKVCache",
+    )
+    other = NO_CACHE[what]()
+    with pytest.raises(ValueError, match=rf"{expected}, got .*{type(other).__name__}$"):
+        call.function(**call.arguments | {"cache": other})
 
 
 @pytest.fixture
@@ -309,22 +329,23 @@ class Fresh(NamedTuple):
 FP32, NAN, INF = torch.float32, math.nan, math.inf
 GROUPS = [Fresh((2, 7, 128)), Fresh((2, 0, 128)), Fresh((2, 8, 128), torch.bfloat16)]
 TOP_P = [0.0, -0.5, 1.0001, NAN, Fresh((8,)), Fresh((7,), FP32), Fresh((2, 8, 1), FP32)]
+SCALES = [NAN, INF, 0, -1.0, "1"]
 WINDOWS = {"num_sink_tokens": [-1], "num_recent_tokens": [-1]}
 VALUES = {  # function -> argument, which the message must name -> what it may not be
     "empty": {"head_dim": [96], "page_size": [0, -16, 8, 24], "dtype": [FP32], "num_pages": [5]},
     "from_contiguous": {"num_pages": [5], "page_size": [0]},
     "select_pages": {"q": GROUPS, "token_budget": [0, -16, 24], **WINDOWS},
-    "estimate_logits": {"q": GROUPS, "sm_scale": [NAN]},
+    "estimate_logits": {"q": GROUPS, "sm_scale": SCALES},
     "prune_top_p": {"logits": [Fresh((2, 7, 48), FP32)], "top_p": TOP_P, **WINDOWS},
-    "flash_topk_attention": {"q": GROUPS, "sm_scale": [INF]},
-    "page_attention": {"q": GROUPS, "sm_scale": [NAN]},
-    "dense_attention": {"q": GROUPS, "sm_scale": [NAN]},
+    "flash_topk_attention": {"q": GROUPS, "sm_scale": SCALES},
+    "page_attention": {"q": GROUPS, "sm_scale": SCALES},
+    "dense_attention": {"q": GROUPS, "sm_scale": SCALES},
     "TwilightDecode": {
         "num_qo_heads": [7, 0, -8],
         "selector": ["double", None],
         "token_budget": [0, -16, 40],
         "top_p": TOP_P,
-        "sm_scale": [NAN],
+        "sm_scale": SCALES,
         "num_parts": [0, -1, 3],
         "path": ["fast", None],
         **WINDOWS,
@@ -364,6 +385,13 @@ def test_constructors_reject_an_unsupported_head_dim(name, calls, rejects):
     keys, values = [key for key in calls[name].arguments if key.startswith(("k", "v"))][:2]
     narrow = {key: calls[name].arguments[key][..., :96].contiguous() for key in (keys, values)}
     rejects(calls[name], {**narrow, "k_offset": None}, rf"head_dim: expected|\b{keys}: expected")
+
+
+def test_from_contiguous_rejects_heads_before_tokens(calls, rejects):
+    swapped = {name: calls["from_contiguous"].arguments[name].transpose(1, 2) for name in "kv"}
+    changes = {name: tensor.contiguous() for name, tensor in swapped.items()}
+    match = r"k: expected \[batch_size, tokens, num_kv_heads, head_dim\], got \[2, 2, 40, 128\]"
+    rejects(calls["from_contiguous"], changes, match)
 
 
 def test_from_contiguous_rejects_a_table_too_narrow_for_its_tokens(calls, rejects):
@@ -413,6 +441,15 @@ def test_a_cache_rejects_an_old_gpu(name, calls, rejects, other_machine):
     other_machine.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     match = "device: expected compute capability 8.0 or newer, got 7.5"
     rejects(calls[name], {}, match)
+
+
+@pytest.mark.parametrize("error", [AssertionError("no CUDA"), RuntimeError("no driver")], ids=str)
+def test_empty_rejects_a_machine_without_a_gpu(error, calls, rejects, other_machine):
+    def capability(*_) -> None:
+        raise error
+
+    other_machine.setattr(torch.cuda, "get_device_capability", capability)
+    rejects(calls["empty"], {}, "device: expected a CUDA device, got none")
 
 
 @pytest.mark.parametrize("found", ["nowhere", None])

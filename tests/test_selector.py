@@ -13,8 +13,8 @@ from tests.checks.properties import (
     valid_entries,
 )
 from tests.inputs.cases import BASE, CASES, NAMED, build_cache, make_tensors
+from tests.inputs.hazards import poison_unused
 from twilight_tilelang import reference
-from twilight_tilelang.reference.hazards import poison_unused
 
 pytestmark = pytest.mark.gpu
 

@@ -7,14 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.checks.budgets import measure_budgets
+from tests.inputs import copy_model
 from twilight_tilelang import reference
 from twilight_tilelang.profiling import bench, run
-from twilight_tilelang.profiling.recordings import copy_model, trace
+from twilight_tilelang.profiling.providers.checks import relative_error
+from twilight_tilelang.profiling.recordings import trace
 from twilight_tilelang.profiling.recordings.trace import read_trace, save_trace
 from twilight_tilelang.profiling.tables.store import read_rows
 from twilight_tilelang.profiling.workloads.sweeps import COPY_TASK, trace_workload
-from twilight_tilelang.reference.compare import relative_error
-from twilight_tilelang.reference.inputs import measure_budgets
 
 Tensors = dict[str, torch.Tensor]
 

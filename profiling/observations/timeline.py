@@ -1,14 +1,14 @@
 """What a step's time is spent on: each stage's launches on the device, and the gaps before them.
 
 On a GPU the profiler (CUPTI) gives the start and the end of every launch of whole steps, replayed
-from a graph and launched one by one; which kernels are a stage's is seen from the stage alone.
+from a graph; which kernels are a stage's is seen from the stage alone.
 Without a GPU, stages are timed on the host: one launch each, and the gaps are Python's.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch.autograd import DeviceType
@@ -22,8 +22,7 @@ from ..workloads.workload import METHOD
 STEPS = 12  # at least; the first does not count, as nothing runs before it
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """One launch on the timeline, in microseconds."""
 
     start: float
@@ -31,8 +30,7 @@ class Span:
     kernel: str
 
 
-@dataclass(frozen=True)
-class Share:
+class Share(NamedTuple):
     """Of one stage, per step."""
 
     launches: float
@@ -77,39 +75,29 @@ def timeline_rows(builder: StageBuilder, gpu: str, origin: Origin) -> list[Timel
     slots = builder.slots("pipeline", METHOD)
     steps = -(-STEPS // len(slots)) * len(slots)
     order = [slots[index % len(slots)] for index in range(steps)]
-    runs = [partial(slot.step.run, slot.q, slot.cache) for slot in order]
     if builder.backend.device == "cuda":
         own_kernels = {
             stage: [span.kernel for span in device_spans(call)]
             for stage, call in slots[0].launched.items()
         }
-        graph = capture(runs, steps)
-
-        def one_by_one() -> None:
-            for run in runs:
-                run()
-
-        found = {
-            "graph": shares(device_spans(graph.replay), own_kernels, steps),
-            "launches": shares(device_spans(one_by_one), own_kernels, steps),
-        }
+        runs = [partial(slot.step.run, slot.q, slot.cache) for slot in order]
+        timeline, spans = "graph", device_spans(capture(runs, steps).replay)
     else:
-        stages = slots[0].launched
+        own_kernels = {stage: [stage] for stage in slots[0].launched}
+        timeline = "host"
         spans = [host_span(*stage) for slot in order for stage in slot.launched.items()]
-        found = {"host": shares(spans, {stage: [stage] for stage in stages}, steps)}
+    found = shares(spans, own_kernels, steps)
+    whole = Share(*map(sum, zip(*found.values(), strict=True)))
     return [
         TimelineRow(
             **builder.workload.labels(METHOD, gpu),
             timeline=timeline,
             stage=stage,
-            launches=share.launches,
-            busy_us=share.busy_us,
-            gap_us=share.gap_us,
+            **share._asdict(),
             num_steps=steps - 1,
             **origin,
         )
-        for timeline, own in found.items()
-        for stage, share in {**own, "pipeline": _whole(own)}.items()
+        for stage, share in {**found, "pipeline": whole}.items()
     ]
 
 
@@ -135,12 +123,3 @@ def host_span(name: str, call: Callable[[], object]) -> Span:
     start = time.perf_counter()
     call()
     return Span(start * 1e6, time.perf_counter() * 1e6, name)
-
-
-def _whole(own: Mapping[str, Share]) -> Share:
-    every = own.values()
-    return Share(
-        sum(share.launches for share in every),
-        sum(share.busy_us for share in every),
-        sum(share.gap_us for share in every),
-    )

@@ -125,9 +125,8 @@ class StageBuilder:
         The pruner reads its workspace only, so for it slots may share an input set.
         """
         workload, sets = self.workload, self.sets
-        work = workload.work(method)
-        row_bytes = LOGIT_BYTES * work.group_size + INDEX_BYTES
-        workspace = 2 * work.candidate_tokens * row_bytes
+        row_bytes = LOGIT_BYTES * workload.shape.group_size + INDEX_BYTES
+        workspace = 2 * workload.work(method).candidate_tokens * row_bytes
         wanted = min(self._num_cold(stage, method), max(1, WORKSPACE_BYTES // workspace))
         wanted = min(wanted, MAX_SLOTS if stage == "pruner" else sets.num_sets)
         slots = self._slots.setdefault(method, [])

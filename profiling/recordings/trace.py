@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"trace: {error}")
         return 1
-    _, num_positions, num_qo_heads, head_dim = trace.q.shape
+    num_qo_heads, head_dim = trace.q.shape[2:]
     print(
         f"{path}: layers {_listed(trace.layers)} at position {_listed(trace.positions)} of a text, "
         f"{num_qo_heads} query / {trace.k.shape[2]} KV heads of {head_dim} channels, "

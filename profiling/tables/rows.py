@@ -129,7 +129,7 @@ class TimelineRow(Setting):
     The stages' busy_us and gap_us together are the time of one step.
     """
 
-    timeline: str  # graph: a replayed graph; launches: launched one by one; host: CPU, no device
+    timeline: str  # graph: a replayed graph; host: CPU, no device
     stage: str
     launches: float  # kernels and memory operations per step
     busy_us: float  # a launch of the stage, and none before it, is on the device
@@ -146,10 +146,12 @@ AnyRow = Row | AccuracyRow | KeptRow | MemoryRow | TimelineRow
 
 @dataclass(frozen=True)
 class Table:
-    """A result file: the type of its rows, and the columns that name a row."""
+    """A result file: the type of its rows, the columns that name a row, and those that name what
+    is measured at once, and then need not be measured again."""
 
     row: type
     key: tuple[str, ...]
+    mark: tuple[str, ...]
 
     @property
     def types(self) -> dict[str, type]:
@@ -169,12 +171,13 @@ def _names(row: type) -> tuple[str, ...]:
 
 ROW_KEY = _names(Row)[: _names(Row).index("gpu") + 1]
 SETTING = _names(Setting)
-TIMED = Table(Row, ROW_KEY)
+AT_ONCE = tuple(name for name in SETTING if name != "top_p")  # every p of a table is looked at
+TIMED = Table(Row, ROW_KEY, ROW_KEY)
 OBSERVED = {
-    "accuracy": Table(AccuracyRow, (*SETTING, "bits")),
-    "kept": Table(KeptRow, (*SETTING, "kv_head")),
-    "memory": Table(MemoryRow, (*SETTING, "part")),
-    "timeline": Table(TimelineRow, (*SETTING, "timeline", "stage")),
+    "accuracy": Table(AccuracyRow, (*SETTING, "bits"), AT_ONCE),
+    "kept": Table(KeptRow, (*SETTING, "kv_head"), AT_ONCE),
+    "memory": Table(MemoryRow, (*SETTING, "part"), AT_ONCE),
+    "timeline": Table(TimelineRow, (*SETTING, "timeline", "stage"), AT_ONCE),
 }
 TABLES = dict.fromkeys(STAGES, TIMED) | OBSERVED
 

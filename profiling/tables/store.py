@@ -101,8 +101,8 @@ def _cells(row: AnyRow) -> dict[str, object]:
 
 
 class Finished:
-    """Rows that an earlier run of the same code left, so that a run cut off can go on: each the
-    name of its table, then its key."""
+    """What an earlier run of the same code left, so that a run cut off can go on: each the name of
+    its table, then its mark."""
 
     def __init__(self, gpu: str, commit: str, folder: Path = RESULTS) -> None:
         self._keys: set[tuple] = set()
@@ -111,11 +111,8 @@ class Finished:
             if path.exists():
                 frame = read_rows(path)
                 rows = frame[frame["commit"] == commit]
-                found = rows[list(table.key)].itertuples(index=False, name=None)
+                found = rows[list(table.mark)].itertuples(index=False, name=None)
                 self._keys |= {(name, *key) for key in found}
 
     def __contains__(self, key: tuple) -> bool:
         return key in self._keys
-
-    def __len__(self) -> int:
-        return len(self._keys)

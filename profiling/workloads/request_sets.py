@@ -38,12 +38,10 @@ def cold_sets(num_bytes: int, l2_bytes: int) -> int:
     return max(1, math.ceil(COLD_L2_SIZES * l2_bytes / max(num_bytes, 1)))
 
 
-def pool_bytes(shape: DecodeShape, with_mirror: bool = True) -> int:
-    """Device memory of the cache of `shape`: K, V, and with the mirror also codes and bounds."""
-    itemsize = torch.finfo(shape.dtype).bits // 8
-    per_token = 2 * shape.head_dim * itemsize
-    if with_mirror:
-        per_token += shape.head_dim // 2 + 4 + -(-(2 * shape.head_dim + 8) // shape.page_size)
+def pool_bytes(shape: DecodeShape) -> int:
+    """Device memory of the cache of `shape`: K, V, codes and bounds."""
+    per_token = 2 * shape.head_dim * shape.dtype.itemsize
+    per_token += shape.head_dim // 2 + 4 + -(-(2 * shape.head_dim + 8) // shape.page_size)
     return per_token * shape.num_kv_heads * sum(shape.lengths)
 
 

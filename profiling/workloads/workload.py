@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from twilight_tilelang.reference.inputs import LAYER_BUDGETS, DecodeShape
 
 from ..tables.rows import STAGES
@@ -114,17 +112,7 @@ class Workload:
         shape, (candidates, top_p) = self.shape, self.settings(method)
         rows = shape.batch_size * shape.num_kv_heads
         kept = candidates if top_p == 1.0 else min(self.kept_mean, candidates)
-        return Work(
-            batch_size=shape.batch_size,
-            num_qo_heads=shape.num_qo_heads,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
-            page_size=shape.page_size,
-            seq_len=shape.max_seq_len,
-            itemsize=torch.finfo(shape.dtype).bits // 8,
-            candidate_tokens=rows * candidates,
-            kept_tokens=rows * kept if kept_tokens is None else kept_tokens,
-        )
+        return Work(shape, rows * candidates, rows * kept if kept_tokens is None else kept_tokens)
 
     def head_counts(self) -> list[int]:
         """Random tokens that each KV head reads: token_budget in the mean, and in proportion to

@@ -1,1 +1,2 @@
-"""What tests hold results against: properties of each stage, the promises, guarded memory."""
+"""What tests hold results against: closeness to float64, properties of each stage, the
+promises, guarded memory, what a step kept."""

@@ -24,8 +24,8 @@ from tests.checks.properties import (
     write_logits,
 )
 from tests.inputs.cases import Tensors, build_cache, shuffled_pages
+from tests.inputs.hazards import poison_unused
 from tests.inputs.strategies import Step
-from twilight_tilelang.reference.hazards import poison_unused
 
 Results = dict[str, torch.Tensor]
 SPOILS = (torch.nan, torch.inf, -torch.inf)

@@ -4,8 +4,8 @@ import dataclasses
 
 import torch
 
+from tests.checks.closeness import assert_close, row_errors
 from twilight_tilelang import reference
-from twilight_tilelang.reference.compare import assert_close, row_errors
 
 MASS_TOLERANCE = 1e-4  # of one head's softmax: the "one part in 10^4" of promise 1
 SCORE_TOLERANCE = 1e-5  # of the largest score in the batch: fp32 sums over head_dim, in any order

@@ -32,7 +32,7 @@ def make_row(workload, stage, method, provider, work, slowness=1.3) -> Row:
     num_bytes = traffic.bytes_moved(stage, method, work)
     floor_us = num_bytes / READ_TBPS * 1e-6
     median_us = slowness * floor_us + 3.0
-    tokens = work.kept_tokens // (work.batch_size * work.num_kv_heads)
+    tokens = work.kept_tokens // (work.shape.batch_size * work.shape.num_kv_heads)
     return Row(
         **workload.key(stage, method, provider, "h200"),
         kept_mean=float(tokens),
@@ -157,30 +157,28 @@ def _memory_rows(workload: Workload) -> list[MemoryRow]:
 
 
 def _timeline_rows(workload: Workload) -> list[TimelineRow]:
-    method, rows = "quest+twilight", []
+    method = "quest+twilight"
     launches = {"selector": 2, "estimator": 1, "pruner": 1, "attention": 2}
-    for timeline, gap in (("graph", 1.5), ("launches", 4.0)):
-        busy = {
-            stage: 1.2e-6 * traffic.bytes_moved(stage, method, workload.work(method)) / READ_TBPS
-            for stage in launches
-        }
-        gaps = {stage: gap * count for stage, count in launches.items()}
-        totals = [sum(own.values()) for own in (launches, busy, gaps)]
-        every = [(stage, launches[stage], busy[stage], gaps[stage]) for stage in launches]
-        rows += [
-            TimelineRow(
-                **workload.labels(method, "h200"),
-                timeline=timeline,
-                stage=stage,
-                launches=float(count),
-                busy_us=busy_us,
-                gap_us=gap_us,
-                num_steps=11,
-                **ORIGIN,
-            )
-            for stage, count, busy_us, gap_us in (*every, ("pipeline", *totals))
-        ]
-    return rows
+    busy = {
+        stage: 1.2e-6 * traffic.bytes_moved(stage, method, workload.work(method)) / READ_TBPS
+        for stage in launches
+    }
+    gaps = {stage: 1.5 * count for stage, count in launches.items()}
+    totals = [sum(own.values()) for own in (launches, busy, gaps)]
+    every = [(stage, launches[stage], busy[stage], gaps[stage]) for stage in launches]
+    return [
+        TimelineRow(
+            **workload.labels(method, "h200"),
+            timeline="graph",
+            stage=stage,
+            launches=float(count),
+            busy_us=busy_us,
+            gap_us=gap_us,
+            num_steps=11,
+            **ORIGIN,
+        )
+        for stage, count, busy_us, gap_us in (*every, ("pipeline", *totals))
+    ]
 
 
 MADE_UP = {

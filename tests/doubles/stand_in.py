@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import torch
 
 from twilight_tilelang import reference
-from twilight_tilelang.reference import PagedKVCache, dense_attention
+from twilight_tilelang.reference import CacheShape, PagedKVCache, dense_attention
 from twilight_tilelang.reference.pruner import broadcast_top_p
 
-__all__ = ["PagedKVCache", "TwilightDecode", "dense_attention"]
+__all__ = ["CacheShape", "PagedKVCache", "TwilightDecode", "dense_attention"]
 
 
 class TwilightDecode:

@@ -8,9 +8,9 @@ import torch
 from tests.checks.properties import assert_bounds_hold, token_slots
 from tests.emulated.emulate import emulated
 from tests.emulated.launches import sizes
+from tests.inputs.hazards import contiguous, poison_unused
 from twilight_tilelang import reference
 from twilight_tilelang.kernels.mirror import append_kernel, mirror_kernel, prefill_kernel
-from twilight_tilelang.reference.hazards import contiguous, poison_unused
 from twilight_tilelang.reference.inputs import DecodeShape, random_inputs
 
 pytestmark = pytest.mark.xdist_group("emulated cache")  # the tests share kernels

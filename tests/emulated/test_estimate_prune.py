@@ -14,13 +14,13 @@ from tests.emulated.launches import (
     what_pruners_write,
 )
 from tests.inputs.cases import NAN
+from tests.inputs.hazards import poison_unused
 from twilight_tilelang import reference
 from twilight_tilelang.kernels.estimate_prune import EstimatePruneConfig, estimate_prune_kernel
 from twilight_tilelang.kernels.estimator import EstimatorConfig
 from twilight_tilelang.kernels.launch import static_width
 from twilight_tilelang.kernels.pruner import PrunerConfig
 from twilight_tilelang.kernels.top_p import NUM_THREADS
-from twilight_tilelang.reference.hazards import poison_unused
 from twilight_tilelang.reference.inputs import DecodeShape, random_inputs
 
 TWO_AT_ONCE, WIDE_STEPS = (

@@ -93,8 +93,8 @@ MUTANTS = (
         "else T.min(channel, T.float16(0))", "else T.max(channel, T.float16(0))", SELECTOR, SCORED,
     ),
     Mutant(
-        "pages scored for the first head alone", "page_scores.py",
-        "head = T.min(n * TILE_HEADS + row, group_size - 1)", "head = 0", SELECTOR, SCORED,
+        "query heads beyond a group's first left out", "mma.py",
+        "head = T.min(n * TILE_HEADS + quad, group_size - 1)", "head = 0", SELECTOR, SCORED,
     ),
     Mutant(
         "a page before the newest is never scored", "page_scores.py",
@@ -120,7 +120,7 @@ MUTANTS = (
     ),
     Mutant(
         "odd channels weigh double", "estimator.py",
-        "odd * 0.0625", "odd * 0.125", ESTIMATOR, ESTIMATED,
+        "1.0, 0.0625)", "1.0, 0.125)", ESTIMATOR, ESTIMATED,
     ),
     Mutant(
         "zero point left out", "estimator.py",
@@ -129,7 +129,7 @@ MUTANTS = (
     ),
     Mutant(
         "a logit behind the last token", "estimator.py",
-        "if row + t * 8 >= tokens_left:", "if row + t * 8 > tokens_left:", ESTIMATOR, ESTIMATED,
+        "if quad + t * 8 >= tokens_left:", "if quad + t * 8 > tokens_left:", ESTIMATOR, ESTIMATED,
     ),
     Mutant(
         "codes of a warp's first page for all its tiles", "estimator.py",
@@ -205,12 +205,12 @@ MUTANTS = (
         "    for j in T.vectorized(BINS_PER_THREAD):\n        own[j]", PRUNER, PRUNED,
     ),
     Mutant(
-        "own warp counted twice in a prefix sum", "threshold.py",
-        "if warp < thread // 32:", "if warp <= thread // 32:", PRUNER, PRUNED,
+        "own warp counted twice in a prefix sum", "warp.py",
+        "if each < warp:", "if each <= warp:", PRUNER, PRUNED,
     ),
     Mutant(
         "compaction forgets its first words", "threshold.py",
-        "slot = count[0] + prefix[0]", "slot = prefix[0]", PRUNER, PRUNED_WIDE,
+        "slot = count[0] + before", "slot = before", PRUNER, PRUNED_WIDE,
     ),
     Mutant(
         "a full page counted after a part-filled one", "split_kv.py",

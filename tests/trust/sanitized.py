@@ -17,6 +17,7 @@ import torch
 import twilight_tilelang as kernels
 from tests.doubles.fake_gpu import count_launches
 from tests.inputs.cases import FORMS, NAMED, Case, Tensors, build_cache, forms_for, make_tensors
+from tests.inputs.hazards import poison_unused
 from tests.inputs.pinned import fused, pinned
 from twilight_tilelang.kernels import attention, tuned
 from twilight_tilelang.kernels.attention import WorkList
@@ -24,7 +25,6 @@ from twilight_tilelang.kernels.estimator import EstimatorConfig
 from twilight_tilelang.kernels.page_scores import PageScoreConfig
 from twilight_tilelang.kernels.pruner import PrunerConfig
 from twilight_tilelang.kernels.top_pages import TopPagesConfig
-from twilight_tilelang.reference.hazards import poison_unused
 from twilight_tilelang.reference.inputs import DecodeShape
 
 FOREIGN = 2**30  # no token, no page, no item

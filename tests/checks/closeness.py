@@ -6,7 +6,7 @@ that of a same-precision reference plus one rounding unit of the result's dtype 
 
 import torch
 
-from .validate import check_tensor
+from twilight_tilelang.reference.validate import check_tensor
 
 
 def row_errors(got: torch.Tensor, oracle: torch.Tensor) -> torch.Tensor:
@@ -23,17 +23,6 @@ def rounding_unit(oracle: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     magnitude = oracle.to(torch.float64).abs()
     magnitude = torch.where(magnitude.isfinite(), magnitude, 0.0)
     return torch.finfo(dtype).eps * magnitude.amax(dim=-1)
-
-
-def max_error(got: torch.Tensor, oracle: torch.Tensor) -> float:
-    """Largest |got - oracle|; NaN where either holds NaN."""
-    return float(row_errors(got, oracle).amax()) if got.numel() else 0.0
-
-
-def relative_error(got: torch.Tensor, oracle: torch.Tensor) -> float:
-    """|got - oracle| / |oracle| in the Euclidean norm of the whole tensor."""
-    difference = torch.linalg.vector_norm(got.to(torch.float64) - oracle.to(torch.float64))
-    return float(difference / torch.linalg.vector_norm(oracle.to(torch.float64)))
 
 
 def assert_close(

@@ -2,8 +2,8 @@
 
 import torch
 
-from .cache import PagedKVCache, tokens_per_page
-from .inputs import DecodeInputs
+from twilight_tilelang.reference.cache import PagedKVCache, tokens_per_page
+from twilight_tilelang.reference.inputs import DecodeInputs
 
 
 def unused_slots(inputs: DecodeInputs | PagedKVCache) -> torch.Tensor:

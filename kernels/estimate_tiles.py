@@ -1,0 +1,212 @@
+"""Estimated logits of tiles of 16 tokens, wherever they are stored.
+
+With codes u, k_hat = u * scale + zero, so q . k_hat = scale * (q . u) + zero * sum(q): the codes go
+to the tensor cores as they are: nibbles masked out of a word, `x & 0x000f000f`, and `x &
+0x00f000f0`, which are worth 16 times as much. Channels are permuted alike in u and q: lane c of a
+quad holds a quarter of a token's channels, eight to a word, nibble n of a word being channel n.
+"""
+
+from functools import partialmethod
+from typing import NamedTuple
+
+import tilelang.language as T
+from tvm.tirx import Buffer
+
+from .cache import TILE_TOKENS
+from .mma import CODE_UNIT, TILE_HEADS, GroupQuery, codes_as_fp16, mma_m16n8k16, place_in_quad
+
+MAX_LOGIT = 65504.0  # the largest number of fp16
+
+
+class Mirror(NamedTuple):
+    """The 4-bit mirror of K, as words of eight codes."""
+
+    codes: Buffer  # [num_pages, num_kv_heads, page_size, head_dim / 8] i32
+    scale_zero: Buffer  # [num_pages, num_kv_heads, page_size, 2] f16
+
+    @property
+    def page_size(self) -> int:
+        return int(self.codes.shape[2])
+
+    @property
+    def page_tiles(self) -> int:
+        return self.page_size // TILE_TOKENS
+
+
+class LoadedCodes(NamedTuple):
+    """The codes of a warp's tiles, in registers: of each, this thread's two tokens."""
+
+    page: Buffer  # [per_warp] i32, logical
+    codes: Buffer  # [per_warp, 2, words] i32
+    scale_zero: Buffer  # [per_warp, 2, 2] f16
+    next_page: Buffer  # [per_warp] i32, of the tiles that come next
+    next_physical: Buffer  # [per_warp] i32
+
+    @classmethod
+    def allocate(cls, per_warp, words):
+        return cls(
+            T.alloc_local((per_warp,), T.int32),
+            T.alloc_local((per_warp, 2, words), T.int32),
+            T.alloc_local((per_warp, 2, 2), T.float16),
+            T.alloc_local((per_warp,), T.int32),
+            T.alloc_local((per_warp,), T.int32),
+        )
+
+    @partialmethod
+    @T.macro
+    def find_pages(self, tiles, first_tile, page_tiles, candidates, page_table, row):
+        """Beyond the last tile anything, as nothing here waits for their number."""
+        next_page, next_physical = self.next_page, self.next_physical
+        last_tile = candidates.indices.shape[2] * page_tiles - 1
+        last_page = T.cast(page_table.shape[1] - 1, T.uint32)
+        for i in T.unroll(tiles.per_warp):
+            next_page[i] = T.min(first_tile + i, last_tile) // page_tiles
+        for i in T.unroll(tiles.per_warp):
+            next_page[i] = candidates.indices[row.batch, row.kv_head, next_page[i]]
+        for i in T.unroll(tiles.per_warp):
+            in_table = T.min(T.cast(next_page[i], T.uint32), last_page)
+            next_physical[i] = page_table[row.batch, T.cast(in_table, T.int32)]
+
+    @partialmethod
+    @T.macro
+    def load(self, tiles, first_tile, mirror, row):
+        """A tile behind the last repeats it, from the first tile's page."""
+        page_of, tile_codes, tile_scale_zero = self.page, self.codes, self.scale_zero
+        quad, lane = place_in_quad()
+        lane_words = tile_codes.shape[2]
+        for i in T.unroll(tiles.per_warp):
+            tile = T.min(first_tile + i, tiles.count - 1)
+            is_tile = first_tile + i < tiles.count
+            page = T.if_then_else(is_tile, self.next_physical[i], self.next_physical[0])
+            token = tile % mirror.page_tiles * TILE_TOKENS + quad
+            page_of[i] = self.next_page[i]
+            for t in T.unroll(2):
+                slot = token + t * 8
+                for w in T.vectorized(lane_words):
+                    word = lane * lane_words + w
+                    tile_codes[i, t, w] = mirror.codes[page, row.kv_head, slot, word]
+                for e in T.vectorized(2):
+                    tile_scale_zero[i, t, e] = mirror.scale_zero[page, row.kv_head, slot, e]
+
+
+@T.macro
+def swap_neighbours(pairs, is_odd):
+    """`pairs` = this quad's two tokens of one head and of the next, as words of two fp16. After it
+    an even quad has the first head's tokens of itself and of the next quad, an odd one has the
+    second head's of the quad before and of itself: neighbours, which are stored as one word."""
+    own = T.alloc_var(T.uint32)
+    other = T.alloc_var(T.uint32)
+    own = T.if_then_else(is_odd, pairs[1], pairs[0])
+    other = T.shfl_xor(T.if_then_else(is_odd, pairs[0], pairs[1]), 4)
+    low_halves = T.if_then_else(is_odd, 0x1054, 0x5410)
+    high_halves = T.if_then_else(is_odd, 0x3276, 0x7632)
+    pairs[0] = T.call_extern("uint32", "__byte_perm", own, other, low_halves)
+    pairs[1] = T.call_extern("uint32", "__byte_perm", own, other, high_halves)
+
+
+@T.macro
+def confine(logit, quad, tokens_left):
+    """Finite and infinite logits to the range of fp16, and to -inf where no token is."""
+    for t in T.unroll(2):
+        for h in T.unroll(logit.shape[0]):
+            if T.abs(logit[h, t]) > MAX_LOGIT:
+                logit[h, t] = T.copysign(T.float32(MAX_LOGIT), logit[h, t])
+            if quad + t * 8 >= tokens_left:
+                logit[h, t] = -T.infinity(T.float32)
+
+
+@T.macro
+def multiply_codes(acc, loaded, i, query, n):
+    """acc = q . u of the i-th loaded tile and eight heads, in units of 1 / CODE_UNIT."""
+    a_fragment = T.alloc_local((4,), T.uint32)
+    num_steps = int(loaded.codes.shape[2]) * 2
+    for e in T.unroll(4):
+        acc[e] = 0.0
+    for s in T.unroll(num_steps):
+        for t in T.unroll(2):
+            word = loaded.codes[i, t, s // 2] >> (s % 2 * 8)
+            a_fragment[t] = codes_as_fp16(word, 0x000F000F)
+            a_fragment[2 + t] = codes_as_fp16(word, 0x00F000F0)
+        mma_m16n8k16(a_fragment, query.operand, n * num_steps * 4 + s * 4, acc, 0)
+
+
+@T.macro
+def scale_products(logit, acc, loaded, i, query, n, sm_scale):
+    """logit = those of this lane's two heads and tokens; returns the largest in magnitude."""
+    largest = T.alloc_var(T.float32)
+    largest = 0.0
+    for t in T.unroll(2):
+        scale = T.cast(loaded.scale_zero[i, t, 0], T.float32) * (CODE_UNIT * sm_scale)
+        zero = T.cast(loaded.scale_zero[i, t, 1], T.float32)
+        for h in T.unroll(logit.shape[0]):
+            # One of two products is rounded: always the same one.
+            logit[h, t] = T.call_extern(
+                "float32", "fmaf", scale, acc[t * 2 + h], zero * query.sums[n, h]
+            )
+            largest = T.max(largest, T.abs(logit[h, t]))
+    return largest
+
+
+@T.macro
+def store_logits(logit, tile, n, group_size, store):
+    """store(head, tile, token of the tile, logit) stores one logit, of the eight heads from 8 n."""
+    quad, lane = place_in_quad()
+    rounded = T.alloc_local((2, 2), T.float16)
+    for h in T.unroll(logit.shape[0]):
+        for t in T.unroll(2):
+            rounded[h, t] = T.cast(logit[h, t], T.float16)
+    if group_size == 1:
+        if lane == 0:
+            for t in T.unroll(2):
+                store(0, tile, quad + t * 8, rounded[0, t])
+    else:
+        swap_neighbours(T.view(rounded, (2,), T.uint32), quad % 2 == 1)
+        head = n * TILE_HEADS + lane * 2 + quad % 2
+        if head < group_size:
+            for t in T.unroll(2):
+                for e in T.vectorized(2):
+                    store(head, tile, t * 8 + quad // 2 * 2 + e, rounded[t, e])
+
+
+@T.macro
+def estimate_tiles(tiles, q, mirror, row, candidates, page_table, sm_scale, store):
+    """The logits of a warp's tiles; store(head, tile, token of the tile, logit) stores one."""
+    group_size, head_dim = int(q.shape[2]), int(q.shape[3])
+    quad, _ = place_in_quad()
+    seq_len = row.seq_len  # bound here: what a tuple holds is looked up wherever it is used
+    query = GroupQuery.allocate(group_size, head_dim)
+    loaded = LoadedCodes.allocate(tiles.per_warp, head_dim // 32)
+    acc = T.alloc_local((4,), T.float32)
+    logit = T.alloc_local((min(group_size, 2), 2), T.float32)  # of two heads and two tokens
+
+    loaded.find_pages(tiles, tiles.first, mirror.page_tiles, candidates, page_table, row)
+    # A condition that waits for nothing; without any, the kernel that prunes too spills.
+    if tiles.first < candidates.indices.shape[2] * mirror.page_tiles:
+        query.load(q, row, head_dim // 4, nibble_order, sm_scale)
+    for step in T.serial(tiles.steps):
+        first_tile = tiles.first + step * tiles.stride
+        if first_tile < tiles.count:
+            loaded.load(tiles, first_tile, mirror, row)
+            # The next step's page ids arrive with this step's codes.
+            if step + 1 < tiles.steps:
+                loaded.find_pages(
+                    tiles, first_tile + tiles.stride, mirror.page_tiles, candidates, page_table, row
+                )
+        for i in T.unroll(tiles.per_warp):
+            if first_tile + i < tiles.count:
+                tile = first_tile + i
+                in_page = tile % mirror.page_tiles * TILE_TOKENS
+                first_token = loaded.page[i] * mirror.page_size + in_page
+                for n in T.unroll(query.sums.shape[0]):
+                    multiply_codes(acc, loaded, i, query, n)
+                    largest = scale_products(logit, acc, loaded, i, query, n, sm_scale)
+                    # Hardly ever: four instructions for each logit are skipped.
+                    if largest > MAX_LOGIT or first_token + TILE_TOKENS > seq_len:
+                        confine(logit, quad, seq_len - first_token)
+                    store_logits(logit, tile, n, group_size, store)
+
+
+def nibble_order(words, s, e):
+    """The channels in the order of the codes' nibbles; a nibble that is not shifted weighs 16."""
+    channel = words[s // 2 * 8 + s % 2 * 2 + e % 2 * 4 + e // 2]
+    return T.cast(channel, T.float32) * T.if_then_else(e < 2, 1.0, 0.0625)

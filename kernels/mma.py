@@ -1,0 +1,92 @@
+"""The tensor-core instruction m16n8k16, by hand: 16 keys x 8 query heads x 16 channels.
+
+A quad is four neighbouring lanes. Quad r of a warp multiplies the tile's keys r and r + 8, and gets
+their products with the query heads 2c and 2c + 1 in its lane c.
+
+Codes of keys are multiplied as they are: bits masked out of a word, two codes u at once, are read
+as fp16 subnormals u * 2^-24, which is exact. Unpacking needs no arithmetic but a shift.
+"""
+
+from functools import partialmethod
+from typing import NamedTuple
+
+import tilelang.language as T
+from tvm.tirx import Buffer, PrimExpr
+
+from .warp import join_lanes
+
+TILE_HEADS = 8
+QUAD = 4
+CODE_UNIT = 2.0**24  # a code's fp16 bits are worth so many times less than the code
+
+
+def place_in_quad():
+    """(number of this thread's quad in the warp, its lane in the quad)."""
+    thread = T.get_thread_binding()
+    return thread % 32 // QUAD, thread % QUAD
+
+
+class Tiles(NamedTuple):
+    """The tiles of 16 keys that a warp takes: `per_warp` neighbours from `first` on, and again
+    `stride` further, `steps` times. The row has `count`."""
+
+    first: PrimExpr
+    per_warp: int
+    stride: int
+    steps: PrimExpr
+    count: PrimExpr
+
+
+class GroupQuery(NamedTuple):
+    """The group's queries as the products' second operand, in registers."""
+
+    operand: Buffer  # [head_tiles, head_dim / 4] f16
+    sums: Buffer  # [head_tiles, 2] f32: sm_scale * sum(q) of this lane's heads
+
+    @classmethod
+    def allocate(cls, group_size, head_dim):
+        head_tiles = -(-group_size // TILE_HEADS)
+        operand = T.alloc_local((head_tiles, head_dim // 4), T.float16)
+        return cls(operand, T.alloc_local((head_tiles, 2), T.float32))
+
+    @partialmethod
+    @T.macro
+    def load(self, q, row, run, order, sm_scale=1.0):
+        """Lane c of a quad takes every fourth run of `run` channels, of every eighth head; heads
+        beyond the group repeat its last. order(words, s, e) is element e of step s, as float32.
+        """
+        group_size, head_tiles = int(q.shape[2]), int(self.sums.shape[0])
+        lane_channels = int(self.operand.shape[1])
+        quad, lane = place_in_quad()
+        words = T.alloc_local((lane_channels,), q.dtype)
+        partial = T.alloc_var(T.float32)
+        for n in T.unroll(head_tiles):
+            head = T.min(n * TILE_HEADS + quad, group_size - 1)
+            for i in T.unroll(lane_channels // run):
+                for j in T.vectorized(run):
+                    channel = (i * QUAD + lane) * run + j
+                    words[i * run + j] = q[row.batch, row.kv_head, head, channel]
+            partial = 0.0
+            for j in T.unroll(lane_channels):
+                partial += T.cast(words[j], T.float32)
+            total = join_lanes(partial, QUAD)
+            for h in T.unroll(2):
+                self.sums[n, h] = T.shfl_sync(total, (lane * 2 + h) * QUAD) * sm_scale
+            for s in T.unroll(lane_channels // 4):
+                for e in T.unroll(4):
+                    self.operand[n, s * 4 + e] = T.cast(order(words, s, e), T.float16)
+
+
+def codes_as_fp16(word, mask):
+    """Two codes of a word, as two fp16 that are worth 2^-24 of them."""
+    return T.cast(word & mask, T.uint32)
+
+
+@T.macro
+def mma_m16n8k16(codes, query, first, acc, n):
+    """Adds the products of a tile's codes, 4 words, with the query's operand from `first` on to the
+    four sums acc[4 n:]: of two heads and the quad's first key, then of its second."""
+    T.ptx_mma(
+        "float32", "m16n8k16", "row", "col", "fp16", "fp16", "fp32",
+        codes.data, 0, query.data, first, acc.data, n * 4, T.bool(False),
+    )  # fmt: skip

@@ -1,0 +1,53 @@
+"""Tokens that a list names for every row. A row is one KV head of one request."""
+
+from functools import partialmethod
+from typing import NamedTuple
+
+import tilelang.language as T
+from tvm.tirx import Buffer, PrimExpr
+
+
+class Row(NamedTuple):
+    """One KV head of one request of seq_len tokens (None where nothing asks for them)."""
+
+    batch: PrimExpr
+    kv_head: PrimExpr
+    seq_len: PrimExpr | None = None
+
+
+class TokenList(NamedTuple):
+    """What indices and counts hold goes by the kind: "tokens" (logical positions), "pages" (logical
+    pages, the last of which may be part-filled), or "all" (only counts matter)."""
+
+    kind: str
+    page_size: int
+    indices: Buffer  # [batch_size, num_kv_heads, width] i32
+    counts: Buffer | None = None  # [batch_size, num_kv_heads] i32
+
+    def token(self, row, index, beyond=False):
+        """The logical position that a row's list names at `index`; `beyond` its end: anything."""
+        if self.kind == "all":
+            return index
+        run = self.page_size if self.kind == "pages" else 1
+        place = index // run
+        if beyond:
+            place = T.min(place, T.max(self.counts[row.batch, row.kv_head] - 1, 0))
+        return self.indices[row.batch, row.kv_head, place] * run + index % run
+
+    def slots(self, row):
+        """Tokens that a row's list has place for: those of whole pages."""
+        return self.counts[row.batch, row.kv_head] * (self.page_size if self.kind == "pages" else 1)
+
+    @partialmethod  # a macro is no method by itself
+    @T.macro
+    def count(self, row):
+        """How many tokens a row's list names."""
+        num_tokens = T.alloc_var(T.int32)
+        num_tokens = self.counts[row.batch, row.kv_head]
+        if self.kind == "pages":
+            if num_tokens > 0:
+                last_page = self.indices[row.batch, row.kv_head, num_tokens - 1]
+                num_tokens = (num_tokens - 1) * self.page_size + T.min(
+                    self.page_size, row.seq_len - last_page * self.page_size
+                )
+        return num_tokens

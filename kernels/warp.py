@@ -1,0 +1,75 @@
+"""What the threads of a warp or a block add up together, and the atomics that they meet by.
+
+The atomics are CUDA's: TileLang's T.atomic_add, where it returns what was there, takes the slow way
+round through generic addresses; its T.atomic_or is for global memory alone; it has no exchange.
+"""
+
+import operator
+
+import tilelang.language as T
+
+
+@T.macro
+def warp_inclusive_sum(value, downward=False):
+    """The sum of an int32 over the lanes up to this one; from this one on where `downward`."""
+    lane = T.get_thread_binding() % 32
+    running = T.alloc_var(T.int32)
+    running = value
+    for step in T.unroll(5):
+        if downward:
+            higher = T.shfl_down(running, 1 << step)
+            if lane + (1 << step) < 32:
+                running += higher
+        else:
+            lower = T.shfl_up(running, 1 << step)
+            if lane >= (1 << step):
+                running += lower
+    return running
+
+
+@T.macro
+def block_exclusive_sum(value, warp_sums):
+    """(the sum of an int32 over the threads before this one, its sum over the block).
+
+    warp_sums: shared memory, one int32 for each warp of the block.
+    """
+    warp = T.get_thread_binding() // 32
+    before = T.alloc_var(T.int32)
+    total = T.alloc_var(T.int32)
+    running = warp_inclusive_sum(value)
+    if T.get_thread_binding() % 32 == 31:
+        warp_sums[warp] = running
+    T.sync_threads()
+    before = running - value
+    total = 0
+    for each in T.serial(warp_sums.shape[0]):
+        total += warp_sums[each]
+        if each < warp:
+            before += warp_sums[each]
+    T.sync_threads()
+    return before, total
+
+
+@T.macro
+def join_lanes(value, num_lanes, join=operator.add):
+    """A float32 joined over every `num_lanes` neighbouring lanes: all of them get the result."""
+    joined = T.alloc_var(T.float32)
+    joined = value
+    for bit in T.unroll(num_lanes.bit_length() - 1):
+        joined = join(joined, T.shfl_xor(joined, 1 << bit))
+    return joined
+
+
+def atomic_add(cell, value):
+    """Adds to an int32; what was there."""
+    return T.call_extern("int32", "atomicAdd", T.access_ptr(cell, "rw"), value)
+
+
+def atomic_or(cell, bits):
+    """Sets bits of a 32-bit word; what was there."""
+    return T.call_extern(cell.dtype, "atomicOr", T.access_ptr(cell, "rw"), bits)
+
+
+def atomic_exchange(cell, value):
+    """Stores a 32-bit word; what was there."""
+    return T.call_extern(cell.dtype, "atomicExch", T.access_ptr(cell, "rw"), value)
