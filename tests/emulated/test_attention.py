@@ -60,7 +60,8 @@ def test_attention_matches_reference(inputs, form, source, folder):
             sm_scale=cache.head_dim**-0.5, partial_out=blank(*partials, cache.head_dim),
             partial_lse=blank(*partials, 2), out=blank(*q.shape, dtype=torch.float16),
             lse=blank(*q.shape[:3]), width=indices.shape[2], max_splits=max_splits,
-            max_items=max_items, num_vectors=cache.k_cache.numel() // cache.head_dim, **sizes(cache),
+            max_items=max_items, num_vectors=cache.k_cache.numel() // cache.head_dim,
+            **sizes(cache),
         )  # fmt: skip
         emulated(plan_kernel, (cache.page_size, source, config), folder)(rows[::-1], 64, **shared)
         attend = emulated(ATTENTION_KERNELS[config.form], static, folder)
