@@ -44,7 +44,9 @@ types: $(READY)  ## mypy on the reference and the host side of the kernels
 	@$(PYTHON) -m mypy --no-error-summary && echo 'types: clean'
 
 test: $(READY)  ## every test; those marked gpu skip where there is no GPU
-	@$(PYTHON) -m pytest -q -m "not alone" $(WORKERS) && $(PYTHON) -m pytest -q -m alone
+	@start=$$(date +%s); $(PYTHON) -m pytest -q -m "not alone" $(WORKERS) && $(PYTHON) -m pytest -q -m alone; \
+		status=$$?; seconds=$$(($$(date +%s) - start)); \
+		echo "test: $$((seconds / 60)) min $$((seconds % 60)) s"; exit $$status
 
 test-gpu: $(READY)  ## the tests marked gpu; fails where there is no GPU: [FULL=1: only the 2,000 generated cases]
 	@$(PYTHON) -c '$(NEED_GPU)' && $(PYTHON) -m pytest -q -m "gpu and not alone" $(WORKERS) \

@@ -48,15 +48,29 @@ def compile_for(launch: Launch, arch: str, folder: Path) -> Compiled:
     artifact = lower(launch, arch)
     source = folder / f"{launch.name}.cu"
     source.write_text(artifact.kernel_source)
+    return read(artifact, nvcc(source, arch, is_fast(launch)))
+
+
+def is_fast(launch: Launch) -> bool:
+    """Whether a kernel is compiled with fast math."""
+    return PassConfigKey.TL_ENABLE_FAST_MATH in launch.factory.pass_configs
+
+
+def nvcc(source: Path, arch: str, fast_math: bool) -> str:
+    """Compile a file, the cubin beside it; what ptxas reports. CompileError where it fails."""
     options = [*default_compile_options(), "-O3", f"-arch={arch}", "-Xptxas", "-v", "--cubin"]
-    if PassConfigKey.TL_ENABLE_FAST_MATH in launch.factory.pass_configs:
-        options.append("--use_fast_math")
+    options += ["--use_fast_math"] * fast_math
     command = [get_nvcc_compiler(), *options, str(source), "-o", str(source.with_suffix(".cubin"))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     report = done.stdout + done.stderr
+    if done.returncode != 0 or "spill stores" not in report:
+        raise CompileError(f"{source.stem}: {report}")
+    return report
+
+
+def read(artifact, report: str) -> Compiled:
+    """A lowered kernel and what ptxas reports of it."""
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", report)
-    if done.returncode != 0 or not spills:
-        raise CompileError(f"{launch.name}: {report}")
     dynamic = [f.attrs.get("dyn_shared_memory_buf") for f in artifact.device_mod.functions.values()]
     static = re.findall(r"(\d+) bytes smem", report)
     shared_memory = sum(int(size) for size in dynamic if size is not None) + sum(map(int, static))

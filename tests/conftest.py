@@ -1,6 +1,7 @@
 """Fixtures: the device, randomness seeded by the test's name, and guarded fresh memory."""
 
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -19,6 +20,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many tests were skipped, one line a reason."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"skipped: {count} x {reason}")
 
 
 @pytest.fixture

@@ -2,12 +2,18 @@
 64-bit addresses into the cache. No GPU is needed."""
 
 import dataclasses
+import functools
 import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from tests.inputs.cases import FORMS
-from twilight_tilelang.autotune.compiled import compile_for
+from tests.inputs.stored import COMMITTED, SYNTHETIC, stored
+from twilight_tilelang.autotune.compiled import Compiled, is_fast, lower, nvcc, read
+from twilight_tilelang.autotune.space import launches_of
 from twilight_tilelang.kernels.attention import ATTENTION_KERNELS
 from twilight_tilelang.kernels.cache import cache_launches
 from twilight_tilelang.kernels.estimate_prune import EstimatePruneConfig, estimate_prune_kernel
@@ -25,6 +31,9 @@ SHAPES = {
     "gqa16-d64-p64": (StepShape(16, 64, 64, "bfloat16", 8, 512, 8192, 8), ("sm_80",)),
     "mha-d256": (StepShape(1, 256, 16, "float16", 64, 300, 1024, 64), ("sm_90a",)),
 }
+# The name of a kernel in CUDA, and what ptxas says before it reports on one.
+ENTRY = re.compile(r"(__global__ void (?:__launch_bounds__\(.*?\) )?\w+)\(")
+ENTRY_REPORT = re.compile(r"Compiling entry function '\w+_(\d+)'")
 # What a cache of more than 2**31 elements is indexed by.
 CACHE_POINTERS = ("k_cache", "v_cache", "codes", "scale_zero", "bounds", "bounds_scale_zero")
 
@@ -39,12 +48,6 @@ def default_launches(shape: StepShape, arch: str) -> list[Launch]:
     return list(dict.fromkeys(launches_in((own, paths))))
 
 
-CASES = [
-    pytest.param(launch, arch, id=f"{name}-{arch}-{launch.name}")
-    for name, (shape, archs) in SHAPES.items()
-    for arch in archs
-    for launch in default_launches(shape, arch)
-]
 # Where a step estimates and prunes in one kernel; "gqa4-d128" does so, too, where there is room.
 FUSED = {
     "gqa4-d128-4k": (StepShape(4, 128, 16, "float16", 512, 2048, 4096, 512), ("sm_80",)),
@@ -54,28 +57,94 @@ FUSED = {
     "gqa8-d128": (StepShape(8, 128, 16, "float16", 512, 2048, 4096, 512), ("sm_90a", "sm_100a")),
     "gqa16-d64": (StepShape(16, 64, 16, "float16", 512, 2048, 2048, 512), ("sm_90a",)),
 }
-for name, (shape, archs) in FUSED.items():
-    for arch in archs:
-        (launch,) = (v for v in default_launches(shape, arch) if v.name == "estimate_prune")
-        CASES.append(pytest.param(launch, arch, id=f"{name}-{arch}-{launch.name}"))
-for arch in ("sm_90a", "sm_100a"):
-    config = EstimatePruneConfig(tiles_per_warp=4)
-    arguments = (4, 128, 16, "float16", 8192, 128, config)
-    launch = Launch("estimate_prune", estimate_prune_kernel, arguments)
-    CASES.append(pytest.param(launch, arch, id=f"one-head-at-once-{arch}-{launch.name}"))
-for name, form in FORMS.items():
-    for arch in ARCHS:
-        config = dataclasses.replace(form, pdl=arch != "sm_80")
-        arguments = (1 if form.form == "lanes" else 4, 128, 16, "float16", "tokens", config)
-        launch = Launch(name, ATTENTION_KERNELS[form.form], arguments)
-        CASES.append(pytest.param(launch, arch, id=f"form-{arch}-{name}"))
 
 
-@pytest.mark.parametrize("launch, arch", CASES)
-def test_kernel_compiles_cleanly(launch, arch, tmp_path):
-    compiled = compile_for(launch, arch, tmp_path)
-    assert compiled.fault(arch) is None, compiled.report
-    assert narrow_cache_accesses(compiled.source) == []
+class Kernel(NamedTuple):
+    """One kernel for one GPU, and those that it is compiled with."""
+
+    launch: Launch
+    arch: str
+    batch: str
+
+
+def kernels() -> Iterator[tuple[str, Kernel]]:
+    """All of them with their names, some more than once."""
+    for name, (shape, archs) in SHAPES.items():
+        for arch in archs:
+            for launch in default_launches(shape, arch):
+                yield f"{name}-{arch}-{launch.name}", Kernel(launch, arch, f"{name}-{arch}")
+    for name, (shape, archs) in FUSED.items():
+        for arch in archs:
+            (launch,) = (v for v in default_launches(shape, arch) if v.name == "estimate_prune")
+            yield f"{name}-{arch}-{launch.name}", Kernel(launch, arch, f"fused-{arch}")
+    for arch in ("sm_90a", "sm_100a"):
+        config = EstimatePruneConfig(tiles_per_warp=4)
+        arguments = (4, 128, 16, "float16", 8192, 128, config)
+        launch = Launch("estimate_prune", estimate_prune_kernel, arguments)
+        yield f"one-head-at-once-{arch}-{launch.name}", Kernel(launch, arch, f"fused-{arch}")
+    for name, form in FORMS.items():
+        for arch in ARCHS:
+            config = dataclasses.replace(form, pdl=arch != "sm_80")
+            arguments = (1 if form.form == "lanes" else 4, 128, 16, "float16", "tokens", config)
+            launch = Launch(name, ATTENTION_KERNELS[form.form], arguments)
+            yield f"form-{arch}-{name}", Kernel(launch, arch, f"forms-{arch}")
+
+    for configs in (SYNTHETIC, *COMMITTED):
+        for kernel, shape, config in stored(configs):
+            for launch in launches_of(kernel, shape, config, ARCHS[configs.arch]):
+                name = f"stored-{configs.gpu}-{launch.name}-{shape.num_rows}-{shape.width}"
+                yield name, Kernel(launch, configs.arch, f"stored-{configs.gpu}")
+
+
+def each_once() -> list:
+    """The tests' parameters: a kernel under the first of its names, a batch for one worker."""
+    found = {}
+    for name, kernel in kernels():
+        case = pytest.param(kernel, id=name, marks=pytest.mark.xdist_group(kernel.batch))
+        found.setdefault((id(kernel.launch.factory), kernel.launch.arguments, kernel.arch), case)
+    return list(found.values())
+
+
+@pytest.fixture(scope="module")
+def compiled(request, tmp_path_factory) -> Callable[[Kernel], Compiled]:
+    """A kernel compiled, together with the others of its batch that are to be tested."""
+    tests = (getattr(item, "callspec", None) for item in request.session.items)
+    parameters = [value for test in tests if test for value in test.params.values()]
+
+    @functools.cache
+    def compile_batch(batch: str) -> dict[Kernel, Compiled]:
+        members = [each for each in parameters if isinstance(each, Kernel) and each.batch == batch]
+        return compile_together(members, tmp_path_factory.mktemp(batch))
+
+    return lambda kernel: compile_batch(kernel.batch)[kernel]
+
+
+def compile_together(kernels: list[Kernel], folder: Path) -> dict[Kernel, Compiled]:
+    """Kernels for one GPU in one file, or two: nvcc spends four fifths of its time on TileLang's
+    headers. In the file each has a namespace and a number."""
+    found = {}
+    for fast_math in (False, True):
+        members = [kernel for kernel in kernels if is_fast(kernel.launch) == fast_math]
+        artifacts = [lower(kernel.launch, kernel.arch) for kernel in members]
+        source = folder / f"{fast_math=}.cu"
+        with source.open("w") as file:
+            for number, artifact in enumerate(artifacts):
+                headers, entry, body = artifact.kernel_source.partition('extern "C"')
+                body = ENTRY.sub(rf"\1_{number}(", entry + body)
+                file.write(f"{headers}\nnamespace kernel_{number} {{\n{body}\n}}\n")
+        _, *reports = ENTRY_REPORT.split(
+            nvcc(source, kernels[0].arch, fast_math) if members else ""
+        )
+        for number, report in zip(reports[::2], reports[1::2], strict=True):
+            found[members[int(number)]] = read(artifacts[int(number)], report)
+    return found
+
+
+@pytest.mark.parametrize("kernel", each_once())
+def test_kernel_compiles_cleanly(kernel, compiled):
+    result = compiled(kernel)
+    assert result.fault(kernel.arch) is None, result.report
+    assert narrow_cache_accesses(result.source) == []
 
 
 def narrow_cache_accesses(source: str) -> list[str]:

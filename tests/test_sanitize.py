@@ -5,8 +5,11 @@ import pkgutil
 import subprocess
 
 import pytest
+import torch
 from tilelang.jit import JITImpl
 
+import twilight_tilelang as kernels
+from tests.checks.guards import poison
 from tests.doubles import fake_gpu
 from tests.trust import ledger, sanitize, sanitized
 
@@ -29,9 +32,22 @@ def test_the_suite_reaches_every_kernel(monkeypatch):
     assert factories >= {"pruner_kernel", "append_kernel", "merge_kernel"}
     fake_gpu.install(monkeypatch)
     launched = fake_gpu.count_launches(monkeypatch, launch=False)
+    sanitized.poison_what_is_read_ahead(monkeypatch)
     for part in sanitized.PARTS.values():
         part()
     assert {f"{name.removesuffix('_kernel')}_kernel" for name in launched} >= factories
+
+
+def test_what_is_read_ahead_is_poisoned(monkeypatch):
+    """And no more: initcheck watches the rest."""
+    fake_gpu.install(monkeypatch)
+    sanitized.poison_what_is_read_ahead(monkeypatch)
+    cache = kernels.PagedKVCache.empty(kernels.CacheShape(2, 8, 2, 64))
+    step = kernels.TwilightDecode(cache, 8, token_budget=64)
+    selection, work = step.stages.memory.selection, step.stages.memory.attention.work
+    assert selection.scores.isnan().all()
+    assert (selection.candidates.pages == poison(torch.int32)).all()
+    assert (work.items == poison(torch.int32)).all() and not work.num_items.any()
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,14 @@ import torch
 
 from tests.checks.buckets import broken_limit, shape_of
 from tests.doubles import fake_gpu
+from tests.inputs.stored import COMMITTED, HOME, SYNTHETIC, configs_of, entry_of, stored
 from twilight_tilelang.autotune import show
-from twilight_tilelang.autotune.compiled import compile_for
 from twilight_tilelang.autotune.space import launches_of
 from twilight_tilelang.autotune.store import path_of, with_entry, write_configs
 from twilight_tilelang.kernels import tuned
 from twilight_tilelang.kernels.attention import ATTENTION
 from twilight_tilelang.kernels.gpu import ARCHS, gpu_slug
-from twilight_tilelang.kernels.launch import ROOM, KernelSpec, Launch
+from twilight_tilelang.kernels.launch import ROOM, KernelSpec
 from twilight_tilelang.kernels.plan import SPECS
 from twilight_tilelang.kernels.pruner import PRUNER, PrunerConfig
 from twilight_tilelang.kernels.split_kv import AttentionConfig
@@ -29,38 +29,14 @@ from twilight_tilelang.kernels.tuned import (
     Bucket,
     Choice,
     Configs,
-    Entry,
     Planner,
     load_configs,
 )
 from twilight_tilelang.profiling.workloads.workload import Workload
 from twilight_tilelang.reference.inputs import DecodeShape
 
-HOME = Bucket(4, 128, 16, "float16", 512, 8192)
 DEFAULT = PrunerConfig()
 FASTER = {"blocks_per_sm": 2, "heads_apart": True}
-
-
-def entry_of(kernel: str, config: dict, **changes) -> Entry:
-    """An entry as the tuner writes it."""
-    made = Entry(
-        config=config,
-        workloads=["gqa-32k"],
-        time_us=90.0,
-        default_us=100.0,
-        noise_us=1.0,
-        rejected={"blocks_per_sm=1": "spills 48 bytes"},
-        source=SPECS[kernel].source,
-        space="0123456789ab",
-        date="2026-01-31",
-        torch="2.13.0",
-        tilelang="0.1.15",
-    )
-    return dataclasses.replace(made, **changes)
-
-
-def configs_of(kernel: str, entries: dict[Bucket, Entry], gpu: str = "h200") -> Configs:
-    return Configs(gpu, "sm_90a", {kernel: entries})
 
 
 @pytest.fixture
@@ -277,63 +253,13 @@ def test_gpu_slug_is_short(name: str, slug: str) -> None:
     assert gpu_slug(name) == slug
 
 
-SYNTHETIC = Configs(
-    "h200",
-    "sm_90a",
-    {
-        "top_pages": {
-            dataclasses.replace(HOME, width=2048): entry_of(
-                "top_pages", {"num_threads": 512, "pages_per_thread": 4}
-            )
-        }
-    },
-)
-
-
-def stored(configs: Configs) -> list[tuple]:
-    """(arch, kernel, shape, config) of every entry that counts."""
-    found = []
-    for kernel in configs.entries:
-        for bucket, entry in configs.fresh(SPECS[kernel]).items():
-            shape = shape_of(kernel, bucket)
-            default = SPECS[kernel].default(shape, ARCHS[configs.arch])
-            config = dataclasses.replace(default, **entry.config)
-            found.append((configs.arch, kernel, shape, config))
-    return found
-
-
 def illegal(configs: Configs) -> list[str]:
     """The stored configs that cannot run, and the limit that each breaks."""
     broken = (
-        (kernel, broken_limit(kernel, c, s, ARCHS[arch])) for arch, kernel, s, c in stored(configs)
+        (kernel, broken_limit(kernel, config, shape, ARCHS[configs.arch]))
+        for kernel, shape, config in stored(configs)
     )
     return [f"{kernel}: {limit}" for kernel, limit in broken if limit is not None]
-
-
-def stored_kernels(configs: Configs) -> dict[str, tuple[str, Launch]]:
-    """(arch, kernel) of every stored config by a name; what compiles alike comes once."""
-    by_launch = {
-        (arch, launch): (arch, launch)
-        for arch, kernel, shape, config in stored(configs)
-        for launch in launches_of(kernel, shape, config, ARCHS[arch])
-    }
-    every = enumerate(by_launch.values())
-    return {f"{configs.gpu}-{launch.name}-{i}": (arch, launch) for i, (arch, launch) in every}
-
-
-COMMITTED = [tuned.read_configs(path) for path in sorted(CONFIGS.glob("*.json"))]
-STORED = [
-    pytest.param(*pair, id=f"{source}-{name}")
-    for source, every in (("synthetic", [SYNTHETIC]), ("committed", COMMITTED))
-    for configs in every
-    for name, pair in stored_kernels(configs).items()
-]
-
-
-@pytest.mark.parametrize(("arch", "launch"), STORED)
-def test_stored_configs_compile_cleanly(arch: str, launch: Launch, tmp_path: Path) -> None:
-    compiled = compile_for(launch, arch, tmp_path)
-    assert compiled.fault(arch) is None, compiled.report
 
 
 def test_stored_configs_are_legal() -> None:

@@ -1,4 +1,4 @@
-"""The promises as properties of a generated step, for any implementation of the public surface.
+"""The promises as properties of a step, named or generated, for any implementation.
 
 An implementation is `kernels`, `tests.doubles.stand_in` (the reference), or a faulty one that must
 be caught.
@@ -18,7 +18,6 @@ from tests.checks.properties import (
     assert_codes_hold,
     assert_decode_step,
     assert_out_close,
-    assert_top_p,
     candidate_positions,
     num_used_pages,
     write_logits,
@@ -85,7 +84,7 @@ def take(
 
 @dataclass
 class Run:
-    """A generated step, run once by an implementation among leftovers of NaN."""
+    """A step, run once by an implementation among leftovers of NaN."""
 
     package: ModuleType
     generated: Step
@@ -123,16 +122,8 @@ class Run:
         return int((self.cache.seq_lens > 0).sum()) * self.cache.num_kv_heads
 
 
-def promise_1_kept_mass_is_reached_and_needed(run: Run) -> None:
-    step = run.step
-    assert_top_p(
-        step.logits, run.cache, step.candidates.pages, step.candidates.counts, run.top_p,
-        (step.kept.tokens, step.kept.counts, step.kept.mass), **run.generated.windows,
-    )  # fmt: skip
-
-
-def every_stage_is_right(run: Run) -> None:
-    """Each judged on what the stage before it gave."""
+def promise_1_and_every_stage_is_right(run: Run) -> None:
+    """Each judged on what the stage before it gave, the pruner by promise 1."""
     assert_decode_step(
         run.step, run.out, run.tensors.q, run.cache, run.generated.case.token_budget, run.top_p,
         **run.generated.windows,
@@ -186,6 +177,9 @@ def promise_6_nothing_unused_is_read(run: Run) -> None:
     step = decode(run.package, run.tensors, cache, **run.options)
     for actual, expected in zip(results_of(*step, cache), run.results, strict=True):
         assert_identical(actual, expected)
+    held = cache.seq_lens > 0
+    dense = [run.package.dense_attention(run.tensors.q, each)[held] for each in (cache, run.cache)]
+    assert torch.equal(*dense), "dense attention reads what is unused"
 
 
 def promise_6_no_request_reads_another(run: Run) -> None:
@@ -241,8 +235,7 @@ def promise_8_a_view_is_refused_or_right(run: Run) -> None:
 
 
 PROPERTIES: tuple[Callable[[Run], None], ...] = (
-    promise_1_kept_mass_is_reached_and_needed,
-    every_stage_is_right,
+    promise_1_and_every_stage_is_right,
     promise_2_p_1_is_dense_over_the_candidates,
     promise_3_bounds_and_codes_hold,
     promise_4_windows_and_one_token_are_kept,

@@ -1,5 +1,8 @@
 """What the emulated kernels are launched with and on, and stages as functions of a cache."""
 
+from collections.abc import Iterable
+
+import pytest
 import torch
 
 from tests.checks.guards import GuardedMemory
@@ -17,6 +20,11 @@ SHAPES = {
     "gqa16": DecodeShape(1, 16, 1, 64, 16, (90,), torch.float16),
 }
 MEMORY = GuardedMemory()
+
+
+def on_one_worker(names: Iterable) -> list:
+    """A test's parameters; those of one name share a kernel, which one worker builds once."""
+    return [pytest.param(name, marks=pytest.mark.xdist_group(f"emulated {name}")) for name in names]
 
 
 def sizes(cache, **more) -> dict:

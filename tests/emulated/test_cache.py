@@ -13,6 +13,8 @@ from twilight_tilelang import reference
 from twilight_tilelang.kernels.mirror import append_kernel, mirror_kernel, prefill_kernel
 from twilight_tilelang.reference.inputs import DecodeShape, random_inputs
 
+pytestmark = pytest.mark.xdist_group("emulated cache")  # the tests share kernels
+
 MIRROR = ("k_int4", "k_scale_zero", "page_bounds", "bounds_scale_zero")
 
 

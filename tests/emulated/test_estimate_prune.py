@@ -48,21 +48,16 @@ FUSED = {  # seq_lens, (query heads, KV heads), head_dim, page_size, pages, top_
         EstimatePruneConfig(blocks_per_sm=4),
     ),
 }
-
-
 HAZARDS = ("nan-in-q", "without-token-0", "no-candidates")
+CASES = [
+    *((name, "none") for name in FUSED),
+    *((name, hazard) for name in ("gqa3-d256", "mha-p64", "two-of-three") for hazard in HAZARDS),
+]
 
 
 @pytest.mark.parametrize(
     "name, hazard",
-    [
-        *((name, "none") for name in FUSED),
-        *(
-            (name, hazard)
-            for name in ("gqa3-d256", "mha-p64", "two-of-three")
-            for hazard in HAZARDS
-        ),
-    ],
+    [pytest.param(*case, marks=pytest.mark.xdist_group(f"emulated {case[0]}")) for case in CASES],
 )
 def test_fused_kernel_gives_the_bits_of_two(name, hazard, folder):
     seq_lens, heads, head_dim, page_size, num_pages, top_p, windows, config = FUSED[name]

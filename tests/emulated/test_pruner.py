@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.checks.properties import assert_top_p
-from tests.emulated.launches import prune_emulated
+from tests.emulated.launches import on_one_worker, prune_emulated
 from tests.inputs.cases import NAN
 from tests.inputs.logits import LOGITS, NO_SOFTMAX, normal, rounded
 from twilight_tilelang import reference
@@ -26,7 +26,7 @@ ROWS = {  # seq_len, group size, sinks, recent, dtype of logits, config
 
 @pytest.mark.parametrize("top_p", [0.85, 0.999, 1.0])
 @pytest.mark.parametrize("draw", ["normal", "skewed", "one-hot", "all-equal", "within-2e4"])
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", on_one_worker(ROWS))
 def test_pruned_sets_match_reference(row, draw, top_p, rng, folder):
     seq_len, group_size, num_sink_tokens, num_recent_tokens, dtype, config = ROWS[row]
     windows = {"num_sink_tokens": num_sink_tokens, "num_recent_tokens": num_recent_tokens}
@@ -43,7 +43,7 @@ def test_pruned_sets_match_reference(row, draw, top_p, rng, folder):
 
 
 @pytest.mark.parametrize("draw", NO_SOFTMAX)
-@pytest.mark.parametrize("row", ["gqa3-windows", "heads-apart", "wide", "one-page"])
+@pytest.mark.parametrize("row", on_one_worker(["gqa3-windows", "heads-apart", "wide", "one-page"]))
 def test_a_row_without_a_softmax_keeps_every_candidate(row, draw, rng, folder):
     """Of one query head; the others of its group are as they were."""
     seq_len, group_size, *_, dtype, config = ROWS[row]
@@ -54,6 +54,7 @@ def test_a_row_without_a_softmax_keeps_every_candidate(row, draw, rng, folder):
     assert (mass[0, :-1] < 0.8).all()
 
 
+@pytest.mark.xdist_group("emulated gqa3-windows")
 @pytest.mark.parametrize("top_p, kept", [(NAN, 333), (1.5, 333), (0.0, 1), (-9.0, 1)])
 def test_a_top_p_out_of_range_keeps_all_or_one(top_p, kept, rng, folder):
     """On the device it cannot be refused."""
@@ -62,6 +63,7 @@ def test_a_top_p_out_of_range_keeps_all_or_one(top_p, kept, rng, folder):
     assert counts.item() == kept
 
 
+@pytest.mark.xdist_group("emulated gqa4")
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(
     row=st.sampled_from(["gqa4", "heads-apart"]),

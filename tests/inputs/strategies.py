@@ -191,6 +191,7 @@ def _repeated(tensors: Tensors, count: int) -> torch.Tensor:
 def _outliers(tensors: Tensors, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     k = tensors.k.clone()
     k[..., ::20] += 15
+    k[..., 1::20] -= 15
     return tensors.q, k
 
 

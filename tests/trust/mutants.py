@@ -249,7 +249,7 @@ MUTANTS = (
         "position(turn, t * warp_teams + team) <= num_tokens", ATTENTION, ATTENDED,
     ),
     Mutant(
-        "32-bit offsets into the cache", "config.py",
+        "32-bit offsets into the cache", "compiling.py",
         "    PassKey.TL_DISABLE_SAFE_MEMORY_ACCESS: True,",
         "    PassKey.TL_DISABLE_SAFE_MEMORY_ACCESS: True,\n"
         "    PassKey.TL_CONFIG_INDEX_BITWIDTH: 32,", COMPILED, COMPILED,

@@ -6,15 +6,19 @@ On a GPU its tests run; elsewhere the emulator's, for the faults that it can see
 in a temporary copy of the tree. One that was caught for this code is not tried again.
 """
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from tests.trust import ledger
 from tests.trust.mutants import MUTANTS, Mutant
@@ -23,7 +27,8 @@ FOLDERS = ("twilight_tilelang", "kernels", "reference", "tests", "autotune", "pr
 FILES = ("pyproject.toml", "requirements.txt")
 UNIT_SECONDS = 150
 BASELINE_SECONDS = 500
-AT_ONCE = max(2, min(12, os.cpu_count() - 2)) if torch.cuda.is_available() else 2
+AT_ONCE = max(2, min(12, os.cpu_count() - 2))
+BASELINE_WORKERS = 4  # of pytest-xdist, on a GPU
 TESTS_FAILED, TIMED_OUT = 1, 124  # pytest's exit code, and that of `timeout`
 
 
@@ -89,34 +94,51 @@ def try_mutant(mutant: Mutant) -> bool:
     try:
         caught = done["caught_by"] or caught_by(mutant)
     except (RuntimeError, ValueError) as error:  # says nothing of the other faults
-        print(f"ERROR {error}", flush=True)
+        tqdm.write(f"ERROR {error}")
         return False
     if not done["caught_by"]:
         ledger.record(section, mutant.name, {"caught_by": caught})
-    print(f"{mutant.name}: {f'caught by {caught}' if caught else 'SURVIVES'}", flush=True)
+    tqdm.write(f"{mutant.name}: {f'caught by {caught}' if caught else 'SURVIVES'}")
     return caught is not None
 
 
 def passes(selection: tuple[str, ...]) -> bool:
     """Whether the tests pass on the code as it is, noted in the ledger: else a failure would mean
-    nothing. A run that is cut off has compiled some kernels, and so the next one gets further."""
+    nothing. On a GPU their kernels are compiled side by side: where none are in TileLang's cache,
+    that is most of the work. A run that is cut off has compiled some: the next one gets further."""
     unit = " ".join(selection)
     if ledger.passed("baseline", unit) is not None:
         return True
-    code, output = run_tests(selection, ledger.ROOT, BASELINE_SECONDS)
+    spread = torch.cuda.is_available() and importlib.util.find_spec("xdist")
+    workers = ("-n", str(BASELINE_WORKERS)) if spread else ()
+    code, output = run_tests((*selection, *workers), ledger.ROOT, BASELINE_SECONDS)
     if code == 0:
         ledger.record("baseline", unit, {})
     elif code == TIMED_OUT:
-        print(f"mutants: {unit}, without a fault: {output}; run it again, it goes on")
+        tqdm.write(f"mutants: {unit}, without a fault: {output}; run it again, it goes on")
     else:
-        print(f"mutants: without a fault, {unit} fails\n{output[-2000:]}")
+        tqdm.write(f"mutants: without a fault, {unit} fails\n{output[-2000:]}")
     return code == 0
 
 
 def baseline_passes(mutants: list[Mutant]) -> bool:
     selections = sorted({selection_of(mutant) for mutant in mutants})
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        return all(pool.map(passes, selections))
+    return all(several_at_once(passes, selections, "tests without a fault"))
+
+
+def several_at_once(do: Callable[[Any], bool], units: Sequence, what: str) -> list[bool]:
+    """What `do` gives of each unit; a bar shows how many are done."""
+    with (
+        ThreadPoolExecutor(AT_ONCE) as pool,
+        tqdm(total=len(units), desc=what, unit="run", mininterval=1.0) as progress,
+    ):
+
+        def done(unit) -> bool:
+            result = do(unit)
+            progress.update()
+            return result
+
+        return list(pool.map(done, units))
 
 
 def main(words: list[str]) -> int:
@@ -124,8 +146,7 @@ def main(words: list[str]) -> int:
     mutants = [each for each in wanted if selection_of(each)]
     if not mutants or not baseline_passes(mutants):
         return 1
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        caught = list(pool.map(try_mutant, mutants))
+    caught = several_at_once(try_mutant, mutants, "faults")
     survivors = [each.name for each, seen in zip(mutants, caught, strict=True) if not seen]
     print(f"mutants: {sum(caught)} of {len(mutants)} caught; not caught: {survivors or 'none'}")
     return 1 if survivors else 0

@@ -9,12 +9,15 @@ initcheck sees what a kernel reads of its workspaces before it was written.
 import sys
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
 from unittest.mock import patch
 
 import pytest
 import torch
 
 import twilight_tilelang as kernels
+from tests.checks.guards import poison
 from tests.doubles.fake_gpu import count_launches
 from tests.inputs.cases import FORMS, NAMED, Case, Tensors, build_cache, forms_for, make_tensors
 from tests.inputs.hazards import poison_unused
@@ -22,12 +25,13 @@ from tests.inputs.pinned import fused, pinned
 from twilight_tilelang.kernels import attention, tuned
 from twilight_tilelang.kernels.attention import WorkList
 from twilight_tilelang.kernels.estimator import EstimatorConfig
+from twilight_tilelang.kernels.lists import CandidatePages
 from twilight_tilelang.kernels.page_scores import PageScoreConfig
 from twilight_tilelang.kernels.pruner import PrunerConfig
+from twilight_tilelang.kernels.steps import Selection
 from twilight_tilelang.kernels.top_pages import TopPagesConfig
 from twilight_tilelang.reference.inputs import DecodeShape
 
-FOREIGN = 2**30  # no token, no page, no item
 WINDOWS = {"num_sink_tokens": 4, "num_recent_tokens": 20}
 
 
@@ -49,8 +53,6 @@ def every_stage(case: Case) -> None:
         step = kernels.TwilightDecode(
             cache, q.shape[1], token_budget=case.token_budget, selector=selector, **windows
         )
-        step.stages.memory.selection.scores.fill_(torch.nan)
-        step.candidates.pages.fill_(FOREIGN)
         cache.append(token, token)
         step.run(q, cache)
     kernels.page_attention(q, cache, step.candidates)
@@ -87,28 +89,23 @@ def in_one_kernel() -> None:
             every_stage(case)
 
 
-class PoisonedTorch:
-    """torch, but that what torch.empty allocates holds poison.
-
-    Selector and estimator ask for scores and pages before they know how many there are. What they
-    find behind the last one has to be written, or initcheck would stop."""
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(torch, name)
-
-    def empty(self, *sizes: int, **options: object) -> torch.Tensor:
-        tensor = torch.empty(*sizes, **options)
-        return tensor.fill_(torch.nan if tensor.is_floating_point() else FOREIGN)
+def poison_what_is_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels ask for scores, pages and items before they know how many there are. What lies behind
+    the last is written here, or initcheck would stop; to use it is an access that memcheck sees."""
+    for owner, name in ((Selection, "scores"), (CandidatePages, "pages"), (WorkList, "items")):
+        monkeypatch.setattr(owner, "allocate", poisoned(owner.allocate, name))
+    scores = SimpleNamespace(empty=lambda *sizes, **at: torch.full(sizes, torch.nan, **at))
+    monkeypatch.setattr("twilight_tilelang.kernels.selector.torch", scores)  # of select_pages
 
 
-def poisoned_items(allocate: Callable[..., WorkList]) -> Callable[..., WorkList]:
-    """Attention reads an item ahead, behind the list's end too: what it finds there is written, or
-    initcheck would stop, and using it is an access that memcheck sees."""
+def poisoned(allocate: Callable[..., NamedTuple], name: str) -> Callable[..., NamedTuple]:
+    """The same, one of its tensors filled with what is no score, page or item."""
 
-    def allocated(*arguments: object) -> WorkList:
-        work = allocate(*arguments)
-        work.items.fill_(FOREIGN)
-        return work
+    def allocated(*arguments: object) -> NamedTuple:
+        memory = allocate(*arguments)
+        tensor = getattr(memory, name)
+        tensor.fill_(poison(tensor.dtype))
+        return memory
 
     return allocated
 
@@ -156,8 +153,7 @@ PARTS: dict[str, Callable[[], None]] = {
 def main(part: str) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         launched = count_launches(monkeypatch, launch=True)
-        monkeypatch.setattr("twilight_tilelang.kernels.selector.torch", PoisonedTorch())
-        monkeypatch.setattr(WorkList, "allocate", poisoned_items(WorkList.allocate))
+        poison_what_is_read_ahead(monkeypatch)
         PARTS[part]()
         torch.cuda.synchronize()
     print(f"sanitized: {len(launched)} launches of {len(set(launched))} kernels")
