@@ -57,7 +57,7 @@ class Heads(NamedTuple):
     def turns(self) -> int:
         return -(-self.number // self.at_once)
 
-    def of(self, turn, team):
+    def of(self, turn: PrimExpr, team: PrimExpr) -> PrimExpr:
         """A team that is left without a head repeats the last."""
         return self.first + T.min(turn * self.at_once + team, self.number - 1)
 
@@ -84,7 +84,7 @@ class Team(NamedTuple):
     forced_mass: Buffer  # [num_teams] i32, of what only a window keeps
 
     @classmethod
-    def allocate(cls, num_teams, num_near):
+    def allocate(cls, num_teams: int, num_near: int) -> "Team":
         search = Search.allocate(NUM_THREADS, num_teams)
         return cls(
             search.team,
@@ -136,7 +136,7 @@ class Share(NamedTuple):
     def size(self) -> int:
         return int(self.own.shape[0])
 
-    def candidate(self, chunk, nth):
+    def candidate(self, chunk: PrimExpr, nth: PrimExpr) -> PrimExpr:
         group = (chunk * self.size + nth) // VECTOR
         return (group * NUM_THREADS + self.thread) * VECTOR + nth % VECTOR
 
@@ -174,15 +174,15 @@ class Weights(NamedTuple):
     max_logit: PrimExpr
     scale: PrimExpr = None  # from weight to mass
 
-    def distance(self, logit):
+    def distance(self, logit: PrimExpr) -> PrimExpr:
         """How far a logit lies below the largest one, in steps."""
         return self.max_logit * STEPS - T.cast(logit, T.float32) * STEPS
 
-    def mass(self, distance):
+    def mass(self, distance: PrimExpr) -> PrimExpr:
         return T.cast(weight(distance) * self.scale + 0.5, T.int32)
 
 
-def weight(distance):
+def weight(distance: PrimExpr) -> PrimExpr:
     return T.exp2(distance * (-LOG2E / STEPS))
 
 

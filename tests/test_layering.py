@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = {
     "reference": {"reference", "torch"},
     "kernels": {
-        *("kernels", "torch", "tilelang"),
+        *("kernels", "torch", "tilelang", "tvm"),
         "_typeshed",  # of the standard library, for types alone
     },
     "profiling": {"profiling", "kernels", "torch", "tqdm"},
