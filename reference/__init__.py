@@ -11,8 +11,10 @@ from .attention import (
     page_attention,
 )
 from .cache import CacheShape, PagedKVCache, exact_page_bounds, validate_cache
+from .double_sparsity import label_scores, select_tokens
 from .estimator import candidate_tokens, estimate_logits
-from .lists import CandidatePages, Kept
+from .labels import KeyLabels, LabelFormat
+from .lists import CandidatePages, CandidateTokens, Kept
 from .pipeline import TwilightDecode
 from .pruner import group_union, prune_top_p, top_p_set_sorted, top_p_threshold
 from .quantize import (
@@ -30,7 +32,10 @@ from .selector import quest_bounds, select_all, select_pages
 __all__ = [
     "CacheShape",
     "CandidatePages",
+    "CandidateTokens",
+    "KeyLabels",
     "Kept",
+    "LabelFormat",
     "PagedKVCache",
     "TwilightDecode",
     "candidate_tokens",
@@ -43,6 +48,7 @@ __all__ = [
     "flash_topk_attention",
     "gather_tokens",
     "group_union",
+    "label_scores",
     "pack_int4",
     "page_attention",
     "prune_top_p",
@@ -52,6 +58,7 @@ __all__ = [
     "quest_bounds",
     "select_all",
     "select_pages",
+    "select_tokens",
     "top_p_set_sorted",
     "top_p_threshold",
     "unpack_int4",

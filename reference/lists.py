@@ -1,4 +1,9 @@
-"""What flows from stage to stage, under the names that the kernels use."""
+"""What flows from stage to stage, under the names that the kernels use.
+
+A candidate list has one row per KV head, of pages or of single tokens; every stage takes either.
+What a stage reads per KV head are the row's tokens, what it computes per query head is over those
+of them that are the query head's own: all of them, but for token lists with `heads`.
+"""
 
 from typing import NamedTuple
 
@@ -14,6 +19,24 @@ class CandidatePages(NamedTuple):
 
     pages: torch.Tensor
     counts: torch.Tensor
+
+
+class CandidateTokens(NamedTuple):
+    """The single tokens that a selector chose, for each KV head those of any of its query heads.
+
+    tokens    [batch_size, num_kv_heads, width] int32, ascending logical positions
+    counts    [batch_size, num_kv_heads] int32, how many of them are valid
+    heads     [batch_size, num_kv_heads, width] int32: bit j is set where query head j of the group
+              chose the token, at least one in every valid entry. None where all query heads of a
+              group share its list.
+    """
+
+    tokens: torch.Tensor
+    counts: torch.Tensor
+    heads: torch.Tensor | None = None
+
+
+Candidates = CandidatePages | CandidateTokens
 
 
 class Kept(NamedTuple):
