@@ -11,6 +11,7 @@ from .attention import (
     page_attention,
 )
 from .cache import CacheShape, PagedKVCache, exact_page_bounds, validate_cache
+from .channels import CalibrationBlock, calibrate_channels, interleaved_channels, load_channels
 from .double_sparsity import label_scores, select_tokens
 from .estimator import candidate_tokens, estimate_logits
 from .labels import KeyLabels, LabelFormat
@@ -31,6 +32,7 @@ from .selector import quest_bounds, select_all, select_pages
 
 __all__ = [
     "CacheShape",
+    "CalibrationBlock",
     "CandidatePages",
     "CandidateTokens",
     "KeyLabels",
@@ -38,6 +40,7 @@ __all__ = [
     "LabelFormat",
     "PagedKVCache",
     "TwilightDecode",
+    "calibrate_channels",
     "candidate_tokens",
     "dense_attention",
     "dequantize_bounds",
@@ -48,7 +51,9 @@ __all__ = [
     "flash_topk_attention",
     "gather_tokens",
     "group_union",
+    "interleaved_channels",
     "label_scores",
+    "load_channels",
     "pack_int4",
     "page_attention",
     "prune_top_p",

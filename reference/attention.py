@@ -62,7 +62,7 @@ def attend(
     for batch in range(cache.batch_size):
         valid = (tokens[batch] >= 0)[:, None]
         if own is not None:
-            valid = own[batch].view(cache.num_kv_heads, -1, tokens.shape[-1])
+            valid = own[batch].unflatten(0, (cache.num_kv_heads, -1))
         keys = gather_tokens(cache.k_cache, cache.page_table[batch], tokens[batch]).to(dtype)
         values = gather_tokens(cache.v_cache, cache.page_table[batch], tokens[batch]).to(dtype)
         grouped = q[batch].to(dtype).view(cache.num_kv_heads, -1, cache.head_dim)

@@ -119,7 +119,7 @@ def select_tokens(
         position = positions[:length]
         forced = (position < num_sink_tokens) | (position >= length - num_recent_tokens)
         chosen = top_tokens(ranks, min(token_budget, length), forced)
-        chosen = chosen.view(cache.num_kv_heads, -1, length)  # kv head, its lists, token
+        chosen = chosen.unflatten(0, (cache.num_kv_heads, -1))  # kv head, its lists, token
         listed = chosen.any(dim=1)
         bits = torch.arange(chosen.shape[1], device=q.device)[:, None]
         masks = (chosen.int() << bits).sum(dim=1, dtype=torch.int32)
@@ -164,7 +164,7 @@ def shared_ranks(scores: torch.Tensor, num_kv_heads: int, sm_scale: float) -> to
     finite = torch.where(logits.isfinite(), logits, float("-inf"))
     lse = finite.logsumexp(dim=-1, keepdim=True)
     ranks = logits - torch.where(lse.isfinite(), lse, 0.0)
-    ranks = ranks.view(num_kv_heads, -1, scores.shape[-1])
+    ranks = ranks.unflatten(0, (num_kv_heads, -1))
     unknown = ranks.isnan()
     largest = torch.where(unknown, float("-inf"), ranks).amax(dim=1)
     return torch.where(unknown.all(dim=1), float("nan"), largest)

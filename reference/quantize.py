@@ -48,8 +48,8 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
         bits: 1 to 8.
 
     Returns:
-        [..., ceil(n / (8 // bits))] uint8. The first of a byte's codes lies in its lowest bits; each
-        has 1, 2, 4 or 8 bits of its own, and 0 fills the last byte up.
+        [..., ceil(n / (8 // bits))] uint8. A byte's first code lies in its lowest bits; each has
+        1, 2, 4 or 8 bits of its own, and 0 fills up the last byte.
     """
     per_byte = 8 // bits
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per_byte))
