@@ -29,6 +29,7 @@ from .quantize import (
     unpack_int4,
 )
 from .selector import quest_bounds, select_all, select_pages
+from .twilight_config import TwilightConfig, read_config
 
 __all__ = [
     "CacheShape",
@@ -39,6 +40,7 @@ __all__ = [
     "Kept",
     "LabelFormat",
     "PagedKVCache",
+    "TwilightConfig",
     "TwilightDecode",
     "calibrate_channels",
     "candidate_tokens",
@@ -61,6 +63,7 @@ __all__ = [
     "quantize_int4",
     "quantize_rows",
     "quest_bounds",
+    "read_config",
     "select_all",
     "select_pages",
     "select_tokens",

@@ -137,7 +137,7 @@ def load_channels(
     if not isinstance(r, int) or not 1 <= r <= head_dim:
         raise ValueError(f"r: expected an int in 1..{head_dim} (head_dim), got {r!r}")
     num_lists = num_kv_heads if kind == "k" else num_qo_heads
-    rows = channel_lists(read_file(path), path, channel_key(layer, kind), num_lists, head_dim)
+    rows = channel_lists(read_json(path), path, channel_key(layer, kind), num_lists, head_dim)
     channels = torch.tensor(rows, dtype=torch.int32)[:, :r]
     return channels.repeat_interleave(num_qo_heads // num_lists, dim=0).contiguous()
 
@@ -159,7 +159,7 @@ def channel_key(layer: int, kind: str) -> str:
     return f"model.layers.{layer}.self_attn.{kind}_proj"
 
 
-def read_file(path: str | Path) -> dict[str, Any]:
+def read_json(path: str | Path) -> dict[str, Any]:
     """The file's object; ValueError where it holds none."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -183,9 +183,12 @@ def test_label_scores_quantizes_the_query_on_request():
     cache.labels = None
     one_hot = torch.zeros(1, 4, 1, 8)  # score of unit labels: the query's own numbers
     probe = PagedKVCache.from_contiguous(
-        one_hot, one_hot, torch.tensor([4], dtype=torch.int32), 4,
+        one_hot,
+        one_hot,
+        torch.tensor([4], dtype=torch.int32),
+        4,
         label_format=LabelFormat(random_channels(2, 8, 5, 0), 2),
-    )  # fmt: skip
+    )
     probe.labels.scale_zero[..., 0] = 1.0
     probe.labels.codes.zero_()
     for token in range(4):
@@ -401,9 +404,14 @@ def test_append_labels_as_wrap_does(seed, lengths, heads, bits):
     k, v = contiguous(inputs)
     lens = inputs.seq_lens - 6
     cache = PagedKVCache.from_contiguous(
-        k, v, lens, 4, page_table=inputs.page_table, num_pages=len(inputs.k_cache),
+        k,
+        v,
+        lens,
+        4,
+        page_table=inputs.page_table,
+        num_pages=len(inputs.k_cache),
         label_format=label_format,
-    )  # fmt: skip
+    )
     request = torch.arange(len(lengths))
     for step in range(6):
         cache.append(k[request, (lens + step).long()], v[request, (lens + step).long()])
