@@ -119,7 +119,7 @@ def load_channels(
         r: 1 to head_dim.
 
     Returns:
-        [num_qo_heads, r] int32.
+        [num_qo_heads, r] int32, on the CPU.
 
     Raises:
         ValueError: no channel file, no such key, another number of heads, or a list that is no

@@ -184,8 +184,8 @@ class TwilightConfig:
     ) -> LabelFormat | None:
         """What the layer's cache must be built with; None where no token is scored by labels.
 
-        The channel file is `config_path` as it stands, or from the configuration's folder, or a
-        file of that name in it, whichever exists first.
+        The channels lie on the CPU. Their file is `config_path` as it stands, or from the
+        configuration's folder, or a file of that name in it, whichever exists first.
 
         Raises:
             ValueError: the file or r does not fit the model (see `load_channels`).

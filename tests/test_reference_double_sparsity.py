@@ -337,6 +337,12 @@ def published_step(
     return inputs.q, cache, keys.gather(-1, index).transpose(0, 1)
 
 
+def published(test):
+    """Both settings of the originals, for both kinds of heads."""
+    test = pytest.mark.parametrize(("r", "bits"), [(64, 2), (32, 4)])(test)
+    return pytest.mark.parametrize("heads", [(4, 4), (8, 2)], ids=["mha", "gqa"])(test)
+
+
 def shared_part(candidates: CandidateTokens, scores: torch.Tensor, budget: int) -> float:
     """The share of the top `budget` tokens by `scores` that lie in the own sets."""
     common = 0
@@ -346,17 +352,35 @@ def shared_part(candidates: CandidateTokens, scores: torch.Tensor, budget: int) 
     return common / (budget * len(scores))
 
 
-@pytest.mark.parametrize(("r", "bits"), [(64, 2), (32, 4)])
-@pytest.mark.parametrize("heads", [(4, 4), (8, 2)], ids=["mha", "gqa"])
+@published
+def test_select_tokens_is_the_top_of_the_stored_labels(heads, r, bits):
+    """Of float64 exactly, of float32 but for scores whose rounding reaches the threshold."""
+    q, cache, _ = published_step(torch.float32, heads, r, bits)
+    pages = cache.page_table[0].long()
+    shifts = torch.arange(0, 8, bits)
+    codes = (cache.labels.codes[pages][..., None].int() >> shifts & (2**bits - 1)).flatten(-2)
+    scale, zero = cache.labels.scale_zero[pages].double()[..., None].unbind(dim=-2)
+    labels = (codes * scale + zero).transpose(0, 1).flatten(1, 2)[:, :4000]
+    query = q[0].double().gather(-1, cache.labels.channels.long())
+    scores = torch.einsum("hr,htr->ht", query, labels)
+    assert shared_part(select_tokens(q, cache, 1024, dtype=torch.float64), scores, 1024) == 1.0
+    threshold = scores.topk(1024).values[:, -1:]
+    for head, own in enumerate(own_sets(select_tokens(q, cache, 1024), len(scores))[0]):
+        chosen = torch.zeros(4000, dtype=torch.bool).scatter_(0, torch.tensor(own), True)
+        odd = chosen != (scores[head] >= threshold[head])
+        assert ((scores[head] - threshold[head]).abs()[odd] < 1e-4).all()
+
+
+@published
 def test_select_tokens_is_near_labels_of_unrounded_scale_and_zero(heads, r, bits):
     q, cache, exact = published_step(torch.float32, heads, r, bits)
     query = q[0].double().gather(-1, cache.labels.channels.long())
     scores = torch.einsum("hr,htr->ht", query, minmax_label(exact, bits))
-    assert shared_part(select_tokens(q, cache, 1024), scores, 1024) >= 0.99
+    assert shared_part(select_tokens(q, cache, 1024), scores, 1024) >= 0.994
 
 
 @pytest.mark.parametrize(
-    ("dtype", "least"), [(torch.float16, 0.985), (torch.bfloat16, 0.95)], ids=["fp16", "bf16"]
+    ("dtype", "least"), [(torch.float16, 0.99), (torch.bfloat16, 0.96)], ids=["fp16", "bf16"]
 )
 def test_select_tokens_is_near_the_half_precision_of_the_originals(dtype, least):
     q, cache, exact = published_step(dtype, (4, 4), 64, 2)

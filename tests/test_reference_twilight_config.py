@@ -135,7 +135,7 @@ def test_flags_and_types_are_read_as_twilight_reads_them():
         ),
         (
             config(**TOP_P | {"weight_estimator": {"type": "threshold"}}),
-            "weight_pruner.type: expected 'none' with the weight_estimator 'threshold', got 'top_p'",
+            "weight_pruner.type: expected 'none' with the weight_estimator 'threshold', got 'top",
         ),
         (config(skip_first_two_layers=1), "skip_first_two_layers: expected true or false, got 1"),
         (config(compressor={"type": "snap_kv", "pooling": "mean"}), "compressor.pooling: expected"),
