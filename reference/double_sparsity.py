@@ -65,7 +65,7 @@ def label_scores(
     for batch, length in enumerate(cache.seq_lens.tolist()):
         pages = cache.page_table[batch, : pages_of(length, cache.page_size)].long()
         label = labels.read(cache.k_cache, pages, length, dtype)
-        # Not a matrix product: its order of sums differs from row to row, and equal keys must tie.
+        # Not a matrix product: it may add in another order in every row, and equal keys must tie.
         scores[batch, :, :length] = (query[batch, :, None] * label).sum(dim=-1)
     return scores
 

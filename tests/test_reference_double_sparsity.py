@@ -262,10 +262,10 @@ def test_select_tokens_shared_takes_the_largest_share_of_any_head(seed, lengths,
 
 
 def test_select_tokens_takes_the_lowest_positions_of_equal_keys():
-    inputs = small_inputs(0, [50], (4, 2))
-    inputs.k_cache[:] = inputs.k_cache[0, 0]  # many rows of sums: each must add in one order
+    inputs = small_inputs(0, [50], (4, 2), 64)
+    inputs.k_cache[:] = inputs.k_cache[0, 0]
     for bits in (2, 4, None):
-        label_format = LabelFormat(random_channels(4, 8, 7, 0), bits)
+        label_format = LabelFormat(random_channels(4, 64, 64, 0), bits)  # sums of many terms
         cache = PagedKVCache.wrap(*inputs.paged(), label_format=label_format)
         for group in ("own", "shared"):
             candidates = select_tokens(inputs.q, cache, 13, group=group)
@@ -424,6 +424,7 @@ def test_a_budget_of_all_tokens_is_dense_attention(seed, lengths, heads, bits, g
 def test_append_labels_as_wrap_does(seed, lengths, heads, bits):
     inputs = small_inputs(seed, [length + 6 for length in lengths], heads)
     label_format = LabelFormat(random_channels(heads[0], 8, 5, seed), bits)
+    k_offset = torch.randn(heads[1], 8)  # no part of labels
     whole = PagedKVCache.wrap(*inputs.paged(), label_format=label_format)
     k, v = contiguous(inputs)
     lens = inputs.seq_lens - 6
@@ -434,6 +435,7 @@ def test_append_labels_as_wrap_does(seed, lengths, heads, bits):
         4,
         page_table=inputs.page_table,
         num_pages=len(inputs.k_cache),
+        k_offset=k_offset,
         label_format=label_format,
     )
     request = torch.arange(len(lengths))
@@ -495,16 +497,13 @@ def test_estimate_logits_of_tokens_is_that_of_their_pages_where_a_head_chose_the
     group=GROUPS,
     budget=st.integers(3, 20),
     top_p=st.sampled_from([0.3, 0.8, 1.0]),
-    spoiled=st.booleans(),
 )
 def test_prune_top_p_of_tokens_prunes_each_head_on_its_own_set(
-    seed, lengths, heads, group, budget, top_p, spoiled
+    seed, lengths, heads, group, budget, top_p
 ):
     q, cache = small_step(seed, lengths, heads)
     candidates = select_tokens(q, cache, budget, group=group, num_sink_tokens=1)
     logits = estimate_logits(q, cache, candidates)
-    if spoiled:
-        logits[0, 0] = NAN  # also where the token is no candidate of the head
     kept = prune_top_p(logits, cache, candidates, top_p, num_sink_tokens=1)
     columns = candidate_tokens(cache, candidates)
     sets = own_sets(candidates, heads[0])
@@ -515,25 +514,40 @@ def test_prune_top_p_of_tokens_prunes_each_head_on_its_own_set(
             kv_head, own = head // group_size, sets[batch][head]
             place = {token: i for i, token in enumerate(columns[batch, kv_head].tolist())}
             values = {token: float(logits[batch, head, place[token]]) for token in own}
-            if spoiled and batch == head == 0:
-                keep, mass = own, float(length > 0)
-            else:
-                weights = {token: math.exp(value) for token, value in values.items()}
-                total = math.fsum(weights.values())
-                keep, held = [], 0.0
-                for token in sorted(own, key=lambda t, w=weights: (-w[t], t)):
-                    if top_p == 1 or held < top_p * total:
-                        keep.append(token)
-                        held += weights[token]
-                    elif weights[token] == weights[keep[-1]]:
-                        keep.append(token)
-                keep = {*keep, *([0] if length else [])}
-                mass = math.fsum(weights[t] for t in keep) / total if length else 0.0
+            weights = {token: math.exp(value) for token, value in values.items()}
+            total = math.fsum(weights.values())
+            keep, held = [], 0.0
+            for token in sorted(own, key=lambda t, w=weights: (-w[t], t)):
+                if top_p == 1 or held < top_p * total:
+                    keep.append(token)
+                    held += weights[token]
+                elif weights[token] == weights[keep[-1]]:
+                    keep.append(token)
+            keep = {*keep, *([0] if length else [])}
+            mass = math.fsum(weights[t] for t in keep) / total if length else 0.0
             unions[kv_head] |= set(keep)
             assert float(kept.mass[batch, head]) == pytest.approx(mass, abs=1e-5)
         for kv_head in range(heads[1]):
             count = int(kept.counts[batch, kv_head])
             assert kept.tokens[batch, kv_head, :count].tolist() == sorted(unions[kv_head])
+
+
+def test_prune_top_p_keeps_no_more_than_its_own_set_for_a_head_without_a_softmax():
+    q, cache = small_step(0, [50], (4, 1))
+    candidates = select_tokens(q, cache, 8)
+    logits = estimate_logits(q, cache, candidates)
+    sets = own_sets(candidates, 4)[0]
+    for value in (NAN, INF, -INF):
+        logits[0, 2] = value  # also where the token is no candidate of the head
+        kept = prune_top_p(logits, cache, candidates, 1e-3)  # of the others one token each
+        listed = set(kept.tokens[0, 0, : kept.counts[0, 0]].tolist())
+        assert set(sets[2]) <= listed and len(listed) <= 8 + 3 < int(candidates.counts[0, 0])
+        assert float(kept.mass[0, 2]) == 1.0
+    own = estimate_logits(q, cache, candidates)
+    unmasked = torch.where(own == -INF, 100.0, own)  # a logit of no candidate is not read
+    expected = prune_top_p(own, cache, candidates, 0.7)
+    pairs = zip(prune_top_p(unmasked, cache, candidates, 0.7), expected, strict=True)
+    assert all(torch.equal(x, y) for x, y in pairs)
 
 
 @quick
