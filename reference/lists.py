@@ -1,8 +1,10 @@
 """What flows from stage to stage, under the names that the kernels use.
 
 A candidate list has one row per KV head, of pages or of single tokens; every stage takes either.
-What a stage reads per KV head are the row's tokens, what it computes per query head is over those
-of them that are the query head's own: all of them, but for token lists with `heads`.
+The keys and values of a row are read once for all query heads of the group. Each query head has its
+own candidates among the row's tokens: all of them, unless a token list has `heads`. Its logits are
+-inf at the others, it prunes within its own, and attention over kept tokens reads what any head of
+the group kept.
 """
 
 from typing import NamedTuple

@@ -1,31 +1,31 @@
 """Twilight's own JSON configurations, read unchanged, as options of `TwilightDecode`.
 
 Four sections, each an object with `type` (in any case) and the arguments of that type, and two
-flags. Defaults in brackets; what has none is required. The types that run here are marked.
+flags. Defaults stand in brackets; what has none is required. A * marks what runs here.
 
-    section            type           arguments
-    compressor         none    runs
-                       snap_kv        window_size (64), max_capacity_prompt (320), kernel_size (5),
-                                      pooling ("avgpool", or "maxpool")
-    selector           none    runs   every token
-                       quest   runs   chunk_size, token_budget (-1), sparsity_rate (-1)
-                       ds      runs   config_path, selected_channel ("q", "k", "qk"), r, quant_bit
-                                      (32 and more: none), token_budget (-1), sparsity_rate (-1)
-                       oracle_topk
-                               runs   token_budget: Double Sparsity over all channels of exact keys
-                       streaming      token_budget, num_sinks
-                       sparq          r, token_budget
-                       tidal_decode, pqcache
-    weight_estimator   none    runs   only without a pruner
-                       min_max_quant
-                               runs   quant_bit, 4
-                       max_quant      quant_bit, smooth_k
-                       threshold, h_threshold
-    weight_pruner      none    runs
-                       top_p   runs   threshold, the p in (0, 1]
-                       threshold      threshold
-    skip_first_two_layers (true)           layers 0 and 1 attend densely
-    use_estimated_weights_in_attn (false)  runs as false
+    section           type             arguments
+    compressor        none *
+                      snap_kv          window_size (64), max_capacity_prompt (320), kernel_size (5),
+                                       pooling ("avgpool"; or "maxpool")
+    selector          none *           every token
+                      quest *          chunk_size: page_size; token_budget or sparsity_rate (-1)
+                      ds *             config_path: of a channel file; selected_channel: "q", "k" or
+                                       "qk"; r: channels of a label; quant_bit: 32 or more for none;
+                                       token_budget or sparsity_rate (-1)
+                      oracle_topk *    token_budget; here: ds with every channel, as the keys are
+                      streaming        token_budget, num_sinks
+                      sparq            r, token_budget
+                      tidal_decode     token_budget, reselection_layers
+                      pqcache
+    weight_estimator  none *           exact logits; here only where nothing is pruned
+                      min_max_quant *  quant_bit; here 4
+                      max_quant        quant_bit, smooth_k
+                      threshold, h_threshold
+    weight_pruner     none *
+                      top_p *          threshold: p, in (0, 1]
+                      threshold        threshold
+    skip_first_two_layers (true)            layers 0 and 1 attend densely
+    use_estimated_weights_in_attn (false)   here only false
 
 What a wrong file gets is ValueError with the key, what was expected and what came. What is right
 but does not run here is NotImplementedError with the key, and so is `sparsity_rate`, a budget that

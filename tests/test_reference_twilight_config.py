@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from twilight_tilelang.reference import (
     select_all,
     select_pages,
     select_tokens,
+    twilight_config,
 )
 from twilight_tilelang.reference.inputs import DecodeInputs, DecodeShape, random_inputs
 
@@ -106,6 +108,14 @@ def test_flags_and_types_are_read_as_twilight_reads_them():
     every = read_config(config(QUEST, skip_first_two_layers=False))
     assert every.decode_options(4, layer=0)["path"] == "candidates"
     assert read_config(config(DS | {"quant_bit": 32})).label_bits is None
+
+
+def test_the_table_of_the_module_has_every_key():
+    table = set(re.findall(r"\w+", twilight_config.__doc__))
+    for section, types in twilight_config.TYPES.items():
+        for kind, arguments in types.items():
+            assert {section, kind, *arguments} <= table
+    assert set(twilight_config.FLAGS) <= table
 
 
 @pytest.mark.parametrize(
