@@ -51,7 +51,7 @@ def requests_to_check(cache: Any) -> Iterator[tuple[slice, reference.PagedKVCach
 def request_cache(cache: Any, request: int) -> reference.PagedKVCache:
     """The reference's view of one request; no page is copied."""
     names = [field.name for field in dataclasses.fields(reference.PagedKVCache)]
-    fields = {name: getattr(cache, name) for name in names}
+    fields = {name: getattr(cache, name) for name in names if hasattr(cache, name)}
     rows = slice(request, request + 1)
     fields |= {"page_table": cache.page_table[rows], "seq_lens": cache.seq_lens[rows]}
     return reference.PagedKVCache(**fields)
@@ -118,7 +118,7 @@ def check_pruner(cache: Any, step: Any, top_p: float, num_sink_tokens: int = 0) 
         differs = _membership(tokens, counts, seq_len) ^ _membership(
             step.kept.tokens[rows], step.kept.counts[rows], seq_len
         )
-        positions = reference.candidate_tokens(one, *candidates)[0]  # [num_kv_heads, width]
+        positions = reference.candidate_tokens(one, candidates)[0]  # [num_kv_heads, width]
         valid = positions >= 0
         odd = differs.gather(-1, positions.clamp(min=0)) & valid
         weights = logits[0].double().unflatten(0, (one.num_kv_heads, -1))
