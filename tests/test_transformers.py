@@ -8,13 +8,12 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from twilight_tilelang.integrations.transformers import (  # noqa: E402
-    CapturedDecode,
-    TwilightCache,
-)
+from twilight_tilelang.integrations.transformers import TwilightCache  # noqa: E402
+from twilight_tilelang.integrations.transformers_graph import CapturedDecode  # noqa: E402
 from twilight_tilelang.kernels.options import DecodeOptions  # noqa: E402
 
 HEAD_DIM, NUM_TOKENS, MAX_TOKENS, PAD = 64, 64, 160, 0
+NUM_STEPS = 30  # of shorter runs: over the end of one page and of the next
 EVERYTHING = DecodeOptions(selector="full", top_p=1.0)
 # Largest difference of the logits, as a share of the largest logit.
 TOLERANCE = {"cpu": 1e-5, "cuda": 1e-2}
@@ -103,16 +102,16 @@ def test_p_085_reads_fewer_tokens(family: str, device: torch.device, rng: torch.
     model.set_attn_implementation("twilight")
     options = DecodeOptions(token_budget=96, top_p=0.85, num_sink_tokens=1)
     cache = TwilightCache(model.config, MAX_TOKENS, options, record=True)
-    tokens = generate(model, inputs, cache=cache).sequences
+    tokens = generate(model, inputs, cache=cache, max_new_tokens=NUM_STEPS + 1).sequences
     record = cache.kept()
     num_qo_heads = model.config.num_attention_heads
     num_kv_heads = model.config.num_key_value_heads
-    steps = torch.arange(NUM_TOKENS - 1, device=device)
+    steps = torch.arange(NUM_STEPS, device=device)
     lengths = torch.tensor([50, 30], device=device) + 1 + steps[:, None]
-    assert tokens.shape == (2, 50 + NUM_TOKENS)
+    assert tokens.shape == (2, 50 + NUM_STEPS + 1)
     assert record.layers.tolist() == [0, 1]
-    assert record.counts.shape == (NUM_TOKENS - 1, 2, 2, num_kv_heads)
-    assert record.mass.shape == (NUM_TOKENS - 1, 2, 2, num_qo_heads)
+    assert record.counts.shape == (NUM_STEPS, 2, 2, num_kv_heads)
+    assert record.mass.shape == (NUM_STEPS, 2, 2, num_qo_heads)
     assert (record.counts >= 1).all() and (record.counts <= lengths[:, None, :, None]).all()
     assert record.counts.sum() < 0.9 * lengths.sum() * 2 * num_kv_heads
     assert (record.mass >= 0.85 - 1e-4).all() and (record.mass <= 1 + 1e-4).all()
@@ -198,16 +197,16 @@ def test_a_captured_step_generates_what_generate_does(
     model, inputs = make_model(family, device), prompts(rng, [50, 23])
     model.set_attn_implementation("twilight")
     cache = TwilightCache(model.config, MAX_TOKENS, options, dense_layers, record=True)
-    expected = generate(model, inputs, cache=cache).sequences[:, 50:]
+    expected = generate(model, inputs, cache=cache, max_new_tokens=NUM_STEPS + 1).sequences[:, 50:]
     record = cache.kept()
     step = CapturedDecode(model, cache)
     for _ in range(2):  # a second prompt lies in other pages, and is captured anew
         cache.reset()
         tokens = [generate(model, inputs, cache=cache, max_new_tokens=1).sequences[:, -1]]
-        for _ in range(NUM_TOKENS - 1):  # over several pages
+        for _ in range(NUM_STEPS):
             tokens.append(step(tokens[-1]).argmax(-1))
         assert torch.equal(torch.stack(tokens, dim=1), expected)
-        assert cache.get_seq_length() == 50 + NUM_TOKENS - 1
-        assert cache.layers[1].pages.seq_lens.tolist() == [50 + NUM_TOKENS - 1, 23 + NUM_TOKENS - 1]
+        assert cache.get_seq_length() == 50 + NUM_STEPS
+        assert cache.layers[1].pages.seq_lens.tolist() == [50 + NUM_STEPS, 23 + NUM_STEPS]
         assert torch.equal(cache.kept().counts, record.counts)
         assert torch.equal(cache.kept().mass, record.mass)
