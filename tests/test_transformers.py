@@ -11,6 +11,7 @@ transformers = pytest.importorskip("transformers")
 from twilight_tilelang.integrations.transformers import TwilightCache  # noqa: E402
 from twilight_tilelang.integrations.transformers_graph import CapturedDecode  # noqa: E402
 from twilight_tilelang.kernels.options import DecodeOptions  # noqa: E402
+from twilight_tilelang.reference.hazards import poison_unused  # noqa: E402
 
 HEAD_DIM, NUM_TOKENS, MAX_TOKENS, PAD = 64, 64, 160, 0
 NUM_STEPS = 30  # of shorter runs: over the end of one page and of the next
@@ -137,6 +138,8 @@ def test_a_second_turn_goes_on_from_the_pages(
     model.set_attn_implementation("twilight")
     cache = TwilightCache(model.config, MAX_TOKENS, EVERYTHING)
     first = generate(model, inputs, cache=cache, max_new_tokens=20).sequences
+    for layer in cache.layers:
+        poison_unused(layer.pages)
     more = prompts(rng, [9] * len(lengths), width=9)["input_ids"]
     written = inputs["attention_mask"].new_ones(len(lengths), 29)
     inputs = {
