@@ -6,10 +6,10 @@
     model.generate(**inputs, cache=cache)
 
 A prompt, in one call or in chunks, is attended to densely by SDPA, and its keys and values become
-pages, one launch a layer. From then on a step of one token per request appends to the pages and
-runs `TwilightDecode`, which all layers share. Each request has its own length: the padding of a
-batch is not in its pages. Layers of other kinds, such as sliding windows, keep the cache and the
-attention that transformers gives them.
+pages, one launch a layer. From then on a step of one token per request (a chunk of one token is
+such a step) appends to the pages and runs `TwilightDecode`, which all layers share. Each request
+has its own length: the padding of a batch is not in its pages. Layers of other kinds, such as
+sliding windows, keep the cache and the attention that transformers gives them.
 
 On a GPU the kernels run. On a CPU it is `twilight_tilelang.reference`, in any float dtype.
 transformers_layer.py has what happens in a layer, transformers_graph.py the step as a CUDA graph.
@@ -100,7 +100,7 @@ class TwilightCache(Cache):
         if record and options.path != "sparse":
             raise ValueError(f"record: expected path 'sparse', got {options.path!r}")
         for number in full:
-            layers[number] = TwilightLayer(self, number in dense)
+            layers[number] = TwilightLayer(self, number, number in dense)
         super().__init__(layers=layers)
         self.config, self.options, self.record = config, options, record
         self.max_tokens, self.page_size = max_tokens, page_size
@@ -191,6 +191,9 @@ def twilight_attention(
         if options.get(name) is not None:
             raise NotImplementedError(f"{name}: expected attention without it, got {options[name]}")
     layer, keys = key
+    own = getattr(module, "layer_idx", layer.number)
+    if own != layer.number:
+        raise NotImplementedError(f"layer {own}: expected its own keys, got layer {layer.number}'s")
     return layer.attend(module, query, keys, value, attention_mask, **options), None
 
 

@@ -29,15 +29,15 @@ class NewTokens(NamedTuple):
 
 
 class TwilightLayer(CacheLayerMixin):
-    """The pages of one full-attention layer."""
+    """The pages of one full-attention layer, which has this number in the model."""
 
     is_sliding = False
     is_croppable = False  # not after every step, as assisted decoding does: it copies the cache
     supports_early_init = False  # pages are made of a prompt
 
-    def __init__(self, cache: "TwilightCache", dense: bool) -> None:
+    def __init__(self, cache: "TwilightCache", number: int, dense: bool) -> None:
         super().__init__()
-        self.cache, self.dense = cache, dense
+        self.cache, self.number, self.dense = cache, number, dense
         self.reset()
 
     def reset(self) -> None:

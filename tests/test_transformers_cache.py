@@ -159,6 +159,13 @@ def test_attention_with_more_than_a_softmax_is_refused(name: str, model) -> None
         twilight_attention(SimpleNamespace(), keys, new, values, None, scaling=1.0, **{name: 1.0})
 
 
+def test_keys_of_another_layer_are_refused(model) -> None:
+    cache, keys = TwilightCache(model.config, MAX_TOKENS), torch.zeros(1, 2, 1, 64)
+    new, values = cache.update(keys, keys, 0)
+    with pytest.raises(NotImplementedError, match="layer 1: expected its own keys, got layer 0's"):
+        twilight_attention(SimpleNamespace(layer_idx=1), keys, new, values, None, scaling=1.0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
