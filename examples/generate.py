@@ -3,8 +3,8 @@
     python examples/generate.py path/to/model prompt.txt [--tokens 64] [--top-p 0.95]
 
 The folder is one of Hugging Face: Llama, Mistral, Qwen2, Qwen3 or SmolLM; nothing is downloaded.
-On a GPU a decode step is one CUDA graph. Without one the PyTorch reference runs: the same tokens
-are read, and the times say nothing.
+On a GPU a decode step is one CUDA graph. Without one the PyTorch reference runs, slowly, and the
+times say nothing.
 """
 
 import argparse
@@ -48,6 +48,12 @@ def main() -> None:
         token_budget=arguments.token_budget,
         num_sink_tokens=arguments.sink_tokens,
     )
+    longest = model.config.max_position_embeddings - arguments.tokens
+    if arguments.tokens < 2 or not 1 <= prompt <= longest:
+        parser.error(
+            f"expected a prompt of 1 to {longest} tokens and --tokens 2 or more, "
+            f"got {prompt} and {arguments.tokens}"
+        )
     print(f"{prompt} tokens of prompt, {num_layers} layers, {DTYPE} on {DEVICE}")
     for name, dense_layers in (("dense", num_layers), ("Twilight", arguments.dense_layers)):
         cache = TwilightCache(
