@@ -39,6 +39,7 @@ ALLOWED = {
         *("autotune", "kernels", "reference", "profiling"),  # the benchmark's inputs and checks
         *("torch", "tilelang", "tqdm", "pebble"),
     },
+    "integrations": {"integrations", "kernels", "reference", "torch", "transformers"},
     "plots": {"plots", "numpy", "pandas", "matplotlib"},
 }
 PACKAGE = "twilight_tilelang"
