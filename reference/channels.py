@@ -181,7 +181,7 @@ def channel_lists(
         raise ValueError(f"{path}: expected the key {key}, got {found}")
     lists = content[key]
     if not isinstance(lists, list) or len(lists) != num_lists:
-        found = len(lists) if isinstance(lists, list) else type(lists).__name__
+        found = str(len(lists)) if isinstance(lists, list) else type(lists).__name__
         raise ValueError(f"{path}: {key}: expected {num_lists} lists, got {found}")
     for head, row in enumerate(lists):
         numbers = isinstance(row, list) and all(type(channel) is int for channel in row)

@@ -64,8 +64,8 @@ class KeyLabels:
     def write_tokens(self, page: torch.Tensor, slot: torch.Tensor, k: torch.Tensor) -> None:
         """Label one key of each of these physical pages, k: [n, num_kv_heads, head_dim]."""
         if self.bits is not None:
-            packed, scale_zero = self._quantize(k)
-            self.codes[page, :, slot], self.scale_zero[page, :, slot] = packed, scale_zero
+            codes, scale_zero = self._stored()
+            codes[page, :, slot], scale_zero[page, :, slot] = self._quantize(k, self.bits)
 
     def write_pages(self, pages: torch.Tensor, used: torch.Tensor, k: torch.Tensor) -> None:
         """Label whole physical pages; what is not used gets codes, scales and zeros of 0.
@@ -76,9 +76,10 @@ class KeyLabels:
             k: [n, page_size, num_kv_heads, head_dim].
         """
         if self.bits is not None:
-            packed, scale_zero = self._quantize(k)
-            self.codes[pages] = torch.where(used, packed, 0).transpose(1, 2)
-            self.scale_zero[pages] = torch.where(used, scale_zero, 0.0).transpose(1, 2)
+            codes, scale_zero = self._stored()
+            new_codes, new_scale_zero = self._quantize(k, self.bits)
+            codes[pages] = torch.where(used, new_codes, 0).transpose(1, 2)
+            scale_zero[pages] = torch.where(used, new_scale_zero, 0.0).transpose(1, 2)
 
     def read(
         self, k_cache: torch.Tensor, pages: torch.Tensor, length: int, dtype: torch.dtype
@@ -87,13 +88,18 @@ class KeyLabels:
         if self.bits is None:
             keys = k_cache[pages].flatten(0, 1)[:length]
             return take_channels(keys, self.channels).transpose(0, 1).to(dtype)
-        codes = unpack_codes(self.codes[pages], self.bits, self.channels.shape[1])
-        labels = dequantize_rows(codes, self.scale_zero[pages], dtype=dtype)
+        packed, scale_zero = self._stored()
+        codes = unpack_codes(packed[pages], self.bits, self.channels.shape[1])
+        labels = dequantize_rows(codes, scale_zero[pages], dtype=dtype)
         return labels.transpose(0, 1).flatten(1, 2)[:, :length]
 
-    def _quantize(self, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        codes, scale_zero = quantize_rows(take_channels(k, self.channels), self.bits)
-        return pack_codes(codes, self.bits), scale_zero
+    def _stored(self) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.codes is not None and self.scale_zero is not None  # as there are bits
+        return self.codes, self.scale_zero
+
+    def _quantize(self, k: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+        codes, scale_zero = quantize_rows(take_channels(k, self.channels), bits)
+        return pack_codes(codes, bits), scale_zero
 
 
 def take_channels(k: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:

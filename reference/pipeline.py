@@ -2,18 +2,26 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
 from .attention import dense_attention, flash_topk_attention, page_attention
 from .cache import PagedKVCache
-from .double_sparsity import select_tokens, token_selection_width
+from .double_sparsity import check_labels, select_tokens, token_selection_width
 from .estimator import estimate_logits
+from .lists import Candidates
 from .pruner import broadcast_top_p, prune_top_p
 from .selector import select_all, select_pages, selection_width
 from .twilight_config import read_config
 from .validate import check_positive, check_query, check_windows, resolve_sm_scale
+
+
+class Windows(TypedDict):
+    """How many of the first and of the last tokens are always kept."""
+
+    num_sink_tokens: int
+    num_recent_tokens: int
 
 
 class TwilightDecode:
@@ -39,6 +47,7 @@ class TwilightDecode:
     """
 
     fused = False  # estimator and pruner are two stages, as `kernels` has a step that joins them
+    candidates: Candidates  # of the last select
 
     def __init__(
         self,
@@ -64,12 +73,12 @@ class TwilightDecode:
             raise ValueError(f"selector: expected 'quest', 'ds' or 'full', got {selector!r}")
         if path not in ("sparse", "candidates", "dense"):
             raise ValueError(f"path: expected 'sparse', 'candidates' or 'dense', got {path!r}")
-        windows = (num_sink_tokens, num_recent_tokens)
-        check_windows(*windows)
+        windows = Windows(num_sink_tokens=num_sink_tokens, num_recent_tokens=num_recent_tokens)
+        check_windows(**windows)
         if selector == "quest":
-            selection_width(cache, token_budget, *windows)
+            selection_width(cache, token_budget, **windows)
         elif selector == "ds":
-            token_selection_width(cache, num_qo_heads, token_budget, group, *windows)
+            token_selection_width(cache, num_qo_heads, token_budget, group, **windows)
         broadcast_top_p(top_p, cache.batch_size, num_qo_heads, cache.k_cache.device)
         self.num_qo_heads = num_qo_heads
         self.selector = selector
@@ -78,10 +87,7 @@ class TwilightDecode:
         self.group = group
         self.top_p = top_p
         self.sm_scale = resolve_sm_scale(sm_scale, cache.head_dim)
-        self.windows = {
-            "num_sink_tokens": num_sink_tokens,
-            "num_recent_tokens": num_recent_tokens,
-        }
+        self.windows = windows
 
     @classmethod
     def from_config(
@@ -98,11 +104,10 @@ class TwilightDecode:
             config: a file's path, or what is in one.
             layer: of the model; None for one that the configuration does not skip.
         """
-        config = read_config(config)
-        options = config.decode_options(cache.page_size, layer)
-        step = cls(cache, num_qo_heads, **options)
+        read = read_config(config)
+        step = cls(cache, num_qo_heads, **read.decode_options(cache.page_size, layer))
         if step.selector == "ds":
-            config.check_labels(cache.labels, cache.head_dim)
+            read.check_labels(check_labels(cache, num_qo_heads), cache.head_dim)
         return step
 
     @property
@@ -119,12 +124,13 @@ class TwilightDecode:
             raise ValueError(
                 f"q: expected [batch_size, {self.num_qo_heads}, head_dim], got {list(q.shape)}"
             )
-        attention = {"sm_scale": self.sm_scale, "dtype": dtype}
         if self.path == "dense":
-            return dense_attention(q, cache, **attention)
+            return _without_lse(dense_attention(q, cache, sm_scale=self.sm_scale, dtype=dtype))
         self.select(q, cache, dtype=dtype)
         if self.path == "candidates":
-            return page_attention(q, cache, self.candidates, **attention)
+            return _without_lse(
+                page_attention(q, cache, self.candidates, sm_scale=self.sm_scale, dtype=dtype)
+            )
         self.estimate_prune(q, cache, dtype=dtype)
         return self.attend(q, cache, dtype=dtype)
 
@@ -132,14 +138,20 @@ class TwilightDecode:
         self, q: torch.Tensor, cache: PagedKVCache, *, dtype: torch.dtype | None = None
     ) -> None:
         """-> candidates."""
-        options = {**self.windows, "dtype": dtype}
         if self.selector == "full":
             self.candidates = select_all(cache)
         elif self.selector == "quest":
-            self.candidates = select_pages(q, cache, self.token_budget, **options)
+            self.candidates = select_pages(q, cache, self.token_budget, **self.windows, dtype=dtype)
         else:
-            options |= {"group": self.group, "sm_scale": self.sm_scale}
-            self.candidates = select_tokens(q, cache, self.token_budget, **options)
+            self.candidates = select_tokens(
+                q,
+                cache,
+                self.token_budget,
+                group=self.group,
+                sm_scale=self.sm_scale,
+                **self.windows,
+                dtype=dtype,
+            )
 
     def estimate(
         self, q: torch.Tensor, cache: PagedKVCache, *, dtype: torch.dtype | None = None
@@ -166,6 +178,12 @@ class TwilightDecode:
         self, q: torch.Tensor, cache: PagedKVCache, *, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
         """Attention over the kept tokens -> out."""
-        out = flash_topk_attention(q, cache, self.kept, sm_scale=self.sm_scale, dtype=dtype)
-        assert isinstance(out, torch.Tensor)  # as no lse is asked for
-        return out
+        return _without_lse(
+            flash_topk_attention(q, cache, self.kept, sm_scale=self.sm_scale, dtype=dtype)
+        )
+
+
+def _without_lse(out: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """What an attention gives that is asked for no lse."""
+    assert isinstance(out, torch.Tensor)
+    return out

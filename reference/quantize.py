@@ -54,13 +54,15 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     per_byte = 8 // bits
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per_byte))
     shifts = torch.arange(0, 8, 8 // per_byte, dtype=torch.uint8, device=codes.device)
-    return (padded.unflatten(-1, (-1, per_byte)) << shifts).sum(dim=-1, dtype=torch.uint8)
+    shifted: torch.Tensor = padded.unflatten(-1, (-1, per_byte)) << shifts
+    return shifted.sum(dim=-1, dtype=torch.uint8)
 
 
 def unpack_codes(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """The inverse of `pack_codes`: [..., bytes] uint8 -> [..., count] uint8 below 2**bits."""
     shifts = torch.arange(0, 8, 8 // (8 // bits), dtype=torch.uint8, device=packed.device)
-    return ((packed[..., None] >> shifts) & (2**bits - 1)).flatten(-2)[..., :count]
+    codes: torch.Tensor = (packed[..., None] >> shifts) & (2**bits - 1)
+    return codes.flatten(-2)[..., :count]
 
 
 def pack_int4(codes: torch.Tensor) -> torch.Tensor:

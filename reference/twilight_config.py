@@ -234,15 +234,20 @@ def read_config(source: str | Path | Mapping[str, Any]) -> TwilightConfig:
         ValueError: a key is unknown, missing, or of a wrong value, or keys exclude each other.
         NotImplementedError: it asks for what does not run here.
     """
-    folder, content = Path(), source
-    if not isinstance(source, Mapping):
+    if isinstance(source, Mapping):
+        folder, content = Path(), source
+    else:
         folder, content = Path(source).parent, read_json(source)
     refuse_unknown("", content, (*TYPES, *FLAGS))
-    sections = {name: read_section(name, content) for name in TYPES}
-    flags = {name: content.get(name, default) for name, default in FLAGS.items()}
-    for name, value in flags.items():
-        check_argument(name, value, FLAG)
-    config = TwilightConfig(**sections, **flags, folder=folder)
+    config = TwilightConfig(
+        compressor=read_section("compressor", content),
+        selector=read_section("selector", content),
+        weight_estimator=read_section("weight_estimator", content),
+        weight_pruner=read_section("weight_pruner", content),
+        skip_first_two_layers=read_flag("skip_first_two_layers", content),
+        use_estimated_weights_in_attn=read_flag("use_estimated_weights_in_attn", content),
+        folder=folder,
+    )
     check_combinations(config)
     refuse_what_does_not_run(config)
     return config
@@ -267,6 +272,13 @@ def read_section(name: str, content: Mapping[str, Any]) -> Section:
         arguments[key] = section.get(key, argument.default)
         check_argument(f"{name}.{key}", arguments[key], argument)
     return Section(kind, arguments)
+
+
+def read_flag(name: str, content: Mapping[str, Any]) -> bool:
+    """One flag, checked."""
+    flag: bool = content.get(name, FLAGS[name])
+    check_argument(name, flag, FLAG)
+    return flag
 
 
 def check_combinations(config: TwilightConfig) -> None:
