@@ -157,6 +157,7 @@ def test_a_step_on_a_device_is_seen_as_a_graph(
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_the_graph_s_timeline_takes_as_long_as_the_graph() -> None:
     built = prepare(small(torch.float16, 128), Target(TileLang(), "gpu", 1 << 20, print))
     rows = timeline_rows(built, "gpu", ORIGIN)

@@ -6,12 +6,12 @@ Without a GPU the reference runs, in float32.
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5.24")
 
+from tests.inputs.hazards import poison_unused  # noqa: E402
 from twilight_tilelang.integrations.transformers import TwilightCache  # noqa: E402
 from twilight_tilelang.integrations.transformers_graph import CapturedDecode  # noqa: E402
 from twilight_tilelang.kernels.options import DecodeOptions  # noqa: E402
-from twilight_tilelang.reference.hazards import poison_unused  # noqa: E402
 
 HEAD_DIM, NUM_TOKENS, MAX_TOKENS, PAD = 64, 64, 160, 0
 NUM_STEPS = 30  # of shorter runs: over the end of one page and of the next

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", minversion="5.24")
 
 from tests.test_transformers import EVERYTHING, MAX_TOKENS, generate, make_model, prompts  # noqa: E402
 from twilight_tilelang.integrations.transformers import (  # noqa: E402
