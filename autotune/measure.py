@@ -14,9 +14,9 @@ import torch
 
 from twilight_tilelang.kernels.plan import SPECS
 from twilight_tilelang.profiling import device
-from twilight_tilelang.profiling.plan import Target, prepare
+from twilight_tilelang.profiling.plan import prepare
 from twilight_tilelang.profiling.providers.backends import TileLang
-from twilight_tilelang.profiling.providers.stages import Slot
+from twilight_tilelang.profiling.providers.stages import Slot, Target
 from twilight_tilelang.profiling.timing import Calls, Timing, time_providers
 from twilight_tilelang.profiling.workloads.workload import METHODS, Workload
 

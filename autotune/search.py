@@ -6,7 +6,8 @@ its time over the default's, roughly; `final(kernel, config)` returns a `Measure
 stage, and `step(kernel, config)` one of the whole step: kernels that overlap can slow each other.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,38 +74,39 @@ def settle(
     def ask(method: str, config: Any) -> Any:
         return worker.ask(method, kernel, config, seconds=seconds)
 
+    rejected: dict[Any, str] = {}
+
+    @contextmanager
+    def reject_where_it_fails(config: Any) -> Iterator[None]:
+        try:
+            yield
+        except WorkerFailed as error:
+            rejected[config] = str(error)
+
     default, *others = configs
     worker.ask("verify", kernel, seconds=VERIFY_SECONDS)
-    rejected: dict[Any, str] = {}
     ratios: dict[Any, float] = {}
     for config in others:
         reason = fault(config)
-        if reason is None:
-            try:
-                ask("check", config)  # a wrong result is never timed
-                ratios[config] = ask("quick", config)
-            except WorkerFailed as error:
-                reason = str(error)
         if reason is not None:
             rejected[config] = reason
+        else:
+            with reject_where_it_fails(config):
+                ask("check", config)  # a wrong result is never timed
+                ratios[config] = ask("quick", config)
         tried()
     finalists = sorted((c for c in ratios if ratios[c] < 1), key=ratios.__getitem__)[:FINALISTS]
     measured: dict[Any, Measured] = {}
     for config in finalists:
-        try:
+        with reject_where_it_fails(config):
             measured[config] = ask("final", config)
-        except WorkerFailed as error:
-            rejected[config] = str(error)
     winners = [config for config in measured if measured[config].wins]
     for config in sorted(winners, key=lambda c: measured[c].time_us / measured[c].default_us):
-        try:
+        with reject_where_it_fails(config):
             step = ask("step", config)
-        except WorkerFailed as error:
-            rejected[config] = str(error)
-            continue
-        if not step.loses:
-            return Settled(config, measured[config], rejected)
-        rejected[config] = f"slows the step from {step.default_us:.1f} to {step.time_us:.1f} us"
+            if not step.loses:
+                return Settled(config, measured[config], rejected)
+            rejected[config] = f"slows the step from {step.default_us:.1f} to {step.time_us:.1f} us"
     same = ask("final", default)
     noise_us = max(same.noise_us, abs(same.default_us - same.time_us))
     return Settled(default, Measured(same.default_us, same.default_us, noise_us), rejected)

@@ -117,12 +117,10 @@ def main(argv: list[str] | None = None) -> int:
         flag, text = f"--{name.replace('_', '-')}", f"{value} where left out"
         parser.add_argument(flag, type=type(value), choices=only, help=text)
     parser.add_argument("--gpu", help="its name in autotune/configs; this machine's where left out")
-    parser.add_argument("--table", action="store_true", help="print the table of gains instead")
-    parser.add_argument("--readme", action="store_true", help="write that table into README.md")
+    parser.add_argument("--readme", action="store_true", help="write the table of gains instead")
     arguments = parser.parse_args(argv)
-    if arguments.table or arguments.readme:
-        if arguments.readme:
-            write_table()
+    if arguments.readme:
+        write_table()
         print(gain_table())
         return 0
     if arguments.gpu is None and not torch.cuda.is_available():

@@ -13,19 +13,15 @@ from typing import Any
 from twilight_tilelang.kernels.cache import TILE_TOKENS
 from twilight_tilelang.kernels.compiling import starts_early
 from twilight_tilelang.kernels.estimate_prune import EstimatePruneConfig, blocks_that_fit
-from twilight_tilelang.kernels.estimator import EstimatorConfig
 from twilight_tilelang.kernels.gpu import Gpu
 from twilight_tilelang.kernels.launch import Launch, StepShape, next_power_of_two, static_width
-from twilight_tilelang.kernels.page_scores import PageScoreConfig
 from twilight_tilelang.kernels.plan import SPECS
 from twilight_tilelang.kernels.threshold import BINS_PER_THREAD
 from twilight_tilelang.kernels.top_p import MAX_VALUES, NUM_THREADS
-from twilight_tilelang.kernels.tuned import Bucket
 
 REGISTERS = 65536  # of one SM
 FULL_GPU = 128  # blocks; fewer leave multiprocessors of a large GPU idle
-MANY_PAGES = 2**18  # over all rows, and
-MANY_TILES = 65536  # of 16 candidates: the estimator fills the GPU many times over
+MANY_PAGES, MANY_CANDIDATES = 2**18, 2**20  # over all rows
 
 # Says what holds of (config, shape, GPU).
 Rule = tuple[str, Callable[[Any, StepShape, Gpu], bool]]
@@ -44,11 +40,6 @@ class Space:
     values: dict[str, tuple]
     limits: tuple[Rule, ...] = ()
     sensible: tuple[Rule, ...] = ()
-
-
-def broken_limit(kernel: str, config: Any, shape: StepShape, gpu: Gpu) -> str | None:
-    """The limit that keeps a config from running on a shape, in words; None if it can run."""
-    return next((text for text, ok in SPACES[kernel].limits if not ok(config, shape, gpu)), None)
 
 
 def candidates(kernel: str, shape: StepShape, gpu: Gpu) -> list[Any]:
@@ -76,34 +67,8 @@ def space_id(configs: Sequence[Any]) -> str:
     return hashlib.sha256(repr(tuple(configs)).encode()).hexdigest()[:12]
 
 
-def shape_of(kernel: str, bucket: Bucket) -> StepShape:
-    """A shape whose launch of this kernel belongs to the bucket."""
-    max_pages, width = -(-bucket.width // bucket.page_size), bucket.width
-    if SPECS[kernel].stage == "selector":
-        max_pages, width = bucket.width, bucket.width * bucket.page_size
-    statics = (bucket.group_size, bucket.head_dim, bucket.page_size, bucket.dtype)
-    return StepShape(*statics, bucket.rows, max_pages, width, bucket.rows)
-
-
-def _page_score_blocks(config: PageScoreConfig, shape: StepShape) -> int:
-    return shape.num_rows * -(-shape.max_pages // config.block_pages)
-
-
-def _many_pages(shape: StepShape) -> bool:
-    return shape.num_rows * shape.max_pages >= MANY_PAGES
-
-
-def _estimator_blocks(config: EstimatorConfig, shape: StepShape) -> int:
-    block_tiles = config.num_warps * config.tiles_per_warp * config.steps
-    return shape.num_rows * -(-shape.width // (TILE_TOKENS * block_tiles))
-
-
 def _blocks_that_fit(config: EstimatePruneConfig, shape: StepShape, gpu: Gpu) -> int:
     return blocks_that_fit(shape, gpu, config.heads_at_once)
-
-
-def _many_tiles(shape: StepShape) -> bool:
-    return shape.num_rows * shape.width // TILE_TOKENS >= MANY_TILES
 
 
 def _pruner_shared(shape: StepShape) -> int:
@@ -114,30 +79,45 @@ def _pruner_shared(shape: StepShape) -> int:
     return 4 * BINS_PER_THREAD * NUM_THREADS + row + width // 8 + 1024
 
 
-# Of the kernels whose warps take tiles of codes: page_score and estimator.
-TILES = {"num_warps": (2, 4, 8), "tiles_per_warp": (1, 2, 4), "steps": (1, 2, 4, 8)}
 TILES_FIT = (
     "codes of all tiles in flight fit in a thread's registers",
     lambda c, s, gpu: c.tiles_per_warp * s.head_dim <= 512,
 )
 
-SPACES = {
-    "page_score": Space(
-        values=TILES,
+
+def _tile_space(items: Callable[[StepShape], int], many: int, fed: Rule) -> Space:
+    """Of a kernel whose warps take tiles of codes, 16 of a row's items each; where there are `many`
+    items over all rows, which fill the GPU many times over, a config must be `fed`."""
+
+    def are_many(shape: StepShape) -> bool:
+        return shape.num_rows * items(shape) >= many
+
+    def blocks(config: Any, shape: StepShape) -> int:
+        block_tiles = config.num_warps * config.tiles_per_warp * config.steps
+        return shape.num_rows * -(-items(shape) // (TILE_TOKENS * block_tiles))
+
+    text, is_fed = fed
+    return Space(
+        values={"num_warps": (2, 4, 8), "tiles_per_warp": (1, 2, 4), "steps": (1, 2, 4, 8)},
         limits=(TILES_FIT,),
         sensible=(
-            ("every SM has a block", lambda c, s, gpu: _page_score_blocks(c, s) >= FULL_GPU),
+            ("every SM has a block", lambda c, s, gpu: blocks(c, s) >= FULL_GPU),
+            (text, lambda c, s, gpu: not are_many(s) or is_fed(c, s, gpu)),
             (
-                "many pages: 8 to 16 tiles of a block in flight, and several steps share its start",
-                lambda c, s, gpu: (
-                    not _many_pages(s)
-                    or (8 <= c.num_warps * c.tiles_per_warp <= 16 and c.steps >= 2)
-                ),
+                "few tiles are spread over many warps",
+                lambda c, s, gpu: are_many(s) or (c.tiles_per_warp <= 2 and c.steps <= 2),
             ),
-            (
-                "few pages are spread over many warps",
-                lambda c, s, gpu: _many_pages(s) or (c.tiles_per_warp <= 2 and c.steps <= 2),
-            ),
+        ),
+    )
+
+
+SPACES = {
+    "page_score": _tile_space(
+        lambda s: s.max_pages,
+        MANY_PAGES,
+        (
+            "many pages: 8 to 16 tiles of a block in flight, and several steps share its start",
+            lambda c, s, gpu: 8 <= c.num_warps * c.tiles_per_warp <= 16 and c.steps >= 2,
         ),
     ),
     "top_pages": Space(
@@ -161,26 +141,14 @@ SPACES = {
             ),
         ),
     ),
-    "estimator": Space(
-        values=TILES,
-        limits=(TILES_FIT,),
-        sensible=(
-            ("every SM has a block", lambda c, s, gpu: _estimator_blocks(c, s) >= FULL_GPU),
-            (
-                "many tiles: 2 or more in flight per warp, 8 per block, and several steps, or too "
-                "few bytes are on their way (measured: NOTES.md)",
-                lambda c, s, gpu: (
-                    not _many_tiles(s)
-                    or (
-                        c.tiles_per_warp >= 2
-                        and c.num_warps * c.tiles_per_warp >= 8
-                        and c.steps >= 2
-                    )
-                ),
-            ),
-            (
-                "few tiles are spread over many warps",
-                lambda c, s, gpu: _many_tiles(s) or (c.tiles_per_warp <= 2 and c.steps <= 2),
+    "estimator": _tile_space(
+        lambda s: s.width,
+        MANY_CANDIDATES,
+        (
+            "many tiles: 2 or more in flight per warp, 8 per block, and several steps, or too few "
+            "bytes are on their way (measured: NOTES.md)",
+            lambda c, s, gpu: (
+                c.tiles_per_warp >= 2 and c.num_warps * c.tiles_per_warp >= 8 and c.steps >= 2
             ),
         ),
     ),
@@ -229,7 +197,7 @@ SPACES = {
                     NUM_THREADS * c.heads_at_once * c.blocks_per_sm <= REGISTERS // 56
                 ),
             ),
-            ("codes of all tiles in flight fit in a thread's registers", TILES_FIT[1]),
+            TILES_FIT,
         ),
         sensible=(
             (

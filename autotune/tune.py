@@ -8,6 +8,7 @@ goes on from there.
 import argparse
 import dataclasses
 import datetime
+import importlib.metadata
 import itertools
 import os
 import time
@@ -172,7 +173,7 @@ class Run:
             space=space_id(task.configs),
             date=datetime.date.today().isoformat(),
             torch=torch.__version__,
-            tilelang=device.version("tilelang"),
+            tilelang=importlib.metadata.version("tilelang"),
         )
         self.configs = with_entry(self.configs, task.kernel, task.bucket, entry)
         write_configs(self.configs, self.folder)

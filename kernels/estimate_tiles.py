@@ -10,7 +10,7 @@ from functools import partialmethod
 from typing import NamedTuple
 
 import tilelang.language as T
-from tvm.tirx import Buffer
+from tvm.tirx import Buffer, PrimExpr
 
 from .cache import TILE_TOKENS
 from .mma import CODE_UNIT, TILE_HEADS, GroupQuery, codes_as_fp16, mma_m16n8k16, place_in_quad
@@ -43,7 +43,7 @@ class LoadedCodes(NamedTuple):
     next_physical: Buffer  # [per_warp] i32
 
     @classmethod
-    def allocate(cls, per_warp, words):
+    def allocate(cls, per_warp: int, words: int) -> "LoadedCodes":
         return cls(
             T.alloc_local((per_warp,), T.int32),
             T.alloc_local((per_warp, 2, words), T.int32),
@@ -206,7 +206,7 @@ def estimate_tiles(tiles, q, mirror, row, candidates, page_table, sm_scale, stor
                     store_logits(logit, tile, n, group_size, store)
 
 
-def nibble_order(words, s, e):
+def nibble_order(words: Buffer, s: PrimExpr, e: PrimExpr) -> PrimExpr:
     """The channels in the order of the codes' nibbles; a nibble that is not shifted weighs 16."""
     channel = words[s // 2 * 8 + s % 2 * 2 + e % 2 * 4 + e // 2]
     return T.cast(channel, T.float32) * T.if_then_else(e < 2, 1.0, 0.0625)

@@ -20,7 +20,7 @@ QUAD = 4
 CODE_UNIT = 2.0**24  # a code's fp16 bits are worth so many times less than the code
 
 
-def place_in_quad():
+def place_in_quad() -> tuple[PrimExpr, PrimExpr]:
     """(number of this thread's quad in the warp, its lane in the quad)."""
     thread = T.get_thread_binding()
     return thread % 32 // QUAD, thread % QUAD
@@ -44,7 +44,7 @@ class GroupQuery(NamedTuple):
     sums: Buffer  # [head_tiles, 2] f32: sm_scale * sum(q) of this lane's heads
 
     @classmethod
-    def allocate(cls, group_size, head_dim):
+    def allocate(cls, group_size: int, head_dim: int) -> "GroupQuery":
         head_tiles = -(-group_size // TILE_HEADS)
         operand = T.alloc_local((head_tiles, head_dim // 4), T.float16)
         return cls(operand, T.alloc_local((head_tiles, 2), T.float32))
@@ -77,7 +77,7 @@ class GroupQuery(NamedTuple):
                     self.operand[n, s * 4 + e] = T.cast(order(words, s, e), T.float16)
 
 
-def codes_as_fp16(word, mask):
+def codes_as_fp16(word: PrimExpr, mask: int) -> PrimExpr:
     """Two codes of a word, as two fp16 that are worth 2^-24 of them."""
     return T.cast(word & mask, T.uint32)
 

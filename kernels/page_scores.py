@@ -8,7 +8,7 @@ from typing import NamedTuple
 import tilelang
 import tilelang.language as T
 import torch
-from tvm.tirx import Buffer
+from tvm.tirx import Buffer, PrimExpr
 
 from .cache import PagedKVCache
 from .compiling import TILE_LEVEL, start_early
@@ -68,7 +68,7 @@ class LoadedBounds(NamedTuple):
     scale_zero: Buffer  # [per_warp, 2, 2] f32
 
     @classmethod
-    def allocate(cls, per_warp, words):
+    def allocate(cls, per_warp: int, words: int) -> "LoadedBounds":
         return cls(
             T.alloc_local((per_warp, 2), T.int32),
             T.alloc_local((per_warp, 2, 2, words), T.int32),
@@ -105,7 +105,7 @@ class LoadedBounds(NamedTuple):
                     tile_scale_zero[i, t, e] = scale_zero[page, row.kv_head, e]
 
 
-def page_of(tile, t):
+def page_of(tile: PrimExpr, t: PrimExpr) -> PrimExpr:
     """The page of a tile that is this thread's t-th."""
     quad, _ = place_in_quad()
     return tile * TILE_PAGES + quad + t * 8

@@ -31,7 +31,10 @@ def check_query(q: torch.Tensor, cache: PagedKVCache) -> int:
 
 
 def by_kv_head(per_qo_head: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
-    """[batch_size, num_qo_heads, ...] as [batch_size, num_kv_heads, group_size, ...]."""
+    """[batch_size, num_qo_heads, ...] as [batch_size, num_kv_heads, group_size, ...]; a query that
+    is seen so already stays as it is."""
+    if per_qo_head.ndim == 4:
+        return per_qo_head
     batch_size, num_qo_heads, *rest = per_qo_head.shape
     return per_qo_head.view(batch_size, num_kv_heads, num_qo_heads // num_kv_heads, *rest)
 

@@ -84,7 +84,9 @@ def load_item(words, turn, items, item):
         words[turn, w] = items[T.min(item, items.shape[0] - 1), w]
 
 
-def cache_vector(page, page_size, num_kv_heads, kv_head, token):
+def cache_vector(
+    page: PrimExpr, page_size: int, num_kv_heads: PrimExpr, kv_head: PrimExpr, token: PrimExpr
+) -> PrimExpr:
     """Where K and V of a token in that page lie in the cache seen as [vectors, head_dim]."""
     return (page * page_size + token % page_size) * num_kv_heads + kv_head
 

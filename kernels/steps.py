@@ -131,6 +131,7 @@ class SparseStep:
 
     def run(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
         """The stages in order."""
+        q = by_kv_head(q, cache.num_kv_heads)
         self.select(q, cache)
         self.estimate_prune(q, cache)
         return self.attend(q, cache)
@@ -193,6 +194,7 @@ class CandidateStep:
 
     def run(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
         """The stages in order."""
+        q = by_kv_head(q, cache.num_kv_heads)
         self.select(q, cache)
         return self.attend(q, cache)
 

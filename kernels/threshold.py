@@ -33,7 +33,7 @@ class Search(NamedTuple):
     bracket: Buffer  # [3] i32, in registers: where the search is; see `low`, `above` and `mass`
 
     @classmethod
-    def allocate(cls, num_threads, num_teams=1):
+    def allocate(cls, num_threads: int, num_teams: int = 1) -> "Search":
         """For teams of num_threads."""
         thread = T.get_thread_binding()
         team = thread // num_threads if num_teams > 1 else 0
@@ -44,22 +44,22 @@ class Search(NamedTuple):
         found = T.alloc_shared((num_teams, 3), T.int32, scope="shared")
         return cls(bins, warp_sums, found, team, thread, T.alloc_local((3,), T.int32))
 
-    def again(self):
+    def again(self) -> "Search":
         """Another search, with a bracket of its own."""
         return self._replace(bracket=T.alloc_local((3,), T.int32))
 
     @property
-    def low(self):
+    def low(self) -> PrimExpr:
         """The smallest key of the bracket."""
         return self.bracket[0]
 
     @property
-    def above(self):
+    def above(self) -> PrimExpr:
         """The mass of all larger keys."""
         return self.bracket[1]
 
     @property
-    def mass(self):
+    def mass(self) -> PrimExpr:
         """The mass of the bracket."""
         return self.bracket[2]
 

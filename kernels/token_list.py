@@ -22,9 +22,9 @@ class TokenList(NamedTuple):
     kind: str
     page_size: int
     indices: Buffer  # [batch_size, num_kv_heads, width] i32
-    counts: Buffer | None = None  # [batch_size, num_kv_heads] i32
+    counts: Buffer = None  # [batch_size, num_kv_heads] i32; None where nothing asks for them
 
-    def token(self, row, index, beyond=False):
+    def token(self, row: Row, index: PrimExpr, beyond: bool = False) -> PrimExpr:
         """The logical position that a row's list names at `index`; `beyond` its end: anything."""
         if self.kind == "all":
             return index
@@ -34,7 +34,7 @@ class TokenList(NamedTuple):
             place = T.min(place, T.max(self.counts[row.batch, row.kv_head] - 1, 0))
         return self.indices[row.batch, row.kv_head, place] * run + index % run
 
-    def slots(self, row):
+    def slots(self, row: Row) -> PrimExpr:
         """Tokens that a row's list has place for: those of whole pages."""
         return self.counts[row.batch, row.kv_head] * (self.page_size if self.kind == "pages" else 1)
 

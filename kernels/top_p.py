@@ -57,7 +57,7 @@ class Heads(NamedTuple):
     def turns(self) -> int:
         return -(-self.number // self.at_once)
 
-    def of(self, turn, team):
+    def of(self, turn: PrimExpr, team: PrimExpr) -> PrimExpr:
         """A team that is left without a head repeats the last."""
         return self.first + T.min(turn * self.at_once + team, self.number - 1)
 
@@ -84,7 +84,7 @@ class Team(NamedTuple):
     forced_mass: Buffer  # [num_teams] i32, of what only a window keeps
 
     @classmethod
-    def allocate(cls, num_teams, num_near):
+    def allocate(cls, num_teams: int, num_near: int) -> "Team":
         search = Search.allocate(NUM_THREADS, num_teams)
         return cls(
             search.team,
@@ -136,7 +136,7 @@ class Share(NamedTuple):
     def size(self) -> int:
         return int(self.own.shape[0])
 
-    def candidate(self, chunk, nth):
+    def candidate(self, chunk: PrimExpr, nth: PrimExpr) -> PrimExpr:
         group = (chunk * self.size + nth) // VECTOR
         return (group * NUM_THREADS + self.thread) * VECTOR + nth % VECTOR
 
@@ -174,15 +174,15 @@ class Weights(NamedTuple):
     max_logit: PrimExpr
     scale: PrimExpr = None  # from weight to mass
 
-    def distance(self, logit):
+    def distance(self, logit: PrimExpr) -> PrimExpr:
         """How far a logit lies below the largest one, in steps."""
         return self.max_logit * STEPS - T.cast(logit, T.float32) * STEPS
 
-    def mass(self, distance):
+    def mass(self, distance: PrimExpr) -> PrimExpr:
         return T.cast(weight(distance) * self.scale + 0.5, T.int32)
 
 
-def weight(distance):
+def weight(distance: PrimExpr) -> PrimExpr:
     return T.exp2(distance * (-LOG2E / STEPS))
 
 
@@ -277,7 +277,9 @@ def find_limit(team, share, weights, logit, farthest, need, turn):
 @T.macro
 def add_distance(search, weights, distance, shift, num_bins, farthest):
     """Adds the mass at a distance to its bin of 2^shift steps, unless it lies outside the bins."""
-    steps = T.alloc_var(T.float32)  # in an index, its expression would be computed with 64 bits
+    # Variables: an expression would be computed again in the index, and with 64 bits.
+    steps = T.alloc_var(T.float32)
+    bin_index = T.alloc_var(T.int32)
     steps = distance
     if farthest is None or steps <= farthest:
         inside = -T.cast(T.ceil(steps), T.int32) - search.low
@@ -292,9 +294,8 @@ def set_bit(words, candidate):
 
 
 @T.macro
-def mark_all(team, words, num_tokens):
+def mark_all(team, words, num_words, num_tokens):
     """Phase 4, where everything is kept."""
-    num_words = T.ceildiv(num_tokens, 32)
     for step in T.serial(T.ceildiv(num_words, NUM_THREADS)):
         word = step * NUM_THREADS + team.thread
         if word < num_words:
@@ -398,7 +399,7 @@ def prune_heads(
         need = T.max(T.cast(T.ceil(p * UNITY), T.int32), 1)
         limit = find_limit(team, share, weights, near_logit, farthest, need, turn)
         if p >= 1.0:
-            mark_all(team, words, num_tokens)
+            mark_all(team, words, num_words, num_tokens)
         else:
             visit_near(
                 team, share, near_logit, turn,

@@ -56,22 +56,22 @@ class RowPages(NamedTuple):
     first_open: PrimExpr = None  # the pages before it, sinks, are always in
     first_recent: PrimExpr = None  # and so are those from here on
 
-    def page(self, chunk, r):
+    def page(self, chunk: PrimExpr, r: PrimExpr) -> PrimExpr:
         return (chunk * self.per_thread + r) * self.num_threads + T.get_thread_binding()
 
-    def is_open(self, page):
+    def is_open(self, page: PrimExpr) -> PrimExpr:
         return T.And(page >= self.first_open, page < self.first_recent)
 
-    def bits(self, page):
+    def bits(self, page: PrimExpr) -> PrimExpr:
         # Clamping costs a row that is read again and again 10 us at 16,384 pages.
         in_row = page if self.held is None else T.min(page, self.scores.shape[2] - 1)
         return T.reinterpret(self.scores[self.row.batch, self.row.kv_head, in_row], T.int32)
 
-    def key_of(self, page, bits):
+    def key_of(self, page: PrimExpr, bits: PrimExpr) -> PrimExpr:
         """A score's bits as a key: signed integers in the order of the scores."""
         return T.if_then_else(self.is_open(page), bits ^ ((bits >> 31) & HIGHEST_KEY), LOWEST_KEY)
 
-    def key(self, chunk, r):
+    def key(self, chunk: PrimExpr, r: PrimExpr) -> PrimExpr:
         page = self.page(chunk, r)
         return self.key_of(page, self.bits(page)) if self.held is None else self.held[r]
 

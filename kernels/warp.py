@@ -7,6 +7,7 @@ round through generic addresses; its T.atomic_or is for global memory alone; it 
 import operator
 
 import tilelang.language as T
+from tvm.tirx import PrimExpr
 
 
 @T.macro
@@ -60,16 +61,16 @@ def join_lanes(value, num_lanes, join=operator.add):
     return joined
 
 
-def atomic_add(cell, value):
+def atomic_add(cell: PrimExpr, value: PrimExpr) -> PrimExpr:
     """Adds to an int32; what was there."""
     return T.call_extern("int32", "atomicAdd", T.access_ptr(cell, "rw"), value)
 
 
-def atomic_or(cell, bits):
+def atomic_or(cell: PrimExpr, bits: PrimExpr) -> PrimExpr:
     """Sets bits of a 32-bit word; what was there."""
     return T.call_extern(cell.dtype, "atomicOr", T.access_ptr(cell, "rw"), bits)
 
 
-def atomic_exchange(cell, value):
+def atomic_exchange(cell: PrimExpr, value: PrimExpr) -> PrimExpr:
     """Stores a 32-bit word; what was there."""
     return T.call_extern(cell.dtype, "atomicExch", T.access_ptr(cell, "rw"), value)

@@ -59,7 +59,6 @@ def index(gpu: str, drawn: Mapping[str, str]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Draw the figures, or make the tables, of every GPU that has results."""
     parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__)
-    parser.add_argument("--gpu", help="this GPU only, by its folder's name")
     parser.add_argument("--table", action="store_true", help="print the README's tables instead")
     parser.add_argument("--readme", action="store_true", help="write them into README.md instead")
     parser.add_argument("--present", action="store_true", help="skip what lacks data, say what")
@@ -67,8 +66,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--figures", type=Path, default=FIGURES_FOLDER, help="where figures go")
     arguments = parser.parse_args(argv)
     folders = [path for path in sorted(arguments.results.glob("*")) if any(path.glob("*.csv"))]
-    if arguments.gpu:
-        folders = [arguments.results / arguments.gpu]
     if not folders:
         print(f"{arguments.results}: no results; `make bench` writes them")
         return 1

@@ -9,9 +9,7 @@ from . import accuracy_figures, latency_figures, stage_figures
 from .frames import Frames
 from .style import styled
 
-Make = Callable[[Frames], Figure]
-
-FIGURES: dict[str, Make] = {
+FIGURES: dict[str, Callable[[Frames], Figure]] = {
     make.__name__: styled(make)
     for make in (
         latency_figures.pipeline_error,

@@ -110,9 +110,3 @@ def of_method(rows: pd.DataFrame, method: str, by: str) -> pd.DataFrame:
     """The steps of one method in the order of a column."""
     chosen = rows[rows["method"] == method].sort_values(by)
     return require(chosen, "pipeline", f"method {method}, workload {rows['workload'].iloc[0]}")
-
-
-def in_order(rows: pd.DataFrame, *columns: str) -> list[pd.Series]:
-    """The columns, sorted by the first."""
-    ordered = rows.sort_values(columns[0])
-    return [ordered[column] for column in columns]

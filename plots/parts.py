@@ -4,7 +4,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .frames import CPU, CPU_NOTE, MissingData, in_order
+from .frames import CPU, CPU_NOTE, MissingData
 from .style import LOOKS, STAGE_COLORS, STAGE_HATCHES, count
 
 MEDIAN, BAND = "medians", "medians, band p20 to p80"
@@ -51,12 +51,11 @@ def line(
     axes: Axes, rows: pd.DataFrame, x: str, look_name: str, text: str, y: str = "median_us"
 ) -> None:
     """One series with its markers; a time with its band from p20 to p80."""
-    look = LOOKS[look_name]
+    look, rows = LOOKS[look_name], rows.sort_values(x)
     if y == "median_us":
-        points, low, high = in_order(rows, x, "p20_us", "p80_us")
-        axes.fill_between(points, low, high, color=look["color"], alpha=0.2, lw=0)
-    points, values = in_order(rows, x, y)
-    axes.plot(points, values, **look, label=text)
+        band = rows["p20_us"], rows["p80_us"]
+        axes.fill_between(rows[x], *band, color=look["color"], alpha=0.2, lw=0)
+    axes.plot(rows[x], rows[y], **look, label=text)
 
 
 def point_text(axes: Axes, x: float, y: float, text: str, look: str, where: str = "above") -> None:

@@ -1,9 +1,8 @@
 """Colours, markers and sizes: one look per series, told apart in grey too."""
 
-import functools
 from collections.abc import Callable, Sequence
 
-import matplotlib
+import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -68,15 +67,7 @@ STAGE_HATCHES = {"estimator": "//", "attention": "..", "dense": "xx", "gap": "||
 
 def styled(make: Callable[..., Figure]) -> Callable[..., Figure]:
     """Make a figure with our sizes and fonts, whatever the user's matplotlibrc says."""
-
-    @functools.wraps(make)
-    def made(*arguments: object) -> Figure:
-        with matplotlib.rc_context():
-            matplotlib.rcdefaults()
-            matplotlib.rcParams.update(RC)
-            return make(*arguments)
-
-    return made
+    return matplotlib.style.context(RC, after_reset=True)(make)
 
 
 def count(value: float, _position: object = None) -> str:
@@ -119,10 +110,5 @@ def legend_below(figure: Figure, axes: list[Axes], columns: int) -> None:
     for panel in axes:
         for handle, text in zip(*panel.get_legend_handles_labels(), strict=True):
             entries.setdefault(text, handle)
-    figure.legend(
-        list(entries.values()),
-        list(entries),
-        loc="outside lower center",
-        ncols=columns,
-        frameon=False,
-    )
+    look = {"loc": "outside lower center", "ncols": columns, "frameon": False}
+    figure.legend(list(entries.values()), list(entries), **look)

@@ -1,7 +1,6 @@
 """What the results are labelled with: the GPU, the versions and the code that was run."""
 
 import hashlib
-import importlib.metadata
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,7 +11,6 @@ from .tables.rows import CPU_LABEL
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("kernels", "reference", "profiling", "autotune")
-DEFAULT_L2_BYTES = 64 << 20
 
 
 def gpu_label() -> str:
@@ -26,8 +24,7 @@ def gpu_label() -> str:
 
 def l2_bytes() -> int:
     """Size of the current GPU's L2 cache in bytes."""
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return int(getattr(properties, "L2_cache_size", 0)) or DEFAULT_L2_BYTES
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
 
 
 def free_bytes() -> int:
@@ -42,14 +39,6 @@ def sm_mhz() -> int:
         return torch.cuda.clock_rate()  # through nvidia-ml-py
     except Exception:  # no GPU, no driver, or no nvidia-ml-py: a clock is not worth a run
         return 0
-
-
-def version(package: str) -> str:
-    """Installed version of a package, or "none"."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
 
 
 def digest(root: Path, paths: Iterable[Path]) -> str:

@@ -2,27 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from . import device
 from .observations.accuracy import accuracy_rows
 from .observations.kept import kept_rows
 from .observations.memory import memory_rows
 from .observations.timeline import timeline_rows
-from .providers.stages import Notice, Provider, StageBuilder, sets_wanted
+from .providers.stages import Provider, StageBuilder, Target, sets_wanted
 from .tables.rows import TABLES, AnyRow, Origin
 from .workloads.request_sets import affordable_sets, pool_bytes, workload_sets
 from .workloads.workload import METHOD, Workload
-
-
-@dataclass(frozen=True)
-class Target:
-    """What is measured, and where: the backend, its GPU's name, and the size of that GPU's L2."""
-
-    backend: Any
-    gpu: str
-    l2_bytes: int
-    notice: Notice
 
 
 @dataclass(frozen=True)
@@ -112,4 +101,4 @@ def prepare(workload: Workload, target: Target) -> StageBuilder | None:
             )
             return None
     sets = workload_sets(workload, num_sets, backend.device, backend.package.PagedKVCache.wrap)
-    return StageBuilder(workload, sets, backend, target.l2_bytes, target.notice)
+    return StageBuilder(workload, sets, target)

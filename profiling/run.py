@@ -7,6 +7,7 @@ the same code goes on from there.
 import argparse
 import datetime
 import gc
+import importlib.metadata
 import math
 import time
 from pathlib import Path
@@ -15,12 +16,12 @@ import torch
 from tqdm import tqdm
 
 from . import device, timing
-from .plan import Group, Observed, Target, Timed, groups_of, label, prepare
+from .plan import Group, Observed, Timed, groups_of, label, prepare
 from .providers.backends import TileLang, Torch
 from .providers.checks import CheckFailed
-from .providers.stages import Provider, StageBuilder
+from .providers.stages import Provider, StageBuilder, Target
 from .tables.rows import Row
-from .tables.store import Finished, raise_ceiling, write_rows
+from .tables.store import finished, raise_ceiling, write_rows
 from .workloads import traffic
 from .workloads.workload import Workload
 
@@ -30,6 +31,8 @@ CPU_READ_BYTES = 256 << 20
 
 class Run:
     """One run of the benchmark on this machine."""
+
+    notice = staticmethod(tqdm.write)  # beside the progress bar
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.on_gpu = torch.cuda.is_available()
@@ -42,7 +45,7 @@ class Run:
             "date": datetime.date.today().isoformat(),
         }
         self.folder: Path = arguments.results
-        self.finished = Finished(self.target.gpu, self.origin["commit"], self.folder)
+        self.finished = finished(self.target.gpu, self.origin["commit"], self.folder)
         self.force = arguments.force
         self.deadline = time.monotonic() + 60 * arguments.minutes
         self.failures: list[str] = []
@@ -70,11 +73,6 @@ class Run:
                 progress.set_description(label(workload), refresh=False)
                 self._measure_workload(workload, groups, progress)
 
-    @staticmethod
-    def notice(text: str) -> None:
-        """Say something beside the progress bar."""
-        tqdm.write(text)
-
     def _measure_workload(self, workload: Workload, groups: list[Group], progress: tqdm) -> None:
         if time.monotonic() > self.deadline:
             self.unfinished += len(groups)
@@ -90,18 +88,12 @@ class Run:
             if builder is not None and time.monotonic() > self.deadline:
                 self.unfinished += 1
             elif builder is not None:
-                self._measure_group(group, builder)
+                measure = self._measure_times if isinstance(group, Timed) else self._look_on
+                measure(f"{label(workload)} {group.stage}", group, builder)
                 self._release()
             progress.update()
         del builder
         self._release()
-
-    def _measure_group(self, group: Group, builder: StageBuilder) -> None:
-        name = f"{label(group.workload)} {group.stage}"
-        if isinstance(group, Timed):
-            self._measure_times(name, group, builder)
-        else:
-            self._look_on(name, group, builder)
 
     def _look_on(self, name: str, group: Observed, builder: StageBuilder) -> None:
         try:
@@ -165,7 +157,7 @@ class Run:
             error=error,
             num_sets=len(provider.calls) if self.on_gpu else 1,
             timer=measured.timer,
-            tilelang=device.version("tilelang"),
+            tilelang=importlib.metadata.version("tilelang"),
             sm_mhz=measured.sm_mhz,
             host_us=timing.host_us(provider.calls[0]) if whole else math.nan,
             **self.origin,

@@ -145,6 +145,7 @@ class _GraphRunner:
 
     def __init__(self, calls: Calls) -> None:
         self.graph, self.num_calls = capture(calls, len(calls)), len(calls)
+        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.replay_us = self._measure()
         rotations = math.ceil(MIN_GRAPH_US / max(self.replay_us, 1.0))
         rotations = min(rotations, max(1, MAX_GRAPH_CALLS // len(calls)))
@@ -152,23 +153,25 @@ class _GraphRunner:
             self.num_calls = rotations * len(calls)
             self.graph = capture(calls, self.num_calls)
             self.replay_us = self._measure()
-        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def _measure(self) -> float:
-        self.graph.replay()
-        events = _event_pair()
-        events[0].record()
-        self.graph.replay()
-        events[1].record()
+        """Time of the last of three samples, of which none counts."""
+        for _ in range(3):
+            self.sample()
         torch.cuda.synchronize()
-        return events[0].elapsed_time(events[1]) * 1e3
+        start, end = self.events[-1]
+        self.events.clear()
+        return start.elapsed_time(end) * 1e3
 
     def sample(self) -> None:
-        events = _event_pair()
-        events[0].record()
-        self.graph.replay()
-        events[1].record()
-        self.events.append(events)
+        self._launch_between(self.graph.replay)
+
+    def _launch_between(self, launch: Callable[[], object]) -> None:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        launch()
+        end.record()
+        self.events.append((start, end))
 
     def timing(self, sm_mhz: int) -> Timing:
         samples = [start.elapsed_time(end) * 1e3 / self.num_calls for start, end in self.events]
@@ -183,21 +186,12 @@ class _FlushRunner(_GraphRunner):
     def __init__(self, calls: Calls) -> None:
         self.calls, self.next, self.num_calls, self.events = calls, 0, 1, []
         self.buffer = torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
-        for _ in range(3):
-            self.sample()
-        torch.cuda.synchronize()
-        start, end = self.events[-1]
-        self.replay_us = start.elapsed_time(end) * 1e3 + 200.0  # the flush takes its time too
-        self.events = []
+        self.replay_us = self._measure() + 200.0  # the flush takes its time too
 
     def sample(self) -> None:
         torch.amax(self.buffer)
-        events = _event_pair()
-        events[0].record()
-        self.calls[self.next]()
-        events[1].record()
+        self._launch_between(self.calls[self.next])
         self.next = (self.next + 1) % len(self.calls)
-        self.events.append(events)
 
 
 def _runner(
@@ -226,7 +220,3 @@ def capture(calls: Calls, num_calls: int) -> torch.cuda.CUDAGraph:
         for index in range(num_calls):
             calls[index % len(calls)]()
     return graph
-
-
-def _event_pair() -> tuple[torch.cuda.Event, torch.cuda.Event]:
-    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

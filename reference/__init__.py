@@ -11,8 +11,11 @@ from .attention import (
     page_attention,
 )
 from .cache import CacheShape, PagedKVCache, exact_page_bounds, validate_cache
+from .channels import CalibrationBlock, calibrate_channels, interleaved_channels, load_channels
+from .double_sparsity import label_scores, select_tokens
 from .estimator import candidate_tokens, estimate_logits
-from .lists import CandidatePages, Kept
+from .labels import KeyLabels, LabelFormat
+from .lists import CandidatePages, CandidateTokens, Kept
 from .pipeline import TwilightDecode
 from .pruner import group_union, prune_top_p, top_p_set_sorted, top_p_threshold
 from .quantize import (
@@ -26,13 +29,20 @@ from .quantize import (
     unpack_int4,
 )
 from .selector import quest_bounds, select_all, select_pages
+from .twilight_config import TwilightConfig, read_config
 
 __all__ = [
     "CacheShape",
+    "CalibrationBlock",
     "CandidatePages",
+    "CandidateTokens",
+    "KeyLabels",
     "Kept",
+    "LabelFormat",
     "PagedKVCache",
+    "TwilightConfig",
     "TwilightDecode",
+    "calibrate_channels",
     "candidate_tokens",
     "dense_attention",
     "dequantize_bounds",
@@ -43,6 +53,9 @@ __all__ = [
     "flash_topk_attention",
     "gather_tokens",
     "group_union",
+    "interleaved_channels",
+    "label_scores",
+    "load_channels",
     "pack_int4",
     "page_attention",
     "prune_top_p",
@@ -50,8 +63,10 @@ __all__ = [
     "quantize_int4",
     "quantize_rows",
     "quest_bounds",
+    "read_config",
     "select_all",
     "select_pages",
+    "select_tokens",
     "top_p_set_sorted",
     "top_p_threshold",
     "unpack_int4",

@@ -9,9 +9,15 @@ is exp(lse of the kept tokens - lse of all).
 import torch
 
 from .cache import PagedKVCache
-from .estimator import candidate_tokens
-from .lists import CandidatePages, Kept
-from .validate import check_index_lists, check_query, compute_dtype, resolve_sm_scale
+from .estimator import candidate_tokens, own_columns
+from .lists import Candidates, Kept
+from .validate import (
+    check_candidates,
+    check_index_lists,
+    check_query,
+    compute_dtype,
+    resolve_sm_scale,
+)
 
 
 def gather_tokens(
@@ -42,8 +48,12 @@ def attend(
     sm_scale: float | None,
     return_lse: bool,
     dtype: torch.dtype | None,
+    own: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Exact attention over `tokens`: [batch_size, num_kv_heads, n], negative for none."""
+    """Exact attention over `tokens`: [batch_size, num_kv_heads, n], negative for none.
+
+    own: [batch_size, num_qo_heads, n] bool, those of each query head; None for all.
+    """
     sm_scale = resolve_sm_scale(sm_scale, cache.head_dim)
     out_dtype = q.dtype if dtype is None else dtype
     dtype = compute_dtype(dtype, q)
@@ -51,6 +61,8 @@ def attend(
     lse = torch.empty(q.shape[:2], dtype=dtype, device=q.device)
     for batch in range(cache.batch_size):
         valid = (tokens[batch] >= 0)[:, None]
+        if own is not None:
+            valid = own[batch].unflatten(0, (cache.num_kv_heads, -1))
         keys = gather_tokens(cache.k_cache, cache.page_table[batch], tokens[batch]).to(dtype)
         values = gather_tokens(cache.v_cache, cache.page_table[batch], tokens[batch]).to(dtype)
         grouped = q[batch].to(dtype).view(cache.num_kv_heads, -1, cache.head_dim)
@@ -96,24 +108,24 @@ def flash_topk_attention(
 def page_attention(
     q: torch.Tensor,
     cache: PagedKVCache,
-    candidates: CandidatePages,
+    candidates: Candidates,
     *,
     sm_scale: float | None = None,
     return_lse: bool = False,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Exact attention over every token of the listed pages: Quest alone.
+    """Exact attention over every candidate: Quest alone, Double Sparsity alone.
 
-    candidates: pages [batch_size, num_kv_heads, width] int32 and counts [batch_size, num_kv_heads]
-    int32. The rest as `flash_topk_attention`.
+    candidates: pages or tokens [batch_size, num_kv_heads, width] int32 and counts [batch_size,
+    num_kv_heads] int32; a query head attends to its own of them. (To a whole token list, never
+    further from dense attention: `flash_topk_attention(q, cache, candidates[:2])`.) The rest as
+    `flash_topk_attention`.
     """
     check_query(q, cache)
-    candidate_pages, candidate_counts = candidates
-    check_index_lists(
-        "candidate_pages", "candidate_counts", candidate_pages, candidate_counts, cache
-    )
-    tokens = candidate_tokens(cache, candidate_pages, candidate_counts)
-    return attend(q, cache, tokens, sm_scale, return_lse, dtype)
+    check_candidates(candidates, cache)
+    tokens = candidate_tokens(cache, candidates)
+    own = own_columns(candidates, tokens, q.shape[1])
+    return attend(q, cache, tokens, sm_scale, return_lse, dtype, own)
 
 
 def dense_attention(

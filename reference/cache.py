@@ -1,4 +1,4 @@
-"""PagedKVCache: pages of keys and values, the INT4 mirror of the keys, and bounds on each page.
+"""PagedKVCache: pages of keys and values, the INT4 mirror of the keys, bounds on each page, labels.
 
 Logical token t of request b lives in page page_table[b, t // page_size], slot t % page_size. Only
 the first seq_lens[b] tokens exist: other slots and pages are never read and may hold anything.
@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from .labels import KeyLabels, LabelFormat
 from .quantize import quantize_bounds, quantize_int4
 from .validate import FLOAT_DTYPES, INT_DTYPES, check_positive, check_tensor
 
@@ -80,6 +81,8 @@ class PagedKVCache:
             bounded. It moves all estimated logits and page bounds of a query head by one constant:
             no softmax and no order of pages changes. It takes outlier channels out of the range
             that the codes must span, and out of the largest bound of a group's heads.
+        labels: what Double Sparsity scores tokens by, or None (see `KeyLabels`). A cache has them
+            where it is built with a label_format.
     """
 
     k_cache: torch.Tensor
@@ -91,6 +94,7 @@ class PagedKVCache:
     page_bounds: torch.Tensor
     bounds_scale_zero: torch.Tensor
     k_offset: torch.Tensor | None = None
+    labels: KeyLabels | None = None
 
     @property
     def batch_size(self) -> int:
@@ -129,6 +133,7 @@ class PagedKVCache:
         num_pages: int | None = None,
         page_table: torch.Tensor | None = None,
         k_offset: torch.Tensor | None = None,
+        label_format: LabelFormat | None = None,
     ) -> "PagedKVCache":
         """A cache of no tokens; by default request b owns pages b * max_pages and following."""
         batch_size, max_pages, num_kv_heads, head_dim, page_size, dtype, device = shape
@@ -140,7 +145,8 @@ class PagedKVCache:
             num_pages, page_size, num_kv_heads, head_dim, dtype=dtype, device=device
         )
         seq_lens = torch.zeros(batch_size, dtype=torch.int32, device=device)
-        return cls.wrap(k_cache, torch.zeros_like(k_cache), page_table, seq_lens, k_offset)
+        v_cache = torch.zeros_like(k_cache)
+        return cls.wrap(k_cache, v_cache, page_table, seq_lens, k_offset, label_format)
 
     @classmethod
     def from_contiguous(
@@ -153,6 +159,7 @@ class PagedKVCache:
         num_pages: int | None = None,
         page_table: torch.Tensor | None = None,
         k_offset: torch.Tensor | None = None,
+        label_format: LabelFormat | None = None,
     ) -> "PagedKVCache":
         """Copy a prefill into pages.
 
@@ -192,7 +199,7 @@ class PagedKVCache:
             pages = page_table[batch, tokens // page_size].long()
             k_cache[pages, tokens % page_size] = k[batch, :length]
             v_cache[pages, tokens % page_size] = v[batch, :length]
-        return cls.wrap(k_cache, v_cache, page_table, seq_lens.clone(), k_offset)
+        return cls.wrap(k_cache, v_cache, page_table, seq_lens.clone(), k_offset, label_format)
 
     @classmethod
     def wrap(
@@ -202,8 +209,9 @@ class PagedKVCache:
         page_table: torch.Tensor,
         seq_lens: torch.Tensor,
         k_offset: torch.Tensor | None = None,
+        label_format: LabelFormat | None = None,
     ) -> "PagedKVCache":
-        """Build mirror and bounds beside an engine's own pages; K and V are not copied.
+        """Build mirror, bounds and labels beside an engine's own pages; K and V are not copied.
 
         A page shared by several requests is covered for the largest number of tokens that any of
         them has in it. Unused slots and pages get codes, scales, zeros and bounds of 0.
@@ -230,6 +238,7 @@ class PagedKVCache:
             torch.zeros(num_pages, num_kv_heads, 2, head_dim, dtype=torch.uint8, device=device),
             torch.zeros(num_pages, num_kv_heads, 2, dtype=torch.float32, device=device),
             k_offset,
+            None if label_format is None else KeyLabels.empty(label_format, k_cache),
         )
         page_tokens = tokens_per_page(page_table, seq_lens, num_pages, page_size)
         chunk = max(1, CHUNK_ELEMENTS // max(1, page_size * num_kv_heads * head_dim))
@@ -238,7 +247,7 @@ class PagedKVCache:
         return cache
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Add one decode token to every request: K, V, mirror, bounds, seq_lens += 1.
+        """Add one decode token to every request: K, V, mirror, bounds, labels, seq_lens += 1.
 
         Args:
             k, v: [batch_size, num_kv_heads, head_dim], dtype of the cache.
@@ -260,6 +269,8 @@ class PagedKVCache:
         self.v_cache[page, slot] = v
         self.k_int4[page, :, slot], self.k_scale_zero[page, :, slot] = quantize_int4(self._shift(k))
         self._bound_pages(page, slot + 1)
+        if self.labels is not None:
+            self.labels.write_tokens(page, slot, k)
         self.seq_lens += 1
 
     def _shift(self, k: torch.Tensor) -> torch.Tensor:
@@ -268,7 +279,7 @@ class PagedKVCache:
         return x if self.k_offset is None else x - self.k_offset
 
     def _mirror_pages(self, pages: torch.Tensor, page_tokens: torch.Tensor) -> None:
-        """Write mirror and bounds of these physical pages from their first page_tokens keys."""
+        """Write what lies beside K and V of these physical pages, from their first page_tokens."""
         self._bound_pages(pages, page_tokens)
         k = self.k_cache[pages]
         slots = torch.arange(self.page_size, device=k.device)
@@ -276,6 +287,8 @@ class PagedKVCache:
         packed, scale_zero = quantize_int4(self._shift(k))
         self.k_int4[pages] = torch.where(used, packed, 0).transpose(1, 2)
         self.k_scale_zero[pages] = torch.where(used, scale_zero, 0.0).transpose(1, 2)
+        if self.labels is not None:
+            self.labels.write_pages(pages, used, k)
 
     def _bound_pages(self, pages: torch.Tensor, page_tokens: torch.Tensor) -> None:
         """Write the bounds of these physical pages from their first page_tokens keys."""

@@ -9,34 +9,52 @@ logit is the nearest of its numbers; NaN stays NaN.
 import torch
 
 from .cache import PagedKVCache
-from .lists import CandidatePages
+from .lists import Candidates, CandidateTokens
 from .quantize import dequantize_int4
-from .validate import check_index_lists, check_query, compute_dtype, resolve_sm_scale
+from .validate import check_candidates, check_query, compute_dtype, resolve_sm_scale
 
 LARGEST = torch.finfo(torch.float16).max
 
 
-def candidate_tokens(
-    cache: PagedKVCache, candidate_pages: torch.Tensor, candidate_counts: torch.Tensor
-) -> torch.Tensor:
+def candidate_tokens(cache: PagedKVCache, candidates: Candidates) -> torch.Tensor:
     """Logical position of every column of `logits`.
 
     Returns:
-        [batch_size, num_kv_heads, width * page_size] int64; -1 where no valid token is.
+        [batch_size, num_kv_heads, columns] int64, -1 where no valid token is. Of pages, slot s of
+        the page in entry c is column c * page_size + s, and columns = width * page_size; of tokens,
+        column c is entry c, and columns = width.
     """
-    page_size, width = cache.page_size, candidate_pages.shape[-1]
-    device = candidate_pages.device
-    slots = torch.arange(page_size, device=device)
-    tokens = candidate_pages.long()[..., None] * page_size + slots
-    listed = torch.arange(width, device=device) < candidate_counts[..., None]
+    single = isinstance(candidates, CandidateTokens)
+    unit = 1 if single else cache.page_size
+    indices, counts = candidates[:2]
+    slots = torch.arange(unit, device=indices.device)
+    tokens = indices.long()[..., None] * unit + slots
+    listed = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
     valid = listed[..., None] & (tokens < cache.seq_lens[:, None, None, None])
     return torch.where(valid, tokens, -1).flatten(-2)
+
+
+def own_columns(candidates: Candidates, tokens: torch.Tensor, num_qo_heads: int) -> torch.Tensor:
+    """Which columns of `logits` are candidates of each query head.
+
+    Args:
+        tokens: [batch_size, num_kv_heads, columns], what `candidate_tokens` gives.
+
+    Returns:
+        [batch_size, num_qo_heads, columns] bool.
+    """
+    group_size = num_qo_heads // tokens.shape[1]
+    own = (tokens >= 0)[:, :, None].expand(-1, -1, group_size, -1)
+    if isinstance(candidates, CandidateTokens) and candidates.heads is not None:
+        bits = torch.arange(group_size, device=tokens.device)[:, None]
+        own = own & (candidates.heads[:, :, None] >> bits & 1).bool()
+    return own.flatten(1, 2)
 
 
 def estimate_logits(
     q: torch.Tensor,
     cache: PagedKVCache,
-    candidates: CandidatePages,
+    candidates: Candidates,
     *,
     sm_scale: float | None = None,
     dtype: torch.dtype | None = None,
@@ -45,25 +63,23 @@ def estimate_logits(
 
     Args:
         q: [batch_size, num_qo_heads, head_dim].
-        candidates: pages [batch_size, num_kv_heads, width] int32 logical pages, and counts
+        candidates: pages or tokens [batch_size, num_kv_heads, width] int32, logical, and counts
             [batch_size, num_kv_heads] int32.
         sm_scale: None for head_dim ** -0.5.
 
     Returns:
-        logits: [batch_size, num_qo_heads, width * page_size] float16; with a `dtype`, of that type
-        and as they are before the rounding. Slot s of the candidate page in column c is entry
-        c * page_size + s; -inf where no valid token is. A k_offset's share (the same for all
+        logits: [batch_size, num_qo_heads, columns] float16; with a `dtype`, of that type and as
+        they are before the rounding. Columns as in `candidate_tokens`; -inf where no valid token is
+        and where the token is no candidate of the query head. A k_offset's share (the same for all
         tokens) is left out.
     """
     check_query(q, cache)
-    candidate_pages, candidate_counts = candidates
-    check_index_lists(
-        "candidate_pages", "candidate_counts", candidate_pages, candidate_counts, cache
-    )
+    check_candidates(candidates, cache)
     sm_scale = resolve_sm_scale(sm_scale, cache.head_dim)
     rounded = dtype is None
     dtype = compute_dtype(dtype, q)
-    tokens = candidate_tokens(cache, candidate_pages, candidate_counts)
+    tokens = candidate_tokens(cache, candidates)
+    own = own_columns(candidates, tokens, q.shape[1])
     kv_head = torch.arange(cache.num_kv_heads, device=q.device)[:, None]
     logits_dtype = torch.float16 if rounded else dtype
     logits = torch.empty(*q.shape[:2], tokens.shape[-1], dtype=logits_dtype, device=q.device)
@@ -76,8 +92,8 @@ def estimate_logits(
         place = (page, kv_head, slot)
         k_hat = dequantize_int4(cache.k_int4[place], cache.k_scale_zero[place], dtype=dtype)
         grouped = q[batch].to(dtype).view(cache.num_kv_heads, -1, cache.head_dim)
-        estimate = grouped @ k_hat.transpose(-1, -2) * sm_scale
+        estimate = (grouped @ k_hat.transpose(-1, -2) * sm_scale).flatten(0, 1)
         if rounded:
             estimate = estimate.clamp(-LARGEST, LARGEST)
-        logits[batch] = torch.where(valid[:, None], estimate, float("-inf")).flatten(0, 1)
+        logits[batch] = torch.where(own[batch], estimate, float("-inf"))
     return logits

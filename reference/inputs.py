@@ -25,6 +25,8 @@ LOGIT_SPREAD = 0.75  # heavy logits lie within +- this of their middle
 NUM_SINKS, NUM_RECENT = 4, 8  # heavy in every KV head
 MIN_RUN, MAX_RUN = 4, 16  # neighbours in a run of heavy tokens
 SCATTERED_SHARE = 0.05  # heavy tokens that stand alone
+# The share of the cells of `heavy_places` that hold one token, for that share of the tokens.
+LONE_CELLS = SCATTERED_SHARE / (SCATTERED_SHARE + (1 - SCATTERED_SHARE) / ((MIN_RUN + MAX_RUN) / 2))
 
 
 @dataclass(frozen=True)
@@ -239,19 +241,12 @@ def heavy_places(
     last = max(length - NUM_RECENT, first)
     cells = torch.randperm((last - first) // MAX_RUN, generator=generator)[: count // 2 + MAX_RUN]
     lengths = torch.randint(MIN_RUN, MAX_RUN + 1, (len(cells),), generator=generator)
-    lengths[torch.rand(len(cells), generator=generator) < lone_cell_share()] = 1
+    lengths[torch.rand(len(cells), generator=generator) < LONE_CELLS] = 1
     starts = (torch.rand(len(cells), generator=generator) * (MAX_RUN + 1 - lengths)).long()
     slots = torch.arange(MAX_RUN)
     inside = (slots >= starts[:, None]) & (slots < (starts + lengths)[:, None])
     middle = (first + cells[:, None] * MAX_RUN + slots)[inside]
     return torch.cat((torch.arange(first), torch.arange(last, length).flip(0))), middle
-
-
-def lone_cell_share() -> float:
-    """The share of cells with one token at which lone tokens are SCATTERED_SHARE of all."""
-    mean_run = (MIN_RUN + MAX_RUN) / 2
-    lone, in_runs = SCATTERED_SHARE, (1 - SCATTERED_SHARE) / mean_run
-    return lone / (lone + in_runs)
 
 
 def shuffled_page_table(batch_size: int, max_pages: int, num_pages: int, seed: int) -> torch.Tensor:

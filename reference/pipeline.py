@@ -1,13 +1,27 @@
 """TwilightDecode: selector, estimator, pruner and attention, in order."""
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypedDict
+
 import torch
 
-from .attention import flash_topk_attention
+from .attention import dense_attention, flash_topk_attention, page_attention
 from .cache import PagedKVCache
+from .double_sparsity import check_labels, select_tokens, token_selection_width
 from .estimator import estimate_logits
+from .lists import Candidates
 from .pruner import broadcast_top_p, prune_top_p
 from .selector import select_all, select_pages, selection_width
+from .twilight_config import read_config
 from .validate import check_positive, check_query, check_windows, resolve_sm_scale
+
+
+class Windows(TypedDict):
+    """How many of the first and of the last tokens are always kept."""
+
+    num_sink_tokens: int
+    num_recent_tokens: int
 
 
 class TwilightDecode:
@@ -16,17 +30,24 @@ class TwilightDecode:
     Args:
         cache: gives the shapes that `run` will see.
         num_qo_heads: query heads, a multiple of the cache's num_kv_heads.
-        selector: "quest" (pages by bound, within token_budget) or "full" (every page).
-        token_budget: candidate tokens per KV head, a multiple of page_size.
+        selector: "quest" (pages by bound, within token_budget), "ds" (Double Sparsity: tokens by
+            label, of a cache that has labels) or "full" (every page).
+        token_budget: candidate tokens per KV head, for "quest" a multiple of page_size; for "ds"
+            with group="own" per query head.
+        group: of "ds": "own" or "shared", see `select_tokens`.
         top_p: mass kept per query head, a number or a tensor (see `prune_top_p`).
         sm_scale: None for head_dim ** -0.5.
         num_sink_tokens, num_recent_tokens: first and last tokens that are always kept.
+        path: "sparse" (every stage), "candidates" (attention over the selector's candidates, each
+            query head over its own) or "dense" (over every token).
 
-    After `run`: candidates, logits, kept.
+    After `run`: candidates, logits, kept; what belongs to a stage that the path leaves out does not
+    exist.
     The stages can be called one by one; each reads what the one before left.
     """
 
     fused = False  # estimator and pruner are two stages, as `kernels` has a step that joins them
+    candidates: Candidates  # of the last select
 
     def __init__(
         self,
@@ -39,6 +60,8 @@ class TwilightDecode:
         sm_scale: float | None = None,
         num_sink_tokens: int = 0,
         num_recent_tokens: int = 0,
+        group: str = "own",
+        path: str = "sparse",
     ) -> None:
         check_positive("num_qo_heads", num_qo_heads)
         if num_qo_heads % cache.num_kv_heads:
@@ -46,21 +69,46 @@ class TwilightDecode:
                 f"num_qo_heads: expected a multiple of {cache.num_kv_heads} (num_kv_heads), "
                 f"got {num_qo_heads}"
             )
-        if selector not in ("quest", "full"):
-            raise ValueError(f"selector: expected 'quest' or 'full', got {selector!r}")
-        check_windows(num_sink_tokens, num_recent_tokens)
+        if selector not in ("quest", "ds", "full"):
+            raise ValueError(f"selector: expected 'quest', 'ds' or 'full', got {selector!r}")
+        if path not in ("sparse", "candidates", "dense"):
+            raise ValueError(f"path: expected 'sparse', 'candidates' or 'dense', got {path!r}")
+        windows = Windows(num_sink_tokens=num_sink_tokens, num_recent_tokens=num_recent_tokens)
+        check_windows(**windows)
         if selector == "quest":
-            selection_width(cache, token_budget, num_sink_tokens, num_recent_tokens)
+            selection_width(cache, token_budget, **windows)
+        elif selector == "ds":
+            token_selection_width(cache, num_qo_heads, token_budget, group, **windows)
         broadcast_top_p(top_p, cache.batch_size, num_qo_heads, cache.k_cache.device)
         self.num_qo_heads = num_qo_heads
         self.selector = selector
+        self.path = path
         self.token_budget = token_budget
+        self.group = group
         self.top_p = top_p
         self.sm_scale = resolve_sm_scale(sm_scale, cache.head_dim)
-        self.windows = {
-            "num_sink_tokens": num_sink_tokens,
-            "num_recent_tokens": num_recent_tokens,
-        }
+        self.windows = windows
+
+    @classmethod
+    def from_config(
+        cls,
+        cache: PagedKVCache,
+        num_qo_heads: int,
+        config: str | Path | Mapping[str, Any],
+        layer: int | None = None,
+    ) -> "TwilightDecode":
+        """The step that one of Twilight's JSON configurations asks for (see `read_config`).
+
+        Args:
+            cache: for Double Sparsity built with the configuration's `label_format`.
+            config: a file's path, or what is in one.
+            layer: of the model; None for one that the configuration does not skip.
+        """
+        read = read_config(config)
+        step = cls(cache, num_qo_heads, **read.decode_options(cache.page_size, layer))
+        if step.selector == "ds":
+            read.check_labels(check_labels(cache, num_qo_heads), cache.head_dim)
+        return step
 
     @property
     def stages(self) -> "TwilightDecode":
@@ -76,7 +124,13 @@ class TwilightDecode:
             raise ValueError(
                 f"q: expected [batch_size, {self.num_qo_heads}, head_dim], got {list(q.shape)}"
             )
+        if self.path == "dense":
+            return _without_lse(dense_attention(q, cache, sm_scale=self.sm_scale, dtype=dtype))
         self.select(q, cache, dtype=dtype)
+        if self.path == "candidates":
+            return _without_lse(
+                page_attention(q, cache, self.candidates, sm_scale=self.sm_scale, dtype=dtype)
+            )
         self.estimate_prune(q, cache, dtype=dtype)
         return self.attend(q, cache, dtype=dtype)
 
@@ -86,8 +140,18 @@ class TwilightDecode:
         """-> candidates."""
         if self.selector == "full":
             self.candidates = select_all(cache)
-            return
-        self.candidates = select_pages(q, cache, self.token_budget, **self.windows, dtype=dtype)
+        elif self.selector == "quest":
+            self.candidates = select_pages(q, cache, self.token_budget, **self.windows, dtype=dtype)
+        else:
+            self.candidates = select_tokens(
+                q,
+                cache,
+                self.token_budget,
+                group=self.group,
+                sm_scale=self.sm_scale,
+                **self.windows,
+                dtype=dtype,
+            )
 
     def estimate(
         self, q: torch.Tensor, cache: PagedKVCache, *, dtype: torch.dtype | None = None
@@ -114,6 +178,12 @@ class TwilightDecode:
         self, q: torch.Tensor, cache: PagedKVCache, *, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
         """Attention over the kept tokens -> out."""
-        out = flash_topk_attention(q, cache, self.kept, sm_scale=self.sm_scale, dtype=dtype)
-        assert isinstance(out, torch.Tensor)  # as no lse is asked for
-        return out
+        return _without_lse(
+            flash_topk_attention(q, cache, self.kept, sm_scale=self.sm_scale, dtype=dtype)
+        )
+
+
+def _without_lse(out: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """What an attention gives that is asked for no lse."""
+    assert isinstance(out, torch.Tensor)
+    return out

@@ -14,9 +14,9 @@ float64 for up to 2**19 tokens: no order changes them, and the two forms agree i
 import torch
 
 from .cache import PagedKVCache
-from .estimator import candidate_tokens
-from .lists import CandidatePages, Kept
-from .validate import check_index_lists, check_tensor, check_windows
+from .estimator import candidate_tokens, own_columns
+from .lists import Candidates, Kept
+from .validate import check_candidates, check_tensor, check_windows
 
 NO_TOKEN = torch.iinfo(torch.int32).max
 
@@ -86,41 +86,38 @@ def group_union(keep: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
 def prune_top_p(
     logits: torch.Tensor,
     cache: PagedKVCache,
-    candidates: CandidatePages,
+    candidates: Candidates,
     top_p: float | torch.Tensor,
     *,
     num_sink_tokens: int = 0,
     num_recent_tokens: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Kept:
-    """Softmax over the candidates, top-p per query head, union per KV head.
+    """Softmax over its own candidates and top-p per query head, union per KV head.
 
     The first num_sink_tokens and the last num_recent_tokens tokens are kept wherever they are
     candidates; so is at least one token of a request that has any. A query head whose logits have
-    no softmax (a NaN or +inf among them, or nothing above -inf) keeps every candidate: what could
-    go is not known.
+    no softmax (a NaN or +inf among them, or nothing above -inf) keeps every candidate of its own:
+    what could go is not known.
 
     Args:
-        logits: [batch_size, num_qo_heads, width * page_size] float; read where a token is.
-        candidates: pages [batch_size, num_kv_heads, width] int32 logical pages, ascending, and
+        logits: [batch_size, num_qo_heads, columns] float, columns as in `candidate_tokens`; read
+            where a candidate of the query head is.
+        candidates: pages or tokens [batch_size, num_kv_heads, width] int32, logical, ascending, and
             counts [batch_size, num_kv_heads] int32.
         top_p: number in (0, 1], or float32 [num_qo_heads], [batch_size, 1] or
             [batch_size, num_qo_heads]. 1 keeps every candidate token.
 
     Returns:
-        tokens: [batch_size, num_kv_heads, width * page_size] int32, logical positions, ascending,
-            then -1.
+        tokens: [batch_size, num_kv_heads, columns] int32, logical positions, ascending, then -1.
         counts: [batch_size, num_kv_heads] int32.
         mass: [batch_size, num_qo_heads] float32 (or `dtype`): the estimated mass of the query
             head's own set, before the union, forced tokens included; 0 for a request of no tokens.
     """
-    candidate_pages, candidate_counts = candidates
-    check_index_lists(
-        "candidate_pages", "candidate_counts", candidate_pages, candidate_counts, cache
-    )
-    width_tokens = candidate_pages.shape[-1] * cache.page_size
+    check_candidates(candidates, cache)
+    tokens = candidate_tokens(cache, candidates)
     logit_dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    check_tensor("logits", logits, (cache.batch_size, None, width_tokens), logit_dtypes)
+    check_tensor("logits", logits, (cache.batch_size, None, tokens.shape[-1]), logit_dtypes)
     check_windows(num_sink_tokens, num_recent_tokens)
     dtype = torch.float32 if dtype is None else dtype
     num_qo_heads = logits.shape[1]
@@ -130,13 +127,12 @@ def prune_top_p(
             f"got {num_qo_heads}"
         )
     top_p = broadcast_top_p(top_p, cache.batch_size, num_qo_heads, logits.device)
-    tokens = candidate_tokens(cache, candidate_pages, candidate_counts)
+    own = own_columns(candidates, tokens, num_qo_heads)
     kept_tokens = torch.full_like(tokens, -1, dtype=torch.int32)
-    kept_counts = torch.zeros_like(candidate_counts)
+    kept_counts = torch.zeros_like(candidates[1])
     kept_mass = torch.zeros(logits.shape[:2], dtype=dtype, device=logits.device)
     for batch, length in enumerate(cache.seq_lens.tolist()):
-        token = tokens[batch]  # [num_kv_heads, width_tokens]
-        valid = (token >= 0).repeat_interleave(num_qo_heads // cache.num_kv_heads, dim=0)
+        token, valid = tokens[batch], own[batch]  # of KV heads, of query heads
         forced = (token < num_sink_tokens) | (token >= length - num_recent_tokens)
         forced = forced.repeat_interleave(num_qo_heads // cache.num_kv_heads, dim=0)
         weights, known = candidate_weights(logits[batch].to(dtype), valid)

@@ -40,6 +40,31 @@ def fp16_ceil(x: torch.Tensor) -> torch.Tensor:
     return -fp16_floor(-x)
 
 
+def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack 8 // bits codes into each byte.
+
+    Args:
+        codes: [..., n] uint8 below 2**bits.
+        bits: 1 to 8.
+
+    Returns:
+        [..., ceil(n / (8 // bits))] uint8. A byte's first code lies in its lowest bits; each has
+        1, 2, 4 or 8 bits of its own, and 0 fills up the last byte.
+    """
+    per_byte = 8 // bits
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per_byte))
+    shifts = torch.arange(0, 8, 8 // per_byte, dtype=torch.uint8, device=codes.device)
+    shifted: torch.Tensor = padded.unflatten(-1, (-1, per_byte)) << shifts
+    return shifted.sum(dim=-1, dtype=torch.uint8)
+
+
+def unpack_codes(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """The inverse of `pack_codes`: [..., bytes] uint8 -> [..., count] uint8 below 2**bits."""
+    shifts = torch.arange(0, 8, 8 // (8 // bits), dtype=torch.uint8, device=packed.device)
+    codes: torch.Tensor = (packed[..., None] >> shifts) & (2**bits - 1)
+    return codes.flatten(-2)[..., :count]
+
+
 def pack_int4(codes: torch.Tensor) -> torch.Tensor:
     """Pack two channels into each byte.
 
@@ -49,12 +74,12 @@ def pack_int4(codes: torch.Tensor) -> torch.Tensor:
     Returns:
         [..., head_dim // 2] uint8: byte j holds channel 2j in its low nibble, 2j + 1 in its high.
     """
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    return pack_codes(codes, 4)
 
 
 def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
     """The inverse of `pack_int4`: [..., head_dim // 2] uint8 -> [..., head_dim] uint8 in 0..15."""
-    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+    return unpack_codes(packed, 4, 2 * packed.shape[-1])
 
 
 def quantize_rows(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:

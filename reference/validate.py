@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .lists import Candidates, CandidateTokens
+
 if TYPE_CHECKING:
     from .cache import PagedKVCache
 
@@ -65,6 +67,16 @@ def check_index_lists(
     for count in counts.flatten().tolist():
         if not 0 <= count <= indices.shape[-1]:
             raise ValueError(f"{counts_name}: expected 0..{indices.shape[-1]}, got {count}")
+
+
+def check_candidates(candidates: Candidates, cache: "PagedKVCache") -> None:
+    """A list of pages or of tokens with its counts, and `heads` of the tokens' shape or None."""
+    if not isinstance(candidates, CandidateTokens):
+        return check_index_lists("candidate_pages", "candidate_counts", *candidates, cache)
+    tokens, counts, heads = candidates
+    check_index_lists("candidate_tokens", "candidate_counts", tokens, counts, cache)
+    if heads is not None:
+        check_tensor("candidate_heads", heads, tuple(tokens.shape), INT_DTYPES, tokens.device)
 
 
 def check_positive(name: str, value: int) -> None:

@@ -10,10 +10,10 @@ from twilight_tilelang.profiling.observations import accuracy
 from twilight_tilelang.profiling.observations.accuracy import Request, accuracy_rows, prune
 from twilight_tilelang.profiling.observations.kept import kept_rows
 from twilight_tilelang.profiling.observations.memory import memory_rows
-from twilight_tilelang.profiling.plan import Target, prepare
+from twilight_tilelang.profiling.plan import prepare
 from twilight_tilelang.profiling.providers.backends import Torch
 from twilight_tilelang.profiling.providers.checks import request_cache
-from twilight_tilelang.profiling.providers.stages import StageBuilder
+from twilight_tilelang.profiling.providers.stages import StageBuilder, Target
 from twilight_tilelang.profiling.tables.rows import AccuracyRow
 from twilight_tilelang.profiling.workloads.workload import Workload
 from twilight_tilelang.reference.inputs import DecodeShape

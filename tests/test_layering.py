@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = {
     "reference": {"reference", "torch"},
     "kernels": {
-        *("kernels", "torch", "tilelang"),
+        *("kernels", "torch", "tilelang", "tvm"),
         "_typeshed",  # of the standard library, for types alone
     },
     "profiling": {"profiling", "kernels", "torch", "tqdm"},
@@ -39,6 +39,7 @@ ALLOWED = {
         *("autotune", "kernels", "reference", "profiling"),  # the benchmark's inputs and checks
         *("torch", "tilelang", "tqdm", "pebble"),
     },
+    "integrations": {"integrations", "kernels", "reference", "torch", "transformers"},
     "plots": {"plots", "numpy", "pandas", "matplotlib"},
 }
 PACKAGE = "twilight_tilelang"

@@ -10,7 +10,7 @@ import torch
 
 from tests.doubles.made_up_results import made_up_rows, write_frames
 from twilight_tilelang.profiling import bench, run
-from twilight_tilelang.profiling.plan import Target, groups_of, prepare
+from twilight_tilelang.profiling.plan import groups_of, prepare
 from twilight_tilelang.profiling.providers.backends import Torch
 from twilight_tilelang.profiling.providers.checks import (
     CheckFailed,
@@ -18,12 +18,12 @@ from twilight_tilelang.profiling.providers.checks import (
     check_pruner,
     check_selector,
 )
-from twilight_tilelang.profiling.providers.stages import sets_wanted
+from twilight_tilelang.profiling.providers.stages import Target, sets_wanted
 from twilight_tilelang.profiling.tables.report import report
 from twilight_tilelang.profiling.tables.rows import OBSERVED, ROW_KEY, TIMED, Row
 from twilight_tilelang.profiling.tables.store import (
     RESULTS,
-    Finished,
+    finished,
     path_of,
     raise_ceiling,
     read_rows,
@@ -185,9 +185,9 @@ def test_the_report_compares_with_the_fastest_dense_decode(tmp_path: Path) -> No
 def test_finished_knows_rows_of_the_same_code_only(rows: list[Row], tmp_path: Path) -> None:
     write_rows(rows[:1], tmp_path)
     key = ("selector", *(getattr(rows[0], name) for name in ROW_KEY))
-    assert key in Finished("h200", "0123456789", tmp_path)
-    assert key not in Finished("h200", "another", tmp_path)
-    assert key not in Finished("h100", "0123456789", tmp_path)
+    assert key in finished("h200", "0123456789", tmp_path)
+    assert key not in finished("h200", "another", tmp_path)
+    assert key not in finished("h100", "0123456789", tmp_path)
 
 
 COMMITTED = sorted(RESULTS.glob("*/*.csv"))

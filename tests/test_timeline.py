@@ -13,9 +13,9 @@ from twilight_tilelang.profiling.observations.timeline import (
     shares,
     timeline_rows,
 )
-from twilight_tilelang.profiling.plan import Target, prepare
+from twilight_tilelang.profiling.plan import prepare
 from twilight_tilelang.profiling.providers.backends import TileLang, Torch
-from twilight_tilelang.profiling.providers.stages import Slot
+from twilight_tilelang.profiling.providers.stages import Slot, Target
 from twilight_tilelang.profiling.timing import time_providers
 from twilight_tilelang.profiling.workloads.workload import Workload
 from twilight_tilelang.reference.inputs import DecodeShape

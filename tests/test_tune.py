@@ -11,6 +11,7 @@ from types import MappingProxyType, SimpleNamespace
 import pytest
 import torch
 
+from tests.checks.buckets import broken_limit, shape_of
 from tests.doubles.fake_bench import (
     FakeBench,
     bench_of_workload,
@@ -24,9 +25,7 @@ from twilight_tilelang.autotune.measure import WrongResult, compare_bits, measur
 from twilight_tilelang.autotune.search import Measured, settle
 from twilight_tilelang.autotune.space import (
     SPACES,
-    broken_limit,
     candidates,
-    shape_of,
     space_id,
 )
 from twilight_tilelang.autotune.store import open_configs, path_of

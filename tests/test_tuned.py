@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.checks.buckets import broken_limit, shape_of
 from tests.doubles import fake_gpu
 from tests.inputs.stored import COMMITTED, HOME, SYNTHETIC, configs_of, entry_of, stored
 from twilight_tilelang.autotune import show
-from twilight_tilelang.autotune.space import broken_limit, launches_of, shape_of
+from twilight_tilelang.autotune.space import launches_of
 from twilight_tilelang.autotune.store import path_of, with_entry, write_configs
 from twilight_tilelang.kernels import tuned
 from twilight_tilelang.kernels.attention import ATTENTION

@@ -153,7 +153,7 @@ def _candidates(
         return ~chosen[:, :seq_len]
     sinks = {"num_sink_tokens": workload.num_sink_tokens}
     pages = reference.select_pages(q[None], one, workload.token_budget, **sinks, dtype=ORACLE)
-    tokens = reference.candidate_tokens(one, *pages)[0]
+    tokens = reference.candidate_tokens(one, pages)[0]
     chosen.scatter_(-1, torch.where(tokens < 0, seq_len, tokens), True)
     return chosen[:, :seq_len]
 

@@ -13,17 +13,13 @@ def memory_rows(builder: StageBuilder, gpu: str, origin: Origin) -> list[MemoryR
     cache = builder.sets.caches[0]
     slots = cache.num_pages * cache.page_size * cache.num_kv_heads
     dense = 2 * cache.head_dim * FP16_BYTES
-    rows = []
-    for part in PARTS:
-        tensor = getattr(cache, part)
-        size = tensor.numel() * tensor.element_size() / slots
-        rows.append(
-            MemoryRow(
-                **builder.workload.labels(METHOD, gpu),
-                part=part,
-                bytes_per_token=size,
-                share=size / dense,
-                **origin,
-            )
+    return [
+        MemoryRow(
+            **builder.workload.labels(METHOD, gpu),
+            part=part,
+            bytes_per_token=getattr(cache, part).nbytes / slots,
+            share=getattr(cache, part).nbytes / slots / dense,
+            **origin,
         )
-    return rows
+        for part in PARTS
+    ]

@@ -55,19 +55,16 @@ def shares(
     if rest or not per_step or steps < 2:
         raise ValueError(f"spans: expected two or more equal steps, got {len(spans)} in {steps}")
     stage_of = {kernel: stage for stage, own in kernels.items() for kernel in own}
-    launches, busy, gap = (dict.fromkeys(kernels, 0.0) for _ in range(3))
+    sums = {stage: Share(0.0, 0.0, 0.0) for stage in kernels}
     reached = max(span.end for span in spans[:per_step])
     for span in spans[per_step:]:
         stage = stage_of[span.kernel]
-        launches[stage] += 1
-        gap[stage] += max(0.0, span.start - reached)
-        busy[stage] += max(0.0, span.end - max(span.start, reached))
+        launches, busy_us, gap_us = sums[stage]
+        busy_us += max(0.0, span.end - max(span.start, reached))
+        gap_us += max(0.0, span.start - reached)
+        sums[stage] = Share(launches + 1, busy_us, gap_us)
         reached = max(reached, span.end)
-    counted = steps - 1
-    return {
-        stage: Share(launches[stage] / counted, busy[stage] / counted, gap[stage] / counted)
-        for stage in kernels
-    }
+    return {stage: Share(*(each / (steps - 1) for each in own)) for stage, own in sums.items()}
 
 
 def timeline_rows(builder: StageBuilder, gpu: str, origin: Origin) -> list[TimelineRow]:

@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..device import free_bytes
+from .backends import Call
 
 SPARE_BYTES = 4 << 30
 FLASHINFER_WORKSPACE = 512 << 20
 SDPA_BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-
-Call = Callable[[], torch.Tensor]
 
 
 class Unavailable(RuntimeError):

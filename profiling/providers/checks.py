@@ -16,17 +16,19 @@ The reference computes in float64 on the same device.
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from twilight_tilelang import reference
 
+from .backends import Lists
+
 SCORE_TOLERANCE = 1e-4
 LOGIT_TOLERANCE = 1e-3
 MASS_TOLERANCE = 1e-3
 COUNT_TOLERANCE = 0.01
-Lists = tuple[torch.Tensor, ...]  # indices and counts; what follows them is passed over
 ORACLE = torch.float64
 
 
@@ -40,15 +42,16 @@ def relative_error(got: torch.Tensor, oracle: torch.Tensor) -> float:
     return float(difference / torch.linalg.vector_norm(oracle.to(torch.float64)))
 
 
-def requests_to_check(cache: Any) -> list[int]:
-    """The first and the last request of a batch."""
-    return sorted({0, cache.batch_size - 1})
+def requests_to_check(cache: Any) -> Iterator[tuple[slice, reference.PagedKVCache]]:
+    """The first and the last request of a batch: their place in it, and their cache alone."""
+    for request in sorted({0, cache.batch_size - 1}):
+        yield slice(request, request + 1), request_cache(cache, request)
 
 
 def request_cache(cache: Any, request: int) -> reference.PagedKVCache:
     """The reference's view of one request; no page is copied."""
     names = [field.name for field in dataclasses.fields(reference.PagedKVCache)]
-    fields = {name: getattr(cache, name) for name in names}
+    fields = {name: getattr(cache, name) for name in names if hasattr(cache, name)}
     rows = slice(request, request + 1)
     fields |= {"page_table": cache.page_table[rows], "seq_lens": cache.seq_lens[rows]}
     return reference.PagedKVCache(**fields)
@@ -57,14 +60,13 @@ def request_cache(cache: Any, request: int) -> reference.PagedKVCache:
 def check_selector(q: torch.Tensor, cache: Any, step: Any, num_sink_tokens: int = 0) -> float:
     """Chosen pages: as many as asked for, ascending, none worse than the reference's last."""
     errors = []
-    for request in requests_to_check(cache):
-        one = request_cache(cache, request)
+    for rows, one in requests_to_check(cache):
         num_pages = -(-int(one.seq_lens) // one.page_size)
         expected = min(num_pages, step.candidates.pages.shape[-1])
-        counts = step.candidates.counts[request].tolist()
+        counts = step.candidates.counts[rows][0].tolist()
         if counts != [expected] * one.num_kv_heads:
             raise CheckFailed(f"candidate_counts: expected {expected}, got {counts}")
-        chosen = step.candidates.pages[request, :, :expected].long()
+        chosen = step.candidates.pages[rows][0, :, :expected].long()
         if bool((chosen.diff(dim=-1) <= 0).any()) or bool(
             ((chosen < 0) | (chosen >= num_pages)).any()
         ):
@@ -73,7 +75,7 @@ def check_selector(q: torch.Tensor, cache: Any, step: Any, num_sink_tokens: int 
         bounds = reference.dequantize_bounds(
             one.page_bounds[pages], one.bounds_scale_zero[pages], dtype=ORACLE
         )
-        bounds = reference.quest_bounds(q[request], *bounds, dtype=ORACLE)
+        bounds = reference.quest_bounds(q[rows][0], *bounds, dtype=ORACLE)
         scores = bounds.view(one.num_kv_heads, -1, num_pages).amax(dim=1)
         largest = scores.abs().amax()
         scores[:, -1] = math.inf  # the newest page and the sinks always belong to the candidates
@@ -87,9 +89,7 @@ def check_selector(q: torch.Tensor, cache: Any, step: Any, num_sink_tokens: int 
 def check_estimator(q: torch.Tensor, cache: Any, step: Any) -> float:
     """Logits of the step's own candidates."""
     errors = []
-    for request in requests_to_check(cache):
-        rows = slice(request, request + 1)
-        one = request_cache(cache, request)
+    for rows, one in requests_to_check(cache):
         candidates = [each[rows] for each in step.candidates]
         oracle = reference.estimate_logits(q[rows], one, candidates, dtype=ORACLE)
         valid = oracle.isfinite()
@@ -100,9 +100,7 @@ def check_estimator(q: torch.Tensor, cache: Any, step: Any) -> float:
 def check_pruner(cache: Any, step: Any, top_p: float, num_sink_tokens: int = 0) -> float:
     """Kept tokens of the step's own logits."""
     errors = []
-    for request in requests_to_check(cache):
-        rows = slice(request, request + 1)
-        one = request_cache(cache, request)
+    for rows, one in requests_to_check(cache):
         candidates = [each[rows] for each in step.candidates]
         logits = step.logits[rows]
         tokens, counts, mass = reference.prune_top_p(
@@ -120,7 +118,7 @@ def check_pruner(cache: Any, step: Any, top_p: float, num_sink_tokens: int = 0) 
         differs = _membership(tokens, counts, seq_len) ^ _membership(
             step.kept.tokens[rows], step.kept.counts[rows], seq_len
         )
-        positions = reference.candidate_tokens(one, *candidates)[0]  # [num_kv_heads, width]
+        positions = reference.candidate_tokens(one, candidates)[0]  # [num_kv_heads, width]
         valid = positions >= 0
         odd = differs.gather(-1, positions.clamp(min=0)) & valid
         weights = logits[0].double().unflatten(0, (one.num_kv_heads, -1))
@@ -131,51 +129,42 @@ def check_pruner(cache: Any, step: Any, top_p: float, num_sink_tokens: int = 0) 
 
 def check_attention(out: torch.Tensor, q: torch.Tensor, cache: Any, kept: Lists) -> float:
     """Attention over given tokens."""
-
-    def oracle(one: Any, rows: slice) -> torch.Tensor:
-        own = tuple(each[rows] for each in kept)
-        return reference.flash_topk_attention(q[rows], one, own, dtype=ORACLE)
-
-    return _compare_out(out, q, cache, oracle)
+    return _check_out(q, _out_error(reference.flash_topk_attention, out, q, cache, kept))
 
 
 def check_pages(out: torch.Tensor, q: torch.Tensor, cache: Any, candidates: Lists) -> float:
     """Attention over given pages."""
-
-    def oracle(one: Any, rows: slice) -> torch.Tensor:
-        own = tuple(each[rows] for each in candidates)
-        return reference.page_attention(q[rows], one, own, dtype=ORACLE)
-
-    return _compare_out(out, q, cache, oracle)
+    return _check_out(q, _out_error(reference.page_attention, out, q, cache, candidates))
 
 
 def check_dense(out: torch.Tensor, q: torch.Tensor, cache: Any) -> float:
     """Attention over every token."""
-    return _within("out", dense_error(out, q, cache), _out_tolerance(q))
+    return _check_out(q, dense_error(out, q, cache))
 
 
 def dense_error(out: torch.Tensor, q: torch.Tensor, cache: Any) -> float:
     """|out - dense attention| / |dense attention|."""
-    return _out_error(
-        out, q, cache, lambda one, rows: reference.dense_attention(q[rows], one, dtype=ORACLE)
-    )
+    return _out_error(reference.dense_attention, out, q, cache)
 
 
-def _compare_out(out: torch.Tensor, q: torch.Tensor, cache: Any, oracle: Any) -> float:
-    return _within("out", _out_error(out, q, cache, oracle), _out_tolerance(q))
+def _check_out(q: torch.Tensor, error: float) -> float:
+    return _within("out", error, max(8 * torch.finfo(q.dtype).eps, 1e-5))
 
 
-def _out_error(out: torch.Tensor, q: torch.Tensor, cache: Any, oracle: Any) -> float:
+def _out_error(
+    attend: Callable[..., torch.Tensor],
+    out: torch.Tensor,
+    q: torch.Tensor,
+    cache: Any,
+    *lists: Lists,
+) -> float:
+    """The error against an attention of the reference, given what it reads of each request."""
     out = out.reshape(q.shape)
     errors = []
-    for request in requests_to_check(cache):
-        rows = slice(request, request + 1)
-        errors.append(relative_error(out[rows], oracle(request_cache(cache, request), rows)))
+    for rows, one in requests_to_check(cache):
+        own = (tuple(each[rows] for each in given) for given in lists)
+        errors.append(relative_error(out[rows], attend(q[rows], one, *own, dtype=ORACLE)))
     return max(errors, key=lambda error: math.inf if math.isnan(error) else error)
-
-
-def _out_tolerance(q: torch.Tensor) -> float:
-    return max(8 * torch.finfo(q.dtype).eps, 1e-5)
 
 
 def _membership(tokens: torch.Tensor, counts: torch.Tensor, seq_len: int) -> torch.Tensor:

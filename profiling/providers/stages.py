@@ -3,13 +3,12 @@
 Everything that touches the implementation under test goes through `backends.py`.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,6 +24,16 @@ MAX_SLOTS = 4 * 72
 MAX_TOKEN_LISTS = 128
 
 Notice = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is measured, and where: the backend, its GPU's name, and the size of that GPU's L2."""
+
+    backend: Any
+    gpu: str
+    l2_bytes: int
+    notice: Notice
 
 
 @dataclass(frozen=True)
@@ -60,8 +69,7 @@ class Provider:
     work: Work
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """One input set with a workspace of its own."""
 
     q: torch.Tensor
@@ -70,7 +78,7 @@ class Slot:
 
     def with_configs(self, configs: Mapping[str, Any]) -> "Slot":
         """The same with launch configs by kernel, and the defaults of the others."""
-        return dataclasses.replace(self, step=self.step.with_configs(configs))
+        return self._replace(step=self.step.with_configs(configs))
 
     @property
     def calls(self) -> dict[str, Callable[[], object]]:
@@ -98,18 +106,16 @@ class Slot:
 class StageBuilder:
     """Builds the providers of one workload; steps are made once and shared by the stages."""
 
-    def __init__(
-        self, workload: Workload, sets: RequestSets, backend: Any, l2_bytes: int, notice: Notice
-    ) -> None:
-        self.workload, self.sets, self.backend = workload, sets, backend
-        self.l2_bytes, self.notice = l2_bytes, notice
+    def __init__(self, workload: Workload, sets: RequestSets, target: Target) -> None:
+        self.workload, self.sets, self.target = workload, sets, target
+        self.backend = target.backend
         self._slots: dict[str, list[Slot]] = {}
 
     def variant(self, workload: Workload) -> "StageBuilder":
         """A builder for other settings of this workload, on the same inputs."""
         if workload == self.workload:
             return self
-        return StageBuilder(workload, self.sets, self.backend, self.l2_bytes, self.notice)
+        return StageBuilder(workload, self.sets, self.target)
 
     def providers(self, stage: str, methods: Sequence[str] = METHODS) -> list[Provider]:
         """The providers of one stage, to be timed together; `methods` are those of the pipeline."""
@@ -127,7 +133,8 @@ class StageBuilder:
         workload, sets = self.workload, self.sets
         row_bytes = LOGIT_BYTES * workload.shape.group_size + INDEX_BYTES
         workspace = 2 * workload.work(method).candidate_tokens * row_bytes
-        wanted = min(self._num_cold(stage, method), max(1, WORKSPACE_BYTES // workspace))
+        num_cold = _num_cold(workload, stage, method, self.target.l2_bytes)
+        wanted = min(num_cold, max(1, WORKSPACE_BYTES // workspace))
         wanted = min(wanted, MAX_SLOTS if stage == "pruner" else sets.num_sets)
         slots = self._slots.setdefault(method, [])
         while len(slots) < wanted:
@@ -148,14 +155,13 @@ class StageBuilder:
 
     def _stage(self, stage: str) -> Provider:
         """One stage of quest+twilight, on what the stages before it left in the workspaces."""
-        method = METHOD
-        slots = self.slots(stage, method)
+        slots = self.slots(stage, METHOD)
         calls, check = [slot.calls[stage] for slot in slots], partial(self.check, stage, slots[0])
-        return self._provider(stage, method, slots, calls, check)
+        return self._provider(stage, METHOD, slots, calls, check)
 
     def check(self, stage: str, slot: Slot) -> float:
         """The error of one stage; raises CheckFailed where it is too large."""
-        out, q, cache, step = slot.calls[stage](), slot.q, slot.cache, slot.step
+        out, (q, cache, step) = slot.calls[stage](), slot
         if stage == "selector":
             return checks.check_selector(q, cache, step, self.workload.num_sink_tokens)
         if stage == "estimator":
@@ -167,7 +173,7 @@ class StageBuilder:
 
     def _twilight(self, method: str) -> Provider:
         slots = self.slots("pipeline", method)
-        calls, (q, cache, step) = [slot.calls["pipeline"] for slot in slots], _parts(slots[0])
+        calls, (q, cache, step) = [slot.calls["pipeline"] for slot in slots], slots[0]
 
         def check() -> float:
             out = calls[0]()
@@ -204,11 +210,11 @@ class StageBuilder:
         }
         wanted = self.workload.dense_baselines
         if "flashinfer" in wanted:
-            with optional("flashinfer, dense", self.notice):
+            with optional("flashinfer, dense", self.target.notice):
                 calls["flashinfer"] = baselines.flashinfer_dense(queries, caches)
         sdpa = [name for name in wanted if name in baselines.SDPA_BACKENDS]
         if sdpa:
-            with optional(f"{' and '.join(sdpa)}, dense", self.notice):
+            with optional(f"{' and '.join(sdpa)}, dense", self.target.notice):
                 calls |= baselines.sdpa_dense(sdpa, queries, caches)
 
         def check(call: Callable[[], torch.Tensor]) -> float:
@@ -226,7 +232,7 @@ class StageBuilder:
         shape, q, cache = workload.shape, self.sets.queries[0], self.sets.caches[0]
         head_counts = workload.head_counts()
         work = workload.work(RANDOM, kept_tokens=shape.batch_size * sum(head_counts))
-        wanted = cold_sets(bytes_moved("attention", RANDOM, work), self.l2_bytes)
+        wanted = cold_sets(bytes_moved("attention", RANDOM, work), self.target.l2_bytes)
         generator = torch.Generator(backend.device).manual_seed(SEED + workload.token_budget)
         tokens = [
             random_tokens(shape, head_counts, backend.device, generator)
@@ -238,7 +244,7 @@ class StageBuilder:
             backend.provider: [backend.attend_tokens(q, cache, (own, counts)) for own in tokens]
         }
         if backend.device == "cuda":
-            with optional(f"flashinfer, {workload.token_budget} tokens", self.notice):
+            with optional(f"flashinfer, {workload.token_budget} tokens", self.target.notice):
                 calls["flashinfer"] = baselines.flashinfer_tokens(q, cache, tokens, counts)
 
         def check(call: Callable[[], torch.Tensor]) -> float:
@@ -254,26 +260,27 @@ class StageBuilder:
         self, stage: str, method: str, slots: list[Slot], calls: Calls, check: Callable[[], float]
     ) -> Provider:
         kept = Kept.of([slot.step.kept.counts for slot in slots])
-        rows = self.sets.shape.batch_size * self.sets.shape.num_kv_heads
+        rows = self.workload.shape.batch_size * self.workload.shape.num_kv_heads
         work = self.workload.work(method, kept_tokens=round(kept.mean * rows))
         return Provider(stage, method, self.backend.provider, calls, check, kept, work)
 
-    def _num_cold(self, stage: str, method: str) -> int:
-        return cold_sets(bytes_moved(stage, method, self.workload.work(method)), self.l2_bytes)
-
     def _cold_sets(self, stage: str, method: str) -> tuple[list[torch.Tensor], list[Any]]:
-        wanted = self._num_cold(stage, method)
+        wanted = _num_cold(self.workload, stage, method, self.target.l2_bytes)
         return self.sets.queries[:wanted], self.sets.caches[:wanted]
 
 
 def sets_wanted(workload: Workload, l2_bytes: int) -> int:
     """Input sets that keep every stage of a workload cold, as far as `max_sets` allows."""
-    wanted = 1
-    for stage in set(workload.stages) & set(STAGES) - {"pruner"}:  # it reads its workspace only
-        for method, variant in itertools.product(workload.methods(stage), workload.variants()):
-            num_bytes = bytes_moved(stage, method, variant.work(method))
-            wanted = max(wanted, cold_sets(num_bytes, l2_bytes))
-    return min(wanted, workload.max_sets)
+    wanted = [
+        _num_cold(variant, stage, method, l2_bytes)
+        for stage in set(workload.stages) & set(STAGES) - {"pruner"}  # it reads its workspace only
+        for method, variant in itertools.product(workload.methods(stage), workload.variants())
+    ]
+    return min(max(wanted, default=1), workload.max_sets)
+
+
+def _num_cold(workload: Workload, stage: str, method: str, l2_bytes: int) -> int:
+    return cold_sets(bytes_moved(stage, method, workload.work(method)), l2_bytes)
 
 
 @contextmanager
@@ -283,7 +290,3 @@ def optional(what: str, notice: Notice) -> Iterator[None]:
         yield
     except Exception as error:
         notice(f"left out: {what}: {type(error).__name__}: {error}")
-
-
-def _parts(slot: Slot) -> tuple[torch.Tensor, Any, Any]:
-    return slot.q, slot.cache, slot.step

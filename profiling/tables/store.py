@@ -61,6 +61,19 @@ def write_rows(rows: Sequence[AnyRow], folder: Path = RESULTS) -> None:
     _write(frame.sort_values(list(table.key), kind="stable"), path)
 
 
+def finished(gpu: str, commit: str, folder: Path = RESULTS) -> set[tuple]:
+    """What an earlier run of the same code left, so that a run cut off can go on: each the name of
+    its table, then its mark."""
+    marks: set[tuple] = set()
+    for name, table in TABLES.items():
+        path = path_of(name, gpu, folder)
+        if path.exists():
+            frame = read_rows(path)
+            rows = frame[frame["commit"] == commit][list(table.mark)]
+            marks |= {(name, *mark) for mark in rows.itertuples(index=False, name=None)}
+    return marks
+
+
 def raise_ceiling(read_tbps: float, gpu: str, commit: str, folder: Path = RESULTS) -> float:
     """Hold the timed rows of a run to the largest rate that it has seen so far, in TB/s.
 
@@ -98,21 +111,3 @@ def _cells(row: AnyRow) -> dict[str, object]:
     for name in DIGITS.keys() & cells.keys():
         cells[name] = float(f"{cells[name]:.{DIGITS[name]}g}")
     return cells
-
-
-class Finished:
-    """What an earlier run of the same code left, so that a run cut off can go on: each the name of
-    its table, then its mark."""
-
-    def __init__(self, gpu: str, commit: str, folder: Path = RESULTS) -> None:
-        self._keys: set[tuple] = set()
-        for name, table in TABLES.items():
-            path = path_of(name, gpu, folder)
-            if path.exists():
-                frame = read_rows(path)
-                rows = frame[frame["commit"] == commit]
-                found = rows[list(table.mark)].itertuples(index=False, name=None)
-                self._keys |= {(name, *key) for key in found}
-
-    def __contains__(self, key: tuple) -> bool:
-        return key in self._keys

@@ -24,7 +24,6 @@ SEED = 20_250_202
 class RequestSets:
     """`num_sets` batches of requests: set i has queries[i] and caches[i], all in one pool."""
 
-    shape: DecodeShape
     queries: list[torch.Tensor]
     caches: list[Any]
 
@@ -88,7 +87,7 @@ def workload_sets(
         )
         for row in rows
     ]
-    return RequestSets(shape, [q[row].clone() for row in rows], caches)
+    return RequestSets([q[row].clone() for row in rows], caches)
 
 
 def recorded_steps(

@@ -4,6 +4,7 @@ import torch
 
 from twilight_tilelang.reference.cache import PagedKVCache, tokens_per_page
 from twilight_tilelang.reference.inputs import DecodeInputs
+from twilight_tilelang.reference.labels import LabelFormat
 
 
 def unused_slots(inputs: DecodeInputs | PagedKVCache) -> torch.Tensor:
@@ -23,7 +24,8 @@ def poison_inputs(inputs: DecodeInputs) -> None:
 def poison_unused(cache: PagedKVCache) -> None:
     """Write NaN, in place, into all that belongs to no token: K, V, scales, zeros, unused bounds.
 
-    Codes become 255. The cache may be of any package; bounds of part-filled pages stay.
+    Codes become 255, those of labels too. The cache may be of any package; bounds of part-filled
+    pages stay.
     """
     unused = unused_slots(cache)
     cache.k_cache[unused] = float("nan")
@@ -31,16 +33,20 @@ def poison_unused(cache: PagedKVCache) -> None:
     page, slot = unused.nonzero(as_tuple=True)
     cache.k_int4[page, :, slot] = 255
     cache.k_scale_zero[page, :, slot] = float("nan")
+    labels = getattr(cache, "labels", None)
+    if labels is not None and labels.bits is not None:
+        labels.codes[page, :, slot] = 255
+        labels.scale_zero[page, :, slot] = float("nan")
     # By index: a mask would read what is there, and it may never have been written.
     (page,) = unused.all(dim=1).nonzero(as_tuple=True)
     cache.page_bounds[page] = 255
     cache.bounds_scale_zero[page] = float("nan")
 
 
-def poisoned_cache(inputs: DecodeInputs) -> PagedKVCache:
+def poisoned_cache(inputs: DecodeInputs, label_format: LabelFormat | None = None) -> PagedKVCache:
     """The inputs' cache, with NaN before and after it was built: in the inputs' own K and V too."""
     poison_inputs(inputs)
-    cache = PagedKVCache.wrap(*inputs.paged())
+    cache = PagedKVCache.wrap(*inputs.paged(), label_format=label_format)
     poison_unused(cache)
     return cache
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from twilight_tilelang.autotune.space import shape_of
+from tests.checks.buckets import shape_of
 from twilight_tilelang.kernels import tuned
 from twilight_tilelang.kernels.gpu import ARCHS
 from twilight_tilelang.kernels.launch import StepShape

@@ -107,58 +107,58 @@ MUTANTS = (
     ),
     Mutant(
         "part of a sink page not forced", "top_pages.py",
-        "sink_pages = T.ceildiv(num_sink_tokens, page_size)",
-        "sink_pages = num_sink_tokens // page_size", SELECTOR, TOPPED,
+        "first_open = T.ceildiv(num_sink_tokens, page_size)",
+        "first_open = num_sink_tokens // page_size", SELECTOR, TOPPED,
     ),
     Mutant(
         "a tied page dropped", "top_pages.py",
-        "and -page >= ties[0]", "and -page > ties[0]", SELECTOR, TOPPED,
+        "and -page >= ties.low", "and -page > ties.low", SELECTOR, TOPPED,
     ),
     Mutant(
         "> for >= at the page threshold", "top_pages.py",
-        "or key > bracket[0]", "or key >= bracket[0]", SELECTOR, TOPPED,
+        "or key > search.low", "or key >= search.low", SELECTOR, TOPPED,
     ),
     Mutant(
-        "odd channels weigh double", "estimator.py",
+        "odd channels weigh double", "estimate_tiles.py",
         "1.0, 0.0625)", "1.0, 0.125)", ESTIMATOR, ESTIMATED,
     ),
     Mutant(
-        "zero point left out", "estimator.py",
-        "acc[t * 2 + h], zero * q_sum[n, h]", "acc[t * 2 + h], T.float32(0)",
+        "zero point left out", "estimate_tiles.py",
+        "acc[t * 2 + h], zero * query.sums[n, h]", "acc[t * 2 + h], T.float32(0)",
         ESTIMATOR, ESTIMATED,
     ),
     Mutant(
-        "a logit behind the last token", "estimator.py",
+        "a logit behind the last token", "estimate_tiles.py",
         "if quad + t * 8 >= tokens_left:", "if quad + t * 8 > tokens_left:", ESTIMATOR, ESTIMATED,
     ),
     Mutant(
-        "codes of a warp's first page for all its tiles", "estimator.py",
-        "next_physical[i], next_physical[0])", "next_physical[0], next_physical[0])",
+        "codes of a warp's first page for all its tiles", "estimate_tiles.py",
+        "next_physical[i], self.next_physical[0])", "next_physical[0], self.next_physical[0])",
         ESTIMATOR, ESTIMATED,
     ),
     Mutant(
-        "neighbouring rows not swapped back", "estimator.py",
+        "neighbouring quads not swapped back", "estimate_tiles.py",
         "T.if_then_else(is_odd, 0x1054, 0x5410)", "0x5410", ESTIMATOR, ESTIMATED,
     ),
     Mutant(
-        "a large logit left to overflow", "estimator.py",
+        "a large logit left to overflow", "estimate_tiles.py",
         "if T.abs(logit[h, t]) > MAX_LOGIT:", "if T.abs(logit[h, t]) > 2 * MAX_LOGIT:",
         ESTIMATOR, RANGED,
     ),
     Mutant(
         "fused: warps take overlapping tiles", "estimate_prune.py",
-        "thread // 32 * config.tiles_per_warp, num_tiles",
-        "thread // 64 * config.tiles_per_warp, num_tiles", ESTIMATE_PRUNE, FUSED,
+        "T.get_thread_binding() // 32 * config.tiles_per_warp",
+        "T.get_thread_binding() // 64 * config.tiles_per_warp", ESTIMATE_PRUNE, FUSED,
     ),
     Mutant(
         "fused: first head searched for all", "estimate_prune.py",
-        "lambda of_head, at: logits[of_head, at], None", "lambda of_head, at: logits[0, at], None",
+        "lambda head, at: logits[head, at]", "lambda head, at: logits[0, at]",
         ESTIMATE_PRUNE, FUSED,
     ),
     Mutant(
         "last query head of a group dropped from the union", "top_p.py",
-        "T.min(nth_turn * num_teams + team, num_heads - 1)",
-        "T.min(nth_turn * num_teams + team, T.max(num_heads - 2, 0))", PRUNER, PRUNED,
+        "T.min(turn * self.at_once + team, self.number - 1)",
+        "T.min(turn * self.at_once + team, T.max(self.number - 2, 0))", PRUNER, PRUNED,
     ),
     Mutant(
         "a little less mass than asked for", "top_p.py",
@@ -166,11 +166,12 @@ MUTANTS = (
     ),
     Mutant(
         "masses a little too small", "top_p.py",
-        "weight(x) * scale + 0.5", "weight(x) * scale * 0.999", PRUNER, PRUNED,
+        "weight(distance) * self.scale + 0.5", "weight(distance) * self.scale * 0.999",
+        PRUNER, PRUNED,
     ),
     Mutant(
         "light weights cut that are needed", "top_p.py",
-        "* total[0] * 0.9999", "* total[0] * 20.0", PRUNER, PRUNED,
+        "* total * 0.9999", "* total * 20.0", PRUNER, PRUNED,
     ),
     Mutant(
         "softmax summed over half of the warps", "top_p.py",
@@ -178,11 +179,13 @@ MUTANTS = (
     ),
     Mutant(
         "arrivals of heads not left at zero", "pruner.py",
-        "arrived[batch, kv_head] = 0", "arrived[batch, kv_head] = 1", REPEATED, PRUNED_APART,
+        "arrived[row.batch, row.kv_head] = 0", "arrived[row.batch, row.kv_head] = 1",
+        REPEATED, PRUNED_APART,
     ),
     Mutant(
         "one sink too few", "top_p.py",
-        "if position(early) < num_sink_tokens:", "if position(early) < num_sink_tokens - 1:",
+        "if windows.position(early) < windows.num_sink_tokens:",
+        "if windows.position(early) < windows.num_sink_tokens - 1:",
         WINDOWS, PRUNED,
     ),
     Mutant(
@@ -191,18 +194,18 @@ MUTANTS = (
     ),
     Mutant(
         "a bit behind the last token at p = 1", "top_p.py",
-        "T.max(word * 32 + 32 - num_tokens[0], 0)", "T.max(word * 32 + 31 - num_tokens[0], 0)",
+        "T.max(word * 32 + 32 - num_tokens, 0)", "T.max(word * 32 + 31 - num_tokens, 0)",
         PRUNER, PRUNED,
     ),
     Mutant(
         "NaN prunes everything", "top_p.py",
-        "T.And(total[0] >= 1.0, asked < 1.0)",
-        "top_p[batch, kv_head, head]", PRUNER, UNKNOWN,
+        "T.And(total >= 1.0, asked < 1.0)",
+        "top_p[row.batch, row.kv_head, head]", PRUNER, UNKNOWN,
     ),
     Mutant(
         "no barrier before the bins are read", "threshold.py",
-        "    T.sync_threads()\n    for j in T.vectorized(BINS_PER_THREAD):\n        own[j]",
-        "    for j in T.vectorized(BINS_PER_THREAD):\n        own[j]", PRUNER, PRUNED,
+        "T.sync_threads()\n        for j in T.vectorized(BINS_PER_THREAD):\n            own[j]",
+        "for j in T.vectorized(BINS_PER_THREAD):\n            own[j]", PRUNER, PRUNED,
     ),
     Mutant(
         "own warp counted twice in a prefix sum", "warp.py",
@@ -210,17 +213,17 @@ MUTANTS = (
     ),
     Mutant(
         "compaction forgets its first words", "threshold.py",
-        "slot = count[0] + before", "slot = before", PRUNER, PRUNED_WIDE,
+        "slot = count + before", "slot = before", PRUNER, PRUNED_WIDE,
     ),
     Mutant(
-        "a full page counted after a part-filled one", "split_kv.py",
-        "num_tokens[0] = (num_tokens[0] - 1) * page_size + T.min(",
-        "num_tokens[0] = num_tokens[0] * page_size + T.min(", ATTENTION, PRUNED,
+        "a full page counted after a part-filled one", "token_list.py",
+        "num_tokens = (num_tokens - 1) * self.page_size + T.min(",
+        "num_tokens = num_tokens * self.page_size + T.min(", ATTENTION, PRUNED,
     ),
     Mutant(
         "an item one token too long", "split_kv.py",
-        "T.min(split_tokens, num_tokens - split * split_tokens)",
-        "T.min(split_tokens, num_tokens - split * split_tokens + 1)", ATTENTION, ATTENDED,
+        "self.split_tokens, num_tokens - split * self.split_tokens\n",
+        "self.split_tokens, num_tokens - split * self.split_tokens + 1\n", ATTENTION, ATTENDED,
     ),
     Mutant(
         "splits merged with a wrong scale", "split_kv.py",

@@ -1,0 +1,86 @@
+"""A model's decode step as one CUDA graph."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .transformers import TwilightCache
+
+
+class CapturedDecode:
+    """A model's forward pass for one token per request, as one CUDA graph.
+
+        step = CapturedDecode(model, cache)
+        tokens = model.generate(**inputs, cache=cache, max_new_tokens=1)[:, -1]
+        for _ in range(100):
+            tokens = step(tokens).argmax(-1)
+
+    The first call after a prompt runs eagerly and compiles, the second captures, later ones replay:
+    tokens, positions, lengths and page tables lie on the device. On a CPU every call runs eagerly.
+    A token's position is the number of its request's tokens, without padding, as in `generate`.
+
+    Args:
+        model: whose attention is "twilight".
+        cache: that the prompts go through.
+
+    Raises:
+        NotImplementedError: a layer has no pages: caches of transformers move as they grow.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: TwilightCache) -> None:
+        if len(cache.full_layers) < len(cache.layers):
+            others = sorted(set(range(len(cache.layers))) - set(cache.full_layers))
+            raise NotImplementedError(
+                f"cache: expected full attention in every layer to capture a step, "
+                f"got another kind in layers {others}"
+            )
+        self.model, self.cache = model, cache
+        self.pages: list[Any] = []  # that the graph reads
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    @torch.no_grad()
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Appends a token to every request.
+
+        Args:
+            tokens: [batch_size] int64.
+
+        Returns:
+            logits: [batch_size, vocabulary] of the next token; a replay overwrites them.
+
+        Raises:
+            ValueError: the cache is empty, or full.
+        """
+        layers, length = self.cache.layers, self.cache.get_seq_length()
+        if length == 0:
+            raise ValueError("cache: expected a prompt, got no tokens")
+        if length >= self.cache.max_tokens:
+            raise ValueError(
+                f"max_tokens: expected at least {length + 1}, got {length}: the cache is full"
+            )
+        pages = [layer.pages for layer in layers]
+        if list(map(id, pages)) != list(map(id, self.pages)):  # a new prompt's lie elsewhere
+            self.pages, self.graph, self.tokens = pages, None, tokens[:, None].clone()
+            return self.forward()
+        self.tokens.copy_(tokens[:, None])
+        if not tokens.is_cuda:
+            return self.forward()
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self.forward()  # captured, not run: the host's lengths move
+        else:
+            for layer in layers:
+                layer.length += 1
+        self.graph.replay()
+        self.cache.note()
+        return self.logits
+
+    def forward(self) -> torch.Tensor:
+        """The pass itself."""
+        positions = self.pages[0].seq_lens[:, None].long()
+        passed = self.model(
+            self.tokens, position_ids=positions, cache=self.cache, use_cache=True, logits_to_keep=1
+        )
+        return passed.logits[:, -1]
