@@ -8,10 +8,10 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from tests.inputs.hazards import poison_unused  # noqa: E402
 from twilight_tilelang.integrations.transformers import TwilightCache  # noqa: E402
 from twilight_tilelang.integrations.transformers_graph import CapturedDecode  # noqa: E402
 from twilight_tilelang.kernels.options import DecodeOptions  # noqa: E402
-from twilight_tilelang.reference.hazards import poison_unused  # noqa: E402
 
 HEAD_DIM, NUM_TOKENS, MAX_TOKENS, PAD = 64, 64, 160, 0
 NUM_STEPS = 30  # of shorter runs: over the end of one page and of the next
