@@ -165,3 +165,10 @@ def test_narrow_cache_accesses_finds_a_32_bit_index():
     wide = narrow.replace("slots[i] * 1024", "((int64_t)slots[i]) * (int64_t)1024")
     assert narrow_cache_accesses(narrow) == [narrow]
     assert narrow_cache_accesses(wide) == []
+
+
+@pytest.mark.xdist_group("together")
+def test_groups_of_tests_share_a_worker(request):
+    """Else every worker compiles every batch, and nothing says so."""
+    if getattr(request.config.option, "loadgroup", False):
+        assert request.node.nodeid.endswith("@together"), "xdist_group has no effect: make setup"

@@ -76,7 +76,7 @@ def rows_of_scores() -> Iterator:
             yield pytest.param(name, form, marks=kernel)
 
 
-@pytest.mark.parametrize("name, form", rows_of_scores())
+@pytest.mark.parametrize("name, form", list(rows_of_scores()))
 def test_top_pages_are_the_best(name, form, folder):
     scores, width, num_sink_tokens, num_recent_tokens = SCORES[name]
     _, num_kv_heads, num_pages = scores.shape
