@@ -16,28 +16,30 @@ import pytest
 pytest.importorskip("setuptools", minversion="77", reason="no setuptools to build a wheel with")
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("kernels", "reference", "autotune", "profiling")  # of the wheel
+ROOMS = ("kernels", "reference", "autotune", "profiling", "integrations")  # of the wheel
 MODULES = [
     ".".join(("twilight_tilelang", *path.relative_to(ROOT).with_suffix("").parts))
     for room in ROOMS
     for path in sorted((ROOT / room).rglob("*.py"))
     if path.stem != "__init__"
 ]
+NEEDS_MORE = "twilight_tilelang.integrations."  # found, not imported: its library is optional
 # Runs in a process of its own and prints what it finds there as JSON.
-LOOK = """
-import importlib, json, sys
+LOOK = f"""
+import importlib.util, json, sys
 import kernels, twilight_tilelang
 from twilight_tilelang.kernels import tuned
 
-modules = [importlib.import_module(name).__file__ for name in sys.argv[1:]]
-public = {name: getattr(twilight_tilelang, name).__module__ for name in twilight_tilelang.__all__}
-configs = {path.name: sorted(tuned.read_configs(path).entries)
-           for path in tuned.CONFIGS.glob("*.json")}
-print(json.dumps({
+modules = [importlib.util.find_spec(name).origin if name.startswith("{NEEDS_MORE}")
+           else importlib.import_module(name).__file__ for name in sys.argv[1:]]
+public = {{name: getattr(twilight_tilelang, name).__module__ for name in twilight_tilelang.__all__}}
+configs = {{path.name: sorted(tuned.read_configs(path).entries)
+           for path in tuned.CONFIGS.glob("*.json")}}
+print(json.dumps({{
     "modules": modules, "public": public, "configs": configs,
     "reference": twilight_tilelang.reference.dense_attention.__module__,
     "theirs": [kernels.__file__, kernels.__version__, kernels.get_kernel()],
-}))
+}}))
 """
 
 
