@@ -216,3 +216,13 @@ def test_the_kernels_paths_are_refused_on_a_cpu(rng: torch.Generator) -> None:
     inputs = {name: each.cpu() for name, each in prompts(rng, [50]).items()}
     with pytest.raises(ValueError, match="path: expected 'sparse' or 'dense' on a CPU"):
         prefill(model, inputs, cache)
+
+
+def test_the_cache_s_older_name_is_taken_too(model, rng: torch.Generator) -> None:
+    inputs = prompts(rng, [50])
+    caches = [TwilightCache(model.config, MAX_TOKENS, EVERYTHING) for _ in range(2)]
+    got, expected = (
+        generate(model, inputs, max_new_tokens=3, **{name: cache}).sequences
+        for name, cache in zip(("past_key_values", "cache"), caches, strict=True)
+    )
+    assert torch.equal(got, expected) and caches[0].get_seq_length() == 52
