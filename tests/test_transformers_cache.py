@@ -209,12 +209,12 @@ def test_options_that_do_not_fit_are_refused_with_the_prompt(
         prefill(model, prompts(rng, [50]), cache)
 
 
-def test_the_kernels_paths_are_refused_on_a_cpu(rng: torch.Generator) -> None:
+def test_a_path_of_the_kernels_alone_is_refused_on_a_cpu(rng: torch.Generator) -> None:
     model = make_model("llama", torch.device("cpu"))
     model.set_attn_implementation("twilight")
-    cache = TwilightCache(model.config, MAX_TOKENS, DecodeOptions(path="candidates"))
+    cache = TwilightCache(model.config, MAX_TOKENS, DecodeOptions(path="auto"))
     inputs = {name: each.cpu() for name, each in prompts(rng, [50]).items()}
-    with pytest.raises(ValueError, match="path: expected 'sparse' or 'dense' on a CPU"):
+    with pytest.raises(ValueError, match="path: expected 'sparse', 'candidates' or 'dense', got 'auto'"):
         prefill(model, inputs, cache)
 
 
