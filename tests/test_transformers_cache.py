@@ -214,7 +214,7 @@ def test_a_path_of_the_kernels_alone_is_refused_on_a_cpu(rng: torch.Generator) -
     model.set_attn_implementation("twilight")
     cache = TwilightCache(model.config, MAX_TOKENS, DecodeOptions(path="auto"))
     inputs = {name: each.cpu() for name, each in prompts(rng, [50]).items()}
-    with pytest.raises(ValueError, match="path: expected 'sparse', 'candidates' or 'dense', got 'auto'"):
+    with pytest.raises(ValueError, match="path: expected 'sparse', .* got 'auto'"):
         prefill(model, inputs, cache)
 
 
