@@ -96,6 +96,7 @@ def estimator_kernel(
     tiles_per_page = page_size // TILE_TOKENS
     step_tiles = config.num_warps * config.tiles_per_warp
     block_tiles = step_tiles * config.steps
+    grid = (T.ceildiv(width_pages * tiles_per_page, block_tiles), num_kv_heads, batch_size)
 
     @T.prim_func
     def estimate_logits(
@@ -109,14 +110,10 @@ def estimator_kernel(
         sm_scale: T.float32,
         logits: T.Tensor[(batch_size, num_kv_heads, group_size, width_pages, page_size), T.float16],
     ):
-        with T.Kernel(
-            T.ceildiv(width_pages * tiles_per_page, block_tiles),
-            num_kv_heads,
-            batch_size,
-            threads=config.num_warps * 32,
-        ) as (block, kv_head, batch):
+        with T.Kernel(*grid, threads=config.num_warps * 32) as (block, kv_head, batch):
             start_early(config.pdl)
             row = Row(batch, kv_head, seq_lens[batch])
+            num_tiles = candidate_counts[batch, kv_head] * tiles_per_page
             candidates = TokenList("pages", page_size, candidate_pages, candidate_counts)
             warp = T.get_thread_binding() // 32
             tiles = Tiles(
@@ -124,7 +121,7 @@ def estimator_kernel(
                 per_warp=config.tiles_per_warp,
                 stride=step_tiles,
                 steps=config.steps,
-                count=candidate_counts[batch, kv_head] * tiles_per_page,
+                count=num_tiles,
             )
             store = lambda of_head, of_tile, of_token, value: T.buffer_store(
                 logits, value,

@@ -169,6 +169,7 @@ def page_score_kernel(
     batch_size, num_kv_heads = T.dynamic("batch_size, num_kv_heads")
     num_pages, max_pages = T.dynamic("num_pages, max_pages")
     step_tiles = config.num_warps * config.tiles_per_warp
+    grid = (T.ceildiv(max_pages, config.block_pages), num_kv_heads, batch_size)
 
     @T.prim_func
     def score_pages(
@@ -179,12 +180,7 @@ def page_score_kernel(
         seq_lens: T.Tensor[(batch_size,), T.int32],
         scores: T.Tensor[(batch_size, num_kv_heads, max_pages), T.float32],
     ):
-        with T.Kernel(
-            T.ceildiv(max_pages, config.block_pages),
-            num_kv_heads,
-            batch_size,
-            threads=config.num_warps * 32,
-        ) as (block, kv_head, batch):
+        with T.Kernel(*grid, threads=config.num_warps * 32) as (block, kv_head, batch):
             start_early(config.pdl)
             row = Row(batch, kv_head)
             _, lane = place_in_quad()

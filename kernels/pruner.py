@@ -191,6 +191,7 @@ def pruner_kernel(
     batch_size, num_kv_heads, max_items = T.dynamic("batch_size, num_kv_heads, max_items")
     width, width_pages, width_words = T.dynamic("width, width_pages, width_words")
     num_apart = group_size if config.heads_apart else 1
+    grid = (num_apart, num_kv_heads, batch_size)
     copied = (max(width_bound, NUM_THREADS * VECTOR),)
 
     @T.prim_func
@@ -211,11 +212,7 @@ def pruner_kernel(
         union_words: T.Tensor[(batch_size, num_kv_heads, width_words), T.int32],
         arrived: T.Tensor[(batch_size, num_kv_heads), T.int32],
     ):
-        with T.Kernel(num_apart, num_kv_heads, batch_size, threads=NUM_THREADS) as (
-            first_head,
-            kv_head,
-            batch,
-        ):
+        with T.Kernel(*grid, threads=NUM_THREADS) as (first_head, kv_head, batch):
             T.annotate_min_blocks_per_sm(config.blocks_per_sm)
             T.assume(width % TILE_TOKENS == 0)
             start_early(config.pdl)
