@@ -60,11 +60,7 @@ class TwilightDecode:
         num_parts = options.num_parts
         if num_parts is None:
             num_parts = parts_for(cache.batch_size, cache.num_kv_heads)
-        check_count("num_parts", num_parts, least=1)
-        if num_parts > cache.batch_size:
-            raise ValueError(
-                f"num_parts: expected at most batch_size = {cache.batch_size}, got {num_parts}"
-            )
+        check_count("num_parts", num_parts, least=1, most=cache.batch_size)
         budget = page_budget(cache, options.token_budget, options.window)
         width = budget if options.selector == "quest" else cache.max_pages
         device = cache.k_cache.device

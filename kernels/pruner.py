@@ -141,9 +141,8 @@ def prune(
     pruned: Pruned,
 ) -> None:
     """One launch: logits and top_p by KV head -> kept tokens, and attention's list of work."""
-    (launch,) = planned.launches
     kept, work, union = pruned
-    launch(logits, cache.seq_lens, *candidates, top_p, *window, *kept, *work, *union)
+    planned.launches[0](logits, cache.seq_lens, *candidates, top_p, *window, *kept, *work, *union)
 
 
 @T.macro
@@ -189,11 +188,10 @@ def pruner_kernel(
     `union_words`, and the last of them goes on with the union. Grid: (1 or query head of the group,
     kv_head, batch).
     """
-    batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
-    width_pages, width = T.dynamic("width_pages"), T.dynamic("width")
-    max_items = T.dynamic("max_items")
-    width_words = T.dynamic("width_words")
+    batch_size, num_kv_heads, max_items = T.dynamic("batch_size, num_kv_heads, max_items")
+    width, width_pages, width_words = T.dynamic("width, width_pages, width_words")
     num_apart = group_size if config.heads_apart else 1
+    grid = (num_apart, num_kv_heads, batch_size)
     copied = (max(width_bound, NUM_THREADS * VECTOR),)
 
     @T.prim_func
@@ -214,11 +212,7 @@ def pruner_kernel(
         union_words: T.Tensor[(batch_size, num_kv_heads, width_words), T.int32],
         arrived: T.Tensor[(batch_size, num_kv_heads), T.int32],
     ):
-        with T.Kernel(num_apart, num_kv_heads, batch_size, threads=NUM_THREADS) as (
-            first_head,
-            kv_head,
-            batch,
-        ):
+        with T.Kernel(*grid, threads=NUM_THREADS) as (first_head, kv_head, batch):
             T.annotate_min_blocks_per_sm(config.blocks_per_sm)
             T.assume(width % TILE_TOKENS == 0)
             start_early(config.pdl)
@@ -250,18 +244,11 @@ def pruner_kernel(
 
 def _launches(shape: StepShape, config: PrunerConfig) -> tuple[Launch, ...]:
     sizes = (shape.group_size, shape.page_size, static_width(shape.width))
-    split_tokens = split_tokens_of(shape.group_size)
-    arguments = (*sizes, shape.logits_dtype, split_tokens, config)
+    arguments = (*sizes, shape.logits_dtype, split_tokens_of(shape.group_size), config)
     return (Launch("pruner", pruner_kernel, arguments),)
 
 
 PRUNER = KernelSpec(
-    name="pruner",
-    stage="pruner",
-    config=PrunerConfig,
-    default=default_config,
-    width=lambda shape: shape.width,
-    launches=_launches,
-    sources=("pruner.py", *SEARCH_SOURCES),
-    static_width=True,
-)
+    name="pruner", stage="pruner", config=PrunerConfig, default=default_config,
+    launches=_launches, sources=("pruner.py", *SEARCH_SOURCES), static_width=True,
+)  # fmt: skip

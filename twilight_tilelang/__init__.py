@@ -19,23 +19,6 @@ if TYPE_CHECKING:
     from .kernels.pruner import prune_top_p
     from .kernels.selector import select_all, select_pages
 
-__all__ = [
-    "CacheShape",
-    "CandidatePages",
-    "DecodeOptions",
-    "Kept",
-    "PagedKVCache",
-    "TwilightDecode",
-    "dense_attention",
-    "estimate_logits",
-    "flash_topk_attention",
-    "page_attention",
-    "prune_top_p",
-    "select_all",
-    "select_pages",
-    "validate_cache",
-]
-
 HOMES = {
     "attention": ("dense_attention", "flash_topk_attention", "page_attention"),
     "cache": ("CacheShape", "PagedKVCache", "validate_cache"),
@@ -47,6 +30,7 @@ HOMES = {
     "selector": ("select_all", "select_pages"),
 }
 HOME_OF = {name: home for home, names in HOMES.items() for name in names}
+__all__ = sorted(HOME_OF)
 
 # In a checkout the rooms lie beside this folder, installed they lie in it.
 _checkout = Path(__file__).resolve().parent.parent
