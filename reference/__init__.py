@@ -10,7 +10,7 @@ from .attention import (
     gather_tokens,
     page_attention,
 )
-from .cache import CacheShape, PagedKVCache, exact_page_bounds, validate_cache
+from .cache import CacheShape, PagedKVCache
 from .channels import CalibrationBlock, calibrate_channels, interleaved_channels, load_channels
 from .double_sparsity import label_scores, select_tokens
 from .estimator import candidate_tokens, estimate_logits
@@ -28,8 +28,10 @@ from .quantize import (
     quantize_rows,
     unpack_int4,
 )
+from .requests import exact_page_bounds
 from .selector import quest_bounds, select_all, select_pages
 from .twilight_config import TwilightConfig, read_config
+from .validate import validate_cache
 
 __all__ = [
     "CacheShape",
