@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from .attention import ATTENTION, plan_untuned
-from .cache import cache_launches
 from .estimate_prune import ESTIMATE_PRUNE, EstimatePruneConfig
 from .estimator import ESTIMATOR, EstimatorConfig
 from .launch import KernelSpec, Launch, StepShape
 from .page_scores import PAGE_SCORE
 from .pruner import PRUNER, PrunerConfig
+from .requests import cache_launches
 from .selector import SelectorPlan, plan_selector
 from .split_kv import AttentionConfig
 from .top_pages import TOP_PAGES

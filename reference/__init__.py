@@ -7,7 +7,7 @@ what is more or different.
 """
 
 from .attention import dense_attention, flash_topk_attention, gather_tokens, page_attention
-from .cache import CacheShape, PagedKVCache, exact_page_bounds, validate_cache
+from .cache import CacheShape, PagedKVCache
 from .channels import CalibrationBlock, calibrate_channels, interleaved_channels, load_channels
 from .double_sparsity import label_scores, select_tokens
 from .estimator import candidate_tokens, estimate_logits
@@ -25,5 +25,7 @@ from .quantize import (
     quantize_rows,
     unpack_int4,
 )
+from .requests import exact_page_bounds
 from .selector import quest_bounds, select_all, select_pages
 from .twilight_config import TwilightConfig, read_config
+from .validate import validate_cache

@@ -15,8 +15,8 @@ import torch
 from tilelang.jit import JITImpl
 
 from twilight_tilelang.kernels import launch as kernels
-from twilight_tilelang.kernels.cache import cache_launches
 from twilight_tilelang.kernels.gpu import check_machine, gpu_of
+from twilight_tilelang.kernels.requests import cache_launches
 from twilight_tilelang.kernels.tuned import forget
 
 CUDA = torch.device("cuda", 0)

@@ -2,9 +2,10 @@
 
 import torch
 
-from twilight_tilelang.reference.cache import PagedKVCache, tokens_per_page
+from twilight_tilelang.reference.cache import PagedKVCache
 from twilight_tilelang.reference.inputs import DecodeInputs
 from twilight_tilelang.reference.labels import LabelFormat
+from twilight_tilelang.reference.requests import tokens_per_page
 
 
 def unused_slots(inputs: DecodeInputs | PagedKVCache) -> torch.Tensor:
