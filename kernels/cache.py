@@ -11,7 +11,7 @@ from tilelang.jit import JITImpl
 
 from .checks import check_choice, check_count, check_tensor, dtype_name
 from .gpu import check_machine
-from .launch import Launch
+from .launch import Launch, on_device
 from .mirror import append_kernel, mirror_kernel, prefill_kernel
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -226,7 +226,8 @@ class PagedKVCache:
         cache.seq_lens.copy_(seq_lens)
         cache.longest = longest
         prefill, _, _ = cache_launches(head_dim, page_size, dtype_name(k))
-        prefill(k, v, cache.page_table, cache.seq_lens, *cache._written())
+        with on_device(k.device):
+            prefill(k, v, cache.page_table, cache.seq_lens, *cache._written())
         return cache
 
     @classmethod
@@ -256,10 +257,11 @@ class PagedKVCache:
         page_fill = torch.zeros(cache.num_pages, dtype=torch.int32, device=seq_lens.device)
         page_fill.scatter_reduce_(0, ids, used.flatten().int(), "amax")
         _, mirror, _ = cache_launches(cache.head_dim, cache.page_size, dtype_name(k_cache))
-        mirror(
-            page_fill, cache.k_offset, k_cache,
-            cache.k_int4, cache.k_scale_zero, cache.page_bounds, cache.bounds_scale_zero,
-        )  # fmt: skip
+        with on_device(k_cache.device):
+            mirror(
+                page_fill, cache.k_offset, k_cache,
+                cache.k_int4, cache.k_scale_zero, cache.page_bounds, cache.bounds_scale_zero,
+            )  # fmt: skip
         return cache
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -282,7 +284,8 @@ class PagedKVCache:
                 f"got a request that may hold {self.longest}"
             )
         _, _, append = cache_launches(self.head_dim, self.page_size, dtype_name(k))
-        append(k, v, self.page_table, self.seq_lens, *self._written())
+        with on_device(k.device):
+            append(k, v, self.page_table, self.seq_lens, *self._written())
         self.longest += 1
 
     @classmethod

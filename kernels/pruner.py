@@ -12,7 +12,7 @@ from .cache import TILE_TOKENS, PagedKVCache
 from .checks import check_count, check_tensor, dtype_name
 from .compiling import THREAD_LEVEL, start_early
 from .gpu import Gpu
-from .launch import KernelSpec, Launch, StepShape, static_width
+from .launch import KernelSpec, Launch, StepShape, on_device, static_width
 from .lists import CandidatePages, Kept, Window, check_lists
 from .query import by_kv_head, group_size_of, step_shape
 from .split_kv import Work
@@ -111,7 +111,8 @@ def prune_top_p(
     union = HeadUnion.allocate(cache, width)
     window = Window(num_sink_tokens, num_recent_tokens)
     pruned = Pruned(kept._replace(mass=mass), work, union)
-    prune(planned(PRUNER, shape, device), logits, cache, candidates, top_p, window, pruned)
+    with on_device(device):
+        prune(planned(PRUNER, shape, device), logits, cache, candidates, top_p, window, pruned)
     return kept
 
 

@@ -7,7 +7,7 @@ import torch
 from .cache import PagedKVCache, check_cache
 from .checks import check_count
 from .compiling import THREAD_LEVEL
-from .launch import Launch
+from .launch import Launch, on_device
 from .lists import CandidatePages, Window
 from .page_scores import PAGE_SCORE, score_pages
 from .query import by_kv_head, check_query, step_shape
@@ -47,8 +47,9 @@ def select_pages(
     scores = torch.empty(cache.batch_size, cache.num_kv_heads, cache.max_pages, device=q.device)
     shape = step_shape(cache, group_size, token_budget)
     grouped = by_kv_head(q, cache.num_kv_heads)
-    score_pages(planned(PAGE_SCORE, shape, q.device), grouped, cache, scores)
-    take_top_pages(planned(TOP_PAGES, shape, q.device), cache, scores, window, candidates)
+    with on_device(q.device):
+        score_pages(planned(PAGE_SCORE, shape, q.device), grouped, cache, scores)
+        take_top_pages(planned(TOP_PAGES, shape, q.device), cache, scores, window, candidates)
     return candidates
 
 
@@ -85,7 +86,8 @@ def select_all(cache: PagedKVCache) -> CandidatePages:
     """
     check_cache(cache)
     candidates = CandidatePages.allocate(cache, cache.max_pages)
-    list_all_pages(all_pages(cache.page_size), cache, candidates)
+    with on_device(cache.seq_lens.device):
+        list_all_pages(all_pages(cache.page_size), cache, candidates)
     return candidates
 
 
