@@ -20,6 +20,7 @@ from .pruner import expand_top_p
 from .query import check_query, check_scale, group_size_of, step_shape
 from .selector import page_budget
 from .steps import CandidateStep, DenseStep, Settings, SparseMemory, SparseStep
+from .threshold import check_num_items
 from .tuned import Planner
 
 # Rows (one KV head of one request) of which a part still fills the GPU, and the parts then.
@@ -78,6 +79,11 @@ class TwilightDecode:
         self.path = fastest(self.expected) if options.path == "auto" else options.path
 
         planner = Planner.on(device)
+        if self.path != "dense" and width < cache.max_pages:
+            check_num_items("max_pages", cache.max_pages, planner.gpu)
+        if self.path == "sparse":
+            name = "token_budget" if options.selector == "quest" else "selector 'full': tokens"
+            check_num_items(name, self.shape.width, planner.gpu)
         self.parts: list[tuple[slice, SparseStep, torch.cuda.Stream]] = []
         self.stages: SparseStep | CandidateStep | DenseStep
         if self.path == "dense":

@@ -7,10 +7,12 @@ import torch
 from .cache import PagedKVCache, check_cache
 from .checks import check_count
 from .compiling import THREAD_LEVEL
+from .gpu import gpu_of
 from .launch import Launch, on_device
 from .lists import CandidatePages, Window
 from .page_scores import PAGE_SCORE, score_pages
 from .query import by_kv_head, check_query, step_shape
+from .threshold import check_num_items
 from .top_pages import TOP_PAGES, take_top_pages
 from .tuned import planned
 
@@ -42,6 +44,7 @@ def select_pages(
             is always in.
     """
     group_size = check_query(q, cache)
+    check_num_items("max_pages", cache.max_pages, gpu_of(q.device))
     window = Window(num_sink_tokens, num_recent_tokens)
     candidates = CandidatePages.allocate(cache, page_budget(cache, token_budget, window))
     scores = torch.empty(cache.batch_size, cache.num_kv_heads, cache.max_pages, device=q.device)
