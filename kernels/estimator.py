@@ -10,7 +10,7 @@ from .cache import TILE_TOKENS, PagedKVCache
 from .compiling import TILE_LEVEL, start_early
 from .estimate_tiles import Mirror, estimate_tiles
 from .gpu import Gpu
-from .launch import KernelSpec, Launch, StepShape
+from .launch import KernelSpec, Launch, StepShape, on_device
 from .lists import CandidatePages, check_lists
 from .mma import Tiles
 from .query import by_kv_head, check_query, check_scale, step_shape
@@ -64,7 +64,8 @@ def estimate_logits(
     logits = torch.empty(*q.shape[:2], width, dtype=torch.float16, device=q.device)
     own = planned(ESTIMATOR, step_shape(cache, group_size, width), q.device)
     grouped = [by_kv_head(each, cache.num_kv_heads) for each in (q, logits)]
-    estimate(own, grouped[0], cache, candidates, grouped[1], sm_scale)
+    with on_device(q.device):
+        estimate(own, grouped[0], cache, candidates, grouped[1], sm_scale)
     return logits
 
 

@@ -4,10 +4,12 @@ explain, compile ahead or tune it."""
 import functools
 import hashlib
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
+import torch
 from tilelang.jit import JITImpl
 
 from .gpu import Gpu
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config", bound="DataclassInstance")  # a kernel's launch configuration
 ROOM = Path(__file__).resolve().parent
+HERE = nullcontext()
 
 
 class StepShape(NamedTuple):
@@ -59,6 +62,12 @@ def compiled(factory: JITImpl, arguments: tuple[Hashable, ...]) -> Callable[...,
     """The kernel's entry, which TileLang's own wrapper calls too: 6 us a launch, not 10."""
     kernel: Callable[..., None] = factory(*arguments).adapter.get_exportable_executable()["main"]
     return kernel
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """What launches on a GPU stand in: a kernel's entry makes the GPU of its tensors the current
+    one and leaves it so. Where it is the current one already, this costs one look."""
+    return HERE if device.index == torch.cuda.current_device() else torch.cuda.device(device)
 
 
 @dataclass(frozen=True)

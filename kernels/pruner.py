@@ -11,11 +11,12 @@ from .attention import WorkList, split_tokens_of
 from .cache import TILE_TOKENS, PagedKVCache
 from .checks import check_count, check_tensor, dtype_name
 from .compiling import THREAD_LEVEL, start_early
-from .gpu import Gpu
-from .launch import KernelSpec, Launch, StepShape, static_width
+from .gpu import Gpu, gpu_of
+from .launch import KernelSpec, Launch, StepShape, on_device, static_width
 from .lists import CandidatePages, Kept, Window, check_lists
 from .query import by_kv_head, group_size_of, step_shape
 from .split_kv import Work
+from .threshold import check_num_items
 from .token_list import Row, TokenList
 from .top_p import NUM_THREADS, VECTOR, Heads, Logits, is_held, list_row, prune_heads
 from .tuned import Planned, planned
@@ -97,6 +98,7 @@ def prune_top_p(
     """
     check_lists(("candidate_pages", "candidate_counts"), candidates, cache)
     device, width = cache.seq_lens.device, candidates[0].shape[2] * cache.page_size
+    check_num_items("candidate_pages: their tokens", width, gpu_of(device))
     check_tensor("logits", logits, (cache.batch_size, None, width), LOGIT_DTYPES, device)
     num_qo_heads = logits.shape[1]
     group_size = group_size_of("logits", num_qo_heads, cache)
@@ -111,7 +113,8 @@ def prune_top_p(
     union = HeadUnion.allocate(cache, width)
     window = Window(num_sink_tokens, num_recent_tokens)
     pruned = Pruned(kept._replace(mass=mass), work, union)
-    prune(planned(PRUNER, shape, device), logits, cache, candidates, top_p, window, pruned)
+    with on_device(device):
+        prune(planned(PRUNER, shape, device), logits, cache, candidates, top_p, window, pruned)
     return kept
 
 

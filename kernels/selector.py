@@ -9,10 +9,12 @@ import torch
 from .cache import PagedKVCache, check_cache
 from .checks import check_count
 from .compiling import THREAD_LEVEL
-from .launch import Launch, StepShape
+from .gpu import gpu_of
+from .launch import Launch, StepShape, on_device
 from .lists import CandidatePages, Window
 from .page_scores import PAGE_SCORE, PageScoreConfig, score_pages
 from .query import by_kv_head, check_query, step_shape
+from .threshold import check_num_items
 from .top_pages import TOP_PAGES, TopPagesConfig, take_top_pages
 from .tuned import Planned, Planner, planned
 
@@ -87,11 +89,13 @@ def select_pages(
             is always in.
     """
     group_size = check_query(q, cache)
+    check_num_items("max_pages", cache.max_pages, gpu_of(q.device))
     window = Window(num_sink_tokens, num_recent_tokens)
     selection = Selection.allocate(cache, page_budget(cache, token_budget, window))
     shape = step_shape(cache, group_size, token_budget)
     plan = QuestPlan(*(planned(spec, shape, q.device) for spec in (PAGE_SCORE, TOP_PAGES)))
-    select(plan, q, cache, window, selection)
+    with on_device(q.device):
+        select(plan, q, cache, window, selection)
     return selection.candidates
 
 
@@ -128,7 +132,8 @@ def select_all(cache: PagedKVCache) -> CandidatePages:
     """
     check_cache(cache)
     candidates = CandidatePages.allocate(cache, cache.max_pages)
-    all_pages(cache.page_size)(cache.seq_lens, *candidates)
+    with on_device(cache.seq_lens.device):
+        all_pages(cache.page_size)(cache.seq_lens, *candidates)
     return candidates
 
 
