@@ -30,6 +30,7 @@ ALLOWED = {
         *("profiling.providers", "profiling.workloads", "profiling.tables"),
         *("profiling.timing", "profiling.device", "kernels", "reference", "torch"),
         "flashinfer",  # a baseline, imported where it is installed
+        *("integrations", "transformers"),  # for whole models, imported where one is made
     },
     "profiling/observations": {
         *("profiling.observations", "profiling.providers", "profiling.workloads"),
