@@ -42,7 +42,13 @@ class Run:
 
         A sample that fails ends the run: what is written stays, and the next run goes on there.
         """
-        missing = {sample.name: self.lacking(task, sample) for sample in task.samples}
+        found = self.found(task)
+        missing = {
+            sample.name: [
+                each for each in self.configurations if sample.name not in found[each.name]
+            ]
+            for sample in task.samples
+        }
         steps = sum(map(len, missing.values()))
         title = f"{task.name} {task.length or ''}".strip()
         with tqdm(total=steps, desc=title, unit="run", disable=None) as progress:
@@ -53,12 +59,6 @@ class Run:
                     break
                 self.sample(task, sample, missing[sample.name], progress.update)
         return self.write_rows(task)
-
-    def lacking(self, task: Task, sample: Sample) -> list[Configuration]:
-        """The configurations that have no line of a sample."""
-        return [
-            each for each in self.configurations if sample.name not in self.store.lines(task, each)
-        ]
 
     def sample(
         self, task: Task, sample: Sample, missing: list[Configuration], done: Callable[[], Any]
