@@ -37,8 +37,9 @@ def test_prefill_mirror_and_append_write_the_reference_cache(inputs):
     k, v = (each.cuda() for each in contiguous(inputs))
     lengths, table = inputs.seq_lens.cuda(), inputs.page_table.cuda()
     cache = kernels.PagedKVCache.from_contiguous(
-        k, v, lengths - 1, expected.page_size, num_pages=expected.num_pages, page_table=table
-    )
+        k, v, (lengths - 1).clamp(min=0), expected.page_size,
+        num_pages=expected.num_pages, page_table=table,
+    )  # fmt: skip
     last = (torch.arange(cache.batch_size), cache.seq_lens.long())
     cache.append(k[last].contiguous(), v[last].contiguous())
     assert torch.equal(cache.seq_lens, expected.seq_lens)
