@@ -10,7 +10,7 @@ at batch 1, and up to half of the sparse time is missing at batch 64, where the 
 twice as long and more.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -25,8 +25,7 @@ READ_SHARE = 0.9  # of the memory's peak: what large reads reach
 DEFAULT_BANDWIDTH = 4.4e12  # bytes per second, an H200's, where torch does not tell the peak
 
 
-@dataclass(frozen=True)
-class Expected:
+class Expected(NamedTuple):
     """The time of one path, term by term."""
 
     launches_us: float
