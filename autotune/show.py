@@ -42,10 +42,10 @@ def lines_of(shape: StepShape, configs: Configs | None, arch: str) -> list[str]:
     lines = []
     planner = Planner(ARCHS[arch], configs)
     for kernel, spec in SPECS.items():
-        planned, choice = planner.plan(spec, shape), planner.choose(spec, shape)
-        lines.append(f"{kernel}: {planned.config}\n    {choice.reason}")
-        if choice.bucket is not None:
-            entry = configs.entries[kernel][choice.bucket]
+        planned = planner.plan(spec, shape)
+        lines.append(f"{kernel}: {planned.config}\n    {planned.reason}")
+        if planned.bucket is not None:
+            entry = configs.entries[kernel][planned.bucket]
             measured = f"measured {entry.date} with tilelang {entry.tilelang}"
             lines[-1] += f"; {_gain(entry)} us, {measured}"
     return lines
