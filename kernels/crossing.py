@@ -46,12 +46,8 @@ class Expected(NamedTuple):
 
 def expected_times(shape: StepShape, itemsize: int, bandwidth: float) -> dict[str, Expected]:
     """The expected time of each path for requests as long as the page table allows; the candidates'
-    own only where they are not everything.
-
-    Args:
-        shape: of the step.
-        itemsize: bytes of one value of K or V.
-        bandwidth: read bandwidth in bytes per second.
+    own only where they are not everything. itemsize: bytes of one value of K or V; bandwidth: of
+    reads, in bytes per second.
     """
     head_dim, tokens, candidates = shape.head_dim, shape.max_pages * shape.page_size, shape.width
     pages = shape.max_pages if candidates < tokens else 0  # whose bounds are read
