@@ -45,8 +45,7 @@ def estimate_logits(
     Args:
         q: [batch_size, num_qo_heads, head_dim], fp16 or bf16, as the cache.
         cache: only k_int4, k_scale_zero, page_table and seq_lens are read.
-        candidates: pages [batch_size, num_kv_heads, width] i32, logical pages, and counts
-            [batch_size, num_kv_heads] i32, how many of them are valid.
+        candidates: see CandidatePages; here in any order.
         sm_scale: factor of the logits, positive; head_dim ** -0.5 where None.
 
     Returns:

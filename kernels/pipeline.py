@@ -69,7 +69,7 @@ class TwilightDecode:
         device = cache.k_cache.device
         settings = Settings(check_scale(options.sm_scale, cache.head_dim), options.window)
         top_p = expand_top_p(options.top_p, cache.batch_size, num_qo_heads, device)
-        self.options, self.cache_shape = options, cache.shape
+        self.options, self.selector, self.cache_shape = options, options.selector, cache.shape
         self.shape = step_shape(cache, group_size, width * cache.page_size)
         self.expected = expected_times(self.shape, cache.k_cache.itemsize, read_bandwidth(device))
         self.path = fastest(self.expected) if options.path == "auto" else options.path
@@ -96,20 +96,13 @@ class TwilightDecode:
                 if num_parts > 1:
                     part = self._part(requests, memory.part(requests), planner)
                     self.parts.append((requests, part, torch.cuda.Stream(device)))
+        self.out = self.stages.out
         self._compiled = False
-
-    @property
-    def selector(self) -> str:
-        return self.options.selector
 
     @property
     def fused(self) -> bool:
         """Whether estimator and pruner are one kernel."""
         return self._sparse.plan.fused
-
-    @property
-    def out(self) -> torch.Tensor:
-        return self.stages.out
 
     @property
     def candidates(self) -> CandidatePages:

@@ -21,8 +21,7 @@ def candidate_tokens(cache: PagedKVCache, candidates: Candidates) -> torch.Tenso
     -1 where no valid token is. Of pages, slot s of the page in entry c is column c * page_size + s,
     and columns = width * page_size; of tokens, column c is entry c, and columns = width.
     """
-    single = isinstance(candidates, CandidateTokens)
-    unit = 1 if single else cache.page_size
+    unit = 1 if isinstance(candidates, CandidateTokens) else cache.page_size
     indices, counts = candidates[:2]
     slots = torch.arange(unit, device=indices.device)
     tokens = indices.long()[..., None] * unit + slots

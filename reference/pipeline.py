@@ -136,14 +136,9 @@ class TwilightDecode:
             self.candidates = select_pages(q, cache, self.token_budget, **self.windows, dtype=dtype)
         else:
             self.candidates = select_tokens(
-                q,
-                cache,
-                self.token_budget,
-                group=self.group,
-                sm_scale=self.sm_scale,
-                **self.windows,
-                dtype=dtype,
-            )
+                q, cache, self.token_budget, group=self.group, sm_scale=self.sm_scale,
+                **self.windows, dtype=dtype,
+            )  # fmt: skip
 
     def estimate(self, q: torch.Tensor, cache: PagedKVCache, *, dtype: Dtype = None) -> None:
         """Estimated logits of the candidates -> logits."""
