@@ -35,8 +35,9 @@ class CacheShape(NamedTuple):
 class PagedKVCache:
     """The tensors of one layer's cache (Twilight, section 4.2; bounds as in Quest, section 3.2).
 
-    k_cache, v_cache    [num_pages, page_size, num_kv_heads, head_dim], fp16 or bf16: the layout of
-                        vLLM and of FlashInfer's NHD
+    k_cache, v_cache    [num_pages, page_size, num_kv_heads, head_dim], fp16 or bf16, of the same
+                        strides: any where the channels of a vector are contiguous. Packed, that is
+                        the layout of vLLM and of FlashInfer's NHD
     page_table          [batch_size, max_pages] i32: logical page -> physical page
     seq_lens            [batch_size] i32: cached tokens
     k_int4              [num_pages, num_kv_heads, page_size, head_dim / 2] u8: byte j holds channel
@@ -82,9 +83,11 @@ class PagedKVCache:
             "bounds_scale_zero", self.bounds_scale_zero, pairs, torch.float32, device, align=16
         )
 
-        # As kernels read them: rows of head_dim channels, and codes four bytes at a time.
-        self.k_rows, self.v_rows = (
-            pool.view(-1, head_dim) for pool in (self.k_cache, self.v_cache)
+        # As kernels read them: pools whose strides of sizes of 1 are the same, too, and codes four
+        # bytes at a time.
+        strides = self.k_cache.stride()
+        self.k_pool, self.v_pool = (
+            pool.as_strided(pool.shape, strides) for pool in (self.k_cache, self.v_cache)
         )
         self.code_words = self.k_int4.view(torch.int32)
         self.bound_words = self.page_bounds.view(torch.int32)
@@ -197,8 +200,8 @@ class PagedKVCache:
         once.
 
         Args:
-            k, v: [batch_size, max_seq_len, num_kv_heads, head_dim], fp16 or bf16; tokens from
-                seq_lens[b] on are not read.
+            k, v: [batch_size, max_seq_len, num_kv_heads, head_dim], fp16 or bf16, of any strides
+                where channels are contiguous; tokens from seq_lens[b] on are not read.
             seq_lens: [batch_size] i32, at most max_seq_len.
             max_pages, num_pages: room to grow; by default just what max_seq_len needs.
             page_table: [batch_size, max_pages] i32, no page twice; by default as in `empty`.
@@ -207,8 +210,8 @@ class PagedKVCache:
         Raises:
             ValueError: a tensor, a size or a length does not fit.
         """
-        check_tensor("k", k, (None,) * 4, HALF_DTYPES, align=16)
-        check_tensor("v", v, k.shape, k.dtype, k.device, align=16)
+        check_tensor("k", k, (None,) * 4, HALF_DTYPES, align=16, strided=True)
+        check_tensor("v", v, k.shape, k.dtype, k.device, align=16, strided=True)
         batch_size, max_seq_len, num_kv_heads, head_dim = k.shape
         check_tensor("seq_lens", seq_lens, (batch_size,), torch.int32, k.device)
         check_page_size(page_size)
@@ -237,15 +240,26 @@ class PagedKVCache:
         page_table: torch.Tensor,
         seq_lens: torch.Tensor,
         k_offset: torch.Tensor | None = None,
+        layout: str = "NHD",
     ) -> "PagedKVCache":
         """An engine's own pages, not copied: builds mirror and bounds for them. Synchronizes once.
 
         A page that several requests share is mirrored over the most tokens that any of them has in
-        it. Page ids in use must lie inside the pool.
+        it. Page ids in use must lie inside the pool. The pools may be views of one tensor, as of
+        [num_pages, 2, ...] or [2, num_pages, ...].
+
+        Args:
+            k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim]; where the layout is
+                "HND", [num_pages, num_kv_heads, page_size, head_dim], which the cache holds
+                transposed. Of any strides that are the same and at which no vectors overlap.
+            page_table, seq_lens, k_offset: the cache's own, see PagedKVCache.
 
         Raises:
             ValueError: a tensor or a length does not fit.
         """
+        check_choice("layout", layout, ("NHD", "HND"))
+        if layout == "HND":
+            k_cache, v_cache = (_transposed(pool) for pool in (k_cache, v_cache))
         _check_pages(k_cache, v_cache, page_table, seq_lens, k_offset)
         longest = _check_lengths(seq_lens, page_table.shape[1] * k_cache.shape[1])
         cache = cls._around(k_cache, v_cache, page_table, seq_lens, k_offset)
@@ -266,16 +280,16 @@ class PagedKVCache:
         """Appends one decode token per request: K, V, mirror, bounds and length, in one launch.
 
         Args:
-            k, v: [batch_size, num_kv_heads, head_dim] in the cache's dtype. The page that a request
-                writes to must not be shared.
+            k, v: [batch_size, num_kv_heads, head_dim] in the cache's dtype, of any strides where
+                channels are contiguous. The page that a request writes to must not be shared.
 
         Raises:
             ValueError: a tensor does not fit, or the longest request may be full. In a replayed
                 graph the host cannot know: there, a full request is left as it is.
         """
         shape = (self.batch_size, self.num_kv_heads, self.head_dim)
-        check_tensor("k", k, shape, self.k_cache.dtype, self.k_cache.device, align=16)
-        check_tensor("v", v, shape, self.k_cache.dtype, self.k_cache.device, align=16)
+        check_tensor("k", k, shape, self.k_cache.dtype, self.k_cache.device, align=16, strided=True)
+        check_tensor("v", v, shape, self.k_cache.dtype, self.k_cache.device, align=16, strided=True)
         if self.longest >= self.capacity:
             raise ValueError(
                 f"seq_lens: expected room below the capacity of {self.capacity} tokens, "
@@ -315,7 +329,7 @@ class PagedKVCache:
     def _written(self) -> tuple[torch.Tensor, ...]:
         """The offset and what prefill and append write, in their kernels' order."""
         return (
-            self.k_offset, self.k_cache, self.v_cache,
+            self.k_offset, self.k_pool, self.v_pool,
             self.k_int4, self.k_scale_zero, self.page_bounds, self.bounds_scale_zero,
         )  # fmt: skip
 
@@ -355,16 +369,38 @@ def _check_pages(
     seq_lens: torch.Tensor,
     k_offset: torch.Tensor | None,
 ) -> None:
-    check_tensor("k_cache", k_cache, (None,) * 4, HALF_DTYPES, align=16)
+    check_tensor("k_cache", k_cache, (None,) * 4, HALF_DTYPES, align=16, strided=True)
     _, page_size, num_kv_heads, head_dim = k_cache.shape
     check_choice("head_dim", head_dim, HEAD_DIMS)
     check_page_size(page_size)
     device = k_cache.device
-    check_tensor("v_cache", v_cache, k_cache.shape, k_cache.dtype, device, align=16)
+    check_tensor("v_cache", v_cache, k_cache.shape, k_cache.dtype, device, align=16, strided=True)
+    _check_pools(k_cache, v_cache)
     check_tensor("page_table", page_table, (None, None), torch.int32, device)
     check_tensor("seq_lens", seq_lens, (page_table.shape[0],), torch.int32, device)
     _check_offset(k_offset, num_kv_heads, head_dim, device)
     check_machine(device)
+
+
+def _check_pools(k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+    """Raises ValueError unless K and V have the same strides, and none of their vectors overlap."""
+    used = [axis for axis, size in enumerate(k_cache.shape) if size > 1]
+    if any(k_cache.stride(axis) != v_cache.stride(axis) for axis in used):
+        raise ValueError(
+            f"v_cache: expected the strides of k_cache, {k_cache.stride()}, got {v_cache.stride()}"
+        )
+    span = 1
+    for stride, size in sorted((k_cache.stride(axis), k_cache.shape[axis]) for axis in used):
+        if stride < span:
+            raise ValueError(
+                f"k_cache: expected vectors that do not overlap, got strides {k_cache.stride()}"
+            )
+        span += stride * (size - 1)
+
+
+def _transposed(pool: torch.Tensor) -> torch.Tensor:
+    """A pool laid out heads first, with its tokens first; what is no pool stays as it is."""
+    return pool.transpose(1, 2) if isinstance(pool, torch.Tensor) and pool.ndim == 4 else pool
 
 
 def _check_lengths(seq_lens: torch.Tensor, most: int, k: torch.Tensor | None = None) -> int:

@@ -14,6 +14,7 @@ from .launch import KernelSpec, Launch, StepShape
 from .lists import CandidatePages, check_lists
 from .mma import Tiles
 from .query import by_kv_head, check_query, check_scale, step_shape
+from .strided import strided
 from .token_list import Row, TokenList
 from .tuned import Planned, planned
 
@@ -101,7 +102,7 @@ def estimator_kernel(
 
     @T.prim_func
     def estimate_logits(
-        q: T.Tensor[(batch_size, num_kv_heads, group_size, head_dim), dtype],
+        q: T.StridedTensor[strided("q", (batch_size, num_kv_heads, group_size, head_dim), dtype)],
         codes: T.Tensor[(num_pages, num_kv_heads, page_size, row_words), T.int32],
         scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
         page_table: T.Tensor[(batch_size, max_pages), T.int32],
@@ -152,5 +153,12 @@ ESTIMATOR = KernelSpec(
     default=default_config,
     width=lambda shape: shape.width,
     launches=_launches,
-    sources=("estimator.py", "estimate_tiles.py", "mma.py", "token_list.py", "warp.py"),
+    sources=(
+        "estimator.py",
+        "estimate_tiles.py",
+        "mma.py",
+        "strided.py",
+        "token_list.py",
+        "warp.py",
+    ),
 )

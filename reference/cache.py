@@ -210,12 +210,19 @@ class PagedKVCache:
         seq_lens: torch.Tensor,
         k_offset: torch.Tensor | None = None,
         label_format: LabelFormat | None = None,
+        layout: str = "NHD",
     ) -> "PagedKVCache":
         """Build mirror, bounds and labels beside an engine's own pages; K and V are not copied.
 
         A page shared by several requests is covered for the largest number of tokens that any of
-        them has in it. Unused slots and pages get codes, scales, zeros and bounds of 0.
+        them has in it. Unused slots and pages get codes, scales, zeros and bounds of 0. K and V may
+        have any strides; where the layout is "HND", they are [num_pages, num_kv_heads, page_size,
+        head_dim], and the cache holds them transposed.
         """
+        if layout not in ("NHD", "HND"):
+            raise ValueError(f"layout: expected one of ('NHD', 'HND'), got {layout!r}")
+        if layout == "HND":
+            k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
         check_tensor("k_cache", k_cache, (None, None, None, None), FLOAT_DTYPES)
         num_pages, page_size, num_kv_heads, head_dim = k_cache.shape
         device = k_cache.device
