@@ -57,8 +57,9 @@ def score_pages(
     planned: Planned[PageScoreConfig], q: torch.Tensor, cache: PagedKVCache, scores: torch.Tensor
 ) -> None:
     """One launch: scores [batch_size, num_kv_heads, max_pages] f32 of the grouped query."""
-    (launch,) = planned.launches
-    launch(q, cache.bound_words, cache.bounds_scale_zero, cache.page_table, cache.seq_lens, scores)
+    planned.launches[0](
+        q, cache.bound_words, cache.bounds_scale_zero, cache.page_table, cache.seq_lens, scores
+    )
 
 
 class LoadedBounds(NamedTuple):
@@ -166,9 +167,10 @@ def page_score_kernel(
     the same of `x >> 8` has 1 and 3. Channels are permuted alike in q: of every 64, the lanes of a
     quad hold 16 each, one load.
     """
-    batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
-    num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
+    batch_size, num_kv_heads = T.dynamic("batch_size, num_kv_heads")
+    num_pages, max_pages = T.dynamic("num_pages, max_pages")
     step_tiles = config.num_warps * config.tiles_per_warp
+    grid = (T.ceildiv(max_pages, config.block_pages), num_kv_heads, batch_size)
 
     @T.prim_func
     def score_pages(
@@ -179,12 +181,7 @@ def page_score_kernel(
         seq_lens: T.Tensor[(batch_size,), T.int32],
         scores: T.Tensor[(batch_size, num_kv_heads, max_pages), T.float32],
     ):
-        with T.Kernel(
-            T.ceildiv(max_pages, config.block_pages),
-            num_kv_heads,
-            batch_size,
-            threads=config.num_warps * 32,
-        ) as (block, kv_head, batch):
+        with T.Kernel(*grid, threads=config.num_warps * 32) as (block, kv_head, batch):
             start_early(config.pdl)
             row = Row(batch, kv_head)
             _, lane = place_in_quad()
@@ -227,16 +224,11 @@ def page_score_kernel(
 
 
 def _launches(shape: StepShape, config: PageScoreConfig) -> tuple[Launch, ...]:
-    arguments = (shape.group_size, shape.head_dim, shape.page_size, shape.dtype, config)
-    return (Launch("page_score", page_score_kernel, arguments),)
+    return (Launch("page_score", page_score_kernel, (*shape.statics, config)),)
 
 
 PAGE_SCORE = KernelSpec(
-    name="page_score",
-    stage="selector",
-    config=PageScoreConfig,
-    default=default_config,
-    width=lambda shape: shape.max_pages,
-    launches=_launches,
+    name="page_score", stage="selector", config=PageScoreConfig, default=default_config,
+    width=lambda shape: shape.max_pages, launches=_launches,
     sources=("page_scores.py", "mma.py", "strided.py", "token_list.py", "warp.py"),
-)
+)  # fmt: skip

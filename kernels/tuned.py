@@ -42,7 +42,7 @@ class Bucket:
     @classmethod
     def of(cls, spec: KernelSpec[Any], shape: StepShape) -> "Bucket":
         """Where a kernel's launch of this shape belongs."""
-        return cls(*shape[:4], shape.num_rows, spec.width(shape))
+        return cls(*shape.statics, shape.num_rows, spec.width(shape))
 
     def __str__(self) -> str:
         return " ".join(f"{name}={value}" for name, value in asdict(self).items())

@@ -9,6 +9,7 @@ from .observations.kept import kept_rows
 from .observations.memory import memory_rows
 from .observations.timeline import timeline_rows
 from .providers.stages import Provider, StageBuilder, Target, sets_wanted
+from .providers.whole_model import WholeModel, prepare_model
 from .tables.rows import TABLES, AnyRow, Origin
 from .workloads.request_sets import affordable_sets, pool_bytes, workload_sets
 from .workloads.workload import METHOD, Workload
@@ -87,8 +88,10 @@ def _timed(workload: Workload, stage: str) -> list[Timed]:
     return groups
 
 
-def prepare(workload: Workload, target: Target) -> StageBuilder | None:
+def prepare(workload: Workload, target: Target) -> StageBuilder | WholeModel | None:
     """Make the inputs that `Timed.providers` takes; None if they do not fit this GPU."""
+    if workload.model is not None:
+        return prepare_model(workload, target)
     backend, num_sets = target.backend, 1
     if backend.device == "cuda":
         free = device.free_bytes()

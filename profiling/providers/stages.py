@@ -106,6 +106,8 @@ class Slot(NamedTuple):
 class StageBuilder:
     """Builds the providers of one workload; steps are made once and shared by the stages."""
 
+    other_parts: Mapping[str, float] = {}  # of memory, see WholeModel
+
     def __init__(self, workload: Workload, sets: RequestSets, target: Target) -> None:
         self.workload, self.sets, self.target = workload, sets, target
         self.backend = target.backend

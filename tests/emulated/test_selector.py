@@ -103,6 +103,24 @@ def test_top_pages_are_the_best(name, form, folder):
     assert torch.equal(pages[0, :, :count].long(), best)
 
 
+@pytest.mark.xdist_group("emulated top pages 64 registers")
+def test_a_row_without_a_request_has_no_candidates(folder):
+    """Nor does it read scores, which nobody wrote; windows find nothing there."""
+    config = TopPagesConfig(pages_per_thread=8)
+    pages, counts = blank(2, 1, 4, dtype=torch.int32), blank(2, 1, dtype=torch.int32)
+    scores = blank(2, 1, 40)
+    scores[1] = torch.arange(40)
+    emulated(top_pages_kernel, (16, 64, config), folder)(
+        (1, 2), config.num_threads, scores=scores,
+        seq_lens=torch.tensor([0, 640], dtype=torch.int32),
+        num_sink_tokens=16, num_recent_tokens=16,
+        candidate_pages=pages, candidate_counts=counts,
+        batch_size=2, num_kv_heads=1, max_pages=40, width=4,
+    )  # fmt: skip
+    assert counts.tolist() == [[0], [4]] and pages[1, 0].tolist() == [0, 37, 38, 39]
+    assert torch.equal(pages[0], blank(1, 4, dtype=torch.int32))
+
+
 def test_all_pages_lists_every_page(folder):
     seq_lens = torch.tensor([0, 1, 700], dtype=torch.int32)
     pages = blank(3, 2, 44, dtype=torch.int32)

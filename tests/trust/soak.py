@@ -128,7 +128,6 @@ class Engine:
                     raise RuntimeError("the pool is too small for its requests")
         self.cache.page_table.copy_(self.table)
         self.cache.seq_lens.copy_(torch.tensor(self.lengths, dtype=torch.int32))
-        self.cache.longest = max(self.lengths)
         for buffer in (self.q, self.new_k, self.new_v):
             buffer.normal_(generator=self.rng)
 
