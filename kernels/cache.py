@@ -15,6 +15,7 @@ from .validate import check_indices, check_lengths
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 128, 256)
 TILE_TOKENS = 16  # a page holds a whole number of tensor-core tiles of tokens
+LAYOUTS = ("NHD", "HND")
 MAX_ROWS = 65535  # requests, or KV heads: blocks of a CUDA grid's y and z, along which they lie
 
 
@@ -34,8 +35,9 @@ class CacheShape(NamedTuple):
 class PagedKVCache(Requests):
     """The tensors of one layer's cache (Twilight, section 4.2; bounds as in Quest, section 3.2).
 
-    k_cache, v_cache    [num_pages, page_size, num_kv_heads, head_dim], fp16 or bf16: the layout of
-                        vLLM and of FlashInfer's NHD
+    k_cache, v_cache    [num_pages, page_size, num_kv_heads, head_dim], fp16 or bf16, of the same
+                        strides: any where the channels of a vector are contiguous. Packed, that is
+                        the layout of vLLM and of FlashInfer's NHD
     page_table          [batch_size, max_pages] i32: logical page -> physical page
     seq_lens            [batch_size] i32: cached tokens
     k_int4              [num_pages, num_kv_heads, page_size, head_dim / 2] u8: byte j holds channel
@@ -86,6 +88,8 @@ class PagedKVCache(Requests):
         self.k_rows, self.v_rows = (
             pool.view(-1, head_dim) for pool in (self.k_cache, self.v_cache)
         )
+        # Of the same strides where sizes are 1, too, which are any.
+        self.v_pool = self.v_cache.as_strided(self.v_cache.shape, self.k_cache.stride())
         self.code_words = self.k_int4.view(torch.int32)
         self.bound_words = self.page_bounds.view(torch.int32)
         batch_size, max_pages = self.page_table.shape
@@ -206,8 +210,8 @@ class PagedKVCache(Requests):
         once. `empty` and `extend` do it without.
 
         Args:
-            k, v: [batch_size, max_seq_len, num_kv_heads, head_dim], fp16 or bf16; tokens from
-                seq_lens[b] on are not read.
+            k, v: [batch_size, max_seq_len, num_kv_heads, head_dim], fp16 or bf16, of any strides
+                where channels are contiguous; tokens from seq_lens[b] on are not read.
             seq_lens: [batch_size] i32, at most max_seq_len.
             max_pages, num_pages: room to grow; by default just what max_seq_len needs.
             page_table: [batch_size, max_pages] i32, no page twice; by default as in `empty`.
@@ -216,8 +220,8 @@ class PagedKVCache(Requests):
         Raises:
             ValueError: a tensor, a size or a length does not fit.
         """
-        check_tensor("k", k, (None,) * 4, HALF_DTYPES, align=16)
-        check_tensor("v", v, k.shape, k.dtype, k.device, align=16)
+        check_tensor("k", k, (None,) * 4, HALF_DTYPES, align=16, strided=True)
+        check_tensor("v", v, k.shape, k.dtype, k.device, align=16, strided=True)
         batch_size, max_seq_len, num_kv_heads, head_dim = k.shape
         check_tensor("seq_lens", seq_lens, (batch_size,), torch.int32, k.device)
         check_page_size(page_size)
@@ -254,16 +258,20 @@ class PagedKVCache(Requests):
         read it.
 
         Args:
-            k_cache, v_cache, page_table, seq_lens, k_offset: as the cache's own.
-            layout: "NHD", as above. To be stated where page_size and num_kv_heads are both
-                multiples of 16: the pool could be FlashInfer's HND, which is refused.
+            k_cache, v_cache, page_table, seq_lens, k_offset: as the cache's own. The pools may be
+                views of one tensor, as of [num_pages, 2, ...] or [2, num_pages, ...].
+            layout: "NHD", as above, or "HND", [num_pages, num_kv_heads, page_size, head_dim], which
+                the cache holds transposed. To be stated where page_size and num_kv_heads are both
+                multiples of 16: the pool could be either.
             validate: whether to check page ids and lengths as `validate_cache` does, before
                 anything is written.
 
         Raises:
-            ValueError: a tensor or a length does not fit, the layout is not NHD or not clear, or
-                `validate` finds something.
+            ValueError: a tensor or a length does not fit, the layout is not clear, or `validate`
+                finds something.
         """
+        if layout == "HND":
+            k_cache, v_cache = (_tokens_first(pool) for pool in (k_cache, v_cache))
         _check_pages(k_cache, v_cache, page_table, seq_lens, k_offset)
         _check_layout(layout, k_cache)
         check_lengths(seq_lens, page_table.shape[1] * k_cache.shape[1])
@@ -334,13 +342,14 @@ def _check_pages(
     seq_lens: torch.Tensor,
     k_offset: torch.Tensor | None,
 ) -> None:
-    check_tensor("k_cache", k_cache, (None,) * 4, HALF_DTYPES, align=16)
+    check_tensor("k_cache", k_cache, (None,) * 4, HALF_DTYPES, align=16, strided=True)
     _, page_size, num_kv_heads, head_dim = k_cache.shape
     check_count("num_kv_heads", num_kv_heads, least=1, most=MAX_ROWS)
     check_head_dim(head_dim)
     check_page_size(page_size)
     device = k_cache.device
-    check_tensor("v_cache", v_cache, k_cache.shape, k_cache.dtype, device, align=16)
+    check_tensor("v_cache", v_cache, k_cache.shape, k_cache.dtype, device, align=16, strided=True)
+    _check_strides(k_cache, v_cache)
     check_tensor("page_table", page_table, (None, None), torch.int32, device)
     check_count("page_table: number of requests", page_table.shape[0], least=1, most=MAX_ROWS)
     check_tensor("seq_lens", seq_lens, (page_table.shape[0],), torch.int32, device)
@@ -348,16 +357,38 @@ def _check_pages(
     check_machine(device)
 
 
+def _check_strides(k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+    """Raises ValueError unless K and V have the same strides, and none of their vectors overlap."""
+    used = [axis for axis, size in enumerate(k_cache.shape) if size > 1]
+    if any(k_cache.stride(axis) != v_cache.stride(axis) for axis in used):
+        raise ValueError(
+            f"v_cache: expected the strides of k_cache, {k_cache.stride()}, got {v_cache.stride()}"
+        )
+    span = 1
+    for stride, size in sorted((k_cache.stride(axis), k_cache.shape[axis]) for axis in used):
+        if stride < span:
+            raise ValueError(
+                f"k_cache: expected vectors that do not overlap, got strides {k_cache.stride()}"
+            )
+        span += stride * (size - 1)
+
+
+def _tokens_first(pool: torch.Tensor) -> torch.Tensor:
+    """An HND pool as NHD; what is no pool stays as it is."""
+    return pool.transpose(1, 2) if isinstance(pool, torch.Tensor) and pool.ndim == 4 else pool
+
+
 def _check_layout(layout: str | None, k_cache: torch.Tensor) -> None:
-    """Raises ValueError unless the pool is NHD: heads and tokens of a page tell themselves apart
-    only where one of them cannot be a page_size."""
+    """Raises ValueError unless the pool's layout is clear: heads and tokens of a page tell
+    themselves apart only where one of them cannot be a page_size."""
     if layout is not None:
-        check_choice("layout", layout, ("NHD",))
+        check_choice("layout", layout, LAYOUTS)
     elif k_cache.shape[2] % TILE_TOKENS == 0:
         _, page_size, num_kv_heads, _ = k_cache.shape
         raise ValueError(
-            f"layout: expected 'NHD' to be stated for a k_cache of {list(k_cache.shape)}, got none:"
-            f" {page_size} tokens of {num_kv_heads} KV heads might be HND's heads and tokens"
+            f"layout: expected 'NHD' or 'HND' to be stated for a k_cache of {list(k_cache.shape)}, "
+            f"got none: {page_size} tokens of {num_kv_heads} KV heads might be HND's heads and "
+            f"tokens"
         )
 
 

@@ -16,6 +16,7 @@ from .lists import CandidatePages, Window
 from .mma import Tiles
 from .pruner import SEARCH_SOURCES, Pruned
 from .split_kv import Work
+from .strided import strided
 from .threshold import BINS_PER_THREAD
 from .token_list import Row, TokenList
 from .top_p import NUM_THREADS, VECTOR, Heads, Logits, is_held, list_row, prune_heads
@@ -101,7 +102,7 @@ def estimate_prune_kernel(
 
     @T.prim_func
     def estimate_and_prune(
-        q: T.Tensor[(batch_size, num_kv_heads, group_size, head_dim), dtype],
+        q: T.StridedTensor[strided("q", (batch_size, num_kv_heads, group_size, head_dim), dtype)],
         codes: T.Tensor[(num_pages, num_kv_heads, page_size, head_dim // 8), T.int32],
         scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
         page_table: T.Tensor[(batch_size, max_pages), T.int32],
@@ -166,5 +167,5 @@ def _launches(shape: StepShape, config: EstimatePruneConfig) -> tuple[Launch, ..
 ESTIMATE_PRUNE = KernelSpec(
     name="estimate_prune", stage="estimate_prune", config=EstimatePruneConfig,
     default=default_config, launches=_launches, static_width=True,
-    sources=("estimate_prune.py", "estimate_tiles.py", "mma.py", *SEARCH_SOURCES),
+    sources=("estimate_prune.py", "estimate_tiles.py", "mma.py", "strided.py", *SEARCH_SOURCES),
 )  # fmt: skip

@@ -14,6 +14,7 @@ from .launch import KernelSpec, Launch, StepShape, on_device
 from .lists import CandidatePages, check_lists
 from .mma import Tiles
 from .query import by_kv_head, check_query, check_scale, step_shape
+from .strided import strided
 from .token_list import Row, TokenList
 from .tuned import Planned, planned
 
@@ -100,7 +101,7 @@ def estimator_kernel(
 
     @T.prim_func
     def estimate_logits(
-        q: T.Tensor[(batch_size, num_kv_heads, group_size, head_dim), dtype],
+        q: T.StridedTensor[strided("q", (batch_size, num_kv_heads, group_size, head_dim), dtype)],
         codes: T.Tensor[(num_pages, num_kv_heads, page_size, head_dim // 8), T.int32],
         scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
         page_table: T.Tensor[(batch_size, max_pages), T.int32],
@@ -142,5 +143,7 @@ def _launches(shape: StepShape, config: EstimatorConfig) -> tuple[Launch, ...]:
 ESTIMATOR = KernelSpec(
     name="estimator", stage="estimator", config=EstimatorConfig, default=default_config,
     launches=_launches,
-    sources=("estimator.py", "estimate_tiles.py", "mma.py", "token_list.py", "warp.py"),
+    sources=(
+        "estimator.py", "estimate_tiles.py", "mma.py", "strided.py", "token_list.py", "warp.py"
+    ),
 )  # fmt: skip

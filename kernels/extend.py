@@ -5,6 +5,7 @@ import tilelang.language as T
 
 from .compiling import EXACT_MATH
 from .mirror import Mirror, Place, mirror_page
+from .strided import assume_aligned, strided
 
 NUM_WARPS = 8
 WINDOW = 4  # new tokens of a block
@@ -54,19 +55,20 @@ def extend_kernel(head_dim: int, page_size: int, dtype: str):
     num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
     num_tokens = T.dynamic("num_tokens")
     channels = head_dim // 32
+    pool = strided("pool", (num_pages, page_size, num_kv_heads, head_dim), dtype)
 
     @T.prim_func
     def extend_requests(
-        k: T.Tensor[(num_tokens, num_kv_heads, head_dim), dtype],
-        v: T.Tensor[(num_tokens, num_kv_heads, head_dim), dtype],
+        k: T.StridedTensor[strided("k", (num_tokens, num_kv_heads, head_dim), dtype)],
+        v: T.StridedTensor[strided("v", (num_tokens, num_kv_heads, head_dim), dtype)],
         first_tokens: T.Tensor[(batch_size,), T.int32],
         end_tokens: T.Tensor[(batch_size,), T.int32],
         page_table: T.Tensor[(batch_size, max_pages), T.int32],
         seq_lens: T.Tensor[(batch_size,), T.int32],
         arrived: T.Tensor[(1,), T.int32],
         k_offset: T.Tensor[(num_kv_heads, head_dim), T.float32],
-        k_cache: T.Tensor[(num_pages, page_size, num_kv_heads, head_dim), dtype],
-        v_cache: T.Tensor[(num_pages, page_size, num_kv_heads, head_dim), dtype],
+        k_cache: T.StridedTensor[pool],
+        v_cache: T.StridedTensor[pool],
         codes: T.Tensor[(num_pages, num_kv_heads, page_size, head_dim // 2), T.uint8],
         scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
         bounds: T.Tensor[(num_pages, num_kv_heads, 2, head_dim), T.uint8],
@@ -77,6 +79,7 @@ def extend_kernel(head_dim: int, page_size: int, dtype: str):
             T.ceildiv(num_kv_heads, NUM_WARPS),
             threads=NUM_WARPS * 32,
         ) as (window, heads):
+            assume_aligned(k, v, k_cache, v_cache)
             thread = T.get_thread_binding()
             lane = thread % 32
             kv_head = heads * NUM_WARPS + thread // 32

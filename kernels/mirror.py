@@ -11,6 +11,7 @@ import tilelang.language as T
 from tvm.tirx import Buffer, PrimExpr
 
 from .compiling import EXACT_MATH
+from .strided import assume_aligned, strided
 
 MAX_CODE = 15
 MAX_BOUND_CODE = 255
@@ -193,6 +194,7 @@ def mirror_kernel(head_dim: int, page_size: int, dtype: str):
     num_kv_heads, num_pages = T.dynamic("num_kv_heads"), T.dynamic("num_pages")
     num_listed = T.dynamic("num_listed")
     channels = head_dim // 32
+    pool = strided("pool", (num_pages, page_size, num_kv_heads, head_dim), dtype)
 
     @T.prim_func
     def mirror_pages(
@@ -200,14 +202,15 @@ def mirror_kernel(head_dim: int, page_size: int, dtype: str):
         pages: T.Tensor[(num_listed,), T.int32],
         page_tokens: T.Tensor[(num_listed,), T.int32],
         k_offset: T.Tensor[(num_kv_heads, head_dim), T.float32],
-        k_cache: T.Tensor[(num_pages, page_size, num_kv_heads, head_dim), dtype],
-        v_cache: T.Tensor[(num_pages, page_size, num_kv_heads, head_dim), dtype],
+        k_cache: T.StridedTensor[pool],
+        v_cache: T.StridedTensor[pool],
         codes: T.Tensor[(num_pages, num_kv_heads, page_size, head_dim // 2), T.uint8],
         scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
         bounds: T.Tensor[(num_pages, num_kv_heads, 2, head_dim), T.uint8],
         bounds_scale_zero: T.Tensor[(num_pages, num_kv_heads, 2), T.float32],
     ):
         with T.Kernel(num_listed, num_kv_heads, threads=32) as (listed, kv_head):
+            assume_aligned(k_cache, v_cache)
             lane = T.get_thread_binding()
             source = sources[listed]
             page = pages[listed]
@@ -245,23 +248,25 @@ def append_kernel(head_dim: int, page_size: int, dtype: str):
     num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
     channels = head_dim // 32
     num_chunks = page_size // ROWS_IN_FLIGHT
+    pool = strided("pool", (num_pages, page_size, num_kv_heads, head_dim), dtype)
 
     @T.prim_func
     def append_tokens(
-        k: T.Tensor[(batch_size, num_kv_heads, head_dim), dtype],
-        v: T.Tensor[(batch_size, num_kv_heads, head_dim), dtype],
+        k: T.StridedTensor[strided("k", (batch_size, num_kv_heads, head_dim), dtype)],
+        v: T.StridedTensor[strided("v", (batch_size, num_kv_heads, head_dim), dtype)],
         page_table: T.Tensor[(batch_size, max_pages), T.int32],
         seq_lens: T.Tensor[(batch_size,), T.int32],
         active: T.Tensor[(batch_size,), T.uint8],
         k_offset: T.Tensor[(num_kv_heads, head_dim), T.float32],
-        k_cache: T.Tensor[(num_pages, page_size, num_kv_heads, head_dim), dtype],
-        v_cache: T.Tensor[(num_pages, page_size, num_kv_heads, head_dim), dtype],
+        k_cache: T.StridedTensor[pool],
+        v_cache: T.StridedTensor[pool],
         codes: T.Tensor[(num_pages, num_kv_heads, page_size, head_dim // 2), T.uint8],
         scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
         bounds: T.Tensor[(num_pages, num_kv_heads, 2, head_dim), T.uint8],
         bounds_scale_zero: T.Tensor[(num_pages, num_kv_heads, 2), T.float32],
     ):
         with T.Kernel(batch_size, threads=NUM_WARPS * 32) as batch:
+            assume_aligned(k, v, k_cache, v_cache)
             thread = T.get_thread_binding()
             first_channel = thread % 32 * channels
             key = T.alloc_local((channels,), dtype)

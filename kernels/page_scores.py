@@ -24,6 +24,7 @@ from .mma import (
     mma_m16n8k16,
     place_in_quad,
 )
+from .strided import strided
 from .token_list import Row
 from .tuned import Planned
 from .warp import join_lanes
@@ -170,7 +171,7 @@ def page_score_kernel(
 
     @T.prim_func
     def score_pages(
-        q: T.Tensor[(batch_size, num_kv_heads, group_size, head_dim), dtype],
+        q: T.StridedTensor[strided("q", (batch_size, num_kv_heads, group_size, head_dim), dtype)],
         bounds: T.Tensor[(num_pages, num_kv_heads, 2, head_dim // 4), T.int32],
         bounds_scale_zero: T.Tensor[(num_pages, num_kv_heads, 2), T.float32],
         page_table: T.Tensor[(batch_size, max_pages), T.int32],
@@ -225,6 +226,6 @@ def _launches(shape: StepShape, config: PageScoreConfig) -> tuple[Launch, ...]:
 
 PAGE_SCORE = KernelSpec(
     name="page_score", stage="selector", config=PageScoreConfig, default=default_config,
-    launches=_launches, sources=("page_scores.py", "mma.py", "token_list.py", "warp.py"),
-    width=lambda shape: shape.max_pages,
+    width=lambda shape: shape.max_pages, launches=_launches,
+    sources=("page_scores.py", "mma.py", "strided.py", "token_list.py", "warp.py"),
 )  # fmt: skip

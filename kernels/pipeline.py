@@ -132,7 +132,8 @@ class TwilightDecode:
         more launches would take longer than they save.
 
         Args:
-            q: [batch_size, num_qo_heads, head_dim] in the cache's dtype.
+            q: [batch_size, num_qo_heads, head_dim] in the cache's dtype, of any strides where
+                channels are contiguous.
             cache: of the shape given at construction; its lengths may have grown.
 
         Returns:
@@ -144,7 +145,8 @@ class TwilightDecode:
         out = self.out
         if not (isinstance(q, torch.Tensor) and _like(q) == _like(out) and q.is_contiguous()):
             check_query(q, cache)
-            raise ValueError(f"q: expected shape {list(out.shape)}, got {list(q.shape)}")
+            if q.shape != out.shape:
+                raise ValueError(f"q: expected shape {list(out.shape)}, got {list(q.shape)}")
         with on_device(out.device):
             if self.parts:
                 capturing = torch.cuda.is_current_stream_capturing()

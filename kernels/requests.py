@@ -36,6 +36,7 @@ class Requests:
     page_bounds: torch.Tensor
     bounds_scale_zero: torch.Tensor
     k_offset: torch.Tensor
+    v_pool: torch.Tensor  # v_cache with the strides of k_cache
     everyone: torch.Tensor  # [batch_size] bool, all true
     arrived: torch.Tensor  # [1] i32, 0 between calls
 
@@ -45,8 +46,8 @@ class Requests:
         A request at its capacity is left as it is, and so is one without a page for the token.
 
         Args:
-            k, v: [batch_size, num_kv_heads, head_dim] in the cache's dtype. The page that a request
-                writes to must not be shared.
+            k, v: [batch_size, num_kv_heads, head_dim] in the cache's dtype, of any strides where
+                channels are contiguous. The page that a request writes to must not be shared.
             active: [batch_size] bool, which rows get their token; all where None.
 
         Raises:
@@ -54,8 +55,8 @@ class Requests:
         """
         batch_size, _, num_kv_heads, head_dim, *_ = self.shape
         shape, device = (batch_size, num_kv_heads, head_dim), self.k_cache.device
-        check_tensor("k", k, shape, self.k_cache.dtype, device, align=16)
-        check_tensor("v", v, shape, self.k_cache.dtype, device, align=16)
+        check_tensor("k", k, shape, self.k_cache.dtype, device, align=16, strided=True)
+        check_tensor("v", v, shape, self.k_cache.dtype, device, align=16, strided=True)
         active = self._rows("active", active)
         append, _, _ = self._launches()
         with on_device(device):
@@ -69,8 +70,8 @@ class Requests:
         pool. Its other tokens are left out.
 
         Args:
-            k, v: [num_tokens, num_kv_heads, head_dim] in the cache's dtype. The pages that a
-                request writes to must not be shared.
+            k, v: [num_tokens, num_kv_heads, head_dim] in the cache's dtype, of any strides where
+                channels are contiguous. The pages that a request writes to must not be shared.
             cu_seqlens: [batch_size + 1] i32, ascending: request b's tokens are those from
                 cu_seqlens[b] to cu_seqlens[b + 1] - 1. Tokens from the last of them on are padding.
 
@@ -80,8 +81,8 @@ class Requests:
         batch_size, _, num_kv_heads, head_dim, *_ = self.shape
         device = self.k_cache.device
         shape = (None, num_kv_heads, head_dim)
-        check_tensor("k", k, shape, self.k_cache.dtype, device, align=16)
-        check_tensor("v", v, k.shape, self.k_cache.dtype, device, align=16)
+        check_tensor("k", k, shape, self.k_cache.dtype, device, align=16, strided=True)
+        check_tensor("v", v, k.shape, self.k_cache.dtype, device, align=16, strided=True)
         check_tensor("cu_seqlens", cu_seqlens, (batch_size + 1,), torch.int32, device)
         self._extend(k, v, cu_seqlens[:-1], cu_seqlens[1:])
 
@@ -237,7 +238,7 @@ class Requests:
     def _written(self) -> tuple[torch.Tensor, ...]:
         """The offset and what is written, in the kernels' order."""
         return (
-            self.k_offset, self.k_cache, self.v_cache,
+            self.k_offset, self.k_cache, self.v_pool,
             self.k_int4, self.k_scale_zero, self.page_bounds, self.bounds_scale_zero,
         )  # fmt: skip
 

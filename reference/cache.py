@@ -203,13 +203,16 @@ class PagedKVCache(Requests):
         outside the pool is left out.
 
         Args:
-            k_cache, v_cache, page_table, seq_lens, k_offset: as the cache's own.
+            k_cache, v_cache, page_table, seq_lens, k_offset: as the cache's own; of any strides.
             label_format: what labels it has, none where None.
-            layout: "NHD", as above. To be stated where page_size and num_kv_heads are both
-                multiples of 16: the pool could be FlashInfer's HND, which is refused.
+            layout: "NHD", as above, or "HND", [num_pages, num_kv_heads, page_size, head_dim], which
+                the cache holds transposed. To be stated where page_size and num_kv_heads are both
+                multiples of 16: the pool could be either.
             validate: whether to check page ids and lengths as `validate_cache` does, before
                 anything is written.
         """
+        if layout == "HND":
+            k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
         check_tensor("k_cache", k_cache, (None, None, None, None), FLOAT_DTYPES)
         check_layout(layout, k_cache)
         num_pages, page_size, num_kv_heads, head_dim = k_cache.shape
@@ -256,13 +259,14 @@ def default_page_table(
 
 
 def check_layout(layout: str | None, k_cache: torch.Tensor) -> None:
-    """Raise ValueError unless the pool is NHD: heads and tokens of a page tell themselves apart
-    only where one of them cannot be a page_size of the kernels."""
+    """Raise ValueError unless the pool's layout is clear: heads and tokens of a page tell
+    themselves apart only where one of them cannot be a page_size of the kernels."""
     _, page_size, num_kv_heads, _ = k_cache.shape
-    if layout not in (None, "NHD"):
-        raise ValueError(f"layout: expected 'NHD', got {layout!r}")
+    if layout not in (None, "NHD", "HND"):
+        raise ValueError(f"layout: expected 'NHD' or 'HND', got {layout!r}")
     if layout is None and page_size % 16 == 0 and num_kv_heads % 16 == 0:
         raise ValueError(
-            f"layout: expected 'NHD' to be stated for a k_cache of {list(k_cache.shape)}, got none:"
-            f" {page_size} tokens of {num_kv_heads} KV heads might be HND's heads and tokens"
+            f"layout: expected 'NHD' or 'HND' to be stated for a k_cache of {list(k_cache.shape)}, "
+            f"got none: {page_size} tokens of {num_kv_heads} KV heads might be HND's heads and "
+            f"tokens"
         )

@@ -366,7 +366,7 @@ WINDOWS = {"num_sink_tokens": [-1], "num_recent_tokens": [-1]}
 VALUES = {  # function -> argument, which the message must name -> what it may not be
     "empty": {"head_dim": [96], "page_size": [0, -16, 8, 24], "dtype": [FP32], "num_pages": [5]},
     "from_contiguous": {"num_pages": [5], "page_size": [0]},
-    "wrap": {"layout": ["HND", "nhd", 16]},
+    "wrap": {"layout": ["HNDX", "nhd", 16]},
     "select_pages": {"q": GROUPS, "token_budget": [0, -16, 24], **WINDOWS},
     "estimate_logits": {"q": GROUPS, "sm_scale": SCALES},
     "prune_top_p": {"logits": [Fresh((2, 7, 48), FP32)], "top_p": TOP_P, **WINDOWS},

@@ -36,7 +36,7 @@ def sizes(cache, **more) -> dict:
 
 def grouped(tensor: torch.Tensor, cache) -> torch.Tensor:
     """[batch_size, num_qo_heads, ...] as [batch_size, num_kv_heads, group_size, ...]."""
-    return tensor.unflatten(1, (cache.num_kv_heads, -1)).contiguous()
+    return tensor.unflatten(1, (cache.num_kv_heads, -1))
 
 
 def blank(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

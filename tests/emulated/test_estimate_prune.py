@@ -15,6 +15,7 @@ from tests.emulated.launches import (
 )
 from tests.inputs.cases import NAN
 from tests.inputs.hazards import lose_idle_pages, poison_unused
+from tests.inputs.layouts import in_projection
 from twilight_tilelang import reference
 from twilight_tilelang.kernels.estimate_prune import EstimatePruneConfig, estimate_prune_kernel
 from twilight_tilelang.kernels.estimator import EstimatorConfig
@@ -82,7 +83,7 @@ def test_fused_kernel_gives_the_bits_of_two(name, hazard, folder):
     apart = PrunerConfig(heads_apart=heads[0] > heads[1])
     expected = prune_emulated(logits, cache, pages, counts, top_p, windows, apart, folder)
 
-    q, width = grouped(inputs.q, cache), logits.shape[2]
+    q, width = grouped(in_projection(inputs.q)[0], cache), logits.shape[2]
     written = what_pruners_write(cache, q.shape[2], width)
     statics = (q.shape[2], head_dim, page_size, "float16")
     bound = static_width(width)

@@ -7,6 +7,7 @@ import torch
 
 from tests.emulated.emulate import emulated
 from tests.emulated.launches import blank, grouped, sizes
+from tests.inputs.layouts import in_projection
 from twilight_tilelang import reference
 from twilight_tilelang.kernels.launch import next_power_of_two
 from twilight_tilelang.kernels.page_scores import PageScoreConfig, page_score_kernel
@@ -23,17 +24,19 @@ SCORE_CONFIGS = {
 @pytest.mark.parametrize("config", SCORE_CONFIGS)
 def test_page_scores_are_quest_bounds(config, inputs, folder):
     cache = reference.PagedKVCache.wrap(*inputs.paged())
-    q = grouped(inputs.q, cache)
     config = SCORE_CONFIGS[config]
-    scores = blank(cache.batch_size, cache.num_kv_heads, cache.max_pages)
-    static = (q.shape[2], cache.head_dim, cache.page_size, "float16", config)
+    scores, again = (blank(cache.batch_size, cache.num_kv_heads, cache.max_pages) for _ in range(2))
     block_pages = config.num_warps * config.tiles_per_warp * config.steps * 16
-    emulated(page_score_kernel, static, folder)(
-        (-(-cache.max_pages // block_pages), cache.num_kv_heads, cache.batch_size),
-        config.num_warps * 32, q=q, bounds=cache.page_bounds,
-        bounds_scale_zero=cache.bounds_scale_zero, page_table=cache.page_table,
-        seq_lens=cache.seq_lens, scores=scores, **sizes(cache),
-    )  # fmt: skip
+    for q, written in ((inputs.q, scores), (*in_projection(inputs.q), again)):
+        q = grouped(q, cache)
+        static = (q.shape[2], cache.head_dim, cache.page_size, "float16", config)
+        emulated(page_score_kernel, static, folder)(
+            (-(-cache.max_pages // block_pages), cache.num_kv_heads, cache.batch_size),
+            config.num_warps * 32, q=q, bounds=cache.page_bounds,
+            bounds_scale_zero=cache.bounds_scale_zero, page_table=cache.page_table,
+            seq_lens=cache.seq_lens, scores=written, **sizes(cache),
+        )  # fmt: skip
+    assert torch.equal(scores.view(torch.int32), again.view(torch.int32))  # NaN where no page is
     for request, length in enumerate(cache.seq_lens.tolist()):
         pages = cache.page_table[request, : -(-length // cache.page_size)].long()
         low, high = reference.dequantize_bounds(
