@@ -1,7 +1,5 @@
 """What one full-attention layer stores, and how its new tokens attend to it."""
 
-import functools
-import types
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,7 +14,7 @@ if TYPE_CHECKING:
     from .transformers import TwilightCache
 
 REFERENCE_OPTIONS = (
-    *("selector", "token_budget", "top_p", "sm_scale"),
+    *("selector", "token_budget", "top_p", "sm_scale", "path"),
     *("num_sink_tokens", "num_recent_tokens"),
 )
 
@@ -216,10 +214,5 @@ def make_step(pages: Any, num_qo_heads: int, options: DecodeOptions) -> Any:
     """
     if pages.k_cache.is_cuda:
         return twilight_tilelang.TwilightDecode(pages, num_qo_heads, options)
-    if options.path == "dense":
-        dense = functools.partial(reference.dense_attention, sm_scale=options.sm_scale)
-        return types.SimpleNamespace(run=dense)
-    if options.path != "sparse":
-        raise ValueError(f"path: expected 'sparse' or 'dense' on a CPU, got {options.path!r}")
     chosen = {name: getattr(options, name) for name in REFERENCE_OPTIONS}
     return reference.TwilightDecode(pages, num_qo_heads, **chosen)

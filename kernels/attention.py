@@ -16,7 +16,7 @@ from .attend_tiles import tiles_kernel
 from .cache import PagedKVCache
 from .compiling import starts_early
 from .gpu import Gpu, gpu_of
-from .launch import KernelSpec, Launch, StepShape
+from .launch import KernelSpec, Launch, StepShape, on_device
 from .lists import CandidatePages, Kept, TokenList, check_lists
 from .query import by_kv_head, check_query, check_scale, step_shape
 from .split_kv import AttentionConfig, merge_kernel, plan_kernel
@@ -175,8 +175,9 @@ def _attend(
     workspace = AttentionWorkspace.allocate(cache, group_size, width, split_tokens)
     out = torch.empty_like(q)
     grouped = [by_kv_head(each, cache.num_kv_heads) for each in (q, out)]
-    list_items(planned, cache, tokens, workspace.work)
-    attend(planned, grouped[0], cache, tokens, workspace, grouped[1], sm_scale)
+    with on_device(q.device):
+        list_items(planned, cache, tokens, workspace.work)
+        attend(planned, grouped[0], cache, tokens, workspace, grouped[1], sm_scale)
     return (out, workspace.lse.flatten(1)) if return_lse else out
 
 

@@ -15,6 +15,7 @@ from .validate import check_indices, check_lengths
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 128, 256)
 TILE_TOKENS = 16  # a page holds a whole number of tensor-core tiles of tokens
+MAX_ROWS = 65535  # requests, or KV heads: blocks of a CUDA grid's y and z, along which they lie
 
 
 class CacheShape(NamedTuple):
@@ -163,10 +164,10 @@ class PagedKVCache(Requests):
         owned = batch_size * max_pages
         num_pages = owned if num_pages is None else num_pages
         check_count("num_pages", num_pages, least=1)
-        check_count("batch_size", batch_size, least=1)
+        check_count("batch_size", batch_size, least=1, most=MAX_ROWS)
         check_count("max_pages", max_pages, least=1)
-        check_count("num_kv_heads", num_kv_heads, least=1)
-        check_choice("head_dim", head_dim, HEAD_DIMS)
+        check_count("num_kv_heads", num_kv_heads, least=1, most=MAX_ROWS)
+        check_head_dim(head_dim)
         check_choice("dtype", dtype, HALF_DTYPES)
         check_page_size(page_size)
         if torch.device(device).type != "cuda":
@@ -307,6 +308,18 @@ def check_cache(cache: PagedKVCache) -> None:
         raise ValueError(f"cache: expected a {own}, got {got}")
 
 
+def check_head_dim(head_dim: int) -> None:
+    """Raises ValueError unless kernels take it, with the way round where keys can be padded."""
+    if head_dim in HEAD_DIMS or head_dim > max(HEAD_DIMS):
+        check_choice("head_dim", head_dim, HEAD_DIMS)
+        return
+    padded = min(own for own in HEAD_DIMS if own > head_dim)
+    raise ValueError(
+        f"head_dim: expected one of {HEAD_DIMS}, got {head_dim}; pad q, K and V with zeros to "
+        f"{padded} channels and pass sm_scale={head_dim} ** -0.5"
+    )
+
+
 def check_page_size(page_size: int) -> None:
     """Raises ValueError unless a page is a whole number of 16-token tiles."""
     check_count("page_size", page_size, TILE_TOKENS)
@@ -323,11 +336,13 @@ def _check_pages(
 ) -> None:
     check_tensor("k_cache", k_cache, (None,) * 4, HALF_DTYPES, align=16)
     _, page_size, num_kv_heads, head_dim = k_cache.shape
-    check_choice("head_dim", head_dim, HEAD_DIMS)
+    check_count("num_kv_heads", num_kv_heads, least=1, most=MAX_ROWS)
+    check_head_dim(head_dim)
     check_page_size(page_size)
     device = k_cache.device
     check_tensor("v_cache", v_cache, k_cache.shape, k_cache.dtype, device, align=16)
     check_tensor("page_table", page_table, (None, None), torch.int32, device)
+    check_count("page_table: number of requests", page_table.shape[0], least=1, most=MAX_ROWS)
     check_tensor("seq_lens", seq_lens, (page_table.shape[0],), torch.int32, device)
     _check_offset(k_offset, num_kv_heads, head_dim, device)
     check_machine(device)

@@ -38,10 +38,6 @@ class PageScoreConfig:
     steps: int = 4  # that a warp takes one after another
     pdl: bool = False
 
-    @property
-    def block_pages(self) -> int:
-        return self.num_warps * self.tiles_per_warp * self.steps * 16
-
 
 def default_config(shape: StepShape, gpu: Gpu) -> PageScoreConfig:
     """Few pages (over all rows) are spread over more blocks; wide heads, or many, fill a warp's
@@ -56,8 +52,9 @@ def score_pages(
     planned: Planned[PageScoreConfig], q: torch.Tensor, cache: PagedKVCache, scores: torch.Tensor
 ) -> None:
     """One launch: scores [batch_size, num_kv_heads, max_pages] f32 of the grouped query."""
-    (launch,) = planned.launches
-    launch(q, cache.bound_words, cache.bounds_scale_zero, cache.page_table, cache.seq_lens, scores)
+    planned.launches[0](
+        q, cache.bound_words, cache.bounds_scale_zero, cache.page_table, cache.seq_lens, scores
+    )
 
 
 class LoadedBounds(NamedTuple):
@@ -165,9 +162,11 @@ def page_score_kernel(
     the same of `x >> 8` has 1 and 3. Channels are permuted alike in q: of every 64, the lanes of a
     quad hold 16 each, one load.
     """
-    batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
-    num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
+    batch_size, num_kv_heads = T.dynamic("batch_size, num_kv_heads")
+    num_pages, max_pages = T.dynamic("num_pages, max_pages")
     step_tiles = config.num_warps * config.tiles_per_warp
+    block_tiles = step_tiles * config.steps
+    grid = (T.ceildiv(max_pages, block_tiles * TILE_PAGES), num_kv_heads, batch_size)
 
     @T.prim_func
     def score_pages(
@@ -178,19 +177,14 @@ def page_score_kernel(
         seq_lens: T.Tensor[(batch_size,), T.int32],
         scores: T.Tensor[(batch_size, num_kv_heads, max_pages), T.float32],
     ):
-        with T.Kernel(
-            T.ceildiv(max_pages, config.block_pages),
-            num_kv_heads,
-            batch_size,
-            threads=config.num_warps * 32,
-        ) as (block, kv_head, batch):
+        with T.Kernel(*grid, threads=config.num_warps * 32) as (block, kv_head, batch):
             start_early(config.pdl)
             row = Row(batch, kv_head)
             _, lane = place_in_quad()
             used_pages = T.ceildiv(seq_lens[batch], page_size)
             warp = T.get_thread_binding() // 32
             tiles = Tiles(
-                first=block * (step_tiles * config.steps) + warp * config.tiles_per_warp,
+                first=block * block_tiles + warp * config.tiles_per_warp,
                 per_warp=config.tiles_per_warp,
                 stride=step_tiles,
                 steps=config.steps,
@@ -226,16 +220,11 @@ def page_score_kernel(
 
 
 def _launches(shape: StepShape, config: PageScoreConfig) -> tuple[Launch, ...]:
-    arguments = (shape.group_size, shape.head_dim, shape.page_size, shape.dtype, config)
-    return (Launch("page_score", page_score_kernel, arguments),)
+    return (Launch("page_score", page_score_kernel, (*shape.statics, config)),)
 
 
 PAGE_SCORE = KernelSpec(
-    name="page_score",
-    stage="selector",
-    config=PageScoreConfig,
-    default=default_config,
+    name="page_score", stage="selector", config=PageScoreConfig, default=default_config,
+    launches=_launches, sources=("page_scores.py", "mma.py", "token_list.py", "warp.py"),
     width=lambda shape: shape.max_pages,
-    launches=_launches,
-    sources=("page_scores.py", "mma.py", "token_list.py", "warp.py"),
-)
+)  # fmt: skip

@@ -12,7 +12,7 @@ from tilelang.jit import JITImpl
 
 from .checks import check_tensor, dtype_name
 from .extend import extend_kernel
-from .launch import Launch
+from .launch import Launch, on_device
 from .mirror import append_kernel, mirror_kernel
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ class Requests:
         check_tensor("v", v, shape, self.k_cache.dtype, device, align=16)
         active = self._rows("active", active)
         append, _, _ = self._launches()
-        append(k, v, self.page_table, self.seq_lens, active.view(torch.uint8), *self._written())
+        with on_device(device):
+            append(k, v, self.page_table, self.seq_lens, active.view(torch.uint8), *self._written())
 
     def extend(self, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
         """Appends any number of tokens per request, in one launch: a chunk of a prompt, or what a
@@ -216,17 +217,19 @@ class Requests:
     ) -> None:
         """Appends tokens [first_tokens[b], end_tokens[b]) to request b; both ascend."""
         _, extend, _ = self._launches()
-        extend(
-            k, v, first_tokens, end_tokens, self.page_table, self.seq_lens, self.arrived,
-            *self._written(),
-        )  # fmt: skip
+        with on_device(k.device):
+            extend(
+                k, v, first_tokens, end_tokens, self.page_table, self.seq_lens, self.arrived,
+                *self._written(),
+            )  # fmt: skip
 
     def _mirror(
         self, sources: torch.Tensor, pages: torch.Tensor, page_tokens: torch.Tensor
     ) -> None:
         """Copies the first tokens of `sources` to `pages`, where they differ, and mirrors those."""
         _, _, mirror = self._launches()
-        mirror(sources, pages, page_tokens, *self._written())
+        with on_device(pages.device):
+            mirror(sources, pages, page_tokens, *self._written())
 
     def _launches(self) -> tuple[Launch, Launch, Launch]:
         return cache_launches(self.shape.head_dim, self.shape.page_size, dtype_name(self.k_cache))

@@ -9,17 +9,15 @@ than a quarter is a change.
 """
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .tables.summary import summarize
 
 TOLERANCE, HOST_TOLERANCE = 0.03, 0.25
 
 
-@dataclass(frozen=True)
-class Time:
+class Time(NamedTuple):
     """In microseconds; `tolerance`: the ratio - 1 that is no change."""
 
     us: float
@@ -28,8 +26,7 @@ class Time:
     tolerance: float
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """One time in both folders, in microseconds."""
 
     id: str

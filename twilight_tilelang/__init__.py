@@ -20,23 +20,6 @@ if TYPE_CHECKING:
     from .kernels.selector import select_all, select_pages
     from .kernels.validate import validate_cache
 
-__all__ = [
-    "CacheShape",
-    "CandidatePages",
-    "DecodeOptions",
-    "Kept",
-    "PagedKVCache",
-    "TwilightDecode",
-    "dense_attention",
-    "estimate_logits",
-    "flash_topk_attention",
-    "page_attention",
-    "prune_top_p",
-    "select_all",
-    "select_pages",
-    "validate_cache",
-]
-
 HOMES = {
     "attention": ("dense_attention", "flash_topk_attention", "page_attention"),
     "cache": ("CacheShape", "PagedKVCache"),
@@ -49,6 +32,7 @@ HOMES = {
     "validate": ("validate_cache",),
 }
 HOME_OF = {name: home for home, names in HOMES.items() for name in names}
+__all__ = sorted(HOME_OF)
 
 # In a checkout the rooms lie beside this folder, installed they lie in it.
 _checkout = Path(__file__).resolve().parent.parent

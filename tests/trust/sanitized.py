@@ -28,7 +28,7 @@ from twilight_tilelang.kernels.estimator import EstimatorConfig
 from twilight_tilelang.kernels.lists import CandidatePages
 from twilight_tilelang.kernels.page_scores import PageScoreConfig
 from twilight_tilelang.kernels.pruner import PrunerConfig
-from twilight_tilelang.kernels.steps import Selection
+from twilight_tilelang.kernels.selector import Selection
 from twilight_tilelang.kernels.top_pages import TopPagesConfig
 from twilight_tilelang.reference.inputs import DecodeShape
 
