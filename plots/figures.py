@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from matplotlib.figure import Figure
 
-from . import accuracy_figures, latency_figures, stage_figures
+from . import accuracy_figures, latency_figures, model_figures, stage_figures
 from .frames import Frames
 from .style import styled
 
@@ -21,7 +21,9 @@ FIGURES: dict[str, Callable[[Frames], Figure]] = {
         latency_figures.attention_budget,
         accuracy_figures.kept_heads,
         latency_figures.pipeline_paper,
+        model_figures.model_length,
     )
 }
-# Of the tables and sweeps that `make bench FULL=1` adds: drawn as far as there are any.
+# Of what `make bench FULL=1` adds, and MODEL=1: drawn as far as there is any.
 FULL = {"pipeline_error", "pipeline_budget", "accuracy_top_p", "kept_heads", "pipeline_paper"}
+FULL |= {"model_length"}

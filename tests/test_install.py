@@ -26,7 +26,11 @@ MODULES = [
     if path.stem not in ("__init__", "__main__")
 ]
 # Found, not imported: their library is optional.
-NEEDS_MORE = ("twilight_tilelang.integrations.", "twilight_tilelang.evaluation.")
+NEEDS_MORE = (
+    "twilight_tilelang.integrations.",
+    "twilight_tilelang.evaluation.",
+    "twilight_tilelang.profiling.providers.model_layers",
+)
 # Runs in a process of its own and prints what it finds there as JSON.
 LOOK = f"""
 import importlib.util, json, sys

@@ -170,6 +170,23 @@ def test_tables_are_written_between_their_markers(rows: list[AnyRow], tmp_path: 
         tables.write_tables(readme, [frames])
 
 
+def test_whole_models_stand_beside_their_floor(rows: list[AnyRow], tmp_path: Path) -> None:
+    frames = frames_of([row for row in rows if table_of(row) == "model"], tmp_path)
+    texts = words("model_length", frames)
+    assert {"no attention at all", "tokens per second", "llama-3.1-8b, batch 16"} <= set(texts)
+    every = frames["model"].set_index(["workload", "batch_size", "seq_len"])
+    own = every.loc[("llama-3.1-8b", 16, 32_768)]
+    us = own.groupby("method")["median_us"].min()
+    speedup = f"{us['dense'] / us['quest+twilight']:.1f}x"
+    line = next(own for own in tables.model_table(frames).splitlines() if "1-8b | 16 x 32" in own)
+    assert speedup in texts and f"| {speedup} |" in line
+    assert f"| {16e6 / us['quest+twilight']:,.0f} |" in line
+    table = frames["model"]
+    table[table["method"] != "dense"].to_csv(tmp_path / "h200" / "model.csv", index=False)
+    with pytest.raises(MissingData, match="model.csv: expected dense decode of every size"):
+        FIGURES["model_length"](frames)
+
+
 def test_the_fastest_time_is_bold() -> None:
     row = {"batch_size": 1, "dense_us": 30.0, **dict.fromkeys(SIZES[1:], 1)}
     every = pd.DataFrame(

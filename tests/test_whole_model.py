@@ -1,10 +1,13 @@
 """A whole model, tiny and on the reference: its caches, its attentions, and its rows."""
 
+import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 pytest.importorskip("transformers", minversion="5.24")
 
@@ -158,3 +161,67 @@ def test_another_s_attention_is_checked(builder: whole_model.WholeModel) -> None
     wrong = [lambda query, *_: query] * 3
     with pytest.raises(checks.CheckFailed, match="out: error"):
         builder._baseline("other", wrong).check()
+
+
+def test_a_paged_baseline_writes_the_new_token_where_it_reads(
+    builder: whole_model.WholeModel, monkeypatch
+) -> None:
+    def planned(queries: list[torch.Tensor], caches: list[reference.PagedKVCache]) -> list[partial]:
+        def run_of(cache: reference.PagedKVCache) -> object:
+            full = torch.full_like(cache.seq_lens, 256)
+
+            def run(q: torch.Tensor, pools: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+                pages = dict(zip(("k_cache", "v_cache"), pools, strict=True), seq_lens=full)
+                return reference.dense_attention(q, dataclasses.replace(cache, **pages))
+
+            return run
+
+        return [
+            partial(run_of(cache), q, (cache.k_cache, cache.v_cache))
+            for q, cache in zip(queries, caches, strict=True)
+        ]
+
+    monkeypatch.setattr(whole_model.baselines, "flashinfer_dense", planned)
+    attention = builder._flashinfer()
+    assert_layers_attend(builder, attention)
+    assert builder._baseline("flashinfer", attention).check() < 1e-5
+
+
+def test_a_contiguous_baseline_writes_the_new_token_into_its_copies(
+    builder: whole_model.WholeModel, monkeypatch
+) -> None:
+    def copied(
+        names: list[str], queries: list[torch.Tensor], caches: list[reference.PagedKVCache]
+    ) -> dict[str, list[partial]]:
+        def attend(_: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)
+
+        def copy(cache: reference.PagedKVCache, pool: torch.Tensor) -> torch.Tensor:
+            return pool[cache.page_table.long()].flatten(1, 2).transpose(1, 2).contiguous()
+
+        calls = [
+            partial(attend, names[0], q, copy(cache, cache.k_cache), copy(cache, cache.v_cache))
+            for q, cache in zip(queries, caches, strict=True)
+        ]
+        return {names[0]: calls}
+
+    monkeypatch.setattr(whole_model.baselines, "sdpa_dense", copied)
+    builder.target = dataclasses.replace(builder.target, l2_bytes=1 << 30)  # a copy for each layer
+    attention = builder._cudnn()
+    assert_layers_attend(builder, attention)
+    assert builder._baseline("cudnn", attention).check() < 1e-5
+    builder.target = dataclasses.replace(builder.target, l2_bytes=1)
+    assert builder._baseline("cudnn", builder._cudnn()).check() < 1e-5
+
+
+def assert_layers_attend(
+    builder: whole_model.WholeModel, attention: list[whole_model.Attention]
+) -> None:
+    """Each layer attends over its own pages with the new token as the last."""
+    generator = torch.Generator().manual_seed(1)
+    for layer, (q, pages) in enumerate(zip(builder.sets.queries, builder.sets.caches, strict=True)):
+        new = torch.randn(2, 2, 2, 32, generator=generator)
+        out = attention[layer](q, *new)
+        last = pages.page_table[:, -1].long(), 15
+        pages.k_cache[last], pages.v_cache[last] = new
+        torch.testing.assert_close(out.view(q.shape), reference.dense_attention(q, pages))

@@ -268,7 +268,7 @@ class WholeModel:
 
         def of_layer(layer: int) -> Attention:
             run, q, pages = planned[layer % made].func, queries[layer], caches[layer]
-            place = pages.page_table[:, -1].long(), torch.tensor(self._slot, device=q.device)
+            place = pages.page_table[:, -1].long(), self._slot
 
             def attend(_query: Any, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
                 pages.k_cache[place], pages.v_cache[place] = keys, values
