@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ pytest.importorskip("transformers", minversion="5.24")
 
 from tests.inputs.tiny_model import save_tiny, tiny_tokenizer  # noqa: E402
 from twilight_tilelang.evaluation import __main__ as command  # noqa: E402
+from twilight_tilelang.evaluation import small  # noqa: E402
 from twilight_tilelang.evaluation.configurations import (  # noqa: E402
     DENSE,
     MissingChannels,
@@ -23,6 +25,8 @@ from twilight_tilelang.evaluation.results import Store, cut  # noqa: E402
 from twilight_tilelang.evaluation.run import Run  # noqa: E402
 from twilight_tilelang.evaluation.samples import Sample, Task  # noqa: E402
 from twilight_tilelang.evaluation.torch_engine import TorchEngine  # noqa: E402
+from twilight_tilelang.plots.figures import FIGURES  # noqa: E402
+from twilight_tilelang.plots.frames import Frames  # noqa: E402
 
 PUBLISHED = sorted((Path(__file__).parents[1] / "examples" / "configs").glob("*.json"))
 SPARSE = {
@@ -177,7 +181,8 @@ def test_a_late_run_says_what_it_left_out(tmp_path: Path) -> None:
     samples = [Sample("vt", 10, str(name), [1], max_new_tokens=2) for name in range(3)]
     task = Task("vt", 10, samples, lambda *_: 1.0)
     run = make_run(tmp_path, set(), deadline=0.0)
-    assert run.task(task) == {} and run.left_out == ["vt 10: 3 of 3 samples"]
+    expected = "vt 10: 3 of 3 runs of a sample, for want of time"
+    assert run.task(task) == {} and run.left_out == [expected]
     run = make_run(tmp_path, set())
     assert run.task(task)["dense"]["samples"] == 3
     run = make_run(tmp_path, set(), deadline=0.0)
@@ -257,3 +262,73 @@ def test_dense_comes_first_and_names_are_unique() -> None:
     other = make_configuration({"type": "quest", "chunk_size": 8, "token_budget": 64})
     with pytest.raises(ValueError, match=r"selector.chunk_size: expected one size .* \[8, 16\]"):
         dense_first([quest, other])
+
+
+TINY_PLAN = small.Plan((700,), 1, 1, 2, 8, (0.8,), (64,), (64,), (0, 16))
+
+
+def test_make_evaluate_from_end_to_end(model: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """The short form, of a plan for this model: its rows are what the figure of quality shows."""
+    monkeypatch.setattr(small, "SHORT", TINY_PLAN)
+    monkeypatch.setattr(small.torch.cuda, "is_available", lambda: False)
+    (tmp_path / "text.txt").write_text(
+        "All happy families are alike; every unhappy one is not. " * 40
+    )
+    folders = ["--output", str(tmp_path / "out"), "--rows", str(tmp_path / "results")]
+    arguments = ["--model", str(model), "--text", str(tmp_path / "text.txt"), *folders]
+    assert small.main(arguments) == 0
+    printed = capsys.readouterr().out
+    for text in ("lengths 2048, 4096, 8192", "passkeys: 1 of 20", "stretches: 2 of 8"):
+        assert f"left out: {text}" in printed
+    assert "left out: Double Sparsity, as no --channels names a channel file" in printed
+    path = tmp_path / "results" / "cpu-reference" / "quality.csv"
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = {row["configuration"] for row in rows}
+    quest = {f"quest-64{p}{sinks}" for p in ("", "-p0.8") for sinks in ("", "-sink16")}
+    assert names == {"dense", "full-p0.8"} | quest
+    assert {row["task"] for row in rows} == {"perplexity", "passkey", "niah_single_1"}
+    figure = FIGURES["quality_tokens"](Frames(path.parent))
+    assert len(figure.axes) == 3
+    assert small.main(arguments) == 0  # everything is there
+    assert "for want of time" not in capsys.readouterr().out
+
+
+def test_make_evaluate_ends_in_time_and_says_so(model: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(small, "SHORT", TINY_PLAN)
+    monkeypatch.setattr(small.torch.cuda, "is_available", lambda: False)
+    (tmp_path / "text.txt").write_text("Call me Ishmael. " * 200)
+    folders = ["--output", str(tmp_path / "out"), "--rows", str(tmp_path / "results")]
+    arguments = ["--model", str(model), "--text", str(tmp_path / "text.txt"), *folders]
+    assert small.main([*arguments, "--minutes", "0"]) == 0
+    late = "left out: perplexity 700: 12 of 12 runs of a sample, for want of time"
+    assert late in capsys.readouterr().out
+
+
+def test_the_grid_of_make_evaluate() -> None:
+    names = [each.name for each in small.configurations(small.FULL)]
+    assert names[0] == "dense" and len(names) == len(set(names))
+    assert {"full-p0.85", "quest-1024", "quest-2048-p0.95-sink16"} <= set(names)
+    channels = small.configurations(small.SHORT, Path("channels.json"))
+    assert {"ds-512", "ds-512-p0.85-sink16"} <= {each.name for each in channels}
+    with pytest.raises(MissingChannels, match="ds-512"):
+        next(each for each in channels if each.name == "ds-512").check_channels()
+
+
+def test_the_small_model_is_fetched_once(tmp_path: Path, monkeypatch) -> None:
+    calls = []
+
+    def fetch(arguments: list[str]) -> int:
+        calls.append(arguments)
+        return len(calls) - 1
+
+    monkeypatch.setattr(small.importlib, "import_module", lambda name: SimpleNamespace(main=fetch))
+    assert small.fetched_model(tmp_path / "model") == tmp_path / "model"
+    assert calls == [["--output", str(tmp_path / "model")]]
+    with pytest.raises(ValueError, match="--model: SmolLM2.* could not be fetched"):
+        small.fetched_model(tmp_path / "model")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    small.fetched_model(tmp_path / "model")
+    assert len(calls) == 2
+    assert small.default_text(tmp_path).stat().st_size > 100_000
