@@ -27,9 +27,8 @@ def test_page_scores_are_quest_bounds(config, inputs, folder):
     config = SCORE_CONFIGS[config]
     scores = blank(cache.batch_size, cache.num_kv_heads, cache.max_pages)
     static = (q.shape[2], cache.head_dim, cache.page_size, "float16", config)
-    block_pages = config.num_warps * config.tiles_per_warp * config.steps * 16
     emulated(page_score_kernel, static, folder)(
-        (-(-cache.max_pages // block_pages), cache.num_kv_heads, cache.batch_size),
+        (-(-cache.max_pages // config.block_pages), cache.num_kv_heads, cache.batch_size),
         config.num_warps * 32, q=q, bounds=cache.page_bounds,
         bounds_scale_zero=cache.bounds_scale_zero, page_table=cache.page_table,
         seq_lens=cache.seq_lens, scores=scores, **sizes(cache),
