@@ -56,9 +56,8 @@ def score_pages(
     planned: Planned[PageScoreConfig], q: torch.Tensor, cache: PagedKVCache, scores: torch.Tensor
 ) -> None:
     """One launch: scores [batch_size, num_kv_heads, max_pages] f32 of the grouped query."""
-    planned.launches[0](
-        q, cache.bound_words, cache.bounds_scale_zero, cache.page_table, cache.seq_lens, scores
-    )
+    (launch,) = planned.launches
+    launch(q, cache.bound_words, cache.bounds_scale_zero, cache.page_table, cache.seq_lens, scores)
 
 
 class LoadedBounds(NamedTuple):
