@@ -129,9 +129,8 @@ def estimator_kernel(
                 [batch, kv_head, of_head, of_tile // tiles_per_page,
                  of_tile % tiles_per_page * TILE_TOKENS + of_token],
             )  # fmt: skip
-            estimate_tiles(
-                tiles, q, Mirror(codes, scale_zero), row, candidates, page_table, sm_scale, store
-            )
+            mirror = Mirror(codes, scale_zero)
+            estimate_tiles(tiles, q, mirror, row, candidates, page_table, sm_scale, store)
 
     return estimate_logits
 

@@ -39,6 +39,10 @@ class PageScoreConfig:
     steps: int = 4  # that a warp takes one after another
     pdl: bool = False
 
+    @property
+    def block_pages(self) -> int:
+        return self.num_warps * self.tiles_per_warp * self.steps * TILE_PAGES
+
 
 def default_config(shape: StepShape, gpu: Gpu) -> PageScoreConfig:
     """Few pages (over all rows) are spread over more blocks; wide heads, or many, fill a warp's
@@ -53,9 +57,8 @@ def score_pages(
     planned: Planned[PageScoreConfig], q: torch.Tensor, cache: PagedKVCache, scores: torch.Tensor
 ) -> None:
     """One launch: scores [batch_size, num_kv_heads, max_pages] f32 of the grouped query."""
-    planned.launches[0](
-        q, cache.bound_words, cache.bounds_scale_zero, cache.page_table, cache.seq_lens, scores
-    )
+    (launch,) = planned.launches
+    launch(q, cache.bound_words, cache.bounds_scale_zero, cache.page_table, cache.seq_lens, scores)
 
 
 class LoadedBounds(NamedTuple):
@@ -166,8 +169,7 @@ def page_score_kernel(
     batch_size, num_kv_heads = T.dynamic("batch_size, num_kv_heads")
     num_pages, max_pages = T.dynamic("num_pages, max_pages")
     step_tiles = config.num_warps * config.tiles_per_warp
-    block_tiles = step_tiles * config.steps
-    grid = (T.ceildiv(max_pages, block_tiles * TILE_PAGES), num_kv_heads, batch_size)
+    grid = (T.ceildiv(max_pages, config.block_pages), num_kv_heads, batch_size)
 
     @T.prim_func
     def score_pages(
@@ -185,7 +187,7 @@ def page_score_kernel(
             used_pages = T.ceildiv(seq_lens[batch], page_size)
             warp = T.get_thread_binding() // 32
             tiles = Tiles(
-                first=block * block_tiles + warp * config.tiles_per_warp,
+                first=block * (step_tiles * config.steps) + warp * config.tiles_per_warp,
                 per_warp=config.tiles_per_warp,
                 stride=step_tiles,
                 steps=config.steps,

@@ -26,12 +26,11 @@ def test_page_scores_are_quest_bounds(config, inputs, folder):
     cache = reference.PagedKVCache.wrap(*inputs.paged())
     config = SCORE_CONFIGS[config]
     scores, again = (blank(cache.batch_size, cache.num_kv_heads, cache.max_pages) for _ in range(2))
-    block_pages = config.num_warps * config.tiles_per_warp * config.steps * 16
     for q, written in ((inputs.q, scores), (*in_projection(inputs.q), again)):
         q = grouped(q, cache)
         static = (q.shape[2], cache.head_dim, cache.page_size, "float16", config)
         emulated(page_score_kernel, static, folder)(
-            (-(-cache.max_pages // block_pages), cache.num_kv_heads, cache.batch_size),
+            (-(-cache.max_pages // config.block_pages), cache.num_kv_heads, cache.batch_size),
             config.num_warps * 32, q=q, bounds=cache.page_bounds,
             bounds_scale_zero=cache.bounds_scale_zero, page_table=cache.page_table,
             seq_lens=cache.seq_lens, scores=written, **sizes(cache),
