@@ -30,6 +30,7 @@ NEEDS_MORE = (
     "twilight_tilelang.integrations.",
     "twilight_tilelang.evaluation.",
     "twilight_tilelang.profiling.providers.model_layers",
+    "twilight_tilelang.profiling.recordings.heard",
 )
 # Runs in a process of its own and prints what it finds there as JSON.
 LOOK = f"""
