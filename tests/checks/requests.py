@@ -182,11 +182,11 @@ def chunks_have_the_bits_of_a_prefill(world: World) -> None:
 def chunks_of_many_heads_and_requests(world: World) -> None:
     """More heads than a block has warps; more requests than a warp has lanes, most with no token in
     the second chunk."""
-    heads = world.like(num_kv_heads=11)
+    heads = world.like(num_kv_heads=12)
     cache = heads.cache([[0, 1], [2, 3], [4, 5]], 6, [5, 0, 17])
     heads.extend(cache, [5, 0, 17], [20, 3, 18])
     heads.assert_holds(cache, [20, 3, 18])
-    many = world.like(batch_size=70, num_tokens=5, num_kv_heads=1)
+    many = world.like(batch_size=70, num_tokens=5)
     lengths = [request % 4 for request in range(70)]
     cache = many.cache([[69 - request] for request in range(70)], 70, lengths)
     many.assert_holds(cache, lengths)
@@ -197,7 +197,7 @@ def chunks_of_many_heads_and_requests(world: World) -> None:
 
 def a_long_chunk_ends_at_a_missing_page(world: World) -> None:
     """Further away than a warp has lanes, and the pages behind it are somebody's."""
-    world = world.like(batch_size=1, num_tokens=640, num_kv_heads=1)
+    world = world.like(batch_size=1, num_tokens=640)
     cache = world.cache([[*range(36), -1, 36, 37, 38]], 39, [10])
     world.remember()
     world.extend(cache, [10], [640])
