@@ -57,7 +57,10 @@ class Requests:
         shape, device = (batch_size, num_kv_heads, head_dim), self.k_cache.device
         check_tensor("k", k, shape, self.k_cache.dtype, device, align=16, strided=True)
         check_tensor("v", v, shape, self.k_cache.dtype, device, align=16, strided=True)
-        active = self._rows("active", active)
+        if active is None:
+            active = self.everyone
+        else:
+            self._check_rows("active", active)
         append, _, _ = self._launches()
         with on_device(device):
             append(k, v, self.page_table, self.seq_lens, active.view(torch.uint8), *self._written())
@@ -128,7 +131,7 @@ class Requests:
         Raises:
             ValueError: a tensor does not fit.
         """
-        joining = self._rows("joining", joining)
+        self._check_rows("joining", joining)
         device = self.k_cache.device
         check_tensor("page_table", page_table, self.page_table.shape, torch.int32, device)
         check_tensor("seq_lens", seq_lens, self.seq_lens.shape, torch.int32, device)
@@ -144,7 +147,7 @@ class Requests:
         Raises:
             ValueError: a tensor does not fit.
         """
-        leaving = self._rows("leaving", leaving)
+        self._check_rows("leaving", leaving)
         self.page_table.masked_fill_(leaving[:, None], -1)
         self.seq_lens.masked_fill_(leaving, 0)
 
@@ -206,12 +209,9 @@ class Requests:
         pages = torch.where(is_cut, pages, -1)
         self._mirror(pages, pages, in_last)
 
-    def _rows(self, name: str, rows: torch.Tensor | None) -> torch.Tensor:
-        """[batch_size] bool; all rows where None."""
-        if rows is None:
-            return self.everyone
-        check_tensor(name, rows, self.seq_lens.shape, torch.bool, self.k_cache.device, align=1)
-        return rows
+    def _check_rows(self, name: str, rows: torch.Tensor) -> None:
+        shape, device = self.seq_lens.shape, self.k_cache.device
+        check_tensor(name, rows, shape, torch.bool, device, align=1)
 
     def _extend(
         self, k: torch.Tensor, v: torch.Tensor, first_tokens: torch.Tensor, end_tokens: torch.Tensor
