@@ -84,11 +84,8 @@ class PagedKVCache(Requests):
             "bounds_scale_zero", self.bounds_scale_zero, pairs, torch.float32, device, align=16
         )
 
-        # As kernels read them: rows of head_dim channels, and codes four bytes at a time.
-        self.k_rows, self.v_rows = (
-            pool.view(-1, head_dim) for pool in (self.k_cache, self.v_cache)
-        )
-        # Of the same strides where sizes are 1, too, which are any.
+        # As kernels read them: V with the strides of K, which may differ where sizes are 1, and
+        # codes four bytes at a time.
         self.v_pool = self.v_cache.as_strided(self.v_cache.shape, self.k_cache.stride())
         self.code_words = self.k_int4.view(torch.int32)
         self.bound_words = self.page_bounds.view(torch.int32)

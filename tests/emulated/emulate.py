@@ -55,7 +55,7 @@ def _build(factory, arguments: tuple, folder: Path) -> Callable[..., None]:
     function.restype = ctypes.c_bool
 
     def run(grid: tuple[int, ...], num_threads: int, **values) -> None:
-        values |= strides_of(values)
+        values = strides_of(values) | values
         assert values.keys() >= set(names), f"missing {set(names) - values.keys()}"
         passed = []
         for parameter, key in zip(parameters, names, strict=True):

@@ -7,8 +7,10 @@ import torch
 
 import twilight_tilelang as kernels
 from tests.checks.properties import as_reference, assert_bounds_hold, token_slots
+from tests.emulated.launches import SHAPES
 from tests.emulated.on_cpu import cache_on_cpu
 from tests.inputs.hazards import contiguous, poison_unused
+from tests.inputs.layouts import LAYOUTS, in_projection
 from twilight_tilelang import reference
 from twilight_tilelang.reference.inputs import DecodeShape, random_inputs
 
@@ -46,6 +48,34 @@ def test_prefill_mirror_and_append_write_the_reference_cache(inputs):
     assert_same_pages(cache, expected)
     again = kernels.PagedKVCache.wrap(cache.k_cache, cache.v_cache, table, lengths)
     assert_same_pages(again, expected)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "HND"])
+def test_a_cache_is_written_at_any_strides(layout):
+    """K, V and all that lies beside them, by wrap, append and extend, as in packed pools."""
+    inputs = random_inputs(SHAPES["gqa4"], seed=0, spare_tokens=8)
+    k_cache, v_cache, table, lengths = (each.cuda() for each in inputs.paged())
+    more, last = (
+        torch.randn(2, count, 2, 128, generator=torch.Generator().manual_seed(count)).half().cuda()
+        for count in (7, 2)
+    )
+    cu_seqlens = torch.tensor([0, 3, 7], dtype=torch.int32).cuda()
+    caches = []
+    for name, strided in (("packed", False), (layout, True)):
+        pools = LAYOUTS["packed" if name == "HND" else name](k_cache.clone(), v_cache.clone())
+        if name == "HND":
+            pools = [pool.transpose(1, 2).contiguous() for pool in pools]
+        cache = kernels.PagedKVCache.wrap(
+            *pools, table, lengths.clone(), layout="HND" if name == "HND" else None
+        )
+        assert cache.k_cache.data_ptr() == pools[0].data_ptr()
+        cache.extend(*(in_projection(*more) if strided else more), cu_seqlens)
+        cache.append(*(in_projection(*last) if strided else last))
+        caches.append(cache)
+    packed, cache = caches
+    assert_same_pages(cache, packed)
+    for name in ("seq_lens", "k_cache", "v_cache"):
+        assert torch.equal(getattr(cache, name), getattr(packed, name)), name
 
 
 @pytest.mark.parametrize("with_offset", [False, True], ids=["plain", "offset"])

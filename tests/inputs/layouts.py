@@ -1,5 +1,6 @@
 """The same K, V and q at other strides, as engines hold them: with NaN in between."""
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -9,7 +10,12 @@ Pools = tuple[torch.Tensor, torch.Tensor]
 
 def _in_one(axis: int) -> Callable[[torch.Tensor, torch.Tensor], Pools]:
     """Views of one tensor that has K and V along a dimension of its own."""
-    return lambda k, v: torch.stack((k, v), axis).unbind(axis)
+
+    def views(k: torch.Tensor, v: torch.Tensor) -> Pools:
+        both = torch.stack((k, v), axis)
+        return both.select(axis, 0), both.select(axis, 1)
+
+    return views
 
 
 def _heads_first(k: torch.Tensor, v: torch.Tensor) -> Pools:
@@ -39,4 +45,5 @@ def in_projection(*parts: torch.Tensor) -> list[torch.Tensor]:
     head of NaN more on each side."""
     edge = torch.full_like(parts[0][..., :1, :], float("nan"))
     fused = torch.cat((edge, *parts, edge), dim=-2)
-    return list(fused.split([1, *(part.shape[-2] for part in parts), 1], dim=-2)[1:-1])
+    ends = list(itertools.accumulate((part.shape[-2] for part in parts), initial=1))
+    return [fused[..., first:end, :] for first, end in itertools.pairwise(ends)]
