@@ -96,6 +96,12 @@ class MeasuredStep:
         return (top_p_set_sorted(weights, options.top_p) | forced | ~known) & valid
 
 
+def rounded_up(num_tokens: int) -> int:
+    """Room for so many tokens in at most four sizes an octave: a new size compiles its kernels."""
+    step = max(256, (1 << num_tokens.bit_length()) // 8)
+    return -(-num_tokens // step) * step
+
+
 def exact_logits(q: torch.Tensor, pages: Any, sm_scale: float) -> torch.Tensor:
     """[num_qo_heads, 1, seq_len] float32 of all tokens of a cache of one request."""
     length = int(pages.seq_lens[0])
@@ -126,7 +132,7 @@ class KernelEngine:
     def prefill(self, tokens: list[int], room: int) -> torch.Tensor:
         """As `TorchEngine.prefill`."""
         self.prompt_length = len(tokens)
-        most = len(tokens) + max(room, WARM + TIMED)
+        most = rounded_up(len(tokens) + max(room, WARM + TIMED))
         self.cache = MeasuredCache(self.model.config, most, page_size=self.page_size)
         return self._forward(tokens, logits_to_keep=1)[-1]
 

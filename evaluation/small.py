@@ -149,7 +149,7 @@ def run_back_end(
     for kind in KINDS:
         dtype = default_dtype(kind)
         if dtype != loaded:
-            loaded, engine = dtype, load_engine(arguments.model, back_end, dtype)
+            loaded, engine = dtype, load_engine(arguments.model, back_end, dtype, own)
         about = origin(arguments.model.name, back_end, dtype)
         run = Run(engine, tokenizer, store, own, about, end_tokens(tokenizer), deadline, late)
         print(table(run_tasks(run, tasks(plan, tokenizer, arguments.text, kind))), flush=True)

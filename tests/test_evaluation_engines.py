@@ -14,7 +14,11 @@ from twilight_tilelang.evaluation.configurations import (  # noqa: E402
     Configuration,
     make_configuration,
 )
-from twilight_tilelang.evaluation.kernel_engine import KernelEngine  # noqa: E402
+from twilight_tilelang.evaluation.kernel_engine import (  # noqa: E402
+    KernelEngine,
+    decode_options,
+    rounded_up,
+)
 from twilight_tilelang.evaluation.masks import Chunk, Rule, choose  # noqa: E402
 from twilight_tilelang.evaluation.torch_engine import TorchEngine, make_rule  # noqa: E402
 from twilight_tilelang.evaluation.upstream import (  # noqa: E402
@@ -101,6 +105,37 @@ def test_configurations_share_a_prefill(model) -> None:
             found.append(engine.feed(tail))
         assert torch.equal(found[0], found[2])
         assert not torch.equal(found[0], found[1])
+
+
+def test_steps_are_timed_beside_the_samples(model) -> None:
+    """On a CPU they run eagerly; what was decoded before and after is the same."""
+    engine, (prompt, tail) = KernelEngine(model), tokens()
+    engine.prefill(prompt, len(tail))
+    measures, found = [], []
+    for _ in range(2):
+        measures.append(engine.begin(CONFIGURATIONS["quest"]))
+        found.append(engine.feed(tail))
+        assert engine.seconds_per_token() > 0
+    assert torch.equal(*found) and measures[0].by_layer() == measures[1].by_layer()
+
+
+def test_rooms_come_in_few_sizes() -> None:
+    assert [rounded_up(n) for n in (1, 256, 257, 2049, 8200, 40_000)] == [
+        *(256, 256, 512, 2560, 10_240, 40_960),
+    ]
+    assert all(n <= rounded_up(n) <= 1.25 * n + 256 for n in range(1, 5000))
+
+
+def test_the_kernels_refuse_double_sparsity() -> None:
+    selector = {"type": "ds", "config_path": "x.json", "selected_channel": "q", "r": 8}
+    configuration = everywhere(selector | {"quant_bit": 2, "token_budget": 32})
+    with pytest.raises(NotImplementedError, match="selector.type: the kernels run .* got 'ds'"):
+        decode_options(configuration, 16)
+    options = decode_options(CONFIGURATIONS["windows"], 16)
+    assert (options.num_sink_tokens, options.num_recent_tokens, options.top_p) == (3, 5, 0.6)
+    assert (options.selector, options.token_budget, options.path) == ("quest", 48, "sparse")
+    assert decode_options(everywhere(QUEST), 16).path == "candidates"
+    assert decode_options(DENSE, 16).path == "dense"
 
 
 @pytest.mark.parametrize("make", [TorchEngine, KernelEngine])

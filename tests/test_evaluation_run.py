@@ -97,7 +97,7 @@ def test_passkey_and_niah_from_end_to_end(model: Path, config: Path) -> None:
     assert (folder / cut(text)).read_text() == ",700\ntiny,0.0\n"
     line = lines_of(folder / "700" / cut(text))[1]
     assert line["decoded_tokens"] == 400 + 9 and line["depth"] == 100 and line["score"] == 0
-    assert evaluate(model, config, "--task", "niah", *size) == 0
+    assert evaluate(model, config, "--task", "niah", "--lengths", "700", "--samples", "1") == 0
     pred = config.parent / "out/dataset/tiny-torch/synthetic/700/pred/sparse"
     assert lines_of(pred / "niah_single_1.jsonl")[0]["decoded_tokens"] == 127
     assert (pred / "summary.csv").read_text() == ",niah_single_1\nScore,0.0\n"
@@ -125,10 +125,10 @@ def test_longbench_from_end_to_end(model: Path, config: Path) -> None:
 
 
 def test_a_run_goes_on_where_it_was_cut_off(model: Path, config: Path, monkeypatch) -> None:
-    size = ("--task", "niah", "--lengths", "700", "--samples", "3")
+    size = ("--task", "ruler", "--subtasks", "vt", "--lengths", "700", "--samples", "3")
     assert evaluate(model, config, *size) == 0
     pred = config.parent / "out/dataset/tiny-torch/synthetic/700/pred"
-    paths = [pred / name / "niah_single_1.jsonl" for name in ("dense", "sparse")]
+    paths = [pred / name / "vt.jsonl" for name in ("dense", "sparse")]
     whole = [path.read_text() for path in paths]
     lines = whole[1].splitlines()
     paths[1].write_text("\n".join(lines[:2]) + "\n" + lines[2][:40])  # cut off in its third line
@@ -222,7 +222,7 @@ def test_double_sparsity_without_a_channel_file_is_named(model: Path, config: Pa
     path = next(path for path in PUBLISHED if path.stem == "ds_twilight")
     with pytest.raises(MissingChannels, match="ds_twilight: selector.config_path: expected a"):
         read_configuration(path).check_channels()
-    assert evaluate(model, path, "--task", "niah", "--output", str(config.parent / "out")) == 1
+    assert evaluate(model, path, "--task", "niah") == 1
     assert "expected a channel file, got none" in capsys.readouterr().err
 
 
