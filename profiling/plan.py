@@ -1,7 +1,7 @@
 """What a run measures on which inputs, and what it then need not measure again."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from . import device
 from .observations.accuracy import accuracy_rows
@@ -15,8 +15,7 @@ from .workloads.request_sets import affordable_sets, pool_bytes, workload_sets
 from .workloads.workload import METHOD, Workload
 
 
-@dataclass(frozen=True)
-class Timed:
+class Timed(NamedTuple):
     """Rows that are timed together: some methods of one stage, at one setting of a workload."""
 
     stage: str
@@ -36,8 +35,7 @@ class Timed:
         return [tuple(row[name] for name in TABLES[self.stage].mark) for row in rows]
 
 
-@dataclass(frozen=True)
-class Observed:
+class Observed(NamedTuple):
     """Rows of a table that come from looking at a workload's inputs and steps."""
 
     stage: str  # the table

@@ -16,16 +16,19 @@ import pytest
 pytest.importorskip("setuptools", minversion="77", reason="no setuptools to build a wheel with")
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("kernels", "reference", "autotune", "profiling", "integrations")  # of the wheel
+ROOMS = (  # of the wheel
+    *("kernels", "reference", "autotune", "profiling", "integrations", "evaluation"),
+)
 MODULES = [
     ".".join(("twilight_tilelang", *path.relative_to(ROOT).with_suffix("").parts))
     for room in ROOMS
     for path in sorted((ROOT / room).rglob("*.py"))
-    if path.stem != "__init__"
+    if path.stem not in ("__init__", "__main__")
 ]
-# Found, not imported: its library is optional.
+# Found, not imported: their library is optional.
 NEEDS_MORE = (
     "twilight_tilelang.integrations.",
+    "twilight_tilelang.evaluation.",
     "twilight_tilelang.profiling.providers.model_layers",
     "twilight_tilelang.profiling.recordings.heard",
 )

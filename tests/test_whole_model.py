@@ -206,11 +206,11 @@ def test_a_contiguous_baseline_writes_the_new_token_into_its_copies(
         return {names[0]: calls}
 
     monkeypatch.setattr(whole_model.baselines, "sdpa_dense", copied)
-    builder.target = dataclasses.replace(builder.target, l2_bytes=1 << 30)  # a copy for each layer
+    builder.target = builder.target._replace(l2_bytes=1 << 30)  # a copy for each layer
     attention = builder._cudnn()
     assert_layers_attend(builder, attention)
     assert builder._baseline("cudnn", attention).check() < 1e-5
-    builder.target = dataclasses.replace(builder.target, l2_bytes=1)
+    builder.target = builder.target._replace(l2_bytes=1)
     assert builder._baseline("cudnn", builder._cudnn()).check() < 1e-5
 
 
