@@ -95,6 +95,30 @@ def test_torch_engine_matches_the_adapter(name: str, model) -> None:
     assert_same(got, decode(KernelEngine(model), CONFIGURATIONS[name], False))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*CONFIGURATIONS, "quest alone", "dense"])
+def test_the_kernels_choose_the_same_tokens(name: str) -> None:
+    """On 20 prompts: the most likely next token, but where two are as good, and the tokens kept."""
+    more = {"quest alone": everywhere(QUEST), "dense": DENSE}
+    configuration = (CONFIGURATIONS | more)[name]
+    model = tiny_model(hidden_size=256).to("cuda", torch.float16)
+    found = []
+    for make in (TorchEngine, KernelEngine):
+        engine, own = make(model), []
+        for seed in range(20):
+            prompt, tail = tokens(seed)
+            engine.prefill(prompt, len(tail))
+            measures = engine.begin(configuration)
+            own.append((engine.feed(tail).cpu(), measures.by_layer()))
+        found.append(own)
+    for (expected, reads), (got, kernel_reads) in zip(*found, strict=True):
+        best = expected.topk(2).values
+        clear = best[:, 0] - best[:, 1] > 0.05 * expected.abs().max()
+        assert torch.equal(got.argmax(-1)[clear], expected.argmax(-1)[clear])
+        for column in ("kept", "budget", "true_mass", "estimated_mass"):
+            assert kernel_reads[column] == pytest.approx(reads[column], rel=0.05, abs=0.2), column
+
+
 def test_configurations_share_a_prefill(model) -> None:
     prompt, tail = tokens()
     for make in (TorchEngine, KernelEngine):
