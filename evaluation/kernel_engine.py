@@ -121,8 +121,6 @@ def as_mask(tokens: torch.Tensor, seq_len: int) -> torch.Tensor:
 class KernelEngine:
     """A model with the adapter's cache: the same surface as `TorchEngine`."""
 
-    timed_alone = True
-
     def __init__(self, model: PreTrainedModel, page_size: int = 16) -> None:
         model.set_attn_implementation(NAME)
         self.model, self.page_size = model, page_size

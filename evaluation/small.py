@@ -14,7 +14,7 @@ import argparse
 import importlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -152,7 +152,8 @@ def run_back_end(
             loaded, engine = dtype, load_engine(arguments.model, back_end, dtype, own)
         about = origin(arguments.model.name, back_end, dtype)
         run = Run(engine, tokenizer, store, own, about, end_tokens(tokenizer), deadline, late)
-        print(table(run_tasks(run, tasks(plan, tokenizer, arguments.text, kind))), flush=True)
+        rows = run_tasks(run, tasks(plan, tokenizer, arguments.text, kind))
+        print(table(rows) if rows else f"{kind}: no rows", flush=True)
     return late
 
 
@@ -175,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     on_gpu = torch.cuda.is_available()
     plan = FULL if on_gpu else SHORT
     if arguments.minutes is not None:
-        plan = Plan(**{**vars(plan), "minutes": arguments.minutes})
+        plan = replace(plan, minutes=arguments.minutes)
     try:
         arguments.model = arguments.model or fetched_model(arguments.output / MODEL)
     except (ImportError, ValueError) as error:
