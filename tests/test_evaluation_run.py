@@ -280,7 +280,7 @@ def test_make_evaluate_from_end_to_end(model: Path, tmp_path: Path, monkeypatch,
     arguments = ["--model", str(model), "--text", str(tmp_path / "text.txt"), *folders]
     assert small.main(arguments) == 0
     printed = capsys.readouterr().out
-    for text in ("lengths 2048, 4096, 8192", "passkeys: 1 of 20", "stretches: 2 of 8"):
+    for text in ("lengths 2048, 4096, 8192", "passkeys: 1 of 10", "stretches: 2 of 8"):
         assert f"left out: {text}" in printed
     assert "left out: Double Sparsity, as no --channels names a channel file" in printed
     path = tmp_path / "results" / "cpu-reference" / "quality.csv"
