@@ -78,6 +78,7 @@ def workload_sets(
             kept_mean=workload.kept_mean,
             top_p=workload.top_p,
             head_budgets=workload.head_budgets,
+            interleaved=workload.interleaved,
         )
     q, pool = inputs.q, wrap(*inputs.paged())
     rows = [slice(own * shape.batch_size, (own + 1) * shape.batch_size) for own in range(num_sets)]
