@@ -17,6 +17,7 @@ from .mirror import append_kernel, mirror_kernel, prefill_kernel
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 128, 256)
 TILE_TOKENS = 16  # a page holds a whole number of tensor-core tiles of tokens
+KeyOffset = torch.Tensor | tuple[torch.Tensor | None, torch.Tensor | None] | None
 MAX_ROWS = 65535  # requests, or KV heads: blocks of a CUDA grid's y and z, along which they lie
 
 
@@ -42,16 +43,22 @@ class PagedKVCache:
     seq_lens            [batch_size] i32: cached tokens
     k_int4              [num_pages, num_kv_heads, page_size, head_dim / 2] u8: byte j holds channel
                         2j in its low four bits and channel 2j + 1 in its high four
-    k_scale_zero        [num_pages, num_kv_heads, page_size, 2] fp16: k - k_offset is about
-                        code * scale + zero
+    k_scale_zero        [num_pages, num_kv_heads, page_size, 2] fp16: (k - k_offset) / k_factor is
+                        about code * scale + zero
     page_bounds         [num_pages, num_kv_heads, 2, head_dim] u8: codes of the largest, then of the
-                        smallest k - k_offset of each channel of a page, rounded outward
+                        smallest (k - k_offset) / k_factor of each channel of a page, rounded
+                        outward
     bounds_scale_zero   [num_pages, num_kv_heads, 2] f32: a bound is code * scale + zero
     k_offset            [num_kv_heads, head_dim] f32, zeros where none was asked for: subtracted
                         before keys are quantized or bounded. It moves all logits and page bounds of
                         a query head by one constant: no softmax and no order of pages sees it. It
                         takes outlier channels out of the range that codes must span, and out of
                         the comparison of a group's heads by which pages are scored.
+    k_factor            [num_kv_heads, head_dim] f32 or None: powers of two by which keys are
+                        divided before they are quantized or bounded, and the estimator's and the
+                        selector's queries multiplied (SmoothQuant's smoothing factor, Xiao et al.,
+                        ICML 2023): logits stay what they are. It takes precision from channels that
+                        hardly move a logit. `calibrate_keys` finds it and k_offset.
 
     Physical pages may be shared between requests and come in any order. Page ids and lengths lie on
     the device: they are the caller's promise, and `validate_cache` checks them on request.
@@ -66,10 +73,12 @@ class PagedKVCache:
     page_bounds: torch.Tensor
     bounds_scale_zero: torch.Tensor
     k_offset: torch.Tensor
+    k_factor: torch.Tensor | None = None
     longest: int = 0  # host's upper bound on seq_lens; replays of a captured append do not move it
 
     def __post_init__(self) -> None:
-        _check_pages(self.k_cache, self.v_cache, self.page_table, self.seq_lens, self.k_offset)
+        channels = self.k_offset, self.k_factor
+        _check_pages(self.k_cache, self.v_cache, self.page_table, self.seq_lens, channels)
         num_pages, page_size, num_kv_heads, head_dim = self.k_cache.shape
         device = self.k_cache.device
         rows = (num_pages, num_kv_heads, page_size)
@@ -89,6 +98,9 @@ class PagedKVCache:
         )
         self.code_words = self.k_int4.view(torch.int32)
         self.bound_words = self.page_bounds.view(torch.int32)
+        self.smooth = self.k_factor is not None
+        # Kernels of keys without a factor take any tensor of its kind, and do not read it.
+        self.factor = self.k_offset if self.k_factor is None else self.k_factor
         batch_size, max_pages = self.page_table.shape
         dtype = self.k_cache.dtype
         self.shape = CacheShape(
@@ -138,7 +150,7 @@ class PagedKVCache:
         *,
         num_pages: int | None = None,
         page_table: torch.Tensor | None = None,
-        k_offset: torch.Tensor | None = None,
+        k_offset: KeyOffset = None,
     ) -> "PagedKVCache":
         """A cache of empty requests.
 
@@ -147,7 +159,7 @@ class PagedKVCache:
             num_pages: of the pool; where None, batch_size * max_pages.
             page_table: [batch_size, max_pages] i32; without one, request b owns the pages
                 b * max_pages to (b + 1) * max_pages - 1.
-            k_offset: [num_kv_heads, head_dim] f32.
+            k_offset: [num_kv_heads, head_dim] f32, or (k_offset, k_factor), two such.
 
         Raises:
             ValueError: a size is out of range, or page_table or k_offset does not fit.
@@ -192,7 +204,7 @@ class PagedKVCache:
         max_pages: int | None = None,
         num_pages: int | None = None,
         page_table: torch.Tensor | None = None,
-        k_offset: torch.Tensor | None = None,
+        k_offset: KeyOffset = None,
     ) -> "PagedKVCache":
         """Prefill: one launch copies k and v into pages and writes mirror and bounds. Synchronizes
         once.
@@ -203,7 +215,7 @@ class PagedKVCache:
             seq_lens: [batch_size] i32, at most max_seq_len.
             max_pages, num_pages: room to grow; by default just what max_seq_len needs.
             page_table: [batch_size, max_pages] i32, no page twice; by default as in `empty`.
-            k_offset: [num_kv_heads, head_dim] f32.
+            k_offset: [num_kv_heads, head_dim] f32, or (k_offset, k_factor), two such.
 
         Raises:
             ValueError: a tensor, a size or a length does not fit.
@@ -226,7 +238,7 @@ class PagedKVCache:
         cache = cls.empty(shape, num_pages=num_pages, page_table=page_table, k_offset=k_offset)
         cache.seq_lens.copy_(seq_lens)
         cache.longest = longest
-        prefill, _, _ = cache_launches(head_dim, page_size, dtype_name(k))
+        prefill, _, _ = cache_launches(head_dim, page_size, dtype_name(k), cache.smooth)
         with on_device(k.device):
             prefill(k, v, cache.page_table, cache.seq_lens, *cache._written())
         return cache
@@ -238,7 +250,7 @@ class PagedKVCache:
         v_cache: torch.Tensor,
         page_table: torch.Tensor,
         seq_lens: torch.Tensor,
-        k_offset: torch.Tensor | None = None,
+        k_offset: KeyOffset = None,
     ) -> "PagedKVCache":
         """An engine's own pages, not copied: builds mirror and bounds for them. Synchronizes once.
 
@@ -257,10 +269,12 @@ class PagedKVCache:
         ids = torch.where(used > 0, page_table, 0).flatten().long()
         page_fill = torch.zeros(cache.num_pages, dtype=torch.int32, device=seq_lens.device)
         page_fill.scatter_reduce_(0, ids, used.flatten().int(), "amax")
-        _, mirror, _ = cache_launches(cache.head_dim, cache.page_size, dtype_name(k_cache))
+        _, mirror, _ = cache_launches(
+            cache.head_dim, cache.page_size, dtype_name(k_cache), cache.smooth
+        )
         with on_device(k_cache.device):
             mirror(
-                page_fill, cache.k_offset, k_cache,
+                page_fill, cache.k_offset, cache.factor, k_cache,
                 cache.k_int4, cache.k_scale_zero, cache.page_bounds, cache.bounds_scale_zero,
             )  # fmt: skip
         return cache
@@ -284,7 +298,7 @@ class PagedKVCache:
                 f"seq_lens: expected room below the capacity of {self.capacity} tokens, "
                 f"got a request that may hold {self.longest}"
             )
-        _, _, append = cache_launches(self.head_dim, self.page_size, dtype_name(k))
+        _, _, append = cache_launches(self.head_dim, self.page_size, dtype_name(k), self.smooth)
         with on_device(k.device):
             append(k, v, self.page_table, self.seq_lens, *self._written())
         self.longest += 1
@@ -296,12 +310,13 @@ class PagedKVCache:
         v_cache: torch.Tensor,
         page_table: torch.Tensor,
         seq_lens: torch.Tensor,
-        k_offset: torch.Tensor | None,
+        k_offset: KeyOffset,
     ) -> "PagedKVCache":
         """Allocates mirror and bounds for K and V pages, unwritten."""
         num_pages, page_size, num_kv_heads, head_dim = k_cache.shape
         device = k_cache.device
         pages, rows = (num_pages, num_kv_heads), (num_pages, num_kv_heads, page_size)
+        k_offset, k_factor = offset_and_factor(k_offset)
         if k_offset is None:
             k_offset = torch.zeros(num_kv_heads, head_dim, device=device)
         return cls(
@@ -314,18 +329,21 @@ class PagedKVCache:
             page_bounds=torch.empty(*pages, 2, head_dim, dtype=torch.uint8, device=device),
             bounds_scale_zero=torch.empty(*pages, 2, dtype=torch.float32, device=device),
             k_offset=k_offset,
+            k_factor=k_factor,
         )
 
     def _written(self) -> tuple[torch.Tensor, ...]:
-        """The offset and what prefill and append write, in their kernels' order."""
+        """Offset, factor and what prefill and append write, in their kernels' order."""
         return (
-            self.k_offset, self.k_cache, self.v_cache,
+            self.k_offset, self.factor, self.k_cache, self.v_cache,
             self.k_int4, self.k_scale_zero, self.page_bounds, self.bounds_scale_zero,
         )  # fmt: skip
 
 
 @functools.cache
-def cache_launches(head_dim: int, page_size: int, dtype: str) -> tuple[Launch, Launch, Launch]:
+def cache_launches(
+    head_dim: int, page_size: int, dtype: str, smooth: bool = False
+) -> tuple[Launch, Launch, Launch]:
     """The kernels that write a cache: prefill, mirror, append. They have no config."""
     kernels: dict[str, JITImpl] = {
         "prefill": prefill_kernel,
@@ -333,7 +351,8 @@ def cache_launches(head_dim: int, page_size: int, dtype: str) -> tuple[Launch, L
         "append": append_kernel,
     }
     prefill, mirror, append = (
-        Launch(name, kernel, (head_dim, page_size, dtype)) for name, kernel in kernels.items()
+        Launch(name, kernel, (head_dim, page_size, dtype, smooth))
+        for name, kernel in kernels.items()
     )
     return prefill, mirror, append
 
@@ -357,6 +376,11 @@ def check_head_dim(head_dim: int) -> None:
     )
 
 
+def offset_and_factor(k_offset: KeyOffset) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Both, where an offset alone, or none, may stand for them."""
+    return k_offset if isinstance(k_offset, tuple) else (k_offset, None)
+
+
 def check_page_size(page_size: int) -> None:
     """Raises ValueError unless a page is a whole number of 16-token tiles."""
     check_count("page_size", page_size, TILE_TOKENS)
@@ -369,7 +393,7 @@ def _check_pages(
     v_cache: torch.Tensor,
     page_table: torch.Tensor,
     seq_lens: torch.Tensor,
-    k_offset: torch.Tensor | None,
+    k_offset: KeyOffset,
 ) -> None:
     check_tensor("k_cache", k_cache, (None,) * 4, HALF_DTYPES, align=16)
     _, page_size, num_kv_heads, head_dim = k_cache.shape
@@ -400,14 +424,15 @@ def _check_lengths(seq_lens: torch.Tensor, most: int, k: torch.Tensor | None = N
 
 
 def _check_offset(
-    k_offset: torch.Tensor | None,
+    k_offset: KeyOffset,
     num_kv_heads: int,
     head_dim: int,
     device: torch.device | None = None,
 ) -> None:
-    if k_offset is not None:
-        shape = (num_kv_heads, head_dim)
-        check_tensor("k_offset", k_offset, shape, torch.float32, device, align=16)
+    channels = zip(("k_offset", "k_factor"), offset_and_factor(k_offset), strict=True)
+    for name, own in channels:
+        if own is not None:
+            check_tensor(name, own, (num_kv_heads, head_dim), torch.float32, device, align=16)
 
 
 def validate_cache(cache: PagedKVCache) -> None:

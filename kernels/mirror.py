@@ -35,9 +35,26 @@ class Place(NamedTuple):
     channels: int  # of a lane
 
 
+def shifted_by(shift: Buffer, value: PrimExpr, c: PrimExpr) -> PrimExpr:
+    """A lane's c-th channel as it is mirrored: less the offset, shift[0], and over the factor,
+    shift[1], where there is one."""
+    moved = T.cast(value, T.float32) - shift[0, c]
+    return moved / shift[1, c] if int(shift.shape[0]) > 1 else moved
+
+
 @T.macro
-def quantize_key(key, offset, mirror, place, slot):
-    """Writes code = round((key - offset - zero) / scale) for a warp's key, and (scale, zero).
+def load_shift(shift, k_offset, k_factor, kv_head, first_channel):
+    """k_factor: None where keys have none."""
+    for c in T.vectorized(shift.shape[1]):
+        shift[0, c] = k_offset[kv_head, first_channel + c]
+    if k_factor is not None:
+        for c in T.vectorized(shift.shape[1]):
+            shift[1, c] = k_factor[kv_head, first_channel + c]
+
+
+@T.macro
+def quantize_key(key, shift, mirror, place, slot):
+    """Writes code = round((key - zero) / scale) for a warp's shifted key, and (scale, zero).
 
     zero rounds down and scale rounds up, so that the fp16 pair still spans every channel. A
     constant key has scale 0 and codes 0.
@@ -49,7 +66,7 @@ def quantize_key(key, offset, mirror, place, slot):
     scale = T.alloc_var(T.float32)
     bits = T.alloc_var(T.uint16)  # of an fp16, to step to its neighbour
     for c in T.unroll(channels):
-        shifted[c] = T.cast(key[c], T.float32) - offset[c]
+        shifted[c] = shifted_by(shift, key[c], c)
     zero = shifted[0]
     scale = shifted[0]
     for c in T.unroll(channels):
@@ -98,8 +115,8 @@ def extend_bounds(low, high, key, channels):
 
 
 @T.macro
-def quantize_bounds(low, high, offset, mirror, place):
-    """Writes the outward codes of a warp's bounds (less the offset), and (scale, zero).
+def quantize_bounds(low, high, shift, mirror, place):
+    """Writes the outward codes of a warp's shifted bounds, and (scale, zero).
 
     code * scale is compared with a difference, never added to anything: no product can be fused
     into a multiply-add, so every operation rounds once, as in the reference.
@@ -113,8 +130,8 @@ def quantize_bounds(low, high, offset, mirror, place):
     scale = T.alloc_var(T.float32)
     code = T.alloc_var(T.float32)
     for c in T.unroll(channels):
-        above[c] = T.cast(high[c], T.float32) - offset[c]
-        below[c] = T.cast(low[c], T.float32) - offset[c]
+        above[c] = shifted_by(shift, high[c], c)
+        below[c] = shifted_by(shift, low[c], c)
     zero = below[0]
     scale = above[0]
     for c in T.unroll(channels):
@@ -152,36 +169,35 @@ def quantize_bounds(low, high, offset, mirror, place):
 
 
 @T.macro
-def mirror_page(k_cache, k_offset, mirror, place, fill):
+def mirror_page(k_cache, k_offset, k_factor, mirror, place, fill):
     """One warp mirrors and bounds a page's first `fill` >= 1 tokens; other slots get codes 0."""
     page, kv_head, lane, channels = place
     page_size = int(k_cache.shape[1])
     key = T.alloc_local((channels,), k_cache.dtype)
     low = T.alloc_local((channels,), k_cache.dtype)
     high = T.alloc_local((channels,), k_cache.dtype)
-    offset = T.alloc_local((channels,), T.float32)
+    shift = T.alloc_local((1 if k_factor is None else 2, channels), T.float32)
     for c in T.vectorized(channels):
         low[c] = k_cache[page, 0, kv_head, lane * channels + c]
     for c in T.unroll(channels):
         high[c] = low[c]
-    for c in T.vectorized(channels):
-        offset[c] = k_offset[kv_head, lane * channels + c]
+    load_shift(shift, k_offset, k_factor, kv_head, lane * channels)
     for slot in T.serial(page_size):
         if slot < fill:
             for c in T.vectorized(channels):
                 key[c] = k_cache[page, slot, kv_head, lane * channels + c]
             extend_bounds(low, high, key, channels)
-            quantize_key(key, offset, mirror, place, slot)
+            quantize_key(key, shift, mirror, place, slot)
         else:
             for c in T.vectorized(channels // 2):
                 mirror.codes[page, kv_head, slot, lane * (channels // 2) + c] = T.uint8(0)
             if lane < 2:
                 mirror.scale_zero[page, kv_head, slot, lane] = T.float16(0)
-    quantize_bounds(low, high, offset, mirror, place)
+    quantize_bounds(low, high, shift, mirror, place)
 
 
 @tilelang.jit(pass_configs=EXACT_MATH)
-def prefill_kernel(head_dim: int, page_size: int, dtype: str):
+def prefill_kernel(head_dim: int, page_size: int, dtype: str, smooth: bool = False):
     """Grid: (logical page, kv_head, batch), one warp each."""
     batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
     num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
@@ -195,6 +211,7 @@ def prefill_kernel(head_dim: int, page_size: int, dtype: str):
         page_table: T.Tensor[(batch_size, max_pages), T.int32],
         seq_lens: T.Tensor[(batch_size,), T.int32],
         k_offset: T.Tensor[(num_kv_heads, head_dim), T.float32],
+        k_factor: T.Tensor[(num_kv_heads, head_dim), T.float32],
         k_cache: T.Tensor[(num_pages, page_size, num_kv_heads, head_dim), dtype],
         v_cache: T.Tensor[(num_pages, page_size, num_kv_heads, head_dim), dtype],
         codes: T.Tensor[(num_pages, num_kv_heads, page_size, head_dim // 2), T.uint8],
@@ -217,13 +234,13 @@ def prefill_kernel(head_dim: int, page_size: int, dtype: str):
                         v_cache[page, slot, kv_head, channel] = v[batch, token, kv_head, channel]
                 mirror = Mirror(codes, scale_zero, bounds, bounds_scale_zero)
                 place = Place(page, kv_head, lane, channels)
-                mirror_page(k_cache, k_offset, mirror, place, fill)
+                mirror_page(k_cache, k_offset, k_factor if smooth else None, mirror, place, fill)
 
     return prefill_pages
 
 
 @tilelang.jit(pass_configs=EXACT_MATH)
-def mirror_kernel(head_dim: int, page_size: int, dtype: str):
+def mirror_kernel(head_dim: int, page_size: int, dtype: str, smooth: bool = False):
     """Grid: (physical page, kv_head), one warp each. `page_fill`: tokens in each page."""
     num_kv_heads, num_pages = T.dynamic("num_kv_heads"), T.dynamic("num_pages")
     channels = head_dim // 32
@@ -232,6 +249,7 @@ def mirror_kernel(head_dim: int, page_size: int, dtype: str):
     def mirror_pages(
         page_fill: T.Tensor[(num_pages,), T.int32],
         k_offset: T.Tensor[(num_kv_heads, head_dim), T.float32],
+        k_factor: T.Tensor[(num_kv_heads, head_dim), T.float32],
         k_cache: T.Tensor[(num_pages, page_size, num_kv_heads, head_dim), dtype],
         codes: T.Tensor[(num_pages, num_kv_heads, page_size, head_dim // 2), T.uint8],
         scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
@@ -243,13 +261,15 @@ def mirror_kernel(head_dim: int, page_size: int, dtype: str):
             if page_fill[page] > 0:
                 mirror = Mirror(codes, scale_zero, bounds, bounds_scale_zero)
                 place = Place(page, kv_head, lane, channels)
-                mirror_page(k_cache, k_offset, mirror, place, page_fill[page])
+                mirror_page(
+                    k_cache, k_offset, k_factor if smooth else None, mirror, place, page_fill[page]
+                )
 
     return mirror_pages
 
 
 @tilelang.jit(pass_configs=EXACT_MATH)
-def append_kernel(head_dim: int, page_size: int, dtype: str):
+def append_kernel(head_dim: int, page_size: int, dtype: str, smooth: bool = False):
     """Grid: (batch); a warp takes every eighth KV head. The length moves once all are written.
 
     The page's bounds are found anew from its keys, so that they have the bits of a prefill: grown
@@ -268,6 +288,7 @@ def append_kernel(head_dim: int, page_size: int, dtype: str):
         page_table: T.Tensor[(batch_size, max_pages), T.int32],
         seq_lens: T.Tensor[(batch_size,), T.int32],
         k_offset: T.Tensor[(num_kv_heads, head_dim), T.float32],
+        k_factor: T.Tensor[(num_kv_heads, head_dim), T.float32],
         k_cache: T.Tensor[(num_pages, page_size, num_kv_heads, head_dim), dtype],
         v_cache: T.Tensor[(num_pages, page_size, num_kv_heads, head_dim), dtype],
         codes: T.Tensor[(num_pages, num_kv_heads, page_size, head_dim // 2), T.uint8],
@@ -283,7 +304,7 @@ def append_kernel(head_dim: int, page_size: int, dtype: str):
             rows = T.alloc_local((ROWS_IN_FLIGHT, channels), dtype)
             low = T.alloc_local((channels,), dtype)
             high = T.alloc_local((channels,), dtype)
-            offset = T.alloc_local((channels,), T.float32)
+            shift = T.alloc_local((2 if smooth else 1, channels), T.float32)
             token = seq_lens[batch]
             slot = token % page_size
             if token < max_pages * page_size:
@@ -295,8 +316,9 @@ def append_kernel(head_dim: int, page_size: int, dtype: str):
                             key[c] = k[batch, kv_head, first_channel + c]
                         for c in T.vectorized(channels):
                             value[c] = v[batch, kv_head, first_channel + c]
-                        for c in T.vectorized(channels):
-                            offset[c] = k_offset[kv_head, first_channel + c]
+                        load_shift(
+                            shift, k_offset, k_factor if smooth else None, kv_head, first_channel
+                        )
                         for c in T.unroll(channels):
                             low[c] = key[c]
                             high[c] = key[c]
@@ -317,8 +339,8 @@ def append_kernel(head_dim: int, page_size: int, dtype: str):
                             v_cache[page, slot, kv_head, first_channel + c] = value[c]
                         mirror = Mirror(codes, scale_zero, bounds, bounds_scale_zero)
                         place = Place(page, kv_head, thread % 32, channels)
-                        quantize_bounds(low, high, offset, mirror, place)
-                        quantize_key(key, offset, mirror, place, slot)
+                        quantize_bounds(low, high, shift, mirror, place)
+                        quantize_key(key, shift, mirror, place, slot)
                 T.sync_threads()
                 if thread == 0:
                     seq_lens[batch] = token + 1

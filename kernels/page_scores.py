@@ -57,7 +57,10 @@ def score_pages(
 ) -> None:
     """One launch: scores [batch_size, num_kv_heads, max_pages] f32 of the grouped query."""
     (launch,) = planned.launches
-    launch(q, cache.bound_words, cache.bounds_scale_zero, cache.page_table, cache.seq_lens, scores)
+    launch(
+        q, cache.factor, cache.bound_words, cache.bounds_scale_zero,
+        cache.page_table, cache.seq_lens, scores,
+    )  # fmt: skip
 
 
 class LoadedBounds(NamedTuple):
@@ -151,7 +154,12 @@ def largest_bounds(best, acc, loaded, i, query):
 
 @tilelang.jit(pass_configs=TILE_LEVEL)
 def page_score_kernel(
-    group_size: int, head_dim: int, page_size: int, dtype: str, config: PageScoreConfig
+    group_size: int,
+    head_dim: int,
+    page_size: int,
+    dtype: str,
+    config: PageScoreConfig,
+    smooth: bool = False,
 ):
     """Grid: (blocks of pages, kv_head, batch); in each of `steps`, a warp takes `tiles_per_warp`
     tiles of 16 pages, and issues all their loads before the first product. Score = the largest
@@ -172,6 +180,7 @@ def page_score_kernel(
     @T.prim_func
     def score_pages(
         q: T.Tensor[(batch_size, num_kv_heads, group_size, head_dim), dtype],
+        k_factor: T.Tensor[(num_kv_heads, head_dim), T.float32],
         bounds: T.Tensor[(num_pages, num_kv_heads, 2, head_dim // 4), T.int32],
         bounds_scale_zero: T.Tensor[(num_pages, num_kv_heads, 2), T.float32],
         page_table: T.Tensor[(batch_size, max_pages), T.int32],
@@ -204,7 +213,12 @@ def page_score_kernel(
             loaded.find_pages(tiles, tiles.first, page_table, row)
             if tiles.first < tiles.count:
                 query.load(
-                    q, row, 16, lambda of, w, e: T.cast(of[w * 4 + e % 2 * 2 + e // 2], T.float32)
+                    q,
+                    row,
+                    16,
+                    lambda of, w, e: T.cast(of[w * 4 + e % 2 * 2 + e // 2], T.float32),
+                    1.0,
+                    k_factor if smooth else None,
                 )
             for step in T.serial(tiles.steps):
                 first_tile = tiles.first + step * tiles.stride
@@ -226,7 +240,8 @@ def page_score_kernel(
 
 
 def _launches(shape: StepShape, config: PageScoreConfig) -> tuple[Launch, ...]:
-    arguments = (shape.group_size, shape.head_dim, shape.page_size, shape.dtype, config)
+    sizes = (shape.group_size, shape.head_dim, shape.page_size, shape.dtype)
+    arguments = (*sizes, config, shape.smooth)
     return (Launch("page_score", page_score_kernel, arguments),)
 
 

@@ -9,6 +9,7 @@ from .cache import cache_launches
 from .estimate_prune import ESTIMATE_PRUNE, EstimatePruneConfig
 from .estimator import ESTIMATOR, EstimatorConfig
 from .launch import KernelSpec, Launch, StepShape
+from .mass_bound import mass_bound
 from .page_scores import PAGE_SCORE, PageScoreConfig
 from .pruner import PRUNER, PrunerConfig
 from .selector import all_pages
@@ -34,17 +35,19 @@ SelectorPlan = QuestPlan | Launch  # the latter where the budget has room for ev
 
 
 class SparsePlan(NamedTuple):
-    """The kernels of every stage; one kernel estimates and prunes where its config says `fused`."""
+    """The kernels of every stage; one kernel estimates and prunes where its config says `fused` and
+    no bound asks for the logits."""
 
     selector: SelectorPlan
     estimator: Planned[EstimatorConfig]
     pruner: Planned[PrunerConfig]
     estimate_prune: Planned[EstimatePruneConfig]
     attention: Planned[AttentionConfig]
+    mass_bound: Launch | None = None
 
     @property
     def fused(self) -> bool:
-        return self.estimate_prune.config.fused
+        return self.estimate_prune.config.fused and self.mass_bound is None
 
 
 class CandidatePlan(NamedTuple):
@@ -67,14 +70,15 @@ def plan_selector(shape: StepShape, planner: Planner) -> SelectorPlan:
     return QuestPlan(planner.plan(PAGE_SCORE, shape), planner.plan(TOP_PAGES, shape))
 
 
-def plan_sparse(shape: StepShape, planner: Planner) -> SparsePlan:
-    """Select, estimate, prune, attend."""
+def plan_sparse(shape: StepShape, planner: Planner, bound_mass: bool = False) -> SparsePlan:
+    """Select, estimate, prune, bound the mass that was kept where asked for, attend."""
     return SparsePlan(
         plan_selector(shape, planner),
         planner.plan(ESTIMATOR, shape),
         planner.plan(PRUNER, shape),
         planner.plan(ESTIMATE_PRUNE, shape),
         planner.plan(ATTENTION, shape),
+        mass_bound(shape) if bound_mass else None,
     )
 
 
@@ -102,5 +106,5 @@ def all_launches(shape: StepShape, planner: Planner) -> list[Launch]:
     every_page = shape._replace(width=shape.max_pages * shape.page_size)
     paths = (plan_sparse, plan_candidates, plan_dense)
     plans = tuple(make(own, planner) for make in paths for own in (shape, every_page))
-    cache = cache_launches(shape.head_dim, shape.page_size, shape.dtype)
-    return list(dict.fromkeys(launches_in((cache, plans))))
+    cache = cache_launches(shape.head_dim, shape.page_size, shape.dtype, shape.smooth)
+    return list(dict.fromkeys(launches_in((cache, plans, mass_bound(shape)))))

@@ -10,6 +10,7 @@ from .estimate_prune import estimate_and_prune
 from .estimator import estimate
 from .launch import Launch
 from .lists import CandidatePages, Kept, TokenList, Window
+from .mass_bound import bound_mass
 from .page_scores import score_pages
 from .plan import CandidatePlan, DensePlan, SelectorPlan, SparsePlan
 from .pruner import HeadUnion, Pruned, prune
@@ -52,6 +53,7 @@ class SparseMemory(NamedTuple):
     top_p: torch.Tensor  # [batch_size, num_qo_heads] f32
     logits: torch.Tensor  # [batch_size, num_qo_heads, width] f16
     kept: Kept
+    mass_bound: torch.Tensor  # [batch_size, num_qo_heads] f32
     union: HeadUnion
     attention: AttentionWorkspace
     out: torch.Tensor  # [batch_size, num_qo_heads, head_dim]
@@ -67,6 +69,7 @@ class SparseMemory(NamedTuple):
             top_p,
             logits,
             Kept.allocate(cache, tokens, num_qo_heads),
+            torch.empty(top_p.shape, device=top_p.device),
             HeadUnion.allocate(cache, tokens),
             AttentionWorkspace.allocate(cache, group_size, tokens, split_tokens_of(group_size)),
             empty_out(cache, num_qo_heads),
@@ -79,6 +82,7 @@ class SparseMemory(NamedTuple):
             self.top_p[requests],
             self.logits[requests],
             Kept(*(each[requests] for each in self.kept)),
+            self.mass_bound[requests],
             HeadUnion(*(each[requests] for each in self.union)),
             self.attention.part(requests),
             self.out[requests],
@@ -109,9 +113,12 @@ class SparseStep:
     def __init__(self, plan: SparsePlan, memory: SparseMemory, settings: Settings) -> None:
         self.plan, self.memory, self.settings = plan, memory, settings
         num_kv_heads = memory.kept.tokens.shape[1]
-        self.top_p, self.grouped_logits, self.grouped_out, mass = (
+        self.top_p, self.grouped_logits, self.grouped_out, mass, self.grouped_bound = (
             by_kv_head(each, num_kv_heads)
-            for each in (memory.top_p, memory.logits, memory.out, memory.kept.mass)
+            for each in (
+                *(memory.top_p, memory.logits, memory.out, memory.kept.mass),
+                memory.mass_bound,
+            )
         )
         kept = memory.kept._replace(mass=mass)
         self.pruned = Pruned(kept, memory.attention.work, memory.union)
@@ -134,6 +141,8 @@ class SparseStep:
         q = by_kv_head(q, cache.num_kv_heads)
         self.select(q, cache)
         self.estimate_prune(q, cache)
+        if self.plan.mass_bound is not None:
+            self.bound(q, cache)
         return self.attend(q, cache)
 
     def select(self, q: torch.Tensor, cache: PagedKVCache) -> None:
@@ -161,6 +170,15 @@ class SparseStep:
         estimate_and_prune(
             self.plan.estimate_prune, by_kv_head(q, cache.num_kv_heads), cache, self.candidates,
             self.top_p, window, sm_scale, self.pruned,
+        )  # fmt: skip
+
+    def bound(self, q: torch.Tensor, cache: PagedKVCache) -> None:
+        """How much of the candidates' mass is surely kept -> mass_bound, where planned."""
+        assert self.plan.mass_bound is not None
+        kept, sm_scale = self.memory.kept[:2], self.settings.sm_scale
+        bound_mass(
+            self.plan.mass_bound, by_kv_head(q, cache.num_kv_heads), cache, self.candidates,
+            self.grouped_logits, kept, sm_scale, self.grouped_bound,
         )  # fmt: skip
 
     def attend(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:

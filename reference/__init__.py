@@ -16,6 +16,7 @@ from .double_sparsity import label_scores, select_tokens
 from .estimator import candidate_tokens, estimate_logits
 from .labels import KeyLabels, LabelFormat
 from .lists import CandidatePages, CandidateTokens, Kept
+from .mass_bound import bound_kept_mass
 from .pipeline import TwilightDecode
 from .pruner import group_union, prune_top_p, top_p_set_sorted, top_p_threshold
 from .quantize import (
@@ -29,6 +30,7 @@ from .quantize import (
     unpack_int4,
 )
 from .selector import quest_bounds, select_all, select_pages
+from .smoothing import KeyChannels, calibrate_keys
 from .twilight_config import TwilightConfig, read_config
 
 __all__ = [
@@ -36,13 +38,16 @@ __all__ = [
     "CalibrationBlock",
     "CandidatePages",
     "CandidateTokens",
+    "KeyChannels",
     "KeyLabels",
     "Kept",
     "LabelFormat",
     "PagedKVCache",
     "TwilightConfig",
     "TwilightDecode",
+    "bound_kept_mass",
     "calibrate_channels",
+    "calibrate_keys",
     "candidate_tokens",
     "dense_attention",
     "dequantize_bounds",

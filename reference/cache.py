@@ -11,8 +11,9 @@ import torch
 
 from .labels import KeyLabels, LabelFormat
 from .quantize import quantize_bounds, quantize_int4
-from .validate import FLOAT_DTYPES, INT_DTYPES, check_positive, check_tensor
+from .validate import FLOAT_DTYPES, INT_DTYPES, check_positive, check_tensor, compute_dtype
 
+KeyOffset = torch.Tensor | tuple[torch.Tensor | None, torch.Tensor | None] | None
 CHUNK_ELEMENTS = 1 << 26  # keys converted to float32 at a time
 
 
@@ -81,6 +82,10 @@ class PagedKVCache:
             bounded. It moves all estimated logits and page bounds of a query head by one constant:
             no softmax and no order of pages changes. It takes outlier channels out of the range
             that the codes must span, and out of the largest bound of a group's heads.
+        k_factor: [num_kv_heads, head_dim] fp32 or None: powers of two by which K less its offset is
+            divided before it is quantized or bounded, and the queries of selector and estimator
+            multiplied (SmoothQuant's smoothing factor, arXiv 2211.10438). Logits stay what they
+            are. See `calibrate_keys`.
         labels: what Double Sparsity scores tokens by, or None (see `KeyLabels`). A cache has them
             where it is built with a label_format.
     """
@@ -95,6 +100,7 @@ class PagedKVCache:
     bounds_scale_zero: torch.Tensor
     k_offset: torch.Tensor | None = None
     labels: KeyLabels | None = None
+    k_factor: torch.Tensor | None = None
 
     @property
     def batch_size(self) -> int:
@@ -132,7 +138,7 @@ class PagedKVCache:
         *,
         num_pages: int | None = None,
         page_table: torch.Tensor | None = None,
-        k_offset: torch.Tensor | None = None,
+        k_offset: KeyOffset = None,
         label_format: LabelFormat | None = None,
     ) -> "PagedKVCache":
         """A cache of no tokens; by default request b owns pages b * max_pages and following."""
@@ -158,7 +164,7 @@ class PagedKVCache:
         max_pages: int | None = None,
         num_pages: int | None = None,
         page_table: torch.Tensor | None = None,
-        k_offset: torch.Tensor | None = None,
+        k_offset: KeyOffset = None,
         label_format: LabelFormat | None = None,
     ) -> "PagedKVCache":
         """Copy a prefill into pages.
@@ -208,10 +214,12 @@ class PagedKVCache:
         v_cache: torch.Tensor,
         page_table: torch.Tensor,
         seq_lens: torch.Tensor,
-        k_offset: torch.Tensor | None = None,
+        k_offset: KeyOffset = None,
         label_format: LabelFormat | None = None,
     ) -> "PagedKVCache":
         """Build mirror, bounds and labels beside an engine's own pages; K and V are not copied.
+
+        k_offset: [num_kv_heads, head_dim] float32, or (k_offset, k_factor), two such.
 
         A page shared by several requests is covered for the largest number of tokens that any of
         them has in it. Unused slots and pages get codes, scales, zeros and bounds of 0.
@@ -224,9 +232,11 @@ class PagedKVCache:
         check_tensor("v_cache", v_cache, tuple(k_cache.shape), (k_cache.dtype,), device)
         check_tensor("page_table", page_table, (None, None), INT_DTYPES, device)
         check_lengths(seq_lens, page_table.shape[0], page_table.shape[1] * page_size, device)
-        if k_offset is not None:
-            head_shape = (num_kv_heads, head_dim)
-            check_tensor("k_offset", k_offset, head_shape, (torch.float32,), device)
+        k_offset, k_factor = k_offset if isinstance(k_offset, tuple) else (k_offset, None)
+        for name, channels in (("k_offset", k_offset), ("k_factor", k_factor)):
+            if channels is not None:
+                head_shape = (num_kv_heads, head_dim)
+                check_tensor(name, channels, head_shape, (torch.float32,), device)
         mirror_shape = (num_pages, num_kv_heads, page_size)
         cache = cls(
             k_cache,
@@ -239,6 +249,7 @@ class PagedKVCache:
             torch.zeros(num_pages, num_kv_heads, 2, dtype=torch.float32, device=device),
             k_offset,
             None if label_format is None else KeyLabels.empty(label_format, k_cache),
+            k_factor,
         )
         page_tokens = tokens_per_page(page_table, seq_lens, num_pages, page_size)
         chunk = max(1, CHUNK_ELEMENTS // max(1, page_size * num_kv_heads * head_dim))
@@ -273,10 +284,20 @@ class PagedKVCache:
             self.labels.write_tokens(page, slot, k)
         self.seq_lens += 1
 
+    def smoothed(self, q: torch.Tensor) -> torch.Tensor:
+        """q: [batch_size, num_qo_heads, head_dim] as it meets the mirror and the bounds: times
+        k_factor, in its own dtype."""
+        if self.k_factor is None:
+            return q
+        grouped = q.unflatten(1, (self.num_kv_heads, -1)).to(compute_dtype(None, q))
+        smoothed: torch.Tensor = (grouped * self.k_factor[:, None]).to(q.dtype).flatten(1, 2)
+        return smoothed
+
     def _shift(self, k: torch.Tensor) -> torch.Tensor:
-        """k - k_offset in float32, for k: [..., num_kv_heads, head_dim]."""
+        """(k - k_offset) / k_factor in float32, for k: [..., num_kv_heads, head_dim]."""
         x = k.to(torch.float32)
-        return x if self.k_offset is None else x - self.k_offset
+        x = x if self.k_offset is None else x - self.k_offset
+        return x if self.k_factor is None else x / self.k_factor
 
     def _mirror_pages(self, pages: torch.Tensor, page_tokens: torch.Tensor) -> None:
         """Write what lies beside K and V of these physical pages, from their first page_tokens."""

@@ -14,18 +14,23 @@ if TYPE_CHECKING:
     from .kernels.cache import CacheShape, PagedKVCache, validate_cache
     from .kernels.estimator import estimate_logits
     from .kernels.lists import CandidatePages, Kept
+    from .kernels.mass_bound import bound_kept_mass
     from .kernels.options import DecodeOptions
     from .kernels.pipeline import TwilightDecode
     from .kernels.pruner import prune_top_p
     from .kernels.selector import select_all, select_pages
+    from .reference.smoothing import KeyChannels, calibrate_keys
 
 __all__ = [
     "CacheShape",
     "CandidatePages",
     "DecodeOptions",
+    "KeyChannels",
     "Kept",
     "PagedKVCache",
     "TwilightDecode",
+    "bound_kept_mass",
+    "calibrate_keys",
     "dense_attention",
     "estimate_logits",
     "flash_topk_attention",
@@ -41,11 +46,14 @@ HOMES = {
     "cache": ("CacheShape", "PagedKVCache", "validate_cache"),
     "estimator": ("estimate_logits",),
     "lists": ("CandidatePages", "Kept"),
+    "mass_bound": ("bound_kept_mass",),
     "options": ("DecodeOptions",),
     "pipeline": ("TwilightDecode",),
     "pruner": ("prune_top_p",),
     "selector": ("select_all", "select_pages"),
+    "smoothing": ("KeyChannels", "calibrate_keys"),
 }
+SHARED = ("smoothing",)  # plain PyTorch in reference/, and nothing more in kernels/
 HOME_OF = {name: home for home, names in HOMES.items() for name in names}
 
 # In a checkout the rooms lie beside this folder, installed they lie in it.
@@ -62,7 +70,8 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         message = "tilelang: expected the version that requirements.txt names, got none installed"
         raise ModuleNotFoundError(message) from error
-    return getattr(importlib.import_module(f".kernels.{HOME_OF[name]}", __name__), name)
+    room = "reference" if HOME_OF[name] in SHARED else "kernels"
+    return getattr(importlib.import_module(f".{room}.{HOME_OF[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:
