@@ -443,6 +443,8 @@ def validate_cache(cache: PagedKVCache) -> None:
             pool; a request uses a page twice; a part-filled last page, which the next append would
             write to, is shared.
     """
+    if cache.k_factor is not None and not bool((cache.k_factor > 0).all()):
+        raise ValueError("k_factor: expected positive numbers, got others")
     page_table = cache.page_table.cpu()
     users: dict[int, int] = {}
     part_filled: dict[int, int] = {}

@@ -348,6 +348,8 @@ def validate_cache(cache: PagedKVCache) -> None:
             request, or a part-filled last page that another request uses too (its next token
             would land there).
     """
+    if cache.k_factor is not None and not bool((cache.k_factor > 0).all()):
+        raise ValueError("k_factor: expected positive numbers, got others")
     check_lengths(cache.seq_lens, cache.batch_size, cache.capacity, cache.seq_lens.device)
     users: dict[int, int] = {}
     part_filled: dict[int, int] = {}

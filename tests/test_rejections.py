@@ -523,6 +523,17 @@ def test_validate_cache_finds(finding, package, rng):
         package.validate_cache(cache)
 
 
+@pytest.mark.parametrize("package", [kernels, reference], ids=["kernels", "reference"])
+@pytest.mark.parametrize("bad", [0.0, -1.0, NAN])
+def test_validate_cache_finds_a_factor_that_is_not_positive(bad, package):
+    cache = small_cache(reference, "cpu")
+    cache.k_factor = torch.ones(2, 128)
+    assert package.validate_cache(cache) is None
+    cache.k_factor[1, 5] = bad
+    with pytest.raises(ValueError, match="k_factor: expected positive numbers, got others"):
+        package.validate_cache(cache)
+
+
 @pytest.mark.parametrize("name", ["empty", "from_contiguous", "wrap"])
 @pytest.mark.parametrize("spoiled", [Fresh((2, 64), torch.float32), Fresh((2, 128))], ids=str)
 def test_constructors_reject_a_factor_that_does_not_fit(name, spoiled, calls, rejects):
