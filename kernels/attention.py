@@ -204,7 +204,7 @@ def attend(
     written = (*partials, out, lse)
     num_blocks = planned.config.blocks_per_sm * gpu_of(q.device).num_multiprocessors
     attend_items(
-        q, cache.k_rows, cache.v_rows, cache.page_table, tokens.indices,
+        q, cache.k_cache, cache.v_pool, cache.page_table, tokens.indices,
         work.items, work.num_items, num_blocks, sm_scale, *written,
     )  # fmt: skip
     merge_splits(cache.seq_lens, tokens.indices, tokens.counts, *written)
@@ -250,6 +250,7 @@ ATTENTION = KernelSpec(
         "attend_lanes.py",
         "attend_tiles.py",
         "split_kv.py",
+        "strided.py",
         "token_list.py",
         "warp.py",
     ),

@@ -14,6 +14,7 @@ from .launch import KernelSpec, Launch, StepShape, on_device
 from .lists import CandidatePages, check_lists
 from .mma import Tiles
 from .query import by_kv_head, check_query, check_scale, step_shape
+from .strided import strided
 from .token_list import Row, TokenList
 from .tuned import Planned, planned
 
@@ -45,8 +46,7 @@ def estimate_logits(
     Args:
         q: [batch_size, num_qo_heads, head_dim], fp16 or bf16, as the cache.
         cache: only k_int4, k_scale_zero, k_factor, page_table and seq_lens are read.
-        candidates: pages [batch_size, num_kv_heads, width] i32, logical pages, and counts
-            [batch_size, num_kv_heads] i32, how many of them are valid.
+        candidates: see CandidatePages; here in any order.
         sm_scale: factor of the logits, positive; head_dim ** -0.5 where None.
 
     Returns:
@@ -98,19 +98,18 @@ def estimator_kernel(
     """Grid: (blocks of candidate tiles, kv_head, batch); in each of `steps`, a warp takes
     `tiles_per_warp` tiles of 16 tokens, and issues all their loads before the first product.
     """
-    batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
-    num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
-    width_pages = T.dynamic("width_pages")
-    row_words = head_dim // 8
+    batch_size, num_kv_heads = T.dynamic("batch_size, num_kv_heads")
+    num_pages, max_pages, width_pages = T.dynamic("num_pages, max_pages, width_pages")
     tiles_per_page = page_size // TILE_TOKENS
     step_tiles = config.num_warps * config.tiles_per_warp
     block_tiles = step_tiles * config.steps
+    grid = (T.ceildiv(width_pages * tiles_per_page, block_tiles), num_kv_heads, batch_size)
 
     @T.prim_func
     def estimate_logits(
-        q: T.Tensor[(batch_size, num_kv_heads, group_size, head_dim), dtype],
+        q: T.StridedTensor[strided("q", (batch_size, num_kv_heads, group_size, head_dim), dtype)],
         k_factor: T.Tensor[(num_kv_heads, head_dim), T.float32],
-        codes: T.Tensor[(num_pages, num_kv_heads, page_size, row_words), T.int32],
+        codes: T.Tensor[(num_pages, num_kv_heads, page_size, head_dim // 8), T.int32],
         scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
         page_table: T.Tensor[(batch_size, max_pages), T.int32],
         seq_lens: T.Tensor[(batch_size,), T.int32],
@@ -119,12 +118,7 @@ def estimator_kernel(
         sm_scale: T.float32,
         logits: T.Tensor[(batch_size, num_kv_heads, group_size, width_pages, page_size), T.float16],
     ):
-        with T.Kernel(
-            T.ceildiv(width_pages * tiles_per_page, block_tiles),
-            num_kv_heads,
-            batch_size,
-            threads=config.num_warps * 32,
-        ) as (block, kv_head, batch):
+        with T.Kernel(*grid, threads=config.num_warps * 32) as (block, kv_head, batch):
             start_early(config.pdl)
             row = Row(batch, kv_head, seq_lens[batch])
             num_tiles = candidate_counts[batch, kv_head] * tiles_per_page
@@ -152,17 +146,13 @@ def estimator_kernel(
 
 
 def _launches(shape: StepShape, config: EstimatorConfig) -> tuple[Launch, ...]:
-    sizes = (shape.group_size, shape.head_dim, shape.page_size, shape.dtype)
-    arguments = (*sizes, config, shape.smooth)
-    return (Launch("estimator", estimator_kernel, arguments),)
+    return (Launch("estimator", estimator_kernel, (*shape.statics, config, shape.smooth)),)
 
 
 ESTIMATOR = KernelSpec(
-    name="estimator",
-    stage="estimator",
-    config=EstimatorConfig,
-    default=default_config,
-    width=lambda shape: shape.width,
+    name="estimator", stage="estimator", config=EstimatorConfig, default=default_config,
     launches=_launches,
-    sources=("estimator.py", "estimate_tiles.py", "mma.py", "token_list.py", "warp.py"),
-)
+    sources=(
+        "estimator.py", "estimate_tiles.py", "mma.py", "strided.py", "token_list.py", "warp.py"
+    ),
+)  # fmt: skip

@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from .launch import Launch
-from .plan import SelectorPlan, SparsePlan
+from .plan import SparsePlan
+from .selector import SelectorPlan
 from .split_kv import AttentionConfig
 from .steps import CandidateStep, DenseStep
 from .tuned import Planned

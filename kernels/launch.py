@@ -36,6 +36,11 @@ class StepShape(NamedTuple):
     logits_dtype: str = "float16"  # of the estimator's; the pruner takes float32 too
     smooth: bool = False  # keys have a k_factor
 
+    @property
+    def statics(self) -> tuple[int, int, int, str]:
+        """What every kernel of a row is compiled for, in the order of its arguments."""
+        return self[:4]
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -75,9 +80,9 @@ class KernelSpec(Generic[Config]):
         stage: of the benchmark, in which it is timed.
         config: dataclass of its launch configuration.
         default: the config where nothing is tuned, by shape and GPU.
-        width: of a row, as tuned configs count it: pages of the selector's kernels, else tokens.
         launches: what launches with a config.
         sources: an entry measured with other contents of these files is stale.
+        width: of a row, as tuned configs count it: pages of the selector's kernels, else tokens.
         result_fields: part of the result's definition: never tuned.
         static_width: compiled for its width, rounded up to a power of two.
     """
@@ -86,9 +91,9 @@ class KernelSpec(Generic[Config]):
     stage: str
     config: type[Config]
     default: Callable[[StepShape, Gpu], Config]
-    width: Callable[[StepShape], int]
     launches: Callable[[StepShape, Config], tuple[Launch, ...]]
     sources: tuple[str, ...]
+    width: Callable[[StepShape], int] = lambda shape: shape.width
     result_fields: tuple[str, ...] = ()
     static_width: bool = False
 

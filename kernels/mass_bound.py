@@ -20,6 +20,7 @@ from .estimate_tiles import MAX_LOGIT
 from .launch import Launch, StepShape, on_device
 from .lists import CandidatePages, Kept, check_lists
 from .query import by_kv_head, check_query, check_scale, step_shape
+from .strided import channel_at, first_chunk, strided
 from .token_list import Row
 
 NUM_THREADS = 256  # at least head_dim
@@ -113,7 +114,8 @@ def query_error(q, k_factor, row, head, channel):
     """(|q_c| of a channel, how far the products' own q_c lies from it), the factor in both."""
     exact = T.alloc_var(T.float32)
     rounded = T.alloc_var(T.float32)
-    exact = T.cast(q[row.batch, row.kv_head, head, channel], T.float32)
+    first = first_chunk(q, row.batch, row.kv_head, head)
+    exact = T.cast(channel_at(q, first, channel), T.float32)
     if k_factor is not None:
         exact = exact * k_factor[row.kv_head, channel]
     rounded = T.cast(T.cast(exact, q.dtype), T.float32)
@@ -158,7 +160,7 @@ def mass_bound_kernel(
 
     @T.prim_func
     def bound_kept_mass(
-        q: T.Tensor[(batch_size, num_kv_heads, group_size, head_dim), dtype],
+        q: T.StridedTensor[strided("q", (batch_size, num_kv_heads, group_size, head_dim), dtype)],
         k_factor: T.Tensor[(num_kv_heads, head_dim), T.float32],
         scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
         page_table: T.Tensor[(batch_size, max_pages), T.int32],

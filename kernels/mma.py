@@ -13,6 +13,7 @@ from typing import NamedTuple
 import tilelang.language as T
 from tvm.tirx import Buffer, PrimExpr
 
+from .strided import channel_at, first_chunk
 from .warp import join_lanes
 
 TILE_HEADS = 8
@@ -61,12 +62,14 @@ class GroupQuery(NamedTuple):
         quad, lane = place_in_quad()
         words = T.alloc_local((lane_channels,), q.dtype)
         partial = T.alloc_var(T.float32)
+        first = T.alloc_var(T.int32)
         for n in T.unroll(head_tiles):
             head = T.min(n * TILE_HEADS + quad, group_size - 1)
+            first = first_chunk(q, row.batch, row.kv_head, head)
             for i in T.unroll(lane_channels // run):
                 for j in T.vectorized(run):
                     channel = (i * QUAD + lane) * run + j
-                    words[i * run + j] = q[row.batch, row.kv_head, head, channel]
+                    words[i * run + j] = channel_at(q, first, channel)
             if k_factor is not None:
                 for i in T.unroll(lane_channels // run):
                     for j in T.unroll(run):

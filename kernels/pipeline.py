@@ -65,17 +65,13 @@ class TwilightDecode:
         num_parts = options.num_parts
         if num_parts is None:
             num_parts = parts_for(cache.batch_size, cache.num_kv_heads)
-        check_count("num_parts", num_parts, least=1)
-        if num_parts > cache.batch_size:
-            raise ValueError(
-                f"num_parts: expected at most batch_size = {cache.batch_size}, got {num_parts}"
-            )
+        check_count("num_parts", num_parts, least=1, most=cache.batch_size)
         budget = page_budget(cache, options.token_budget, options.window)
         width = budget if options.selector == "quest" else cache.max_pages
         device = cache.k_cache.device
         settings = Settings(check_scale(options.sm_scale, cache.head_dim), options.window)
         top_p = expand_top_p(options.top_p, cache.batch_size, num_qo_heads, device)
-        self.options, self.cache_shape = options, cache.shape
+        self.options, self.selector, self.cache_shape = options, options.selector, cache.shape
         self.shape = step_shape(cache, group_size, width * cache.page_size)
         self.expected = expected_times(self.shape, cache.k_cache.itemsize, read_bandwidth(device))
         self.path = fastest(self.expected) if options.path == "auto" else options.path
@@ -103,20 +99,13 @@ class TwilightDecode:
                 if num_parts > 1:
                     part = self._part(requests, memory.part(requests), planner)
                     self.parts.append((requests, part, torch.cuda.Stream(device)))
+        self.out = self.stages.out
         self._compiled = False
-
-    @property
-    def selector(self) -> str:
-        return self.options.selector
 
     @property
     def fused(self) -> bool:
         """Whether estimator and pruner are one kernel."""
         return self._sparse.plan.fused
-
-    @property
-    def out(self) -> torch.Tensor:
-        return self.stages.out
 
     @property
     def candidates(self) -> CandidatePages:
@@ -153,7 +142,8 @@ class TwilightDecode:
         more launches would take longer than they save.
 
         Args:
-            q: [batch_size, num_qo_heads, head_dim] in the cache's dtype.
+            q: [batch_size, num_qo_heads, head_dim] in the cache's dtype, of any strides where
+                channels are contiguous.
             cache: of the shape given at construction; its lengths may have grown.
 
         Returns:
@@ -168,7 +158,8 @@ class TwilightDecode:
         out = self.out
         if not (isinstance(q, torch.Tensor) and _like(q) == _like(out) and q.is_contiguous()):
             check_query(q, cache)
-            raise ValueError(f"q: expected shape {list(out.shape)}, got {list(q.shape)}")
+            if q.shape != out.shape:
+                raise ValueError(f"q: expected shape {list(out.shape)}, got {list(q.shape)}")
         with on_device(out.device):
             if self.parts:
                 capturing = torch.cuda.is_current_stream_capturing()

@@ -5,16 +5,16 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from .attention import ATTENTION, plan_untuned
-from .cache import cache_launches
 from .estimate_prune import ESTIMATE_PRUNE, EstimatePruneConfig
 from .estimator import ESTIMATOR, EstimatorConfig
 from .launch import KernelSpec, Launch, StepShape
 from .mass_bound import mass_bound
-from .page_scores import PAGE_SCORE, PageScoreConfig
+from .page_scores import PAGE_SCORE
 from .pruner import PRUNER, PrunerConfig
-from .selector import all_pages
+from .requests import cache_launches
+from .selector import SelectorPlan, plan_selector
 from .split_kv import AttentionConfig
-from .top_pages import TOP_PAGES, TopPagesConfig
+from .top_pages import TOP_PAGES
 from .tuned import Planned, Planner
 
 # What is tuned, in the order of a step.
@@ -22,16 +22,6 @@ SPECS: dict[str, KernelSpec[Any]] = {
     spec.name: spec
     for spec in (PAGE_SCORE, TOP_PAGES, ESTIMATOR, PRUNER, ESTIMATE_PRUNE, ATTENTION)
 }
-
-
-class QuestPlan(NamedTuple):
-    """The two kernels of Quest's selector."""
-
-    page_score: Planned[PageScoreConfig]
-    top_pages: Planned[TopPagesConfig]
-
-
-SelectorPlan = QuestPlan | Launch  # the latter where the budget has room for every page
 
 
 class SparsePlan(NamedTuple):
@@ -61,13 +51,6 @@ class DensePlan(NamedTuple):
     """The kernels of attention over every token."""
 
     attention: Planned[AttentionConfig]
-
-
-def plan_selector(shape: StepShape, planner: Planner) -> SelectorPlan:
-    """Quest, or every page where the budget has room for all."""
-    if shape.width >= shape.max_pages * shape.page_size:
-        return all_pages(shape.page_size)
-    return QuestPlan(planner.plan(PAGE_SCORE, shape), planner.plan(TOP_PAGES, shape))
 
 
 def plan_sparse(shape: StepShape, planner: Planner, bound_mass: bool = False) -> SparsePlan:

@@ -26,7 +26,7 @@ def check_query(q: torch.Tensor, cache: PagedKVCache) -> int:
     """Its group size; raises ValueError unless q [batch_size, num_qo_heads, head_dim] fits."""
     check_cache(cache)
     shape = (cache.batch_size, None, cache.head_dim)
-    check_tensor("q", q, shape, cache.k_cache.dtype, cache.k_cache.device, align=16)
+    check_tensor("q", q, shape, cache.k_cache.dtype, cache.k_cache.device, align=16, strided=True)
     return group_size_of("q", q.shape[1], cache)
 
 

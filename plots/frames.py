@@ -14,6 +14,7 @@ SWEEPS = ("budget-", "length-", "paper-", "top_p-", "trace-")
 SIZES = ["batch_size", "num_qo_heads", "num_kv_heads", "seq_len"]
 SAME = [*SIZES, "token_budget", "top_p", "method", "provider"]  # the same measurement
 OURS = ("tilelang", "torch")
+WRITTEN_BY = {"quality": "make evaluate"}
 TEXT = ("commit", "torch", "tilelang", "bits")  # may look like numbers
 
 
@@ -30,7 +31,8 @@ class Frames:
     def __getitem__(self, name: str) -> pd.DataFrame:
         path = self.folder / f"{name}.csv"
         if not path.is_file():
-            raise MissingData(f"{path}: no such file; `make bench [FULL=1]` writes it")
+            maker = WRITTEN_BY.get(name, "make bench [FULL=1]")
+            raise MissingData(f"{path}: no such file; `{maker}` writes it")
         return pd.read_csv(path, dtype=dict.fromkeys(TEXT, str))
 
 

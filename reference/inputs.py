@@ -108,8 +108,7 @@ def random_inputs(
     """
     generator = torch.Generator(device).manual_seed(seed)
     max_pages = max(1, pages_of(shape.max_seq_len + spare_tokens, shape.page_size))
-    num_pages = shape.batch_size * max_pages
-    pool = (num_pages, shape.page_size, shape.num_kv_heads, shape.head_dim)
+    pool = (shape.batch_size * max_pages, shape.page_size, shape.num_kv_heads, shape.head_dim)
     q_shape = (shape.batch_size, shape.num_qo_heads, shape.head_dim)
     q = torch.empty(q_shape, dtype=shape.dtype, device=device)
     k_cache = torch.empty(pool, dtype=shape.dtype, device=device)
@@ -117,7 +116,7 @@ def random_inputs(
         q=q.normal_(generator=generator),
         k_cache=k_cache.normal_(0.0, key_std, generator=generator),
         v_cache=torch.empty_like(k_cache).normal_(generator=generator),
-        page_table=shuffled_page_table(shape.batch_size, max_pages, num_pages, seed).to(device),
+        page_table=shuffled_page_table(shape.batch_size, max_pages, seed).to(device),
         seq_lens=torch.tensor(shape.lengths, dtype=torch.int32, device=device),
     )
 
@@ -249,10 +248,8 @@ def heavy_places(
     return torch.cat((torch.arange(first), torch.arange(last, length).flip(0))), middle
 
 
-def shuffled_page_table(batch_size: int, max_pages: int, num_pages: int, seed: int) -> torch.Tensor:
-    """[batch_size, max_pages] int32: distinct pages of a pool of num_pages, in random order."""
-    needed = batch_size * max_pages
-    if num_pages < needed:
-        raise ValueError(f"num_pages: expected at least {needed}, got {num_pages}")
-    pages = torch.randperm(num_pages, generator=torch.Generator().manual_seed(seed))
-    return pages[:needed].to(torch.int32).view(batch_size, max_pages)
+def shuffled_page_table(batch_size: int, max_pages: int, seed: int) -> torch.Tensor:
+    """[batch_size, max_pages] int32: the pages of a pool that has just as many, in random order."""
+    generator = torch.Generator().manual_seed(seed)
+    pages = torch.randperm(batch_size * max_pages, generator=generator)
+    return pages.to(torch.int32).view(batch_size, max_pages)

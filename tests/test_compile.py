@@ -15,13 +15,13 @@ from tests.inputs.stored import COMMITTED, SYNTHETIC, stored
 from twilight_tilelang.autotune.compiled import Compiled, is_fast, lower, nvcc, read
 from twilight_tilelang.autotune.space import launches_of
 from twilight_tilelang.kernels.attention import ATTENTION_KERNELS
-from twilight_tilelang.kernels.cache import cache_launches
 from twilight_tilelang.kernels.estimate_prune import EstimatePruneConfig, estimate_prune_kernel
 from twilight_tilelang.kernels.gpu import ARCHS
 from twilight_tilelang.kernels.launch import Launch, StepShape
 from twilight_tilelang.kernels.mass_bound import mass_bound
 from twilight_tilelang.kernels.plan import launches_in, plan_candidates, plan_dense, plan_sparse
 from twilight_tilelang.kernels.pruner import PRUNER
+from twilight_tilelang.kernels.requests import cache_launches
 from twilight_tilelang.kernels.selector import all_pages
 from twilight_tilelang.kernels.tuned import Planner
 

@@ -16,21 +16,29 @@ import pytest
 pytest.importorskip("setuptools", minversion="77", reason="no setuptools to build a wheel with")
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("kernels", "reference", "autotune", "profiling", "integrations")  # of the wheel
+ROOMS = (  # of the wheel
+    *("kernels", "reference", "autotune", "profiling", "integrations", "evaluation"),
+)
 MODULES = [
     ".".join(("twilight_tilelang", *path.relative_to(ROOT).with_suffix("").parts))
     for room in ROOMS
     for path in sorted((ROOT / room).rglob("*.py"))
-    if path.stem != "__init__"
+    if path.stem not in ("__init__", "__main__")
 ]
-NEEDS_MORE = "twilight_tilelang.integrations."  # found, not imported: its library is optional
+# Found, not imported: their library is optional.
+NEEDS_MORE = (
+    "twilight_tilelang.integrations.",
+    "twilight_tilelang.evaluation.",
+    "twilight_tilelang.profiling.providers.model_layers",
+    "twilight_tilelang.profiling.recordings.heard",
+)
 # Runs in a process of its own and prints what it finds there as JSON.
 LOOK = f"""
 import importlib.util, json, sys
 import kernels, twilight_tilelang
 from twilight_tilelang.kernels import tuned
 
-modules = [importlib.util.find_spec(name).origin if name.startswith("{NEEDS_MORE}")
+modules = [importlib.util.find_spec(name).origin if name.startswith({NEEDS_MORE})
            else importlib.import_module(name).__file__ for name in sys.argv[1:]]
 public = {{name: getattr(twilight_tilelang, name).__module__ for name in twilight_tilelang.__all__}}
 configs = {{path.name: sorted(tuned.read_configs(path).entries)

@@ -213,3 +213,15 @@ def test_a_captured_step_generates_what_generate_does(
         assert cache.layers[1].pages.seq_lens.tolist() == [50 + NUM_STEPS, 23 + NUM_STEPS]
         assert torch.equal(cache.kept().counts, record.counts)
         assert torch.equal(cache.kept().mass, record.mass)
+
+
+@pytest.mark.parametrize("path", ["candidates", "dense"])
+def test_the_other_paths_generate_too(
+    path: str, device: torch.device, rng: torch.Generator
+) -> None:
+    """Attention over every candidate, of which there are as many as tokens, is dense attention."""
+    model, inputs = make_model("llama", device), prompts(rng, [50, 23])
+    expected = generate(model, inputs)
+    model.set_attn_implementation("twilight")
+    cache = TwilightCache(model.config, MAX_TOKENS, DecodeOptions(path=path))
+    assert_same_choice(generate(model, inputs, cache=cache), expected)

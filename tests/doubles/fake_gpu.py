@@ -15,8 +15,8 @@ import torch
 from tilelang.jit import JITImpl
 
 from twilight_tilelang.kernels import launch as kernels
-from twilight_tilelang.kernels.cache import cache_launches
 from twilight_tilelang.kernels.gpu import check_machine, gpu_of
+from twilight_tilelang.kernels.requests import cache_launches
 from twilight_tilelang.kernels.tuned import forget
 
 CUDA = torch.device("cuda", 0)
@@ -61,6 +61,20 @@ def install_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("Stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda _: stream)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+
+
+def install_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`to` it: a `GpuTensor`, of the dtype asked for."""
+    move = torch.Tensor.to
+
+    def to(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        given = [*args, *options.values()]
+        if not any(str(own).startswith("cuda") for own in given if not torch.is_tensor(own)):
+            return move(self, *args, **options)
+        dtypes = [own for own in given if isinstance(own, torch.dtype)]
+        return move(self, *dtypes or [self.dtype]).as_subclass(GpuTensor)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
 
 
 def _on_fake(create: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

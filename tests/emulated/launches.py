@@ -19,6 +19,7 @@ SHAPES = {
     "mha-d64-p64": DecodeShape(2, 2, 2, 64, 64, (200, 1), torch.float16),
     "gqa3-d256": DecodeShape(1, 6, 2, 256, 16, (150,), torch.float16),
     "gqa16": DecodeShape(1, 16, 1, 64, 16, (90,), torch.float16),
+    "gqa4-padded": DecodeShape(3, 8, 2, 128, 16, (0, 300, 0), torch.float16),
 }
 MEMORY = GuardedMemory()
 
@@ -36,7 +37,7 @@ def sizes(cache, **more) -> dict:
 
 def grouped(tensor: torch.Tensor, cache) -> torch.Tensor:
     """[batch_size, num_qo_heads, ...] as [batch_size, num_kv_heads, group_size, ...]."""
-    return tensor.unflatten(1, (cache.num_kv_heads, -1)).contiguous()
+    return tensor.unflatten(1, (cache.num_kv_heads, -1))
 
 
 def blank(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -1,10 +1,10 @@
 """Kernels of keys with a factor against the reference, and the bound of what they keep."""
 
-import dataclasses
-
 import pytest
 import torch
 
+import twilight_tilelang as kernels
+from tests.checks.properties import token_slots
 from tests.emulated.emulate import emulated
 from tests.emulated.launches import (
     SHAPES,
@@ -18,13 +18,13 @@ from tests.emulated.launches import (
     sizes,
     what_pruners_write,
 )
+from tests.emulated.on_cpu import cache_on_cpu
 from tests.inputs.cases import NAN
-from tests.inputs.hazards import poison_unused
+from tests.inputs.hazards import contiguous, poison_unused
 from tests.inputs.massive import captured_mass, massive_inputs, used_keys
 from twilight_tilelang import reference
 from twilight_tilelang.kernels.estimate_prune import EstimatePruneConfig, estimate_prune_kernel
 from twilight_tilelang.kernels.estimator import EstimatorConfig
-from twilight_tilelang.kernels.mirror import append_kernel, mirror_kernel
 from twilight_tilelang.kernels.page_scores import PageScoreConfig, page_score_kernel
 from twilight_tilelang.kernels.pruner import PrunerConfig
 
@@ -42,45 +42,31 @@ def massive(request):
     return massive_inputs(SHAPES[request.param])
 
 
-def test_mirror_and_append_divide_by_the_factor(massive, folder):
-    """Every page mirrored; then the last token of each request again."""
+def test_every_writer_divides_by_the_factor(massive, folder):
+    """wrap, from_contiguous and append, the bytes of the reference."""
     expected = smooth_cache(massive)
-    fill = reference.cache.tokens_per_page(
-        expected.page_table, expected.seq_lens, expected.num_pages, expected.page_size
-    ).int()
-    empty = {name: torch.zeros_like(getattr(expected, name)) for name in MIRROR}
-    cache = dataclasses.replace(expected, **empty)
-    written = dict(
-        k_offset=cache.k_offset, k_factor=cache.k_factor, k_cache=cache.k_cache,
-        v_cache=cache.v_cache, codes=cache.k_int4, scale_zero=cache.k_scale_zero,
-        bounds=cache.page_bounds, bounds_scale_zero=cache.bounds_scale_zero, **sizes(cache),
-    )  # fmt: skip
-    static = (cache.head_dim, cache.page_size, "float16", True)
-    emulated(mirror_kernel, static, folder)(
-        (cache.num_pages, cache.num_kv_heads), 32, page_fill=fill, **written
-    )
-    assert_same_mirror(cache, expected)
-
-    cache.seq_lens = expected.seq_lens - 1
-    last = cache.seq_lens.long()
-    page = cache.page_table[torch.arange(cache.batch_size), last // cache.page_size].long()
-    slot = last % cache.page_size
-    k, v = (pool[page, slot].contiguous() for pool in (cache.k_cache, cache.v_cache))
-    cache.k_int4[page, :, slot], cache.page_bounds[page] = 255, 255
-    emulated(append_kernel, static, folder)(
-        (cache.batch_size,), 256, k=k, v=v, page_table=cache.page_table,
-        seq_lens=cache.seq_lens, **written,
-    )  # fmt: skip
-    assert_same_mirror(cache, expected)
+    with cache_on_cpu(folder):
+        channels = expected.k_offset.cuda(), expected.k_factor.cuda()
+        k_cache, v_cache, table, lengths = (each.cuda() for each in massive.paged())
+        whole = kernels.PagedKVCache.wrap(k_cache, v_cache, table, lengths, k_offset=channels)
+        assert_same_mirror(whole, expected)
+        k, v = (each.cuda() for each in contiguous(massive))
+        grown = kernels.PagedKVCache.from_contiguous(
+            k, v, (lengths - 1).clamp(min=0), expected.page_size, k_offset=channels,
+            num_pages=expected.num_pages, page_table=table,
+        )  # fmt: skip
+        last = torch.arange(grown.batch_size), (lengths - 1).clamp(min=0).long()
+        grown.append(k[last].contiguous(), v[last].contiguous(), (lengths > 0).cuda())
+        assert_same_mirror(grown, expected)
 
 
 def assert_same_mirror(cache, expected) -> None:
     """Byte for byte, in the pages in use."""
     for request, length in enumerate(expected.seq_lens.tolist()):
-        pages = expected.page_table[request, : -(-length // expected.page_size)].long()
+        pages, slots = token_slots(expected, request, length)
         for name in MIRROR:
-            got, wanted = getattr(cache, name)[pages], getattr(expected, name)[pages]
-            assert torch.equal(got.view(torch.uint8), wanted.view(torch.uint8)), name
+            at = (pages, slice(None), slots) if name.startswith("k_") else (pages,)
+            assert torch.equal(getattr(cache, name)[at], getattr(expected, name)[at]), name
 
 
 def test_page_scores_are_bounds_of_the_smoothed_query(massive, folder):
@@ -123,14 +109,16 @@ def test_massive_channels_keep_their_mass_and_the_bound_says_so(massive, selecto
     apart = PrunerConfig(heads_apart=q.shape[1] > cache.num_kv_heads)
     tokens, counts, _ = prune_emulated(logits, cache, *candidates, top_p, {}, apart, folder)
     kept = tokens, counts
+    alive = cache.seq_lens > 0
     captured = captured_mass(q, cache, candidates, kept)
-    assert captured.min() >= top_p - 0.1
+    assert captured[alive].min() >= top_p - 0.1
     bound = bound_emulated(q, cache, candidates, logits, kept, folder)
+    assert not bound[~alive].any()
     assert (bound <= captured).all()
     wanted = reference.bound_kept_mass(q, cache, candidates, logits, kept)
     torch.testing.assert_close(bound, wanted, rtol=1e-4, atol=1e-6)
     if top_p == 0.99:
-        assert bound.min() > 0.5, "the bound is idle"
+        assert bound[alive].min() > 0.5, "the bound is idle"
 
 
 def test_the_bound_without_a_factor_and_of_what_is_not_known(folder):

@@ -1,0 +1,194 @@
+"""Decode with the kernels through the transformers adapter, one token at a time, and measured.
+
+What a step read is taken from the lists that it leaves; the exact weights are computed beside it in
+PyTorch. Where there is no GPU the adapter runs the reference, and so this is tested.
+"""
+
+import dataclasses
+import time
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+import twilight_tilelang
+from twilight_tilelang import reference
+from twilight_tilelang.integrations.transformers import NAME, TwilightCache
+from twilight_tilelang.integrations.transformers_graph import CapturedDecode
+from twilight_tilelang.kernels.options import DecodeOptions
+from twilight_tilelang.reference.estimator import candidate_tokens
+from twilight_tilelang.reference.pruner import candidate_weights, top_p_set_sorted
+
+from .configurations import Configuration
+from .masks import Sets
+from .measures import Measures
+from .torch_engine import reading
+
+WARM, TIMED = 2, 8  # captured steps: the first runs eagerly, the second captures
+
+
+class MeasuredCache(TwilightCache):
+    """A TwilightCache whose options change between samples, and whose steps are measured."""
+
+    measures: Measures | None = None
+
+    def configure(self, options: DecodeOptions, dense_layers: int) -> None:
+        """New options for the steps to come; the first so many layers attend densely."""
+        self.options = options
+        self.steps.clear()
+        for number, layer in self.full_layers.items():
+            layer.dense = number < dense_layers
+
+    def step(self, pages: Any, num_qo_heads: int, sm_scale: float, dense: bool) -> Any:
+        """The step of the adapter, measured if there are measures."""
+        plain = super().step(pages, num_qo_heads, sm_scale, dense)
+        return plain if self.measures is None else MeasuredStep(plain, self, dense, sm_scale)
+
+
+class MeasuredStep:
+    """A step that notes what it read. It takes its layer from whose pages it is given."""
+
+    def __init__(self, plain: Any, cache: MeasuredCache, dense: bool, sm_scale: float) -> None:
+        self.plain, self.cache, self.dense, self.sm_scale = plain, cache, dense, sm_scale
+
+    def run(self, q: torch.Tensor, pages: Any) -> torch.Tensor:
+        """q, out: [1, num_qo_heads, head_dim]."""
+        out = self.plain.run(q, pages)
+        layers = self.cache.full_layers.items()
+        number = next(number for number, layer in layers if layer.pages is pages)
+        logits = exact_logits(q, pages, self.sm_scale)
+        sets = self.sets(q, pages, logits)
+        read = logits.masked_fill(~sets.read, float("-inf"))
+        mass = (read.logsumexp(-1) - logits.logsumexp(-1)).exp()
+        self.cache.measures.add(number, reading(sets, mass, pages.num_kv_heads))
+        return out
+
+    def sets(self, q: torch.Tensor, pages: Any, logits: torch.Tensor) -> Sets:
+        """What the step just read, from its lists; logits: [num_qo_heads, 1, seq_len]."""
+        options = self.cache.options
+        if self.dense or options.path == "dense":
+            everything = torch.ones_like(logits, dtype=torch.bool)
+            return Sets(everything, everything, logits.new_ones(logits.shape[:2]))
+        group_size = q.shape[1] // pages.num_kv_heads
+        columns = candidate_tokens(pages, self.plain.candidates)[0]
+        if options.path == "candidates":
+            read = as_mask(columns, logits.shape[-1]).repeat_interleave(group_size, 0)[:, None]
+            return Sets(read, read, logits.new_ones(logits.shape[:2]))
+        tokens, counts, mass = self.plain.kept
+        listed = torch.arange(tokens.shape[-1], device=tokens.device) < counts[0, :, None]
+        tokens = torch.where(listed, tokens[0], -1).long()
+        read = as_mask(tokens, logits.shape[-1]).repeat_interleave(group_size, 0)[:, None]
+        own = self.own_columns(q, pages, columns.repeat_interleave(group_size, 0))
+        own_tokens = torch.where(own, columns.repeat_interleave(group_size, 0), -1)
+        own = as_mask(own_tokens, logits.shape[-1])[:, None]
+        return Sets(own, read, mass[0, :, None])
+
+    def own_columns(self, q: torch.Tensor, pages: Any, columns: torch.Tensor) -> torch.Tensor:
+        """Which of the candidates' columns are each query head's own set: the estimates of the
+        step once more, as it leaves the union alone."""
+        room = twilight_tilelang if q.is_cuda else reference
+        options = self.cache.options
+        estimates = room.estimate_logits(q, pages, self.plain.candidates, sm_scale=self.sm_scale)
+        valid = columns >= 0
+        weights, known = candidate_weights(estimates[0].float(), valid)
+        recent = columns >= pages.seq_lens[0] - options.num_recent_tokens
+        forced = (columns < options.num_sink_tokens) | recent
+        return (top_p_set_sorted(weights, options.top_p) | forced | ~known) & valid
+
+
+def rounded_up(num_tokens: int) -> int:
+    """Room for so many tokens in at most four sizes an octave: a new size compiles its kernels."""
+    step = max(256, (1 << num_tokens.bit_length()) // 8)
+    return -(-num_tokens // step) * step
+
+
+def exact_logits(q: torch.Tensor, pages: Any, sm_scale: float) -> torch.Tensor:
+    """[num_qo_heads, 1, seq_len] float32 of all tokens of a cache of one request."""
+    length = int(pages.seq_lens[0])
+    used = pages.page_table[0, : -(-length // pages.page_size)].long()
+    keys = pages.k_cache[used].flatten(0, 1)[:length].transpose(0, 1).float()
+    grouped = q[0].float().unflatten(0, (len(keys), -1))
+    return (grouped @ keys.mT).flatten(0, 1)[:, None] * sm_scale
+
+
+def as_mask(tokens: torch.Tensor, seq_len: int) -> torch.Tensor:
+    """[rows, seq_len] bool: lists of positions [rows, width], negative for none, as a mask."""
+    mask = torch.zeros(len(tokens), seq_len + 1, dtype=torch.bool, device=tokens.device)
+    places = torch.where(tokens < 0, seq_len, tokens)
+    return mask.scatter_(1, places, True)[:, :seq_len]
+
+
+class KernelEngine:
+    """A model with the adapter's cache: the same surface as `TorchEngine`."""
+
+    timed_alone = True
+
+    def __init__(self, model: PreTrainedModel, page_size: int = 16) -> None:
+        model.set_attn_implementation(NAME)
+        self.model, self.page_size = model, page_size
+        self.prompt_length = 0
+
+    @torch.no_grad()
+    def prefill(self, tokens: list[int], room: int) -> torch.Tensor:
+        """As `TorchEngine.prefill`."""
+        self.prompt_length = len(tokens)
+        most = rounded_up(len(tokens) + max(room, WARM + TIMED))
+        self.cache = MeasuredCache(self.model.config, most, page_size=self.page_size)
+        return self._forward(tokens, logits_to_keep=1)[-1]
+
+    def begin(self, configuration: Configuration) -> Measures:
+        """As `TorchEngine.begin`."""
+        layers = self.model.config.num_hidden_layers
+        dense_layers = layers if configuration.is_dense else configuration.dense_layers
+        self._forget()
+        self.cache.configure(decode_options(configuration, self.page_size), dense_layers)
+        self.cache.measures = Measures(configuration.dense_layers)
+        return self.cache.measures
+
+    @torch.no_grad()
+    def feed(self, tokens: list[int]) -> torch.Tensor:
+        """As `TorchEngine.feed`."""
+        return torch.cat([self._forward([token]) for token in tokens])
+
+    def seconds_per_token(self) -> float:
+        """The median of some captured steps after the prompt, not measured otherwise."""
+        self._forget()
+        self.cache.measures = None
+        step, seconds = CapturedDecode(self.model, self.cache), []
+        token = torch.zeros(1, dtype=torch.int64, device=self.model.device)
+        for _ in range(WARM + TIMED):
+            start = time.perf_counter()
+            step(token)
+            if token.is_cuda:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return sorted(seconds[WARM:])[TIMED // 2]
+
+    def _forget(self) -> None:
+        behind = self.cache.get_seq_length() - self.prompt_length
+        if behind:
+            self.cache.crop(-behind)
+
+    def _forward(self, tokens: list[int], **options: Any) -> torch.Tensor:
+        ids = torch.tensor([tokens], device=self.model.device)
+        return self.model(ids, cache=self.cache, use_cache=True, **options).logits[0].float()
+
+
+def decode_options(configuration: Configuration, page_size: int) -> DecodeOptions:
+    """The kernels' options of a configuration.
+
+    Raises:
+        ValueError: chunk_size is not the page_size.
+        NotImplementedError: the kernels have no such selector.
+    """
+    chosen = configuration.config.decode_options(page_size)
+    if chosen["selector"] not in ("full", "quest"):
+        raise NotImplementedError(
+            f"selector.type: the kernels run 'none' or 'quest', got "
+            f"{configuration.config.selector.type!r}; --back-end torch runs it"
+        )
+    options = DecodeOptions(
+        num_sink_tokens=configuration.num_sink_tokens,
+        num_recent_tokens=configuration.num_recent_tokens,
+    )
+    return dataclasses.replace(options, **chosen)

@@ -1,0 +1,259 @@
+"""What the evaluation's engines decode: in chunks as token by token, and as the reference does."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", minversion="5.24")
+
+from tests.inputs.tiny_model import tiny_model  # noqa: E402
+from twilight_tilelang.evaluation.configurations import (  # noqa: E402
+    DENSE,
+    Configuration,
+    make_configuration,
+)
+from twilight_tilelang.evaluation.kernel_engine import (  # noqa: E402
+    KernelEngine,
+    decode_options,
+    rounded_up,
+)
+from twilight_tilelang.evaluation.masks import Chunk, Rule, choose  # noqa: E402
+from twilight_tilelang.evaluation.torch_engine import TorchEngine, make_rule  # noqa: E402
+from twilight_tilelang.evaluation.upstream import (  # noqa: E402
+    Upstream,
+    first_token_set,
+    min_max_rows,
+    quest_pages,
+)
+from twilight_tilelang.reference.twilight_config import read_config  # noqa: E402
+
+PROMPT, TAIL = 90, 13  # tokens: over the end of a page
+QUEST = {"type": "quest", "chunk_size": 16, "token_budget": 48}
+
+
+def everywhere(selector: dict, top_p: float | None = None, sinks: int = 0, recent: int = 0):
+    """A configuration that skips no layer."""
+    made = make_configuration(selector, top_p, sinks)
+    content = dict(made.content) | {"skip_first_two_layers": False}
+    return Configuration(made.name, content, read_config(content), sinks, recent)
+
+
+CONFIGURATIONS = {
+    "full": everywhere({"type": "none"}, 0.7),
+    "quest": everywhere(QUEST, 0.8),
+    "windows": everywhere(QUEST, 0.6, sinks=3, recent=5),
+    "small": everywhere(QUEST | {"token_budget": 16}, 0.9),
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def tokens(seed: int = 0) -> tuple[list[int], list[int]]:
+    rng = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(256, (PROMPT + TAIL,), generator=rng).tolist()
+    return drawn[:PROMPT], drawn[PROMPT:]
+
+
+def decode(engine, configuration, together: bool) -> tuple[torch.Tensor, dict]:
+    """Logits of the tail, and what its steps read by layer."""
+    prompt, tail = tokens()
+    engine.prefill(prompt, len(tail))
+    measures = engine.begin(configuration)
+    if together:
+        return engine.feed(tail), measures.by_layer()
+    return torch.cat([engine.feed([token]) for token in tail]), measures.by_layer()
+
+
+def assert_same(got: tuple[torch.Tensor, dict], expected: tuple[torch.Tensor, dict]) -> None:
+    assert (got[0] - expected[0]).abs().max() <= 1e-3 * expected[0].abs().max()
+    for name, values in expected[1].items():
+        assert got[1][name] == pytest.approx(values, rel=1e-4), name
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_a_chunk_is_its_tokens_one_by_one(name: str, model) -> None:
+    engine = TorchEngine(model)
+    assert_same(*(decode(engine, CONFIGURATIONS[name], each) for each in (True, False)))
+
+
+@pytest.mark.parametrize("selector", [{"type": "none"}, QUEST], ids=["full", "quest"])
+def test_a_chunk_of_the_original_is_its_tokens_one_by_one(selector: dict, model) -> None:
+    engine = TorchEngine(model, Upstream().choose)
+    both = (decode(engine, everywhere(selector, 0.8), each) for each in (True, False))
+    assert_same(*both)
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_torch_engine_matches_the_adapter(name: str, model) -> None:
+    """The adapter runs the reference here, and the kernels on a GPU: own sets, unions, masses."""
+    got = decode(TorchEngine(model), CONFIGURATIONS[name], True)
+    assert_same(got, decode(KernelEngine(model), CONFIGURATIONS[name], False))
+
+
+def test_configurations_share_a_prefill(model) -> None:
+    prompt, tail = tokens()
+    for make in (TorchEngine, KernelEngine):
+        engine, found = make(model), []
+        engine.prefill(prompt, len(tail))
+        for name in ("quest", "full", "quest"):
+            engine.begin(CONFIGURATIONS[name])
+            found.append(engine.feed(tail))
+        assert torch.equal(found[0], found[2])
+        assert not torch.equal(found[0], found[1])
+
+
+def test_steps_are_timed_beside_the_samples(model) -> None:
+    """On a CPU they run eagerly; what was decoded before and after is the same."""
+    engine, (prompt, tail) = KernelEngine(model), tokens()
+    engine.prefill(prompt, len(tail))
+    measures, found = [], []
+    for _ in range(2):
+        measures.append(engine.begin(CONFIGURATIONS["quest"]))
+        found.append(engine.feed(tail))
+        assert engine.seconds_per_token() > 0
+    assert torch.equal(*found) and measures[0].by_layer() == measures[1].by_layer()
+
+
+def test_rooms_come_in_few_sizes() -> None:
+    assert [rounded_up(n) for n in (1, 256, 257, 2049, 8200, 40_000)] == [
+        *(256, 256, 512, 2560, 10_240, 40_960),
+    ]
+    assert all(n <= rounded_up(n) <= 1.25 * n + 256 for n in range(1, 5000))
+
+
+def test_the_kernels_refuse_double_sparsity() -> None:
+    selector = {"type": "ds", "config_path": "x.json", "selected_channel": "q", "r": 8}
+    configuration = everywhere(selector | {"quant_bit": 2, "token_budget": 32})
+    with pytest.raises(NotImplementedError, match="selector.type: the kernels run .* got 'ds'"):
+        decode_options(configuration, 16)
+    options = decode_options(CONFIGURATIONS["windows"], 16)
+    assert (options.num_sink_tokens, options.num_recent_tokens, options.top_p) == (3, 5, 0.6)
+    assert (options.selector, options.token_budget, options.path) == ("quest", 48, "sparse")
+    assert decode_options(everywhere(QUEST), 16).path == "candidates"
+    assert decode_options(DENSE, 16).path == "dense"
+
+
+@pytest.mark.parametrize("make", [TorchEngine, KernelEngine])
+def test_dense_is_the_model_itself(make, model) -> None:
+    prompt, tail = tokens()
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        expected = model(torch.tensor([prompt + tail])).logits[0]
+    engine = make(model)
+    first = engine.prefill(prompt, len(tail))
+    measures = engine.begin(DENSE)
+    got = engine.feed(tail)
+    assert torch.allclose(first, expected[PROMPT - 1], atol=1e-4)
+    assert torch.allclose(got, expected[PROMPT:], atol=1e-4)
+    kept = PROMPT + (TAIL + 1) / 2
+    assert measures.by_layer()["kept"] == measures.by_layer()["budget"] == [kept, kept]
+    assert measures.by_layer()["true_mass"] == pytest.approx([1.0, 1.0])
+
+
+def test_selector_none_of_the_original_is_dense(model) -> None:
+    dense = decode(TorchEngine(model), DENSE, True)
+    assert_same(decode(TorchEngine(model, Upstream().choose), DENSE, False), dense)
+
+
+def random_chunk(num_tokens: int = 1, seq_len: int = 100, heads: int = 2, seed: int = 1) -> Chunk:
+    rng = torch.Generator().manual_seed(seed)
+    q = torch.randn(4, num_tokens, 32, generator=rng)
+    keys = torch.randn(heads, seq_len, 32, generator=rng)
+    logits = (q.unflatten(0, (heads, -1)) @ keys[:, None].mT).flatten(0, 1) / 32**0.5
+    chunk = Chunk(q, keys, logits, 32**-0.5)
+    return chunk._replace(logits=logits.masked_fill(~chunk.past, float("-inf")))
+
+
+def test_a_group_reads_the_union_and_the_original_does_not() -> None:
+    chunk, rule = random_chunk(), Rule("full", top_p=0.5)
+    ours, theirs = choose(rule, 0, chunk), Upstream("largest").choose(rule, 0, chunk)
+    assert (ours.read[0] == ours.read[1]).all() and not (theirs.read[0] == theirs.read[1]).all()
+    assert (ours.own.sum(-1) < ours.read.sum(-1)).any()
+    assert torch.equal(theirs.own, theirs.read)
+    assert (ours.estimated_mass >= 0.5).all() and (theirs.estimated_mass >= 0.5).all()
+
+
+def test_the_original_does_not_force_the_newest_page() -> None:
+    """Its keys lie against the query, and one page is asked for."""
+    q = torch.ones(2, 1, 32)
+    keys = torch.ones(1, 36, 32)
+    keys[:, 32:] = -1.0
+    chunk = Chunk(q, keys, grouped(q, keys), 1.0)
+    rule = Rule("quest", token_budget=16)
+    assert not Upstream().choose(rule, 0, chunk).read[..., 32:].any()
+    assert choose(rule, 0, chunk).read[..., 32:].all()
+
+
+def grouped(q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    return (q.unflatten(0, (len(keys), -1)) @ keys[:, None].mT).flatten(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"), [(5, 32), (16, 16), (17, 32), (40, 48), (640, 100)]
+)
+def test_the_original_rounds_budgets_up(budget: int, expected: int) -> None:
+    """At least one page, and one more where the budget does not divide; at most all. The last page
+    holds 4 tokens, so it is kept out of the smaller ones."""
+    q, keys = torch.ones(1, 32), torch.ones(1, 100, 32)
+    keys[:, 96:] = -1
+    assert quest_pages(q, keys, budget, 16).sum() == expected
+
+
+def test_the_original_rounds_scores_where_pages_are_full() -> None:
+    """Two pages that differ by less than bf16 holds: a padding of the last page promotes them."""
+    keys = torch.zeros(1, 48, 256, dtype=torch.bfloat16)
+    keys[0, 0], keys[0, 16] = 1.0, 1.0
+    keys[0, 16, 0] = 1.0078125  # the sum of 256 such channels rounds to that of the first page
+    q = torch.ones(1, 256, dtype=torch.bfloat16)
+    assert quest_pages(q, keys[:, :47], 16, 16)[0].nonzero().flatten()[0] == 16
+    scores = q.abs() @ keys[0, [0, 16]].mT
+    assert scores[0, 0] == scores[0, 1]
+
+
+def test_min_max_rows_by_hand() -> None:
+    rows = torch.tensor([[0.0, 1.0, 7.4, 15.0], [-3.0, -3.0, -3.0, -3.0]])
+    assert min_max_rows(rows, 4).tolist() == [[0.0, 1.0, 7.0, 15.0], [-3.0] * 4]
+
+
+def test_first_token_set_by_hand() -> None:
+    """Where token 0 is the heaviest, the smallest set; where it is light, all that weighs as much;
+    where it is no candidate, every candidate."""
+    heaviest = torch.tensor([0.5, 0.3, 0.15, 0.04, 0.01])
+    assert first_token_set(heaviest, 0.85).tolist() == [True, True, True, False, False]
+    assert first_token_set(heaviest, 0.75).tolist() == [True, True, False, False, False]
+    light = torch.tensor([0.01, 0.5, 0.3, 0.146, 0.04, 0.004])  # of .5 one token is enough
+    assert first_token_set(light, 0.5).tolist() == [True, True, True, True, True, False]
+    absent = torch.tensor([0.0, 0.9, 0.06, 0.04, 0.0])
+    assert first_token_set(absent, 0.5).tolist() == [False, True, True, True, False]
+
+
+def test_first_token_set_stops_at_its_tolerance() -> None:
+    weights = torch.tensor([0.4, 0.3, 0.3 - 4e-6, 4e-6])
+    kept = first_token_set(weights, 0.7, eps=1e-2)
+    assert kept.tolist() == [True, True, True, False]
+    assert first_token_set(weights, 0.7 - 1e-6, eps=1e-9).tolist() == [True, True, False, False]
+
+
+def test_double_sparsity_reads_its_channel_file(tmp_path: Path, model) -> None:
+    heads = {"q": 4, "k": 2, "qk": 4}
+    content = {
+        f"model.layers.{layer}.self_attn.{kind}_proj": [list(range(32))] * count
+        for layer in range(2)
+        for kind, count in heads.items()
+    }
+    (tmp_path / "channels.json").write_text(json.dumps(content))
+    selector = {"type": "ds", "config_path": str(tmp_path / "channels.json")}
+    selector |= {"selected_channel": "q", "r": 8, "quant_bit": 2, "token_budget": 20}
+    for top_p in (None, 0.8):
+        configuration = everywhere(selector, top_p)
+        assert make_rule(configuration, model.config, 16).labels.keys() == {0, 1}
+        both = [decode(TorchEngine(model), configuration, each) for each in (True, False)]
+        assert_same(*both)
+        assert all(budget <= 20 for budget in both[0][1]["budget"])
+    theirs = decode(TorchEngine(model, Upstream().choose), everywhere(selector), True)
+    assert theirs[1]["budget"] == [20.0, 20.0]
