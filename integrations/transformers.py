@@ -130,7 +130,8 @@ class TwilightCache(Cache):
         key = (dense, sm_scale, sizes, keys.dtype, keys.device)
         if key not in self.steps:
             path = "dense" if dense else self.options.path
-            options = dataclasses.replace(self.options, sm_scale=sm_scale, path=path)
+            own = {"path": path, "bound_mass": self.options.bound_mass and not dense}
+            options = dataclasses.replace(self.options, sm_scale=sm_scale, **own)
             self.steps[key] = make_step(pages, num_qo_heads, options)
         return self.steps[key]
 

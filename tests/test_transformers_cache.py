@@ -262,3 +262,13 @@ def test_the_cache_s_older_name_is_taken_too(model, rng: torch.Generator) -> Non
         for name, cache in zip(("past_key_values", "cache"), caches, strict=True)
     )
     assert torch.equal(got, expected) and caches[0].get_seq_length() == 52
+
+
+def test_every_option_reaches_the_steps(model, rng: torch.Generator) -> None:
+    """A dense layer takes those that it can."""
+    options = DecodeOptions(token_budget=96, top_p=0.9, bound_mass=True)
+    cache = TwilightCache(model.config, MAX_TOKENS, options, dense_layers=1)
+    generate(model, prompts(rng, [50]), cache=cache, max_new_tokens=3)
+    dense, sparse = (cache.steps[key] for key in sorted(cache.steps, key=str, reverse=True))
+    assert sparse.path == "sparse" and dense.path == "dense"
+    assert sparse.kept_mass_bound.shape == (1, 4)
