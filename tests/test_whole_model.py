@@ -13,11 +13,14 @@ pytest.importorskip("transformers", minversion="5.24")
 
 from twilight_tilelang import reference  # noqa: E402
 from twilight_tilelang.profiling import bench, run  # noqa: E402
-from twilight_tilelang.profiling.observations.model_timeline import labelled  # noqa: E402
+from twilight_tilelang.profiling.observations.model_timeline import (  # noqa: E402
+    labelled,
+    model_timeline_rows,
+)
 from twilight_tilelang.profiling.observations.timeline import Span  # noqa: E402
 from twilight_tilelang.profiling.plan import prepare  # noqa: E402
 from twilight_tilelang.profiling.providers import checks, whole_model  # noqa: E402
-from twilight_tilelang.profiling.providers.backends import Torch  # noqa: E402
+from twilight_tilelang.profiling.providers.backends import TileLang, Torch  # noqa: E402
 from twilight_tilelang.profiling.providers.stages import Target  # noqa: E402
 from twilight_tilelang.profiling.tables.store import read_rows  # noqa: E402
 from twilight_tilelang.profiling.workloads.models import CPU_MODELS, MODELS  # noqa: E402
@@ -249,3 +252,24 @@ def assert_layers_attend(
         last = pages.page_table[:, -1].long(), 15
         pages.k_cache[last], pages.v_cache[last] = new
         torch.testing.assert_close(out.view(q.shape), reference.dense_attention(q, pages))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_tokens_are_right_and_captured_ones_the_same(monkeypatch) -> None:
+    monkeypatch.setitem(MODELS, "tiny", MODELS["tiny"]._replace(head_dim=64))
+    shape = dataclasses.replace(WORKLOAD.shape, head_dim=64, dtype=torch.float16)
+    workload = dataclasses.replace(WORKLOAD, shape=shape, dense_baselines=("cudnn",))
+    whole_model.random_model.cache_clear()
+    builder = prepare(workload, Target(TileLang(), "gpu", whole_model.device.l2_bytes(), print))
+    whole_model.random_model.cache_clear()
+    for provider in builder.providers("model", METHODS):
+        provider.check()
+        expected = provider.calls[0]().clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = provider.calls[0]()
+        graph.replay()
+        torch.testing.assert_close(logits, expected)
+    origin = {"torch": "", "commit": "", "date": ""}
+    rows = {row.stage: row for row in model_timeline_rows(builder, "gpu", origin)}
+    assert rows["append"].launches == 3 and {"model", "dense layers", "attention"} <= rows.keys()
