@@ -62,10 +62,10 @@ class GroupQuery(NamedTuple):
         quad, lane = place_in_quad()
         words = T.alloc_local((lane_channels,), q.dtype)
         partial = T.alloc_var(T.float32)
-        first = T.alloc_var(T.int32)
+        first = T.alloc_var(T.int32)  # in 64 bits, the kernel that prunes too spills
         for n in T.unroll(head_tiles):
             head = T.min(n * TILE_HEADS + quad, group_size - 1)
-            first = first_chunk(q, row.batch, row.kv_head, head)
+            first = first_chunk(q, row.batch, row.kv_head, head, dtype="int32")
             for i in T.unroll(lane_channels // run):
                 for j in T.vectorized(run):
                     channel = (i * QUAD + lane) * run + j

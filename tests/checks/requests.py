@@ -347,17 +347,22 @@ def a_request_that_is_cut_back_is_bounded_anew(world: World) -> None:
     world.package.validate_cache(cache)
 
 
-def a_pool_that_may_be_hnd_is_not_taken(world: World) -> None:
+def a_pool_that_may_be_hnd_says_which_it_is(world: World) -> None:
     """32 heads and pages of 16 tokens, in either order."""
     wrap, table, lengths = world.package.PagedKVCache.wrap, world.ints([[1, 0]]), world.ints([9])
     for shape in ((2, 32, 16, 64), (2, 16, 32, 64)):
-        pools = [on(world.device, torch.ones(shape).half()) for _ in "kv"]
-        with pytest.raises(ValueError, match="layout: expected 'NHD' to be stated"):
-            wrap(*pools, table, lengths)
-        with pytest.raises(ValueError, match=r"layout: expected .*'NHD'.*, got 'HND'"):
-            wrap(*pools, table, lengths, layout="HND")
+        tokens = torch.randn(shape, generator=world.rng).half()
+        pools = [on(world.device, tokens) for _ in "kv"]
+        turned = [on(world.device, tokens.transpose(1, 2)) for _ in "kv"]
+        for layout in (None, "nhd"):
+            with pytest.raises(ValueError, match=r"layout: expected .*'NHD'.*'HND'"):
+                wrap(*pools, table, lengths, layout=layout)
         cache = wrap(*pools, table, lengths, layout="NHD")
-        assert cache.num_kv_heads == shape[2] and cache.page_size == shape[1]
+        again = wrap(*turned, table, lengths, layout="HND")
+        for each in (cache, again):
+            assert each.num_kv_heads == shape[2] and each.page_size == shape[1]
+        assert torch.equal(again.k_int4[1, :, :9], cache.k_int4[1, :, :9])
+        assert torch.equal(again.page_bounds[1], cache.page_bounds[1])
 
 
 SCENARIOS = (
@@ -377,6 +382,6 @@ SCENARIOS = (
     forks_swap_shorten_and_do_without_a_page,
     a_row_forked_from_itself_leaves_a_shared_page,
     a_request_that_is_cut_back_is_bounded_anew,
-    a_pool_that_may_be_hnd_is_not_taken,
+    a_pool_that_may_be_hnd_says_which_it_is,
 )
 EACH_SCENARIO = [pytest.param(each, id=each.__name__) for each in SCENARIOS]
