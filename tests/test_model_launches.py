@@ -70,7 +70,7 @@ def test_a_step_launches_an_append_and_its_stages_in_each_layer(
     inputs = {name: own.as_subclass(fake_gpu.GpuTensor) for name, own in inputs.items()}
     cache = TwilightCache(model.config, 160, DecodeOptions(token_budget=64), dense_layers=1)
     model(**inputs, cache=cache, use_cache=True)
-    assert launched == ["prefill_kernel"] * 2
+    assert launched == ["extend_kernel"] * 2
     step, tokens = CapturedDecode(model, cache), inputs["input_ids"][:, -1]
     for seen in (1, 2, 2):  # launched, captured, replayed
         step(tokens)
@@ -133,8 +133,8 @@ def on_gpu(workload: object, monkeypatch) -> whole_model.LayerSets:
     made = whole_model.workload_sets
 
     def sets(workload, num_sets, _device, wrap):
-        def wrapped(*pools: torch.Tensor) -> PagedKVCache:
-            return wrap(*(own.as_subclass(fake_gpu.GpuTensor) for own in pools))
+        def wrapped(*pools: torch.Tensor, layout: str) -> PagedKVCache:
+            return wrap(*(own.as_subclass(fake_gpu.GpuTensor) for own in pools), layout=layout)
 
         found = made(workload, num_sets, "cpu", wrapped)
         found.queries = [own.as_subclass(fake_gpu.GpuTensor) for own in found.queries]
