@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     add("--output", type=Path, default=Path("evaluation-results"))
     add("--back-end", choices=BACK_ENDS, default="kernels")
     add("--top-p-start", choices=STARTS, default=STARTS[0], help="of exact_upstream")
+    add("--measure-every", type=int, default=1, help="of the kernels' tokens; others are fast")
     add("--lengths", type=int, nargs="+", help="in tokens")
     add("--fixed-length", action="store_true", help="passkey: of length * 4 characters instead")
     add("--samples", type=int, help="of each task and length")
@@ -71,7 +72,12 @@ def main(argv: list[str] | None = None) -> int:
         tasks = tasks_of(arguments, tokenizer)
         first = next(tasks)  # what is wrong with them shows before the model is loaded
         back_end, start_of_top_p = arguments.back_end, arguments.top_p_start
-        engine = load_engine(arguments.model, back_end, dtype, configurations, start_of_top_p)
+        every = arguments.measure_every
+        if every < 1:
+            raise ValueError(f"--measure-every: expected at least 1, got {every}")
+        engine = load_engine(
+            arguments.model, back_end, dtype, configurations, start_of_top_p, every
+        )
     except (NotImplementedError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

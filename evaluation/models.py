@@ -33,8 +33,13 @@ def load_engine(
     dtype: str,
     configurations: Iterable[Configuration],
     top_p_start: str = "first_token",
+    measure_every: int = 1,
 ) -> Engine:
     """The model, on the GPU where there is one, in what decodes with it.
+
+    Args:
+        top_p_start: of exact_upstream.
+        measure_every: of the kernels.
 
     Raises:
         ValueError: the back end needs a GPU or another dtype.
@@ -55,7 +60,7 @@ def load_engine(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], local_files_only=True)
     model = model.eval().to("cuda" if on_gpu else "cpu")
     if back_end == "kernels":
-        return KernelEngine(model, page_size)
+        return KernelEngine(model, page_size, measure_every)
     if back_end == "torch":
         return TorchEngine(model, page_size=page_size)
     return TorchEngine(model, Upstream(top_p_start).choose, page_size, model_dtype=True)

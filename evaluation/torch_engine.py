@@ -37,8 +37,6 @@ class TorchEngine:
             does, and not in float32.
     """
 
-    timed_alone = False  # time per token is that of the sample itself
-
     def __init__(
         self,
         model: PreTrainedModel,
@@ -83,6 +81,9 @@ class TorchEngine:
         for start in range(0, len(tokens), step):
             logits.append(self._forward(tokens[start : start + step]))
         return torch.cat(logits)
+
+    def seconds_per_token(self) -> None:
+        """None: nothing here is made to be fast, and the sample's own time will do."""
 
     def _forward(self, tokens: list[int], **options: Any) -> torch.Tensor:
         ids = torch.tensor([tokens], device=self.model.device)

@@ -115,7 +115,7 @@ class TwilightLayer(CacheLayerMixin):
                 "attention_mask: expected real tokens in a step of one token, got padding"
             )
         self.decoding = True
-        query, keys, values = (each[:, :, 0].contiguous() for each in (query, keys, values))
+        query, keys, values = (each[:, :, 0] for each in (query, keys, values))
         self.pages.append(keys, values)
         step = self.cache.step(self.pages, query.shape[1], sm_scale, self.dense)
         out = step.run(query, self.pages)

@@ -142,7 +142,7 @@ def lanes_kernel(
             team_max = T.alloc_shared((num_teams,), T.float32, scope="shared")
             team_sum = T.alloc_shared((num_teams,), T.float32, scope="shared")
             words = T.alloc_local((1, 4), T.int32)
-            vectors = T.alloc_local((num_rounds,), T.int32)
+            vectors = T.alloc_local((num_rounds,), T.int64)
             query = T.alloc_local((CHANNELS,), dtype)
             k = T.alloc_local((lane_tokens, CHANNELS), dtype)
             v = T.alloc_local((lane_tokens, CHANNELS), dtype)

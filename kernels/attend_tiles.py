@@ -97,7 +97,7 @@ def tiles_kernel(
             assume_aligned(q)
             start_early(config.pdl)
             # Static scope: from the dynamic pool, each copy that reads it would wait at a barrier.
-            vectors = T.alloc_shared((split_tokens,), T.int32, scope="shared")
+            vectors = T.alloc_shared((split_tokens,), T.int64, scope="shared")
             q_shared = T.alloc_shared((TILE_HEADS, head_dim), dtype)
             k_shared = T.alloc_shared((split_tokens, head_dim), dtype)
             v_shared = T.alloc_shared((split_tokens, head_dim), dtype)
@@ -107,7 +107,7 @@ def tiles_kernel(
             head_max = T.alloc_fragment((TILE_HEADS,), T.float32)
             head_sum = T.alloc_fragment((TILE_HEADS,), T.float32)
             # A copy whose vector is looked up in shared memory would wait for the copy before it.
-            vector_of = T.alloc_fragment((split_tokens,), T.int32)
+            vector_of = T.alloc_fragment((split_tokens,), T.int64)
             T.annotate_layout({vector_of: copied_vectors})
             words = T.alloc_local((4, 4), T.int32)  # of this item and of the block's next three
             page = T.alloc_var(T.int32)

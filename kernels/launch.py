@@ -34,6 +34,7 @@ class StepShape(NamedTuple):
     width: int  # candidate tokens of a row
     launch_rows: int  # of one launch: fewer where the batch is cut into parts
     logits_dtype: str = "float16"  # of the estimator's; the pruner takes float32 too
+    smooth: bool = False  # keys have a k_factor
 
     @property
     def statics(self) -> tuple[int, int, int, str]:

@@ -60,6 +60,8 @@ class TwilightDecode:
         check_choice("path", options.path, ("sparse", "candidates", "dense", "auto"))
         check_count("num_qo_heads", num_qo_heads, least=1)
         group_size = group_size_of("num_qo_heads", num_qo_heads, cache)
+        if options.bound_mass and options.path != "sparse":
+            raise ValueError(f"bound_mass: expected the path 'sparse', got {options.path!r}")
         num_parts = options.num_parts
         if num_parts is None:
             num_parts = parts_for(cache.batch_size, cache.num_kv_heads)
@@ -90,7 +92,8 @@ class TwilightDecode:
             self.stages = CandidateStep(chosen, cache, num_qo_heads, width, settings)
         else:
             memory = SparseMemory.allocate(cache, width, top_p)
-            self.stages = SparseStep(plan_sparse(self.shape, planner), memory, settings)
+            plan_all = plan_sparse(self.shape, planner, options.bound_mass)
+            self.stages = SparseStep(plan_all, memory, settings)
             bounds = [part * cache.batch_size // num_parts for part in range(num_parts + 1)]
             for requests in itertools.starmap(slice, itertools.pairwise(bounds)):
                 if num_parts > 1:
@@ -120,6 +123,13 @@ class TwilightDecode:
         return self._sparse.kept
 
     @property
+    def kept_mass_bound(self) -> torch.Tensor:
+        """[batch_size, num_qo_heads] f32, of the last run (see bound_kept_mass)."""
+        if not self.options.bound_mass:
+            raise AttributeError("this step was not asked for bound_mass")
+        return self._sparse.memory.mass_bound
+
+    @property
     def _sparse(self) -> SparseStep:
         if not isinstance(self.stages, SparseStep):
             raise AttributeError(f"path {self.path!r} has no estimator and no pruner")
@@ -142,6 +152,9 @@ class TwilightDecode:
         check_cache(cache)
         if cache.shape != self.cache_shape:
             raise ValueError(f"cache: expected {self.cache_shape}, got {cache.shape}")
+        if cache.smooth != self.shape.smooth:
+            expected, got = ("a" if each else "no" for each in (self.shape.smooth, cache.smooth))
+            raise ValueError(f"cache: expected {expected} k_factor, as this step's, got {got}")
         out = self.out
         if not (isinstance(q, torch.Tensor) and _like(q) == _like(out) and q.is_contiguous()):
             check_query(q, cache)
@@ -167,7 +180,8 @@ class TwilightDecode:
         plan.SPECS), and the defaults of the others, whatever is tuned."""
         step, planner = copy.copy(self), Planner(Planner.on(self.out.device).gpu, pinned=configs)
         stages = self._sparse
-        step.stages = SparseStep(plan_sparse(self.shape, planner), stages.memory, stages.settings)
+        plan = plan_sparse(self.shape, planner, self.options.bound_mass)
+        step.stages = SparseStep(plan, stages.memory, stages.settings)
         step.parts = [
             (requests, step._part(requests, part.memory, planner), stream)
             for requests, part, stream in self.parts
@@ -179,7 +193,8 @@ class TwilightDecode:
         """The same for some of the requests: its configs go by the rows of the whole step, and
         whether its kernels start early by its own."""
         rows = (requests.stop - requests.start) * self.cache_shape.num_kv_heads
-        plan = plan_sparse(self.shape._replace(launch_rows=rows), planner)
+        shape = self.shape._replace(launch_rows=rows)
+        plan = plan_sparse(shape, planner, self.options.bound_mass)
         return SparseStep(plan, memory, self._sparse.settings)
 
     def _run_parts(self, q: torch.Tensor, cache: PagedKVCache) -> None:

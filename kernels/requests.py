@@ -36,6 +36,8 @@ class Requests:
     page_bounds: torch.Tensor
     bounds_scale_zero: torch.Tensor
     k_offset: torch.Tensor
+    factor: torch.Tensor  # k_factor where keys are `smooth`, else any tensor of its kind
+    smooth: bool
     v_pool: torch.Tensor  # v_cache with the strides of k_cache
     everyone: torch.Tensor  # [batch_size] bool, all true
     arrived: torch.Tensor  # [1] i32, 0 between calls
@@ -233,18 +235,21 @@ class Requests:
             mirror(sources, pages, page_tokens, *self._written())
 
     def _launches(self) -> tuple[Launch, Launch, Launch]:
-        return cache_launches(self.shape.head_dim, self.shape.page_size, dtype_name(self.k_cache))
+        sizes = self.shape.head_dim, self.shape.page_size
+        return cache_launches(*sizes, dtype_name(self.k_cache), self.smooth)
 
     def _written(self) -> tuple[torch.Tensor, ...]:
-        """The offset and what is written, in the kernels' order."""
+        """Offset, factor and what is written, in the kernels' order."""
         return (
-            self.k_offset, self.k_cache, self.v_pool,
+            self.k_offset, self.factor, self.k_cache, self.v_pool,
             self.k_int4, self.k_scale_zero, self.page_bounds, self.bounds_scale_zero,
         )  # fmt: skip
 
 
 @functools.cache
-def cache_launches(head_dim: int, page_size: int, dtype: str) -> tuple[Launch, Launch, Launch]:
+def cache_launches(
+    head_dim: int, page_size: int, dtype: str, smooth: bool = False
+) -> tuple[Launch, Launch, Launch]:
     """The kernels that write a cache: append, extend, mirror. They have no config."""
     kernels: dict[str, JITImpl] = {
         "append": append_kernel,
@@ -252,6 +257,7 @@ def cache_launches(head_dim: int, page_size: int, dtype: str) -> tuple[Launch, L
         "mirror": mirror_kernel,
     }
     append, extend, mirror = (
-        Launch(name, kernel, (head_dim, page_size, dtype)) for name, kernel in kernels.items()
+        Launch(name, kernel, (head_dim, page_size, dtype, smooth))
+        for name, kernel in kernels.items()
     )
     return append, extend, mirror

@@ -2,15 +2,13 @@
 one tensor. A vector of channels is contiguous and starts at a multiple of 16 bytes; each of the
 other dimensions has any stride.
 
-Kernels see such a tensor as chunks of 16 bytes, counted from its first vector on, by 32 bits: it
-spans at most 32 GiB.
+Kernels that gather vectors see such a tensor as chunks of 16 bytes, counted from its first vector.
 """
 
 import tilelang.language as T
 from tvm.tirx import Buffer, PrimExpr
 
 CHUNK_BYTES = 16  # what a thread loads at once
-MAX_CHUNKS = 2**31 - 1
 
 
 def strided(
@@ -28,16 +26,16 @@ def assume_aligned(*tensors: Buffer) -> None:
             T.evaluate(T.assume(stride % chunk_elements(tensor) == 0))
 
 
-def first_chunk(tensor: Buffer, *place: PrimExpr) -> PrimExpr:
-    """Of the vector at a place, int32."""
-    steps = (T.cast(stride // chunk_elements(tensor), "int32") for stride in tensor.strides[:-1])
+def first_chunk(tensor: Buffer, *place: PrimExpr, dtype: str = "int64") -> PrimExpr:
+    """Of the vector at a place."""
+    steps = (T.cast(stride // chunk_elements(tensor), dtype) for stride in tensor.strides[:-1])
     return sum(index * step for index, step in zip(place, steps, strict=True))
 
 
 def channel_at(tensor: Buffer, chunk: PrimExpr, channel: PrimExpr) -> PrimExpr:
     """A channel of the vector that starts with that chunk."""
     size = chunk_elements(tensor)
-    chunks = T.Tensor((MAX_CHUNKS, size), tensor.dtype, tensor.data)
+    chunks = T.Tensor((2**31 - 1, size), tensor.dtype, tensor.data)  # as many as one likes
     return chunks[chunk + channel // size, channel % size]
 
 

@@ -78,12 +78,14 @@ def timed(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def quality(rows: pd.DataFrame, x: str, words: str) -> Figure:
-    """A panel for every metric and length."""
-    lengths = sorted(rows.loc[rows["task"].isin(("perplexity", "passkey")), "length"].unique())
-    size = (1.5 + 3.2 * len(lengths), 1.6 + 2.5 * len(METRICS))
-    figure, every = panels(len(METRICS), len(lengths), size, sharex="col", sharey="row")
+    """A panel for every metric and length that there are rows of."""
+    metrics = {name: own for name, own in METRICS.items() if (rows["task"] == own[0]).any()}
+    shown = rows[rows["task"].isin([task for task, _ in metrics.values()])]
+    lengths = sorted(require(shown, "quality", "task perplexity or passkey")["length"].unique())
+    size = (max(7.0, 1.5 + 3.2 * len(lengths)), 1.8 + 2.5 * len(metrics))
+    figure, every = panels(len(metrics), len(lengths), size, sharex="col", sharey="row")
     panel = iter(every)
-    for column, (task, label) in METRICS.items():
+    for column, (task, label) in metrics.items():
         for length in lengths:
             axes = next(panel)
             own = rows[(rows["task"] == task) & (rows["length"] == length)]
@@ -94,6 +96,7 @@ def quality(rows: pd.DataFrame, x: str, words: str) -> Figure:
             if column == "kl":
                 axes.set_yscale("log")
                 plain_log(axes.yaxis, 10.0, (1.0, 2.0, 5.0))
+            if column == next(iter(metrics)):
                 axes.set_title(f"{count(length)} tokens", loc="left", fontsize=10)
             axes.label_outer()
     heading(figure, "Quality of a real model", rows)
@@ -104,8 +107,8 @@ def quality(rows: pd.DataFrame, x: str, words: str) -> Figure:
 def draw_lines(axes: Axes, rows: pd.DataFrame, x: str, column: str) -> None:
     """A line for every method, budget and number of sink tokens; dense attention's place."""
     dense = rows[rows["method"] == "dense"]
-    if len(dense) and column == "score":
-        axes.axhline(dense["score"].iloc[0], **rule("baseline"), label="dense attention")
+    if len(dense) and column != "kl":  # which is 0 there
+        axes.axhline(dense[column].iloc[0], **rule("baseline"), label="dense attention")
     if len(dense) and x == "ms_per_token":
         axes.axvline(dense[x].iloc[0], **rule("baseline"), label="dense attention")
     for method in ORDER:

@@ -8,7 +8,7 @@ import torch
 
 from .labels import KeyLabels
 from .quantize import quantize_bounds, quantize_int4
-from .validate import INT_DTYPES, check_tensor
+from .validate import INT_DTYPES, check_tensor, compute_dtype
 
 
 def exact_page_bounds(
@@ -54,6 +54,7 @@ class Requests:
     page_bounds: torch.Tensor
     bounds_scale_zero: torch.Tensor
     k_offset: torch.Tensor | None
+    k_factor: torch.Tensor | None
     labels: KeyLabels | None
 
     def append(self, k: torch.Tensor, v: torch.Tensor, active: torch.Tensor | None = None) -> None:
@@ -243,7 +244,17 @@ class Requests:
             self._shift(page_min), self._shift(page_max)
         )
 
+    def smoothed(self, q: torch.Tensor) -> torch.Tensor:
+        """q: [batch_size, num_qo_heads, head_dim] as it meets the mirror and the bounds: times
+        k_factor, in its own dtype."""
+        if self.k_factor is None:
+            return q
+        grouped = q.unflatten(1, (self.k_factor.shape[0], -1)).to(compute_dtype(None, q))
+        smoothed: torch.Tensor = (grouped * self.k_factor[:, None]).to(q.dtype).flatten(1, 2)
+        return smoothed
+
     def _shift(self, k: torch.Tensor) -> torch.Tensor:
-        """k - k_offset in float32, for k: [..., num_kv_heads, head_dim]."""
+        """(k - k_offset) / k_factor in float32, for k: [..., num_kv_heads, head_dim]."""
         x = k.to(torch.float32)
-        return x if self.k_offset is None else x - self.k_offset
+        x = x if self.k_offset is None else x - self.k_offset
+        return x if self.k_factor is None else x / self.k_factor

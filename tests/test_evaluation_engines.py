@@ -1,6 +1,7 @@
 """What the evaluation's engines decode: in chunks as token by token, and as the reference does."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,31 @@ def test_torch_engine_matches_the_adapter(name: str, model) -> None:
     assert_same(got, decode(KernelEngine(model), CONFIGURATIONS[name], False))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*CONFIGURATIONS, "quest alone", "dense"])
+def test_the_kernels_choose_the_same_tokens(name: str) -> None:
+    """On 20 prompts: the most likely next token, but where two are as good, and the tokens kept."""
+    more = {"quest alone": everywhere(QUEST), "dense": DENSE}
+    configuration = (CONFIGURATIONS | more)[name]
+    model = tiny_model(hidden_size=256).to("cuda", torch.float16)
+    found = []
+    for make in (TorchEngine, KernelEngine, partial(KernelEngine, measure_every=4)):
+        engine, own = make(model), []
+        for seed in range(20):
+            prompt, tail = tokens(seed)
+            engine.prefill(prompt, len(tail))
+            measures = engine.begin(configuration)
+            own.append((engine.feed(tail).cpu(), measures.by_layer()))
+        found.append(own)
+    for (expected, reads), (got, kernel_reads), (captured, _) in zip(*found, strict=True):
+        assert (captured - got).abs().max() <= 0.02 * got.abs().max()
+        best = expected.topk(2).values
+        clear = best[:, 0] - best[:, 1] > 0.05 * expected.abs().max()
+        assert torch.equal(got.argmax(-1)[clear], expected.argmax(-1)[clear])
+        for column in ("kept", "budget", "true_mass", "estimated_mass"):
+            assert kernel_reads[column] == pytest.approx(reads[column], rel=0.05, abs=0.2), column
+
+
 def test_configurations_share_a_prefill(model) -> None:
     prompt, tail = tokens()
     for make in (TorchEngine, KernelEngine):
@@ -117,6 +143,18 @@ def test_steps_are_timed_beside_the_samples(model) -> None:
         found.append(engine.feed(tail))
         assert engine.seconds_per_token() > 0
     assert torch.equal(*found) and measures[0].by_layer() == measures[1].by_layer()
+
+
+def test_some_tokens_are_measured_and_all_are_decoded(model) -> None:
+    """Of the 13 tokens the 1st, 6th and 11th; the others are those of a captured step."""
+    every, _ = decode(KernelEngine(model), CONFIGURATIONS["quest"], True)
+    engine, (prompt, tail) = KernelEngine(model, measure_every=5), tokens()
+    engine.prefill(prompt, len(tail))
+    measures = engine.begin(CONFIGURATIONS["quest"])
+    assert torch.equal(torch.cat([engine.feed(tail[:3]), engine.feed(tail[3:])]), every)
+    assert [len(rows) for rows in measures.rows.values()] == [3, 3]
+    assert engine.seconds_per_token() > 0
+    assert [len(rows) for rows in measures.rows.values()] == [3, 3]
 
 
 def test_rooms_come_in_few_sizes() -> None:

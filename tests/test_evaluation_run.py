@@ -149,8 +149,6 @@ def test_a_run_goes_on_where_it_was_cut_off(model: Path, config: Path, monkeypat
 class FakeEngine:
     """Says the same whatever it is fed."""
 
-    timed_alone = False
-
     def prefill(self, tokens: list[int], room: int) -> torch.Tensor:
         return torch.eye(258)[65]
 
@@ -159,6 +157,9 @@ class FakeEngine:
 
     def feed(self, tokens: list[int]) -> torch.Tensor:
         return torch.eye(258)[66].expand(len(tokens), -1)
+
+    def seconds_per_token(self) -> float:
+        return 0.002
 
 
 def make_run(folder: Path, ends: set[int], deadline: float | None = None) -> Run:
@@ -175,6 +176,7 @@ def test_an_answer_ends_where_it_says_but_not_with_its_first_token(tmp_path: Pat
         run.task(task)
         (line,) = run.store.lines(task, DENSE).values()
         assert line["decoded_tokens"] == tokens - 1, name
+        assert line["ms_per_token"] == 2.0
 
 
 def test_a_late_run_says_what_it_left_out(tmp_path: Path) -> None:
@@ -278,7 +280,7 @@ def test_make_evaluate_from_end_to_end(model: Path, tmp_path: Path, monkeypatch,
     arguments = ["--model", str(model), "--text", str(tmp_path / "text.txt"), *folders]
     assert small.main(arguments) == 0
     printed = capsys.readouterr().out
-    for text in ("lengths 2048, 4096, 8192", "passkeys: 1 of 20", "stretches: 2 of 8"):
+    for text in ("lengths 2048, 4096, 8192", "passkeys: 1 of 10", "stretches: 2 of 8"):
         assert f"left out: {text}" in printed
     assert "left out: Double Sparsity, as no --channels names a channel file" in printed
     path = tmp_path / "results" / "cpu-reference" / "quality.csv"

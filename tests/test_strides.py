@@ -8,7 +8,7 @@ from tests.doubles import fake_gpu
 from tests.inputs.cases import BASE, NAMED, build_cache, make_tensors, page_pool
 from tests.inputs.layouts import LAYOUTS, in_projection
 from twilight_tilelang import reference
-from twilight_tilelang.kernels import checks
+from twilight_tilelang.kernels import query
 
 PACKAGES = [
     pytest.param(kernels, marks=pytest.mark.gpu, id="kernels"),
@@ -145,10 +145,13 @@ def test_wrap_refuses_pools_of_other_strides(fake):
         wrap(k_cache, v_cache)
 
 
-def test_wrap_refuses_a_pool_of_too_many_chunks(fake, monkeypatch):
-    monkeypatch.setattr(checks, "MAX_SPAN", 4 * 4096 * 2 - 16)
-    with pytest.raises(ValueError, match="k_cache: expected a span of at most 32752 bytes, got"):
-        wrap(*pools(*PACKED))
+def test_a_query_may_not_span_more_than_32_gib(fake, monkeypatch):
+    cache = wrap(*pools(*PACKED))
+    q = torch.zeros(2, 10, 128, dtype=torch.float16, device="cuda")[:, :8]
+    kernels.dense_attention(q, cache)
+    monkeypatch.setattr(query, "MAX_SPAN", 17 * 16)  # chunks: to its last vector
+    with pytest.raises(ValueError, match="q: expected strides at which it spans less than 4352 b"):
+        kernels.dense_attention(q, cache)
 
 
 def test_a_pool_of_one_page_may_have_any_page_stride(fake):

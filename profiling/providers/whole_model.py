@@ -106,6 +106,9 @@ def prepare_model(workload: Workload, target: Target) -> "WholeModel | None":
         needed = pool_bytes(workload.shape) / 2**30
         target.notice(f"left out: {workload.name}: a layer's cache needs {needed:.0f} GiB")
         return None
+    own = len({(pages.k_cache.data_ptr(), id(pages.page_table)) for pages in sets.caches})
+    if own < len(sets.caches):
+        target.notice(f"{workload.name}: {len(sets.caches)} layers take turns over {own} caches")
     return WholeModel(workload, target, model, sets)
 
 

@@ -71,9 +71,8 @@ def workload_sets(
     elif workload.random_tokens:
         inputs = random_inputs(every, SEED, device=device)
     else:
-        made_for = {
-            name: getattr(workload, name) for name in ("kept_mean", "top_p", "head_budgets")
-        }
+        wanted = ("kept_mean", "top_p", "head_budgets", "interleaved")
+        made_for = {name: getattr(workload, name) for name in wanted}
         inputs = make_inputs(every, SEED, device=device, **made_for)
     q, pool = inputs.q, wrap(*inputs.paged(), layout="NHD")
     rows = [slice(own * shape.batch_size, (own + 1) * shape.batch_size) for own in range(num_sets)]

@@ -39,6 +39,7 @@ class Workload:
         host_times: the host's time of an eager step, or of dense decode, is measured too.
         random_tokens: attention alone is measured, over token_budget random tokens of a KV head.
         num_sink_tokens: first tokens that are always kept.
+        interleaved: made-up K and V are views of one tensor [num_pages, 2, ...].
         trace: file of recorded inputs (see trace.py); None for made-up ones. What is timed are all
             its layers at the last position; accuracy.csv is of all positions.
         model: of models.MODELS, whose decode of a token is timed whole; None for one layer's step.
@@ -59,6 +60,7 @@ class Workload:
     host_times: bool = False
     random_tokens: bool = False
     num_sink_tokens: int = 0
+    interleaved: bool = False
     trace: Path | None = None
     model: str | None = None
     dense_layers: int = 0

@@ -75,8 +75,8 @@ MUTANTS = (
     ),
     Mutant(
         "offset not subtracted from keys", "mirror.py",
-        "shifted[c] = T.cast(key[c], T.float32) - offset[c]",
-        "shifted[c] = T.cast(key[c], T.float32)", CACHE, APPENDED,
+        "moved = T.cast(value, T.float32) - shift[0, c]",
+        "moved = T.cast(value, T.float32)", CACHE, APPENDED,
     ),
     Mutant(
         "append bounds a page without its last row", "mirror.py",
