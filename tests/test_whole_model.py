@@ -13,6 +13,8 @@ pytest.importorskip("transformers", minversion="5.24")
 
 from twilight_tilelang import reference  # noqa: E402
 from twilight_tilelang.profiling import bench, run  # noqa: E402
+from twilight_tilelang.profiling.observations.model_timeline import labelled  # noqa: E402
+from twilight_tilelang.profiling.observations.timeline import Span  # noqa: E402
 from twilight_tilelang.profiling.plan import prepare  # noqa: E402
 from twilight_tilelang.profiling.providers import checks, whole_model  # noqa: E402
 from twilight_tilelang.profiling.providers.backends import Torch  # noqa: E402
@@ -34,6 +36,23 @@ def builder() -> Iterator[whole_model.WholeModel]:
 def hear(module: torch.nn.Module, seen: list[torch.Tensor]) -> None:
     """Notes what a module is given."""
     module.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+
+
+def test_a_token_s_launches_are_told_apart() -> None:
+    kernels = {
+        "append": {"append"},
+        "dense layers": {"copy", "list", "attend"},
+        "selector": {"score"},
+        "attention": {"attend"},
+    }
+    layer = ["gemm", "append"]
+    token = ["copy", *layer, "copy", "list", "attend", "gemm", *layer, "score", "attend", "copy"]
+    spans = [Span(start, start + 0.5, name) for start, name in enumerate(token * 2)]
+    own = ["model", "model", "append", *["dense layers"] * 3, "model"]
+    own += ["model", "append", "selector", "attention", "model"]
+    found = labelled(spans, kernels, 1, 2)
+    assert [span.kernel for span in found] == own * 2
+    assert [span[:2] for span in found] == [span[:2] for span in spans]
 
 
 def test_every_method_decodes_a_token_by_its_attention(builder: whole_model.WholeModel) -> None:
@@ -126,7 +145,7 @@ def test_bench_measures_whole_models(tmp_path: Path, monkeypatch, capsys) -> Non
     monkeypatch.setattr(run, "CPU_READ_BYTES", 1 << 20)
     arguments = ["--stage", "model", "--results", str(tmp_path)]
     assert bench.main([*arguments, "--minutes", "0"]) == 1
-    assert "6 groups left" in capsys.readouterr().out
+    assert "9 groups left" in capsys.readouterr().out
     assert bench.main(arguments) == 0
     said = capsys.readouterr().out
     rows = read_rows(tmp_path / "cpu-reference" / "model.csv")
@@ -138,7 +157,12 @@ def test_bench_measures_whole_models(tmp_path: Path, monkeypatch, capsys) -> Non
     assert (sparse["error"] > 0).all() and (sparse["kept_mean"] < sparse["token_budget"]).all()
     memory = read_rows(tmp_path / "cpu-reference" / "memory.csv").set_index("part")
     assert (memory.loc["weights", "bytes_per_token"] > 0).all() and "k_int4" in memory.index
-    assert "quest+twilight" in said and "bench: 33 rows measured" in said
+    assert "quest+twilight" in said and "bench: 54 rows measured" in said
+    timeline = read_rows(tmp_path / "cpu-reference" / "timeline.csv")
+    parts = ["append", "dense layers", "selector", "estimator", "pruner", "attention"]
+    assert set(timeline["stage"]) == {*parts, "model step"}
+    appends = timeline[timeline["stage"] == "append"]
+    assert set(appends["launches"]) == {3.0} and set(timeline["num_steps"]) == {2}
     assert bench.main(arguments) == 0  # what is there is not measured again
     assert "bench: 0 rows measured" in capsys.readouterr().out
 
