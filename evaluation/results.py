@@ -106,8 +106,11 @@ def cut(name: str) -> str:
 
 
 def stamped(stem: str, prefix: str) -> bool:
-    """Whether a file's name is the prefix and a time."""
-    return stem.startswith(prefix) and re.fullmatch(r"\d{8}", stem[len(prefix) :]) is not None
+    """Whether a file's name is the prefix and a time, or of a cut name as much as is left of it."""
+    body = stem.removesuffix("...")
+    time = r"\d{8}" if body == stem else r"\d{0,8}"
+    known = body.startswith(prefix[:LONGEST_NAME])
+    return known and re.fullmatch(time, body[len(prefix) :]) is not None
 
 
 def read_lines(path: Path) -> dict[str, dict[str, Any]]:

@@ -220,6 +220,24 @@ def test_published_configurations_have_the_names_of_the_original(path: Path) -> 
     assert read_configuration(path, 16, 4).text == "sinks16-recent4-" + text
 
 
+@pytest.mark.parametrize("task", ["qasper", "passage_retrieval_en", "repobench-p"])
+@pytest.mark.parametrize("stem", ["full", "quest_twilight"])
+def test_longbench_files_are_found_by_any_time(stem: str, task: str, tmp_path: Path) -> None:
+    """Also where the name is cut within the time: it goes on in the file that is there."""
+    path = next(path for path in PUBLISHED if path.stem == stem)
+    store, configuration = Store(tmp_path, "m", "kernels"), read_configuration(path)
+    asked = Task(task, 0, [], None)
+    prefix = f"{task.split('-')[0]}-{configuration.text}-"
+    old = tmp_path / "results_longbench" / "m" / "pred" / cut(f"{prefix}01020304")
+    other = cut(f"{prefix}x01020304") if stem == "full" else cut("x" + prefix)
+    assert store.path(asked, configuration).parent == old.parent
+    old.parent.mkdir(parents=True)
+    (old.parent / other).touch()
+    assert store.path(asked, configuration).name != other
+    old.touch()
+    assert store.path(asked, configuration) == old
+
+
 def test_double_sparsity_without_a_channel_file_is_named(model: Path, config: Path, capsys) -> None:
     path = next(path for path in PUBLISHED if path.stem == "ds_twilight")
     with pytest.raises(MissingChannels, match="ds_twilight: selector.config_path: expected a"):
