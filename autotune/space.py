@@ -6,13 +6,13 @@ To tune one more field, or try one more value, is one line in `SPACES`.
 
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from twilight_tilelang.kernels.cache import TILE_TOKENS
 from twilight_tilelang.kernels.compiling import starts_early
-from twilight_tilelang.kernels.estimate_prune import EstimatePruneConfig, blocks_that_fit
+from twilight_tilelang.kernels.estimate_prune import blocks_that_fit
 from twilight_tilelang.kernels.gpu import Gpu
 from twilight_tilelang.kernels.launch import Launch, StepShape, next_power_of_two, static_width
 from twilight_tilelang.kernels.plan import SPECS
@@ -23,34 +23,28 @@ REGISTERS = 65536  # of one SM
 FULL_GPU = 128  # blocks; fewer leave multiprocessors of a large GPU idle
 MANY_PAGES, MANY_CANDIDATES = 2**18, 2**20  # over all rows
 
-# Says what holds of (config, shape, GPU).
-Rule = tuple[str, Callable[[Any, StepShape, Gpu], bool]]
+# What must hold of (config, shape, GPU), by its words.
+Rules = Mapping[str, Callable[[Any, StepShape, Gpu], bool]]
 
 
 @dataclass(frozen=True)
 class Space:
-    """The configs of one kernel.
+    """The configs of one kernel."""
 
-    Attributes:
-        values: what each tuned field may be; the others keep the default's value.
-        limits: what a config must meet to run at all.
-        sensible: what it must meet to be worth a try; known bad regions are ruled out here.
-    """
-
-    values: dict[str, tuple]
-    limits: tuple[Rule, ...] = ()
-    sensible: tuple[Rule, ...] = ()
+    values: dict[str, tuple]  # what each tuned field may be; the others keep the default's value
+    limits: Rules = field(default_factory=dict)  # what a config must meet to run at all
+    sensible: Rules = field(default_factory=dict)  # and to be worth a try: no known bad regions
 
 
 def candidates(kernel: str, shape: StepShape, gpu: Gpu) -> list[Any]:
     """The configs to try, the default first."""
     space = SPACES[kernel]
     default = SPECS[kernel].default(shape, gpu)
-    rules = (*space.limits, *space.sensible)
+    rules = (*space.limits.values(), *space.sensible.values())
     found = [default]
     for values in itertools.product(*space.values.values()):
         config = replace(default, **dict(zip(space.values, values, strict=True)))
-        if config != default and all(ok(config, shape, gpu) for _, ok in rules):
+        if config != default and all(ok(config, shape, gpu) for ok in rules):
             found.append(config)
     return found
 
@@ -67,10 +61,6 @@ def space_id(configs: Sequence[Any]) -> str:
     return hashlib.sha256(repr(tuple(configs)).encode()).hexdigest()[:12]
 
 
-def _blocks_that_fit(config: EstimatePruneConfig, shape: StepShape, gpu: Gpu) -> int:
-    return blocks_that_fit(shape, gpu, config.heads_at_once)
-
-
 def _pruner_shared(shape: StepShape) -> int:
     """Bytes of a block: its bins and, of a row that is read once, its logits and the list of the
     near ones; one mask; a little more."""
@@ -79,15 +69,19 @@ def _pruner_shared(shape: StepShape) -> int:
     return 4 * BINS_PER_THREAD * NUM_THREADS + row + width // 8 + 1024
 
 
-TILES_FIT = (
-    "codes of all tiles in flight fit in a thread's registers",
-    lambda c, s, gpu: c.tiles_per_warp * s.head_dim <= 512,
-)
+THREADS_FIT = "threads of all blocks fit on a multiprocessor, each with 56 registers"
+TILES_FIT: Rules = {
+    "codes of all tiles in flight fit in a thread's registers": lambda c, s, gpu: (
+        c.tiles_per_warp * s.head_dim <= 512
+    )
+}
 
 
-def _tile_space(items: Callable[[StepShape], int], many: int, fed: Rule) -> Space:
+def _tile_space(
+    items: Callable[[StepShape], int], many: int, words: str, are_fed: Callable[[Any], bool]
+) -> Space:
     """Of a kernel whose warps take tiles of codes, 16 of a row's items each; where there are `many`
-    items over all rows, which fill the GPU many times over, a config must be `fed`."""
+    items over all rows, which fill the GPU many times over, a config must feed it."""
 
     def are_many(shape: StepShape) -> bool:
         return shape.num_rows * items(shape) >= many
@@ -96,18 +90,16 @@ def _tile_space(items: Callable[[StepShape], int], many: int, fed: Rule) -> Spac
         block_tiles = config.num_warps * config.tiles_per_warp * config.steps
         return shape.num_rows * -(-items(shape) // (TILE_TOKENS * block_tiles))
 
-    text, is_fed = fed
     return Space(
         values={"num_warps": (2, 4, 8), "tiles_per_warp": (1, 2, 4), "steps": (1, 2, 4, 8)},
-        limits=(TILES_FIT,),
-        sensible=(
-            ("every SM has a block", lambda c, s, gpu: blocks(c, s) >= FULL_GPU),
-            (text, lambda c, s, gpu: not are_many(s) or is_fed(c, s, gpu)),
-            (
-                "few tiles are spread over many warps",
-                lambda c, s, gpu: are_many(s) or (c.tiles_per_warp <= 2 and c.steps <= 2),
+        limits=TILES_FIT,
+        sensible={
+            "every SM has a block": lambda c, s, gpu: blocks(c, s) >= FULL_GPU,
+            words: lambda c, s, gpu: not are_many(s) or are_fed(c),
+            "few tiles are spread over many warps": lambda c, s, gpu: (
+                are_many(s) or (c.tiles_per_warp <= 2 and c.steps <= 2)
             ),
-        ),
+        },
     )
 
 
@@ -115,69 +107,51 @@ SPACES = {
     "page_score": _tile_space(
         lambda s: s.max_pages,
         MANY_PAGES,
-        (
-            "many pages: 8 to 16 tiles of a block in flight, and several steps share its start",
-            lambda c, s, gpu: 8 <= c.num_warps * c.tiles_per_warp <= 16 and c.steps >= 2,
-        ),
+        "many pages: 8 to 16 tiles of a block in flight, and several steps share its start",
+        lambda c: 8 <= c.num_warps * c.tiles_per_warp <= 16 and c.steps >= 2,
     ),
     "top_pages": Space(
         values={"num_threads": (128, 256, 512, 1024), "pages_per_thread": (4, 8, 16)},
-        limits=(
-            (
-                "scores and some 56 other values of every thread fit in registers",
-                lambda c, s, gpu: c.num_threads * (c.pages_per_thread + 56) <= REGISTERS,
+        limits={
+            "scores and some 56 other values of every thread fit in registers": lambda c, s, gpu: (
+                c.num_threads * (c.pages_per_thread + 56) <= REGISTERS
+            )
+        },
+        sensible={
+            "a row that fits in registers stays there": lambda c, s, gpu: (
+                c.num_threads * c.pages_per_thread >= min(s.max_pages, 2**14)
             ),
-        ),
-        sensible=(
-            (
-                "a row that fits in registers stays there",
-                lambda c, s, gpu: c.num_threads * c.pages_per_thread >= min(s.max_pages, 2**14),
+            "at least half of the registers hold pages": lambda c, s, gpu: (
+                c.num_threads * c.pages_per_thread <= 2 * next_power_of_two(s.max_pages)
             ),
-            (
-                "at least half of the registers hold pages",
-                lambda c, s, gpu: (
-                    c.num_threads * c.pages_per_thread <= 2 * next_power_of_two(s.max_pages)
-                ),
-            ),
-        ),
+        },
     ),
     "estimator": _tile_space(
         lambda s: s.width,
         MANY_CANDIDATES,
-        (
-            "many tiles: 2 or more in flight per warp, 8 per block, and several steps, or too few "
-            "bytes are on their way (measured: NOTES.md)",
-            lambda c, s, gpu: (
-                c.tiles_per_warp >= 2 and c.num_warps * c.tiles_per_warp >= 8 and c.steps >= 2
-            ),
-        ),
+        "many tiles: 2 or more in flight per warp, 8 per block, and several steps, or too few "
+        "bytes are on their way (measured: NOTES.md)",
+        lambda c: c.tiles_per_warp >= 2 and c.num_warps * c.tiles_per_warp >= 8 and c.steps >= 2,
     ),
     "pruner": Space(
         values={"heads_apart": (False, True), "blocks_per_sm": (1, 2, 3, 4)},
-        limits=(
-            (
-                "heads of one can not be apart",
-                lambda c, s, gpu: s.group_size > 1 or not c.heads_apart,
+        limits={
+            "heads of one can not be apart": lambda c, s, gpu: (
+                s.group_size > 1 or not c.heads_apart
             ),
-            (
-                "threads of all blocks fit on a multiprocessor, each with 56 registers",
-                lambda c, s, gpu: NUM_THREADS * c.blocks_per_sm <= REGISTERS // 56,
+            THREADS_FIT: lambda c, s, gpu: NUM_THREADS * c.blocks_per_sm <= REGISTERS // 56,
+            "a block's shared memory fits": lambda c, s, gpu: (
+                _pruner_shared(s) <= gpu.block_shared_memory
             ),
-            (
-                "a block's shared memory fits",
-                lambda c, s, gpu: _pruner_shared(s) <= gpu.block_shared_memory,
+        },
+        sensible={
+            "shared memory of all blocks fits on a multiprocessor": lambda c, s, gpu: (
+                c.blocks_per_sm * _pruner_shared(s) <= gpu.block_shared_memory
             ),
-        ),
-        sensible=(
-            (
-                "shared memory of all blocks fits on a multiprocessor",
-                lambda c, s, gpu: c.blocks_per_sm * _pruner_shared(s) <= gpu.block_shared_memory,
+            "many rows fill the GPU with a block each": lambda c, s, gpu: (
+                not c.heads_apart or s.num_rows < 512
             ),
-            (
-                "many rows fill the GPU with a block each",
-                lambda c, s, gpu: not c.heads_apart or s.num_rows < 512,
-            ),
-        ),
+        },
     ),
     "estimate_prune": Space(
         values={
@@ -186,42 +160,29 @@ SPACES = {
             "blocks_per_sm": (1, 2, 3, 4),
             "heads_at_once": (1, 2, 4),
         },
-        limits=(
-            (
-                "a block's logits fit in shared memory",
-                lambda c, s, gpu: not c.fused or _blocks_that_fit(c, s, gpu) >= 1,
+        limits={
+            "a block's logits fit in shared memory": lambda c, s, gpu: (
+                not c.fused or blocks_that_fit(s, gpu, c.heads_at_once) >= 1
             ),
-            (
-                "threads of all blocks fit on a multiprocessor, each with 56 registers",
-                lambda c, s, gpu: (
-                    NUM_THREADS * c.heads_at_once * c.blocks_per_sm <= REGISTERS // 56
-                ),
+            THREADS_FIT: lambda c, s, gpu: (
+                NUM_THREADS * c.heads_at_once * c.blocks_per_sm <= REGISTERS // 56
             ),
-            TILES_FIT,
-        ),
-        sensible=(
-            (
-                "two kernels have no form to choose",
-                lambda c, s, gpu: (
-                    c.fused or c == replace(SPECS["estimate_prune"].default(s, gpu), fused=False)
-                ),
+            **TILES_FIT,
+        },
+        sensible={
+            "two kernels have no form to choose": lambda c, s, gpu: (
+                c.fused or c == replace(SPECS["estimate_prune"].default(s, gpu), fused=False)
             ),
-            (
-                "blocks fill a multiprocessor's shared memory, but for one at most",
-                lambda c, s, gpu: (
-                    not c.fused or 0 <= min(_blocks_that_fit(c, s, gpu), 4) - c.blocks_per_sm <= 1
-                ),
+            "blocks fill a multiprocessor's shared memory, but for one at most": lambda c, s, gpu: (
+                not c.fused
+                or 0 <= min(blocks_that_fit(s, gpu, c.heads_at_once), 4) - c.blocks_per_sm <= 1
             ),
-            (
-                "a multiprocessor has 768 threads or more (measured: NOTES.md)",
-                lambda c, s, gpu: c.heads_at_once * c.blocks_per_sm >= 3,
+            "a multiprocessor has 768 threads or more (measured: NOTES.md)": lambda c, s, gpu: (
+                c.heads_at_once * c.blocks_per_sm >= 3
             ),
-            ("no team without a head", lambda c, s, gpu: c.heads_at_once <= s.group_size),
-            (
-                "every SM has two blocks",
-                lambda c, s, gpu: not c.fused or s.num_rows >= 2 * FULL_GPU,
-            ),
-        ),
+            "no team without a head": lambda c, s, gpu: c.heads_at_once <= s.group_size,
+            "every SM has two blocks": lambda c, s, gpu: not c.fused or s.num_rows >= 2 * FULL_GPU,
+        },
     ),
     "attention": Space(values={"blocks_per_sm": (1, 2, 3, 4, 6, 16)}),
 }

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from twilight_tilelang.reference.cache import exact_page_bounds, pages_of
+from twilight_tilelang.reference.cache import pages_of
 from twilight_tilelang.reference.double_sparsity import top_tokens
 from twilight_tilelang.reference.estimator import LARGEST
 from twilight_tilelang.reference.labels import LabelFormat, take_channels
@@ -23,6 +23,7 @@ from twilight_tilelang.reference.quantize import (
     quantize_int4,
     quantize_rows,
 )
+from twilight_tilelang.reference.requests import exact_page_bounds
 from twilight_tilelang.reference.selector import quest_bounds
 
 

@@ -70,6 +70,8 @@ class TwilightCache(Cache):
         NotImplementedError: beam search or assisted decoding is asked for.
     """
 
+    layer_type = TwilightLayer
+
     def __init__(
         self,
         config: PreTrainedConfig,
@@ -100,7 +102,7 @@ class TwilightCache(Cache):
         if record and options.path != "sparse":
             raise ValueError(f"record: expected path 'sparse', got {options.path!r}")
         for number in full:
-            layers[number] = TwilightLayer(self, number, number in dense)
+            layers[number] = self.layer_type(self, number, number in dense)
         super().__init__(layers=layers)
         self.config, self.options, self.record = config, options, record
         self.max_tokens, self.page_size = max_tokens, page_size

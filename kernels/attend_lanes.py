@@ -9,7 +9,8 @@ import tilelang.language as T
 from tvm.tirx import Buffer
 
 from .compiling import THREAD_LEVEL, start_early
-from .split_kv import LOG2E, AttentionConfig, Results, cache_vector, load_item
+from .split_kv import LOG2E, AttentionConfig, Results, load_item
+from .strided import assume_aligned, channel_at, first_chunk, strided
 from .token_list import Row, TokenList
 from .warp import join_lanes
 
@@ -100,7 +101,7 @@ def lanes_kernel(
     """
     assert group_size == 1
     batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
-    num_vectors, max_pages = T.dynamic("num_vectors"), T.dynamic("max_pages")
+    num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
     width, max_items = T.dynamic("width"), T.dynamic("max_items")
     max_splits = T.dynamic("max_splits")
     num_threads, lane_tokens = config.num_threads, config.lane_tokens
@@ -111,12 +112,13 @@ def lanes_kernel(
     step_tokens = warp_teams * lane_tokens  # of a warp
     round_steps = 32 // step_tokens  # steps of a warp whose tokens its 32 lanes look up at once
     num_rounds = config.split_tokens // num_threads
+    pool = strided("pool", (num_pages, page_size, num_kv_heads, head_dim), dtype)
 
     @T.prim_func
     def attend_items(
-        q: T.Tensor[(batch_size, num_kv_heads, 1, head_dim), dtype],
-        k_cache: T.Tensor[(num_vectors, head_dim), dtype],
-        v_cache: T.Tensor[(num_vectors, head_dim), dtype],
+        q: T.StridedTensor[strided("q", (batch_size, num_kv_heads, 1, head_dim), dtype)],
+        k_cache: T.StridedTensor[pool],
+        v_cache: T.StridedTensor[pool],
         page_table: T.Tensor[(batch_size, max_pages), T.int32],
         indices: T.Tensor[(batch_size, num_kv_heads, width), T.int32],
         items: T.Tensor[(max_items, 4), T.int32],
@@ -130,6 +132,7 @@ def lanes_kernel(
     ):
         with T.Kernel(num_blocks, threads=num_threads) as block:
             T.annotate_min_blocks_per_sm(SM_THREADS // num_threads)
+            assume_aligned(q)
             start_early(config.pdl)
             thread = T.get_thread_binding()
             warp, lane = thread // 32, thread % 32
@@ -139,7 +142,7 @@ def lanes_kernel(
             team_max = T.alloc_shared((num_teams,), T.float32, scope="shared")
             team_sum = T.alloc_shared((num_teams,), T.float32, scope="shared")
             words = T.alloc_local((1, 4), T.int32)
-            vectors = T.alloc_local((num_rounds,), T.int32)
+            vectors = T.alloc_local((num_rounds,), T.int64)
             query = T.alloc_local((CHANNELS,), dtype)
             k = T.alloc_local((lane_tokens, CHANNELS), dtype)
             v = T.alloc_local((lane_tokens, CHANNELS), dtype)
@@ -165,7 +168,7 @@ def lanes_kernel(
                     at = position(r * round_steps + lane // step_tokens, lane % step_tokens)
                     token = tokens.token(row, first + T.min(at, num_tokens - 1))
                     page = page_table[batch, token // page_size]
-                    vectors[r] = cache_vector(page, page_size, num_kv_heads, kv_head, token)
+                    vectors[r] = first_chunk(k_cache, page, token % page_size, kv_head)
                 for c in T.vectorized(CHANNELS):
                     query[c] = q[batch, kv_head, 0, channel + c]
                 running_max = -T.infinity(T.float32)
@@ -181,9 +184,9 @@ def lanes_kernel(
                                 holder = s * step_tokens + t * warp_teams + team
                                 vector = T.shfl_sync(vectors[r], holder)
                                 for c in T.vectorized(CHANNELS):
-                                    k[t, c] = k_cache[vector, channel + c]
+                                    k[t, c] = channel_at(k_cache, vector, channel + c)
                                 for c in T.vectorized(CHANNELS):
-                                    v[t, c] = v_cache[vector, channel + c]
+                                    v[t, c] = channel_at(v_cache, vector, channel + c)
                             running_max, running_sum = fold_tokens(
                                 query, k, v, acc, running_max, running_sum,
                                 lambda t: position(turn, t * warp_teams + team) < num_tokens,

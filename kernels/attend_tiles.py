@@ -8,7 +8,8 @@ import tilelang
 import tilelang.language as T
 
 from .compiling import TILE_LEVEL, start_early
-from .split_kv import LOG2E, AttentionConfig, Results, cache_vector, load_item
+from .split_kv import LOG2E, AttentionConfig, Results, load_item
+from .strided import assume_aligned, channel_at, first_chunk, strided
 from .token_list import Row, TokenList
 
 TILE_HEADS = 16
@@ -52,7 +53,7 @@ def tiles_kernel(
     Blocks of one multiprocessor overlap: while one multiplies, the others' copies arrive.
     """
     batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
-    num_vectors, max_pages = T.dynamic("num_vectors"), T.dynamic("max_pages")
+    num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
     width, max_items = T.dynamic("width"), T.dynamic("max_items")
     max_splits = T.dynamic("max_splits")
     split_tokens = config.split_tokens
@@ -72,12 +73,13 @@ def tiles_kernel(
         forward_index_fn=lambda i: i // step_vectors,
         replicate=vector_threads,
     )
+    pool = strided("pool", (num_pages, page_size, num_kv_heads, head_dim), dtype)
 
     @T.prim_func
     def attend_items(
-        q: T.Tensor[(batch_size, num_kv_heads, group_size, head_dim), dtype],
-        k_cache: T.Tensor[(num_vectors, head_dim), dtype],
-        v_cache: T.Tensor[(num_vectors, head_dim), dtype],
+        q: T.StridedTensor[strided("q", (batch_size, num_kv_heads, group_size, head_dim), dtype)],
+        k_cache: T.StridedTensor[pool],
+        v_cache: T.StridedTensor[pool],
         page_table: T.Tensor[(batch_size, max_pages), T.int32],
         indices: T.Tensor[(batch_size, num_kv_heads, width), T.int32],
         items: T.Tensor[(max_items, 4), T.int32],
@@ -92,9 +94,10 @@ def tiles_kernel(
         lse: T.Tensor[(batch_size, num_kv_heads, group_size), T.float32],
     ):
         with T.Kernel(num_blocks, threads=config.num_threads) as block:
+            assume_aligned(q)
             start_early(config.pdl)
             # Static scope: from the dynamic pool, each copy that reads it would wait at a barrier.
-            vectors = T.alloc_shared((split_tokens,), T.int32, scope="shared")
+            vectors = T.alloc_shared((split_tokens,), T.int64, scope="shared")
             q_shared = T.alloc_shared((TILE_HEADS, head_dim), dtype)
             k_shared = T.alloc_shared((split_tokens, head_dim), dtype)
             v_shared = T.alloc_shared((split_tokens, head_dim), dtype)
@@ -104,7 +107,7 @@ def tiles_kernel(
             head_max = T.alloc_fragment((TILE_HEADS,), T.float32)
             head_sum = T.alloc_fragment((TILE_HEADS,), T.float32)
             # A copy whose vector is looked up in shared memory would wait for the copy before it.
-            vector_of = T.alloc_fragment((split_tokens,), T.int32)
+            vector_of = T.alloc_fragment((split_tokens,), T.int64)
             T.annotate_layout({vector_of: copied_vectors})
             words = T.alloc_local((4, 4), T.int32)  # of this item and of the block's next three
             page = T.alloc_var(T.int32)
@@ -135,7 +138,7 @@ def tiles_kernel(
             while is_listed(0):
                 batch, kv_head, split, num_tokens = words_of(0)
                 row = Row(batch, kv_head)
-                vectors[own] = cache_vector(page, page_size, num_kv_heads, kv_head, token)
+                vectors[own] = first_chunk(k_cache, page, token % page_size, kv_head)
                 token = next_token
                 if is_listed(1):
                     page = page_table[words[1, 0], token // page_size]
@@ -149,10 +152,10 @@ def tiles_kernel(
                 for i, j in T.Parallel(TILE_HEADS, head_dim, **IN_FLIGHT):
                     q_shared[i, j] = q[batch, kv_head, T.min(i, group_size - 1), j]
                 for i, j in T.Parallel(split_tokens, head_dim, loop_layout=copies, **IN_FLIGHT):
-                    k_shared[i, j] = k_cache[vector_of[i], j]
+                    k_shared[i, j] = channel_at(k_cache, vector_of[i], j)
                 T.ptx_commit_group()
                 for i, j in T.Parallel(split_tokens, head_dim, loop_layout=copies, **IN_FLIGHT):
-                    v_shared[i, j] = v_cache[vector_of[i], j]
+                    v_shared[i, j] = channel_at(v_cache, vector_of[i], j)
                 T.ptx_commit_group()
                 T.ptx_wait_group(1)
                 T.sync_threads()

@@ -16,7 +16,7 @@ from .attend_tiles import tiles_kernel
 from .cache import PagedKVCache
 from .compiling import starts_early
 from .gpu import Gpu, gpu_of
-from .launch import KernelSpec, Launch, StepShape
+from .launch import KernelSpec, Launch, StepShape, on_device
 from .lists import CandidatePages, Kept, TokenList, check_lists
 from .query import by_kv_head, check_query, check_scale, step_shape
 from .split_kv import AttentionConfig, merge_kernel, plan_kernel
@@ -175,8 +175,9 @@ def _attend(
     workspace = AttentionWorkspace.allocate(cache, group_size, width, split_tokens)
     out = torch.empty_like(q)
     grouped = [by_kv_head(each, cache.num_kv_heads) for each in (q, out)]
-    list_items(planned, cache, tokens, workspace.work)
-    attend(planned, grouped[0], cache, tokens, workspace, grouped[1], sm_scale)
+    with on_device(q.device):
+        list_items(planned, cache, tokens, workspace.work)
+        attend(planned, grouped[0], cache, tokens, workspace, grouped[1], sm_scale)
     return (out, workspace.lse.flatten(1)) if return_lse else out
 
 
@@ -203,7 +204,7 @@ def attend(
     written = (*partials, out, lse)
     num_blocks = planned.config.blocks_per_sm * gpu_of(q.device).num_multiprocessors
     attend_items(
-        q, cache.k_rows, cache.v_rows, cache.page_table, tokens.indices,
+        q, cache.k_cache, cache.v_pool, cache.page_table, tokens.indices,
         work.items, work.num_items, num_blocks, sm_scale, *written,
     )  # fmt: skip
     merge_splits(cache.seq_lens, tokens.indices, tokens.counts, *written)
@@ -249,6 +250,7 @@ ATTENTION = KernelSpec(
         "attend_lanes.py",
         "attend_tiles.py",
         "split_kv.py",
+        "strided.py",
         "token_list.py",
         "warp.py",
     ),

@@ -2,21 +2,22 @@
 together."""
 
 import copy
-import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from tilelang.jit import JITImpl
 
-from .checks import check_choice, check_count, check_tensor, dtype_name
+from .checks import check_choice, check_count, check_tensor
 from .gpu import check_machine
-from .launch import Launch
-from .mirror import append_kernel, mirror_kernel, prefill_kernel
+from .requests import Requests
+from .validate import check_indices, check_lengths
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 128, 256)
 TILE_TOKENS = 16  # a page holds a whole number of tensor-core tiles of tokens
+LAYOUTS = ("NHD", "HND")
+KeyOffset = torch.Tensor | tuple[torch.Tensor | None, torch.Tensor | None] | None
+MAX_ROWS = 65535  # requests, or KV heads: blocks of a CUDA grid's y and z, along which they lie
 
 
 class CacheShape(NamedTuple):
@@ -32,28 +33,37 @@ class CacheShape(NamedTuple):
 
 
 @dataclass
-class PagedKVCache:
+class PagedKVCache(Requests):
     """The tensors of one layer's cache (Twilight, section 4.2; bounds as in Quest, section 3.2).
 
-    k_cache, v_cache    [num_pages, page_size, num_kv_heads, head_dim], fp16 or bf16: the layout of
-                        vLLM and of FlashInfer's NHD
+    k_cache, v_cache    [num_pages, page_size, num_kv_heads, head_dim], fp16 or bf16, of the same
+                        strides: any where the channels of a vector are contiguous. Packed, that is
+                        the layout of vLLM and of FlashInfer's NHD
     page_table          [batch_size, max_pages] i32: logical page -> physical page
     seq_lens            [batch_size] i32: cached tokens
     k_int4              [num_pages, num_kv_heads, page_size, head_dim / 2] u8: byte j holds channel
                         2j in its low four bits and channel 2j + 1 in its high four
-    k_scale_zero        [num_pages, num_kv_heads, page_size, 2] fp16: k - k_offset is about
-                        code * scale + zero
+    k_scale_zero        [num_pages, num_kv_heads, page_size, 2] fp16: (k - k_offset) / k_factor is
+                        about code * scale + zero
     page_bounds         [num_pages, num_kv_heads, 2, head_dim] u8: codes of the largest, then of the
-                        smallest k - k_offset of each channel of a page, rounded outward
+                        smallest (k - k_offset) / k_factor of each channel of a page, rounded
+                        outward
     bounds_scale_zero   [num_pages, num_kv_heads, 2] f32: a bound is code * scale + zero
     k_offset            [num_kv_heads, head_dim] f32, zeros where none was asked for: subtracted
                         before keys are quantized or bounded. It moves all logits and page bounds of
                         a query head by one constant: no softmax and no order of pages sees it. It
                         takes outlier channels out of the range that codes must span, and out of
                         the comparison of a group's heads by which pages are scored.
+    k_factor            [num_kv_heads, head_dim] f32 or None: powers of two by which keys are
+                        divided before they are quantized or bounded, and the estimator's and the
+                        selector's queries multiplied (SmoothQuant's smoothing factor, Xiao et al.,
+                        ICML 2023): logits stay what they are. It takes precision from channels that
+                        hardly move a logit. `calibrate_keys` finds it and k_offset.
 
-    Physical pages may be shared between requests and come in any order. Page ids and lengths lie on
-    the device: they are the caller's promise, and `validate_cache` checks them on request.
+    Physical pages may be shared between requests and come in any order. A row without a request has
+    length 0 and any page ids, such as -1: every stage passes over it, its output is zeros and its
+    counts are 0. Page ids and lengths lie on the device: they are the caller's promise, and
+    `validate_cache` checks them on request.
     """
 
     k_cache: torch.Tensor
@@ -65,10 +75,11 @@ class PagedKVCache:
     page_bounds: torch.Tensor
     bounds_scale_zero: torch.Tensor
     k_offset: torch.Tensor
-    longest: int = 0  # host's upper bound on seq_lens; replays of a captured append do not move it
+    k_factor: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        _check_pages(self.k_cache, self.v_cache, self.page_table, self.seq_lens, self.k_offset)
+        channels = self.k_offset, self.k_factor
+        _check_pages(self.k_cache, self.v_cache, self.page_table, self.seq_lens, channels)
         num_pages, page_size, num_kv_heads, head_dim = self.k_cache.shape
         device = self.k_cache.device
         rows = (num_pages, num_kv_heads, page_size)
@@ -82,17 +93,21 @@ class PagedKVCache:
             "bounds_scale_zero", self.bounds_scale_zero, pairs, torch.float32, device, align=16
         )
 
-        # As kernels read them: rows of head_dim channels, and codes four bytes at a time.
-        self.k_rows, self.v_rows = (
-            pool.view(-1, head_dim) for pool in (self.k_cache, self.v_cache)
-        )
+        # As kernels read them: V with the strides of K, which may differ where sizes are 1, and
+        # codes four bytes at a time.
+        self.v_pool = self.v_cache.as_strided(self.v_cache.shape, self.k_cache.stride())
         self.code_words = self.k_int4.view(torch.int32)
         self.bound_words = self.page_bounds.view(torch.int32)
+        self.smooth = self.k_factor is not None
+        # Kernels of keys without a factor take any tensor of its kind, and do not read it.
+        self.factor = self.k_offset if self.k_factor is None else self.k_factor
         batch_size, max_pages = self.page_table.shape
         dtype = self.k_cache.dtype
         self.shape = CacheShape(
             batch_size, max_pages, num_kv_heads, head_dim, page_size, dtype, device
         )
+        self.everyone = torch.ones(batch_size, dtype=torch.bool, device=device)
+        self.arrived = torch.zeros(1, dtype=torch.int32, device=device)  # blocks of extend()
 
     @property
     def num_pages(self) -> int:
@@ -127,8 +142,16 @@ class PagedKVCache:
         """Some of the requests, on the same pages."""
         part = copy.copy(self)
         part.page_table, part.seq_lens = self.page_table[requests], self.seq_lens[requests]
+        part.everyone = self.everyone[requests]
         part.shape = self.shape._replace(batch_size=part.page_table.shape[0])
         return part
+
+    def unmirrored(self) -> "PagedKVCache":
+        """The same requests on the same K and V, beside a mirror and bounds of their own, not
+        written yet."""
+        channels = self.k_offset, self.k_factor
+        own = (self.k_cache, self.v_cache, self.page_table, self.seq_lens, channels)
+        return self._around(*own)
 
     @classmethod
     def empty(
@@ -137,7 +160,7 @@ class PagedKVCache:
         *,
         num_pages: int | None = None,
         page_table: torch.Tensor | None = None,
-        k_offset: torch.Tensor | None = None,
+        k_offset: KeyOffset = None,
     ) -> "PagedKVCache":
         """A cache of empty requests.
 
@@ -146,7 +169,7 @@ class PagedKVCache:
             num_pages: of the pool; where None, batch_size * max_pages.
             page_table: [batch_size, max_pages] i32; without one, request b owns the pages
                 b * max_pages to (b + 1) * max_pages - 1.
-            k_offset: [num_kv_heads, head_dim] f32.
+            k_offset: [num_kv_heads, head_dim] f32, or (k_offset, k_factor), two such.
 
         Raises:
             ValueError: a size is out of range, or page_table or k_offset does not fit.
@@ -155,10 +178,10 @@ class PagedKVCache:
         owned = batch_size * max_pages
         num_pages = owned if num_pages is None else num_pages
         check_count("num_pages", num_pages, least=1)
-        check_count("batch_size", batch_size, least=1)
+        check_count("batch_size", batch_size, least=1, most=MAX_ROWS)
         check_count("max_pages", max_pages, least=1)
-        check_count("num_kv_heads", num_kv_heads, least=1)
-        check_choice("head_dim", head_dim, HEAD_DIMS)
+        check_count("num_kv_heads", num_kv_heads, least=1, most=MAX_ROWS)
+        check_head_dim(head_dim)
         check_choice("dtype", dtype, HALF_DTYPES)
         check_page_size(page_size)
         if torch.device(device).type != "cuda":
@@ -191,24 +214,24 @@ class PagedKVCache:
         max_pages: int | None = None,
         num_pages: int | None = None,
         page_table: torch.Tensor | None = None,
-        k_offset: torch.Tensor | None = None,
+        k_offset: KeyOffset = None,
     ) -> "PagedKVCache":
         """Prefill: one launch copies k and v into pages and writes mirror and bounds. Synchronizes
-        once.
+        once. `empty` and `extend` do it without.
 
         Args:
-            k, v: [batch_size, max_seq_len, num_kv_heads, head_dim], fp16 or bf16; tokens from
-                seq_lens[b] on are not read.
+            k, v: [batch_size, max_seq_len, num_kv_heads, head_dim], fp16 or bf16, of any strides
+                where channels are contiguous; tokens from seq_lens[b] on are not read.
             seq_lens: [batch_size] i32, at most max_seq_len.
             max_pages, num_pages: room to grow; by default just what max_seq_len needs.
             page_table: [batch_size, max_pages] i32, no page twice; by default as in `empty`.
-            k_offset: [num_kv_heads, head_dim] f32.
+            k_offset: [num_kv_heads, head_dim] f32, or (k_offset, k_factor), two such.
 
         Raises:
             ValueError: a tensor, a size or a length does not fit.
         """
-        check_tensor("k", k, (None,) * 4, HALF_DTYPES, align=16)
-        check_tensor("v", v, k.shape, k.dtype, k.device, align=16)
+        check_tensor("k", k, (None,) * 4, HALF_DTYPES, align=16, strided=True)
+        check_tensor("v", v, k.shape, k.dtype, k.device, align=16, strided=True)
         batch_size, max_seq_len, num_kv_heads, head_dim = k.shape
         check_tensor("seq_lens", seq_lens, (batch_size,), torch.int32, k.device)
         check_page_size(page_size)
@@ -218,15 +241,13 @@ class PagedKVCache:
         needed_pages = -(-max_seq_len // page_size)
         max_pages = needed_pages if max_pages is None else max_pages
         check_count("max_pages", max_pages, least=needed_pages)
-        longest = _check_lengths(seq_lens, max_seq_len, k)
+        check_lengths(seq_lens, max_seq_len, k)
         shape = CacheShape(
             batch_size, max_pages, num_kv_heads, head_dim, page_size, k.dtype, k.device
         )
         cache = cls.empty(shape, num_pages=num_pages, page_table=page_table, k_offset=k_offset)
-        cache.seq_lens.copy_(seq_lens)
-        cache.longest = longest
-        prefill, _, _ = cache_launches(head_dim, page_size, dtype_name(k))
-        prefill(k, v, cache.page_table, cache.seq_lens, *cache._written())
+        first_tokens = torch.arange(batch_size, dtype=torch.int32, device=k.device) * max_seq_len
+        cache._extend(k.flatten(0, 1), v.flatten(0, 1), first_tokens, first_tokens + seq_lens)
         return cache
 
     @classmethod
@@ -236,54 +257,40 @@ class PagedKVCache:
         v_cache: torch.Tensor,
         page_table: torch.Tensor,
         seq_lens: torch.Tensor,
-        k_offset: torch.Tensor | None = None,
+        k_offset: KeyOffset = None,
+        layout: str | None = None,
+        validate: bool = False,
     ) -> "PagedKVCache":
         """An engine's own pages, not copied: builds mirror and bounds for them. Synchronizes once.
 
         A page that several requests share is mirrored over the most tokens that any of them has in
-        it. Page ids in use must lie inside the pool.
-
-        Raises:
-            ValueError: a tensor or a length does not fit.
-        """
-        _check_pages(k_cache, v_cache, page_table, seq_lens, k_offset)
-        longest = _check_lengths(seq_lens, page_table.shape[1] * k_cache.shape[1])
-        cache = cls._around(k_cache, v_cache, page_table, seq_lens, k_offset)
-        cache.longest = longest
-        first_token = torch.arange(cache.max_pages, device=seq_lens.device) * cache.page_size
-        used = (seq_lens[:, None] - first_token).clamp(0, cache.page_size)
-        ids = torch.where(used > 0, page_table, 0).flatten().long()
-        page_fill = torch.zeros(cache.num_pages, dtype=torch.int32, device=seq_lens.device)
-        page_fill.scatter_reduce_(0, ids, used.flatten().int(), "amax")
-        _, mirror, _ = cache_launches(cache.head_dim, cache.page_size, dtype_name(k_cache))
-        mirror(
-            page_fill, cache.k_offset, k_cache,
-            cache.k_int4, cache.k_scale_zero, cache.page_bounds, cache.bounds_scale_zero,
-        )  # fmt: skip
-        return cache
-
-    def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Appends one decode token per request: K, V, mirror, bounds and length, in one launch.
+        it. An id outside the pool is left out, here and wherever a page is written; a stage would
+        read it.
 
         Args:
-            k, v: [batch_size, num_kv_heads, head_dim] in the cache's dtype. The page that a request
-                writes to must not be shared.
+            k_offset: as the cache's own, or (k_offset, k_factor).
+            k_cache, v_cache, page_table, seq_lens: as the cache's own. The pools may be
+                views of one tensor, as of [num_pages, 2, ...] or [2, num_pages, ...].
+            layout: "NHD", as above, or "HND", [num_pages, num_kv_heads, page_size, head_dim], which
+                the cache holds transposed. To be stated where page_size and num_kv_heads are both
+                multiples of 16: the pool could be either.
+            validate: whether to check page ids and lengths as `validate_cache` does, before
+                anything is written.
 
         Raises:
-            ValueError: a tensor does not fit, or the longest request may be full. In a replayed
-                graph the host cannot know: there, a full request is left as it is.
+            ValueError: a tensor or a length does not fit, the layout is not clear, or `validate`
+                finds something.
         """
-        shape = (self.batch_size, self.num_kv_heads, self.head_dim)
-        check_tensor("k", k, shape, self.k_cache.dtype, self.k_cache.device, align=16)
-        check_tensor("v", v, shape, self.k_cache.dtype, self.k_cache.device, align=16)
-        if self.longest >= self.capacity:
-            raise ValueError(
-                f"seq_lens: expected room below the capacity of {self.capacity} tokens, "
-                f"got a request that may hold {self.longest}"
-            )
-        _, _, append = cache_launches(self.head_dim, self.page_size, dtype_name(k))
-        append(k, v, self.page_table, self.seq_lens, *self._written())
-        self.longest += 1
+        if layout == "HND":
+            k_cache, v_cache = (_tokens_first(pool) for pool in (k_cache, v_cache))
+        _check_pages(k_cache, v_cache, page_table, seq_lens, k_offset)
+        _check_layout(layout, k_cache)
+        check_lengths(seq_lens, page_table.shape[1] * k_cache.shape[1])
+        cache = cls._around(k_cache, v_cache, page_table, seq_lens, k_offset)
+        if validate:
+            check_indices(cache)
+        cache.mirror_pages(*cache.used_pages())
+        return cache
 
     @classmethod
     def _around(
@@ -292,12 +299,13 @@ class PagedKVCache:
         v_cache: torch.Tensor,
         page_table: torch.Tensor,
         seq_lens: torch.Tensor,
-        k_offset: torch.Tensor | None,
+        k_offset: KeyOffset,
     ) -> "PagedKVCache":
         """Allocates mirror and bounds for K and V pages, unwritten."""
         num_pages, page_size, num_kv_heads, head_dim = k_cache.shape
         device = k_cache.device
         pages, rows = (num_pages, num_kv_heads), (num_pages, num_kv_heads, page_size)
+        k_offset, k_factor = offset_and_factor(k_offset)
         if k_offset is None:
             k_offset = torch.zeros(num_kv_heads, head_dim, device=device)
         return cls(
@@ -310,28 +318,8 @@ class PagedKVCache:
             page_bounds=torch.empty(*pages, 2, head_dim, dtype=torch.uint8, device=device),
             bounds_scale_zero=torch.empty(*pages, 2, dtype=torch.float32, device=device),
             k_offset=k_offset,
+            k_factor=k_factor,
         )
-
-    def _written(self) -> tuple[torch.Tensor, ...]:
-        """The offset and what prefill and append write, in their kernels' order."""
-        return (
-            self.k_offset, self.k_cache, self.v_cache,
-            self.k_int4, self.k_scale_zero, self.page_bounds, self.bounds_scale_zero,
-        )  # fmt: skip
-
-
-@functools.cache
-def cache_launches(head_dim: int, page_size: int, dtype: str) -> tuple[Launch, Launch, Launch]:
-    """The kernels that write a cache: prefill, mirror, append. They have no config."""
-    kernels: dict[str, JITImpl] = {
-        "prefill": prefill_kernel,
-        "mirror": mirror_kernel,
-        "append": append_kernel,
-    }
-    prefill, mirror, append = (
-        Launch(name, kernel, (head_dim, page_size, dtype)) for name, kernel in kernels.items()
-    )
-    return prefill, mirror, append
 
 
 def check_cache(cache: PagedKVCache) -> None:
@@ -339,6 +327,23 @@ def check_cache(cache: PagedKVCache) -> None:
     if not isinstance(cache, PagedKVCache):
         own, got = (f"{kind.__module__}.{kind.__name__}" for kind in (PagedKVCache, type(cache)))
         raise ValueError(f"cache: expected a {own}, got {got}")
+
+
+def check_head_dim(head_dim: int) -> None:
+    """Raises ValueError unless kernels take it, with the way round where keys can be padded."""
+    if head_dim in HEAD_DIMS or head_dim > max(HEAD_DIMS):
+        check_choice("head_dim", head_dim, HEAD_DIMS)
+        return
+    padded = min(own for own in HEAD_DIMS if own > head_dim)
+    raise ValueError(
+        f"head_dim: expected one of {HEAD_DIMS}, got {head_dim}; pad q, K and V with zeros to "
+        f"{padded} channels and pass sm_scale={head_dim} ** -0.5"
+    )
+
+
+def offset_and_factor(k_offset: KeyOffset) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Both, where an offset alone, or none, may stand for them."""
+    return k_offset if isinstance(k_offset, tuple) else (k_offset, None)
 
 
 def check_page_size(page_size: int) -> None:
@@ -353,74 +358,65 @@ def _check_pages(
     v_cache: torch.Tensor,
     page_table: torch.Tensor,
     seq_lens: torch.Tensor,
-    k_offset: torch.Tensor | None,
+    k_offset: KeyOffset,
 ) -> None:
-    check_tensor("k_cache", k_cache, (None,) * 4, HALF_DTYPES, align=16)
+    check_tensor("k_cache", k_cache, (None,) * 4, HALF_DTYPES, align=16, strided=True)
     _, page_size, num_kv_heads, head_dim = k_cache.shape
-    check_choice("head_dim", head_dim, HEAD_DIMS)
+    check_count("num_kv_heads", num_kv_heads, least=1, most=MAX_ROWS)
+    check_head_dim(head_dim)
     check_page_size(page_size)
     device = k_cache.device
-    check_tensor("v_cache", v_cache, k_cache.shape, k_cache.dtype, device, align=16)
+    check_tensor("v_cache", v_cache, k_cache.shape, k_cache.dtype, device, align=16, strided=True)
+    _check_strides(k_cache, v_cache)
     check_tensor("page_table", page_table, (None, None), torch.int32, device)
+    check_count("page_table: number of requests", page_table.shape[0], least=1, most=MAX_ROWS)
     check_tensor("seq_lens", seq_lens, (page_table.shape[0],), torch.int32, device)
     _check_offset(k_offset, num_kv_heads, head_dim, device)
     check_machine(device)
 
 
-def _check_lengths(seq_lens: torch.Tensor, most: int, k: torch.Tensor | None = None) -> int:
-    """The longest of them; raises ValueError unless all lie in [0, most], naming k where its heads
-    stand before its tokens. Synchronizes."""
-    lengths: list[int] = seq_lens.tolist()
-    if k is not None and most < max(lengths) <= k.shape[2]:
+def _check_strides(k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+    """Raises ValueError unless K and V have the same strides, and none of their vectors overlap."""
+    used = [axis for axis, size in enumerate(k_cache.shape) if size > 1]
+    if any(k_cache.stride(axis) != v_cache.stride(axis) for axis in used):
         raise ValueError(
-            "k: expected [batch_size, tokens, num_kv_heads, head_dim], "
-            f"got {list(k.shape)} for {max(lengths)} tokens"
+            f"v_cache: expected the strides of k_cache, {k_cache.stride()}, got {v_cache.stride()}"
         )
-    if min(lengths) < 0 or max(lengths) > most:
-        raise ValueError(f"seq_lens: expected 0 to {most} tokens, got {lengths}")
-    return max(lengths)
+    span = 1
+    for stride, size in sorted((k_cache.stride(axis), k_cache.shape[axis]) for axis in used):
+        if stride < span:
+            raise ValueError(
+                f"k_cache: expected vectors that do not overlap, got strides {k_cache.stride()}"
+            )
+        span += stride * (size - 1)
+
+
+def _tokens_first(pool: torch.Tensor) -> torch.Tensor:
+    """An HND pool as NHD; what is no pool stays as it is."""
+    return pool.transpose(1, 2) if isinstance(pool, torch.Tensor) and pool.ndim == 4 else pool
+
+
+def _check_layout(layout: str | None, k_cache: torch.Tensor) -> None:
+    """Raises ValueError unless the pool's layout is clear: heads and tokens of a page tell
+    themselves apart only where one of them cannot be a page_size."""
+    if layout is not None:
+        check_choice("layout", layout, LAYOUTS)
+    elif k_cache.shape[2] % TILE_TOKENS == 0:
+        _, page_size, num_kv_heads, _ = k_cache.shape
+        raise ValueError(
+            f"layout: expected 'NHD' or 'HND' to be stated for a k_cache of {list(k_cache.shape)}, "
+            f"got none: {page_size} tokens of {num_kv_heads} KV heads might be HND's heads and "
+            f"tokens"
+        )
 
 
 def _check_offset(
-    k_offset: torch.Tensor | None,
+    k_offset: KeyOffset,
     num_kv_heads: int,
     head_dim: int,
     device: torch.device | None = None,
 ) -> None:
-    if k_offset is not None:
-        shape = (num_kv_heads, head_dim)
-        check_tensor("k_offset", k_offset, shape, torch.float32, device, align=16)
-
-
-def validate_cache(cache: PagedKVCache) -> None:
-    """Checks what lies on the device, where no launch can: lengths and page ids. Synchronizes.
-
-    Raises:
-        ValueError: a length is negative or beyond the capacity; a page id in use lies outside the
-            pool; a request uses a page twice; a part-filled last page, which the next append would
-            write to, is shared.
-    """
-    page_table = cache.page_table.cpu()
-    users: dict[int, int] = {}
-    part_filled: dict[int, int] = {}
-    for batch, seq_len in enumerate(cache.seq_lens.tolist()):
-        if not 0 <= seq_len <= cache.capacity:
-            raise ValueError(f"seq_lens[{batch}]: expected 0 to {cache.capacity}, got {seq_len}")
-        pages = page_table[batch, : -(-seq_len // cache.page_size)].tolist()
-        if len(set(pages)) != len(pages):
-            raise ValueError(f"page_table[{batch}]: expected every page once, got one twice")
-        for page in pages:
-            if not 0 <= page < cache.num_pages:
-                raise ValueError(
-                    f"page_table[{batch}]: expected page ids from 0 to {cache.num_pages - 1}, "
-                    f"got {page}"
-                )
-            users[page] = users.get(page, 0) + 1
-        if seq_len % cache.page_size != 0:
-            part_filled[pages[-1]] = batch
-    for page, batch in part_filled.items():
-        if users[page] > 1:
-            raise ValueError(
-                f"page_table[{batch}]: expected a part-filled page of its own, got page {page}, "
-                f"which another request uses"
-            )
+    channels = zip(("k_offset", "k_factor"), offset_and_factor(k_offset), strict=True)
+    for name, own in channels:
+        if own is not None:
+            check_tensor(name, own, (num_kv_heads, head_dim), torch.float32, device, align=16)

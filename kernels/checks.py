@@ -12,11 +12,13 @@ def check_tensor(
     dtypes: torch.dtype | Sequence[torch.dtype],
     device: torch.device | None = None,
     align: int = 4,
+    strided: bool = False,
 ) -> None:
     """Raises ValueError unless `tensor` is a contiguous CUDA tensor of this shape and dtype.
 
     None in `shape` allows any size. `device` asks for the same device as another tensor, `align`
-    for an address that is a multiple of so many bytes.
+    for an address that is a multiple of so many bytes. Of a `strided` one only the last dimension
+    must be contiguous: its vectors start at such addresses.
     """
     dtypes = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
     if not isinstance(tensor, torch.Tensor):
@@ -36,11 +38,26 @@ def check_tensor(
         raise ValueError(f"{name}: expected shape [{expected}], got {list(tensor.shape)}")
     if tensor.numel() == 0:
         raise ValueError(f"{name}: expected no size of 0, got {list(tensor.shape)}")
-    if not tensor.is_contiguous():
+    if strided:
+        _check_strides(name, tensor, align)
+    elif not tensor.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
     if tensor.data_ptr() % align != 0:
         address = f"{tensor.data_ptr():#x}"
         raise ValueError(f"{name}: expected {align}-byte alignment, got address {address}")
+
+
+def _check_strides(name: str, tensor: torch.Tensor, align: int) -> None:
+    *outer, innermost = tensor.stride()
+    if innermost != 1:
+        raise ValueError(f"{name}: expected contiguous channels, got strides {tensor.stride()}")
+    unit = align // tensor.itemsize
+    used = zip(outer, tensor.shape, strict=False)
+    if any(size > 1 and stride % unit for stride, size in used):
+        raise ValueError(
+            f"{name}: expected strides that are multiples of {unit} elements ({align} bytes), "
+            f"got strides {tensor.stride()}"
+        )
 
 
 def check_count(name: str, value: int, least: int, most: int | None = None) -> None:

@@ -16,6 +16,7 @@ from .lists import CandidatePages, Window
 from .mma import Tiles
 from .pruner import SEARCH_SOURCES, Pruned
 from .split_kv import Work
+from .strided import strided
 from .threshold import BINS_PER_THREAD
 from .token_list import Row, TokenList
 from .top_p import NUM_THREADS, VECTOR, Heads, Logits, is_held, list_row, prune_heads
@@ -75,10 +76,10 @@ def estimate_and_prune(
 ) -> None:
     """One launch, with the bits of estimate() and prune(): candidates of the grouped query, top_p
     by KV head -> kept tokens, and attention's list of work."""
-    (launch,) = planned.launches
     kept, work, _ = pruned
-    launch(
-        q, cache.code_words, cache.k_scale_zero, cache.page_table, cache.seq_lens, *candidates,
+    planned.launches[0](
+        q, cache.factor, cache.code_words, cache.k_scale_zero,
+        cache.page_table, cache.seq_lens, *candidates,
         sm_scale, top_p, *window, *kept, *work,
     )  # fmt: skip
 
@@ -92,20 +93,20 @@ def estimate_prune_kernel(
     width_bound: int,
     split_tokens: int,
     config: EstimatePruneConfig,
+    smooth: bool = False,
 ):
     """Grid: (kv_head, batch). The block's warps share out the row's tiles, then all search it."""
-    batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
-    num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
-    width_pages, width = T.dynamic("width_pages"), T.dynamic("width")
-    max_items = T.dynamic("max_items")
-    row_words = head_dim // 8
+    batch_size, num_kv_heads, max_items = T.dynamic("batch_size, num_kv_heads, max_items")
+    num_pages, max_pages = T.dynamic("num_pages, max_pages")
+    width, width_pages = T.dynamic("width, width_pages")
     num_threads = NUM_THREADS * config.heads_at_once
     step_tiles = num_threads // 32 * config.tiles_per_warp
 
     @T.prim_func
     def estimate_and_prune(
-        q: T.Tensor[(batch_size, num_kv_heads, group_size, head_dim), dtype],
-        codes: T.Tensor[(num_pages, num_kv_heads, page_size, row_words), T.int32],
+        q: T.StridedTensor[strided("q", (batch_size, num_kv_heads, group_size, head_dim), dtype)],
+        k_factor: T.Tensor[(num_kv_heads, head_dim), T.float32],
+        codes: T.Tensor[(num_pages, num_kv_heads, page_size, head_dim // 8), T.int32],
         scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
         page_table: T.Tensor[(batch_size, max_pages), T.int32],
         seq_lens: T.Tensor[(batch_size,), T.int32],
@@ -140,7 +141,8 @@ def estimate_prune_kernel(
                 count=num_tiles,
             )
             estimate_tiles(
-                tiles, q, Mirror(codes, scale_zero), row, candidates, page_table, sm_scale,
+                tiles, q, k_factor if smooth else None, Mirror(codes, scale_zero), row, candidates,
+                page_table, sm_scale,
                 lambda head, tile, token, value: T.buffer_store(
                     logits, value, [head, tile * TILE_TOKENS + token]
                 ),
@@ -162,19 +164,12 @@ def _launches(shape: StepShape, config: EstimatePruneConfig) -> tuple[Launch, ..
     """None where estimator and pruner launch apart."""
     if not config.fused:
         return ()
-    sizes = (shape.group_size, shape.head_dim, shape.page_size, shape.dtype)
-    split_tokens = split_tokens_of(shape.group_size)
-    arguments = (*sizes, static_width(shape.width), split_tokens, config)
-    return (Launch("estimate_prune", estimate_prune_kernel, arguments),)
+    sizes = (*shape.statics, static_width(shape.width), split_tokens_of(shape.group_size))
+    return (Launch("estimate_prune", estimate_prune_kernel, (*sizes, config)),)
 
 
 ESTIMATE_PRUNE = KernelSpec(
-    name="estimate_prune",
-    stage="estimate_prune",
-    config=EstimatePruneConfig,
-    default=default_config,
-    width=lambda shape: shape.width,
-    launches=_launches,
-    sources=("estimate_prune.py", "estimate_tiles.py", "mma.py", *SEARCH_SOURCES),
-    static_width=True,
-)
+    name="estimate_prune", stage="estimate_prune", config=EstimatePruneConfig,
+    default=default_config, launches=_launches, static_width=True,
+    sources=("estimate_prune.py", "estimate_tiles.py", "mma.py", "strided.py", *SEARCH_SOURCES),
+)  # fmt: skip

@@ -10,10 +10,11 @@ from .cache import TILE_TOKENS, PagedKVCache
 from .compiling import TILE_LEVEL, start_early
 from .estimate_tiles import Mirror, estimate_tiles
 from .gpu import Gpu
-from .launch import KernelSpec, Launch, StepShape
+from .launch import KernelSpec, Launch, StepShape, on_device
 from .lists import CandidatePages, check_lists
 from .mma import Tiles
 from .query import by_kv_head, check_query, check_scale, step_shape
+from .strided import strided
 from .token_list import Row, TokenList
 from .tuned import Planned, planned
 
@@ -44,9 +45,8 @@ def estimate_logits(
 
     Args:
         q: [batch_size, num_qo_heads, head_dim], fp16 or bf16, as the cache.
-        cache: only k_int4, k_scale_zero, page_table and seq_lens are read.
-        candidates: pages [batch_size, num_kv_heads, width] i32, logical pages, and counts
-            [batch_size, num_kv_heads] i32, how many of them are valid.
+        cache: only k_int4, k_scale_zero, k_factor, page_table and seq_lens are read.
+        candidates: see CandidatePages; here in any order.
         sm_scale: factor of the logits, positive; head_dim ** -0.5 where None.
 
     Returns:
@@ -64,7 +64,8 @@ def estimate_logits(
     logits = torch.empty(*q.shape[:2], width, dtype=torch.float16, device=q.device)
     own = planned(ESTIMATOR, step_shape(cache, group_size, width), q.device)
     grouped = [by_kv_head(each, cache.num_kv_heads) for each in (q, logits)]
-    estimate(own, grouped[0], cache, candidates, grouped[1], sm_scale)
+    with on_device(q.device):
+        estimate(own, grouped[0], cache, candidates, grouped[1], sm_scale)
     return logits
 
 
@@ -79,30 +80,36 @@ def estimate(
     """One launch: candidates of the grouped query -> logits by KV head."""
     (launch,) = planned.launches
     launch(
-        q, cache.code_words, cache.k_scale_zero, cache.page_table, cache.seq_lens, *candidates,
+        q, cache.factor, cache.code_words, cache.k_scale_zero,
+        cache.page_table, cache.seq_lens, *candidates,
         sm_scale, logits.view(*logits.shape[:3], -1, cache.page_size),
     )  # fmt: skip
 
 
 @tilelang.jit(pass_configs=TILE_LEVEL)
 def estimator_kernel(
-    group_size: int, head_dim: int, page_size: int, dtype: str, config: EstimatorConfig
+    group_size: int,
+    head_dim: int,
+    page_size: int,
+    dtype: str,
+    config: EstimatorConfig,
+    smooth: bool = False,
 ):
     """Grid: (blocks of candidate tiles, kv_head, batch); in each of `steps`, a warp takes
     `tiles_per_warp` tiles of 16 tokens, and issues all their loads before the first product.
     """
-    batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
-    num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
-    width_pages = T.dynamic("width_pages")
-    row_words = head_dim // 8
+    batch_size, num_kv_heads = T.dynamic("batch_size, num_kv_heads")
+    num_pages, max_pages, width_pages = T.dynamic("num_pages, max_pages, width_pages")
     tiles_per_page = page_size // TILE_TOKENS
     step_tiles = config.num_warps * config.tiles_per_warp
     block_tiles = step_tiles * config.steps
+    grid = (T.ceildiv(width_pages * tiles_per_page, block_tiles), num_kv_heads, batch_size)
 
     @T.prim_func
     def estimate_logits(
-        q: T.Tensor[(batch_size, num_kv_heads, group_size, head_dim), dtype],
-        codes: T.Tensor[(num_pages, num_kv_heads, page_size, row_words), T.int32],
+        q: T.StridedTensor[strided("q", (batch_size, num_kv_heads, group_size, head_dim), dtype)],
+        k_factor: T.Tensor[(num_kv_heads, head_dim), T.float32],
+        codes: T.Tensor[(num_pages, num_kv_heads, page_size, head_dim // 8), T.int32],
         scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
         page_table: T.Tensor[(batch_size, max_pages), T.int32],
         seq_lens: T.Tensor[(batch_size,), T.int32],
@@ -111,12 +118,7 @@ def estimator_kernel(
         sm_scale: T.float32,
         logits: T.Tensor[(batch_size, num_kv_heads, group_size, width_pages, page_size), T.float16],
     ):
-        with T.Kernel(
-            T.ceildiv(width_pages * tiles_per_page, block_tiles),
-            num_kv_heads,
-            batch_size,
-            threads=config.num_warps * 32,
-        ) as (block, kv_head, batch):
+        with T.Kernel(*grid, threads=config.num_warps * 32) as (block, kv_head, batch):
             start_early(config.pdl)
             row = Row(batch, kv_head, seq_lens[batch])
             num_tiles = candidate_counts[batch, kv_head] * tiles_per_page
@@ -135,22 +137,22 @@ def estimator_kernel(
                  of_tile % tiles_per_page * TILE_TOKENS + of_token],
             )  # fmt: skip
             mirror = Mirror(codes, scale_zero)
-            estimate_tiles(tiles, q, mirror, row, candidates, page_table, sm_scale, store)
+            estimate_tiles(
+                tiles, q, k_factor if smooth else None, mirror, row, candidates, page_table,
+                sm_scale, store,
+            )  # fmt: skip
 
     return estimate_logits
 
 
 def _launches(shape: StepShape, config: EstimatorConfig) -> tuple[Launch, ...]:
-    arguments = (shape.group_size, shape.head_dim, shape.page_size, shape.dtype, config)
-    return (Launch("estimator", estimator_kernel, arguments),)
+    return (Launch("estimator", estimator_kernel, (*shape.statics, config, shape.smooth)),)
 
 
 ESTIMATOR = KernelSpec(
-    name="estimator",
-    stage="estimator",
-    config=EstimatorConfig,
-    default=default_config,
-    width=lambda shape: shape.width,
+    name="estimator", stage="estimator", config=EstimatorConfig, default=default_config,
     launches=_launches,
-    sources=("estimator.py", "estimate_tiles.py", "mma.py", "token_list.py", "warp.py"),
-)
+    sources=(
+        "estimator.py", "estimate_tiles.py", "mma.py", "strided.py", "token_list.py", "warp.py"
+    ),
+)  # fmt: skip

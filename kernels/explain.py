@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from .launch import Launch
-from .plan import SelectorPlan, SparsePlan
+from .plan import SparsePlan
+from .selector import SelectorPlan
 from .split_kv import AttentionConfig
 from .steps import CandidateStep, DenseStep
 from .tuned import Planned
@@ -47,6 +48,8 @@ def _sparse(plan: SparsePlan) -> list[str]:
     else:
         lines.append(_line("estimator: logits", plan.estimator))
         lines.append(_line("pruner: top-p", plan.pruner))
+    if plan.mass_bound is not None:
+        lines.append("bound of the kept mass: one kernel more, no config")
     return [*lines, _attention("kept tokens", plan.attention)]
 
 

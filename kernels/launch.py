@@ -4,10 +4,12 @@ explain, compile ahead or tune it."""
 import functools
 import hashlib
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
+import torch
 from tilelang.jit import JITImpl
 
 from .gpu import Gpu
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config", bound="DataclassInstance")  # a kernel's launch configuration
 ROOM = Path(__file__).resolve().parent
+HERE = nullcontext()
 
 
 class StepShape(NamedTuple):
@@ -31,6 +34,12 @@ class StepShape(NamedTuple):
     width: int  # candidate tokens of a row
     launch_rows: int  # of one launch: fewer where the batch is cut into parts
     logits_dtype: str = "float16"  # of the estimator's; the pruner takes float32 too
+    smooth: bool = False  # keys have a k_factor
+
+    @property
+    def statics(self) -> tuple[int, int, int, str]:
+        """What every kernel of a row is compiled for, in the order of its arguments."""
+        return self[:4]
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,12 @@ def compiled(factory: JITImpl, arguments: tuple[Hashable, ...]) -> Callable[...,
     return kernel
 
 
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """What launches on a GPU stand in: a kernel's entry makes the GPU of its tensors the current
+    one and leaves it so. Where it is the current one already, this costs one look."""
+    return HERE if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+
+
 @dataclass(frozen=True)
 class KernelSpec(Generic[Config]):
     """One kernel.
@@ -65,9 +80,9 @@ class KernelSpec(Generic[Config]):
         stage: of the benchmark, in which it is timed.
         config: dataclass of its launch configuration.
         default: the config where nothing is tuned, by shape and GPU.
-        width: of a row, as tuned configs count it: pages of the selector's kernels, else tokens.
         launches: what launches with a config.
         sources: an entry measured with other contents of these files is stale.
+        width: of a row, as tuned configs count it: pages of the selector's kernels, else tokens.
         result_fields: part of the result's definition: never tuned.
         static_width: compiled for its width, rounded up to a power of two.
     """
@@ -76,9 +91,9 @@ class KernelSpec(Generic[Config]):
     stage: str
     config: type[Config]
     default: Callable[[StepShape, Gpu], Config]
-    width: Callable[[StepShape], int]
     launches: Callable[[StepShape, Config], tuple[Launch, ...]]
     sources: tuple[str, ...]
+    width: Callable[[StepShape], int] = lambda shape: shape.width
     result_fields: tuple[str, ...] = ()
     static_width: bool = False
 

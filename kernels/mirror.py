@@ -1,6 +1,7 @@
 """The kernels that write a cache: K and V, the 4-bit mirror of K, and the page bounds.
 
 One warp handles one key of one KV head: a lane holds head_dim / 32 neighbouring channels of it.
+Nothing is written to a page that is not one of the pool's, whatever a page table holds.
 """
 
 from typing import NamedTuple
@@ -10,11 +11,13 @@ import tilelang.language as T
 from tvm.tirx import Buffer, PrimExpr
 
 from .compiling import EXACT_MATH
+from .strided import assume_aligned, strided
 
 MAX_CODE = 15
 MAX_BOUND_CODE = 255
 SCALE_UP = 1 + 2**-20  # so that 255 rounded steps still reach the largest bound
 ROWS_IN_FLIGHT = 16  # rows of a page whose loads append issues together
+NUM_WARPS = 8  # of append
 
 
 class Mirror(NamedTuple):
@@ -35,9 +38,26 @@ class Place(NamedTuple):
     channels: int  # of a lane
 
 
+def shifted_by(shift: Buffer, value: PrimExpr, c: PrimExpr) -> PrimExpr:
+    """A lane's c-th channel as it is mirrored: less the offset, shift[0], and over the factor,
+    shift[1], where there is one."""
+    moved = T.cast(value, T.float32) - shift[0, c]
+    return moved / shift[1, c] if int(shift.shape[0]) > 1 else moved
+
+
 @T.macro
-def quantize_key(key, offset, mirror, place, slot):
-    """Writes code = round((key - offset - zero) / scale) for a warp's key, and (scale, zero).
+def load_shift(shift, k_offset, k_factor, kv_head, first_channel):
+    """k_factor: None where keys have none."""
+    for c in T.vectorized(shift.shape[1]):
+        shift[0, c] = k_offset[kv_head, first_channel + c]
+    if k_factor is not None:
+        for c in T.vectorized(shift.shape[1]):
+            shift[1, c] = k_factor[kv_head, first_channel + c]
+
+
+@T.macro
+def quantize_key(key, shift, mirror, place, slot):
+    """Writes code = round((key - zero) / scale) for a warp's shifted key, and (scale, zero).
 
     zero rounds down and scale rounds up, so that the fp16 pair still spans every channel. A
     constant key has scale 0 and codes 0.
@@ -49,7 +69,7 @@ def quantize_key(key, offset, mirror, place, slot):
     scale = T.alloc_var(T.float32)
     bits = T.alloc_var(T.uint16)  # of an fp16, to step to its neighbour
     for c in T.unroll(channels):
-        shifted[c] = T.cast(key[c], T.float32) - offset[c]
+        shifted[c] = shifted_by(shift, key[c], c)
     zero = shifted[0]
     scale = shifted[0]
     for c in T.unroll(channels):
@@ -98,8 +118,8 @@ def extend_bounds(low, high, key, channels):
 
 
 @T.macro
-def quantize_bounds(low, high, offset, mirror, place):
-    """Writes the outward codes of a warp's bounds (less the offset), and (scale, zero).
+def quantize_bounds(low, high, shift, mirror, place):
+    """Writes the outward codes of a warp's shifted bounds, and (scale, zero).
 
     code * scale is compared with a difference, never added to anything: no product can be fused
     into a multiply-add, so every operation rounds once, as in the reference.
@@ -113,8 +133,8 @@ def quantize_bounds(low, high, offset, mirror, place):
     scale = T.alloc_var(T.float32)
     code = T.alloc_var(T.float32)
     for c in T.unroll(channels):
-        above[c] = T.cast(high[c], T.float32) - offset[c]
-        below[c] = T.cast(low[c], T.float32) - offset[c]
+        above[c] = shifted_by(shift, high[c], c)
+        below[c] = shifted_by(shift, low[c], c)
     zero = below[0]
     scale = above[0]
     for c in T.unroll(channels):
@@ -152,105 +172,91 @@ def quantize_bounds(low, high, offset, mirror, place):
 
 
 @T.macro
-def mirror_page(k_cache, k_offset, mirror, place, fill):
-    """One warp mirrors and bounds a page's first `fill` >= 1 tokens; other slots get codes 0."""
+def mirror_page(k_cache, k_offset, k_factor, mirror, place, first, fill):
+    """One warp bounds a page's first `fill` >= 1 tokens, and mirrors those from slot `first` on:
+    the codes before it stand. Slots from `fill` on get codes 0."""
     page, kv_head, lane, channels = place
     page_size = int(k_cache.shape[1])
     key = T.alloc_local((channels,), k_cache.dtype)
     low = T.alloc_local((channels,), k_cache.dtype)
     high = T.alloc_local((channels,), k_cache.dtype)
-    offset = T.alloc_local((channels,), T.float32)
+    shift = T.alloc_local((1 if k_factor is None else 2, channels), T.float32)
     for c in T.vectorized(channels):
         low[c] = k_cache[page, 0, kv_head, lane * channels + c]
     for c in T.unroll(channels):
         high[c] = low[c]
-    for c in T.vectorized(channels):
-        offset[c] = k_offset[kv_head, lane * channels + c]
+    load_shift(shift, k_offset, k_factor, kv_head, lane * channels)
     for slot in T.serial(page_size):
         if slot < fill:
             for c in T.vectorized(channels):
                 key[c] = k_cache[page, slot, kv_head, lane * channels + c]
             extend_bounds(low, high, key, channels)
-            quantize_key(key, offset, mirror, place, slot)
+            if slot >= first:
+                quantize_key(key, shift, mirror, place, slot)
         else:
             for c in T.vectorized(channels // 2):
                 mirror.codes[page, kv_head, slot, lane * (channels // 2) + c] = T.uint8(0)
             if lane < 2:
                 mirror.scale_zero[page, kv_head, slot, lane] = T.float16(0)
-    quantize_bounds(low, high, offset, mirror, place)
+    quantize_bounds(low, high, shift, mirror, place)
 
 
 @tilelang.jit(pass_configs=EXACT_MATH)
-def prefill_kernel(head_dim: int, page_size: int, dtype: str):
-    """Grid: (logical page, kv_head, batch), one warp each."""
-    batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
-    num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
-    max_seq_len = T.dynamic("max_seq_len")
-    channels = head_dim // 32
-
-    @T.prim_func
-    def prefill_pages(
-        k: T.Tensor[(batch_size, max_seq_len, num_kv_heads, head_dim), dtype],
-        v: T.Tensor[(batch_size, max_seq_len, num_kv_heads, head_dim), dtype],
-        page_table: T.Tensor[(batch_size, max_pages), T.int32],
-        seq_lens: T.Tensor[(batch_size,), T.int32],
-        k_offset: T.Tensor[(num_kv_heads, head_dim), T.float32],
-        k_cache: T.Tensor[(num_pages, page_size, num_kv_heads, head_dim), dtype],
-        v_cache: T.Tensor[(num_pages, page_size, num_kv_heads, head_dim), dtype],
-        codes: T.Tensor[(num_pages, num_kv_heads, page_size, head_dim // 2), T.uint8],
-        scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
-        bounds: T.Tensor[(num_pages, num_kv_heads, 2, head_dim), T.uint8],
-        bounds_scale_zero: T.Tensor[(num_pages, num_kv_heads, 2), T.float32],
-    ):
-        with T.Kernel(max_pages, num_kv_heads, batch_size, threads=32) as (logical, kv_head, batch):
-            lane = T.get_thread_binding()
-            fill = T.min(seq_lens[batch] - logical * page_size, page_size)
-            if fill > 0:
-                page = page_table[batch, logical]
-                for slot in T.serial(fill):
-                    token = logical * page_size + slot
-                    for c in T.vectorized(channels):
-                        channel = lane * channels + c
-                        k_cache[page, slot, kv_head, channel] = k[batch, token, kv_head, channel]
-                    for c in T.vectorized(channels):
-                        channel = lane * channels + c
-                        v_cache[page, slot, kv_head, channel] = v[batch, token, kv_head, channel]
-                mirror = Mirror(codes, scale_zero, bounds, bounds_scale_zero)
-                place = Place(page, kv_head, lane, channels)
-                mirror_page(k_cache, k_offset, mirror, place, fill)
-
-    return prefill_pages
-
-
-@tilelang.jit(pass_configs=EXACT_MATH)
-def mirror_kernel(head_dim: int, page_size: int, dtype: str):
-    """Grid: (physical page, kv_head), one warp each. `page_fill`: tokens in each page."""
+def mirror_kernel(head_dim: int, page_size: int, dtype: str, smooth: bool = False):
+    """Grid: (listed page, kv_head), one warp each: mirror and bounds of a page's first page_tokens
+    keys, which are copied from another page first where `sources` names another. A page that is
+    none of the pool's, or has no tokens, is left out.
+    """
     num_kv_heads, num_pages = T.dynamic("num_kv_heads"), T.dynamic("num_pages")
+    num_listed = T.dynamic("num_listed")
     channels = head_dim // 32
+    pool = strided("pool", (num_pages, page_size, num_kv_heads, head_dim), dtype)
 
     @T.prim_func
     def mirror_pages(
-        page_fill: T.Tensor[(num_pages,), T.int32],
+        sources: T.Tensor[(num_listed,), T.int32],
+        pages: T.Tensor[(num_listed,), T.int32],
+        page_tokens: T.Tensor[(num_listed,), T.int32],
         k_offset: T.Tensor[(num_kv_heads, head_dim), T.float32],
-        k_cache: T.Tensor[(num_pages, page_size, num_kv_heads, head_dim), dtype],
+        k_factor: T.Tensor[(num_kv_heads, head_dim), T.float32],
+        k_cache: T.StridedTensor[pool],
+        v_cache: T.StridedTensor[pool],
         codes: T.Tensor[(num_pages, num_kv_heads, page_size, head_dim // 2), T.uint8],
         scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
         bounds: T.Tensor[(num_pages, num_kv_heads, 2, head_dim), T.uint8],
         bounds_scale_zero: T.Tensor[(num_pages, num_kv_heads, 2), T.float32],
     ):
-        with T.Kernel(num_pages, num_kv_heads, threads=32) as (page, kv_head):
+        with T.Kernel(num_listed, num_kv_heads, threads=32) as (listed, kv_head):
+            assume_aligned(k_cache, v_cache)
             lane = T.get_thread_binding()
-            if page_fill[page] > 0:
+            source = sources[listed]
+            page = pages[listed]
+            fill = T.min(page_tokens[listed], page_size)
+            if page >= 0 and page < num_pages and source >= 0 and source < num_pages and fill > 0:
+                if source != page:
+                    for slot in T.serial(fill):
+                        for c in T.vectorized(channels):
+                            channel = lane * channels + c
+                            k_cache[page, slot, kv_head, channel] = k_cache[
+                                source, slot, kv_head, channel
+                            ]
+                        for c in T.vectorized(channels):
+                            channel = lane * channels + c
+                            v_cache[page, slot, kv_head, channel] = v_cache[
+                                source, slot, kv_head, channel
+                            ]
                 mirror = Mirror(codes, scale_zero, bounds, bounds_scale_zero)
                 place = Place(page, kv_head, lane, channels)
-                mirror_page(k_cache, k_offset, mirror, place, page_fill[page])
+                mirror_page(k_cache, k_offset, k_factor if smooth else None, mirror, place, 0, fill)
 
     return mirror_pages
 
 
 @tilelang.jit(pass_configs=EXACT_MATH)
-def append_kernel(head_dim: int, page_size: int, dtype: str):
+def append_kernel(head_dim: int, page_size: int, dtype: str, smooth: bool = False):
     """Grid: (batch); a warp takes every eighth KV head. The length moves once all are written.
+
+    A request is left out where `active` is 0, or where its next token has no page of the pool.
 
     The page's bounds are found anew from its keys, so that they have the bits of a prefill: grown
     from their codes, they would get coarser with every token.
@@ -258,24 +264,27 @@ def append_kernel(head_dim: int, page_size: int, dtype: str):
     batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
     num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
     channels = head_dim // 32
-    num_warps = 8
     num_chunks = page_size // ROWS_IN_FLIGHT
+    pool = strided("pool", (num_pages, page_size, num_kv_heads, head_dim), dtype)
 
     @T.prim_func
     def append_tokens(
-        k: T.Tensor[(batch_size, num_kv_heads, head_dim), dtype],
-        v: T.Tensor[(batch_size, num_kv_heads, head_dim), dtype],
+        k: T.StridedTensor[strided("k", (batch_size, num_kv_heads, head_dim), dtype)],
+        v: T.StridedTensor[strided("v", (batch_size, num_kv_heads, head_dim), dtype)],
         page_table: T.Tensor[(batch_size, max_pages), T.int32],
         seq_lens: T.Tensor[(batch_size,), T.int32],
+        active: T.Tensor[(batch_size,), T.uint8],
         k_offset: T.Tensor[(num_kv_heads, head_dim), T.float32],
-        k_cache: T.Tensor[(num_pages, page_size, num_kv_heads, head_dim), dtype],
-        v_cache: T.Tensor[(num_pages, page_size, num_kv_heads, head_dim), dtype],
+        k_factor: T.Tensor[(num_kv_heads, head_dim), T.float32],
+        k_cache: T.StridedTensor[pool],
+        v_cache: T.StridedTensor[pool],
         codes: T.Tensor[(num_pages, num_kv_heads, page_size, head_dim // 2), T.uint8],
         scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
         bounds: T.Tensor[(num_pages, num_kv_heads, 2, head_dim), T.uint8],
         bounds_scale_zero: T.Tensor[(num_pages, num_kv_heads, 2), T.float32],
     ):
-        with T.Kernel(batch_size, threads=num_warps * 32) as batch:
+        with T.Kernel(batch_size, threads=NUM_WARPS * 32) as batch:
+            assume_aligned(k, v, k_cache, v_cache)
             thread = T.get_thread_binding()
             first_channel = thread % 32 * channels
             key = T.alloc_local((channels,), dtype)
@@ -283,44 +292,49 @@ def append_kernel(head_dim: int, page_size: int, dtype: str):
             rows = T.alloc_local((ROWS_IN_FLIGHT, channels), dtype)
             low = T.alloc_local((channels,), dtype)
             high = T.alloc_local((channels,), dtype)
-            offset = T.alloc_local((channels,), T.float32)
+            shift = T.alloc_local((2 if smooth else 1, channels), T.float32)
             token = seq_lens[batch]
             slot = token % page_size
-            if token < max_pages * page_size:
+            if active[batch] != T.uint8(0) and token >= 0 and token < max_pages * page_size:
                 page = page_table[batch, token // page_size]
-                for step in T.serial(T.ceildiv(num_kv_heads, num_warps)):
-                    kv_head = step * num_warps + thread // 32
-                    if kv_head < num_kv_heads:
-                        for c in T.vectorized(channels):
-                            key[c] = k[batch, kv_head, first_channel + c]
-                        for c in T.vectorized(channels):
-                            value[c] = v[batch, kv_head, first_channel + c]
-                        for c in T.vectorized(channels):
-                            offset[c] = k_offset[kv_head, first_channel + c]
-                        for c in T.unroll(channels):
-                            low[c] = key[c]
-                            high[c] = key[c]
-                        for chunk in T.serial(num_chunks):
-                            if chunk * ROWS_IN_FLIGHT < slot:
-                                for r in T.unroll(ROWS_IN_FLIGHT):
-                                    # Rows from the new one on repeat the last one before it.
-                                    row = T.min(chunk * ROWS_IN_FLIGHT + r, slot - 1)
-                                    for c in T.vectorized(channels):
-                                        rows[r, c] = k_cache[page, row, kv_head, first_channel + c]
-                                for r in T.unroll(ROWS_IN_FLIGHT):
-                                    for c in T.unroll(channels):
-                                        low[c] = T.min(low[c], rows[r, c])
-                                        high[c] = T.max(high[c], rows[r, c])
-                        for c in T.vectorized(channels):
-                            k_cache[page, slot, kv_head, first_channel + c] = key[c]
-                        for c in T.vectorized(channels):
-                            v_cache[page, slot, kv_head, first_channel + c] = value[c]
-                        mirror = Mirror(codes, scale_zero, bounds, bounds_scale_zero)
-                        place = Place(page, kv_head, thread % 32, channels)
-                        quantize_bounds(low, high, offset, mirror, place)
-                        quantize_key(key, offset, mirror, place, slot)
-                T.sync_threads()
-                if thread == 0:
-                    seq_lens[batch] = token + 1
+                if page >= 0 and page < num_pages:
+                    for step in T.serial(T.ceildiv(num_kv_heads, NUM_WARPS)):
+                        kv_head = step * NUM_WARPS + thread // 32
+                        if kv_head < num_kv_heads:
+                            for c in T.vectorized(channels):
+                                key[c] = k[batch, kv_head, first_channel + c]
+                            for c in T.vectorized(channels):
+                                value[c] = v[batch, kv_head, first_channel + c]
+                            load_shift(
+                                shift, k_offset, k_factor if smooth else None, kv_head,
+                                first_channel,
+                            )  # fmt: skip
+                            for c in T.unroll(channels):
+                                low[c] = key[c]
+                                high[c] = key[c]
+                            for chunk in T.serial(num_chunks):
+                                if chunk * ROWS_IN_FLIGHT < slot:
+                                    for r in T.unroll(ROWS_IN_FLIGHT):
+                                        # Rows from the new one on repeat the last one before it.
+                                        row = T.min(chunk * ROWS_IN_FLIGHT + r, slot - 1)
+                                        for c in T.vectorized(channels):
+                                            rows[r, c] = k_cache[
+                                                page, row, kv_head, first_channel + c
+                                            ]
+                                    for r in T.unroll(ROWS_IN_FLIGHT):
+                                        for c in T.unroll(channels):
+                                            low[c] = T.min(low[c], rows[r, c])
+                                            high[c] = T.max(high[c], rows[r, c])
+                            for c in T.vectorized(channels):
+                                k_cache[page, slot, kv_head, first_channel + c] = key[c]
+                            for c in T.vectorized(channels):
+                                v_cache[page, slot, kv_head, first_channel + c] = value[c]
+                            mirror = Mirror(codes, scale_zero, bounds, bounds_scale_zero)
+                            place = Place(page, kv_head, thread % 32, channels)
+                            quantize_bounds(low, high, shift, mirror, place)
+                            quantize_key(key, shift, mirror, place, slot)
+                    T.sync_threads()
+                    if thread == 0:
+                        seq_lens[batch] = token + 1
 
     return append_tokens

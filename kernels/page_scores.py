@@ -24,6 +24,7 @@ from .mma import (
     mma_m16n8k16,
     place_in_quad,
 )
+from .strided import strided
 from .token_list import Row
 from .tuned import Planned
 from .warp import join_lanes
@@ -40,7 +41,7 @@ class PageScoreConfig:
 
     @property
     def block_pages(self) -> int:
-        return self.num_warps * self.tiles_per_warp * self.steps * 16
+        return self.num_warps * self.tiles_per_warp * self.steps * TILE_PAGES
 
 
 def default_config(shape: StepShape, gpu: Gpu) -> PageScoreConfig:
@@ -57,7 +58,10 @@ def score_pages(
 ) -> None:
     """One launch: scores [batch_size, num_kv_heads, max_pages] f32 of the grouped query."""
     (launch,) = planned.launches
-    launch(q, cache.bound_words, cache.bounds_scale_zero, cache.page_table, cache.seq_lens, scores)
+    launch(
+        q, cache.factor, cache.bound_words, cache.bounds_scale_zero,
+        cache.page_table, cache.seq_lens, scores,
+    )  # fmt: skip
 
 
 class LoadedBounds(NamedTuple):
@@ -151,7 +155,12 @@ def largest_bounds(best, acc, loaded, i, query):
 
 @tilelang.jit(pass_configs=TILE_LEVEL)
 def page_score_kernel(
-    group_size: int, head_dim: int, page_size: int, dtype: str, config: PageScoreConfig
+    group_size: int,
+    head_dim: int,
+    page_size: int,
+    dtype: str,
+    config: PageScoreConfig,
+    smooth: bool = False,
 ):
     """Grid: (blocks of pages, kv_head, batch); in each of `steps`, a warp takes `tiles_per_warp`
     tiles of 16 pages, and issues all their loads before the first product. Score = the largest
@@ -165,25 +174,22 @@ def page_score_kernel(
     the same of `x >> 8` has 1 and 3. Channels are permuted alike in q: of every 64, the lanes of a
     quad hold 16 each, one load.
     """
-    batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
-    num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
+    batch_size, num_kv_heads = T.dynamic("batch_size, num_kv_heads")
+    num_pages, max_pages = T.dynamic("num_pages, max_pages")
     step_tiles = config.num_warps * config.tiles_per_warp
+    grid = (T.ceildiv(max_pages, config.block_pages), num_kv_heads, batch_size)
 
     @T.prim_func
     def score_pages(
-        q: T.Tensor[(batch_size, num_kv_heads, group_size, head_dim), dtype],
+        q: T.StridedTensor[strided("q", (batch_size, num_kv_heads, group_size, head_dim), dtype)],
+        k_factor: T.Tensor[(num_kv_heads, head_dim), T.float32],
         bounds: T.Tensor[(num_pages, num_kv_heads, 2, head_dim // 4), T.int32],
         bounds_scale_zero: T.Tensor[(num_pages, num_kv_heads, 2), T.float32],
         page_table: T.Tensor[(batch_size, max_pages), T.int32],
         seq_lens: T.Tensor[(batch_size,), T.int32],
         scores: T.Tensor[(batch_size, num_kv_heads, max_pages), T.float32],
     ):
-        with T.Kernel(
-            T.ceildiv(max_pages, config.block_pages),
-            num_kv_heads,
-            batch_size,
-            threads=config.num_warps * 32,
-        ) as (block, kv_head, batch):
+        with T.Kernel(*grid, threads=config.num_warps * 32) as (block, kv_head, batch):
             start_early(config.pdl)
             row = Row(batch, kv_head)
             _, lane = place_in_quad()
@@ -204,7 +210,12 @@ def page_score_kernel(
             loaded.find_pages(tiles, tiles.first, page_table, row)
             if tiles.first < tiles.count:
                 query.load(
-                    q, row, 16, lambda of, w, e: T.cast(of[w * 4 + e % 2 * 2 + e // 2], T.float32)
+                    q,
+                    row,
+                    16,
+                    lambda of, w, e: T.cast(of[w * 4 + e % 2 * 2 + e // 2], T.float32),
+                    1.0,
+                    k_factor if smooth else None,
                 )
             for step in T.serial(tiles.steps):
                 first_tile = tiles.first + step * tiles.stride
@@ -226,16 +237,11 @@ def page_score_kernel(
 
 
 def _launches(shape: StepShape, config: PageScoreConfig) -> tuple[Launch, ...]:
-    arguments = (shape.group_size, shape.head_dim, shape.page_size, shape.dtype, config)
-    return (Launch("page_score", page_score_kernel, arguments),)
+    return (Launch("page_score", page_score_kernel, (*shape.statics, config, shape.smooth)),)
 
 
 PAGE_SCORE = KernelSpec(
-    name="page_score",
-    stage="selector",
-    config=PageScoreConfig,
-    default=default_config,
-    width=lambda shape: shape.max_pages,
-    launches=_launches,
-    sources=("page_scores.py", "mma.py", "token_list.py", "warp.py"),
-)
+    name="page_score", stage="selector", config=PageScoreConfig, default=default_config,
+    width=lambda shape: shape.max_pages, launches=_launches,
+    sources=("page_scores.py", "mma.py", "strided.py", "token_list.py", "warp.py"),
+)  # fmt: skip

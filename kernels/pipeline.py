@@ -12,6 +12,7 @@ from .cache import PagedKVCache, check_cache
 from .checks import check_choice, check_count
 from .crossing import expected_times, fastest, read_bandwidth
 from .explain import explain
+from .launch import on_device
 from .lists import CandidatePages, Kept
 from .options import DecodeOptions
 from .plan import plan_candidates, plan_dense, plan_sparse
@@ -19,6 +20,7 @@ from .pruner import expand_top_p
 from .query import check_query, check_scale, group_size_of, step_shape
 from .selector import page_budget
 from .steps import CandidateStep, DenseStep, Settings, SparseMemory, SparseStep
+from .threshold import check_num_items
 from .tuned import Planner
 
 # Rows (one KV head of one request) of which a part still fills the GPU, and the parts then.
@@ -38,7 +40,8 @@ class TwilightDecode:
     After run(), `candidates` and `kept` hold the last step's lists, and `path` says which path was
     taken: what belongs to a stage that it leaves out does not exist. `stages` has the stages of the
     whole batch one by one; a step of many rows estimates and prunes in one kernel, to the same
-    bits, and leaves `logits` as they were.
+    bits, and leaves `logits` as they were. run() keeps the current GPU whatever its tensors lie on;
+    a stage called by itself leaves theirs current.
 
     Raises:
         ValueError: an option is unknown, out of range, or does not fit the cache.
@@ -57,25 +60,28 @@ class TwilightDecode:
         check_choice("path", options.path, ("sparse", "candidates", "dense", "auto"))
         check_count("num_qo_heads", num_qo_heads, least=1)
         group_size = group_size_of("num_qo_heads", num_qo_heads, cache)
+        if options.bound_mass and options.path != "sparse":
+            raise ValueError(f"bound_mass: expected the path 'sparse', got {options.path!r}")
         num_parts = options.num_parts
         if num_parts is None:
             num_parts = parts_for(cache.batch_size, cache.num_kv_heads)
-        check_count("num_parts", num_parts, least=1)
-        if num_parts > cache.batch_size:
-            raise ValueError(
-                f"num_parts: expected at most batch_size = {cache.batch_size}, got {num_parts}"
-            )
+        check_count("num_parts", num_parts, least=1, most=cache.batch_size)
         budget = page_budget(cache, options.token_budget, options.window)
         width = budget if options.selector == "quest" else cache.max_pages
         device = cache.k_cache.device
         settings = Settings(check_scale(options.sm_scale, cache.head_dim), options.window)
         top_p = expand_top_p(options.top_p, cache.batch_size, num_qo_heads, device)
-        self.options, self.cache_shape = options, cache.shape
+        self.options, self.selector, self.cache_shape = options, options.selector, cache.shape
         self.shape = step_shape(cache, group_size, width * cache.page_size)
         self.expected = expected_times(self.shape, cache.k_cache.itemsize, read_bandwidth(device))
         self.path = fastest(self.expected) if options.path == "auto" else options.path
 
         planner = Planner.on(device)
+        if self.path != "dense" and width < cache.max_pages:
+            check_num_items("max_pages", cache.max_pages, planner.gpu)
+        if self.path == "sparse":
+            name = "token_budget" if options.selector == "quest" else "selector 'full': tokens"
+            check_num_items(name, self.shape.width, planner.gpu)
         self.parts: list[tuple[slice, SparseStep, torch.cuda.Stream]] = []
         self.stages: SparseStep | CandidateStep | DenseStep
         if self.path == "dense":
@@ -86,26 +92,20 @@ class TwilightDecode:
             self.stages = CandidateStep(chosen, cache, num_qo_heads, width, settings)
         else:
             memory = SparseMemory.allocate(cache, width, top_p)
-            self.stages = SparseStep(plan_sparse(self.shape, planner), memory, settings)
+            plan_all = plan_sparse(self.shape, planner, options.bound_mass)
+            self.stages = SparseStep(plan_all, memory, settings)
             bounds = [part * cache.batch_size // num_parts for part in range(num_parts + 1)]
             for requests in itertools.starmap(slice, itertools.pairwise(bounds)):
                 if num_parts > 1:
                     part = self._part(requests, memory.part(requests), planner)
                     self.parts.append((requests, part, torch.cuda.Stream(device)))
+        self.out = self.stages.out
         self._compiled = False
-
-    @property
-    def selector(self) -> str:
-        return self.options.selector
 
     @property
     def fused(self) -> bool:
         """Whether estimator and pruner are one kernel."""
         return self._sparse.plan.fused
-
-    @property
-    def out(self) -> torch.Tensor:
-        return self.stages.out
 
     @property
     def candidates(self) -> CandidatePages:
@@ -123,6 +123,13 @@ class TwilightDecode:
         return self._sparse.kept
 
     @property
+    def kept_mass_bound(self) -> torch.Tensor:
+        """[batch_size, num_qo_heads] f32, of the last run (see bound_kept_mass)."""
+        if not self.options.bound_mass:
+            raise AttributeError("this step was not asked for bound_mass")
+        return self._sparse.memory.mass_bound
+
+    @property
     def _sparse(self) -> SparseStep:
         if not isinstance(self.stages, SparseStep):
             raise AttributeError(f"path {self.path!r} has no estimator and no pruner")
@@ -135,7 +142,8 @@ class TwilightDecode:
         more launches would take longer than they save.
 
         Args:
-            q: [batch_size, num_qo_heads, head_dim] in the cache's dtype.
+            q: [batch_size, num_qo_heads, head_dim] in the cache's dtype, of any strides where
+                channels are contiguous.
             cache: of the shape given at construction; its lengths may have grown.
 
         Returns:
@@ -144,18 +152,23 @@ class TwilightDecode:
         check_cache(cache)
         if cache.shape != self.cache_shape:
             raise ValueError(f"cache: expected {self.cache_shape}, got {cache.shape}")
+        if cache.smooth != self.shape.smooth:
+            expected, got = ("a" if each else "no" for each in (self.shape.smooth, cache.smooth))
+            raise ValueError(f"cache: expected {expected} k_factor, as this step's, got {got}")
         out = self.out
         if not (isinstance(q, torch.Tensor) and _like(q) == _like(out) and q.is_contiguous()):
             check_query(q, cache)
-            raise ValueError(f"q: expected shape {list(out.shape)}, got {list(q.shape)}")
-        if self.parts:
-            capturing = torch.cuda.is_current_stream_capturing()
-            if capturing or not self._compiled:
-                self._run_parts(q, cache)
-            if capturing:
-                return out
-            self._compiled = True  # and the parts, so that a capture finds them so
-        return self.stages.run(q, cache)
+            if q.shape != out.shape:
+                raise ValueError(f"q: expected shape {list(out.shape)}, got {list(q.shape)}")
+        with on_device(out.device):
+            if self.parts:
+                capturing = torch.cuda.is_current_stream_capturing()
+                if capturing or not self._compiled:
+                    self._run_parts(q, cache)
+                if capturing:
+                    return out
+                self._compiled = True  # and the parts, so that a capture finds them so
+            return self.stages.run(q, cache)
 
     def explain(self) -> str:
         """What run() launches, and why: the path and the times it was chosen by, the parts, and
@@ -167,7 +180,8 @@ class TwilightDecode:
         plan.SPECS), and the defaults of the others, whatever is tuned."""
         step, planner = copy.copy(self), Planner(Planner.on(self.out.device).gpu, pinned=configs)
         stages = self._sparse
-        step.stages = SparseStep(plan_sparse(self.shape, planner), stages.memory, stages.settings)
+        plan = plan_sparse(self.shape, planner, self.options.bound_mass)
+        step.stages = SparseStep(plan, stages.memory, stages.settings)
         step.parts = [
             (requests, step._part(requests, part.memory, planner), stream)
             for requests, part, stream in self.parts
@@ -179,7 +193,8 @@ class TwilightDecode:
         """The same for some of the requests: its configs go by the rows of the whole step, and
         whether its kernels start early by its own."""
         rows = (requests.stop - requests.start) * self.cache_shape.num_kv_heads
-        plan = plan_sparse(self.shape._replace(launch_rows=rows), planner)
+        shape = self.shape._replace(launch_rows=rows)
+        plan = plan_sparse(shape, planner, self.options.bound_mass)
         return SparseStep(plan, memory, self._sparse.settings)
 
     def _run_parts(self, q: torch.Tensor, cache: PagedKVCache) -> None:

@@ -5,15 +5,16 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from .attention import ATTENTION, plan_untuned
-from .cache import cache_launches
 from .estimate_prune import ESTIMATE_PRUNE, EstimatePruneConfig
 from .estimator import ESTIMATOR, EstimatorConfig
 from .launch import KernelSpec, Launch, StepShape
-from .page_scores import PAGE_SCORE, PageScoreConfig
+from .mass_bound import mass_bound
+from .page_scores import PAGE_SCORE
 from .pruner import PRUNER, PrunerConfig
-from .selector import all_pages
+from .requests import cache_launches
+from .selector import SelectorPlan, plan_selector
 from .split_kv import AttentionConfig
-from .top_pages import TOP_PAGES, TopPagesConfig
+from .top_pages import TOP_PAGES
 from .tuned import Planned, Planner
 
 # What is tuned, in the order of a step.
@@ -23,28 +24,20 @@ SPECS: dict[str, KernelSpec[Any]] = {
 }
 
 
-class QuestPlan(NamedTuple):
-    """The two kernels of Quest's selector."""
-
-    page_score: Planned[PageScoreConfig]
-    top_pages: Planned[TopPagesConfig]
-
-
-SelectorPlan = QuestPlan | Launch  # the latter where the budget has room for every page
-
-
 class SparsePlan(NamedTuple):
-    """The kernels of every stage; one kernel estimates and prunes where its config says `fused`."""
+    """The kernels of every stage; one kernel estimates and prunes where its config says `fused` and
+    no bound asks for the logits."""
 
     selector: SelectorPlan
     estimator: Planned[EstimatorConfig]
     pruner: Planned[PrunerConfig]
     estimate_prune: Planned[EstimatePruneConfig]
     attention: Planned[AttentionConfig]
+    mass_bound: Launch | None = None
 
     @property
     def fused(self) -> bool:
-        return self.estimate_prune.config.fused
+        return self.estimate_prune.config.fused and self.mass_bound is None
 
 
 class CandidatePlan(NamedTuple):
@@ -60,21 +53,15 @@ class DensePlan(NamedTuple):
     attention: Planned[AttentionConfig]
 
 
-def plan_selector(shape: StepShape, planner: Planner) -> SelectorPlan:
-    """Quest, or every page where the budget has room for all."""
-    if shape.width >= shape.max_pages * shape.page_size:
-        return all_pages(shape.page_size)
-    return QuestPlan(planner.plan(PAGE_SCORE, shape), planner.plan(TOP_PAGES, shape))
-
-
-def plan_sparse(shape: StepShape, planner: Planner) -> SparsePlan:
-    """Select, estimate, prune, attend."""
+def plan_sparse(shape: StepShape, planner: Planner, bound_mass: bool = False) -> SparsePlan:
+    """Select, estimate, prune, bound the mass that was kept where asked for, attend."""
     return SparsePlan(
         plan_selector(shape, planner),
         planner.plan(ESTIMATOR, shape),
         planner.plan(PRUNER, shape),
         planner.plan(ESTIMATE_PRUNE, shape),
         planner.plan(ATTENTION, shape),
+        mass_bound(shape) if bound_mass else None,
     )
 
 
@@ -102,5 +89,5 @@ def all_launches(shape: StepShape, planner: Planner) -> list[Launch]:
     every_page = shape._replace(width=shape.max_pages * shape.page_size)
     paths = (plan_sparse, plan_candidates, plan_dense)
     plans = tuple(make(own, planner) for make in paths for own in (shape, every_page))
-    cache = cache_launches(shape.head_dim, shape.page_size, shape.dtype)
-    return list(dict.fromkeys(launches_in((cache, plans))))
+    cache = cache_launches(shape.head_dim, shape.page_size, shape.dtype, shape.smooth)
+    return list(dict.fromkeys(launches_in((cache, plans, mass_bound(shape)))))

@@ -11,11 +11,12 @@ from .attention import WorkList, split_tokens_of
 from .cache import TILE_TOKENS, PagedKVCache
 from .checks import check_count, check_tensor, dtype_name
 from .compiling import THREAD_LEVEL, start_early
-from .gpu import Gpu
-from .launch import KernelSpec, Launch, StepShape, static_width
+from .gpu import Gpu, gpu_of
+from .launch import KernelSpec, Launch, StepShape, on_device, static_width
 from .lists import CandidatePages, Kept, Window, check_lists
 from .query import by_kv_head, group_size_of, step_shape
 from .split_kv import Work
+from .threshold import check_num_items
 from .token_list import Row, TokenList
 from .top_p import NUM_THREADS, VECTOR, Heads, Logits, is_held, list_row, prune_heads
 from .tuned import Planned, planned
@@ -77,8 +78,7 @@ def prune_top_p(
         logits: [batch_size, num_qo_heads, width * page_size] f16 or f32, in the candidates' order;
             -inf behind a request's last token.
         cache: only page_size and seq_lens are read.
-        candidates: pages [batch_size, num_kv_heads, width] i32, ascending logical pages, and counts
-            [batch_size, num_kv_heads] i32, how many of them are valid.
+        candidates: see CandidatePages.
         top_p: in (0, 1], 1 keeps all; a float, or f32 [num_qo_heads], [batch_size, 1] or
             [batch_size, num_qo_heads], whose values are not checked: NaN and more than 1 count as
             1, less than 0 as 0, which keeps the heaviest token.
@@ -86,17 +86,16 @@ def prune_top_p(
             are always kept.
 
     Returns:
-        tokens [batch_size, num_kv_heads, width * page_size] i32, ascending logical positions;
-        counts [batch_size, num_kv_heads] i32, how many of them are valid;
-        mass [batch_size, num_qo_heads] f32, the mass of each query head's own set. Weights equal to
-        one part in 10^4 are kept or dropped together. A query head whose logits have no softmax (a
-        NaN or +inf among them, or nothing above -inf) keeps every candidate.
+        Kept, with room for width * page_size tokens a row. Weights equal to one part in 10^4 are
+        kept or dropped together. A query head whose logits have no softmax (a NaN or +inf among
+        them, or nothing above -inf) keeps every candidate.
 
     Raises:
         ValueError: a wrong tensor, or a float top_p outside (0, 1].
     """
     check_lists(("candidate_pages", "candidate_counts"), candidates, cache)
     device, width = cache.seq_lens.device, candidates[0].shape[2] * cache.page_size
+    check_num_items("candidate_pages: their tokens", width, gpu_of(device))
     check_tensor("logits", logits, (cache.batch_size, None, width), LOGIT_DTYPES, device)
     num_qo_heads = logits.shape[1]
     group_size = group_size_of("logits", num_qo_heads, cache)
@@ -111,7 +110,8 @@ def prune_top_p(
     union = HeadUnion.allocate(cache, width)
     window = Window(num_sink_tokens, num_recent_tokens)
     pruned = Pruned(kept._replace(mass=mass), work, union)
-    prune(planned(PRUNER, shape, device), logits, cache, candidates, top_p, window, pruned)
+    with on_device(device):
+        prune(planned(PRUNER, shape, device), logits, cache, candidates, top_p, window, pruned)
     return kept
 
 
@@ -141,9 +141,8 @@ def prune(
     pruned: Pruned,
 ) -> None:
     """One launch: logits and top_p by KV head -> kept tokens, and attention's list of work."""
-    (launch,) = planned.launches
     kept, work, union = pruned
-    launch(logits, cache.seq_lens, *candidates, top_p, *window, *kept, *work, *union)
+    planned.launches[0](logits, cache.seq_lens, *candidates, top_p, *window, *kept, *work, *union)
 
 
 @T.macro
@@ -189,11 +188,10 @@ def pruner_kernel(
     `union_words`, and the last of them goes on with the union. Grid: (1 or query head of the group,
     kv_head, batch).
     """
-    batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
-    width_pages, width = T.dynamic("width_pages"), T.dynamic("width")
-    max_items = T.dynamic("max_items")
-    width_words = T.dynamic("width_words")
+    batch_size, num_kv_heads, max_items = T.dynamic("batch_size, num_kv_heads, max_items")
+    width, width_pages, width_words = T.dynamic("width, width_pages, width_words")
     num_apart = group_size if config.heads_apart else 1
+    grid = (num_apart, num_kv_heads, batch_size)
     copied = (max(width_bound, NUM_THREADS * VECTOR),)
 
     @T.prim_func
@@ -214,11 +212,7 @@ def pruner_kernel(
         union_words: T.Tensor[(batch_size, num_kv_heads, width_words), T.int32],
         arrived: T.Tensor[(batch_size, num_kv_heads), T.int32],
     ):
-        with T.Kernel(num_apart, num_kv_heads, batch_size, threads=NUM_THREADS) as (
-            first_head,
-            kv_head,
-            batch,
-        ):
+        with T.Kernel(*grid, threads=NUM_THREADS) as (first_head, kv_head, batch):
             T.annotate_min_blocks_per_sm(config.blocks_per_sm)
             T.assume(width % TILE_TOKENS == 0)
             start_early(config.pdl)
@@ -250,18 +244,11 @@ def pruner_kernel(
 
 def _launches(shape: StepShape, config: PrunerConfig) -> tuple[Launch, ...]:
     sizes = (shape.group_size, shape.page_size, static_width(shape.width))
-    split_tokens = split_tokens_of(shape.group_size)
-    arguments = (*sizes, shape.logits_dtype, split_tokens, config)
+    arguments = (*sizes, shape.logits_dtype, split_tokens_of(shape.group_size), config)
     return (Launch("pruner", pruner_kernel, arguments),)
 
 
 PRUNER = KernelSpec(
-    name="pruner",
-    stage="pruner",
-    config=PrunerConfig,
-    default=default_config,
-    width=lambda shape: shape.width,
-    launches=_launches,
-    sources=("pruner.py", *SEARCH_SOURCES),
-    static_width=True,
-)
+    name="pruner", stage="pruner", config=PrunerConfig, default=default_config,
+    launches=_launches, sources=("pruner.py", *SEARCH_SOURCES), static_width=True,
+)  # fmt: skip

@@ -9,6 +9,7 @@ from .checks import check_tensor, dtype_name
 from .launch import StepShape
 
 MAX_GROUP_SIZE = 16
+MAX_SPAN = 2**31  # 16-byte chunks of q, first to last: some kernels count them in 32 bits
 
 
 def group_size_of(name: str, num_qo_heads: int, cache: PagedKVCache) -> int:
@@ -26,7 +27,14 @@ def check_query(q: torch.Tensor, cache: PagedKVCache) -> int:
     """Its group size; raises ValueError unless q [batch_size, num_qo_heads, head_dim] fits."""
     check_cache(cache)
     shape = (cache.batch_size, None, cache.head_dim)
-    check_tensor("q", q, shape, cache.k_cache.dtype, cache.k_cache.device, align=16)
+    check_tensor("q", q, shape, cache.k_cache.dtype, cache.k_cache.device, align=16, strided=True)
+    batch_stride, head_stride, _ = q.stride()
+    span = (q.shape[0] - 1) * batch_stride + (q.shape[1] - 1) * head_stride
+    if span * q.itemsize >= MAX_SPAN * 16:
+        raise ValueError(
+            f"q: expected strides at which it spans less than {MAX_SPAN * 16} bytes, "
+            f"got {q.stride()}"
+        )
     return group_size_of("q", q.shape[1], cache)
 
 
@@ -68,4 +76,5 @@ def step_shape(
         max_pages=cache.max_pages,
         width=width,
         launch_rows=rows if num_requests is None else num_requests * cache.num_kv_heads,
+        smooth=cache.smooth,
     )

@@ -1,5 +1,7 @@
 """Selectors: which pages are worth estimating. The top pages by Quest's bounds, or every page."""
 
+from typing import NamedTuple
+
 import tilelang
 import tilelang.language as T
 import torch
@@ -7,12 +9,57 @@ import torch
 from .cache import PagedKVCache, check_cache
 from .checks import check_count
 from .compiling import THREAD_LEVEL
-from .launch import Launch
+from .gpu import gpu_of
+from .launch import Launch, StepShape, on_device
 from .lists import CandidatePages, Window
-from .page_scores import PAGE_SCORE, score_pages
+from .page_scores import PAGE_SCORE, PageScoreConfig, score_pages
 from .query import by_kv_head, check_query, step_shape
-from .top_pages import TOP_PAGES, take_top_pages
-from .tuned import planned
+from .threshold import check_num_items
+from .top_pages import TOP_PAGES, TopPagesConfig, take_top_pages
+from .tuned import Planned, Planner, planned
+
+
+class QuestPlan(NamedTuple):
+    """The two kernels of Quest's selector."""
+
+    page_score: Planned[PageScoreConfig]
+    top_pages: Planned[TopPagesConfig]
+
+
+SelectorPlan = QuestPlan | Launch  # the latter where the budget has room for every page
+
+
+def plan_selector(shape: StepShape, planner: Planner) -> SelectorPlan:
+    """Quest, or every page where the budget has room for all."""
+    if shape.width >= shape.max_pages * shape.page_size:
+        return all_pages(shape.page_size)
+    return QuestPlan(planner.plan(PAGE_SCORE, shape), planner.plan(TOP_PAGES, shape))
+
+
+class Selection(NamedTuple):
+    """What a selector writes."""
+
+    scores: torch.Tensor  # [batch_size, num_kv_heads, max_pages] f32
+    candidates: CandidatePages
+
+    @classmethod
+    def allocate(cls, cache: PagedKVCache, width: int) -> "Selection":
+        """For `width` candidate pages of every row."""
+        rows = (cache.batch_size, cache.num_kv_heads)
+        scores = torch.empty(*rows, cache.max_pages, device=cache.k_cache.device)
+        return cls(scores, CandidatePages.allocate(cache, width))
+
+
+def select(
+    plan: SelectorPlan, q: torch.Tensor, cache: PagedKVCache, window: Window, selection: Selection
+) -> None:
+    """One launch, or two: the selector that a plan names -> candidates."""
+    scores, candidates = selection
+    if isinstance(plan, Launch):
+        plan(cache.seq_lens, *candidates)
+    else:
+        score_pages(plan.page_score, by_kv_head(q, cache.num_kv_heads), cache, scores)
+        take_top_pages(plan.top_pages, cache, scores, window, candidates)
 
 
 def select_pages(
@@ -33,23 +80,22 @@ def select_pages(
             are always in, and so is the newest page.
 
     Returns:
-        pages [batch_size, num_kv_heads, width] i32, ascending logical pages, with width =
-        min(budget in pages, max_pages); counts [batch_size, num_kv_heads] i32. Of equal bounds the
-        earlier page is taken.
+        CandidatePages, with width = min(budget in pages, max_pages). Of equal bounds the earlier
+        page is taken.
 
     Raises:
         ValueError: a wrong tensor; a budget that is no multiple of page_size, or too small for what
             is always in.
     """
     group_size = check_query(q, cache)
+    check_num_items("max_pages", cache.max_pages, gpu_of(q.device))
     window = Window(num_sink_tokens, num_recent_tokens)
-    candidates = CandidatePages.allocate(cache, page_budget(cache, token_budget, window))
-    scores = torch.empty(cache.batch_size, cache.num_kv_heads, cache.max_pages, device=q.device)
+    selection = Selection.allocate(cache, page_budget(cache, token_budget, window))
     shape = step_shape(cache, group_size, token_budget)
-    grouped = by_kv_head(q, cache.num_kv_heads)
-    score_pages(planned(PAGE_SCORE, shape, q.device), grouped, cache, scores)
-    take_top_pages(planned(TOP_PAGES, shape, q.device), cache, scores, window, candidates)
-    return candidates
+    plan = QuestPlan(*(planned(spec, shape, q.device) for spec in (PAGE_SCORE, TOP_PAGES)))
+    with on_device(q.device):
+        select(plan, q, cache, window, selection)
+    return selection.candidates
 
 
 def page_budget(cache: PagedKVCache, token_budget: int, window: Window) -> int:
@@ -75,23 +121,13 @@ def page_budget(cache: PagedKVCache, token_budget: int, window: Window) -> int:
 
 
 def select_all(cache: PagedKVCache) -> CandidatePages:
-    """Every page of every request, as a selector.
-
-    Returns:
-        pages [batch_size, num_kv_heads, max_pages] i32 and counts [batch_size, num_kv_heads] i32.
-
-    Raises:
-        ValueError: cache is no PagedKVCache.
-    """
+    """Every page of every request, as a selector: CandidatePages with width = max_pages; ValueError
+    where cache is no PagedKVCache."""
     check_cache(cache)
     candidates = CandidatePages.allocate(cache, cache.max_pages)
-    list_all_pages(all_pages(cache.page_size), cache, candidates)
+    with on_device(cache.seq_lens.device):
+        all_pages(cache.page_size)(cache.seq_lens, *candidates)
     return candidates
-
-
-def list_all_pages(launch: Launch, cache: PagedKVCache, candidates: CandidatePages) -> None:
-    """One launch: every page -> candidates."""
-    launch(cache.seq_lens, *candidates)
 
 
 def all_pages(page_size: int) -> Launch:
@@ -102,8 +138,7 @@ def all_pages(page_size: int) -> Launch:
 @tilelang.jit(pass_configs=THREAD_LEVEL)
 def all_pages_kernel(page_size: int):
     """Grid: (kv_head, batch)."""
-    batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
-    max_pages = T.dynamic("max_pages")
+    batch_size, num_kv_heads, max_pages = T.dynamic("batch_size, num_kv_heads, max_pages")
     num_threads = 256
 
     @T.prim_func

@@ -84,13 +84,6 @@ def load_item(words, turn, items, item):
         words[turn, w] = items[T.min(item, items.shape[0] - 1), w]
 
 
-def cache_vector(
-    page: PrimExpr, page_size: int, num_kv_heads: PrimExpr, kv_head: PrimExpr, token: PrimExpr
-) -> PrimExpr:
-    """Where K and V of a token in that page lie in the cache seen as [vectors, head_dim]."""
-    return (page * page_size + token % page_size) * num_kv_heads + kv_head
-
-
 @tilelang.jit(pass_configs=TILE_LEVEL)
 def plan_kernel(page_size: int, source: str, config: AttentionConfig):
     """Grid: (kv_head, batch)."""

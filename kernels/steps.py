@@ -1,6 +1,6 @@
 """The stages of a step in order, one class for each path, in memory that is allocated once."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -8,14 +8,12 @@ from .attention import AttentionWorkspace, attend, every_token, list_items, spli
 from .cache import PagedKVCache
 from .estimate_prune import estimate_and_prune
 from .estimator import estimate
-from .launch import Launch
-from .lists import CandidatePages, Kept, TokenList, Window
-from .page_scores import score_pages
-from .plan import CandidatePlan, DensePlan, SelectorPlan, SparsePlan
+from .lists import Kept, TokenList, Window
+from .mass_bound import bound_mass
+from .plan import CandidatePlan, DensePlan, SparsePlan
 from .pruner import HeadUnion, Pruned, prune
 from .query import by_kv_head
-from .selector import list_all_pages
-from .top_pages import take_top_pages
+from .selector import Selection, select
 
 
 class Settings(NamedTuple):
@@ -25,26 +23,6 @@ class Settings(NamedTuple):
     window: Window
 
 
-class Selection(NamedTuple):
-    """What a selector writes."""
-
-    scores: torch.Tensor  # [batch_size, num_kv_heads, max_pages] f32
-    candidates: CandidatePages
-
-    @classmethod
-    def allocate(cls, cache: PagedKVCache, width: int) -> "Selection":
-        """For `width` candidate pages of every row."""
-        rows = (cache.batch_size, cache.num_kv_heads)
-        scores = torch.empty(*rows, cache.max_pages, device=cache.k_cache.device)
-        return cls(scores, CandidatePages.allocate(cache, width))
-
-    def part(self, requests: slice) -> "Selection":
-        """The share of some requests."""
-        return Selection(
-            self.scores[requests], CandidatePages(*(each[requests] for each in self.candidates))
-        )
-
-
 class SparseMemory(NamedTuple):
     """What the stages of the sparse path read and write."""
 
@@ -52,6 +30,7 @@ class SparseMemory(NamedTuple):
     top_p: torch.Tensor  # [batch_size, num_qo_heads] f32
     logits: torch.Tensor  # [batch_size, num_qo_heads, width] f16
     kept: Kept
+    mass_bound: torch.Tensor  # [batch_size, num_qo_heads] f32
     union: HeadUnion
     attention: AttentionWorkspace
     out: torch.Tensor  # [batch_size, num_qo_heads, head_dim]
@@ -67,6 +46,7 @@ class SparseMemory(NamedTuple):
             top_p,
             logits,
             Kept.allocate(cache, tokens, num_qo_heads),
+            torch.empty(top_p.shape, device=top_p.device),
             HeadUnion.allocate(cache, tokens),
             AttentionWorkspace.allocate(cache, group_size, tokens, split_tokens_of(group_size)),
             empty_out(cache, num_qo_heads),
@@ -74,15 +54,16 @@ class SparseMemory(NamedTuple):
 
     def part(self, requests: slice) -> "SparseMemory":
         """The share of some requests."""
-        return SparseMemory(
-            self.selection.part(requests),
-            self.top_p[requests],
-            self.logits[requests],
-            Kept(*(each[requests] for each in self.kept)),
-            HeadUnion(*(each[requests] for each in self.union)),
-            self.attention.part(requests),
-            self.out[requests],
-        )
+        return SparseMemory(*(_part(each, requests) for each in self))
+
+
+def _part(memory: Any, requests: slice) -> Any:
+    """The share of some requests of a tensor, or of every tensor in a tuple."""
+    if isinstance(memory, AttentionWorkspace):
+        return memory.part(requests)
+    if isinstance(memory, tuple):
+        return type(memory)(*(_part(each, requests) for each in memory))
+    return memory[requests]
 
 
 def empty_out(cache: PagedKVCache, num_qo_heads: int) -> torch.Tensor:
@@ -91,49 +72,28 @@ def empty_out(cache: PagedKVCache, num_qo_heads: int) -> torch.Tensor:
     return torch.empty(sizes, dtype=cache.k_cache.dtype, device=cache.k_cache.device)
 
 
-def select(
-    plan: SelectorPlan, q: torch.Tensor, cache: PagedKVCache, window: Window, selection: Selection
-) -> None:
-    """The selector that a plan names -> candidates."""
-    scores, candidates = selection
-    if isinstance(plan, Launch):
-        list_all_pages(plan, cache, candidates)
-        return
-    score_pages(plan.page_score, by_kv_head(q, cache.num_kv_heads), cache, scores)
-    take_top_pages(plan.top_pages, cache, scores, window, candidates)
-
-
 class SparseStep:
     """Select, estimate, prune, attend. Each stage reads what the one before it left in memory."""
 
     def __init__(self, plan: SparsePlan, memory: SparseMemory, settings: Settings) -> None:
         self.plan, self.memory, self.settings = plan, memory, settings
+        self.candidates, self.kept, self.out = memory.selection.candidates, memory.kept, memory.out
         num_kv_heads = memory.kept.tokens.shape[1]
-        self.top_p, self.grouped_logits, self.grouped_out, mass = (
-            by_kv_head(each, num_kv_heads)
-            for each in (memory.top_p, memory.logits, memory.out, memory.kept.mass)
+        by_qo_head = memory.top_p, memory.logits, memory.out, memory.mass_bound, memory.kept.mass
+        self.top_p, self.grouped_logits, self.grouped_out, self.grouped_bound, mass = (
+            by_kv_head(each, num_kv_heads) for each in by_qo_head
         )
         kept = memory.kept._replace(mass=mass)
         self.pruned = Pruned(kept, memory.attention.work, memory.union)
         self.kept_list = TokenList("tokens", kept.tokens, kept.counts)
-
-    @property
-    def out(self) -> torch.Tensor:
-        return self.memory.out
-
-    @property
-    def candidates(self) -> CandidatePages:
-        return self.memory.selection.candidates
-
-    @property
-    def kept(self) -> Kept:
-        return self.memory.kept
 
     def run(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
         """The stages in order."""
         q = by_kv_head(q, cache.num_kv_heads)
         self.select(q, cache)
         self.estimate_prune(q, cache)
+        if self.plan.mass_bound is not None:
+            self.bound(q, cache)
         return self.attend(q, cache)
 
     def select(self, q: torch.Tensor, cache: PagedKVCache) -> None:
@@ -161,6 +121,14 @@ class SparseStep:
         estimate_and_prune(
             self.plan.estimate_prune, by_kv_head(q, cache.num_kv_heads), cache, self.candidates,
             self.top_p, window, sm_scale, self.pruned,
+        )  # fmt: skip
+
+    def bound(self, q: torch.Tensor, cache: PagedKVCache) -> None:
+        """How much of the candidates' mass is surely kept -> mass_bound, where planned."""
+        assert self.plan.mass_bound is not None
+        bound_mass(
+            self.plan.mass_bound, by_kv_head(q, cache.num_kv_heads), cache, self.candidates,
+            self.grouped_logits, self.kept[:2], self.settings.sm_scale, self.grouped_bound,
         )  # fmt: skip
 
     def attend(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:

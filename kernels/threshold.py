@@ -16,10 +16,24 @@ from typing import NamedTuple
 import tilelang.language as T
 from tvm.tirx import Buffer, PrimExpr
 
+from .gpu import Gpu
 from .warp import block_exclusive_sum, warp_inclusive_sum
 
 BINS_PER_THREAD = 4
 HALF_WORD = 16
+SEARCH_BYTES = 20 * 1024  # of shared memory that a search needs at most beside the bits
+
+
+def check_num_items(name: str, num_items: int, gpu: Gpu) -> None:
+    """Raises ValueError where a row has more items than a block has room to mark, one bit each:
+    kernels are compiled for powers of two of them."""
+    room = gpu.block_shared_memory - SEARCH_BYTES
+    most = 8 << (room.bit_length() - 1)
+    if num_items > most:
+        raise ValueError(
+            f"{name}: expected at most {most:,}, which a block of this GPU can mark in its shared "
+            f"memory, got {num_items:,}"
+        )
 
 
 class Search(NamedTuple):

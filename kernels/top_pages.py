@@ -40,8 +40,7 @@ def take_top_pages(
     candidates: CandidatePages,
 ) -> None:
     """One launch: scores -> candidates."""
-    (launch,) = planned.launches
-    launch(scores, cache.seq_lens, *window, *candidates)
+    planned.launches[0](scores, cache.seq_lens, *window, *candidates)
 
 
 class RowPages(NamedTuple):
@@ -148,8 +147,8 @@ def top_pages_kernel(page_size: int, max_pages_bound: int, config: TopPagesConfi
     most num_threads * pages_per_thread pages stay in registers; longer ones are read again by every
     pass.
     """
-    batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
-    max_pages, width = T.dynamic("max_pages"), T.dynamic("width")
+    batch_size, num_kv_heads = T.dynamic("batch_size, num_kv_heads")
+    max_pages, width = T.dynamic("max_pages, width")
     num_threads, per_thread = config.num_threads, config.pages_per_thread
     wide = max_pages_bound > num_threads * per_thread
     max_words = max(max_pages_bound // 32, 1)
@@ -226,12 +225,7 @@ def _launches(shape: StepShape, config: TopPagesConfig) -> tuple[Launch, ...]:
 
 
 TOP_PAGES = KernelSpec(
-    name="top_pages",
-    stage="selector",
-    config=TopPagesConfig,
-    default=default_config,
-    width=lambda shape: shape.max_pages,
-    launches=_launches,
-    sources=("top_pages.py", "threshold.py", "token_list.py", "warp.py"),
-    static_width=True,
-)
+    name="top_pages", stage="selector", config=TopPagesConfig, default=default_config,
+    launches=_launches, sources=("top_pages.py", "threshold.py", "token_list.py", "warp.py"),
+    width=lambda shape: shape.max_pages, static_width=True,
+)  # fmt: skip

@@ -5,7 +5,13 @@ from collections.abc import Callable
 
 from matplotlib.figure import Figure
 
-from . import accuracy_figures, latency_figures, quality_figures, stage_figures
+from . import (
+    accuracy_figures,
+    latency_figures,
+    model_figures,
+    quality_figures,
+    stage_figures,
+)
 from .frames import Frames
 from .style import styled
 
@@ -21,13 +27,14 @@ FIGURES: dict[str, Callable[[Frames], Figure]] = {
         latency_figures.attention_budget,
         accuracy_figures.kept_heads,
         latency_figures.pipeline_paper,
+        model_figures.model_length,
         quality_figures.quality_tokens,
         quality_figures.quality_time,
         quality_figures.model_time,
     )
 }
-# Of what `make bench FULL=1` and `make evaluate` add: drawn as far as there is any.
+# Of what `make bench FULL=1` and MODEL=1 and `make evaluate` add: drawn as far as there is any.
 FULL = {
     *("pipeline_error", "pipeline_budget", "accuracy_top_p", "kept_heads", "pipeline_paper"),
-    *("quality_tokens", "quality_time", "model_time"),
+    *("model_length", "quality_tokens", "quality_time", "model_time"),
 }

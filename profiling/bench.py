@@ -14,6 +14,7 @@ from .tables.report import report
 from .tables.rows import CPU_NOTE, TABLES
 from .tables.store import RESULTS
 from .tables.summary import write_summary
+from .workloads import models
 from .workloads.standard import CPU_WORKLOADS, GPU_WORKLOADS
 from .workloads.sweeps import CPU_FULL, GPU_FULL, trace_workload
 
@@ -22,9 +23,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; 0 if everything asked for is measured and right."""
     on_gpu = torch.cuda.is_available()
     base, more = (GPU_WORKLOADS, GPU_FULL) if on_gpu else (CPU_WORKLOADS, CPU_FULL)
-    names = list(dict.fromkeys(workload.name for workload in (*base, *more)))
+    whole = (models.GPU_MODELS, models.GPU_MODELS_FULL) if on_gpu else (models.CPU_MODELS, ())
+    every = (*base, *more, *whole[0], *whole[1])
+    names = list(dict.fromkeys(workload.name for workload in every))
     parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__)
-    parser.add_argument("--stage", choices=tuple(TABLES), help="measure this stage only")
+    parser.add_argument(
+        "--stage", choices=tuple(TABLES), help="measure this stage only; model: whole models"
+    )
     parser.add_argument("--workload", choices=names, help="measure this workload only")
     parser.add_argument(
         "--full", action="store_true", help="measure the workloads of sweeps.py too"
@@ -41,8 +46,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.trace is None and (arguments.token_budget or arguments.sink_tokens):
         parser.error("--token-budget and --sink-tokens are those of a --trace")
-    workloads = (*base, *more) if arguments.full or arguments.workload else base
-    chosen = [w for w in workloads if arguments.workload in (None, w.name)]
+    stages = (arguments.stage,) if arguments.stage else tuple(TABLES)
+    if arguments.stage == "model":
+        (base, more), stages = whole, models.STAGES
+    chosen = [*base, *(more if arguments.full else ())]
+    if arguments.workload:
+        chosen = [workload for workload in every if workload.name == arguments.workload]
     if arguments.trace:
         settings = arguments.token_budget, arguments.sink_tokens
         try:
@@ -53,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     if not on_gpu:
         print(CPU_NOTE)
     run = Run(arguments)
-    run.measure(chosen, (arguments.stage,) if arguments.stage else tuple(TABLES))
+    run.measure(chosen, stages)
     folder = run.folder / run.target.gpu
     print(report(folder, [w.name for w in chosen], arguments.stage))
     if any(folder.glob("*.csv")):

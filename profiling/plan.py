@@ -1,7 +1,7 @@
 """What a run measures on which inputs, and what it then need not measure again."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from . import device
 from .observations.accuracy import accuracy_rows
@@ -9,13 +9,13 @@ from .observations.kept import kept_rows
 from .observations.memory import memory_rows
 from .observations.timeline import timeline_rows
 from .providers.stages import Provider, StageBuilder, Target, sets_wanted
+from .providers.whole_model import WholeModel, prepare_model
 from .tables.rows import TABLES, AnyRow, Origin
 from .workloads.request_sets import affordable_sets, pool_bytes, workload_sets
 from .workloads.workload import METHOD, Workload
 
 
-@dataclass(frozen=True)
-class Timed:
+class Timed(NamedTuple):
     """Rows that are timed together: some methods of one stage, at one setting of a workload."""
 
     stage: str
@@ -35,8 +35,7 @@ class Timed:
         return [tuple(row[name] for name in TABLES[self.stage].mark) for row in rows]
 
 
-@dataclass(frozen=True)
-class Observed:
+class Observed(NamedTuple):
     """Rows of a table that come from looking at a workload's inputs and steps."""
 
     stage: str  # the table
@@ -87,8 +86,10 @@ def _timed(workload: Workload, stage: str) -> list[Timed]:
     return groups
 
 
-def prepare(workload: Workload, target: Target) -> StageBuilder | None:
+def prepare(workload: Workload, target: Target) -> StageBuilder | WholeModel | None:
     """Make the inputs that `Timed.providers` takes; None if they do not fit this GPU."""
+    if workload.model is not None:
+        return prepare_model(workload, target)
     backend, num_sets = target.backend, 1
     if backend.device == "cuda":
         free = device.free_bytes()

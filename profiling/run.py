@@ -5,6 +5,7 @@ the same code goes on from there.
 """
 
 import argparse
+import dataclasses
 import datetime
 import gc
 import importlib.metadata
@@ -27,6 +28,7 @@ from .workloads.workload import Workload
 
 READ_BYTES = 8 << 30
 CPU_READ_BYTES = 256 << 20
+EAGER = {"pipeline": timing.host_us, "dense": timing.host_us, "model": timing.eager_us}
 
 
 class Run:
@@ -140,15 +142,13 @@ class Run:
         num_bytes = traffic.bytes_moved(stage, method, provider.work)
         self._see_rate(num_bytes / measured.median_us * 1e-6)
         floor_us = num_bytes / self.read_tbps * 1e-6
-        whole = self.on_gpu and group.workload.host_times and stage in ("pipeline", "dense")
+        eager = EAGER.get(stage) if self.on_gpu and group.workload.host_times else None
         return Row(
             **group.workload.key(stage, method, provider.name, self.target.gpu),
             kept_mean=provider.kept.mean,
             kept_min=provider.kept.low,
             kept_max=provider.kept.high,
-            median_us=measured.median_us,
-            p20_us=measured.p20_us,
-            p80_us=measured.p80_us,
+            **dataclasses.asdict(measured),
             bytes=num_bytes,
             flops=traffic.flops(stage, method, provider.work),
             floor_us=floor_us,
@@ -156,10 +156,8 @@ class Run:
             read_tbps=self.read_tbps,
             error=error,
             num_sets=len(provider.calls) if self.on_gpu else 1,
-            timer=measured.timer,
             tilelang=importlib.metadata.version("tilelang"),
-            sm_mhz=measured.sm_mhz,
-            host_us=timing.host_us(provider.calls[0]) if whole else math.nan,
+            host_us=eager(provider.calls[0]) if eager else math.nan,
             **self.origin,
         )
 

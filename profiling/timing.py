@@ -27,6 +27,7 @@ MIN_GRAPH_US = 2000.0
 MAX_GRAPH_CALLS = 1024
 MIN_ROUNDS, MAX_ROUNDS = 7, 100
 HOST_CALLS, HOST_MEANS = 50, 5
+EAGER_CALLS, EAGER_MEANS = 6, 3  # of a whole model, whose call takes milliseconds
 FLUSH_BYTES = 512 << 20
 
 
@@ -117,6 +118,20 @@ def host_us(call: Callable[[], object]) -> float:
             call()
         means.append((time.perf_counter() - started) * 1e6 / HOST_CALLS)
     torch.cuda.synchronize()
+    return statistics.median(means)
+
+
+def eager_us(call: Callable[[], object]) -> float:
+    """Wall-clock time in microseconds of one eager call in a row of them, host and device; the
+    median of a few such rows."""
+    means = []
+    for _ in range(EAGER_MEANS):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(EAGER_CALLS):
+            call()
+        torch.cuda.synchronize()
+        means.append((time.perf_counter() - started) * 1e6 / EAGER_CALLS)
     return statistics.median(means)
 
 

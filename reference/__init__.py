@@ -2,20 +2,18 @@
 
 Any float dtype, CPU or GPU. Every function takes `dtype`, the dtype of its arithmetic and of its
 results: None for float32 arithmetic and results in the stated dtypes, torch.float64 for an oracle.
+A function that the kernels have too takes and returns what theirs does; its docstring here says
+what is more or different.
 """
 
-from .attention import (
-    dense_attention,
-    flash_topk_attention,
-    gather_tokens,
-    page_attention,
-)
-from .cache import CacheShape, PagedKVCache, exact_page_bounds, validate_cache
+from .attention import dense_attention, flash_topk_attention, gather_tokens, page_attention
+from .cache import CacheShape, PagedKVCache
 from .channels import CalibrationBlock, calibrate_channels, interleaved_channels, load_channels
 from .double_sparsity import label_scores, select_tokens
 from .estimator import candidate_tokens, estimate_logits
 from .labels import KeyLabels, LabelFormat
 from .lists import CandidatePages, CandidateTokens, Kept
+from .mass_bound import bound_kept_mass
 from .pipeline import TwilightDecode
 from .pruner import group_union, prune_top_p, top_p_set_sorted, top_p_threshold
 from .quantize import (
@@ -28,47 +26,8 @@ from .quantize import (
     quantize_rows,
     unpack_int4,
 )
+from .requests import exact_page_bounds
 from .selector import quest_bounds, select_all, select_pages
+from .smoothing import KeyChannels, calibrate_keys
 from .twilight_config import TwilightConfig, read_config
-
-__all__ = [
-    "CacheShape",
-    "CalibrationBlock",
-    "CandidatePages",
-    "CandidateTokens",
-    "KeyLabels",
-    "Kept",
-    "LabelFormat",
-    "PagedKVCache",
-    "TwilightConfig",
-    "TwilightDecode",
-    "calibrate_channels",
-    "candidate_tokens",
-    "dense_attention",
-    "dequantize_bounds",
-    "dequantize_int4",
-    "dequantize_rows",
-    "estimate_logits",
-    "exact_page_bounds",
-    "flash_topk_attention",
-    "gather_tokens",
-    "group_union",
-    "interleaved_channels",
-    "label_scores",
-    "load_channels",
-    "pack_int4",
-    "page_attention",
-    "prune_top_p",
-    "quantize_bounds",
-    "quantize_int4",
-    "quantize_rows",
-    "quest_bounds",
-    "read_config",
-    "select_all",
-    "select_pages",
-    "select_tokens",
-    "top_p_set_sorted",
-    "top_p_threshold",
-    "unpack_int4",
-    "validate_cache",
-]
+from .validate import validate_cache

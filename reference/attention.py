@@ -23,15 +23,12 @@ from .validate import (
 def gather_tokens(
     pages: torch.Tensor, page_table: torch.Tensor, tokens: torch.Tensor
 ) -> torch.Tensor:
-    """Read the rows of one request's tokens, a list of its own for every KV head.
+    """[num_kv_heads, n, head_dim]: the rows of one request's tokens, a list for every KV head.
 
     Args:
-        pages: [num_pages, page_size, num_kv_heads, head_dim], k_cache or v_cache.
+        pages: k_cache or v_cache.
         page_table: [max_pages] int32, the request's row.
-        tokens: [num_kv_heads, n] integer logical positions; negative for none.
-
-    Returns:
-        [num_kv_heads, n, head_dim], dtype of pages; 0 where the position is negative.
+        tokens: [num_kv_heads, n] integer logical positions; negative for none, whose rows are 0.
     """
     page_size = pages.shape[1]
     valid = tokens >= 0
@@ -84,18 +81,8 @@ def flash_topk_attention(
     return_lse: bool = False,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Exact attention over the kept tokens of every KV head (Twilight, section 4.3).
-
-    Args:
-        q: [batch_size, num_qo_heads, head_dim].
-        kept: tokens [batch_size, num_kv_heads, width] int32 positions, read up to the count, and
-            counts [batch_size, num_kv_heads] int32.
-
-    Returns:
-        out: [batch_size, num_qo_heads, head_dim], dtype of q (or `dtype`); with return_lse also
-        lse: [batch_size, num_qo_heads] float32 (or `dtype`), natural logarithm. A row of no tokens
-        gives out 0 and lse -inf.
-    """
+    """Exact attention over the kept tokens of every KV head (Twilight, section 4.3): out, and with
+    return_lse lse, as the kernels' or of the `dtype`."""
     check_query(q, cache)
     kept_tokens, kept_counts = kept[:2]
     check_index_lists("kept_tokens", "kept_counts", kept_tokens, kept_counts, cache)
@@ -114,12 +101,10 @@ def page_attention(
     return_lse: bool = False,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Exact attention over every candidate: Quest alone, Double Sparsity alone.
+    """Exact attention over every candidate, pages or tokens: Quest alone, Double Sparsity alone.
 
-    candidates: pages or tokens [batch_size, num_kv_heads, width] int32 and counts [batch_size,
-    num_kv_heads] int32; a query head attends to its own of them. (To a whole token list, never
-    further from dense attention: `flash_topk_attention(q, cache, candidates[:2])`.) The rest as
-    `flash_topk_attention`.
+    A query head attends to its own of them. (To a whole token list, never further from dense
+    attention: `flash_topk_attention(q, cache, candidates[:2])`.)
     """
     check_query(q, cache)
     check_candidates(candidates, cache)
@@ -136,7 +121,7 @@ def dense_attention(
     return_lse: bool = False,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Exact attention over every cached token. Arguments and result as `flash_topk_attention`."""
+    """Exact attention over every cached token."""
     check_query(q, cache)
     positions = torch.arange(max(cache.seq_lens.tolist(), default=0), device=q.device)
     tokens = torch.where(positions < cache.seq_lens[:, None], positions, -1)

@@ -1,7 +1,8 @@
 """PagedKVCache: pages of keys and values, the INT4 mirror of the keys, bounds on each page, labels.
 
 Logical token t of request b lives in page page_table[b, t // page_size], slot t % page_size. Only
-the first seq_lens[b] tokens exist: other slots and pages are never read and may hold anything.
+the first seq_lens[b] tokens exist: other slots and pages are never read and may hold anything. A
+row without a request has length 0 and any page ids, such as -1.
 """
 
 from dataclasses import dataclass
@@ -10,46 +11,23 @@ from typing import NamedTuple
 import torch
 
 from .labels import KeyLabels, LabelFormat
-from .quantize import quantize_bounds, quantize_int4
-from .validate import FLOAT_DTYPES, INT_DTYPES, check_positive, check_tensor
+from .requests import Requests
+from .validate import (
+    FLOAT_DTYPES,
+    INT_DTYPES,
+    check_indices,
+    check_lengths,
+    check_positive,
+    check_tensor,
+)
 
+KeyOffset = torch.Tensor | tuple[torch.Tensor | None, torch.Tensor | None] | None
 CHUNK_ELEMENTS = 1 << 26  # keys converted to float32 at a time
 
 
 def pages_of(tokens: int, page_size: int) -> int:
     """Pages that hold this many tokens."""
     return -(-tokens // page_size)
-
-
-def exact_page_bounds(
-    k_cache: torch.Tensor, page_tokens: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The smallest and largest key of every page, channel by channel (Quest, arXiv 2406.10774).
-
-    Args:
-        k_cache: [num_pages, page_size, num_kv_heads, head_dim] any float.
-        page_tokens: [num_pages] how many leading slots of each page are in use.
-
-    Returns:
-        page_min, page_max: [num_pages, num_kv_heads, head_dim], dtype of k_cache; 0 if unused.
-    """
-    slots = torch.arange(k_cache.shape[1], device=k_cache.device)
-    used = (slots < page_tokens[:, None])[:, :, None, None]
-    empty = (page_tokens == 0)[:, None, None]
-    page_min = torch.where(used, k_cache, float("inf")).amin(dim=1)
-    page_max = torch.where(used, k_cache, float("-inf")).amax(dim=1)
-    return torch.where(empty, 0.0, page_min), torch.where(empty, 0.0, page_max)
-
-
-def tokens_per_page(
-    page_table: torch.Tensor, seq_lens: torch.Tensor, num_pages: int, page_size: int
-) -> torch.Tensor:
-    """[num_pages] int64: the most tokens that any request has in each physical page."""
-    starts = torch.arange(page_table.shape[1], device=page_table.device) * page_size
-    tokens = (seq_lens.long()[:, None] - starts).clamp(0, page_size)
-    used = tokens > 0
-    counts = torch.zeros(num_pages, dtype=torch.int64, device=page_table.device)
-    return counts.scatter_reduce(0, page_table[used].long(), tokens[used], "amax")
 
 
 class CacheShape(NamedTuple):
@@ -65,7 +43,7 @@ class CacheShape(NamedTuple):
 
 
 @dataclass
-class PagedKVCache:
+class PagedKVCache(Requests):
     """One layer's cache.
 
     Attributes:
@@ -81,6 +59,10 @@ class PagedKVCache:
             bounded. It moves all estimated logits and page bounds of a query head by one constant:
             no softmax and no order of pages changes. It takes outlier channels out of the range
             that the codes must span, and out of the largest bound of a group's heads.
+        k_factor: [num_kv_heads, head_dim] fp32 or None: powers of two by which K less its offset is
+            divided before it is quantized or bounded, and the queries of selector and estimator
+            multiplied (SmoothQuant's smoothing factor, arXiv 2211.10438). Logits stay what they
+            are. See `calibrate_keys`.
         labels: what Double Sparsity scores tokens by, or None (see `KeyLabels`). A cache has them
             where it is built with a label_format.
     """
@@ -95,6 +77,7 @@ class PagedKVCache:
     bounds_scale_zero: torch.Tensor
     k_offset: torch.Tensor | None = None
     labels: KeyLabels | None = None
+    k_factor: torch.Tensor | None = None
 
     @property
     def batch_size(self) -> int:
@@ -132,7 +115,7 @@ class PagedKVCache:
         *,
         num_pages: int | None = None,
         page_table: torch.Tensor | None = None,
-        k_offset: torch.Tensor | None = None,
+        k_offset: KeyOffset = None,
         label_format: LabelFormat | None = None,
     ) -> "PagedKVCache":
         """A cache of no tokens; by default request b owns pages b * max_pages and following."""
@@ -146,7 +129,7 @@ class PagedKVCache:
         )
         seq_lens = torch.zeros(batch_size, dtype=torch.int32, device=device)
         v_cache = torch.zeros_like(k_cache)
-        return cls.wrap(k_cache, v_cache, page_table, seq_lens, k_offset, label_format)
+        return cls.wrap(k_cache, v_cache, page_table, seq_lens, k_offset, label_format, "NHD")
 
     @classmethod
     def from_contiguous(
@@ -158,7 +141,7 @@ class PagedKVCache:
         max_pages: int | None = None,
         num_pages: int | None = None,
         page_table: torch.Tensor | None = None,
-        k_offset: torch.Tensor | None = None,
+        k_offset: KeyOffset = None,
         label_format: LabelFormat | None = None,
     ) -> "PagedKVCache":
         """Copy a prefill into pages.
@@ -192,14 +175,20 @@ class PagedKVCache:
         if page_table is None:
             page_table = default_page_table(batch_size, max_pages, num_pages, k.device)
         check_tensor("page_table", page_table, (batch_size, max_pages), INT_DTYPES, k.device)
-        k_cache = k.new_zeros(num_pages, page_size, *k.shape[2:])
-        v_cache = torch.zeros_like(k_cache)
-        for batch, length in enumerate(seq_lens.tolist()):
-            tokens = torch.arange(length, device=k.device)
-            pages = page_table[batch, tokens // page_size].long()
-            k_cache[pages, tokens % page_size] = k[batch, :length]
-            v_cache[pages, tokens % page_size] = v[batch, :length]
-        return cls.wrap(k_cache, v_cache, page_table, seq_lens.clone(), k_offset, label_format)
+        num_kv_heads, head_dim = k.shape[2:]
+        shape = CacheShape(
+            batch_size, max_pages, num_kv_heads, head_dim, page_size, k.dtype, k.device
+        )
+        cache = cls.empty(
+            shape,
+            num_pages=num_pages,
+            page_table=page_table,
+            k_offset=k_offset,
+            label_format=label_format,
+        )
+        for request, length in enumerate(seq_lens.tolist()):
+            cache._take(request, k[request, :length], v[request, :length])
+        return cache
 
     @classmethod
     def wrap(
@@ -208,15 +197,31 @@ class PagedKVCache:
         v_cache: torch.Tensor,
         page_table: torch.Tensor,
         seq_lens: torch.Tensor,
-        k_offset: torch.Tensor | None = None,
+        k_offset: KeyOffset = None,
         label_format: LabelFormat | None = None,
+        layout: str | None = None,
+        validate: bool = False,
     ) -> "PagedKVCache":
         """Build mirror, bounds and labels beside an engine's own pages; K and V are not copied.
 
         A page shared by several requests is covered for the largest number of tokens that any of
-        them has in it. Unused slots and pages get codes, scales, zeros and bounds of 0.
+        them has in it. Unused slots and pages get codes, scales, zeros and bounds of 0. An id
+        outside the pool is left out.
+
+        Args:
+            k_cache, v_cache, page_table, seq_lens: as the cache's own; of any strides.
+            k_offset: as the cache's own, or (k_offset, k_factor).
+            label_format: what labels it has, none where None.
+            layout: "NHD", as above, or "HND", [num_pages, num_kv_heads, page_size, head_dim], which
+                the cache holds transposed. To be stated where page_size and num_kv_heads are both
+                multiples of 16: the pool could be either.
+            validate: whether to check page ids and lengths as `validate_cache` does, before
+                anything is written.
         """
+        if layout == "HND":
+            k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
         check_tensor("k_cache", k_cache, (None, None, None, None), FLOAT_DTYPES)
+        check_layout(layout, k_cache)
         num_pages, page_size, num_kv_heads, head_dim = k_cache.shape
         device = k_cache.device
         if head_dim % 2:
@@ -224,9 +229,11 @@ class PagedKVCache:
         check_tensor("v_cache", v_cache, tuple(k_cache.shape), (k_cache.dtype,), device)
         check_tensor("page_table", page_table, (None, None), INT_DTYPES, device)
         check_lengths(seq_lens, page_table.shape[0], page_table.shape[1] * page_size, device)
-        if k_offset is not None:
-            head_shape = (num_kv_heads, head_dim)
-            check_tensor("k_offset", k_offset, head_shape, (torch.float32,), device)
+        k_offset, k_factor = k_offset if isinstance(k_offset, tuple) else (k_offset, None)
+        for name, channels in (("k_offset", k_offset), ("k_factor", k_factor)):
+            if channels is not None:
+                head_shape = (num_kv_heads, head_dim)
+                check_tensor(name, channels, head_shape, (torch.float32,), device)
         mirror_shape = (num_pages, num_kv_heads, page_size)
         cache = cls(
             k_cache,
@@ -239,63 +246,15 @@ class PagedKVCache:
             torch.zeros(num_pages, num_kv_heads, 2, dtype=torch.float32, device=device),
             k_offset,
             None if label_format is None else KeyLabels.empty(label_format, k_cache),
+            k_factor,
         )
-        page_tokens = tokens_per_page(page_table, seq_lens, num_pages, page_size)
+        if validate:
+            check_indices(cache)
+        listed, page_tokens = cache.used_pages()
         chunk = max(1, CHUNK_ELEMENTS // max(1, page_size * num_kv_heads * head_dim))
-        for pages in torch.nonzero(page_tokens).flatten().split(chunk):
-            cache._mirror_pages(pages, page_tokens[pages])
+        for pages in listed.split(chunk):
+            cache.mirror_pages(pages, page_tokens[pages])
         return cache
-
-    def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Add one decode token to every request: K, V, mirror, bounds, labels, seq_lens += 1.
-
-        Args:
-            k, v: [batch_size, num_kv_heads, head_dim], dtype of the cache.
-
-        Raises:
-            ValueError: a request is at capacity.
-        """
-        row_shape = (self.batch_size, self.num_kv_heads, self.head_dim)
-        check_tensor("k", k, row_shape, (self.k_cache.dtype,), self.k_cache.device)
-        check_tensor("v", v, row_shape, (self.k_cache.dtype,), self.k_cache.device)
-        longest = max(self.seq_lens.tolist(), default=0)
-        if longest >= self.capacity:
-            raise ValueError(f"seq_lens: expected < {self.capacity} (capacity), got {longest}")
-        length = self.seq_lens.long()
-        request = torch.arange(self.batch_size, device=length.device)
-        page = self.page_table[request, length // self.page_size].long()
-        slot = length % self.page_size
-        self.k_cache[page, slot] = k
-        self.v_cache[page, slot] = v
-        self.k_int4[page, :, slot], self.k_scale_zero[page, :, slot] = quantize_int4(self._shift(k))
-        self._bound_pages(page, slot + 1)
-        if self.labels is not None:
-            self.labels.write_tokens(page, slot, k)
-        self.seq_lens += 1
-
-    def _shift(self, k: torch.Tensor) -> torch.Tensor:
-        """k - k_offset in float32, for k: [..., num_kv_heads, head_dim]."""
-        x = k.to(torch.float32)
-        return x if self.k_offset is None else x - self.k_offset
-
-    def _mirror_pages(self, pages: torch.Tensor, page_tokens: torch.Tensor) -> None:
-        """Write what lies beside K and V of these physical pages, from their first page_tokens."""
-        self._bound_pages(pages, page_tokens)
-        k = self.k_cache[pages]
-        slots = torch.arange(self.page_size, device=k.device)
-        used = (slots < page_tokens[:, None])[:, :, None, None]
-        packed, scale_zero = quantize_int4(self._shift(k))
-        self.k_int4[pages] = torch.where(used, packed, 0).transpose(1, 2)
-        self.k_scale_zero[pages] = torch.where(used, scale_zero, 0.0).transpose(1, 2)
-        if self.labels is not None:
-            self.labels.write_pages(pages, used, k)
-
-    def _bound_pages(self, pages: torch.Tensor, page_tokens: torch.Tensor) -> None:
-        """Write the bounds of these physical pages from their first page_tokens keys."""
-        page_min, page_max = exact_page_bounds(self.k_cache[pages], page_tokens)
-        self.page_bounds[pages], self.bounds_scale_zero[pages] = quantize_bounds(
-            self._shift(page_min), self._shift(page_max)
-        )
 
 
 def default_page_table(
@@ -309,46 +268,15 @@ def default_page_table(
     return pages.view(batch_size, max_pages)
 
 
-def check_lengths(
-    seq_lens: torch.Tensor, batch_size: int, capacity: int, device: torch.device
-) -> None:
-    """seq_lens: [batch_size] int32, each in [0, capacity]."""
-    check_tensor("seq_lens", seq_lens, (batch_size,), INT_DTYPES, device)
-    for batch, length in enumerate(seq_lens.tolist()):
-        if not 0 <= length <= capacity:
-            raise ValueError(f"seq_lens: expected 0..{capacity}, got {length} (request {batch})")
-
-
-def validate_cache(cache: PagedKVCache) -> None:
-    """Check the indices on the device; reads them back.
-
-    Raises:
-        ValueError: a length outside [0, capacity], a page id outside the pool, a page twice in one
-            request, or a part-filled last page that another request uses too (its next token
-            would land there).
-    """
-    check_lengths(cache.seq_lens, cache.batch_size, cache.capacity, cache.seq_lens.device)
-    users: dict[int, int] = {}
-    part_filled: dict[int, int] = {}
-    page_table = cache.page_table.tolist()
-    for batch, length in enumerate(cache.seq_lens.tolist()):
-        pages = page_table[batch][: pages_of(length, cache.page_size)]
-        for page in pages:
-            if not 0 <= page < cache.num_pages:
-                raise ValueError(
-                    f"page_table: expected pages 0..{cache.num_pages - 1}, "
-                    f"got {page} (request {batch})"
-                )
-            users[page] = users.get(page, 0) + 1
-        if len(set(pages)) < len(pages):
-            raise ValueError(
-                f"page_table: expected no page twice in one request, got one (request {batch})"
-            )
-        if length % cache.page_size:
-            part_filled[pages[-1]] = batch
-    for page, batch in part_filled.items():
-        if users[page] > 1:
-            raise ValueError(
-                "page_table: expected a part-filled last page in one request only, "
-                f"got page {page} of request {batch} in {users[page]} requests"
-            )
+def check_layout(layout: str | None, k_cache: torch.Tensor) -> None:
+    """Raise ValueError unless the pool's layout is clear: heads and tokens of a page tell
+    themselves apart only where one of them cannot be a page_size of the kernels."""
+    _, page_size, num_kv_heads, _ = k_cache.shape
+    if layout not in (None, "NHD", "HND"):
+        raise ValueError(f"layout: expected 'NHD' or 'HND', got {layout!r}")
+    if layout is None and page_size % 16 == 0 and num_kv_heads % 16 == 0:
+        raise ValueError(
+            f"layout: expected 'NHD' or 'HND' to be stated for a k_cache of {list(k_cache.shape)}, "
+            f"got none: {page_size} tokens of {num_kv_heads} KV heads might be HND's heads and "
+            f"tokens"
+        )

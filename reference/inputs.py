@@ -100,24 +100,28 @@ def random_inputs(
     device: torch.device | str = "cpu",
     spare_tokens: int = 0,
     key_std: float = 1.0,
+    interleaved: bool = False,
 ) -> DecodeInputs:
     """Independent normal q, K and V in a physically shuffled pool; no page is shared.
 
     Every request owns max_pages pages: room for spare_tokens more than the longest request holds.
-    Unused slots and pages hold normal numbers too.
+    Unused slots and pages hold normal numbers too. K and V that are interleaved are views of one
+    tensor [num_pages, 2, ...].
     """
     generator = torch.Generator(device).manual_seed(seed)
     max_pages = max(1, pages_of(shape.max_seq_len + spare_tokens, shape.page_size))
-    num_pages = shape.batch_size * max_pages
-    pool = (num_pages, shape.page_size, shape.num_kv_heads, shape.head_dim)
+    pool = (shape.batch_size * max_pages, shape.page_size, shape.num_kv_heads, shape.head_dim)
     q_shape = (shape.batch_size, shape.num_qo_heads, shape.head_dim)
     q = torch.empty(q_shape, dtype=shape.dtype, device=device)
-    k_cache = torch.empty(pool, dtype=shape.dtype, device=device)
+    both = torch.empty(2, *pool, dtype=shape.dtype, device=device)
+    if interleaved:
+        both = both.view(pool[0], 2, *pool[1:]).transpose(0, 1)
+    k_cache, v_cache = both
     return DecodeInputs(
         q=q.normal_(generator=generator),
         k_cache=k_cache.normal_(0.0, key_std, generator=generator),
-        v_cache=torch.empty_like(k_cache).normal_(generator=generator),
-        page_table=shuffled_page_table(shape.batch_size, max_pages, num_pages, seed).to(device),
+        v_cache=v_cache.normal_(generator=generator),
+        page_table=shuffled_page_table(shape.batch_size, max_pages, seed).to(device),
         seq_lens=torch.tensor(shape.lengths, dtype=torch.int32, device=device),
     )
 
@@ -131,6 +135,7 @@ def make_inputs(
     top_p: float = 0.85,
     spare_tokens: int = 0,
     head_budgets: Sequence[int] = LAYER_BUDGETS,
+    interleaved: bool = False,
 ) -> DecodeInputs:
     """Inputs on which top-p keeps about kept_mean tokens per KV head (after the group's union).
 
@@ -143,14 +148,16 @@ def make_inputs(
         top_p: the mass that will be asked for, in (0, 1).
         spare_tokens: room for appended tokens.
         head_budgets: relative budgets, taken in turn; one number for equal budgets.
+        interleaved: see random_inputs.
     """
     if not 0 < top_p < 1:
         raise ValueError(f"top_p: expected a number in (0, 1), got {top_p}")
     if kept_mean is not None and kept_mean <= 0:
         raise ValueError(f"kept_mean: expected a positive number, got {kept_mean}")
     inputs = random_inputs(
-        shape, seed, device=device, spare_tokens=spare_tokens, key_std=BACKGROUND_STD
-    )
+        shape, seed, device=device, spare_tokens=spare_tokens, key_std=BACKGROUND_STD,
+        interleaved=interleaved,
+    )  # fmt: skip
     plan_generator = torch.Generator().manual_seed(seed)  # plans are the same on every device
     inputs.q.copy_(orthogonal_queries(shape, plan_generator))
     mean_length = sum(shape.lengths) / shape.batch_size
@@ -249,10 +256,8 @@ def heavy_places(
     return torch.cat((torch.arange(first), torch.arange(last, length).flip(0))), middle
 
 
-def shuffled_page_table(batch_size: int, max_pages: int, num_pages: int, seed: int) -> torch.Tensor:
-    """[batch_size, max_pages] int32: distinct pages of a pool of num_pages, in random order."""
-    needed = batch_size * max_pages
-    if num_pages < needed:
-        raise ValueError(f"num_pages: expected at least {needed}, got {num_pages}")
-    pages = torch.randperm(num_pages, generator=torch.Generator().manual_seed(seed))
-    return pages[:needed].to(torch.int32).view(batch_size, max_pages)
+def shuffled_page_table(batch_size: int, max_pages: int, seed: int) -> torch.Tensor:
+    """[batch_size, max_pages] int32: the pages of a pool that has just as many, in random order."""
+    generator = torch.Generator().manual_seed(seed)
+    pages = torch.randperm(batch_size * max_pages, generator=generator)
+    return pages.to(torch.int32).view(batch_size, max_pages)

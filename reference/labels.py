@@ -61,12 +61,6 @@ class KeyLabels:
         scale_zero = torch.zeros(*rows, 2, dtype=torch.float16, device=k_cache.device)
         return cls(channels, bits, codes, scale_zero)
 
-    def write_tokens(self, page: torch.Tensor, slot: torch.Tensor, k: torch.Tensor) -> None:
-        """Label one key of each of these physical pages, k: [n, num_kv_heads, head_dim]."""
-        if self.bits is not None:
-            codes, scale_zero = self._stored()
-            codes[page, :, slot], scale_zero[page, :, slot] = self._quantize(k, self.bits)
-
     def write_pages(self, pages: torch.Tensor, used: torch.Tensor, k: torch.Tensor) -> None:
         """Label whole physical pages; what is not used gets codes, scales and zeros of 0.
 

@@ -11,10 +11,13 @@ from .cache import PagedKVCache
 from .double_sparsity import check_labels, select_tokens, token_selection_width
 from .estimator import estimate_logits
 from .lists import Candidates
+from .mass_bound import bound_kept_mass
 from .pruner import broadcast_top_p, prune_top_p
 from .selector import select_all, select_pages, selection_width
 from .twilight_config import read_config
 from .validate import check_positive, check_query, check_windows, resolve_sm_scale
+
+Dtype = torch.dtype | None  # of the arithmetic; None for float32
 
 
 class Windows(TypedDict):
@@ -30,20 +33,14 @@ class TwilightDecode:
     Args:
         cache: gives the shapes that `run` will see.
         num_qo_heads: query heads, a multiple of the cache's num_kv_heads.
-        selector: "quest" (pages by bound, within token_budget), "ds" (Double Sparsity: tokens by
-            label, of a cache that has labels) or "full" (every page).
-        token_budget: candidate tokens per KV head, for "quest" a multiple of page_size; for "ds"
-            with group="own" per query head.
+        selector: "quest", "full", or "ds" (Double Sparsity: tokens by label, of a cache that has
+            labels).
+        token_budget: of "ds" any number of tokens; with group="own" per query head.
         group: of "ds": "own" or "shared", see `select_tokens`.
-        top_p: mass kept per query head, a number or a tensor (see `prune_top_p`).
-        sm_scale: None for head_dim ** -0.5.
-        num_sink_tokens, num_recent_tokens: first and last tokens that are always kept.
-        path: "sparse" (every stage), "candidates" (attention over the selector's candidates, each
-            query head over its own) or "dense" (over every token).
+        path: "sparse", "candidates" (each query head over its own) or "dense".
 
-    After `run`: candidates, logits, kept; what belongs to a stage that the path leaves out does not
-    exist.
-    The stages can be called one by one; each reads what the one before left.
+    The other options, and what there is after `run`, as the kernels'. The stages can be called one
+    by one; each reads what the one before left.
     """
 
     fused = False  # estimator and pruner are two stages, as `kernels` has a step that joins them
@@ -62,6 +59,7 @@ class TwilightDecode:
         num_recent_tokens: int = 0,
         group: str = "own",
         path: str = "sparse",
+        bound_mass: bool = False,
     ) -> None:
         check_positive("num_qo_heads", num_qo_heads)
         if num_qo_heads % cache.num_kv_heads:
@@ -83,6 +81,9 @@ class TwilightDecode:
         self.num_qo_heads = num_qo_heads
         self.selector = selector
         self.path = path
+        if bound_mass and path != "sparse":
+            raise ValueError(f"bound_mass: expected the path 'sparse', got {path!r}")
+        self.bound_mass = bound_mass
         self.token_budget = token_budget
         self.group = group
         self.top_p = top_p
@@ -115,9 +116,7 @@ class TwilightDecode:
         """What has the stages one by one: the step itself."""
         return self
 
-    def run(
-        self, q: torch.Tensor, cache: PagedKVCache, *, dtype: torch.dtype | None = None
-    ) -> torch.Tensor:
+    def run(self, q: torch.Tensor, cache: PagedKVCache, *, dtype: Dtype = None) -> torch.Tensor:
         """q: [batch_size, num_qo_heads, head_dim] -> out, of q's shape and dtype (or `dtype`)."""
         check_query(q, cache)
         if q.shape[1] != self.num_qo_heads:
@@ -132,11 +131,11 @@ class TwilightDecode:
                 page_attention(q, cache, self.candidates, sm_scale=self.sm_scale, dtype=dtype)
             )
         self.estimate_prune(q, cache, dtype=dtype)
+        if self.bound_mass:
+            self.bound(q, cache, dtype=dtype)
         return self.attend(q, cache, dtype=dtype)
 
-    def select(
-        self, q: torch.Tensor, cache: PagedKVCache, *, dtype: torch.dtype | None = None
-    ) -> None:
+    def select(self, q: torch.Tensor, cache: PagedKVCache, *, dtype: Dtype = None) -> None:
         """-> candidates."""
         if self.selector == "full":
             self.candidates = select_all(cache)
@@ -144,39 +143,34 @@ class TwilightDecode:
             self.candidates = select_pages(q, cache, self.token_budget, **self.windows, dtype=dtype)
         else:
             self.candidates = select_tokens(
-                q,
-                cache,
-                self.token_budget,
-                group=self.group,
-                sm_scale=self.sm_scale,
-                **self.windows,
-                dtype=dtype,
-            )
+                q, cache, self.token_budget, group=self.group, sm_scale=self.sm_scale,
+                **self.windows, dtype=dtype,
+            )  # fmt: skip
 
-    def estimate(
-        self, q: torch.Tensor, cache: PagedKVCache, *, dtype: torch.dtype | None = None
-    ) -> None:
+    def estimate(self, q: torch.Tensor, cache: PagedKVCache, *, dtype: Dtype = None) -> None:
         """Estimated logits of the candidates -> logits."""
         self.logits = estimate_logits(
             q, cache, self.candidates, sm_scale=self.sm_scale, dtype=dtype
         )
 
-    def prune(self, cache: PagedKVCache, *, dtype: torch.dtype | None = None) -> None:
+    def prune(self, cache: PagedKVCache, *, dtype: Dtype = None) -> None:
         """What top-p keeps of them -> kept."""
         self.kept = prune_top_p(
             self.logits, cache, self.candidates, self.top_p, **self.windows, dtype=dtype
         )
 
-    def estimate_prune(
-        self, q: torch.Tensor, cache: PagedKVCache, *, dtype: torch.dtype | None = None
-    ) -> None:
+    def estimate_prune(self, q: torch.Tensor, cache: PagedKVCache, *, dtype: Dtype = None) -> None:
         """estimate() and prune()."""
         self.estimate(q, cache, dtype=dtype)
         self.prune(cache, dtype=dtype)
 
-    def attend(
-        self, q: torch.Tensor, cache: PagedKVCache, *, dtype: torch.dtype | None = None
-    ) -> torch.Tensor:
+    def bound(self, q: torch.Tensor, cache: PagedKVCache, *, dtype: Dtype = None) -> None:
+        """How much of the candidates' mass is surely kept -> kept_mass_bound."""
+        self.kept_mass_bound = bound_kept_mass(
+            q, cache, self.candidates, self.logits, self.kept, sm_scale=self.sm_scale, dtype=dtype
+        )
+
+    def attend(self, q: torch.Tensor, cache: PagedKVCache, *, dtype: Dtype = None) -> torch.Tensor:
         """Attention over the kept tokens -> out."""
         return _without_lse(
             flash_topk_attention(q, cache, self.kept, sm_scale=self.sm_scale, dtype=dtype)

@@ -16,7 +16,7 @@ import torch
 from .cache import PagedKVCache
 from .estimator import candidate_tokens, own_columns
 from .lists import Candidates, Kept
-from .validate import check_candidates, check_tensor, check_windows
+from .validate import FLOAT_DTYPES, check_candidates, check_tensor, check_windows
 
 NO_TOKEN = torch.iinfo(torch.int32).max
 
@@ -29,17 +29,12 @@ def mass_units(weights: torch.Tensor) -> torch.Tensor:
 
 
 def top_p_set_sorted(weights: torch.Tensor, top_p: torch.Tensor | float) -> torch.Tensor:
-    """Top-p by sorting: the definition.
+    """[..., n] bool: top-p by sorting, the definition.
 
     Args:
         weights: [..., n] >= 0, of any sum; n > 0.
-        top_p: number or tensor broadcastable to [..., 1], in (0, 1]; 1 keeps everything.
-
-    Returns:
-        [..., n] bool.
-
-    Raises:
-        ValueError: a top_p outside (0, 1].
+        top_p: number or tensor broadcastable to [..., 1]; 1 keeps everything. ValueError outside
+            (0, 1].
     """
     top_p = top_p_values(top_p, weights.device)
     units = mass_units(weights)
@@ -71,14 +66,8 @@ def top_p_threshold(weights: torch.Tensor, top_p: torch.Tensor | float) -> torch
 
 
 def group_union(keep: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
-    """A KV head keeps what any query head of its group keeps.
-
-    Args:
-        keep: [..., num_qo_heads, n] bool.
-
-    Returns:
-        [..., num_kv_heads, n] bool.
-    """
+    """A KV head keeps what any query head of its group keeps: [..., num_qo_heads, n] bool ->
+    [..., num_kv_heads, n]."""
     union: torch.Tensor = keep.unflatten(-2, (num_kv_heads, -1)).any(dim=-2)
     return union
 
@@ -95,29 +84,23 @@ def prune_top_p(
 ) -> Kept:
     """Softmax over its own candidates and top-p per query head, union per KV head.
 
-    The first num_sink_tokens and the last num_recent_tokens tokens are kept wherever they are
-    candidates; so is at least one token of a request that has any. A query head whose logits have
-    no softmax (a NaN or +inf among them, or nothing above -inf) keeps every candidate of its own:
-    what could go is not known.
+    At least one token of a request that has any is kept. A query head whose logits have no softmax
+    keeps every candidate of its own: what could go is not known. The values of a tensor top_p are
+    checked too.
 
     Args:
         logits: [batch_size, num_qo_heads, columns] float, columns as in `candidate_tokens`; read
             where a candidate of the query head is.
-        candidates: pages or tokens [batch_size, num_kv_heads, width] int32, logical, ascending, and
-            counts [batch_size, num_kv_heads] int32.
-        top_p: number in (0, 1], or float32 [num_qo_heads], [batch_size, 1] or
-            [batch_size, num_qo_heads]. 1 keeps every candidate token.
+        candidates: pages or tokens.
 
     Returns:
-        tokens: [batch_size, num_kv_heads, columns] int32, logical positions, ascending, then -1.
-        counts: [batch_size, num_kv_heads] int32.
-        mass: [batch_size, num_qo_heads] float32 (or `dtype`): the estimated mass of the query
-            head's own set, before the union, forced tokens included; 0 for a request of no tokens.
+        Kept, of `columns` tokens a row, -1 behind the counted ones; its mass float32 (or `dtype`),
+        of the query head's own set before the union, forced tokens included; 0 for a request of no
+        tokens.
     """
     check_candidates(candidates, cache)
     tokens = candidate_tokens(cache, candidates)
-    logit_dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    check_tensor("logits", logits, (cache.batch_size, None, tokens.shape[-1]), logit_dtypes)
+    check_tensor("logits", logits, (cache.batch_size, None, tokens.shape[-1]), FLOAT_DTYPES)
     check_windows(num_sink_tokens, num_recent_tokens)
     dtype = torch.float32 if dtype is None else dtype
     num_qo_heads = logits.shape[1]

@@ -41,15 +41,11 @@ def fp16_ceil(x: torch.Tensor) -> torch.Tensor:
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack 8 // bits codes into each byte.
+    """Pack 8 // bits codes into each byte: [..., n] uint8 below 2**bits, bits 1 to 8 ->
+    [..., ceil(n / (8 // bits))] uint8.
 
-    Args:
-        codes: [..., n] uint8 below 2**bits.
-        bits: 1 to 8.
-
-    Returns:
-        [..., ceil(n / (8 // bits))] uint8. A byte's first code lies in its lowest bits; each has
-        1, 2, 4 or 8 bits of its own, and 0 fills up the last byte.
+    A byte's first code lies in its lowest bits; each has 1, 2, 4 or 8 bits of its own, and 0 fills
+    up the last byte.
     """
     per_byte = 8 // bits
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per_byte))
@@ -66,14 +62,8 @@ def unpack_codes(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
 
 
 def pack_int4(codes: torch.Tensor) -> torch.Tensor:
-    """Pack two channels into each byte.
-
-    Args:
-        codes: [..., head_dim] uint8 in 0..15, head_dim even.
-
-    Returns:
-        [..., head_dim // 2] uint8: byte j holds channel 2j in its low nibble, 2j + 1 in its high.
-    """
+    """[..., head_dim] uint8 in 0..15 -> [..., head_dim // 2] uint8: byte j holds channel 2j in its
+    low nibble, 2j + 1 in its high."""
     return pack_codes(codes, 4)
 
 
@@ -83,14 +73,9 @@ def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_rows(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize key rows as the module's docstring defines it for 4 bits, with 2**bits levels.
-
-    Args:
-        x: [..., head_dim] any float, finite. Arithmetic is float32.
-        bits: 1 to 8.
-
-    Returns:
-        codes: [..., head_dim] uint8, and scale_zero: [..., 2] fp16 (scale, zero).
+    """Quantize key rows as the module's docstring defines it for 4 bits, with 2**bits levels, 1 to
+    8 bits: x [..., head_dim] any float, finite -> codes [..., head_dim] uint8, and scale_zero
+    [..., 2] fp16 (scale, zero). Arithmetic is float32.
     """
     if bits not in range(1, 9):
         raise ValueError(f"bits: expected 1 to 8, got {bits!r}")
@@ -115,14 +100,7 @@ def dequantize_rows(
 
 
 def quantize_int4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize key rows; the module's docstring is the definition.
-
-    Args:
-        x: [..., head_dim] any float, finite. Arithmetic is float32.
-
-    Returns:
-        packed: [..., head_dim // 2] uint8, and scale_zero: [..., 2] fp16 (scale, zero).
-    """
+    """`quantize_rows` to 4 bits, packed: [..., head_dim // 2] uint8, and scale_zero."""
     codes, scale_zero = quantize_rows(x, 4)
     return pack_int4(codes), scale_zero
 
@@ -130,29 +108,16 @@ def quantize_int4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def dequantize_int4(
     packed: torch.Tensor, scale_zero: torch.Tensor, *, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """k_hat = code * scale + zero.
-
-    Args:
-        packed: [..., head_dim // 2] uint8.
-        scale_zero: [..., 2] fp16.
-        dtype: of the arithmetic and the result (None: float32).
-
-    Returns:
-        [..., head_dim].
-    """
+    """The inverse of `quantize_int4`, k_hat: [..., head_dim] (None: float32)."""
     return dequantize_rows(unpack_int4(packed), scale_zero, dtype=dtype)
 
 
 def quantize_bounds(
     page_min: torch.Tensor, page_max: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize the bounds of pages; the module's docstring is the definition.
-
-    Args:
-        page_min, page_max: [..., head_dim] any float, finite. Arithmetic is float32.
-
-    Returns:
-        codes: [..., 2, head_dim] uint8, those of page_max first, and scale_zero: [..., 2] float32.
+    """Quantize the bounds of pages as the module's docstring defines it: page_min, page_max
+    [..., head_dim] any float, finite -> codes [..., 2, head_dim] uint8, those of page_max first,
+    and scale_zero [..., 2] float32. Arithmetic is float32.
     """
     page_min, page_max = page_min.to(torch.float32), page_max.to(torch.float32)
     zero = page_min.amin(dim=-1, keepdim=True)
@@ -176,16 +141,8 @@ def quantize_bounds(
 def dequantize_bounds(
     codes: torch.Tensor, scale_zero: torch.Tensor, *, dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """bound = code * scale + zero.
-
-    Args:
-        codes: [..., 2, head_dim] uint8.
-        scale_zero: [..., 2] float32.
-        dtype: of the arithmetic and the result (None: float32).
-
-    Returns:
-        page_min, page_max: [..., head_dim].
-    """
+    """The inverse of `quantize_bounds`, code * scale + zero: page_min, page_max [..., head_dim]
+    (None: float32)."""
     dtype = torch.float32 if dtype is None else dtype
     scale, zero = scale_zero.to(dtype)[..., None, None, :].unbind(dim=-1)
     page_max, page_min = (codes.to(dtype) * scale + zero).unbind(dim=-2)

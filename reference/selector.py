@@ -26,14 +26,9 @@ def quest_bounds(
     *,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Bound the unscaled logits of every page.
+    """[num_qo_heads, num_pages]: bounds on the unscaled logits of every page of one request.
 
-    Args:
-        q: [num_qo_heads, head_dim], one request.
-        page_min, page_max: [num_pages, num_kv_heads, head_dim].
-
-    Returns:
-        [num_qo_heads, num_pages].
+    q: [num_qo_heads, head_dim]; page_min, page_max: [num_pages, num_kv_heads, head_dim].
     """
     dtype = compute_dtype(dtype, q)
     grouped = q.to(dtype).view(page_min.shape[1], -1, 1, q.shape[-1])  # kv head, group, page
@@ -51,25 +46,14 @@ def select_pages(
     num_recent_tokens: int = 0,
     dtype: torch.dtype | None = None,
 ) -> CandidatePages:
-    """Quest: the token_budget // page_size pages of the largest score, lower page first on ties.
-
-    The newest page and the pages of the first num_sink_tokens and last num_recent_tokens tokens
-    always belong to them.
-
-    Args:
-        q: [batch_size, num_qo_heads, head_dim].
-        token_budget: a positive multiple of page_size; width = min(token_budget // page_size,
-            max_pages).
-
-    Returns:
-        pages: [batch_size, num_kv_heads, width] int32, ascending logical pages, then -1.
-        counts: [batch_size, num_kv_heads] int32 = min(pages of the request, width).
-    """
+    """Quest: the token_budget // page_size pages of the largest score, lower page first on ties,
+    then -1; counts = min(pages of the request, width)."""
     check_query(q, cache)
     width = selection_width(cache, token_budget, num_sink_tokens, num_recent_tokens)
     rows = (cache.batch_size, cache.num_kv_heads)
     candidate_pages = torch.full((*rows, width), -1, dtype=torch.int32, device=q.device)
     candidate_counts = torch.zeros(rows, dtype=torch.int32, device=q.device)
+    smoothed = cache.smoothed(q)
     for batch, length in enumerate(cache.seq_lens.tolist()):
         num_pages = pages_of(length, cache.page_size)
         count = min(num_pages, width)
@@ -79,7 +63,7 @@ def select_pages(
         page_min, page_max = dequantize_bounds(
             cache.page_bounds[pages], cache.bounds_scale_zero[pages], dtype=dtype
         )
-        bounds = quest_bounds(q[batch], page_min, page_max, dtype=dtype)
+        bounds = quest_bounds(smoothed[batch], page_min, page_max, dtype=dtype)
         bounds = bounds.nan_to_num(nan=float("-inf"), neginf=float("-inf"))  # below what is forced
         scores = bounds.view(cache.num_kv_heads, -1, num_pages).amax(dim=1)
         scores[:, -1] = float("inf")
@@ -114,12 +98,7 @@ def selection_width(
 
 
 def select_all(cache: PagedKVCache, *, dtype: torch.dtype | None = None) -> CandidatePages:
-    """The full selector: every page of every request.
-
-    Returns:
-        pages: [batch_size, num_kv_heads, max_pages] int32, ascending, then -1.
-        counts: [batch_size, num_kv_heads] int32.
-    """
+    """The full selector: every page of every request, ascending, then -1."""
     counts = (cache.seq_lens + cache.page_size - 1) // cache.page_size
     pages = torch.arange(cache.max_pages, dtype=torch.int32, device=counts.device)
     pages = torch.where(pages < counts[:, None], pages, -1)

@@ -79,6 +79,16 @@ def check_candidates(candidates: Candidates, cache: "PagedKVCache") -> None:
         check_tensor("candidate_heads", heads, tuple(tokens.shape), INT_DTYPES, tokens.device)
 
 
+def check_lengths(
+    seq_lens: torch.Tensor, batch_size: int, capacity: int, device: torch.device
+) -> None:
+    """seq_lens: [batch_size] int32, each in [0, capacity]."""
+    check_tensor("seq_lens", seq_lens, (batch_size,), INT_DTYPES, device)
+    for batch, length in enumerate(seq_lens.tolist()):
+        if not 0 <= length <= capacity:
+            raise ValueError(f"seq_lens: expected 0..{capacity}, got {length} (request {batch})")
+
+
 def check_positive(name: str, value: int) -> None:
     """Raise ValueError unless `value` is an int above 0."""
     if not isinstance(value, int) or value <= 0:
@@ -108,3 +118,70 @@ def compute_dtype(dtype: torch.dtype | None, *tensors: torch.Tensor) -> torch.dt
         return dtype
     wide = any(tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if wide else torch.float32
+
+
+def validate_cache(cache: "PagedKVCache") -> None:
+    """Check what lies on the device: lengths, page ids, and that mirror and bounds are those of the
+    keys; reads them back.
+
+    A row of length 0 is right whatever its page ids are: it may be a row without a request.
+
+    Raises:
+        ValueError: a length outside [0, capacity], a page id outside the pool, a page twice in one
+            request, a part-filled last page that another request uses too (its next token
+            would land there), or a page whose mirror or bounds do not belong to its keys.
+    """
+    if cache.k_factor is not None and not bool((cache.k_factor > 0).all()):
+        raise ValueError("k_factor: expected positive numbers, got others")
+    check_indices(cache)
+    check_mirror(cache)
+
+
+def check_indices(cache: "PagedKVCache") -> None:
+    """Raise ValueError for a wrong length or page id."""
+    check_lengths(cache.seq_lens, cache.batch_size, cache.capacity, cache.seq_lens.device)
+    users: dict[int, int] = {}
+    part_filled: dict[int, int] = {}
+    page_table = cache.page_table.tolist()
+    for batch, length in enumerate(cache.seq_lens.tolist()):
+        pages = page_table[batch][: -(-length // cache.page_size)]
+        for page in pages:
+            if not 0 <= page < cache.num_pages:
+                raise ValueError(
+                    f"page_table: expected pages 0..{cache.num_pages - 1}, "
+                    f"got {page} (request {batch})"
+                )
+            users[page] = users.get(page, 0) + 1
+        if len(set(pages)) < len(pages):
+            raise ValueError(
+                f"page_table: expected no page twice in one request, got one (request {batch})"
+            )
+        if length % cache.page_size:
+            part_filled[pages[-1]] = batch
+    for page, batch in part_filled.items():
+        if users[page] > 1:
+            raise ValueError(
+                "page_table: expected a part-filled last page in one request only, "
+                f"got page {page} of request {batch} in {users[page]} requests"
+            )
+
+
+def check_mirror(cache: "PagedKVCache") -> None:
+    """Raise ValueError for the first page, request by request, whose keys were written without
+    their mirror or bounds: these are made again, and compared bit for bit."""
+    channels = cache.k_offset, cache.k_factor
+    own = (cache.k_cache, cache.v_cache, cache.page_table, cache.seq_lens, channels)
+    again = cache.wrap(*own, layout="NHD")
+    for batch, length in enumerate(cache.seq_lens.tolist()):
+        for logical in range(-(-length // cache.page_size)):
+            page = int(cache.page_table[batch, logical])
+            fill = min(length - logical * cache.page_size, cache.page_size)
+            for name in ("k_int4", "k_scale_zero", "page_bounds", "bounds_scale_zero"):
+                got, wanted = (getattr(each, name)[page] for each in (cache, again))
+                if name.startswith("k_"):
+                    got, wanted = got[:, :fill], wanted[:, :fill]
+                if not torch.equal(got.view(torch.uint8), wanted.view(torch.uint8)):
+                    raise ValueError(
+                        f"{name}: expected what belongs to the keys of page {page}, got something "
+                        f"else (request {batch}): mirror_pages() writes it"
+                    )

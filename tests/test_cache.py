@@ -5,6 +5,7 @@ import torch
 
 import twilight_tilelang as kernels
 from tests.checks.properties import as_reference, valid_entries
+from tests.checks.requests import EACH_SCENARIO, World
 from tests.inputs.cases import BASE, CASES, NAMED, Tensors, build_cache, make_tensors
 from tests.inputs.hazards import poison_unused
 from twilight_tilelang import CacheShape, reference
@@ -200,16 +201,6 @@ def test_append_extends_a_prefill(length, device, rng):
     assert_same_tokens(cache, whole)
 
 
-def test_append_raises_once_the_longest_request_is_full(device, rng):
-    cache = kernels.PagedKVCache.empty(CacheShape(2, 1, 2, 128, device=device))
-    for _ in range(cache.capacity):
-        cache.append(*random_token(cache, rng))
-    before = copies(cache)
-    with pytest.raises(ValueError, match=r"seq_lens|capacity"):
-        cache.append(*random_token(cache, rng))
-    assert_unchanged(cache, before)
-
-
 def copies(cache) -> dict[str, torch.Tensor]:
     tensors = {
         name: value for name, value in vars(cache).items() if isinstance(value, torch.Tensor)
@@ -217,13 +208,8 @@ def copies(cache) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
-def assert_unchanged(cache, before: dict[str, torch.Tensor]) -> None:
-    for name, tensor in before.items():
-        torch.testing.assert_close(getattr(cache, name), tensor, rtol=0, atol=0, equal_nan=True)
-
-
 def test_append_leaves_a_full_request_alone(device, rng):
-    """The device's own guard: here a request is full although the host's bound says otherwise."""
+    """The others get their tokens."""
     cache = kernels.PagedKVCache.empty(CacheShape(3, 1, 2, 128, device=device))
     for _ in range(3):
         cache.append(*random_token(cache, rng))
@@ -238,6 +224,92 @@ def test_append_leaves_a_full_request_alone(device, rng):
         # Unused slots hold the NaN of fresh memory, so bytes are compared.
         assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8)), name
     assert torch.equal(cache.k_cache[cache.page_table[0, 0], 3], k[0])
+
+
+@pytest.mark.parametrize("scenario", EACH_SCENARIO)
+def test_requests_come_and_go(scenario, device):
+    scenario(World(kernels, device))
+
+
+@pytest.mark.parametrize("case", UNSHARED)
+def test_extend_matches_reference(case, rng):
+    """Three chunks of unequal lengths, in every shape and dtype."""
+    tensors = make_tensors(case, rng)
+    caches = [contiguous(package, tensors) for package in (kernels, reference)]
+    poison_unused(caches[0])
+    cache = caches[0]
+    for chunk in range(3):
+        counts = [(7 * request + 5 * chunk) % 23 for request in range(cache.batch_size)]
+        ends = torch.tensor([0, *counts], device=rng.device).cumsum(0).int()
+        shape = (2, sum(counts) + 9, cache.num_kv_heads, cache.head_dim)
+        k, v = torch.randn(shape, generator=rng, device=rng.device).to(cache.k_cache.dtype)
+        for each in caches:
+            each.extend(k, v, ends)
+        assert_same_tokens(*caches)
+
+
+def test_a_graph_replays_requests_that_come_and_go(device, rng):
+    """All calls, captured once; what they are to do lies on the device, and differs each time."""
+    world = World(kernels, device)
+    cache = world.cache([[0, 1, 2], [3, 4, 5], [-1, -1, -1]], 9, [20, 33, 0])
+    chunk = [x[0, :8].clone() for x in (world.k, world.v)]
+    token = [x[:, 0].clone() for x in (world.k, world.v)]
+    ends, active = world.ints([0, 0, 0, 0]), world.mask(False, False, False)
+    parents, pages = world.ints([-1, -1, -1]), world.ints([-1, -1, -1])
+    lengths, leaving = world.ints([999] * 3), world.mask(False, False, False)
+
+    def decode() -> None:
+        cache.fork(parents, pages)
+        cache.leave(leaving)
+        cache.truncate(lengths)
+        cache.extend(*chunk, ends)
+        cache.append(*token, active)
+        cache.mirror_pages(*cache.used_pages())
+
+    decode()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decode()
+    for x, source in zip(chunk, (world.k, world.v), strict=True):
+        x[:5], x[5:] = source[0, 20:25], source[1, 30:33]
+    for x, source in zip(token, (world.k, world.v), strict=True):
+        x[0], x[1] = source[0, 25], source[1, 33]
+    ends.copy_(world.ints([0, 5, 8, 8]))
+    active.copy_(world.mask(True, True, False))
+    lengths.copy_(world.ints([999, 30, 999]))
+    graph.replay()
+    world.assert_holds(cache, [26, 34, 0])
+    for control, value in ((ends, 0), (active, False), (lengths, 999)):
+        control.fill_(value)
+    parents.copy_(world.ints([-1, -1, 0]))
+    pages.copy_(world.ints([-1, -1, 7]))
+    leaving.copy_(world.mask(False, True, False))
+    graph.replay()
+    world.assert_holds(cache, [26, 0, 26], sources=[0, 1, 0])
+    kernels.validate_cache(cache)
+
+
+def test_rows_without_a_request_decode_to_zeros(device, rng):
+    """With page ids of -1 and of a live page; the others have the bits that they have alone."""
+    tensors = make_tensors(BASE, rng)
+    full = build_cache(kernels, tensors)
+    step = kernels.TwilightDecode(full, 8, token_budget=BASE.token_budget, top_p=0.9)
+    expected = step.run(tensors.q, full).clone()
+    for spare in (-1, int(tensors.page_table[0, 0])):
+        cache = build_cache(kernels, tensors)
+        cache.leave(torch.tensor([True, False, False, True], device=device))
+        cache.page_table[[0, 3]] = spare
+        for selector in ("quest", "full"):
+            step = kernels.TwilightDecode(
+                cache, 8, token_budget=BASE.token_budget, top_p=0.9, selector=selector
+            )
+            out = step.run(tensors.q, cache)
+            assert not out[[0, 3]].any() and not step.kept.counts[[0, 3]].any()
+            assert not step.candidates.counts[[0, 3]].any()
+            assert not kernels.dense_attention(tensors.q, cache)[[0, 3]].any()
+            if selector == "quest":
+                assert torch.equal(out[1:3], expected[1:3])
+        kernels.validate_cache(cache)
 
 
 @pytest.mark.parametrize("tensor, elements_per_byte", [("k_cache", 1), ("k_int4", 2)])

@@ -20,7 +20,7 @@ ALLOWED = {
     "profiling/tables": {"profiling.tables", "pandas"},
     "profiling/recordings": {
         *("profiling.recordings", "reference", "torch"),
-        "transformers",  # to record a model, imported where one is recorded
+        *("integrations", "transformers"),  # to record a model, imported where one is recorded
     },
     "profiling/workloads": {
         *("profiling.workloads", "profiling.recordings", "profiling.tables"),
@@ -30,6 +30,7 @@ ALLOWED = {
         *("profiling.providers", "profiling.workloads", "profiling.tables"),
         *("profiling.timing", "profiling.device", "kernels", "reference", "torch"),
         "flashinfer",  # a baseline, imported where it is installed
+        *("integrations", "transformers"),  # for whole models, imported where one is made
     },
     "profiling/observations": {
         *("profiling.observations", "profiling.providers", "profiling.workloads"),
@@ -39,7 +40,7 @@ ALLOWED = {
         *("autotune", "kernels", "reference", "profiling"),  # the benchmark's inputs and checks
         *("torch", "tilelang", "tqdm", "pebble"),
     },
-    "integrations": {"integrations", "kernels", "reference", "torch", "transformers"},
+    "integrations": {"integrations", "kernels", "reference", "torch", "transformers", "tqdm"},
     "evaluation": {
         *("evaluation", "integrations", "kernels", "reference", "torch", "transformers", "tqdm"),
         "rouge",  # for some tasks alone, imported where one is scored

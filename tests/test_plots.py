@@ -51,8 +51,7 @@ def test_figures_and_tables_are_made_from_files(rows: list[AnyRow], tmp_path: Pa
     for name in FIGURES:
         assert (tmp_path / "figures" / "h200" / f"{name}.png").stat().st_size > 20_000
         assert f"![{name}]({name}.png)" in page
-    assert draw.main([*folders, "--table"]) == 0
-    table = capsys.readouterr().out
+    table = "\n".join(tables.blocks([Frames(tmp_path / "results" / "h200")]))
     for workload in ("mha-32k", "gqa-32k", "gqa-128k", "solo-128k", "solo-32k"):
         assert f"| {workload} |" in table
     assert "torch 2.13.0, tilelang 0.1.15, at commit 0123456789" in " ".join(table.split())
@@ -99,7 +98,7 @@ def test_the_budget_rule_is_said_and_held_to() -> None:
         budget_rule(length.assign(seq_len=2 * length["seq_len"]))
 
 
-def test_a_cpu_compares_nothing(rows: list[AnyRow], tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_cpu_compares_nothing(rows: list[AnyRow], tmp_path: Path, monkeypatch) -> None:
     frames = frames_of(rows, tmp_path / "results", CPU)
     for name in FIGURES.keys() - set(QUALITY):
         texts = words(name, frames)
@@ -109,9 +108,6 @@ def test_a_cpu_compares_nothing(rows: list[AnyRow], tmp_path: Path, monkeypatch,
     folders = ["--results", str(tmp_path / "results"), "--figures", str(tmp_path / "figures")]
     assert draw.main(folders) == 0
     assert f"**{CPU_NOTE}.**" in (tmp_path / "figures" / CPU / "index.md").read_text()
-    capsys.readouterr()
-    assert draw.main([*folders, "--table"]) == 0
-    assert capsys.readouterr().out == f"{CPU_NOTE}\n"
 
 
 def test_quality_is_drawn_without_a_gpu_and_its_time_is_not(tmp_path: Path) -> None:
@@ -203,6 +199,23 @@ def test_tables_are_written_between_their_markers(rows: list[AnyRow], tmp_path: 
     readme.write_text(text.replace("<!-- end of stage -->", ""))
     with pytest.raises(ValueError, match="stage"):
         tables.write_tables(readme, [frames])
+
+
+def test_whole_models_stand_beside_their_floor(rows: list[AnyRow], tmp_path: Path) -> None:
+    frames = frames_of([row for row in rows if table_of(row) == "model"], tmp_path)
+    texts = words("model_length", frames)
+    assert {"no attention at all", "tokens per second", "llama-3.1-8b, batch 16"} <= set(texts)
+    every = frames["model"].set_index(["workload", "batch_size", "seq_len"])
+    own = every.loc[("llama-3.1-8b", 16, 32_768)]
+    us = own.groupby("method")["median_us"].min()
+    speedup = f"{us['dense'] / us['quest+twilight']:.1f}x"
+    line = next(own for own in tables.model_table(frames).splitlines() if "1-8b | 16 x 32" in own)
+    assert speedup in texts and f"| {speedup} |" in line
+    assert f"| {16e6 / us['quest+twilight']:,.0f} |" in line
+    table = frames["model"]
+    table[table["method"] != "dense"].to_csv(tmp_path / "h200" / "model.csv", index=False)
+    with pytest.raises(MissingData, match="model.csv: expected dense decode of every size"):
+        FIGURES["model_length"](frames)
 
 
 def test_the_fastest_time_is_bold() -> None:

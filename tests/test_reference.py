@@ -243,14 +243,15 @@ def test_wrap_covers_the_most_tokens_of_a_shared_page():
     assert (cache.k_scale_zero[page, 0, :, 0] > 0).all()
 
 
-def test_append_rejects_a_full_cache():
+def test_append_leaves_a_full_request_alone():
     inputs = random_inputs(DecodeShape(2, 1, 1, 8, 4, (8, 3)), 0)
     cache = PagedKVCache.wrap(*inputs.paged())
     before = cache.k_cache.clone()
-    row = torch.zeros(2, 1, 8, dtype=torch.float16)
-    with pytest.raises(ValueError, match=r"seq_lens: expected < 8 \(capacity\), got 8"):
-        cache.append(row, row)
-    assert torch.equal(cache.k_cache, before) and cache.seq_lens.tolist() == [8, 3]
+    row = torch.ones(2, 1, 8, dtype=torch.float16)
+    cache.append(row, row)
+    assert cache.seq_lens.tolist() == [8, 4]
+    before[cache.page_table[1, 0], 3] = 1
+    assert torch.equal(cache.k_cache, before)
 
 
 def test_append_rejects_wrong_rows():

@@ -18,6 +18,7 @@ from twilight_tilelang import reference
 from twilight_tilelang.kernels import gpu
 from twilight_tilelang.kernels.cache import CacheShape
 from twilight_tilelang.kernels.gpu import check_machine
+from twilight_tilelang.kernels.validate import check_indices
 
 
 class Call(NamedTuple):
@@ -44,6 +45,11 @@ def valid_calls(cache, device: torch.device | str) -> dict[str, Call]:
     pool = {name: torch.zeros(8, 16, 2, 128, **half) for name in ("k_cache", "v_cache")}
     logits = torch.zeros(2, 8, 48, device=device)
     kept = {"kept_tokens": pages.clone(), "kept_counts": counts.clone()}
+    ints = {"dtype": torch.int32, "device": device}
+    cu_seqlens, rows = torch.arange(3, **ints), torch.arange(2, **ints)
+    mask = torch.zeros(2, dtype=torch.bool, device=device)
+    listed = {"pages": rows, "page_tokens": rows + 1}
+    joining = {"page_table": layout["page_table"], "seq_lens": layout["seq_lens"]}
     sizes = {"batch_size": 2, "max_pages": 4, "num_kv_heads": 2, "head_dim": 128}
     decode = {"cache": cache, "num_qo_heads": 8, "token_budget": 64}
     empty = {**sizes, "device": device, "num_pages": 8, "k_offset": layout["k_offset"]}
@@ -53,7 +59,15 @@ def valid_calls(cache, device: torch.device | str) -> dict[str, Call]:
         "from_contiguous": Call(build.from_contiguous, {"k": k, "v": v, **layout}),
         "wrap": Call(build.wrap, {**pool, **layout}),
         "PagedKVCache": Call(build, {"k_offset": layout["k_offset"], **tensors_of(cache)}),
-        "append": Call(lambda cache, k, v: cache.append(k, v), {"cache": cache, **token}),
+        "append": Call(build.append, {"self": cache, **token, "active": mask}),
+        "extend": Call(build.extend, {"self": cache, **token, "cu_seqlens": cu_seqlens}),
+        "mirror_pages": Call(build.mirror_pages, {"self": cache, **listed}),
+        "join": Call(build.join, {"self": cache, "joining": mask, **joining}),
+        "leave": Call(build.leave, {"self": cache, "leaving": mask}),
+        "fork": Call(
+            build.fork, {"self": cache, "parents": rows, "pages": rows, "seq_lens": rows + 9}
+        ),
+        "truncate": Call(build.truncate, {"self": cache, "seq_lens": rows + 33}),
         "select_pages": Call(kernels.select_pages, {"q": q, "cache": cache, "token_budget": 64}),
         "select_all": Call(kernels.select_all, {"cache": cache}),
         "estimate_logits": Call(
@@ -68,6 +82,10 @@ def valid_calls(cache, device: torch.device | str) -> dict[str, Call]:
         ),
         "page_attention": Call(
             over_list(kernels.page_attention), {"q": q, "cache": cache, **candidates}
+        ),
+        "bound_kept_mass": Call(
+            over_lists(kernels.bound_kept_mass),
+            {"q": q, "cache": cache, **candidates, "logits": logits.half(), **kept},
         ),
         "dense_attention": Call(kernels.dense_attention, {"q": q, "cache": cache}),
         "TwilightDecode": Call(kernels.TwilightDecode, decode),
@@ -90,6 +108,19 @@ def over_list(function: Callable) -> Callable:
         others = {name: value for name, value in given.items() if name not in names}
         position = "kept" if names[0].startswith("kept") else "candidates"
         return function(**others, **{position: tuple(given[name] for name in names)})
+
+    return call
+
+
+def over_lists(function: Callable) -> Callable:
+    """A stage of two lists, their tensors by name."""
+
+    def call(candidate_pages, candidate_counts, kept_tokens, kept_counts, **others):
+        lists = {
+            "candidates": (candidate_pages, candidate_counts),
+            "kept": (kept_tokens, kept_counts),
+        }
+        return function(**others, **lists)
 
     return call
 
@@ -139,12 +170,14 @@ def calls(launched) -> dict[str, Call]:
 
 
 NAMES = (
-    *("empty", "from_contiguous", "wrap", "PagedKVCache", "append", "select_pages", "select_all"),
+    *("empty", "from_contiguous", "wrap", "PagedKVCache", "append", "extend", "mirror_pages"),
+    *("join", "leave", "fork", "truncate", "select_pages", "select_all"),
     *("estimate_logits", "prune_top_p", "flash_topk_attention", "page_attention"),
-    *("dense_attention", "TwilightDecode", "run"),
+    *("bound_kept_mass", "dense_attention", "TwilightDecode", "run"),
 )
 
 MAKE_A_CACHE = ("empty", "from_contiguous", "wrap", "PagedKVCache")
+MOVE_REQUESTS = ("append", "extend", "mirror_pages", "join", "leave", "fork", "truncate")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -152,7 +185,7 @@ def test_the_calls_below_are_accepted_as_they_are(name, calls, launched):
     call = valid_calls(small_cache(kernels, "cuda"), "cuda")[name]
     before = len(launched)
     call.function(**call.arguments)
-    launches_nothing = name in ("empty", "PagedKVCache", "TwilightDecode")
+    launches_nothing = name in ("empty", "PagedKVCache", "TwilightDecode", "join", "leave")
     assert (len(launched) == before) == launches_nothing
     assert calls.keys() == set(NAMES)
 
@@ -174,7 +207,9 @@ NO_CACHE = {
 
 
 @pytest.mark.parametrize("what", NO_CACHE)
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in (*MAKE_A_CACHE, "append")])
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name not in MAKE_A_CACHE + MOVE_REQUESTS]
+)
 def test_every_function_rejects_what_is_no_cache_of_its_own(name, what, calls):
     call, expected = (
         calls[name],
@@ -190,7 +225,7 @@ def rejects(launched) -> Callable[[Call, dict, str], None]:
     """A check that a call with some changes raises, launches nothing and leaves its cache alone."""
 
     def check(call: Call, changes: dict, match: str) -> None:
-        cache = call.arguments.get("cache")
+        cache = call.arguments.get("cache", call.arguments.get("self"))
         before = None if cache is None else bytes_of(cache)
         launches, allocations = len(launched), num_allocations()
         with pytest.raises(ValueError, match=match):
@@ -241,7 +276,13 @@ TENSORS = {
     "from_contiguous": ("k", "v", "seq_lens", "page_table", "k_offset"),
     "wrap": ("k_cache", "v_cache", "seq_lens", "page_table", "k_offset"),
     "PagedKVCache": ("k_int4", "k_scale_zero", "page_bounds", "bounds_scale_zero"),
-    "append": ("k", "v"),
+    "append": ("k", "v", "active"),
+    "extend": ("k", "v", "cu_seqlens"),
+    "mirror_pages": ("pages", "page_tokens"),
+    "join": ("joining", "page_table", "seq_lens"),
+    "leave": ("leaving",),
+    "fork": ("parents", "pages", "seq_lens"),
+    "truncate": ("seq_lens",),
     "select_pages": ("q",),
     "estimate_logits": ("q", "candidate_pages", "candidate_counts"),
     "prune_top_p": ("logits", "candidate_pages", "candidate_counts"),
@@ -273,7 +314,13 @@ SIZES = {  # function -> tensor -> the dimension that is made one shorter
     "from_contiguous": {"v": 1, "seq_lens": 0, "page_table": 0, "k_offset": 0},
     "wrap": {"v_cache": 1, "seq_lens": 0, "k_offset": 1},
     "PagedKVCache": {"k_int4": 3, "k_scale_zero": 2, "page_bounds": 0, "bounds_scale_zero": 1},
-    "append": {"k": 2, "v": 0},
+    "append": {"k": 2, "v": 0, "active": 0},
+    "extend": {"k": 2, "v": 0, "cu_seqlens": 0},
+    "mirror_pages": {"page_tokens": 0},
+    "join": {"joining": 0, "page_table": 1, "seq_lens": 0},
+    "leave": {"leaving": 0},
+    "fork": {"parents": 0, "pages": 0, "seq_lens": 0},
+    "truncate": {"seq_lens": 0},
     "select_pages": {"q": 2},
     "estimate_logits": {"q": 0, "candidate_pages": 1, "candidate_counts": 1},
     "prune_top_p": {"logits": 2, "candidate_pages": 1, "candidate_counts": 0},
@@ -300,6 +347,8 @@ EMPTY = [  # function, tensor, the dimension of no size
     *(("wrap", "page_table", dim) for dim in (0, 1)),
     *(("wrap", "k_cache", dim) for dim in (0, 2)),
     *(("from_contiguous", tensor, dim) for tensor in ("k",) for dim in (0, 1, 2)),
+    ("extend", "k", 0),
+    ("mirror_pages", "pages", 0),
     ("estimate_logits", "candidate_pages", 2),
     ("prune_top_p", "candidate_pages", 2),
     ("flash_topk_attention", "kept_tokens", 2),
@@ -334,11 +383,13 @@ WINDOWS = {"num_sink_tokens": [-1], "num_recent_tokens": [-1]}
 VALUES = {  # function -> argument, which the message must name -> what it may not be
     "empty": {"head_dim": [96], "page_size": [0, -16, 8, 24], "dtype": [FP32], "num_pages": [5]},
     "from_contiguous": {"num_pages": [5], "page_size": [0]},
+    "wrap": {"layout": ["HNDX", "nhd", 16]},
     "select_pages": {"q": GROUPS, "token_budget": [0, -16, 24], **WINDOWS},
     "estimate_logits": {"q": GROUPS, "sm_scale": SCALES},
     "prune_top_p": {"logits": [Fresh((2, 7, 48), FP32)], "top_p": TOP_P, **WINDOWS},
     "flash_topk_attention": {"q": GROUPS, "sm_scale": SCALES},
     "page_attention": {"q": GROUPS, "sm_scale": SCALES},
+    "bound_kept_mass": {"q": GROUPS, "sm_scale": SCALES, "logits": [Fresh((2, 8, 48), FP32)]},
     "dense_attention": {"q": GROUPS, "sm_scale": SCALES},
     "TwilightDecode": {
         "num_qo_heads": [7, 0, -8],
@@ -421,13 +472,6 @@ def test_wrap_rejects_lengths_beyond_the_capacity(lengths, calls, rejects):
     rejects(calls["wrap"], {"seq_lens": seq_lens}, "seq_lens: expected 0 to 64 tokens, got")
 
 
-def test_append_rejects_a_full_request(calls, rejects):
-    cache = small_cache(kernels, "cuda")
-    cache.longest = cache.capacity
-    call = Call(calls["append"].function, calls["append"].arguments | {"cache": cache})
-    rejects(call, {}, "seq_lens: expected room below the capacity of 64 tokens")
-
-
 @pytest.fixture
 def other_machine(monkeypatch) -> Iterator[pytest.MonkeyPatch]:
     """To pretend with; what is known of the real machine is forgotten before and after."""
@@ -472,11 +516,15 @@ def test_the_package_asks_for_tilelang():
     assert done.returncode == 1 and message in done.stderr.splitlines()[-1]
 
 
+# Of the kernels' validate_cache, what needs no GPU; of its mirrors, tests.checks.requests.
+FIND = {kernels: check_indices, reference: reference.validate_cache}
+
+
 @pytest.mark.parametrize("package", [kernels, reference], ids=["kernels", "reference"])
 @pytest.mark.parametrize("case", [BASE, NAMED["gqa4-shared-pages"]], ids=str)
 def test_validate_cache_accepts(case, package, rng):
     """A cache of either package: its indices are read back."""
-    assert package.validate_cache(build_cache(reference, make_tensors(case, rng))) is None
+    assert FIND[package](build_cache(reference, make_tensors(case, rng))) is None
 
 
 FINDINGS = {
@@ -502,4 +550,33 @@ def test_validate_cache_finds(finding, package, rng):
     cache = build_cache(reference, make_tensors(BASE, rng))
     spoil(cache)
     with pytest.raises(ValueError, match=rf"{name}.*: expected .*, got"):
+        FIND[package](cache)
+
+
+@pytest.mark.parametrize("package", [kernels, reference], ids=["kernels", "reference"])
+@pytest.mark.parametrize("bad", [0.0, -1.0, NAN])
+def test_validate_cache_finds_a_factor_that_is_not_positive(bad, package):
+    cache = small_cache(reference, "cpu")
+    cache.k_factor = torch.ones(2, 128)
+    cache.k_factor[1, 5] = bad
+    with pytest.raises(ValueError, match="k_factor: expected positive numbers, got others"):
         package.validate_cache(cache)
+
+
+@pytest.mark.parametrize("name", ["empty", "from_contiguous", "wrap"])
+@pytest.mark.parametrize("spoiled", [Fresh((2, 64), torch.float32), Fresh((2, 128))], ids=str)
+def test_constructors_reject_a_factor_that_does_not_fit(name, spoiled, calls, rejects):
+    pair = calls[name].arguments["k_offset"], spoiled.make()
+    rejects(calls[name], {"k_offset": pair}, r"^k_factor: expected")
+
+
+def test_run_rejects_a_cache_with_a_factor_where_the_step_has_none(calls, rejects):
+    cache = calls["run"].arguments["cache"]
+    smooth = dataclasses.replace(cache, k_factor=torch.ones(2, 128, device="cuda"))
+    rejects(calls["run"], {"cache": smooth}, "cache: expected no k_factor, as this step's, got a")
+
+
+def test_a_step_without_a_pruner_has_no_bound(calls, rejects):
+    changes = {"bound_mass": True, "path": "candidates"}
+    match = "bound_mass: expected the path 'sparse', got 'candidates'"
+    rejects(calls["TwilightDecode"], changes, match)

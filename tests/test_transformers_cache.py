@@ -209,10 +209,20 @@ def test_options_that_do_not_fit_are_refused_with_the_prompt(
         prefill(model, prompts(rng, [50]), cache)
 
 
-def test_the_kernels_paths_are_refused_on_a_cpu(rng: torch.Generator) -> None:
+def test_a_path_of_the_kernels_alone_is_refused_on_a_cpu(rng: torch.Generator) -> None:
     model = make_model("llama", torch.device("cpu"))
     model.set_attn_implementation("twilight")
-    cache = TwilightCache(model.config, MAX_TOKENS, DecodeOptions(path="candidates"))
+    cache = TwilightCache(model.config, MAX_TOKENS, DecodeOptions(path="auto"))
     inputs = {name: each.cpu() for name, each in prompts(rng, [50]).items()}
-    with pytest.raises(ValueError, match="path: expected 'sparse' or 'dense' on a CPU"):
+    with pytest.raises(ValueError, match="path: expected 'sparse', .* got 'auto'"):
         prefill(model, inputs, cache)
+
+
+def test_the_cache_s_older_name_is_taken_too(model, rng: torch.Generator) -> None:
+    inputs = prompts(rng, [50])
+    caches = [TwilightCache(model.config, MAX_TOKENS, EVERYTHING) for _ in range(2)]
+    got, expected = (
+        generate(model, inputs, max_new_tokens=3, **{name: cache}).sequences
+        for name, cache in zip(("past_key_values", "cache"), caches, strict=True)
+    )
+    assert torch.equal(got, expected) and caches[0].get_seq_length() == 52

@@ -9,17 +9,18 @@ FP16_BYTES = 2
 
 
 def memory_rows(builder: StageBuilder, gpu: str, origin: Origin) -> list[MemoryRow]:
-    """A row for every tensor of the cache that grows with its tokens."""
+    """A row for every tensor of the cache that grows with its tokens, and for a model's weights."""
     cache = builder.sets.caches[0]
     slots = cache.num_pages * cache.page_size * cache.num_kv_heads
     dense = 2 * cache.head_dim * FP16_BYTES
+    sizes = {part: getattr(cache, part).nbytes / slots for part in PARTS} | builder.other_parts
     return [
         MemoryRow(
             **builder.workload.labels(METHOD, gpu),
             part=part,
-            bytes_per_token=getattr(cache, part).nbytes / slots,
-            share=getattr(cache, part).nbytes / slots / dense,
+            bytes_per_token=size,
+            share=size / dense,
             **origin,
         )
-        for part in PARTS
+        for part, size in sizes.items()
     ]

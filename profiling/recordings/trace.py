@@ -62,7 +62,7 @@ class Trace:
         num_layers, seq_len = len(self.layers), int(self.positions[place]) + 1
         max_pages, batch_size = -(-seq_len // page_size), copies * num_layers
         num_pages = batch_size * max_pages
-        page_table = shuffled_page_table(batch_size, max_pages, num_pages, seed).to(device)
+        page_table = shuffled_page_table(batch_size, max_pages, seed).to(device)
         pools = []
         for rows in (self.k, self.v):
             pool = torch.zeros(

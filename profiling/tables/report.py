@@ -12,7 +12,9 @@ SETUP = ["workload", "batch_size", "seq_len"]
 SETTING = [*SETUP, "method", "token_budget", "top_p"]
 SHOWN = [*SETUP, "stage", "method", "provider", "token_budget", "top_p", "kept_mean", "error"]
 SHOWN += ["median_us", "host_us", "TB/s", "reached", "speedup"]
-RATES = ("TB/s", "reached", "speedup")  # they mean nothing on a CPU
+SHOWN_MODEL = [*SETUP, "method", "provider", "kept_mean", "error", "median_us", "host_us"]
+SHOWN_MODEL += ["tokens/s", "attention_us", "reached"]
+RATES = ("TB/s", "reached", "speedup", "attention_us", "tokens/s")  # they mean nothing on a CPU
 SHOWN_OBSERVED = {
     "accuracy": ["bits", "kept_mean", "kept_mass", "captured_mean", "captured_min", "error"],
     "kept": ["kv_head", "kept_mean", "kept_min", "kept_median", "kept_max"],
@@ -31,14 +33,16 @@ def report(folder: Path, workloads: list[str], stage: str | None = None) -> str:
     if stage is None:
         accuracy = frames["accuracy"]
         tables = {"pipeline": timed, "accuracy": accuracy[accuracy["bits"] == "4"]}
+    elif stage == "model":
+        tables = {stage: _whole(frames[stage])}
     else:
         tables = {stage: frames[stage] if stage in OBSERVED else timed[timed["stage"] == stage]}
     on_cpu = folder.name == CPU_LABEL
     shown = [name for name in SHOWN if not (on_cpu and name in RATES)]
+    columns = {name: [*SETTING, *own] for name, own in SHOWN_OBSERVED.items()}
+    columns["model"] = [name for name in SHOWN_MODEL if not (on_cpu and name in RATES)]
     texts = [
-        _text(rows[[*SETTING, *SHOWN_OBSERVED[name]] if name in OBSERVED else shown])
-        for name, rows in tables.items()
-        if not rows.empty
+        _text(rows[columns.get(name, shown)]) for name, rows in tables.items() if not rows.empty
     ]
     return "\n\n".join([*texts, CPU_NOTE] if on_cpu else texts)
 
@@ -66,6 +70,15 @@ def _timed(frames: Mapping[str, pd.DataFrame], workloads: list[str]) -> pd.DataF
         ["workload", "seq_len", "stage", "token_budget", "top_p", "median_us"],
         key=lambda column: column.map(order) if column.name in ("workload", "stage") else column,
     )
+
+
+def _whole(rows: pd.DataFrame) -> pd.DataFrame:
+    """Tokens of whole models, with what attention adds to a model without any."""
+    none = rows[rows["method"] == "none"].set_index(SETUP)["median_us"]
+    rows = rows.join(none.rename("none_us"), on=SETUP)
+    rows["attention_us"] = rows["median_us"] - rows["none_us"]
+    rows["tokens/s"] = rows["batch_size"] / rows["median_us"] * 1e6
+    return rows.sort_values([*SETUP, "median_us"])
 
 
 def _text(rows: pd.DataFrame) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 CPU_LABEL = "cpu-reference"  # the name of the GPU where there is none
 CPU_NOTE = "CPU reference in small sizes: proves only that the benchmark runs"
 STAGES = ("selector", "estimator", "pruner", "estimate_prune", "attention", "pipeline", "dense")
+TIMED_STAGES = (*STAGES, "model")
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,9 @@ class Row:
 
     workload: str
     stage: str
-    method: str  # quest+twilight, full+twilight, quest, dense; random: attention over such tokens
+    # quest+twilight, full+twilight, quest, dense; random: attention over such tokens; none: a model
+    # without attention
+    method: str
     provider: str
     batch_size: int
     num_qo_heads: int
@@ -54,7 +57,8 @@ class Row:
     commit: str
     date: str
     sm_mhz: int = 0  # clock of the SMs while it was timed; 0: not recorded
-    host_us: float = math.nan  # of one eager call, see timing.host_us; empty: not measured
+    # Of one eager call, see timing.host_us; of a model, see timing.eager_us. Empty: not measured.
+    host_us: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ class KeptRow(Setting):
 
 @dataclass(frozen=True)
 class MemoryRow(Setting):
-    """Size of one tensor of the cache."""
+    """Size of one tensor of the cache; beside a model, the share of its weights."""
 
     part: str
     bytes_per_token: float  # of one KV head
@@ -179,7 +183,7 @@ OBSERVED = {
     "memory": Table(MemoryRow, (*SETTING, "part"), AT_ONCE),
     "timeline": Table(TimelineRow, (*SETTING, "timeline", "stage"), AT_ONCE),
 }
-TABLES = dict.fromkeys(STAGES, TIMED) | OBSERVED
+TABLES = dict.fromkeys(TIMED_STAGES, TIMED) | OBSERVED
 
 
 def table_of(row: AnyRow) -> str:

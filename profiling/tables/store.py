@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .rows import STAGES, TABLES, AnyRow, table_of
+from .rows import TABLES, TIMED_STAGES, AnyRow, table_of
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 DECIMALS = {"median_us": 2, "p20_us": 2, "p80_us": 2, "floor_us": 2, "kept_mean": 2}
@@ -81,7 +81,7 @@ def raise_ceiling(read_tbps: float, gpu: str, commit: str, folder: Path = RESULT
     A run is what one commit measured on one GPU, at once or in several goes: its rows share one
     ceiling, in every table, so that none of them reaches more than its floor.
     """
-    paths = [path_of(stage, gpu, folder) for stage in STAGES]
+    paths = [path_of(stage, gpu, folder) for stage in TIMED_STAGES]
     frames = {path: read_rows(path) for path in paths if path.exists()}
     runs = {path: frame[frame["commit"] == commit] for path, frame in frames.items()}
     for own in runs.values():

@@ -71,14 +71,9 @@ def workload_sets(
     elif workload.random_tokens:
         inputs = random_inputs(every, SEED, device=device)
     else:
-        inputs = make_inputs(
-            every,
-            SEED,
-            device=device,
-            kept_mean=workload.kept_mean,
-            top_p=workload.top_p,
-            head_budgets=workload.head_budgets,
-        )
+        wanted = ("kept_mean", "top_p", "head_budgets", "interleaved")
+        made_for = {name: getattr(workload, name) for name in wanted}
+        inputs = make_inputs(every, SEED, device=device, **made_for)
     q, pool = inputs.q, wrap(*inputs.paged())
     rows = [slice(own * shape.batch_size, (own + 1) * shape.batch_size) for own in range(num_sets)]
     caches = [

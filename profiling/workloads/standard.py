@@ -14,6 +14,7 @@ PAGE_SIZE = 16
 LOOKED_ON = ("timeline", "kept", "memory")  # tables that are filled beside the timed stages
 EQUAL = (1,)  # every head keeps, or reads, as many
 LENGTHS = (4096, 8192, 16_384, 32_768, 65_536, 131_072, 262_144)
+LONGEST = 1_048_576  # the most candidate tokens that the pruner takes
 BUDGETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768)
 SMALL_LENGTHS, SMALL_BUDGETS = (256, 512, 1024), (64, 128, 256, 512)
 
@@ -83,7 +84,7 @@ GPU_WORKLOADS: tuple[Workload, ...] = (
     _standard("solo-32k", 1, 32_768, 8),
     budget_sweep("budget-gqa", shape_of(64, 32_768, 8), BUDGETS),
     budget_sweep("budget-mha", shape_of(64, 32_768, 32), BUDGETS),
-    *lengths("length-b1", 1, 8, LENGTHS),
+    *lengths("length-b1", 1, 8, (*LENGTHS, LONGEST)),
     *lengths("length-b8", 8, 8, LENGTHS),
     *lengths("length-b64", 64, 8, LENGTHS),
 )

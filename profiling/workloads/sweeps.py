@@ -76,7 +76,18 @@ def _budgets(kind: str, batch_size: int, num_kv_heads: int) -> list[Workload]:
     ]
 
 
+STEP_STAGES = ("attention", "pipeline", "dense")
+
 GPU_FULL: tuple[Workload, ...] = (
+    Workload(
+        "gqa-32k-interleaved",
+        shape_of(64, 32_768, 8),
+        token_budget=8192,
+        kept_mean=kept_of(8),
+        stages=STEP_STAGES,
+        dense_baselines=(),
+        interleaved=True,
+    ),
     Workload(
         "top_p-gqa",
         shape_of(64, 32_768, 8),
@@ -104,6 +115,7 @@ def _small_budgets(kind: str, num_kv_heads: int) -> list[Workload]:
 
 
 CPU_FULL: tuple[Workload, ...] = (
+    small("gqa-1k-interleaved", 4, 1024, 2, stages=STEP_STAGES, interleaved=True),
     small("top_p-gqa", 4, 1024, 2, stages=("pipeline", "accuracy"), top_ps=TOP_PS),
     trace_workload(COPY_TASK),
     *_small_budgets("gqa", 2),

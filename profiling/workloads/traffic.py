@@ -22,24 +22,26 @@ USES_ESTIMATE = ("quest+twilight", "full+twilight")
 class Work:
     """One decode step over requests of equal length.
 
-    `candidate_tokens` and `kept_tokens` are sums over requests and KV heads; `kept_tokens` is what
-    attention reads, whatever the method.
+    `candidate_tokens` and `kept_tokens` are sums over requests and KV heads, and over the layers of
+    a model; `kept_tokens` is what attention reads, whatever the method.
     """
 
     shape: DecodeShape
     candidate_tokens: int
     kept_tokens: int
+    num_layers: int = 1  # that have a selector
+    num_weights: int = 0  # of a model, each read once
 
     def chooses_pages(self, method: str) -> bool:
         """Whether the method must read the bounds: not where every page is a candidate."""
-        every = self.shape.num_kv_heads * sum(self.shape.lengths)
+        every = self.num_layers * self.shape.num_kv_heads * sum(self.shape.lengths)
         return method in USES_BOUNDS and self.candidate_tokens < every
 
     @property
     def num_bounds(self) -> int:
-        """Pages that have bounds, summed over requests and KV heads."""
+        """Pages that have bounds, summed over requests, KV heads and layers."""
         pages = -(-self.shape.max_seq_len // self.shape.page_size)
-        return self.shape.batch_size * self.shape.num_kv_heads * pages
+        return self.num_layers * self.shape.batch_size * self.shape.num_kv_heads * pages
 
 
 def bytes_moved(stage: str, method: str, work: Work) -> int:
@@ -60,6 +62,7 @@ def bytes_moved(stage: str, method: str, work: Work) -> int:
         "attention": rows + indices,
         "dense": rows,
         "pipeline": read_bounds + read_mirror + rows,
+        "model": read_bounds + read_mirror + rows + work.num_weights * work.shape.dtype.itemsize,
     }
     return _of_stage(moved, stage)
 
@@ -85,6 +88,7 @@ def flops(stage: str, method: str, work: Work) -> int:
         "attention": exact,
         "dense": exact,
         "pipeline": bounds_too + estimate_too + exact,
+        "model": bounds_too + estimate_too + exact + 2 * work.shape.batch_size * work.num_weights,
     }
     return _of_stage(computed, stage)
 

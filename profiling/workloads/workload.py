@@ -14,8 +14,10 @@ from .traffic import Work
 METHODS = ("quest+twilight", "full+twilight", "quest")
 METHOD = METHODS[0]
 RANDOM = "random"
+NONE = "none"  # a model without attention
 TOP_P = 0.85
 MAX_SETS = 72
+SIZES = ("batch_size", "num_qo_heads", "num_kv_heads", "head_dim", "page_size")
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,11 @@ class Workload:
         host_times: the host's time of an eager step, or of dense decode, is measured too.
         random_tokens: attention alone is measured, over token_budget random tokens of a KV head.
         num_sink_tokens: first tokens that are always kept.
+        interleaved: made-up K and V are views of one tensor [num_pages, 2, ...].
         trace: file of recorded inputs (see trace.py); None for made-up ones. What is timed are all
             its layers at the last position; accuracy.csv is of all positions.
+        model: of models.MODELS, whose decode of a token is timed whole; None for one layer's step.
+        dense_layers: of the model, the first so many attend to every token.
     """
 
     name: str
@@ -55,7 +60,10 @@ class Workload:
     host_times: bool = False
     random_tokens: bool = False
     num_sink_tokens: int = 0
+    interleaved: bool = False
     trace: Path | None = None
+    model: str | None = None
+    dense_layers: int = 0
 
     def variants(self) -> "list[Workload]":
         """This workload once for every setting; the inputs are the same."""
@@ -69,11 +77,15 @@ class Workload:
         """Methods that a stage is timed for."""
         if self.random_tokens:
             return (RANDOM,)
-        return {"pipeline": METHODS, "dense": ("dense",)}.get(stage, (METHOD,))
+        of_model = (METHOD, "quest", "dense", NONE)
+        several = {"pipeline": METHODS, "dense": ("dense",), "model": of_model}
+        return several.get(stage, (METHOD,))
 
     def settings(self, method: str) -> tuple[int, float]:
         """(token_budget, top_p) of a method: what it does not limit is the whole sequence, or 1."""
         seq_len = self.shape.max_seq_len
+        if method == NONE:
+            return 0, 1.0
         reads_all = method in ("full+twilight", "dense")
         token_budget = seq_len if reads_all else min(self.token_budget, seq_len)
         return token_budget, self.top_p if method.endswith("twilight") else 1.0
@@ -84,11 +96,7 @@ class Workload:
         return {
             "workload": self.name,
             "method": method,
-            "batch_size": shape.batch_size,
-            "num_qo_heads": shape.num_qo_heads,
-            "num_kv_heads": shape.num_kv_heads,
-            "head_dim": shape.head_dim,
-            "page_size": shape.page_size,
+            **{name: getattr(shape, name) for name in SIZES},
             "seq_len": shape.max_seq_len,
             "token_budget": token_budget,
             "top_p": top_p,

@@ -20,4 +20,6 @@ def shape_of(kernel: str, bucket: Bucket) -> StepShape:
 
 def broken_limit(kernel: str, config: Any, shape: StepShape, gpu: Gpu) -> str | None:
     """The limit that keeps a config from running on a shape, in words; None if it can run."""
-    return next((text for text, ok in SPACES[kernel].limits if not ok(config, shape, gpu)), None)
+    return next(
+        (text for text, ok in SPACES[kernel].limits.items() if not ok(config, shape, gpu)), None
+    )

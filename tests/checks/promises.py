@@ -199,6 +199,15 @@ def promise_6_no_request_reads_another(run: Run) -> None:
         assert_identical(actual, expected)
 
 
+def promise_6_a_row_without_a_request_is_zeros(run: Run) -> None:
+    """Its page ids are -1."""
+    idle = run.cache.seq_lens == 0
+    assert (run.cache.page_table[idle] < 0).all()
+    dense = run.package.dense_attention(run.tensors.q, run.cache)
+    for result in (run.out, dense, run.step.kept.counts, run.step.candidates.counts):
+        assert not result[idle].any()
+
+
 def promise_7_a_graph_replays_the_step(run: Run) -> None:
     """Also on another stream; only where there is a GPU."""
     if run.device.type != "cuda":
@@ -242,6 +251,7 @@ PROPERTIES: tuple[Callable[[Run], None], ...] = (
     promise_5_a_request_gives_the_same_bits_anywhere,
     promise_6_nothing_unused_is_read,
     promise_6_no_request_reads_another,
+    promise_6_a_row_without_a_request_is_zeros,
     promise_7_a_graph_replays_the_step,
     promise_8_a_view_is_refused_or_right,
 )

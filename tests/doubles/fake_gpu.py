@@ -4,8 +4,8 @@ Under it every public function of `kernels` runs on any machine up to its launch
 """
 
 import functools
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import is_dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +15,8 @@ import torch
 from tilelang.jit import JITImpl
 
 from twilight_tilelang.kernels import launch as kernels
-from twilight_tilelang.kernels.cache import cache_launches
 from twilight_tilelang.kernels.gpu import check_machine, gpu_of
+from twilight_tilelang.kernels.requests import cache_launches
 from twilight_tilelang.kernels.tuned import forget
 
 CUDA = torch.device("cuda", 0)
@@ -49,6 +49,7 @@ def install(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0
     properties = type("Properties", (), sizes)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: CUDA.index)
     for remembered in (check_machine, gpu_of, cache_launches):
         remembered.cache_clear()
     forget()
@@ -60,6 +61,20 @@ def install_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("Stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda _: stream)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+
+
+def install_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`to` it: a `GpuTensor`, of the dtype asked for."""
+    move = torch.Tensor.to
+
+    def to(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        given = [*args, *options.values()]
+        if not any(str(own).startswith("cuda") for own in given if not torch.is_tensor(own)):
+            return move(self, *args, **options)
+        dtypes = [own for own in given if isinstance(own, torch.dtype)]
+        return move(self, *dtypes or [self.dtype]).as_subclass(GpuTensor)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
 
 
 def _on_fake(create: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -89,6 +104,37 @@ def count_launches(monkeypatch: pytest.MonkeyPatch, launch: bool) -> list[str]:
 
     monkeypatch.setattr(kernels, "compiled", counted)
     return launched
+
+
+class CurrentGpu:
+    """Which GPU is current; `entered` are those that the host's code made current for a while."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.entered: list[int] = []
+
+    @contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        """torch.cuda.device."""
+        before = self.index
+        self.index = device.index
+        self.entered.append(device.index)
+        yield
+        self.index = before
+
+
+def launch_as_tilelang(monkeypatch: pytest.MonkeyPatch, current: int) -> CurrentGpu:
+    """Kernels that do nothing but what TileLang's entries do before a launch: they make the GPU of
+    their tensors current. `current` is the one that is so before."""
+    gpu = CurrentGpu(current)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: gpu.index)
+    monkeypatch.setattr(torch.cuda, "device", gpu.device)
+
+    def entry(first: torch.Tensor, *_: Any) -> None:
+        gpu.index = first.device.index
+
+    monkeypatch.setattr(kernels, "compiled", lambda *_: entry)
+    return gpu
 
 
 def record_configs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.emulated.launches import MEMORY, SHAPES
+from tests.inputs.hazards import lose_idle_pages
 from twilight_tilelang.reference.inputs import random_inputs
 
 
@@ -23,7 +24,9 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(params=SHAPES)
 def inputs(request):
-    return random_inputs(SHAPES[request.param], seed=0, spare_tokens=3)
+    inputs = random_inputs(SHAPES[request.param], seed=0, spare_tokens=3)
+    lose_idle_pages(inputs)
+    return inputs
 
 
 @pytest.fixture(autouse=True)

@@ -55,6 +55,7 @@ def _build(factory, arguments: tuple, folder: Path) -> Callable[..., None]:
     function.restype = ctypes.c_bool
 
     def run(grid: tuple[int, ...], num_threads: int, **values) -> None:
+        values = strides_of(values) | values
         assert values.keys() >= set(names), f"missing {set(names) - values.keys()}"
         passed = []
         for parameter, key in zip(parameters, names, strict=True):
@@ -62,8 +63,22 @@ def _build(factory, arguments: tuple, folder: Path) -> Callable[..., None]:
             if isinstance(value, torch.Tensor):
                 passed.append(ctypes.c_void_p(value.data_ptr()))
             else:
-                passed.append((ctypes.c_float if "float" in parameter else ctypes.c_int)(value))
+                kinds = {"float": ctypes.c_float, "int64_t": ctypes.c_int64}
+                passed.append(kinds.get(parameter.split()[0], ctypes.c_int)(value))
         ended = function(*grid, *(1,) * (3 - len(grid)), num_threads, *passed)
         assert ended, f"the threads of {name} wait for each other"
 
     return run
+
+
+def strides_of(values: dict) -> dict[str, int]:
+    """What the kernels call the strides of their tensors; K and V pools share theirs."""
+    named = {"pool": "k_cache"} | {name: name for name in ("q", "k", "v")}
+    found = {}
+    for name, tensor in named.items():
+        if tensor in values:
+            for axis, stride in enumerate(values[tensor].stride()):
+                found[f"{name}_stride_{axis}"] = stride
+    if "v_cache" in values:
+        assert values["v_cache"].stride() == values["k_cache"].stride()
+    return found

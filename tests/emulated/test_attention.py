@@ -8,6 +8,7 @@ import torch
 from tests.emulated.emulate import emulated
 from tests.emulated.launches import SHAPES, blank, grouped, on_one_worker, sizes
 from tests.inputs.cases import FORMS, forms_for
+from tests.inputs.layouts import LAYOUTS, in_projection
 from twilight_tilelang import reference
 from twilight_tilelang.kernels.attention import ATTENTION_KERNELS
 from twilight_tilelang.kernels.split_kv import AttentionConfig, merge_kernel, plan_kernel
@@ -24,6 +25,7 @@ from twilight_tilelang.kernels.split_kv import AttentionConfig, merge_kernel, pl
     indirect=["inputs"],
 )
 def test_attention_matches_reference(inputs, form, source, folder):
+    """To the same bits by any number of blocks and at any strides."""
     cache = reference.PagedKVCache.wrap(*inputs.paged())
     q = grouped(inputs.q, cache)
     rows = (cache.batch_size, cache.num_kv_heads)
@@ -50,18 +52,20 @@ def test_attention_matches_reference(inputs, form, source, folder):
     partials = (*rows, max_splits, q.shape[2])
     static = (q.shape[2], cache.head_dim, cache.page_size, "float16", source, config)
     results = []
-    for num_blocks in (1, 5):
+    for number, layout in enumerate(LAYOUTS.values()):
+        k_cache, v_cache = layout(cache.k_cache, cache.v_cache)
+        (own_q,) = in_projection(inputs.q) if number else [inputs.q]
+        num_blocks = 5 if number else 1
         shared = dict(
-            seq_lens=cache.seq_lens, indices=indices, counts=counts, q=q, k_cache=cache.k_cache,
-            v_cache=cache.v_cache, page_table=cache.page_table,
+            seq_lens=cache.seq_lens, indices=indices, counts=counts, q=grouped(own_q, cache),
+            k_cache=k_cache, v_cache=v_cache, page_table=cache.page_table,
             items=blank(max_items, 4, dtype=torch.int32),
             num_items=torch.zeros(1, dtype=torch.int32),
             ticket=torch.zeros(1, dtype=torch.int64), num_blocks=num_blocks,
             sm_scale=cache.head_dim**-0.5, partial_out=blank(*partials, cache.head_dim),
             partial_lse=blank(*partials, 2), out=blank(*q.shape, dtype=torch.float16),
             lse=blank(*q.shape[:3]), width=indices.shape[2], max_splits=max_splits,
-            max_items=max_items, num_vectors=cache.k_cache.numel() // cache.head_dim,
-            **sizes(cache),
+            max_items=max_items, **sizes(cache),
         )  # fmt: skip
         emulated(plan_kernel, (cache.page_size, source, config), folder)(rows[::-1], 64, **shared)
         attend = emulated(ATTENTION_KERNELS[config.form], static, folder)
@@ -70,10 +74,11 @@ def test_attention_matches_reference(inputs, form, source, folder):
         emulated(merge_kernel, static, folder)(grid, cache.head_dim, **shared)
         assert not shared["ticket"].any()
         results.append((shared["out"].flatten(1, 2), shared["lse"].flatten(1, 2)))
-    (out, lse), again = results
+    (out, lse), *others = results
     torch.testing.assert_close(out, expected[0], rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(lse, expected[1].float(), rtol=1e-5, atol=1e-4)
-    assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
+    for layout, other in zip([*LAYOUTS][1:], others, strict=True):
+        assert torch.equal(out, other[0]) and torch.equal(lse, other[1]), layout
 
 
 @pytest.mark.parametrize("head_dim", on_one_worker([64, 128, 256]))

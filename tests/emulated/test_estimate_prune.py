@@ -14,7 +14,8 @@ from tests.emulated.launches import (
     what_pruners_write,
 )
 from tests.inputs.cases import NAN
-from tests.inputs.hazards import poison_unused
+from tests.inputs.hazards import lose_idle_pages, poison_unused
+from tests.inputs.layouts import in_projection
 from twilight_tilelang import reference
 from twilight_tilelang.kernels.estimate_prune import EstimatePruneConfig, estimate_prune_kernel
 from twilight_tilelang.kernels.estimator import EstimatorConfig
@@ -36,6 +37,7 @@ FUSED = {  # seq_lens, (query heads, KV heads), head_dim, page_size, pages, top_
     "everything": ((333,), (4, 1), 128, 16, 21, 1.0, (0, 0), EstimatePruneConfig()),
     "heaviest-token": ((700,), (4, 1), 128, 16, 40, 1e-6, (0, 0), EstimatePruneConfig()),
     "two-at-once": ((77, 700), (8, 2), 128, 16, 30, 0.85, (0, 0), TWO_AT_ONCE),
+    "padded": ((0, 77, 0), (8, 2), 128, 16, 8, 0.9, (4, 20), EstimatePruneConfig()),
     "two-of-three": ((333,), (3, 1), 64, 16, 21, 0.9, (4, 20), TWO_AT_ONCE),
     "several-steps": (
         (2100,),
@@ -63,6 +65,7 @@ def test_fused_kernel_gives_the_bits_of_two(name, hazard, folder):
     seq_lens, heads, head_dim, page_size, num_pages, top_p, windows, config = FUSED[name]
     shape = DecodeShape(len(seq_lens), *heads, head_dim, page_size, seq_lens, torch.float16)
     inputs = random_inputs(shape, seed=0)
+    lose_idle_pages(inputs)
     cache = reference.PagedKVCache.wrap(*inputs.paged())
     poison_unused(cache)
     pages, counts = reference.select_pages(inputs.q, cache, num_pages * page_size)
@@ -80,7 +83,7 @@ def test_fused_kernel_gives_the_bits_of_two(name, hazard, folder):
     apart = PrunerConfig(heads_apart=heads[0] > heads[1])
     expected = prune_emulated(logits, cache, pages, counts, top_p, windows, apart, folder)
 
-    q, width = grouped(inputs.q, cache), logits.shape[2]
+    q, width = grouped(in_projection(inputs.q)[0], cache), logits.shape[2]
     written = what_pruners_write(cache, q.shape[2], width)
     statics = (q.shape[2], head_dim, page_size, "float16")
     bound = static_width(width)

@@ -5,6 +5,7 @@ import torch
 
 from tests.emulated.launches import SHAPES, estimate_emulated
 from tests.inputs.cases import NAN
+from tests.inputs.layouts import in_projection
 from twilight_tilelang import reference
 from twilight_tilelang.kernels.estimator import EstimatorConfig
 from twilight_tilelang.reference.inputs import random_inputs
@@ -22,7 +23,10 @@ def test_estimated_logits_match_reference(config, inputs, folder):
     config = CONFIGS[config]
     pages, counts = reference.select_pages(inputs.q, cache, cache.page_size * 5)
     expected = reference.estimate_logits(inputs.q, cache, (pages, counts), dtype=torch.float64)
-    logits = estimate_emulated(inputs.q, cache, pages, counts, config, folder)
+    logits, again = (
+        estimate_emulated(q, cache, pages, counts, config, folder)
+        for q in (inputs.q, *in_projection(inputs.q))
+    )
     width = pages.shape[2]
     listed = torch.arange(width)[None, None] < counts[..., None]
     paged = (cache.num_kv_heads, -1), (width, cache.page_size)
@@ -30,6 +34,7 @@ def test_estimated_logits_match_reference(config, inputs, folder):
         each.unflatten(1, paged[0]).unflatten(3, paged[1]).transpose(2, 3)[listed]
         for each in (logits, expected)
     )
+    assert torch.equal(logits.view(torch.int16), again.view(torch.int16))  # NaN where no page is
     # Half a unit of fp16, and fp32 sums in another order.
     torch.testing.assert_close(got.double(), wanted, rtol=2**-11 + 1e-5, atol=1e-5)
 

@@ -7,6 +7,7 @@ import torch
 
 from tests.emulated.emulate import emulated
 from tests.emulated.launches import blank, grouped, sizes
+from tests.inputs.layouts import in_projection
 from twilight_tilelang import reference
 from twilight_tilelang.kernels.launch import next_power_of_two
 from twilight_tilelang.kernels.page_scores import PageScoreConfig, page_score_kernel
@@ -23,16 +24,18 @@ SCORE_CONFIGS = {
 @pytest.mark.parametrize("config", SCORE_CONFIGS)
 def test_page_scores_are_quest_bounds(config, inputs, folder):
     cache = reference.PagedKVCache.wrap(*inputs.paged())
-    q = grouped(inputs.q, cache)
     config = SCORE_CONFIGS[config]
-    scores = blank(cache.batch_size, cache.num_kv_heads, cache.max_pages)
-    static = (q.shape[2], cache.head_dim, cache.page_size, "float16", config)
-    emulated(page_score_kernel, static, folder)(
-        (-(-cache.max_pages // config.block_pages), cache.num_kv_heads, cache.batch_size),
-        config.num_warps * 32, q=q, bounds=cache.page_bounds,
-        bounds_scale_zero=cache.bounds_scale_zero, page_table=cache.page_table,
-        seq_lens=cache.seq_lens, scores=scores, **sizes(cache),
-    )  # fmt: skip
+    scores, again = (blank(cache.batch_size, cache.num_kv_heads, cache.max_pages) for _ in range(2))
+    for q, written in ((inputs.q, scores), (*in_projection(inputs.q), again)):
+        q = grouped(q, cache)
+        static = (q.shape[2], cache.head_dim, cache.page_size, "float16", config)
+        emulated(page_score_kernel, static, folder)(
+            (-(-cache.max_pages // config.block_pages), cache.num_kv_heads, cache.batch_size),
+            config.num_warps * 32, q=q, bounds=cache.page_bounds,
+            bounds_scale_zero=cache.bounds_scale_zero, page_table=cache.page_table,
+            seq_lens=cache.seq_lens, scores=written, **sizes(cache),
+        )  # fmt: skip
+    assert torch.equal(scores.view(torch.int32), again.view(torch.int32))  # NaN where no page is
     for request, length in enumerate(cache.seq_lens.tolist()):
         pages = cache.page_table[request, : -(-length // cache.page_size)].long()
         low, high = reference.dequantize_bounds(
@@ -98,6 +101,24 @@ def test_top_pages_are_the_best(name, form, folder):
     best = ranked.sort(dim=-1, descending=True, stable=True).indices[:, :count].sort(-1).values
     assert counts.tolist() == [[count] * num_kv_heads]
     assert torch.equal(pages[0, :, :count].long(), best)
+
+
+@pytest.mark.xdist_group("emulated top pages 64 registers")
+def test_a_row_without_a_request_has_no_candidates(folder):
+    """Nor does it read scores, which nobody wrote; windows find nothing there."""
+    config = TopPagesConfig(pages_per_thread=8)
+    pages, counts = blank(2, 1, 4, dtype=torch.int32), blank(2, 1, dtype=torch.int32)
+    scores = blank(2, 1, 40)
+    scores[1] = torch.arange(40)
+    emulated(top_pages_kernel, (16, 64, config), folder)(
+        (1, 2), config.num_threads, scores=scores,
+        seq_lens=torch.tensor([0, 640], dtype=torch.int32),
+        num_sink_tokens=16, num_recent_tokens=16,
+        candidate_pages=pages, candidate_counts=counts,
+        batch_size=2, num_kv_heads=1, max_pages=40, width=4,
+    )  # fmt: skip
+    assert counts.tolist() == [[0], [4]] and pages[1, 0].tolist() == [0, 37, 38, 39]
+    assert torch.equal(pages[0], blank(1, 4, dtype=torch.int32))
 
 
 def test_all_pages_lists_every_page(folder):

@@ -135,14 +135,16 @@ def ragged_pages(
     shared_pages: int = 0,
 ) -> tuple[torch.Tensor, int]:
     """The same where requests own only the pages of one token more than they have: the table's
-    other entries are no pages at all."""
-    owned = [min(length // page_size + 1, max_pages) for length in lengths]
+    other entries are no pages at all. A row of length 0 has no request, and ids of -1."""
+    owned = [min(length // page_size + 1, max_pages) if length > 0 else 0 for length in lengths]
     num_pages = sum(owned) + 7
     order = torch.randperm(num_pages, generator=rng, device=rng.device, dtype=torch.int32)
     page_table = torch.full((len(lengths), max_pages), NO_PAGE, dtype=torch.int32)
     page_table = page_table.to(rng.device)
     for request, pages in enumerate(order[: sum(owned)].split(owned)):
         page_table[request, : len(pages)] = pages
+        if len(pages) == 0:
+            page_table[request] = -1
     page_table[1:, :shared_pages] = page_table[0, :shared_pages]
     return page_table, num_pages
 

@@ -2,9 +2,11 @@
 
 import torch
 
-from twilight_tilelang.reference.cache import PagedKVCache, tokens_per_page
+from tests.inputs.cases import NO_PAGE
+from twilight_tilelang.reference.cache import PagedKVCache
 from twilight_tilelang.reference.inputs import DecodeInputs
 from twilight_tilelang.reference.labels import LabelFormat
+from twilight_tilelang.reference.requests import tokens_per_page
 
 
 def unused_slots(inputs: DecodeInputs | PagedKVCache) -> torch.Tensor:
@@ -51,6 +53,14 @@ def poisoned_cache(inputs: DecodeInputs, label_format: LabelFormat | None = None
     return cache
 
 
+def lose_idle_pages(inputs: DecodeInputs) -> None:
+    """Rows of length 0 become rows without a request, in place: their page ids are -1, and of the
+    last of them so far out that whoever reads such a page is stopped."""
+    idle = (inputs.seq_lens == 0).nonzero().flatten()
+    inputs.page_table[idle] = -1
+    inputs.page_table[idle[-1:]] = NO_PAGE
+
+
 def share_prefix(inputs: DecodeInputs, num_shared_pages: int) -> DecodeInputs:
     """Point the first pages of every request at those of request 0, as far as both are full there.
 
@@ -72,7 +82,7 @@ def contiguous(inputs: DecodeInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V out of their pages.
 
     Two tensors of [batch_size, max_pages * page_size, num_kv_heads, head_dim], for
-    `PagedKVCache.from_contiguous`. Every entry of the page table must be a page of the pool.
+    `PagedKVCache.from_contiguous`. What the page table names outside the pool is anything.
     """
-    pages = inputs.page_table.long()
+    pages = inputs.page_table.long().clamp(0, inputs.k_cache.shape[0] - 1)
     return inputs.k_cache[pages].flatten(1, 2), inputs.v_cache[pages].flatten(1, 2)

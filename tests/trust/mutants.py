@@ -15,9 +15,13 @@ WINDOWS = ("tests/test_pruner.py", "-k", "sinks")
 REPEATED = ("tests/test_pipeline.py", "-k", "counters or replays")
 COMPILED = ("tests/test_compile.py", "-k", "gqa4-d128-sm_90a")
 
-MIRRORED = ("tests/emulated/test_cache.py", "-k", "prefill_mirror and gqa4")
+MIRRORED = ("tests/emulated/test_cache.py", "-k", "prefill_mirror and gqa4 and not padded")
 APPENDED = ("tests/emulated/test_cache.py", "-k", "append_fills and 16")
 FULL = ("tests/emulated/test_cache.py", "-k", "append_leaves_a_full")
+LEFT_OUT = ("tests/emulated/test_requests.py", "-k", "append_passes_over or without_a_place")
+CHUNKED = ("tests/emulated/test_requests.py", "-k", "chunk")
+LISTED = ("tests/emulated/test_requests.py", "-k", "pages_of_an_engine")
+FORKED = ("tests/emulated/test_requests.py", "-k", "fork or cut_back")
 SCORED = ("tests/emulated/test_selector.py", "-k", "page_scores and gqa4 and default")
 TOPPED = ("tests/emulated/test_selector.py", "-k", "top_pages and registers")
 FUSED = ("tests/emulated/test_estimate_prune.py", "-k", "fused and (gqa3 or two-at-once) and none")
@@ -71,8 +75,8 @@ MUTANTS = (
     ),
     Mutant(
         "offset not subtracted from keys", "mirror.py",
-        "shifted[c] = T.cast(key[c], T.float32) - offset[c]",
-        "shifted[c] = T.cast(key[c], T.float32)", CACHE, APPENDED,
+        "moved = T.cast(value, T.float32) - shift[0, c]",
+        "moved = T.cast(value, T.float32)", CACHE, APPENDED,
     ),
     Mutant(
         "append bounds a page without its last row", "mirror.py",
@@ -81,12 +85,65 @@ MUTANTS = (
     ),
     Mutant(
         "append writes beyond the capacity", "mirror.py",
-        "if token < max_pages * page_size:", "if token <= max_pages * page_size:", CACHE, FULL,
+        "and token < max_pages * page_size:", "and token <= max_pages * page_size:", CACHE, FULL,
     ),
     Mutant(
-        "prefill skips a page's last slot", "mirror.py",
-        "fill = T.min(seq_lens[batch] - logical * page_size, page_size)",
-        "fill = T.min(seq_lens[batch] - logical * page_size, page_size - 1)", CACHE, MIRRORED,
+        "append ignores its mask", "mirror.py",
+        "if active[batch] != T.uint8(0) and token >= 0", "if token >= 0", CACHE, LEFT_OUT,
+    ),
+    Mutant(
+        "append writes a page behind the pool", "mirror.py",
+        "if page >= 0 and page < num_pages:", "if page >= 0 and page <= num_pages:",
+        CACHE, LEFT_OUT,
+    ),
+    Mutant(
+        "mirror_pages writes a page before the pool", "mirror.py",
+        "if page >= 0 and page < num_pages and source >= 0",
+        "if page >= -1 and page < num_pages and source >= -1", CACHE, LISTED,
+    ),
+    Mutant(
+        "a fork's page without its keys", "mirror.py",
+        "if source != page:", "if source == page:", CACHE, FORKED,
+    ),
+    Mutant(
+        "a chunk's first key not mirrored", "mirror.py",
+        "if slot >= first:", "if slot > first:", CACHE, CHUNKED,
+    ),
+    Mutant(
+        "extend skips a page's last slot", "extend.py",
+        "end = T.min(page_size, slot + end)", "end = T.min(page_size - 1, slot + end)",
+        CACHE, CHUNKED,
+    ),
+    Mutant(
+        "extend gives a request's first token to the one before", "extend.py",
+        "<= token\n", "< token\n", CACHE, CHUNKED,
+    ),
+    Mutant(
+        "extend writes behind a missing page", "extend.py",
+        "page_table, request, start // page_size, logical + 1, num_pages",
+        "page_table, request, logical, logical + 1, num_pages", CACHE, LEFT_OUT,
+    ),
+    Mutant(
+        "extend writes beyond the capacity", "extend.py",
+        "position < max_pages * page_size", "position <= max_pages * page_size", CACHE, LEFT_OUT,
+    ),
+    Mutant(
+        "lengths move past a missing page", "extend.py",
+        "seq_lens[request] = T.min(end, hole * page_size)", "seq_lens[request] = end",
+        CACHE, LEFT_OUT,
+    ),
+    Mutant(
+        "arrivals of blocks not left at zero", "extend.py",
+        "arrived[0] = 0", "arrived[0] = 1", CACHE, CHUNKED,
+    ),
+    Mutant(
+        "a fork appends to its parent's page", "requests.py",
+        "torch.where(in_last > 0, targets, sources)[:, None]", "sources[:, None]", CACHE, FORKED,
+    ),
+    Mutant(
+        "a request that is cut back keeps its bounds", "requests.py",
+        "pages = torch.where(is_cut, pages, -1)", "pages = torch.where(is_cut, -1, pages)",
+        CACHE, FORKED,
     ),
     Mutant(
         "bounds of negative queries", "page_scores.py",

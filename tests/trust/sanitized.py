@@ -28,7 +28,7 @@ from twilight_tilelang.kernels.estimator import EstimatorConfig
 from twilight_tilelang.kernels.lists import CandidatePages
 from twilight_tilelang.kernels.page_scores import PageScoreConfig
 from twilight_tilelang.kernels.pruner import PrunerConfig
-from twilight_tilelang.kernels.steps import Selection
+from twilight_tilelang.kernels.selector import Selection
 from twilight_tilelang.kernels.top_pages import TopPagesConfig
 from twilight_tilelang.reference.inputs import DecodeShape
 
@@ -41,7 +41,7 @@ def small(group_size: int, lengths: tuple[int, ...] = (77, 300), head_dim: int =
 
 
 def every_stage(case: Case) -> None:
-    """A whole step with either selector, append, prefill, and the attentions beside."""
+    """A whole step with either selector, all that moves requests, and the attentions beside."""
     tensors = make_tensors(case, torch.Generator().manual_seed(0))
     on_gpu = (each.cuda() if isinstance(each, torch.Tensor) else each for each in tensors)
     tensors = Tensors(*on_gpu)
@@ -55,6 +55,12 @@ def every_stage(case: Case) -> None:
         )
         cache.append(token, token)
         step.run(q, cache)
+    factor = torch.full_like(cache.k_offset, 0.5)
+    smooth = build_cache(kernels, tensors._replace(k_offset=(cache.k_offset, factor)))
+    bounded = kernels.TwilightDecode(
+        smooth, q.shape[1], token_budget=case.token_budget, bound_mass=True
+    )
+    bounded.run(q, smooth)
     kernels.page_attention(q, cache, step.candidates)
     kernels.dense_attention(q, cache)
     for top_p in (1e-6, 1.0):
@@ -63,8 +69,22 @@ def every_stage(case: Case) -> None:
         kernels.flash_topk_attention(q, cache, kept)
     k, v = tensors.k.nan_to_num(0.0), tensors.v.nan_to_num(0.0)
     kernels.PagedKVCache.from_contiguous(k, v, tensors.seq_lens, case.shape.page_size)
+    come_and_go(cache, k[0, :21].repeat(cache.batch_size, 1, 1))
     select = kernels.select_pages(q, cache, case.token_budget)
     assert len(select) == len(kernels.select_all(cache))
+
+
+def come_and_go(cache: kernels.PagedKVCache, tokens: torch.Tensor) -> None:
+    """Chunks that begin where the requests end; then the last of them forks, and all leave."""
+    rows = torch.arange(cache.batch_size + 1, dtype=torch.int32, device="cuda")
+    cache.truncate(cache.seq_lens - 3)
+    cache.extend(tokens, tokens, rows * (len(tokens) // cache.batch_size))
+    last = rows[:-1] == cache.batch_size - 1
+    free = cache.used_pages()[1].argmin().int()
+    cache.fork(torch.where(last, rows[:-1], -1), torch.where(last, free, -1))
+    cache.leave(last)
+    cache.append(tokens[: cache.batch_size], tokens[: cache.batch_size], ~last)
+    cache.leave(~last)
 
 
 def cases(part: int) -> None:

@@ -1,0 +1,263 @@
+"""What happens to the requests of a cache: they join, grow, fork, are cut back and leave.
+
+Nothing here synchronizes: all of it can be captured into a CUDA graph, and what lies on the device
+decides. Whoever writes K and V into pages by other means calls `mirror_pages`.
+"""
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+from tilelang.jit import JITImpl
+
+from .checks import check_tensor, dtype_name
+from .extend import extend_kernel
+from .launch import Launch, on_device
+from .mirror import append_kernel, mirror_kernel
+
+if TYPE_CHECKING:
+    from .cache import CacheShape
+
+
+class Requests:
+    """The part of `PagedKVCache` that moves its requests; its tensors are described there.
+
+    A row of the batch is left out of a call by its mask, or where its page table names no page of
+    the pool (an id < 0, or >= num_pages): nothing of it is written.
+    """
+
+    shape: "CacheShape"
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    page_table: torch.Tensor
+    seq_lens: torch.Tensor
+    k_int4: torch.Tensor
+    k_scale_zero: torch.Tensor
+    page_bounds: torch.Tensor
+    bounds_scale_zero: torch.Tensor
+    k_offset: torch.Tensor
+    factor: torch.Tensor  # k_factor where keys are `smooth`, else any tensor of its kind
+    smooth: bool
+    v_pool: torch.Tensor  # v_cache with the strides of k_cache
+    everyone: torch.Tensor  # [batch_size] bool, all true
+    arrived: torch.Tensor  # [1] i32, 0 between calls
+
+    def append(self, k: torch.Tensor, v: torch.Tensor, active: torch.Tensor | None = None) -> None:
+        """Appends one decode token per request: K, V, mirror, bounds and length, in one launch.
+
+        A request at its capacity is left as it is, and so is one without a page for the token.
+
+        Args:
+            k, v: [batch_size, num_kv_heads, head_dim] in the cache's dtype, of any strides where
+                channels are contiguous. The page that a request writes to must not be shared.
+            active: [batch_size] bool, which rows get their token; all where None.
+
+        Raises:
+            ValueError: a tensor does not fit.
+        """
+        batch_size, _, num_kv_heads, head_dim, *_ = self.shape
+        shape, device = (batch_size, num_kv_heads, head_dim), self.k_cache.device
+        check_tensor("k", k, shape, self.k_cache.dtype, device, align=16, strided=True)
+        check_tensor("v", v, shape, self.k_cache.dtype, device, align=16, strided=True)
+        if active is None:
+            active = self.everyone
+        else:
+            self._check_rows("active", active)
+        append, _, _ = self._launches()
+        with on_device(device):
+            append(k, v, self.page_table, self.seq_lens, active.view(torch.uint8), *self._written())
+
+    def extend(self, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+        """Appends any number of tokens per request, in one launch: a chunk of a prompt, or what a
+        draft proposed. Bits are those of a prefill of the whole.
+
+        A request takes its tokens up to its capacity, or to the first page that is none of the
+        pool. Its other tokens are left out.
+
+        Args:
+            k, v: [num_tokens, num_kv_heads, head_dim] in the cache's dtype, of any strides where
+                channels are contiguous. The pages that a request writes to must not be shared.
+            cu_seqlens: [batch_size + 1] i32, ascending: request b's tokens are those from
+                cu_seqlens[b] to cu_seqlens[b + 1] - 1. Tokens from the last of them on are padding.
+
+        Raises:
+            ValueError: a tensor does not fit.
+        """
+        batch_size, _, num_kv_heads, head_dim, *_ = self.shape
+        device = self.k_cache.device
+        shape = (None, num_kv_heads, head_dim)
+        check_tensor("k", k, shape, self.k_cache.dtype, device, align=16, strided=True)
+        check_tensor("v", v, k.shape, self.k_cache.dtype, device, align=16, strided=True)
+        check_tensor("cu_seqlens", cu_seqlens, (batch_size + 1,), torch.int32, device)
+        self._extend(k, v, cu_seqlens[:-1], cu_seqlens[1:])
+
+    def mirror_pages(self, pages: torch.Tensor, page_tokens: torch.Tensor) -> None:
+        """Mirror and bounds of pages whose K and V somebody else wrote, in one launch.
+
+        Args:
+            pages: [n] i32, physical ids, none twice; one < 0 is left out.
+            page_tokens: [n] i32, how many of the first slots of each hold a token; a page of none
+                is left out.
+
+        Raises:
+            ValueError: a tensor does not fit.
+        """
+        device = self.k_cache.device
+        check_tensor("pages", pages, (None,), torch.int32, device)
+        check_tensor("page_tokens", page_tokens, pages.shape, torch.int32, device)
+        self._mirror(pages, pages, page_tokens)
+
+    def used_pages(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Every physical page, [num_pages] i32, and the most tokens that any request has in it,
+        [num_pages] i32: what `mirror_pages` takes. Page ids outside the pool count nothing."""
+        num_pages, device = self.k_cache.shape[0], self.k_cache.device
+        page_size, (_, max_pages) = self.shape.page_size, self.page_table.shape
+        first_token = torch.arange(max_pages, device=device) * page_size
+        tokens = (self.seq_lens[:, None] - first_token).clamp(0, page_size)
+        in_pool = (self.page_table >= 0) & (self.page_table < num_pages)
+        ids = torch.where(in_pool, self.page_table, 0).flatten().long()
+        tokens = torch.where(in_pool, tokens, 0).flatten().int()
+        page_tokens = torch.zeros(num_pages, dtype=torch.int32, device=device)
+        page_tokens.scatter_reduce_(0, ids, tokens, "amax")
+        return torch.arange(num_pages, dtype=torch.int32, device=device), page_tokens
+
+    def join(self, joining: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
+        """Requests take rows of the batch, with the pages that they are given.
+
+        Args:
+            joining: [batch_size] bool, the rows that are taken.
+            page_table: [batch_size, max_pages] i32, their pages; other rows are not looked at.
+            seq_lens: [batch_size] i32, the tokens that these pages hold already: 0, or a prefix
+                whose pages are mirrored, the last of which is part-filled in this request alone.
+
+        Raises:
+            ValueError: a tensor does not fit.
+        """
+        self._check_rows("joining", joining)
+        device = self.k_cache.device
+        check_tensor("page_table", page_table, self.page_table.shape, torch.int32, device)
+        check_tensor("seq_lens", seq_lens, self.seq_lens.shape, torch.int32, device)
+        self.page_table.copy_(torch.where(joining[:, None], page_table, self.page_table))
+        self.seq_lens.copy_(torch.where(joining, seq_lens, self.seq_lens))
+
+    def leave(self, leaving: torch.Tensor) -> None:
+        """These rows have no request any more: length 0, page ids -1.
+
+        Args:
+            leaving: [batch_size] bool.
+
+        Raises:
+            ValueError: a tensor does not fit.
+        """
+        self._check_rows("leaving", leaving)
+        self.page_table.masked_fill_(leaving[:, None], -1)
+        self.seq_lens.masked_fill_(leaving, 0)
+
+    def fork(
+        self, parents: torch.Tensor, pages: torch.Tensor, seq_lens: torch.Tensor | None = None
+    ) -> None:
+        """Rows become children of other rows: full pages are shared, the part-filled last page is
+        copied, with its mirror, so that parent and child append to pages of their own.
+
+        Args:
+            parents: [batch_size] i32, the row whose tokens each row takes over; one < 0 leaves it
+                as it is. A row may be its own parent: that cuts it back inside a page that it
+                shares.
+            pages: [batch_size] i32, for each child a page of its own, which takes the place of the
+                parent's part-filled page; unused where the last page is full. A child without a
+                page, of an id < 0, ends with its last full page.
+            seq_lens: [batch_size] i32, take no more than so many tokens; all where None.
+
+        Raises:
+            ValueError: a tensor does not fit.
+        """
+        shape, device = self.seq_lens.shape, self.k_cache.device
+        check_tensor("parents", parents, shape, torch.int32, device)
+        check_tensor("pages", pages, shape, torch.int32, device)
+        if seq_lens is not None:
+            check_tensor("seq_lens", seq_lens, shape, torch.int32, device)
+        is_child = (parents >= 0) & (parents < shape[0])
+        rows = torch.where(is_child, parents, 0).long()
+        table, lengths = self.page_table[rows], self.seq_lens[rows]
+        if seq_lens is not None:
+            lengths = torch.minimum(lengths, seq_lens).clamp(min=0)
+        in_last = lengths % self.shape.page_size
+        last = (lengths // self.shape.page_size).clamp(max=table.shape[1] - 1).long()[:, None]
+        is_copied = is_child & (in_last > 0) & (pages >= 0) & (pages < self.k_cache.shape[0])
+        sources = table.gather(1, last)[:, 0]
+        targets = torch.where(is_copied, pages, -1)
+        table = table.scatter(1, last, torch.where(in_last > 0, targets, sources)[:, None])
+        lengths = torch.where(is_copied, lengths, lengths - in_last)
+        self.page_table.copy_(torch.where(is_child[:, None], table, self.page_table))
+        self.seq_lens.copy_(torch.where(is_child, lengths, self.seq_lens))
+        self._mirror(sources, targets, in_last)
+
+    def truncate(self, seq_lens: torch.Tensor) -> None:
+        """Cuts requests back to their first tokens, and bounds their last pages anew. The page that
+        a request ends in then must not be shared: `fork` a row from itself where it is.
+
+        Args:
+            seq_lens: [batch_size] i32; a request that has no more tokens stays as it is.
+
+        Raises:
+            ValueError: a tensor does not fit.
+        """
+        check_tensor("seq_lens", seq_lens, self.seq_lens.shape, torch.int32, self.k_cache.device)
+        is_cut = seq_lens < self.seq_lens
+        self.seq_lens.copy_(torch.minimum(self.seq_lens, seq_lens).clamp(min=0))
+        in_last = self.seq_lens % self.shape.page_size
+        last = (self.seq_lens // self.shape.page_size).clamp(max=self.page_table.shape[1] - 1)
+        pages = self.page_table.gather(1, last.long()[:, None])[:, 0]
+        pages = torch.where(is_cut, pages, -1)
+        self._mirror(pages, pages, in_last)
+
+    def _check_rows(self, name: str, rows: torch.Tensor) -> None:
+        shape, device = self.seq_lens.shape, self.k_cache.device
+        check_tensor(name, rows, shape, torch.bool, device, align=1)
+
+    def _extend(
+        self, k: torch.Tensor, v: torch.Tensor, first_tokens: torch.Tensor, end_tokens: torch.Tensor
+    ) -> None:
+        """Appends tokens [first_tokens[b], end_tokens[b]) to request b; both ascend."""
+        _, extend, _ = self._launches()
+        with on_device(k.device):
+            extend(
+                k, v, first_tokens, end_tokens, self.page_table, self.seq_lens, self.arrived,
+                *self._written(),
+            )  # fmt: skip
+
+    def _mirror(
+        self, sources: torch.Tensor, pages: torch.Tensor, page_tokens: torch.Tensor
+    ) -> None:
+        """Copies the first tokens of `sources` to `pages`, where they differ, and mirrors those."""
+        _, _, mirror = self._launches()
+        with on_device(pages.device):
+            mirror(sources, pages, page_tokens, *self._written())
+
+    def _launches(self) -> tuple[Launch, Launch, Launch]:
+        sizes = self.shape.head_dim, self.shape.page_size
+        return cache_launches(*sizes, dtype_name(self.k_cache), self.smooth)
+
+    def _written(self) -> tuple[torch.Tensor, ...]:
+        """Offset, factor and what is written, in the kernels' order."""
+        return (
+            self.k_offset, self.factor, self.k_cache, self.v_pool,
+            self.k_int4, self.k_scale_zero, self.page_bounds, self.bounds_scale_zero,
+        )  # fmt: skip
+
+
+@functools.cache
+def cache_launches(
+    head_dim: int, page_size: int, dtype: str, smooth: bool = False
+) -> tuple[Launch, Launch, Launch]:
+    """The kernels that write a cache: append, extend, mirror. They have no config."""
+    kernels: dict[str, JITImpl] = {
+        "append": append_kernel,
+        "extend": extend_kernel,
+        "mirror": mirror_kernel,
+    }
+    append, extend, mirror = (
+        Launch(name, kernel, (head_dim, page_size, dtype, smooth))
+        for name, kernel in kernels.items()
+    )
+    return append, extend, mirror

@@ -1,0 +1,92 @@
+"""Checks of what lies on the device, where no launch can look: on request, as they synchronize."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from .cache import PagedKVCache
+
+
+def validate_cache(cache: "PagedKVCache") -> None:
+    """Checks lengths, page ids, and that mirror and bounds are those of the keys. Synchronizes, and
+    needs room for a second mirror.
+
+    A row of length 0 is right whatever its page ids are: it may be a row without a request.
+
+    Raises:
+        ValueError: a length is negative or beyond the capacity; a page id in use lies outside the
+            pool; a request uses a page twice; a part-filled last page, which the next append would
+            write to, is shared; a page's mirror or bounds do not belong to its keys.
+    """
+    if cache.k_factor is not None and not bool((cache.k_factor > 0).all()):
+        raise ValueError("k_factor: expected positive numbers, got others")
+    check_indices(cache)
+    check_mirror(cache)
+
+
+def check_indices(cache: "PagedKVCache") -> None:
+    """Raises ValueError for a wrong length or page id."""
+    page_table = cache.page_table.cpu()
+    users: dict[int, int] = {}
+    part_filled: dict[int, int] = {}
+    for batch, seq_len in enumerate(cache.seq_lens.tolist()):
+        if not 0 <= seq_len <= cache.capacity:
+            raise ValueError(f"seq_lens[{batch}]: expected 0 to {cache.capacity}, got {seq_len}")
+        pages = page_table[batch, : -(-seq_len // cache.page_size)].tolist()
+        for page in pages:
+            if not 0 <= page < cache.num_pages:
+                raise ValueError(
+                    f"page_table[{batch}]: expected page ids from 0 to {cache.num_pages - 1}, "
+                    f"got {page}"
+                )
+            users[page] = users.get(page, 0) + 1
+        if len(set(pages)) != len(pages):
+            raise ValueError(f"page_table[{batch}]: expected every page once, got one twice")
+        if seq_len % cache.page_size != 0:
+            part_filled[pages[-1]] = batch
+    for page, batch in part_filled.items():
+        if users[page] > 1:
+            raise ValueError(
+                f"page_table[{batch}]: expected a part-filled page of its own, got page {page}, "
+                f"which another request uses"
+            )
+
+
+def check_mirror(cache: "PagedKVCache") -> None:
+    """Raises ValueError for the first page, request by request, whose keys were written without
+    their mirror or bounds: these are made again, and compared bit for bit."""
+    pages, page_tokens = cache.used_pages()
+    again = cache.unmirrored()
+    again.mirror_pages(pages, page_tokens)
+    slots = torch.arange(cache.page_size, device=page_tokens.device)
+    has_token = (slots < page_tokens[:, None])[:, None, :, None]
+    differs = {}
+    for name in ("k_int4", "k_scale_zero", "page_bounds", "bounds_scale_zero"):
+        bits = [getattr(each, name).view(torch.uint8) for each in (cache, again)]
+        unequal = bits[0] != bits[1]
+        if name.startswith("k_"):  # by the token
+            unequal &= has_token
+        differs[name] = unequal.flatten(1).any(1).tolist()
+    page_table = cache.page_table.tolist()
+    for batch, seq_len in enumerate(cache.seq_lens.tolist()):
+        for page in page_table[batch][: -(-seq_len // cache.page_size)]:
+            for name, wrong in differs.items():
+                if wrong[page]:
+                    raise ValueError(
+                        f"{name}[{page}]: expected what belongs to the keys of page {page}, which "
+                        f"request {batch} uses, got something else: mirror_pages() writes it"
+                    )
+
+
+def check_lengths(seq_lens: torch.Tensor, most: int, k: torch.Tensor | None = None) -> None:
+    """Raises ValueError unless all lengths lie in [0, most], naming k where its heads stand before
+    its tokens."""
+    lengths: list[int] = seq_lens.tolist()
+    if k is not None and most < max(lengths) <= k.shape[2]:
+        raise ValueError(
+            "k: expected [batch_size, tokens, num_kv_heads, head_dim], "
+            f"got {list(k.shape)} for {max(lengths)} tokens"
+        )
+    if min(lengths) < 0 or max(lengths) > most:
+        raise ValueError(f"seq_lens: expected 0 to {most} tokens, got {lengths}")
