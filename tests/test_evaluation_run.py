@@ -300,13 +300,13 @@ def test_make_evaluate_from_end_to_end(model: Path, tmp_path: Path, monkeypatch,
     printed = capsys.readouterr().out
     for text in ("lengths 2048, 4096, 8192", "passkeys: 1 of 10", "stretches: 2 of 8"):
         assert f"left out: {text}" in printed
-    assert "left out: Double Sparsity, as no --channels names a channel file" in printed
+    assert "left out: configurations: 8 of 38" in printed
     path = tmp_path / "results" / "cpu-reference" / "quality.csv"
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     names = {row["configuration"] for row in rows}
     quest = {f"quest-64{p}{sinks}" for p in ("", "-p0.8") for sinks in ("", "-sink16")}
-    assert names == {"dense", "full-p0.8"} | quest
+    assert names == {"dense", "full-p0.8", "ds-64", "ds-64-p0.8"} | quest
     assert {row["task"] for row in rows} == {"perplexity", "passkey", "niah_single_1"}
     figure = FIGURES["quality_tokens"](Frames(path.parent))
     assert len(figure.axes) == 3
@@ -321,18 +321,23 @@ def test_make_evaluate_ends_in_time_and_says_so(model: Path, tmp_path: Path, mon
     folders = ["--output", str(tmp_path / "out"), "--rows", str(tmp_path / "results")]
     arguments = ["--model", str(model), "--text", str(tmp_path / "text.txt"), *folders]
     assert small.main([*arguments, "--minutes", "0"]) == 0
-    late = "left out: perplexity 700: 12 of 12 runs of a sample, for want of time"
+    late = "left out: perplexity 700: 16 of 16 runs of a sample, for want of time"
     assert late in capsys.readouterr().out
 
 
 def test_the_grid_of_make_evaluate() -> None:
-    names = [each.name for each in small.configurations(small.FULL)]
+    names = [each.name for each in small.configurations(small.FULL, Path("channels.json"))]
     assert names[0] == "dense" and len(names) == len(set(names))
-    assert {"full-p0.85", "quest-1024", "quest-2048-p0.95-sink16"} <= set(names)
-    channels = small.configurations(small.SHORT, Path("channels.json"))
-    assert {"ds-512", "ds-512-p0.85-sink16"} <= {each.name for each in channels}
-    with pytest.raises(MissingChannels, match="ds-512"):
-        next(each for each in channels if each.name == "ds-512").check_channels()
+    assert {"full-p0.85", "quest-1024", "quest-2048-p0.95-sink16", "ds-1024-p0.85"} <= set(names)
+    others = small.configurations(small.FULL, None)
+    assert not any(each.name.startswith("ds") for each in others) and len(others) < len(names)
+
+
+def test_a_channel_file_that_is_not_there_is_named(model: Path, tmp_path: Path, capsys) -> None:
+    folders = ["--output", str(tmp_path / "out"), "--rows", str(tmp_path / "results")]
+    arguments = ["--model", str(model), "--channels", str(tmp_path / "none.json"), *folders]
+    assert small.main(arguments) == 1
+    assert "selector.config_path: expected a channel file, got none at" in capsys.readouterr().out
 
 
 def test_the_small_model_is_fetched_once(tmp_path: Path, monkeypatch) -> None:
