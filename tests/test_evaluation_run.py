@@ -21,7 +21,7 @@ from twilight_tilelang.evaluation.configurations import (  # noqa: E402
     read_configuration,
 )
 from twilight_tilelang.evaluation.measures import Measures, Reading  # noqa: E402
-from twilight_tilelang.evaluation.results import Store, cut  # noqa: E402
+from twilight_tilelang.evaluation.results import Store, cut, write_ruler  # noqa: E402
 from twilight_tilelang.evaluation.run import Run  # noqa: E402
 from twilight_tilelang.evaluation.samples import Sample, Task  # noqa: E402
 from twilight_tilelang.evaluation.torch_engine import TorchEngine  # noqa: E402
@@ -100,7 +100,7 @@ def test_passkey_and_niah_from_end_to_end(model: Path, config: Path) -> None:
     assert evaluate(model, config, "--task", "niah", "--lengths", "700", "--samples", "1") == 0
     pred = config.parent / "out/dataset/tiny-torch/synthetic/700/pred/sparse"
     assert lines_of(pred / "niah_single_1.jsonl")[0]["decoded_tokens"] == 127
-    assert (pred / "summary.csv").read_text() == ",niah_single_1\nScore,0.0\n"
+    assert (pred / "summary.csv").read_text().startswith("0,1\nTasks,niah_single_1\nScore,0.0\n")
 
 
 def test_longbench_from_end_to_end(model: Path, config: Path) -> None:
@@ -236,6 +236,19 @@ def test_longbench_files_are_found_by_any_time(stem: str, task: str, tmp_path: P
     assert store.path(asked, configuration).name != other
     old.touch()
     assert store.path(asked, configuration) == old
+
+
+def test_rulers_tables_are_those_of_its_own_script(tmp_path: Path) -> None:
+    found = {"vt": [(" a ", 1.0), ("", 0.0), ("b", 0.25)], "cwe": [("x, y", 0.2)]}
+    for task, answers in found.items():
+        lines = [{"sample": str(place), "pred": pred, "score": own}
+                 for place, (pred, own) in enumerate(answers)]  # fmt: skip
+        (tmp_path / f"{task}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    write_ruler(tmp_path)
+    expected = "0,1,2\nTasks,cwe,vt\nScore,20.0,41.67\nNulls,0/1,1/3\n"
+    assert (tmp_path / "summary.csv").read_text() == expected
+    rows = 'Task,ID,Prediction\ncwe,0,"x, y"\nvt,0,a\nvt,1,\nvt,2,b\n'
+    assert (tmp_path / "submission.csv").read_text() == rows
 
 
 def test_double_sparsity_without_a_channel_file_is_named(model: Path, config: Path, capsys) -> None:
