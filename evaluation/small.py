@@ -13,6 +13,7 @@ what it leaves out.
 
 import argparse
 import importlib
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,14 +25,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .configurations import DENSE, Configuration, dense_first, make_configuration
-from .models import default_dtype, end_tokens, load_engine, load_tokenizer
+from .models import default_dtype, end_tokens, load_engine, load_model, load_tokenizer
 from .origin import ROOT, gpu_label, origin
 from .passkey import passkey
 from .perplexity import perplexity
 from .results import ROWS, Store, read_rows, write_rows
 from .ruler import ruler
 from .run import Run, run_tasks, table
-from .samples import Task
+from .samples import Task, encode
 
 FETCHER = "twilight_tilelang.integrations.small_model"
 CALIBRATOR = "twilight_tilelang.integrations.calibrate"
@@ -129,19 +130,21 @@ def fetched_model(folder: Path) -> Path:
     return folder
 
 
-def calibrated_channels(model: Path, text: Path, folder: Path) -> Path:
-    """The model's channel file in a folder, made of the text's beginning if it is not there.
+def calibrated_channels(folder: Path, text: Path, output: Path) -> Path:
+    """The channel file of a model's folder, made of the text's beginning if it is not in `output`.
 
     Raises:
-        ValueError: it was not made.
+        ValueError: the text is too short.
     """
-    path = folder / f"{model.name}-{text.stem}-channels.json"
+    path = output / f"{folder.name}-{text.stem}-channels.json"
     if not path.is_file():
         calibrator = importlib.import_module(CALIBRATOR)
-        folder.mkdir(parents=True, exist_ok=True)
-        size = ["--blocks", str(CALIBRATED_BLOCKS)]
-        if calibrator.main([str(model), "--text", str(text), "--output", str(path), *size]):
-            raise ValueError(f"--channels: none could be made of {text}; give a channel file")
+        tokens = torch.tensor(encode(load_tokenizer(folder), text.read_text()))
+        tokens = tokens[: CALIBRATED_BLOCKS * calibrator.BLOCK_TOKENS]
+        model = load_model(folder, default_dtype("perplexity"))
+        content = calibrator.calibrate_channels(calibrator.calibration_blocks(model, tokens))
+        output.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
     return path
 
 
