@@ -42,8 +42,9 @@ def tasks_of(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) 
         for name in subtasks or THIRTEEN:
             yield longbench(name, data, tokenizer, chat, most, count)
     elif kind == "passkey":
+        fixed = arguments.fixed_length or arguments.lengths is None  # as the original's script
         for length in lengths:
-            yield passkey(tokenizer, length, count, arguments.seed, arguments.fixed_length)
+            yield passkey(tokenizer, length, count, arguments.seed, fixed)
     elif kind == "perplexity":
         for length in lengths:
             yield perplexity(tokenizer, data, length, count, arguments.decoded)

@@ -24,6 +24,7 @@ from twilight_tilelang.evaluation.measures import Measures, Reading  # noqa: E40
 from twilight_tilelang.evaluation.results import Store, cut, write_ruler  # noqa: E402
 from twilight_tilelang.evaluation.run import Run  # noqa: E402
 from twilight_tilelang.evaluation.samples import Sample, Task  # noqa: E402
+from twilight_tilelang.evaluation.tasks import tasks_of  # noqa: E402
 from twilight_tilelang.evaluation.torch_engine import TorchEngine  # noqa: E402
 from twilight_tilelang.plots.figures import FIGURES  # noqa: E402
 from twilight_tilelang.plots.frames import Frames  # noqa: E402
@@ -271,6 +272,15 @@ def test_double_sparsity_without_a_channel_file_is_named(model: Path, config: Pa
 def test_what_is_missing_is_named(more, message: str, model: Path, config: Path, capsys) -> None:
     assert evaluate(model, config, *more) == 1
     assert message in capsys.readouterr().err
+
+
+def test_the_passkey_is_by_default_as_long_as_in_the_original(model: Path) -> None:
+    own = ["--model", str(model), "--task", "passkey", "--samples", "1"]
+    (task,) = tasks_of(command.parser().parse_args(own), tiny_tokenizer())
+    (sample,) = task.samples
+    assert task.length == 13_000 and 52_000 < len(sample.prompt + sample.tail) < 52_400
+    (task,) = tasks_of(command.parser().parse_args([*own, "--lengths", "700"]), tiny_tokenizer())
+    assert len(task.samples[0].prompt + task.samples[0].tail) < 700
 
 
 def test_a_wrong_configuration_is_named(model: Path, config: Path, capsys) -> None:
