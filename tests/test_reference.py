@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.checks.requests import MIRROR
 from tests.inputs.hazards import contiguous, poison_inputs, share_prefix
 from twilight_tilelang.reference import (
     CacheShape,
@@ -24,7 +25,6 @@ from twilight_tilelang.reference.inputs import DecodeShape, random_inputs
 
 SEEDS = st.integers(0, 2**31)
 DTYPES = st.sampled_from([torch.float16, torch.bfloat16, torch.float32])
-MIRROR = ("k_int4", "k_scale_zero", "page_bounds", "bounds_scale_zero")
 quick = settings(deadline=None, max_examples=40)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import twilight_tilelang as kernels
+from tests.checks.requests import MIRROR
 from tests.inputs.hazards import contiguous, poison_unused
 from tests.inputs.massive import captured_mass, massive_inputs, used_keys
 from tests.inputs.pinned import fused
@@ -17,7 +18,6 @@ SHAPES = {
     "mha-d64-p64": DecodeShape(2, 3, 3, 64, 64, (200, 900), torch.float16),
     "gqa3-d256": DecodeShape(2, 6, 2, 256, 16, (700, 50), torch.float16),
 }
-MIRROR = ("k_int4", "k_scale_zero", "page_bounds", "bounds_scale_zero")
 
 
 @pytest.fixture(params=SHAPES)

@@ -7,6 +7,7 @@ import torch
 
 import twilight_tilelang as kernels
 from tests.checks.properties import as_reference, assert_bounds_hold, token_slots
+from tests.checks.requests import MIRROR
 from tests.emulated.launches import SHAPES
 from tests.emulated.on_cpu import cache_on_cpu
 from tests.inputs.hazards import contiguous, poison_unused
@@ -15,8 +16,6 @@ from twilight_tilelang import reference
 from twilight_tilelang.reference.inputs import DecodeShape, random_inputs
 
 pytestmark = pytest.mark.xdist_group("emulated cache")  # the tests share kernels
-
-MIRROR = ("k_int4", "k_scale_zero", "page_bounds", "bounds_scale_zero")
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ import torch
 
 import twilight_tilelang as kernels
 from tests.checks.properties import token_slots
+from tests.checks.requests import MIRROR
 from tests.emulated.emulate import emulated
 from tests.emulated.launches import (
     SHAPES,
@@ -29,7 +30,6 @@ from twilight_tilelang.kernels.page_scores import PageScoreConfig, page_score_ke
 from twilight_tilelang.kernels.pruner import PrunerConfig
 
 FEW = EstimatorConfig(tiles_per_warp=1, steps=2)
-MIRROR = ("k_int4", "k_scale_zero", "page_bounds", "bounds_scale_zero")
 
 
 def smooth_cache(inputs) -> reference.PagedKVCache:

@@ -17,11 +17,11 @@ import torch
 import twilight_tilelang as kernels
 from tests.checks.promises import assert_identical, decoded, results_of
 from tests.checks.properties import assert_decode_step
+from tests.checks.requests import MIRROR
 from tests.inputs.cases import Tensors
 from tests.trust import ledger
 from twilight_tilelang import reference
 
-MIRROR = ("k_int4", "k_scale_zero", "page_bounds", "bounds_scale_zero")
 NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE = 8, 2, 128, 16
 DECODE = {"token_budget": 512, "top_p": 0.9, "num_sink_tokens": 4, "num_recent_tokens": 8}
 # Chances: of a request in a step, twice; of a join; of an empty row in a step; of a page.
