@@ -10,12 +10,14 @@ import twilight_tilelang
 from twilight_tilelang import reference
 from twilight_tilelang.kernels.options import DecodeOptions
 
+from .beams import spread
+
 if TYPE_CHECKING:
     from .transformers import TwilightCache
 
 REFERENCE_OPTIONS = (
     *("selector", "token_budget", "top_p", "sm_scale", "path"),
-    *("num_sink_tokens", "num_recent_tokens"),
+    *("num_sink_tokens", "num_recent_tokens", "bound_mass"),
 )
 
 
@@ -173,7 +175,8 @@ class TwilightLayer(CacheLayerMixin):
             room = twilight_tilelang if keys.is_cuda else reference
             sizes = (batch_size, max_pages, num_kv_heads, head_dim, page_size)
             shape = room.CacheShape(*sizes, keys.dtype, keys.device)
-            self.pages = room.PagedKVCache.empty(shape)
+            # More than its rows have room for by a page each: see beams.py.
+            self.pages = room.PagedKVCache.empty(shape, num_pages=batch_size * (max_pages + 1))
         cu_seqlens = torch.zeros(batch_size + 1, dtype=torch.int32, device=keys.device)
         cu_seqlens[1:] = real.sum(dim=1).cumsum(0)
         tokens = [each.transpose(1, 2)[real] for each in (keys, values)]
@@ -198,6 +201,11 @@ class TwilightLayer(CacheLayerMixin):
             tokens = self.contiguous()
             self.pages = None
             self.write(*(each[indices.to(each.device)] for each in tokens))
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Request b goes on from request beam_idx[b]."""
+        if self.length > 0:
+            spread(self.pages, beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each request `repeats` times in a row."""

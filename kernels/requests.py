@@ -127,8 +127,8 @@ class Requests:
         Args:
             joining: [batch_size] bool, the rows that are taken.
             page_table: [batch_size, max_pages] i32, their pages; other rows are not looked at.
-            seq_lens: [batch_size] i32, the tokens that these pages hold already: 0, or a prefix
-                whose pages are mirrored, the last of which is part-filled in this request alone.
+            seq_lens: [batch_size] i32, the tokens that these pages hold already, with their mirror:
+                none, or a prefix. A part-filled last page must be this request's alone.
 
         Raises:
             ValueError: a tensor does not fit.

@@ -156,10 +156,24 @@ def model_table(frames: Frames) -> str:
     caption = (
         f"Milliseconds a token on {first.gpu.upper()}, {first['dtype']}: random weights in the "
         f"shape of the model, made-up queries and caches, the first two layers dense, p = "
-        f"{first.top_p:g}; one CUDA graph a token, but for the last column, Twilight's. Measured "
-        f"at commit {commits}."
+        f"{first.top_p:g}; one CUDA graph a token, but for the last column, Twilight's. "
+        f"{_model_memory(frames, rows)}Measured at commit {commits}."
     )
     return _table(header, lines, caption)
+
+
+def _model_memory(frames: Frames, rows: pd.DataFrame) -> str:
+    """What lies beside K and V where a model's caches are largest."""
+    largest = rows.loc[(rows["batch_size"] * rows["seq_len"]).idxmax(), SIZES]
+    memory = frames["memory"].set_index(SIZES).sort_index()
+    if tuple(largest) not in memory.index:
+        return ""
+    share = memory.loc[tuple(largest)].set_index("part")["share"]
+    added = share[["k_int4", "k_scale_zero", "page_bounds", "bounds_scale_zero"]].sum()
+    return (
+        f"{largest.workload}, {largest.batch_size} x {largest.seq_len:,}: mirror and bounds take "
+        f"{100 * added:.1f} % of the bytes of K and V, the weights {100 * share['weights']:.0f} %. "
+    )
 
 
 TABLES: dict[str, Callable[[Frames], str]] = {

@@ -7,6 +7,7 @@ from . import device
 from .observations.accuracy import accuracy_rows
 from .observations.kept import kept_rows
 from .observations.memory import memory_rows
+from .observations.model_timeline import model_timeline_rows
 from .observations.timeline import timeline_rows
 from .providers.stages import Provider, StageBuilder, Target, sets_wanted
 from .providers.whole_model import WholeModel, prepare_model
@@ -68,7 +69,10 @@ def groups_of(workload: Workload) -> list[Group]:
     groups: list[Group] = []
     for stage in workload.stages:
         if stage in OBSERVERS:
-            groups.append(Observed(stage, workload, OBSERVERS[stage]))
+            observe = OBSERVERS[stage]
+            if stage == "timeline" and workload.model is not None:
+                observe = model_timeline_rows
+            groups.append(Observed(stage, workload, observe))
         else:
             groups += _timed(workload, stage)
     return groups

@@ -123,8 +123,8 @@ class Requests:
         Args:
             joining: [batch_size] bool, the rows that are taken.
             page_table: [batch_size, max_pages] int32, their pages; other rows are not looked at.
-            seq_lens: [batch_size] int32, the tokens that these pages hold already: 0, or a prefix
-                whose pages are mirrored, the last of which is part-filled in this request alone.
+            seq_lens: [batch_size] int32, the tokens that these pages hold already, with their
+                mirror: none, or a prefix. A part-filled last page must be this request's alone.
         """
         self._check_rows("joining", joining)
         device = self.k_cache.device

@@ -133,12 +133,14 @@ def test_a_step_of_smooth_keys_plans_smooth_kernels(launched):
     shape = CacheShape(ROWS // 8, 64, 8, 64)
     cache = kernels.PagedKVCache.empty(shape, k_offset=(None, factor))
     for smooth, own in ((True, cache), (False, kernels.PagedKVCache.empty(shape))):
-        step = kernels.TwilightDecode(own, 32, token_budget=256, bound_mass=True)
-        wanted = [
-            launch.arguments[-1]
-            for launch in launches_in(step.stages.plan)
-            if launch.name in ("page_score", "estimator", "estimate_prune", "mass_bound")
-        ]
-        assert len(wanted) >= 3 and set(wanted) == {smooth}
-        for part in step.parts:
-            assert part[1].plan.mass_bound == step.stages.plan.mass_bound
+        named = set()
+        for bound_mass in (True, False):  # which is another kernel, or keeps two from being one
+            with fused_kernels(not bound_mass):
+                step = kernels.TwilightDecode(own, 32, token_budget=256, bound_mass=bound_mass)
+            for launch in launches_in(step.stages.plan):
+                if launch.name in ("page_score", "estimator", "estimate_prune", "mass_bound"):
+                    named.add(launch.name)
+                    assert launch.arguments[-1] == smooth, launch.name
+            for part in step.parts:
+                assert part[1].plan.mass_bound == step.stages.plan.mass_bound
+        assert len(named) == 4

@@ -202,7 +202,8 @@ def test_tables_are_written_between_their_markers(rows: list[AnyRow], tmp_path: 
 
 
 def test_whole_models_stand_beside_their_floor(rows: list[AnyRow], tmp_path: Path) -> None:
-    frames = frames_of([row for row in rows if table_of(row) == "model"], tmp_path)
+    kept = [row for row in rows if table_of(row) in ("model", "memory")]
+    frames = frames_of(kept, tmp_path)
     texts = words("model_length", frames)
     assert {"no attention at all", "tokens per second", "llama-3.1-8b, batch 16"} <= set(texts)
     every = frames["model"].set_index(["workload", "batch_size", "seq_len"])
@@ -212,6 +213,8 @@ def test_whole_models_stand_beside_their_floor(rows: list[AnyRow], tmp_path: Pat
     line = next(own for own in tables.model_table(frames).splitlines() if "1-8b | 16 x 32" in own)
     assert speedup in texts and f"| {speedup} |" in line
     assert f"| {16e6 / us['quest+twilight']:,.0f} |" in line
+    said = " ".join(tables.model_table(frames).split())
+    assert "mirror and bounds take 16.5 % of the bytes of K and V, the weights 25 %." in said
     table = frames["model"]
     table[table["method"] != "dense"].to_csv(tmp_path / "h200" / "model.csv", index=False)
     with pytest.raises(MissingData, match="model.csv: expected dense decode of every size"):

@@ -13,9 +13,14 @@ pytest.importorskip("transformers", minversion="5.24")
 
 from twilight_tilelang import reference  # noqa: E402
 from twilight_tilelang.profiling import bench, run  # noqa: E402
+from twilight_tilelang.profiling.observations.model_timeline import (  # noqa: E402
+    labelled,
+    model_timeline_rows,
+)
+from twilight_tilelang.profiling.observations.timeline import Span  # noqa: E402
 from twilight_tilelang.profiling.plan import prepare  # noqa: E402
 from twilight_tilelang.profiling.providers import checks, whole_model  # noqa: E402
-from twilight_tilelang.profiling.providers.backends import Torch  # noqa: E402
+from twilight_tilelang.profiling.providers.backends import TileLang, Torch  # noqa: E402
 from twilight_tilelang.profiling.providers.stages import Target  # noqa: E402
 from twilight_tilelang.profiling.tables.store import read_rows  # noqa: E402
 from twilight_tilelang.profiling.workloads.models import CPU_MODELS, MODELS  # noqa: E402
@@ -34,6 +39,23 @@ def builder() -> Iterator[whole_model.WholeModel]:
 def hear(module: torch.nn.Module, seen: list[torch.Tensor]) -> None:
     """Notes what a module is given."""
     module.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+
+
+def test_a_token_s_launches_are_told_apart() -> None:
+    kernels = {
+        "append": {"append"},
+        "dense layers": {"copy", "list", "attend"},
+        "selector": {"score"},
+        "attention": {"attend"},
+    }
+    layer = ["gemm", "append"]
+    token = ["copy", *layer, "copy", "list", "attend", "gemm", *layer, "score", "attend", "copy"]
+    spans = [Span(start, start + 0.5, name) for start, name in enumerate(token * 2)]
+    own = ["model", "model", "append", *["dense layers"] * 3, "model"]
+    own += ["model", "append", "selector", "attention", "model"]
+    found = labelled(spans, kernels, 1, 2)
+    assert [span.kernel for span in found] == own * 2
+    assert [span[:2] for span in found] == [span[:2] for span in spans]
 
 
 def test_every_method_decodes_a_token_by_its_attention(builder: whole_model.WholeModel) -> None:
@@ -126,7 +148,7 @@ def test_bench_measures_whole_models(tmp_path: Path, monkeypatch, capsys) -> Non
     monkeypatch.setattr(run, "CPU_READ_BYTES", 1 << 20)
     arguments = ["--stage", "model", "--results", str(tmp_path)]
     assert bench.main([*arguments, "--minutes", "0"]) == 1
-    assert "6 groups left" in capsys.readouterr().out
+    assert "9 groups left" in capsys.readouterr().out
     assert bench.main(arguments) == 0
     said = capsys.readouterr().out
     rows = read_rows(tmp_path / "cpu-reference" / "model.csv")
@@ -138,7 +160,12 @@ def test_bench_measures_whole_models(tmp_path: Path, monkeypatch, capsys) -> Non
     assert (sparse["error"] > 0).all() and (sparse["kept_mean"] < sparse["token_budget"]).all()
     memory = read_rows(tmp_path / "cpu-reference" / "memory.csv").set_index("part")
     assert (memory.loc["weights", "bytes_per_token"] > 0).all() and "k_int4" in memory.index
-    assert "quest+twilight" in said and "bench: 33 rows measured" in said
+    assert "quest+twilight" in said and "bench: 54 rows measured" in said
+    timeline = read_rows(tmp_path / "cpu-reference" / "timeline.csv")
+    parts = ["append", "dense layers", "selector", "estimator", "pruner", "attention"]
+    assert set(timeline["stage"]) == {*parts, "model step"}
+    appends = timeline[timeline["stage"] == "append"]
+    assert set(appends["launches"]) == {3.0} and set(timeline["num_steps"]) == {2}
     assert bench.main(arguments) == 0  # what is there is not measured again
     assert "bench: 0 rows measured" in capsys.readouterr().out
 
@@ -225,3 +252,24 @@ def assert_layers_attend(
         last = pages.page_table[:, -1].long(), 15
         pages.k_cache[last], pages.v_cache[last] = new
         torch.testing.assert_close(out.view(q.shape), reference.dense_attention(q, pages))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_tokens_are_right_and_captured_ones_the_same(monkeypatch) -> None:
+    monkeypatch.setitem(MODELS, "tiny", MODELS["tiny"]._replace(head_dim=64))
+    shape = dataclasses.replace(WORKLOAD.shape, head_dim=64, dtype=torch.float16)
+    workload = dataclasses.replace(WORKLOAD, shape=shape, dense_baselines=("cudnn",))
+    whole_model.random_model.cache_clear()
+    builder = prepare(workload, Target(TileLang(), "gpu", whole_model.device.l2_bytes(), print))
+    whole_model.random_model.cache_clear()
+    for provider in builder.providers("model", METHODS):
+        provider.check()
+        expected = provider.calls[0]().clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = provider.calls[0]()
+        graph.replay()
+        torch.testing.assert_close(logits, expected)
+    origin = {"torch": "", "commit": "", "date": ""}
+    rows = {row.stage: row for row in model_timeline_rows(builder, "gpu", origin)}
+    assert rows["append"].launches == 3 and {"model", "dense layers", "attention"} <= rows.keys()

@@ -74,7 +74,7 @@ def workload_sets(
         wanted = ("kept_mean", "top_p", "head_budgets", "interleaved")
         made_for = {name: getattr(workload, name) for name in wanted}
         inputs = make_inputs(every, SEED, device=device, **made_for)
-    q, pool = inputs.q, wrap(*inputs.paged())
+    q, pool = inputs.q, wrap(*inputs.paged(), layout="NHD")
     rows = [slice(own * shape.batch_size, (own + 1) * shape.batch_size) for own in range(num_sets)]
     caches = [
         dataclasses.replace(
@@ -92,7 +92,7 @@ def recorded_steps(
     trace = read_trace(workload.trace)
     for place in range(len(trace.positions)):
         inputs = trace.inputs(workload.shape.page_size, 1, SEED, device, place)
-        yield inputs.q, wrap(*inputs.paged())
+        yield inputs.q, wrap(*inputs.paged(), layout="NHD")
 
 
 def random_tokens(

@@ -22,23 +22,26 @@ def on(device: torch.device | str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 class World:
-    """An implementation, its device, and tokens to cache: k, v [batch_size, tokens, ...]."""
+    """An implementation, its device, how K and V lie there, and tokens to cache: k, v
+    [batch_size, tokens, ...]."""
 
     def __init__(
         self,
         package: ModuleType,
         device: torch.device | str,
+        layout: str = "NHD",
         batch_size: int = 3,
         num_tokens: int = 80,
         num_kv_heads: int = 2,
     ) -> None:
-        self.package, self.device, self.num_kv_heads = package, device, num_kv_heads
+        self.package, self.device, self.layout = package, device, layout
+        self.num_kv_heads = num_kv_heads
         self.rng = torch.Generator().manual_seed(0)
         self.k, self.v = self.normal(2, batch_size, num_tokens)
 
     def like(self, **sizes: int) -> "World":
         """The same implementation, other tokens."""
-        return World(self.package, self.device, **sizes)
+        return World(self.package, self.device, self.layout, **sizes)
 
     def normal(self, *size: int) -> torch.Tensor:
         shape = (*size, self.num_kv_heads, HEAD_DIM)
@@ -59,8 +62,10 @@ class World:
             shape._replace(batch_size=1, max_pages=1), num_pages=num_pages + 2
         )
         self.whole = {name: getattr(large, name) for name in POOLS}
-        for tensor in self.whole.values():
+        for name, tensor in self.whole.items():
             tensor.fill_(77)
+            if self.layout == "HND" and name.endswith("_cache"):
+                self.whole[name] = tensor.transpose(1, 2).contiguous().transpose(1, 2)
         cache = self.package.PagedKVCache(
             page_table=self.ints(page_table),
             seq_lens=self.ints([0] * len(page_table)),
@@ -384,4 +389,8 @@ SCENARIOS = (
     a_request_that_is_cut_back_is_bounded_anew,
     a_pool_that_may_be_hnd_says_which_it_is,
 )
-EACH_SCENARIO = [pytest.param(each, id=each.__name__) for each in SCENARIOS]
+EACH_SCENARIO = [
+    pytest.param(each, layout, id=f"{each.__name__}-{layout}")
+    for each in SCENARIOS
+    for layout in ("NHD", "HND")
+]

@@ -149,6 +149,7 @@ def _kept_rows(workload: Workload) -> list[KeptRow]:
 def _memory_rows(workload: Workload) -> list[MemoryRow]:
     head_dim, page_size = workload.shape.head_dim, workload.shape.page_size
     sizes = (2 * head_dim, 2 * head_dim, head_dim / 2, 4, 2 * head_dim / page_size, 8 / page_size)
+    weights = {} if workload.model is None else {"weights": head_dim}
     return [
         MemoryRow(
             **workload.labels("quest+twilight", "h200"),
@@ -157,7 +158,7 @@ def _memory_rows(workload: Workload) -> list[MemoryRow]:
             share=size / (4 * head_dim),
             **ORIGIN,
         )
-        for part, size in zip(PARTS, sizes, strict=True)
+        for part, size in (dict(zip(PARTS, sizes, strict=True)) | weights).items()
     ]
 
 

@@ -43,7 +43,7 @@ class Engine:
         self.cache = package.PagedKVCache.empty(
             package.CacheShape(*sizes, device=device),
             num_pages=batch_size * max_pages * 2 // 3,
-            page_table=self.table.to(device),
+            page_table=self.table.to(device, copy=True),
         )
         self.users = [0] * self.cache.num_pages  # requests that hold each page
         self.owned: list[list[int]] = [[] for _ in range(batch_size)]
