@@ -1,6 +1,7 @@
 """A model goes on with a text, dense and with Twilight: the text, tokens read, time per token.
 
     python examples/generate.py path/to/model prompt.txt [--tokens 64] [--top-p 0.95]
+    torchrun --nproc-per-node 2 examples/generate.py ...    # each GPU has its share of the heads
 
 The folder is one of Hugging Face: Llama, Mistral, Qwen2, Qwen3 or SmolLM; nothing is downloaded
 (`make model` fetches a small one). On a GPU a decode step is one CUDA graph. Without one the
@@ -8,6 +9,7 @@ PyTorch reference runs, slowly, and the times say nothing.
 """
 
 import argparse
+import os
 import time
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from twilight_tilelang.integrations.transformers import TwilightCache
 from twilight_tilelang.integrations.transformers_graph import CapturedDecode
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SHARDED = "WORLD_SIZE" in os.environ  # as torchrun says
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32  # the kernels take 16 bits
 
 
@@ -38,10 +41,12 @@ def main() -> None:
 
     local = {"local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, **local)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=DTYPE, **local).to(DEVICE)
+    how = {"dtype": DTYPE, "tp_plan": "auto" if SHARDED else None}
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, **how, **local)
+    model = model if SHARDED else model.to(DEVICE)
     model.eval().set_attn_implementation("twilight")
     text = arguments.prompt.read_text()
-    inputs = tokenizer(text, return_tensors="pt").to(DEVICE)
+    inputs = tokenizer(text, return_tensors="pt").to(model.device)
     num_layers, prompt = model.config.num_hidden_layers, inputs.input_ids.shape[1]
     options = DecodeOptions(
         top_p=arguments.top_p,
@@ -54,19 +59,19 @@ def main() -> None:
             f"expected a prompt of 1 to {longest} tokens and --tokens 2 or more, "
             f"got {prompt} and {arguments.tokens}"
         )
-    print(f"{prompt} tokens of prompt, {num_layers} layers, {DTYPE} on {DEVICE}")
+    say(f"{prompt} tokens of prompt, {num_layers} layers, {DTYPE} on {DEVICE}")
     sizes = model.config, prompt + arguments.tokens, options
     for name, dense_layers in (("dense", num_layers), ("Twilight", arguments.dense_layers)):
         cache = TwilightCache(*sizes, dense_layers)
         tokens, seconds = go_on(model, inputs, cache, arguments.tokens)
-        print(f"\n{name}, {seconds * 1e3:.2f} ms a token:\n{tokenizer.decode(tokens)}")
+        say(f"\n{name}, {seconds * 1e3:.2f} ms a token:\n{tokenizer.decode(tokens)}")
     cache = TwilightCache(*sizes, arguments.dense_layers, record=True)  # costs time: not timed
     go_on(model, inputs, cache, arguments.tokens)
-    record = cache.kept()
+    record = cache.kept().of_all_ranks() if SHARDED else cache.kept()
     read = record.counts.float().mean(dim=(0, 2, 3)).tolist()
-    print(f"\nTokens read per KV head of {prompt + arguments.tokens // 2}, mean of the steps:")
+    say(f"\nTokens read per KV head of {prompt + arguments.tokens // 2}, mean of the steps:")
     for number, mean in zip(record.layers.tolist(), read, strict=True):
-        print(f"  layer {number:3d}: {mean:8.1f}{' (dense)' * (number < arguments.dense_layers)}")
+        say(f"  layer {number:3d}: {mean:8.1f}{' (dense)' * (number < arguments.dense_layers)}")
 
 
 def go_on(model, inputs, cache: TwilightCache, num_tokens: int) -> tuple[list[int], float]:
@@ -81,6 +86,12 @@ def go_on(model, inputs, cache: TwilightCache, num_tokens: int) -> tuple[list[in
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return torch.cat(tokens).tolist(), sorted(seconds)[len(seconds) // 2]
+
+
+def say(text: str) -> None:
+    """Prints, where there are several ranks in one of them."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -53,6 +54,16 @@ class KeptRecord(NamedTuple):
     layers: torch.Tensor
     counts: torch.Tensor
     mass: torch.Tensor
+
+    def of_all_ranks(self, group: dist.ProcessGroup | None = None) -> "KeptRecord":
+        """The heads of every rank in one record, where tensor parallelism shards a model: each rank
+        has noted its own. Every rank of the group must call it."""
+        whole = []
+        for own in (self.counts, self.mass):
+            ranks = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(ranks, own.contiguous(), group)
+            whole.append(torch.cat(ranks, dim=-1))
+        return KeptRecord(self.layers, *whole)
 
 
 class TwilightCache(Cache):

@@ -1,0 +1,81 @@
+"""A model that transformers shards over two processes decodes as the whole one does.
+
+Without two GPUs the processes meet through gloo, and the reference decodes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", minversion="5.24")
+pytest.importorskip("accelerate", reason="accelerate is not installed")
+
+ROOT = Path(__file__).resolve().parents[1]
+NUM_KV_HEADS, RANKS = 4, 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A Llama of two layers with random weights."""
+    config = transformers.LlamaConfig(
+        vocab_size=96,
+        hidden_size=512,
+        intermediate_size=128,
+        num_attention_heads=8,
+        num_key_value_heads=NUM_KV_HEADS,
+        num_hidden_layers=2,
+        max_position_embeddings=512,
+        initializer_range=0.1,  # logits that are not all alike
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("llama")
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return path
+
+
+def decoded(folder: Path, *launcher: str, gpu: bool = False) -> dict:
+    """What `tests.inputs.sharded_model` prints."""
+    hidden = {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "tests.inputs.sharded_model", str(folder)],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | hidden,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS))
+
+
+def check(whole: dict, sharded: dict) -> None:
+    for name, expected in whole.items():
+        got = sharded[name]
+        assert expected["own_kv_heads"] == NUM_KV_HEADS
+        assert got["own_kv_heads"] == NUM_KV_HEADS // RANKS
+        assert got["mass"] == expected["mass"]
+        assert got["current"] in (None, 0)  # of rank 0
+        assert got["tokens"] == expected["tokens"], name
+    assert sharded["dense"]["tokens"] == sharded["everything"]["tokens"]
+    assert sharded["dense"]["tokens"] != sharded["pruned"]["tokens"], "p prunes nothing"
+
+
+def test_a_sharded_model_decodes_the_same_tokens(folder):
+    whole, sharded = decoded(folder), decoded(folder, *TORCHRUN)
+    check(whole, sharded)
+    for name in whole:
+        assert sharded[name]["counts"] == whole[name]["counts"], name
+
+
+@pytest.mark.gpu
+def test_a_sharded_model_decodes_the_same_tokens_with_the_kernels(folder):
+    if torch.cuda.device_count() < RANKS:
+        pytest.skip("needs two GPUs")
+    check(decoded(folder, gpu=True), decoded(folder, *TORCHRUN, gpu=True))
