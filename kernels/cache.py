@@ -2,8 +2,9 @@
 together."""
 
 import copy
+import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,6 +14,7 @@ from .requests import Requests
 from .validate import check_indices, check_lengths
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 HEAD_DIMS = (64, 128, 256)
 TILE_TOKENS = 16  # a page holds a whole number of tensor-core tiles of tokens
 LAYOUTS = ("NHD", "HND")
@@ -27,8 +29,17 @@ class CacheShape(NamedTuple):
     num_kv_heads: int
     head_dim: int  # 64, 128 or 256
     page_size: int = 16  # a multiple of 16
-    dtype: torch.dtype = torch.float16
+    dtype: torch.dtype = torch.float16  # of q and out, and of K and V unless these are FP8
     device: torch.device | str = "cuda"
+    kv_dtype: torch.dtype | None = None  # of K and V in FP8
+
+
+class Fp8(NamedTuple):
+    """How K and V in FP8 are read: as their codes times a scale, finite and above 0."""
+
+    k_scale: torch.Tensor | float = 1.0  # of every KV head, or [num_kv_heads] f32
+    v_scale: torch.Tensor | float = 1.0
+    dtype: torch.dtype = torch.float16  # of q and out, fp16 or bf16
 
 
 @dataclass
@@ -52,6 +63,9 @@ class PagedKVCache(Requests):
                         a query head by one constant: no softmax and no order of pages sees it. It
                         takes outlier channels out of the range that codes must span, and out of
                         the comparison of a group's heads by which pages are scored.
+    kv_scales           [2, num_kv_heads] f32, or None: what K, then V, in FP8 (e4m3fn or e5m2) are
+                        multiplied by; ones where K and V are not FP8
+    dtype               of q and out where K and V are FP8: fp16 or bf16
 
     Physical pages may be shared between requests and come in any order. A row without a request has
     length 0 and any page ids, such as -1: every stage passes over it, its output is zeros and its
@@ -68,6 +82,8 @@ class PagedKVCache(Requests):
     page_bounds: torch.Tensor
     bounds_scale_zero: torch.Tensor
     k_offset: torch.Tensor
+    kv_scales: torch.Tensor | None = None
+    dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         _check_pages(self.k_cache, self.v_cache, self.page_table, self.seq_lens, self.k_offset)
@@ -84,16 +100,23 @@ class PagedKVCache(Requests):
             "bounds_scale_zero", self.bounds_scale_zero, pairs, torch.float32, device, align=16
         )
 
+        is_fp8 = self.k_cache.dtype in FP8_DTYPES
+        if self.kv_scales is None:
+            self.kv_scales = torch.ones(2, num_kv_heads, device=device)
+        scales = (2, num_kv_heads)
+        check_tensor("kv_scales", self.kv_scales, scales, torch.float32, device)
+        self.dtype = self.dtype or (torch.float16 if is_fp8 else self.k_cache.dtype)
+        check_choice("dtype", self.dtype, HALF_DTYPES if is_fp8 else (self.k_cache.dtype,))
         # As kernels read them: V with the strides of K, which may differ where sizes are 1, and
         # codes four bytes at a time.
         self.v_pool = self.v_cache.as_strided(self.v_cache.shape, self.k_cache.stride())
         self.code_words = self.k_int4.view(torch.int32)
         self.bound_words = self.page_bounds.view(torch.int32)
         batch_size, max_pages = self.page_table.shape
-        dtype = self.k_cache.dtype
         self.shape = CacheShape(
-            batch_size, max_pages, num_kv_heads, head_dim, page_size, dtype, device
-        )
+            batch_size, max_pages, num_kv_heads, head_dim, page_size, self.dtype, device,
+            self.k_cache.dtype if is_fp8 else None,
+        )  # fmt: skip
         self.everyone = torch.ones(batch_size, dtype=torch.bool, device=device)
         self.arrived = torch.zeros(1, dtype=torch.int32, device=device)  # blocks of extend()
 
@@ -161,7 +184,7 @@ class PagedKVCache(Requests):
         Raises:
             ValueError: a size is out of range, or page_table or k_offset does not fit.
         """
-        batch_size, max_pages, num_kv_heads, head_dim, page_size, dtype, device = shape
+        batch_size, max_pages, num_kv_heads, head_dim, page_size, dtype, device, kv_dtype = shape
         owned = batch_size * max_pages
         num_pages = owned if num_pages is None else num_pages
         check_count("num_pages", num_pages, least=1)
@@ -170,6 +193,7 @@ class PagedKVCache(Requests):
         check_count("num_kv_heads", num_kv_heads, least=1, most=MAX_ROWS)
         check_head_dim(head_dim)
         check_choice("dtype", dtype, HALF_DTYPES)
+        check_choice("kv_dtype", kv_dtype, (None,))
         check_page_size(page_size)
         if torch.device(device).type != "cuda":
             raise ValueError(f"device: expected a CUDA device, got {device}")
@@ -247,6 +271,7 @@ class PagedKVCache(Requests):
         k_offset: torch.Tensor | None = None,
         layout: str | None = None,
         validate: bool = False,
+        fp8: Fp8 | None = None,
     ) -> "PagedKVCache":
         """An engine's own pages, not copied: builds mirror and bounds for them. Synchronizes once.
 
@@ -260,6 +285,7 @@ class PagedKVCache(Requests):
             layout: "NHD", as above, or "HND", [num_pages, num_kv_heads, page_size, head_dim], which
                 the cache holds transposed. To be stated where page_size and num_kv_heads are both
                 multiples of 16: the pool could be either.
+            fp8: the scales of K and V in FP8 (e4m3fn or e5m2), and q's dtype; Fp8() where None.
             validate: whether to check page ids and lengths as `validate_cache` does, before
                 anything is written.
 
@@ -272,7 +298,8 @@ class PagedKVCache(Requests):
         _check_pages(k_cache, v_cache, page_table, seq_lens, k_offset)
         _check_layout(layout, k_cache)
         check_lengths(seq_lens, page_table.shape[1] * k_cache.shape[1])
-        cache = cls._around(k_cache, v_cache, page_table, seq_lens, k_offset)
+        own = _of_fp8(k_cache, fp8)
+        cache = cls._around(k_cache, v_cache, page_table, seq_lens, k_offset, **own)
         if validate:
             check_indices(cache)
         cache.mirror_pages(*cache.used_pages())
@@ -286,6 +313,8 @@ class PagedKVCache(Requests):
         page_table: torch.Tensor,
         seq_lens: torch.Tensor,
         k_offset: torch.Tensor | None,
+        kv_scales: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> "PagedKVCache":
         """Allocates mirror and bounds for K and V pages, unwritten."""
         num_pages, page_size, num_kv_heads, head_dim = k_cache.shape
@@ -303,6 +332,8 @@ class PagedKVCache(Requests):
             page_bounds=torch.empty(*pages, 2, head_dim, dtype=torch.uint8, device=device),
             bounds_scale_zero=torch.empty(*pages, 2, dtype=torch.float32, device=device),
             k_offset=k_offset,
+            kv_scales=kv_scales,
+            dtype=dtype,
         )
 
 
@@ -339,7 +370,8 @@ def _check_pages(
     seq_lens: torch.Tensor,
     k_offset: torch.Tensor | None,
 ) -> None:
-    check_tensor("k_cache", k_cache, (None,) * 4, HALF_DTYPES, align=16, strided=True)
+    dtypes = (*HALF_DTYPES, *FP8_DTYPES)
+    check_tensor("k_cache", k_cache, (None,) * 4, dtypes, align=16, strided=True)
     _, page_size, num_kv_heads, head_dim = k_cache.shape
     check_count("num_kv_heads", num_kv_heads, least=1, most=MAX_ROWS)
     check_head_dim(head_dim)
@@ -368,6 +400,26 @@ def _check_strides(k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
                 f"k_cache: expected vectors that do not overlap, got strides {k_cache.stride()}"
             )
         span += stride * (size - 1)
+
+
+def _of_fp8(k_cache: torch.Tensor, fp8: Fp8 | None) -> dict[str, Any]:
+    """The fields of a cache that FP8 has; raises ValueError where they do not fit."""
+    if k_cache.dtype not in FP8_DTYPES:
+        if fp8 is not None:
+            raise ValueError(f"fp8: expected None for a k_cache of {k_cache.dtype}, got {fp8}")
+        return {}
+    fp8 = Fp8() if fp8 is None else fp8
+    num_kv_heads, device = k_cache.shape[2], k_cache.device
+    rows = []
+    for name, scale in (("k_scale", fp8.k_scale), ("v_scale", fp8.v_scale)):
+        if isinstance(scale, torch.Tensor):
+            check_tensor(name, scale, (num_kv_heads,), torch.float32, device)
+            rows.append(scale)
+        elif isinstance(scale, float | int) and 0 < scale < math.inf:
+            rows.append(torch.full((num_kv_heads,), float(scale), device=device))
+        else:
+            raise ValueError(f"{name}: expected a positive finite number, got {scale!r}")
+    return {"kv_scales": torch.stack(rows), "dtype": fp8.dtype}
 
 
 def _tokens_first(pool: torch.Tensor) -> torch.Tensor:

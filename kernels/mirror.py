@@ -155,25 +155,70 @@ def quantize_bounds(low, high, offset, mirror, place):
 
 
 @T.macro
-def mirror_page(k_cache, k_offset, mirror, place, first, fill):
+def write_vector(pool, place, slot, vector, scale):
+    """Stores a warp's vector in a pool; in one of FP8 divided by its scale, and saturating."""
+    page, kv_head, lane, channels = place
+    if pool.dtype == vector.dtype:
+        for c in T.vectorized(channels):
+            pool[page, slot, kv_head, lane * channels + c] = vector[c]
+    else:
+        divided = T.alloc_local((channels,), T.float32)
+        narrow = T.alloc_local((channels,), pool.dtype)
+        for c in T.unroll(channels):
+            divided[c] = T.cast(vector[c], T.float32) / scale
+        for c in T.vectorized(channels):
+            narrow[c] = T.cast(divided[c], pool.dtype)
+        for c in T.vectorized(channels):
+            pool[page, slot, kv_head, lane * channels + c] = narrow[c]
+
+
+@T.macro
+def read_key(key, k_cache, place, slot, scale):
+    """A warp's key; float32, and multiplied by its scale, where the pool is FP8."""
+    page, kv_head, lane, channels = place
+    if k_cache.dtype == key.dtype:
+        for c in T.vectorized(channels):
+            key[c] = k_cache[page, slot, kv_head, lane * channels + c]
+    else:
+        narrow = T.alloc_local((channels,), k_cache.dtype)
+        for c in T.vectorized(channels):
+            narrow[c] = k_cache[page, slot, kv_head, lane * channels + c]
+        for c in T.unroll(channels):
+            key[c] = dequantized(narrow[c], scale)
+
+
+def dequantized(channel: PrimExpr, scale: PrimExpr) -> PrimExpr:
+    """A channel of a key in FP8, as float32: rounded before any offset is subtracted."""
+    return T.call_extern("float32", "__fmul_rn", T.cast(channel, T.float32), scale)
+
+
+def is_fp8(pool: Buffer) -> bool:
+    return str(pool.dtype).startswith("float8")
+
+
+def key_dtype(k_cache: Buffer) -> str:
+    """Of keys in registers."""
+    return "float32" if is_fp8(k_cache) else str(k_cache.dtype)
+
+
+@T.macro
+def mirror_page(k_cache, k_scale, k_offset, mirror, place, first, fill):
     """One warp bounds a page's first `fill` >= 1 tokens, and mirrors those from slot `first` on:
     the codes before it stand. Slots from `fill` on get codes 0."""
     page, kv_head, lane, channels = place
     page_size = int(k_cache.shape[1])
-    key = T.alloc_local((channels,), k_cache.dtype)
-    low = T.alloc_local((channels,), k_cache.dtype)
-    high = T.alloc_local((channels,), k_cache.dtype)
+    key = T.alloc_local((channels,), key_dtype(k_cache))
+    low = T.alloc_local((channels,), key_dtype(k_cache))
+    high = T.alloc_local((channels,), key_dtype(k_cache))
     offset = T.alloc_local((channels,), T.float32)
-    for c in T.vectorized(channels):
-        low[c] = k_cache[page, 0, kv_head, lane * channels + c]
+    read_key(low, k_cache, place, 0, k_scale)
     for c in T.unroll(channels):
         high[c] = low[c]
     for c in T.vectorized(channels):
         offset[c] = k_offset[kv_head, lane * channels + c]
     for slot in T.serial(page_size):
         if slot < fill:
-            for c in T.vectorized(channels):
-                key[c] = k_cache[page, slot, kv_head, lane * channels + c]
+            read_key(key, k_cache, place, slot, k_scale)
             extend_bounds(low, high, key, channels)
             if slot >= first:
                 quantize_key(key, offset, mirror, place, slot)
@@ -186,7 +231,7 @@ def mirror_page(k_cache, k_offset, mirror, place, first, fill):
 
 
 @tilelang.jit(pass_configs=EXACT_MATH)
-def mirror_kernel(head_dim: int, page_size: int, dtype: str):
+def mirror_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str):
     """Grid: (listed page, kv_head), one warp each: mirror and bounds of a page's first page_tokens
     keys, which are copied from another page first where `sources` names another. A page that is
     none of the pool's, or has no tokens, is left out.
@@ -194,7 +239,7 @@ def mirror_kernel(head_dim: int, page_size: int, dtype: str):
     num_kv_heads, num_pages = T.dynamic("num_kv_heads"), T.dynamic("num_pages")
     num_listed = T.dynamic("num_listed")
     channels = head_dim // 32
-    pool = strided("pool", (num_pages, page_size, num_kv_heads, head_dim), dtype)
+    pool = strided("pool", (num_pages, page_size, num_kv_heads, head_dim), kv_dtype)
 
     @T.prim_func
     def mirror_pages(
@@ -204,6 +249,7 @@ def mirror_kernel(head_dim: int, page_size: int, dtype: str):
         k_offset: T.Tensor[(num_kv_heads, head_dim), T.float32],
         k_cache: T.StridedTensor[pool],
         v_cache: T.StridedTensor[pool],
+        kv_scales: T.Tensor[(2, num_kv_heads), T.float32],
         codes: T.Tensor[(num_pages, num_kv_heads, page_size, head_dim // 2), T.uint8],
         scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
         bounds: T.Tensor[(num_pages, num_kv_heads, 2, head_dim), T.uint8],
@@ -230,13 +276,13 @@ def mirror_kernel(head_dim: int, page_size: int, dtype: str):
                             ]
                 mirror = Mirror(codes, scale_zero, bounds, bounds_scale_zero)
                 place = Place(page, kv_head, lane, channels)
-                mirror_page(k_cache, k_offset, mirror, place, 0, fill)
+                mirror_page(k_cache, kv_scales[0, kv_head], k_offset, mirror, place, 0, fill)
 
     return mirror_pages
 
 
 @tilelang.jit(pass_configs=EXACT_MATH)
-def append_kernel(head_dim: int, page_size: int, dtype: str):
+def append_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str):
     """Grid: (batch); a warp takes every eighth KV head. The length moves once all are written.
 
     A request is left out where `active` is 0, or where its next token has no page of the pool.
@@ -248,7 +294,7 @@ def append_kernel(head_dim: int, page_size: int, dtype: str):
     num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
     channels = head_dim // 32
     num_chunks = page_size // ROWS_IN_FLIGHT
-    pool = strided("pool", (num_pages, page_size, num_kv_heads, head_dim), dtype)
+    pool = strided("pool", (num_pages, page_size, num_kv_heads, head_dim), kv_dtype)
 
     @T.prim_func
     def append_tokens(
@@ -260,6 +306,7 @@ def append_kernel(head_dim: int, page_size: int, dtype: str):
         k_offset: T.Tensor[(num_kv_heads, head_dim), T.float32],
         k_cache: T.StridedTensor[pool],
         v_cache: T.StridedTensor[pool],
+        kv_scales: T.Tensor[(2, num_kv_heads), T.float32],
         codes: T.Tensor[(num_pages, num_kv_heads, page_size, head_dim // 2), T.uint8],
         scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
         bounds: T.Tensor[(num_pages, num_kv_heads, 2, head_dim), T.uint8],
@@ -269,11 +316,12 @@ def append_kernel(head_dim: int, page_size: int, dtype: str):
             assume_aligned(k, v, k_cache, v_cache)
             thread = T.get_thread_binding()
             first_channel = thread % 32 * channels
-            key = T.alloc_local((channels,), dtype)
+            given = T.alloc_local((channels,), dtype)
             value = T.alloc_local((channels,), dtype)
-            rows = T.alloc_local((ROWS_IN_FLIGHT, channels), dtype)
-            low = T.alloc_local((channels,), dtype)
-            high = T.alloc_local((channels,), dtype)
+            rows = T.alloc_local((ROWS_IN_FLIGHT, channels), kv_dtype)
+            key = T.alloc_local((channels,), key_dtype(k_cache))
+            low = T.alloc_local((channels,), key_dtype(k_cache))
+            high = T.alloc_local((channels,), key_dtype(k_cache))
             offset = T.alloc_local((channels,), T.float32)
             token = seq_lens[batch]
             slot = token % page_size
@@ -283,12 +331,19 @@ def append_kernel(head_dim: int, page_size: int, dtype: str):
                     for step in T.serial(T.ceildiv(num_kv_heads, NUM_WARPS)):
                         kv_head = step * NUM_WARPS + thread // 32
                         if kv_head < num_kv_heads:
+                            place = Place(page, kv_head, thread % 32, channels)
                             for c in T.vectorized(channels):
-                                key[c] = k[batch, kv_head, first_channel + c]
+                                given[c] = k[batch, kv_head, first_channel + c]
                             for c in T.vectorized(channels):
                                 value[c] = v[batch, kv_head, first_channel + c]
                             for c in T.vectorized(channels):
                                 offset[c] = k_offset[kv_head, first_channel + c]
+                            if is_fp8(k_cache):
+                                write_vector(k_cache, place, slot, given, kv_scales[0, kv_head])
+                                read_key(key, k_cache, place, slot, kv_scales[0, kv_head])
+                            else:
+                                for c in T.unroll(channels):
+                                    key[c] = given[c]
                             for c in T.unroll(channels):
                                 low[c] = key[c]
                                 high[c] = key[c]
@@ -303,14 +358,17 @@ def append_kernel(head_dim: int, page_size: int, dtype: str):
                                             ]
                                     for r in T.unroll(ROWS_IN_FLIGHT):
                                         for c in T.unroll(channels):
-                                            low[c] = T.min(low[c], rows[r, c])
-                                            high[c] = T.max(high[c], rows[r, c])
-                            for c in T.vectorized(channels):
-                                k_cache[page, slot, kv_head, first_channel + c] = key[c]
-                            for c in T.vectorized(channels):
-                                v_cache[page, slot, kv_head, first_channel + c] = value[c]
+                                            other = (
+                                                dequantized(rows[r, c], kv_scales[0, kv_head])
+                                                if is_fp8(k_cache)
+                                                else rows[r, c]
+                                            )
+                                            low[c] = T.min(low[c], other)
+                                            high[c] = T.max(high[c], other)
+                            if not is_fp8(k_cache):
+                                write_vector(k_cache, place, slot, given, 1.0)
+                            write_vector(v_cache, place, slot, value, kv_scales[1, kv_head])
                             mirror = Mirror(codes, scale_zero, bounds, bounds_scale_zero)
-                            place = Place(page, kv_head, thread % 32, channels)
                             quantize_bounds(low, high, offset, mirror, place)
                             quantize_key(key, offset, mirror, place, slot)
                     T.sync_threads()

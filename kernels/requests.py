@@ -36,6 +36,7 @@ class Requests:
     page_bounds: torch.Tensor
     bounds_scale_zero: torch.Tensor
     k_offset: torch.Tensor
+    kv_scales: torch.Tensor | None  # never None
     v_pool: torch.Tensor  # v_cache with the strides of k_cache
     everyone: torch.Tensor  # [batch_size] bool, all true
     arrived: torch.Tensor  # [1] i32, 0 between calls
@@ -55,8 +56,8 @@ class Requests:
         """
         batch_size, _, num_kv_heads, head_dim, *_ = self.shape
         shape, device = (batch_size, num_kv_heads, head_dim), self.k_cache.device
-        check_tensor("k", k, shape, self.k_cache.dtype, device, align=16, strided=True)
-        check_tensor("v", v, shape, self.k_cache.dtype, device, align=16, strided=True)
+        check_tensor("k", k, shape, self.shape.dtype, device, align=16, strided=True)
+        check_tensor("v", v, shape, self.shape.dtype, device, align=16, strided=True)
         active = self._rows("active", active)
         append, _, _ = self._launches()
         with on_device(device):
@@ -81,8 +82,8 @@ class Requests:
         batch_size, _, num_kv_heads, head_dim, *_ = self.shape
         device = self.k_cache.device
         shape = (None, num_kv_heads, head_dim)
-        check_tensor("k", k, shape, self.k_cache.dtype, device, align=16, strided=True)
-        check_tensor("v", v, k.shape, self.k_cache.dtype, device, align=16, strided=True)
+        check_tensor("k", k, shape, self.shape.dtype, device, align=16, strided=True)
+        check_tensor("v", v, k.shape, self.shape.dtype, device, align=16, strided=True)
         check_tensor("cu_seqlens", cu_seqlens, (batch_size + 1,), torch.int32, device)
         self._extend(k, v, cu_seqlens[:-1], cu_seqlens[1:])
 
@@ -233,18 +234,21 @@ class Requests:
             mirror(sources, pages, page_tokens, *self._written())
 
     def _launches(self) -> tuple[Launch, Launch, Launch]:
-        return cache_launches(self.shape.head_dim, self.shape.page_size, dtype_name(self.k_cache))
+        dtypes = (str(self.shape.dtype).removeprefix("torch."), dtype_name(self.k_cache))
+        return cache_launches(self.shape.head_dim, self.shape.page_size, *dtypes)
 
-    def _written(self) -> tuple[torch.Tensor, ...]:
+    def _written(self) -> tuple[torch.Tensor | None, ...]:
         """The offset and what is written, in the kernels' order."""
         return (
-            self.k_offset, self.k_cache, self.v_pool,
+            self.k_offset, self.k_cache, self.v_pool, self.kv_scales,
             self.k_int4, self.k_scale_zero, self.page_bounds, self.bounds_scale_zero,
         )  # fmt: skip
 
 
 @functools.cache
-def cache_launches(head_dim: int, page_size: int, dtype: str) -> tuple[Launch, Launch, Launch]:
+def cache_launches(
+    head_dim: int, page_size: int, dtype: str, kv_dtype: str
+) -> tuple[Launch, Launch, Launch]:
     """The kernels that write a cache: append, extend, mirror. They have no config."""
     kernels: dict[str, JITImpl] = {
         "append": append_kernel,
@@ -252,6 +256,7 @@ def cache_launches(head_dim: int, page_size: int, dtype: str) -> tuple[Launch, L
         "mirror": mirror_kernel,
     }
     append, extend, mirror = (
-        Launch(name, kernel, (head_dim, page_size, dtype)) for name, kernel in kernels.items()
+        Launch(name, kernel, (head_dim, page_size, dtype, kv_dtype))
+        for name, kernel in kernels.items()
     )
     return append, extend, mirror
