@@ -161,7 +161,7 @@ class PagedKVCache(Requests):
         """The same requests on the same K and V, beside a mirror and bounds of their own, not
         written yet."""
         own = (self.k_cache, self.v_cache, self.page_table, self.seq_lens, self.k_offset)
-        return self._around(*own)
+        return self._around(*own, self.kv_scales, self.dtype)
 
     @classmethod
     def empty(

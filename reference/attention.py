@@ -72,7 +72,7 @@ def attend(
             valid = own[batch].unflatten(0, (cache.num_kv_heads, -1))
         keys = gather_tokens(cache.k_cache, cache.page_table[batch], tokens[batch]).to(dtype)
         values = gather_tokens(cache.v_cache, cache.page_table[batch], tokens[batch]).to(dtype)
-        if cache.kv_scales is not None:
+        if cache.k_cache.dtype in FP8_DTYPES and cache.kv_scales is not None:
             k_scales, v_scales = cache.kv_scales.to(dtype)
             keys, values = keys * k_scales[:, None, None], values * v_scales[:, None, None]
         grouped = q[batch].to(dtype).view(cache.num_kv_heads, -1, cache.head_dim)

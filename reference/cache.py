@@ -80,6 +80,14 @@ class PagedKVCache(Requests):
     dtype: torch.dtype | None = None
 
     @property
+    def fp8(self) -> Fp8 | None:
+        """How K and V are read where they are FP8."""
+        if self.k_cache.dtype not in FP8_DTYPES or self.kv_scales is None:
+            return None
+        k_scale, v_scale = self.kv_scales
+        return Fp8(k_scale, v_scale, self.query_dtype)
+
+    @property
     def batch_size(self) -> int:
         return self.page_table.shape[0]
 

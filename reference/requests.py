@@ -6,7 +6,7 @@ pool (an id < 0, or >= num_pages): nothing of it is written.
 
 import torch
 
-from .fp8 import from_fp8, to_fp8
+from .fp8 import FP8_DTYPES, from_fp8, to_fp8
 from .labels import KeyLabels
 from .quantize import quantize_bounds, quantize_int4
 from .validate import INT_DTYPES, check_tensor
@@ -224,7 +224,7 @@ class Requests:
         places = (page, position % page_size)
         for index, (pool, new) in enumerate(((self.k_cache, k), (self.v_cache, v))):
             new = new[: end - length]
-            if self.kv_scales is None:
+            if pool.dtype not in FP8_DTYPES or self.kv_scales is None:
                 pool[places] = new
             else:  # as bytes: torch indexes no FP8
                 codes = to_fp8(new, self.kv_scales[index], pool.dtype)
@@ -259,7 +259,7 @@ class Requests:
 
     def _keys(self, pages: torch.Tensor) -> torch.Tensor:
         """Those of physical pages; in FP8, float32 times their scale."""
-        if self.kv_scales is None:
+        if self.k_cache.dtype not in FP8_DTYPES or self.kv_scales is None:
             return self.k_cache[pages]
         codes = self.k_cache.view(torch.uint8)[pages].view(self.k_cache.dtype)
         return from_fp8(codes, self.kv_scales[0])

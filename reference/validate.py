@@ -168,7 +168,7 @@ def check_mirror(cache: "PagedKVCache") -> None:
     """Raise ValueError for the first page, request by request, whose keys were written without
     their mirror or bounds: these are made again, and compared bit for bit."""
     own = (cache.k_cache, cache.v_cache, cache.page_table, cache.seq_lens, cache.k_offset)
-    again = cache.wrap(*own, layout="NHD")
+    again = cache.wrap(*own, layout="NHD", fp8=cache.fp8)
     for batch, length in enumerate(cache.seq_lens.tolist()):
         for logical in range(-(-length // cache.page_size)):
             page = int(cache.page_table[batch, logical])
