@@ -46,9 +46,9 @@ class Fp8(NamedTuple):
 class PagedKVCache(Requests):
     """The tensors of one layer's cache (Twilight, section 4.2; bounds as in Quest, section 3.2).
 
-    k_cache, v_cache    [num_pages, page_size, num_kv_heads, head_dim], fp16 or bf16, of the same
-                        strides: any where the channels of a vector are contiguous. Packed, that is
-                        the layout of vLLM and of FlashInfer's NHD
+    k_cache, v_cache    [num_pages, page_size, num_kv_heads, head_dim], fp16, bf16 or FP8, of the
+                        same strides: any where the channels of a vector are contiguous. Packed,
+                        that is the layout of vLLM and of FlashInfer's NHD
     page_table          [batch_size, max_pages] i32: logical page -> physical page
     seq_lens            [batch_size] i32: cached tokens
     k_int4              [num_pages, num_kv_heads, page_size, head_dim / 2] u8: byte j holds channel
@@ -103,8 +103,7 @@ class PagedKVCache(Requests):
         is_fp8 = self.k_cache.dtype in FP8_DTYPES
         if self.kv_scales is None:
             self.kv_scales = torch.ones(2, num_kv_heads, device=device)
-        scales = (2, num_kv_heads)
-        check_tensor("kv_scales", self.kv_scales, scales, torch.float32, device)
+        check_tensor("kv_scales", self.kv_scales, (2, num_kv_heads), torch.float32, device)
         self.dtype = self.dtype or (torch.float16 if is_fp8 else self.k_cache.dtype)
         check_choice("dtype", self.dtype, HALF_DTYPES if is_fp8 else (self.k_cache.dtype,))
         # As kernels read them: V with the strides of K, which may differ where sizes are 1, and
@@ -193,7 +192,8 @@ class PagedKVCache(Requests):
         check_count("num_kv_heads", num_kv_heads, least=1, most=MAX_ROWS)
         check_head_dim(head_dim)
         check_choice("dtype", dtype, HALF_DTYPES)
-        check_choice("kv_dtype", kv_dtype, (None,))
+        if kv_dtype is not None:
+            raise ValueError(f"kv_dtype: expected None, as wrap() takes FP8 pools, got {kv_dtype}")
         check_page_size(page_size)
         if torch.device(device).type != "cuda":
             raise ValueError(f"device: expected a CUDA device, got {device}")

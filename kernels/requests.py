@@ -47,7 +47,7 @@ class Requests:
         A request at its capacity is left as it is, and so is one without a page for the token.
 
         Args:
-            k, v: [batch_size, num_kv_heads, head_dim] in the cache's dtype, of any strides where
+            k, v: [batch_size, num_kv_heads, head_dim] in the dtype of q, of any strides where
                 channels are contiguous. The page that a request writes to must not be shared.
             active: [batch_size] bool, which rows get their token; all where None.
 
@@ -71,7 +71,7 @@ class Requests:
         pool. Its other tokens are left out.
 
         Args:
-            k, v: [num_tokens, num_kv_heads, head_dim] in the cache's dtype, of any strides where
+            k, v: [num_tokens, num_kv_heads, head_dim] in the dtype of q, of any strides where
                 channels are contiguous. The pages that a request writes to must not be shared.
             cu_seqlens: [batch_size + 1] i32, ascending: request b's tokens are those from
                 cu_seqlens[b] to cu_seqlens[b + 1] - 1. Tokens from the last of them on are padding.
