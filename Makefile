@@ -20,7 +20,7 @@ WORKERS = $$($(PYTHON) -c 'import importlib.util as u, os; \
 	print(f"-n {$(or $(JOBS),min(8, os.cpu_count()))} --dist loadgroup" if u.find_spec("xdist") else "")')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format types test test-gpu sanitize soak mutants model tune bench plots check clean
+.PHONY: help setup lint format types test test-gpu sanitize soak mutants model tune bench evaluate plots check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
@@ -76,6 +76,10 @@ bench: $(READY)  ## check, time, save rows, draw: [FULL=1] [STAGE=pruner] [WORKL
 		&& $(PYTHON) -m twilight_tilelang.profiling.bench $(if $(MODEL)$(STAGE),--stage $(if $(MODEL),model,$(STAGE))) $(if $(WORKLOAD),--workload $(WORKLOAD)) \
 		$(if $(FULL),--full) $(if $(FORCE),--force) $(if $(MINUTES),--minutes $(MINUTES)) \
 		$(if $(COMMIT),--commit $(COMMIT)); status=$$?; $(PYTHON) -m twilight_tilelang.plots.draw --present && exit $$status
+
+evaluate: $(READY)  ## quality on a small model that pip brings; without a GPU a short form: [CHANNELS=file.json] [MINUTES=13]
+	@$(PYTHON) -m twilight_tilelang.evaluation.small $(if $(CHANNELS),--channels $(CHANNELS)) $(if $(MINUTES),--minutes $(MINUTES)) \
+		&& $(PYTHON) -m twilight_tilelang.plots.draw --present
 
 plots: $(READY)  ## draw every figure from the data files, write the tables of README.md
 	@$(PYTHON) -m twilight_tilelang.plots.draw --readme && $(PYTHON) -m twilight_tilelang.autotune.show --readme && $(PYTHON) -m twilight_tilelang.plots.draw

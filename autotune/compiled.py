@@ -2,8 +2,8 @@
 
 import re
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import tilelang
 from tilelang import PassConfigKey, tvm
@@ -17,8 +17,7 @@ class CompileError(Exception):
     """A kernel does not compile, with what the compiler says."""
 
 
-@dataclass(frozen=True)
-class Compiled:
+class Compiled(NamedTuple):
     """A kernel for one GPU generation."""
 
     source: str

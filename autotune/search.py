@@ -8,8 +8,7 @@ stage, and `step(kernel, config)` one of the whole step: kernels that overlap ca
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .worker import Worker, WorkerFailed
 
@@ -18,8 +17,7 @@ VERIFY_SECONDS = 300.0  # the first one compiles the kernels of a whole step
 FINALISTS = 3
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     """Times of one config and of the default, measured in turns, in microseconds."""
 
     time_us: float
@@ -42,8 +40,7 @@ class Measured:
         return self.time_us - self.default_us > self.noise_us
 
 
-@dataclass(frozen=True)
-class Settled:
+class Settled(NamedTuple):
     """The config to keep, its times, and why others could not win."""
 
     config: Any

@@ -30,16 +30,11 @@ from .tune import WORKLOADS, shape_of_workload
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- table of autotune.show -->", "<!-- end of autotune.show -->"
-SIZES = {  # of a step, where neither a workload nor a size is named
-    "batch_size": 64,
-    "seq_len": 32_768,
-    "num_qo_heads": 32,
-    "num_kv_heads": 8,
-    "head_dim": 128,
-    "page_size": 16,
-    "token_budget": 8192,
-    "dtype": "float16",
-}
+# Of a step, where neither a workload nor a size is named.
+SIZES = dict(
+    batch_size=64, seq_len=32_768, num_qo_heads=32, num_kv_heads=8, head_dim=128, page_size=16,
+    token_budget=8192, dtype="float16",
+)  # fmt: skip
 
 
 def lines_of(shape: StepShape, configs: Configs | None, arch: str) -> list[str]:
@@ -47,13 +42,12 @@ def lines_of(shape: StepShape, configs: Configs | None, arch: str) -> list[str]:
     lines = []
     planner = Planner(ARCHS[arch], configs)
     for kernel, spec in SPECS.items():
-        planned, choice = planner.plan(spec, shape), planner.choose(spec, shape)
-        lines.append(f"{kernel}: {planned.config}\n    {choice.reason}")
-        if choice.bucket is not None:
-            entry = configs.entries[kernel][choice.bucket]
-            lines[-1] += (
-                f"; {_gain(entry)} us, measured {entry.date} with tilelang {entry.tilelang}"
-            )
+        planned = planner.plan(spec, shape)
+        lines.append(f"{kernel}: {planned.config}\n    {planned.reason}")
+        if planned.bucket is not None:
+            entry = configs.entries[kernel][planned.bucket]
+            measured = f"measured {entry.date} with tilelang {entry.tilelang}"
+            lines[-1] += f"; {_gain(entry)} us, {measured}"
     return lines
 
 
@@ -78,10 +72,7 @@ def _gain_table(configs: Configs) -> str:
         kernel if kernel == spec.stage else f"{kernel} (whole {spec.stage})"
         for kernel, spec in SPECS.items()
     )
-    lines = [
-        "| workload | " + " | ".join(columns) + " |",
-        "|---" * (1 + len(SPECS)) + "|",
-    ]
+    lines = [f"| workload | {' | '.join(columns)} |", "|---" * (1 + len(SPECS)) + "|"]
     used: list[Entry] = []
     for workload in WORKLOADS:
         cells = []

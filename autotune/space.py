@@ -29,17 +29,11 @@ Rules = Mapping[str, Callable[[Any, StepShape, Gpu], bool]]
 
 @dataclass(frozen=True)
 class Space:
-    """The configs of one kernel.
+    """The configs of one kernel."""
 
-    Attributes:
-        values: what each tuned field may be; the others keep the default's value.
-        limits: what a config must meet to run at all.
-        sensible: what it must meet to be worth a try; known bad regions are ruled out here.
-    """
-
-    values: dict[str, tuple]
-    limits: Rules = field(default_factory=dict)
-    sensible: Rules = field(default_factory=dict)
+    values: dict[str, tuple]  # what each tuned field may be; the others keep the default's value
+    limits: Rules = field(default_factory=dict)  # what a config must meet to run at all
+    sensible: Rules = field(default_factory=dict)  # and to be worth a try: no known bad regions
 
 
 def candidates(kernel: str, shape: StepShape, gpu: Gpu) -> list[Any]:

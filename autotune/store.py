@@ -5,7 +5,6 @@ import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from twilight_tilelang.kernels.plan import SPECS
 from twilight_tilelang.kernels.tuned import CONFIGS, Bucket, Configs, Entry, read_configs
 
 
@@ -24,12 +23,6 @@ def with_entry(configs: Configs, kernel: str, bucket: Bucket, entry: Entry) -> C
     """The same with one entry added or replaced."""
     own = {**configs.entries.get(kernel, {}), bucket: entry}
     return replace(configs, entries={**configs.entries, kernel: own})
-
-
-def is_settled(configs: Configs, kernel: str, bucket: Bucket, space: str) -> bool:
-    """Whether an entry was measured with the present sources, among the present candidates."""
-    entry = configs.entries.get(kernel, {}).get(bucket)
-    return entry is not None and (entry.source, entry.space) == (SPECS[kernel].source, space)
 
 
 def write_configs(configs: Configs, folder: Path = CONFIGS) -> Path:

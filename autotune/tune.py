@@ -8,6 +8,7 @@ goes on from there.
 import argparse
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import itertools
 import os
@@ -33,7 +34,7 @@ from .farm import Farm, compile_fault
 from .measure import Bench
 from .search import CALL_SECONDS, Settled, settle
 from .space import SPACES, candidates, space_id
-from .store import is_settled, open_configs, path_of, with_entry, write_configs
+from .store import open_configs, path_of, with_entry, write_configs
 from .worker import SetupFailed, Worker, WorkerFailed
 
 STAGES = tuple(dict.fromkeys(spec.stage for spec in SPECS.values()))
@@ -141,13 +142,9 @@ class Run:
         progress.set_description(name)
         end = progress.n + len(task.configs)
         try:
+            fault = functools.partial(farm.fault, task.kernel, task.shape)
             settled = settle(
-                task.kernel,
-                task.configs,
-                worker,
-                fault=lambda config: farm.fault(task.kernel, task.shape, config),
-                tried=progress.update,
-                seconds=self.call_seconds,
+                task.kernel, task.configs, worker, fault, progress.update, self.call_seconds
             )
         except (WorkerFailed, SetupFailed) as error:
             self.failures.append(f"{name}: {error}")
@@ -161,13 +158,10 @@ class Run:
     def _keep(self, task: Task, settled: Settled) -> None:
         tunable = SPECS[task.kernel].tunable_fields
         fields = dataclasses.asdict(settled.config)
-        measured = settled.measured
         entry = Entry(
             config={name: fields[name] for name in sorted(tunable)},
             workloads=list(task.names),
-            time_us=round(measured.time_us, 2),
-            default_us=round(measured.default_us, 2),
-            noise_us=round(measured.noise_us, 2),
+            **{name: round(us, 2) for name, us in settled.measured._asdict().items()},
             rejected={changes(c, task.configs[0]): why for c, why in settled.rejected.items()},
             source=SPECS[task.kernel].source,
             space=space_id(task.configs),
@@ -181,7 +175,10 @@ class Run:
         self.improved += settled.config != task.configs[0]
 
     def _done(self, task: Task) -> bool:
-        return is_settled(self.configs, task.kernel, task.bucket, space_id(task.configs))
+        """Whether its entry was measured with the present sources, among the present candidates."""
+        entry = self.configs.entries.get(task.kernel, {}).get(task.bucket)
+        present = SPECS[task.kernel].source, space_id(task.configs)
+        return entry is not None and (entry.source, entry.space) == present
 
 
 def changes(config: Any, default: Any) -> str:

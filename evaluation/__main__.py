@@ -9,32 +9,20 @@ is its --data.
 """
 
 import argparse
+import itertools
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-from .chat import CHATS, chat_for
-from .configurations import MissingChannels, dense_first, read_configuration
-from .longbench import MAX_TOKENS, THIRTEEN, longbench
+from .chat import CHATS
+from .configurations import dense_first, read_configuration
 from .models import BACK_ENDS, DTYPES, default_dtype, end_tokens, load_engine, load_tokenizer
 from .origin import origin
-from .passkey import passkey
-from .perplexity import DECODED, perplexity
+from .perplexity import DECODED
 from .results import ROWS, Store
-from .ruler import MADE, TASKS, ruler
 from .run import Run, run_tasks, table
-from .samples import Task
+from .tasks import LENGTHS, SAMPLES, tasks_of
 from .upstream import STARTS
-
-LENGTHS = {  # in tokens, as the original runs them
-    "passkey": [13_000],
-    "niah": [16_384],
-    "ruler": [16_384, 32_768, 65_536, 98_304],
-    "longbench": [0],
-    "perplexity": [8_192],
-}
-SAMPLES = {"passkey": 100, "niah": 50, "ruler": 50, "longbench": 0, "perplexity": 4}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     add("--output", type=Path, default=Path("evaluation-results"))
     add("--back-end", choices=BACK_ENDS, default="kernels")
     add("--top-p-start", choices=STARTS, default=STARTS[0], help="of exact_upstream")
+    add("--measure-every", type=int, default=1, help="of the kernels' tokens; others are fast")
     add("--lengths", type=int, nargs="+", help="in tokens")
     add("--fixed-length", action="store_true", help="passkey: of length * 4 characters instead")
     add("--samples", type=int, help="of each task and length")
@@ -64,33 +53,6 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=42)
     add("--minutes", type=float, help="no sample begins after these")
     return made
-
-
-def tasks_of(arguments: argparse.Namespace, tokenizer) -> Iterator[Task]:
-    """The tasks that are asked for, made one at a time."""
-    kind, count, data = arguments.task, arguments.samples, arguments.data
-    chat = arguments.chat or chat_for(arguments.model.name)
-    if kind == "longbench":
-        if data is None:
-            raise ValueError("--data: longbench needs the folder of its files, got none")
-        name = arguments.model.name.lower()
-        own = next((most for part, most in MAX_TOKENS.items() if part in name), None)
-        most = own or tokenizer.model_max_length - 600  # room for the longest answer
-        for subtask in arguments.subtasks or THIRTEEN:
-            task = longbench(subtask, data, tokenizer, chat, most)
-            yield Task(task.name, 0, task.samples[: count or None], task.score)
-        return
-    for length in arguments.lengths or LENGTHS[kind]:
-        if kind == "passkey":
-            yield passkey(tokenizer, length, count, arguments.seed, arguments.fixed_length)
-        elif kind == "perplexity":
-            if data is None:
-                raise ValueError("--data: perplexity needs a text file, got none")
-            yield perplexity(tokenizer, data, length, count, arguments.decoded)
-        else:
-            default = ["niah_single_1"] if kind == "niah" else TASKS if data else list(MADE)
-            for subtask in arguments.subtasks or default:
-                yield ruler(subtask, length, tokenizer, count, arguments.seed, data, chat)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,17 +69,20 @@ def main(argv: list[str] | None = None) -> int:
             each.check_channels()
         dtype = arguments.dtype or default_dtype(arguments.task)
         tokenizer = load_tokenizer(arguments.model)
-        tasks = list(tasks_of(arguments, tokenizer))
-        page_size = next((each.page_size for each in configurations if each.page_size), 16)
+        tasks = tasks_of(arguments, tokenizer)
+        first = next(tasks)  # what is wrong with them shows before the model is loaded
+        back_end, start_of_top_p = arguments.back_end, arguments.top_p_start
+        every = arguments.measure_every
+        if every < 1:
+            raise ValueError(f"--measure-every: expected at least 1, got {every}")
         engine = load_engine(
-            arguments.model, arguments.back_end, dtype, page_size, arguments.top_p_start
+            arguments.model, back_end, dtype, configurations, start_of_top_p, every
         )
-    except (MissingChannels, NotImplementedError, ValueError) as error:
+    except (NotImplementedError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-    back_end = arguments.back_end
-    if back_end == "exact_upstream" and arguments.top_p_start != STARTS[0]:
-        back_end += f"-{arguments.top_p_start}"
+    if back_end == "exact_upstream" and start_of_top_p != STARTS[0]:
+        back_end += f"-{start_of_top_p}"
     run = Run(
         engine,
         tokenizer,
@@ -127,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         end_tokens(tokenizer),
         None if arguments.minutes is None else start + 60 * arguments.minutes,
     )
-    print(table(run_tasks(run, iter(tasks))))
+    print(table(run_tasks(run, itertools.chain([first], tasks))))
     for text in run.left_out:
         print(f"left out: {text}")
     print(f"{arguments.task}: rows -> {arguments.output / ROWS}")

@@ -16,13 +16,13 @@ from .samples import Sample, Task
 class Engine(Protocol):
     """What holds a model and a prompt: `TorchEngine`, `KernelEngine`."""
 
-    timed_alone: bool
-
     def prefill(self, tokens: list[int], room: int) -> torch.Tensor: ...
 
     def begin(self, configuration: Configuration) -> Measures: ...
 
     def feed(self, tokens: list[int]) -> torch.Tensor: ...
+
+    def seconds_per_token(self) -> float | None: ...
 
 
 class Prompt:
@@ -56,8 +56,7 @@ class Prompt:
         else:
             line, decoded = self.generate()
         seconds = (time.perf_counter() - start) / max(decoded, 1)
-        if self.engine.timed_alone:
-            seconds = self.engine.seconds_per_token()
+        seconds = self.engine.seconds_per_token() or seconds
         layers = {name: rounded(own) for name, own in measures.by_layer().items()}
         totals = measures.totals()
         return {

@@ -96,6 +96,12 @@ class MeasuredStep:
         return (top_p_set_sorted(weights, options.top_p) | forced | ~known) & valid
 
 
+def rounded_up(num_tokens: int) -> int:
+    """Room for so many tokens in at most four sizes an octave: a new size compiles its kernels."""
+    step = max(256, (1 << num_tokens.bit_length()) // 8)
+    return -(-num_tokens // step) * step
+
+
 def exact_logits(q: torch.Tensor, pages: Any, sm_scale: float) -> torch.Tensor:
     """[num_qo_heads, 1, seq_len] float32 of all tokens of a cache of one request."""
     length = int(pages.seq_lens[0])
@@ -113,20 +119,25 @@ def as_mask(tokens: torch.Tensor, seq_len: int) -> torch.Tensor:
 
 
 class KernelEngine:
-    """A model with the adapter's cache: the same surface as `TorchEngine`."""
+    """A model with the adapter's cache: the same surface as `TorchEngine`.
 
-    timed_alone = True
+    Args:
+        model: as there.
+        page_size: of the cache.
+        measure_every: of so many tokens one is measured, in a step that is launched eagerly; the
+            others replay a CUDA graph, many times as fast.
+    """
 
-    def __init__(self, model: PreTrainedModel, page_size: int = 16) -> None:
+    def __init__(self, model: PreTrainedModel, page_size: int = 16, measure_every: int = 1) -> None:
         model.set_attn_implementation(NAME)
-        self.model, self.page_size = model, page_size
-        self.prompt_length = 0
+        self.model, self.page_size, self.measure_every = model, page_size, measure_every
+        self.prompt_length = self.fed = 0
 
     @torch.no_grad()
     def prefill(self, tokens: list[int], room: int) -> torch.Tensor:
         """As `TorchEngine.prefill`."""
         self.prompt_length = len(tokens)
-        most = len(tokens) + max(room, WARM + TIMED)
+        most = rounded_up(len(tokens) + room + WARM + TIMED)
         self.cache = MeasuredCache(self.model.config, most, page_size=self.page_size)
         return self._forward(tokens, logits_to_keep=1)[-1]
 
@@ -134,34 +145,41 @@ class KernelEngine:
         """As `TorchEngine.begin`."""
         layers = self.model.config.num_hidden_layers
         dense_layers = layers if configuration.is_dense else configuration.dense_layers
-        self._forget()
+        behind = self.cache.get_seq_length() - self.prompt_length
+        if behind:
+            self.cache.crop(-behind)
         self.cache.configure(decode_options(configuration, self.page_size), dense_layers)
-        self.cache.measures = Measures(configuration.dense_layers)
-        return self.cache.measures
+        self.captured, self.fed = CapturedDecode(self.model, self.cache), 0
+        self.measures = Measures(configuration.dense_layers)
+        return self.measures
 
     @torch.no_grad()
     def feed(self, tokens: list[int]) -> torch.Tensor:
         """As `TorchEngine.feed`."""
-        return torch.cat([self._forward([token]) for token in tokens])
+        logits = []
+        for token in tokens:
+            if self.fed % self.measure_every == 0:
+                self.cache.measures = self.measures
+                logits.append(self._forward([token])[-1])
+                self.cache.measures = None
+            else:
+                logits.append(self.captured(self._on_device(token))[0].float())
+            self.fed += 1
+        return torch.stack(logits)
 
     def seconds_per_token(self) -> float:
-        """The median of some captured steps after the prompt, not measured otherwise."""
-        self._forget()
-        self.cache.measures = None
-        step, seconds = CapturedDecode(self.model, self.cache), []
-        token = torch.zeros(1, dtype=torch.int64, device=self.model.device)
+        """The median of some captured steps behind the sample's, of the same configuration."""
+        token, seconds = self._on_device(0), []
         for _ in range(WARM + TIMED):
             start = time.perf_counter()
-            step(token)
+            self.captured(token)
             if token.is_cuda:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
         return sorted(seconds[WARM:])[TIMED // 2]
 
-    def _forget(self) -> None:
-        behind = self.cache.get_seq_length() - self.prompt_length
-        if behind:
-            self.cache.crop(-behind)
+    def _on_device(self, token: int) -> torch.Tensor:
+        return torch.tensor([token], device=self.model.device)
 
     def _forward(self, tokens: list[int], **options: Any) -> torch.Tensor:
         ids = torch.tensor([tokens], device=self.model.device)

@@ -72,26 +72,29 @@ TWELVE = tuple(name for name in THIRTEEN if name != "narrativeqa")  # the paper'
 
 
 def longbench(
-    name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, chat: str, max_tokens: int
+    name: str,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    chat: str,
+    max_tokens: int,
+    count: int | None = None,
 ) -> Task:
     """A task of LongBench, or with `_e` behind its name of LongBench-E.
 
     Args:
         chat: a name of CHATS, for the tasks that are turns of a conversation.
         max_tokens: of a prompt; of a longer one the first and the last half are taken.
+        count: of the first samples; None for all.
 
     Raises:
         ValueError: the task is unknown, or a file is missing.
     """
-    kind = kind_of(name)
-    templates = read_templates(folder)
-    path = folder / f"{name}.jsonl"
-    if not path.is_file():
-        raise ValueError(f"--data: expected LongBench's file {path}, got none")
-    samples = []
-    for number, line in enumerate(filter(None, path.read_text().splitlines())):
+    kind, path = kind_of(name), longbench_file(name, folder)
+    template, samples = read_templates(folder)[name.removesuffix("_e")], []
+    lines = [line for line in path.read_text().split("\n") if line]
+    for number, line in enumerate(lines[:count]):
         fields = json.loads(line)
-        text = templates[name.removesuffix("_e")].format(**fields)
+        text = template.format(**fields)
         text = shortened(text, tokenizer, max_tokens)
         text = CHATS[chat](text, tokenizer) if kind.chat else text
         start = tail_start(text, kind.marker)
@@ -111,6 +114,14 @@ def longbench(
     return Task(name, 0, samples, partial(score, kind))
 
 
+def max_tokens_for(model_name: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The original's limit of a prompt for a model of this name, else the model's own with room for
+    the longest answer."""
+    found = (most for part, most in MAX_TOKENS.items() if part in model_name.lower())
+    longest = max(kind.max_new_tokens for kind in KINDS.values())
+    return next(found, tokenizer.model_max_length - longest - 2)
+
+
 def kind_of(name: str) -> Kind:
     """A task's kind.
 
@@ -120,6 +131,18 @@ def kind_of(name: str) -> Kind:
     if name.removesuffix("_e") not in KINDS:
         raise ValueError(f"--subtasks: expected some of {', '.join(KINDS)}, got {name!r}")
     return KINDS[name.removesuffix("_e")]
+
+
+def longbench_file(name: str, folder: Path) -> Path:
+    """A task's file.
+
+    Raises:
+        ValueError: it is missing.
+    """
+    path = folder / f"{name}.jsonl"
+    if not path.is_file():
+        raise ValueError(f"--data: expected LongBench's file {path}, got none")
+    return path
 
 
 def read_templates(folder: Path) -> Mapping[str, str]:

@@ -1,13 +1,22 @@
 """A model's folder, loaded for a back end; nothing is downloaded."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from .configurations import Configuration
 from .decode import Engine
+from .torch_engine import TorchEngine
 from .upstream import Upstream
 
+PAGE_SIZE = 16  # where no configuration names one
 BACK_ENDS = ("kernels", "torch", "exact_upstream")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -23,30 +32,49 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
+def load_model(folder: Path, dtype: str) -> PreTrainedModel:
+    """The model, on the GPU where there is one."""
+    options = {"dtype": DTYPES[dtype], "local_files_only": True}
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def load_engine(
-    folder: Path, back_end: str, dtype: str, page_size: int = 16, top_p_start: str = "first_token"
+    folder: Path,
+    back_end: str,
+    dtype: str,
+    configurations: Iterable[Configuration],
+    top_p_start: str = "first_token",
+    measure_every: int = 1,
 ) -> Engine:
     """The model, on the GPU where there is one, in what decodes with it.
 
+    Args:
+        top_p_start: of exact_upstream.
+        measure_every: of the kernels.
+
     Raises:
         ValueError: the back end needs a GPU or another dtype.
+        NotImplementedError: it does not run one of the configurations.
     """
+    sizes = (each.page_size for each in configurations)
+    page_size = next(filter(None, sizes), PAGE_SIZE)
     on_gpu = torch.cuda.is_available()
     if back_end == "kernels" and not on_gpu:
         raise ValueError("--back-end: 'kernels' needs a GPU; expected 'torch' or 'exact_upstream'")
     if back_end == "kernels" and dtype == "fp32":
         raise ValueError("--dtype: the kernels take 'bf16' or 'fp16', got 'fp32'")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], local_files_only=True)
-    model = model.eval().to("cuda" if on_gpu else "cpu")
     if back_end == "kernels":
-        from .kernel_engine import KernelEngine  # the adapter, which plain PyTorch does not need
+        from .kernel_engine import KernelEngine, decode_options  # plain PyTorch needs no kernels
 
-        return KernelEngine(model, page_size)
-    from .torch_engine import TorchEngine
-
+        for each in configurations:
+            decode_options(each, page_size)
+    model = load_model(folder, dtype)
+    if back_end == "kernels":
+        return KernelEngine(model, page_size, measure_every)
     if back_end == "torch":
         return TorchEngine(model, page_size=page_size)
-    return TorchEngine(model, Upstream(top_p_start).choose, page_size)
+    return TorchEngine(model, Upstream(top_p_start).choose, page_size, model_dtype=True)
 
 
 def default_dtype(task: str) -> str:

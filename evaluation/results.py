@@ -4,7 +4,7 @@ original's scripts write, under its names.
     results_longbench/MODEL/pred/TASK-CONFIG-MMDDhhmm.jsonl     and result.json; pred_e of _e tasks
     results_passkey/MODEL/CONFIG.jsonl                          a table of accuracies, as theirs is
     results_passkey/MODEL/LENGTH/CONFIG.jsonl                   the lines of the samples
-    dataset/MODEL/synthetic/LENGTH/pred/NAME/TASK.jsonl         and summary.csv beside it
+    dataset/MODEL/synthetic/LENGTH/pred/NAME/TASK.jsonl         and summary.csv, submission.csv
     results_perplexity/MODEL/LENGTH/CONFIG.jsonl
     quality.csv                                                 a row for each configuration
 
@@ -90,8 +90,7 @@ class Store:
             known = read_table(path)
             write_table(path, self.model, known | {str(task.length): str(row["score"] / 100)})
         elif task.length:
-            path = self.ruler_folder(task.length, configuration) / "summary.csv"
-            write_table(path, "Score", read_table(path) | {task.name: str(row["score"])})
+            write_ruler(self.ruler_folder(task.length, configuration))
         else:
             path = self.path(task, configuration)
             result = path.parent / "result.json"
@@ -106,8 +105,11 @@ def cut(name: str) -> str:
 
 
 def stamped(stem: str, prefix: str) -> bool:
-    """Whether a file's name is the prefix and a time."""
-    return stem.startswith(prefix) and re.fullmatch(r"\d{8}", stem[len(prefix) :]) is not None
+    """Whether a file's name is the prefix and a time, or of a cut name as much as is left of it."""
+    body = stem.removesuffix("...")
+    time = r"\d{8}" if body == stem else r"\d{0,8}"
+    known = body.startswith(prefix[:LONGEST_NAME])
+    return known and re.fullmatch(time, body[len(prefix) :]) is not None
 
 
 def read_lines(path: Path) -> dict[str, dict[str, Any]]:
@@ -134,6 +136,25 @@ def write_table(path: Path, name: str, values: Mapping[str, str]) -> None:
     """Such a table, as the original writes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f",{','.join(values)}\n{name},{','.join(values.values())}\n")
+
+
+def write_ruler(folder: Path) -> None:
+    """RULER's two tables of the tasks whose lines are in a folder: scores with the number of empty
+    answers, and the answers."""
+    lines = {path.stem: list(read_lines(path).values()) for path in sorted(folder.glob("*.jsonl"))}
+    answers = {task: [line["pred"].strip() for line in own] for task, own in lines.items()}
+    scores = [100 * sum(line["score"] for line in own) / len(own) for own in lines.values()]
+    nulls = [f"{own.count('')}/{len(own)}" for own in answers.values()]
+    table = [range(len(lines) + 1), ["Tasks", *lines]]
+    table += [["Score", *(round(score, 2) for score in scores)], ["Nulls", *nulls]]
+    with (folder / "summary.csv").open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(table)
+    with (folder / "submission.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("Task", "ID", "Prediction"))
+        for task, own in answers.items():
+            names = (line["sample"] for line in lines[task])
+            writer.writerows((task, *pair) for pair in zip(names, own, strict=True))
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

@@ -179,18 +179,14 @@ def ruler(
     Raises:
         ValueError: the task is unknown, or needs a file that is not there.
     """
-    if name not in TASKS:
-        raise ValueError(f"--subtasks: expected some of {', '.join(TASKS)}, got {name!r}")
+    path = ruler_file(name, length, folder)
     kind = name.split("_")[0]
     new_tokens = NEW_TOKENS[kind]
-    path = folder and folder / str(length) / "data" / name / "validation.jsonl"
-    if path is not None and path.is_file():
+    if path is not None:
         questions = read_questions(path, count)
-    elif name in MADE:
+    else:
         own = (MADE[name], f"{name} {length} {seed}", length - new_tokens)
         questions = made_questions(own, tokenizer, count, chat)
-    else:
-        raise ValueError(f"--data: {name} needs RULER's own {path or 'files'}, got none")
     samples = [
         Sample(
             task=name,
@@ -205,6 +201,22 @@ def ruler(
     ]
     metric = any_found if kind == "qa" else share_found
     return Task(name, length, samples, lambda answer, sample: metric(answer, sample.references))
+
+
+def ruler_file(name: str, length: int, folder: Path | None) -> Path | None:
+    """RULER's own file of a task, None where there is none and the task is made here.
+
+    Raises:
+        ValueError: the task is unknown, or needs a file that is not there.
+    """
+    if name not in TASKS:
+        raise ValueError(f"--subtasks: expected some of {', '.join(TASKS)}, got {name!r}")
+    path = folder and folder / str(length) / "data" / name / "validation.jsonl"
+    if path is not None and path.is_file():
+        return path
+    if name in MADE:
+        return None
+    raise ValueError(f"--data: {name} needs RULER's own {path or 'files'}, got none")
 
 
 def read_questions(path: Path, count: int) -> list[tuple[str, list[str]]]:

@@ -50,30 +50,32 @@ class Run:
             for sample in task.samples
         }
         steps = sum(map(len, missing.values()))
+        total = len(task.samples) * len(self.configurations)
         title = f"{task.name} {task.length or ''}".strip()
         with tqdm(total=steps, desc=title, unit="run", disable=None) as progress:
-            for done, sample in enumerate(task.samples):
-                if missing[sample.name] and self.is_late():
-                    rest = sum(bool(missing[each.name]) for each in task.samples[done:])
-                    self.left_out.append(f"{title}: {rest} of {len(task.samples)} samples")
-                    break
-                self.sample(task, sample, missing[sample.name], progress.update)
+            for sample in task.samples:
+                steps -= self.sample(task, sample, missing[sample.name], progress.update)
+        if steps:
+            self.left_out.append(f"{title}: {steps} of {total} runs of a sample, for want of time")
         return self.write_rows(task)
 
     def sample(
         self, task: Task, sample: Sample, missing: list[Configuration], done: Callable[[], Any]
-    ) -> None:
-        """One prefill, and every configuration on it."""
-        if not missing:
-            return
+    ) -> int:
+        """One prefill, and every configuration on it until it is late; how many were run."""
+        if not missing or self.is_late():
+            return 0
         prompt = Prompt(self.engine, self.tokenizer, task, sample, self.ends)
         dense = self.configurations[0]
         if sample.is_text and dense not in missing:
             prompt.run(dense)  # again, for its distribution: the lines do not hold it
-        for configuration in missing:
+        for count, configuration in enumerate(missing):
+            if self.is_late():
+                return count
             line = {"sample": sample.name, **sample.extra, **prompt.run(configuration)}
             self.store.add(task, configuration, line)
             done()
+        return len(missing)
 
     def write_rows(self, task: Task) -> dict[str, dict[str, Any]]:
         """A row for each configuration, of the samples that it and the dense one have."""

@@ -33,14 +33,19 @@ class TorchEngine:
         model: of full attention in every layer; its attention is set.
         choose: the sets of a layer's new tokens: `masks.choose`, or `Upstream().choose`.
         page_size: of configurations that name none.
+        model_dtype: whether logits and outputs are computed in the model's dtype, as the original
+            does, and not in float32.
     """
 
-    timed_alone = False  # time per token is that of the sample itself
-
     def __init__(
-        self, model: PreTrainedModel, choose: Chooser = choose, page_size: int = 16
+        self,
+        model: PreTrainedModel,
+        choose: Chooser = choose,
+        page_size: int = 16,
+        model_dtype: bool = False,
     ) -> None:
         model.set_attn_implementation(NAME)
+        self.dtype = model.dtype if model_dtype else torch.float32
         self.model, self.choose, self.page_size = model, choose, page_size
         self.cache = DynamicCache(config=model.config)
         self.prompt_length = 0
@@ -77,6 +82,9 @@ class TorchEngine:
             logits.append(self._forward(tokens[start : start + step]))
         return torch.cat(logits)
 
+    def seconds_per_token(self) -> None:
+        """None: nothing here is made to be fast, and the sample's own time will do."""
+
     def _forward(self, tokens: list[int], **options: Any) -> torch.Tensor:
         ids = torch.tensor([tokens], device=self.model.device)
         own = {"cache": self.cache, "use_cache": True, "evaluation": self}
@@ -99,16 +107,16 @@ class TorchEngine:
         Returns:
             [tokens, num_qo_heads, head_dim].
         """
-        q, keys32 = query.float(), keys.float()
-        chunk = Chunk(q, keys, grouped_logits(q, keys32) * sm_scale, sm_scale)
-        logits = chunk.logits.masked_fill_(~chunk.past, float("-inf"))
+        logits = (grouped_logits(query.to(self.dtype), keys.to(self.dtype)) * sm_scale).float()
+        chunk = Chunk(query.float(), keys, logits, sm_scale)
+        logits.masked_fill_(~chunk.past, float("-inf"))
         dense = layer < self.rule.dense_layers
         sets = self.choose(Rule() if dense else self.rule, layer, chunk)
         lse = logits.logsumexp(-1)
         read = logits.masked_fill(~sets.read, float("-inf"))
-        weights = read.softmax(-1)
+        weights = read.softmax(-1).to(self.dtype)
         self.measures.add(layer, reading(sets, (read.logsumexp(-1) - lse).exp(), len(keys)))
-        grouped = weights.unflatten(0, (len(keys), -1)) @ values.float()[:, None]
+        grouped = weights.unflatten(0, (len(keys), -1)) @ values.to(self.dtype)[:, None]
         return grouped.flatten(0, 1).transpose(0, 1).to(query.dtype)
 
 

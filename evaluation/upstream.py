@@ -8,6 +8,8 @@ Twilight's `pyimpl` (843ebcc) keeps to the paper but for these, each of which is
               newest page is not forced. Scores are of the keys as they are; where the length is a
               multiple of the page they are rounded to the model's dtype.
     estimate  keys of 4 bits with scale and zero in the model's dtype, logits in it too.
+    dtype     exact logits and the product with V are in the model's dtype, the softmax in float32
+              (`TorchEngine(model_dtype=True)`).
     top-p     its CUDA loop starts at the weight of token 0 and stops at a tolerance of 1e-5
               (`first_token_set`): where token 0 is light it keeps too many, where it is no
               candidate it keeps all. `Upstream(top_p_start="largest")` takes the paper's smallest

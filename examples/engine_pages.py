@@ -26,9 +26,8 @@ def main() -> None:
         page_table[request, : len(pages)] = pages
     seq_lens = torch.tensor([4_795, 2_387], dtype=torch.int32, device="cuda")
 
-    # The mirror and the bounds are built beside the pool. From here on the pages grow by append().
-    cache = PagedKVCache.wrap(k_cache, v_cache, page_table, seq_lens)
-    validate_cache(cache)  # page ids and lengths: no launch can check them for free
+    # The mirror and the bounds are built beside the pool; page ids are checked before.
+    cache = PagedKVCache.wrap(k_cache, v_cache, page_table, seq_lens, validate=True)
     assert cache.k_cache.data_ptr() == k_cache.data_ptr()
 
     q = torch.randn(2, NUM_QO_HEADS, HEAD_DIM, **LIKE)
@@ -36,6 +35,12 @@ def main() -> None:
     cache.append(k_new, v_new)
     written = k_cache[page_table[0, 4_795 // PAGE_SIZE].long(), 4_795 % PAGE_SIZE]
     assert torch.equal(written, k_new[0]), "the token is in the engine's own page"
+
+    # A page that the engine writes itself, as from a prefix cache, is mirrored afterwards.
+    restored = page_table[1, 120:121]
+    k_cache[restored.long()] = torch.randn(1, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM, **LIKE)
+    cache.mirror_pages(restored.contiguous(), torch.full_like(restored, PAGE_SIZE))
+    validate_cache(cache)  # on request: ids, lengths, and that every mirror is that of its keys
 
     # p = 1 over every page is dense attention; a smaller p reads less.
     dense = dense_attention(q, cache)

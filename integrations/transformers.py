@@ -8,8 +8,9 @@
 A prompt, in one call or in chunks, is attended to densely by SDPA, and its keys and values become
 pages, one launch a layer. From then on a step of one token per request (a chunk of one token is
 such a step) appends to the pages and runs `TwilightDecode`, which all layers share. Each request
-has its own length: the padding of a batch is not in its pages. Layers of other kinds, such as
-sliding windows, keep the cache and the attention that transformers gives them.
+has its own length: the padding of a batch is not in its pages. Beams share their full pages.
+Layers of other kinds, such as sliding windows, keep the cache and the attention that transformers
+gives them.
 
 On a GPU the kernels run. On a CPU it is `twilight_tilelang.reference`, in any float dtype.
 transformers_layer.py has what happens in a layer, transformers_graph.py the step as a CUDA graph.
@@ -67,7 +68,7 @@ class TwilightCache(Cache):
 
     Raises:
         ValueError: an argument is out of range, or no layer of the model has full attention.
-        NotImplementedError: beam search or assisted decoding is asked for.
+        NotImplementedError: assisted decoding is asked for.
     """
 
     layer_type = TwilightLayer
@@ -129,7 +130,8 @@ class TwilightCache(Cache):
         key = (dense, sm_scale, sizes, keys.dtype, keys.device)
         if key not in self.steps:
             path = "dense" if dense else self.options.path
-            options = dataclasses.replace(self.options, sm_scale=sm_scale, path=path)
+            own = {"path": path, "bound_mass": self.options.bound_mass and not dense}
+            options = dataclasses.replace(self.options, sm_scale=sm_scale, **own)
             self.steps[key] = make_step(pages, num_qo_heads, options)
         return self.steps[key]
 
@@ -166,11 +168,6 @@ class TwilightCache(Cache):
         super().batch_repeat_interleave(repeats)
         self.steps.clear()
         self.noted.clear()
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        raise NotImplementedError(
-            "num_beams: expected 1, got beam search: it copies the cache for every token"
-        )
 
     def activate_past_recording(self) -> None:
         raise NotImplementedError(

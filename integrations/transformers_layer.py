@@ -10,12 +10,14 @@ import twilight_tilelang
 from twilight_tilelang import reference
 from twilight_tilelang.kernels.options import DecodeOptions
 
+from .beams import spread
+
 if TYPE_CHECKING:
     from .transformers import TwilightCache
 
 REFERENCE_OPTIONS = (
     *("selector", "token_budget", "top_p", "sm_scale", "path"),
-    *("num_sink_tokens", "num_recent_tokens"),
+    *("num_sink_tokens", "num_recent_tokens", "bound_mass"),
 )
 
 
@@ -115,7 +117,7 @@ class TwilightLayer(CacheLayerMixin):
                 "attention_mask: expected real tokens in a step of one token, got padding"
             )
         self.decoding = True
-        query, keys, values = (each[:, :, 0].contiguous() for each in (query, keys, values))
+        query, keys, values = (each[:, :, 0] for each in (query, keys, values))
         self.pages.append(keys, values)
         step = self.cache.step(self.pages, query.shape[1], sm_scale, self.dense)
         out = step.run(query, self.pages)
@@ -133,22 +135,21 @@ class TwilightLayer(CacheLayerMixin):
     def extend(
         self, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Makes pages of the stored tokens and the new ones; returns keys, values and the mask of
-        all of them."""
+        """Stores the new tokens; returns keys, values and the mask of all that are stored."""
         if mask is not None and mask.dtype != torch.bool:
             raise ValueError(f"attention_mask: expected dtype bool, got {mask.dtype}")
         if mask is None:
             real = keys.new_ones(keys.shape[0], keys.shape[2], dtype=torch.bool)
         else:
             real = mask[:, 0, -1, self.length :]  # the last token sees all that are no padding
-        if self.length > 0:
-            past_keys, past_values, past_real = self.contiguous()
+        past = self.contiguous() if self.length > 0 else None
+        self.write(keys, values, real)
+        if past is not None:
+            past_keys, past_values, past_real = past
             keys = torch.cat((past_keys, keys), dim=2)
             values = torch.cat((past_values, values), dim=2)
-            real = torch.cat((past_real, real), dim=1)
             past_mask = past_real[:, None, None].expand(*mask.shape[:3], self.length)
             mask = torch.cat((past_mask, mask[..., self.length :]), dim=3)
-        self.write(keys, values, real)
         return keys, values, mask
 
     def contiguous(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -165,20 +166,22 @@ class TwilightLayer(CacheLayerMixin):
         return keys.transpose(1, 2), values.transpose(1, 2), real
 
     def write(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor) -> None:
-        """New pages of the real tokens: keys, values [batch_size, num_kv_heads, num_tokens,
-        head_dim], real [batch_size, num_tokens] bool."""
-        tokens = [each.transpose(1, 2) for each in (keys, values)]
-        if not real.all():
-            order = (~real).byte().argsort(dim=1, stable=True)[..., None, None]
-            tokens = [each.take_along_dim(order, dim=1) for each in tokens]
-        page_size = self.cache.page_size
-        room = twilight_tilelang if keys.is_cuda else reference
-        self.pages = room.PagedKVCache.from_contiguous(
-            *(each.contiguous() for each in tokens),
-            real.sum(dim=1, dtype=torch.int32),
-            page_size=page_size,
-            max_pages=-(-self.cache.max_tokens // page_size),
-        )
+        """Appends the real tokens to the pages, which are made where there are none: keys, values
+        [batch_size, num_kv_heads, num_tokens, head_dim], real [batch_size, num_tokens] bool."""
+        batch_size, num_kv_heads, _, head_dim = keys.shape
+        if self.pages is None:
+            page_size = self.cache.page_size
+            max_pages = -(-self.cache.max_tokens // page_size)
+            room = twilight_tilelang if keys.is_cuda else reference
+            sizes = (batch_size, max_pages, num_kv_heads, head_dim, page_size)
+            shape = room.CacheShape(*sizes, keys.dtype, keys.device)
+            # More than its rows have room for by a page each: see beams.py.
+            self.pages = room.PagedKVCache.empty(shape, num_pages=batch_size * (max_pages + 1))
+        cu_seqlens = torch.zeros(batch_size + 1, dtype=torch.int32, device=keys.device)
+        cu_seqlens[1:] = real.sum(dim=1).cumsum(0)
+        tokens = [each.transpose(1, 2)[real] for each in (keys, values)]
+        if len(tokens[0]) > 0:
+            self.pages.extend(*tokens, cu_seqlens)
         self.decoding, self.is_initialized = False, True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -188,16 +191,21 @@ class TwilightLayer(CacheLayerMixin):
         if -tokens_to_remove >= self.length:
             self.reset()
         elif tokens_to_remove < 0:
-            keys, values, _ = self.contiguous()
-            lengths = self.pages.seq_lens[:, None] + tokens_to_remove
+            self.pages.truncate(self.pages.seq_lens + tokens_to_remove)
             self.length += tokens_to_remove
-            places = torch.arange(self.length, device=keys.device)
-            self.write(keys[:, :, : self.length], values[:, :, : self.length], places < lengths)
+            self.decoding = False
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps these requests, in this order."""
         if self.length > 0:
-            self.write(*(each[indices.to(each.device)] for each in self.contiguous()))
+            tokens = self.contiguous()
+            self.pages = None
+            self.write(*(each[indices.to(each.device)] for each in tokens))
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Request b goes on from request beam_idx[b]."""
+        if self.length > 0:
+            spread(self.pages, beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each request `repeats` times in a row."""

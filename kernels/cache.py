@@ -18,6 +18,7 @@ FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 HEAD_DIMS = (64, 128, 256)
 TILE_TOKENS = 16  # a page holds a whole number of tensor-core tiles of tokens
 LAYOUTS = ("NHD", "HND")
+KeyOffset = torch.Tensor | tuple[torch.Tensor | None, torch.Tensor | None] | None
 MAX_ROWS = 65535  # requests, or KV heads: blocks of a CUDA grid's y and z, along which they lie
 
 
@@ -53,10 +54,11 @@ class PagedKVCache(Requests):
     seq_lens            [batch_size] i32: cached tokens
     k_int4              [num_pages, num_kv_heads, page_size, head_dim / 2] u8: byte j holds channel
                         2j in its low four bits and channel 2j + 1 in its high four
-    k_scale_zero        [num_pages, num_kv_heads, page_size, 2] fp16: k - k_offset is about
-                        code * scale + zero
+    k_scale_zero        [num_pages, num_kv_heads, page_size, 2] fp16: (k - k_offset) / k_factor is
+                        about code * scale + zero
     page_bounds         [num_pages, num_kv_heads, 2, head_dim] u8: codes of the largest, then of the
-                        smallest k - k_offset of each channel of a page, rounded outward
+                        smallest (k - k_offset) / k_factor of each channel of a page, rounded
+                        outward
     bounds_scale_zero   [num_pages, num_kv_heads, 2] f32: a bound is code * scale + zero
     k_offset            [num_kv_heads, head_dim] f32, zeros where none was asked for: subtracted
                         before keys are quantized or bounded. It moves all logits and page bounds of
@@ -66,6 +68,11 @@ class PagedKVCache(Requests):
     kv_scales           [2, num_kv_heads] f32, or None: what K, then V, in FP8 (e4m3fn or e5m2) are
                         multiplied by; ones where K and V are not FP8
     dtype               of q and out where K and V are FP8: fp16 or bf16
+    k_factor            [num_kv_heads, head_dim] f32 or None: powers of two by which keys are
+                        divided before they are quantized or bounded, and the estimator's and the
+                        selector's queries multiplied (SmoothQuant's smoothing factor, Xiao et al.,
+                        ICML 2023): logits stay what they are. It takes precision from channels that
+                        hardly move a logit. `calibrate_keys` finds it and k_offset.
 
     Physical pages may be shared between requests and come in any order. A row without a request has
     length 0 and any page ids, such as -1: every stage passes over it, its output is zeros and its
@@ -84,9 +91,11 @@ class PagedKVCache(Requests):
     k_offset: torch.Tensor
     kv_scales: torch.Tensor | None = None
     dtype: torch.dtype | None = None
+    k_factor: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        _check_pages(self.k_cache, self.v_cache, self.page_table, self.seq_lens, self.k_offset)
+        channels = self.k_offset, self.k_factor
+        _check_pages(self.k_cache, self.v_cache, self.page_table, self.seq_lens, channels)
         num_pages, page_size, num_kv_heads, head_dim = self.k_cache.shape
         device = self.k_cache.device
         rows = (num_pages, num_kv_heads, page_size)
@@ -111,6 +120,9 @@ class PagedKVCache(Requests):
         self.v_pool = self.v_cache.as_strided(self.v_cache.shape, self.k_cache.stride())
         self.code_words = self.k_int4.view(torch.int32)
         self.bound_words = self.page_bounds.view(torch.int32)
+        self.smooth = self.k_factor is not None
+        # Kernels of keys without a factor take any tensor of its kind, and do not read it.
+        self.factor = self.k_offset if self.k_factor is None else self.k_factor
         batch_size, max_pages = self.page_table.shape
         self.shape = CacheShape(
             batch_size, max_pages, num_kv_heads, head_dim, page_size, self.dtype, device,
@@ -159,7 +171,8 @@ class PagedKVCache(Requests):
     def unmirrored(self) -> "PagedKVCache":
         """The same requests on the same K and V, beside a mirror and bounds of their own, not
         written yet."""
-        own = (self.k_cache, self.v_cache, self.page_table, self.seq_lens, self.k_offset)
+        channels = self.k_offset, self.k_factor
+        own = (self.k_cache, self.v_cache, self.page_table, self.seq_lens, channels)
         return self._around(*own, self.kv_scales, self.dtype)
 
     @classmethod
@@ -169,7 +182,7 @@ class PagedKVCache(Requests):
         *,
         num_pages: int | None = None,
         page_table: torch.Tensor | None = None,
-        k_offset: torch.Tensor | None = None,
+        k_offset: KeyOffset = None,
     ) -> "PagedKVCache":
         """A cache of empty requests.
 
@@ -178,7 +191,7 @@ class PagedKVCache(Requests):
             num_pages: of the pool; where None, batch_size * max_pages.
             page_table: [batch_size, max_pages] i32; without one, request b owns the pages
                 b * max_pages to (b + 1) * max_pages - 1.
-            k_offset: [num_kv_heads, head_dim] f32.
+            k_offset: [num_kv_heads, head_dim] f32, or (k_offset, k_factor), two such.
 
         Raises:
             ValueError: a size is out of range, or page_table or k_offset does not fit.
@@ -225,7 +238,7 @@ class PagedKVCache(Requests):
         max_pages: int | None = None,
         num_pages: int | None = None,
         page_table: torch.Tensor | None = None,
-        k_offset: torch.Tensor | None = None,
+        k_offset: KeyOffset = None,
     ) -> "PagedKVCache":
         """Prefill: one launch copies k and v into pages and writes mirror and bounds. Synchronizes
         once. `empty` and `extend` do it without.
@@ -236,7 +249,7 @@ class PagedKVCache(Requests):
             seq_lens: [batch_size] i32, at most max_seq_len.
             max_pages, num_pages: room to grow; by default just what max_seq_len needs.
             page_table: [batch_size, max_pages] i32, no page twice; by default as in `empty`.
-            k_offset: [num_kv_heads, head_dim] f32.
+            k_offset: [num_kv_heads, head_dim] f32, or (k_offset, k_factor), two such.
 
         Raises:
             ValueError: a tensor, a size or a length does not fit.
@@ -268,7 +281,7 @@ class PagedKVCache(Requests):
         v_cache: torch.Tensor,
         page_table: torch.Tensor,
         seq_lens: torch.Tensor,
-        k_offset: torch.Tensor | None = None,
+        k_offset: KeyOffset = None,
         layout: str | None = None,
         validate: bool = False,
         fp8: Fp8 | None = None,
@@ -280,7 +293,8 @@ class PagedKVCache(Requests):
         read it.
 
         Args:
-            k_cache, v_cache, page_table, seq_lens, k_offset: as the cache's own. The pools may be
+            k_offset: as the cache's own, or (k_offset, k_factor).
+            k_cache, v_cache, page_table, seq_lens: as the cache's own. The pools may be
                 views of one tensor, as of [num_pages, 2, ...] or [2, num_pages, ...].
             layout: "NHD", as above, or "HND", [num_pages, num_kv_heads, page_size, head_dim], which
                 the cache holds transposed. To be stated where page_size and num_kv_heads are both
@@ -312,7 +326,7 @@ class PagedKVCache(Requests):
         v_cache: torch.Tensor,
         page_table: torch.Tensor,
         seq_lens: torch.Tensor,
-        k_offset: torch.Tensor | None,
+        k_offset: KeyOffset,
         kv_scales: torch.Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> "PagedKVCache":
@@ -320,6 +334,7 @@ class PagedKVCache(Requests):
         num_pages, page_size, num_kv_heads, head_dim = k_cache.shape
         device = k_cache.device
         pages, rows = (num_pages, num_kv_heads), (num_pages, num_kv_heads, page_size)
+        k_offset, k_factor = offset_and_factor(k_offset)
         if k_offset is None:
             k_offset = torch.zeros(num_kv_heads, head_dim, device=device)
         return cls(
@@ -334,6 +349,7 @@ class PagedKVCache(Requests):
             k_offset=k_offset,
             kv_scales=kv_scales,
             dtype=dtype,
+            k_factor=k_factor,
         )
 
 
@@ -356,6 +372,11 @@ def check_head_dim(head_dim: int) -> None:
     )
 
 
+def offset_and_factor(k_offset: KeyOffset) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Both, where an offset alone, or none, may stand for them."""
+    return k_offset if isinstance(k_offset, tuple) else (k_offset, None)
+
+
 def check_page_size(page_size: int) -> None:
     """Raises ValueError unless a page is a whole number of 16-token tiles."""
     check_count("page_size", page_size, TILE_TOKENS)
@@ -368,7 +389,7 @@ def _check_pages(
     v_cache: torch.Tensor,
     page_table: torch.Tensor,
     seq_lens: torch.Tensor,
-    k_offset: torch.Tensor | None,
+    k_offset: KeyOffset,
 ) -> None:
     dtypes = (*HALF_DTYPES, *FP8_DTYPES)
     check_tensor("k_cache", k_cache, (None,) * 4, dtypes, align=16, strided=True)
@@ -442,11 +463,12 @@ def _check_layout(layout: str | None, k_cache: torch.Tensor) -> None:
 
 
 def _check_offset(
-    k_offset: torch.Tensor | None,
+    k_offset: KeyOffset,
     num_kv_heads: int,
     head_dim: int,
     device: torch.device | None = None,
 ) -> None:
-    if k_offset is not None:
-        shape = (num_kv_heads, head_dim)
-        check_tensor("k_offset", k_offset, shape, torch.float32, device, align=16)
+    channels = zip(("k_offset", "k_factor"), offset_and_factor(k_offset), strict=True)
+    for name, own in channels:
+        if own is not None:
+            check_tensor(name, own, (num_kv_heads, head_dim), torch.float32, device, align=16)

@@ -10,7 +10,7 @@ at batch 1, and up to half of the sparse time is missing at batch 64, where the 
 twice as long and more.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -25,8 +25,7 @@ READ_SHARE = 0.9  # of the memory's peak: what large reads reach
 DEFAULT_BANDWIDTH = 4.4e12  # bytes per second, an H200's, where torch does not tell the peak
 
 
-@dataclass(frozen=True)
-class Expected:
+class Expected(NamedTuple):
     """The time of one path, term by term."""
 
     launches_us: float
@@ -47,12 +46,8 @@ class Expected:
 
 def expected_times(shape: StepShape, itemsize: int, bandwidth: float) -> dict[str, Expected]:
     """The expected time of each path for requests as long as the page table allows; the candidates'
-    own only where they are not everything.
-
-    Args:
-        shape: of the step.
-        itemsize: bytes of one value of K or V.
-        bandwidth: read bandwidth in bytes per second.
+    own only where they are not everything. itemsize: bytes of one value of K or V; bandwidth: of
+    reads, in bytes per second.
     """
     head_dim, tokens, candidates = shape.head_dim, shape.max_pages * shape.page_size, shape.width
     pages = shape.max_pages if candidates < tokens else 0  # whose bounds are read

@@ -78,7 +78,8 @@ def estimate_and_prune(
     by KV head -> kept tokens, and attention's list of work."""
     kept, work, _ = pruned
     planned.launches[0](
-        q, cache.code_words, cache.k_scale_zero, cache.page_table, cache.seq_lens, *candidates,
+        q, cache.factor, cache.code_words, cache.k_scale_zero,
+        cache.page_table, cache.seq_lens, *candidates,
         sm_scale, top_p, *window, *kept, *work,
     )  # fmt: skip
 
@@ -92,6 +93,7 @@ def estimate_prune_kernel(
     width_bound: int,
     split_tokens: int,
     config: EstimatePruneConfig,
+    smooth: bool = False,
 ):
     """Grid: (kv_head, batch). The block's warps share out the row's tiles, then all search it."""
     batch_size, num_kv_heads, max_items = T.dynamic("batch_size, num_kv_heads, max_items")
@@ -103,6 +105,7 @@ def estimate_prune_kernel(
     @T.prim_func
     def estimate_and_prune(
         q: T.StridedTensor[strided("q", (batch_size, num_kv_heads, group_size, head_dim), dtype)],
+        k_factor: T.Tensor[(num_kv_heads, head_dim), T.float32],
         codes: T.Tensor[(num_pages, num_kv_heads, page_size, head_dim // 8), T.int32],
         scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
         page_table: T.Tensor[(batch_size, max_pages), T.int32],
@@ -138,7 +141,8 @@ def estimate_prune_kernel(
                 count=num_tiles,
             )
             estimate_tiles(
-                tiles, q, Mirror(codes, scale_zero), row, candidates, page_table, sm_scale,
+                tiles, q, k_factor if smooth else None, Mirror(codes, scale_zero), row, candidates,
+                page_table, sm_scale,
                 lambda head, tile, token, value: T.buffer_store(
                     logits, value, [head, tile * TILE_TOKENS + token]
                 ),
@@ -161,7 +165,7 @@ def _launches(shape: StepShape, config: EstimatePruneConfig) -> tuple[Launch, ..
     if not config.fused:
         return ()
     sizes = (*shape.statics, static_width(shape.width), split_tokens_of(shape.group_size))
-    return (Launch("estimate_prune", estimate_prune_kernel, (*sizes, config)),)
+    return (Launch("estimate_prune", estimate_prune_kernel, (*sizes, config, shape.smooth)),)
 
 
 ESTIMATE_PRUNE = KernelSpec(

@@ -169,8 +169,9 @@ def store_logits(logit, tile, n, group_size, store):
 
 
 @T.macro
-def estimate_tiles(tiles, q, mirror, row, candidates, page_table, sm_scale, store):
-    """The logits of a warp's tiles; store(head, tile, token of the tile, logit) stores one."""
+def estimate_tiles(tiles, q, k_factor, mirror, row, candidates, page_table, sm_scale, store):
+    """The logits of a warp's tiles; store(head, tile, token of the tile, logit) stores one.
+    k_factor: None where keys have none."""
     group_size, head_dim = int(q.shape[2]), int(q.shape[3])
     quad, _ = place_in_quad()
     seq_len = row.seq_len  # bound here: what a tuple holds is looked up wherever it is used
@@ -182,7 +183,7 @@ def estimate_tiles(tiles, q, mirror, row, candidates, page_table, sm_scale, stor
     loaded.find_pages(tiles, tiles.first, mirror.page_tiles, candidates, page_table, row)
     # A condition that waits for nothing; without any, the kernel that prunes too spills.
     if tiles.first < candidates.indices.shape[2] * mirror.page_tiles:
-        query.load(q, row, head_dim // 4, nibble_order, sm_scale)
+        query.load(q, row, head_dim // 4, nibble_order, sm_scale, k_factor)
     for step in T.serial(tiles.steps):
         first_tile = tiles.first + step * tiles.stride
         if first_tile < tiles.count:

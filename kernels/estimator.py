@@ -45,9 +45,8 @@ def estimate_logits(
 
     Args:
         q: [batch_size, num_qo_heads, head_dim], fp16 or bf16, as the cache.
-        cache: only k_int4, k_scale_zero, page_table and seq_lens are read.
-        candidates: pages [batch_size, num_kv_heads, width] i32, logical pages, and counts
-            [batch_size, num_kv_heads] i32, how many of them are valid.
+        cache: only k_int4, k_scale_zero, k_factor, page_table and seq_lens are read.
+        candidates: see CandidatePages; here in any order.
         sm_scale: factor of the logits, positive; head_dim ** -0.5 where None.
 
     Returns:
@@ -81,14 +80,20 @@ def estimate(
     """One launch: candidates of the grouped query -> logits by KV head."""
     (launch,) = planned.launches
     launch(
-        q, cache.code_words, cache.k_scale_zero, cache.page_table, cache.seq_lens, *candidates,
+        q, cache.factor, cache.code_words, cache.k_scale_zero,
+        cache.page_table, cache.seq_lens, *candidates,
         sm_scale, logits.view(*logits.shape[:3], -1, cache.page_size),
     )  # fmt: skip
 
 
 @tilelang.jit(pass_configs=TILE_LEVEL)
 def estimator_kernel(
-    group_size: int, head_dim: int, page_size: int, dtype: str, config: EstimatorConfig
+    group_size: int,
+    head_dim: int,
+    page_size: int,
+    dtype: str,
+    config: EstimatorConfig,
+    smooth: bool = False,
 ):
     """Grid: (blocks of candidate tiles, kv_head, batch); in each of `steps`, a warp takes
     `tiles_per_warp` tiles of 16 tokens, and issues all their loads before the first product.
@@ -103,6 +108,7 @@ def estimator_kernel(
     @T.prim_func
     def estimate_logits(
         q: T.StridedTensor[strided("q", (batch_size, num_kv_heads, group_size, head_dim), dtype)],
+        k_factor: T.Tensor[(num_kv_heads, head_dim), T.float32],
         codes: T.Tensor[(num_pages, num_kv_heads, page_size, head_dim // 8), T.int32],
         scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
         page_table: T.Tensor[(batch_size, max_pages), T.int32],
@@ -130,15 +136,17 @@ def estimator_kernel(
                 [batch, kv_head, of_head, of_tile // tiles_per_page,
                  of_tile % tiles_per_page * TILE_TOKENS + of_token],
             )  # fmt: skip
+            mirror = Mirror(codes, scale_zero)
             estimate_tiles(
-                tiles, q, Mirror(codes, scale_zero), row, candidates, page_table, sm_scale, store
-            )
+                tiles, q, k_factor if smooth else None, mirror, row, candidates, page_table,
+                sm_scale, store,
+            )  # fmt: skip
 
     return estimate_logits
 
 
 def _launches(shape: StepShape, config: EstimatorConfig) -> tuple[Launch, ...]:
-    return (Launch("estimator", estimator_kernel, (*shape.statics, config)),)
+    return (Launch("estimator", estimator_kernel, (*shape.statics, config, shape.smooth)),)
 
 
 ESTIMATOR = KernelSpec(

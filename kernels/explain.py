@@ -48,6 +48,8 @@ def _sparse(plan: SparsePlan) -> list[str]:
     else:
         lines.append(_line("estimator: logits", plan.estimator))
         lines.append(_line("pruner: top-p", plan.pruner))
+    if plan.mass_bound is not None:
+        lines.append("bound of the kept mass: one kernel more, no config")
     return [*lines, _attention("kept tokens", plan.attention)]
 
 

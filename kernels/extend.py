@@ -42,7 +42,7 @@ def request_of(token, end_tokens):
 
 
 @tilelang.jit(pass_configs=EXACT_MATH)
-def extend_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str):
+def extend_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str, smooth: bool = False):
     """Grid: (WINDOW new tokens, NUM_WARPS KV heads), a warp for each head. It has work where a
     token is the first of its request's new ones in a page: it writes all of these, and the page's
     mirror and bounds.
@@ -67,6 +67,7 @@ def extend_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str):
         seq_lens: T.Tensor[(batch_size,), T.int32],
         arrived: T.Tensor[(1,), T.int32],
         k_offset: T.Tensor[(num_kv_heads, head_dim), T.float32],
+        k_factor: T.Tensor[(num_kv_heads, head_dim), T.float32],
         k_cache: T.StridedTensor[pool],
         v_cache: T.StridedTensor[pool],
         kv_scales: T.Tensor[(2, num_kv_heads), T.float32],
@@ -120,7 +121,10 @@ def extend_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str):
                                     vector[c] = v[token + row, kv_head, lane * channels + c]
                                 write_vector(v_cache, place, slot + row, vector, v_scale)
                             mirror = Mirror(codes, scale_zero, bounds, bounds_scale_zero)
-                            mirror_page(k_cache, k_scale, k_offset, mirror, place, slot, end)
+                            mirror_page(
+                                k_cache, k_scale, k_offset, k_factor if smooth else None, mirror,
+                                place, slot, end,
+                            )  # fmt: skip
 
             T.sync_threads()
             if thread == 0:

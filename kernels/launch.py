@@ -35,6 +35,7 @@ class StepShape(NamedTuple):
     launch_rows: int  # of one launch: fewer where the batch is cut into parts
     kv_dtype: str = ""  # of K and V where it is not `dtype`, which is that of q and out
     logits_dtype: str = "float16"  # of the estimator's; the pruner takes float32 too
+    smooth: bool = False  # keys have a k_factor
 
     @property
     def statics(self) -> tuple[int, int, int, str]:

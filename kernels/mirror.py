@@ -38,9 +38,26 @@ class Place(NamedTuple):
     channels: int  # of a lane
 
 
+def shifted_by(shift: Buffer, value: PrimExpr, c: PrimExpr) -> PrimExpr:
+    """A lane's c-th channel as it is mirrored: less the offset, shift[0], and over the factor,
+    shift[1], where there is one."""
+    moved = T.cast(value, T.float32) - shift[0, c]
+    return moved / shift[1, c] if int(shift.shape[0]) > 1 else moved
+
+
 @T.macro
-def quantize_key(key, offset, mirror, place, slot):
-    """Writes code = round((key - offset - zero) / scale) for a warp's key, and (scale, zero).
+def load_shift(shift, k_offset, k_factor, kv_head, first_channel):
+    """k_factor: None where keys have none."""
+    for c in T.vectorized(shift.shape[1]):
+        shift[0, c] = k_offset[kv_head, first_channel + c]
+    if k_factor is not None:
+        for c in T.vectorized(shift.shape[1]):
+            shift[1, c] = k_factor[kv_head, first_channel + c]
+
+
+@T.macro
+def quantize_key(key, shift, mirror, place, slot):
+    """Writes code = round((key - zero) / scale) for a warp's shifted key, and (scale, zero).
 
     zero rounds down and scale rounds up, so that the fp16 pair still spans every channel. A
     constant key has scale 0 and codes 0.
@@ -52,7 +69,7 @@ def quantize_key(key, offset, mirror, place, slot):
     scale = T.alloc_var(T.float32)
     bits = T.alloc_var(T.uint16)  # of an fp16, to step to its neighbour
     for c in T.unroll(channels):
-        shifted[c] = T.cast(key[c], T.float32) - offset[c]
+        shifted[c] = shifted_by(shift, key[c], c)
     zero = shifted[0]
     scale = shifted[0]
     for c in T.unroll(channels):
@@ -101,8 +118,8 @@ def extend_bounds(low, high, key, channels):
 
 
 @T.macro
-def quantize_bounds(low, high, offset, mirror, place):
-    """Writes the outward codes of a warp's bounds (less the offset), and (scale, zero).
+def quantize_bounds(low, high, shift, mirror, place):
+    """Writes the outward codes of a warp's shifted bounds, and (scale, zero).
 
     code * scale is compared with a difference, never added to anything: no product can be fused
     into a multiply-add, so every operation rounds once, as in the reference.
@@ -116,8 +133,8 @@ def quantize_bounds(low, high, offset, mirror, place):
     scale = T.alloc_var(T.float32)
     code = T.alloc_var(T.float32)
     for c in T.unroll(channels):
-        above[c] = T.cast(high[c], T.float32) - offset[c]
-        below[c] = T.cast(low[c], T.float32) - offset[c]
+        above[c] = shifted_by(shift, high[c], c)
+        below[c] = shifted_by(shift, low[c], c)
     zero = below[0]
     scale = above[0]
     for c in T.unroll(channels):
@@ -202,7 +219,7 @@ def key_dtype(k_cache: Buffer) -> str:
 
 
 @T.macro
-def mirror_page(k_cache, k_scale, k_offset, mirror, place, first, fill):
+def mirror_page(k_cache, k_scale, k_offset, k_factor, mirror, place, first, fill):
     """One warp bounds a page's first `fill` >= 1 tokens, and mirrors those from slot `first` on:
     the codes before it stand. Slots from `fill` on get codes 0."""
     page, kv_head, lane, channels = place
@@ -210,28 +227,27 @@ def mirror_page(k_cache, k_scale, k_offset, mirror, place, first, fill):
     key = T.alloc_local((channels,), key_dtype(k_cache))
     low = T.alloc_local((channels,), key_dtype(k_cache))
     high = T.alloc_local((channels,), key_dtype(k_cache))
-    offset = T.alloc_local((channels,), T.float32)
+    shift = T.alloc_local((1 if k_factor is None else 2, channels), T.float32)
     read_key(low, k_cache, place, 0, k_scale)
     for c in T.unroll(channels):
         high[c] = low[c]
-    for c in T.vectorized(channels):
-        offset[c] = k_offset[kv_head, lane * channels + c]
+    load_shift(shift, k_offset, k_factor, kv_head, lane * channels)
     for slot in T.serial(page_size):
         if slot < fill:
             read_key(key, k_cache, place, slot, k_scale)
             extend_bounds(low, high, key, channels)
             if slot >= first:
-                quantize_key(key, offset, mirror, place, slot)
+                quantize_key(key, shift, mirror, place, slot)
         else:
             for c in T.vectorized(channels // 2):
                 mirror.codes[page, kv_head, slot, lane * (channels // 2) + c] = T.uint8(0)
             if lane < 2:
                 mirror.scale_zero[page, kv_head, slot, lane] = T.float16(0)
-    quantize_bounds(low, high, offset, mirror, place)
+    quantize_bounds(low, high, shift, mirror, place)
 
 
 @tilelang.jit(pass_configs=EXACT_MATH)
-def mirror_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str):
+def mirror_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str, smooth: bool = False):
     """Grid: (listed page, kv_head), one warp each: mirror and bounds of a page's first page_tokens
     keys, which are copied from another page first where `sources` names another. A page that is
     none of the pool's, or has no tokens, is left out.
@@ -247,6 +263,7 @@ def mirror_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str):
         pages: T.Tensor[(num_listed,), T.int32],
         page_tokens: T.Tensor[(num_listed,), T.int32],
         k_offset: T.Tensor[(num_kv_heads, head_dim), T.float32],
+        k_factor: T.Tensor[(num_kv_heads, head_dim), T.float32],
         k_cache: T.StridedTensor[pool],
         v_cache: T.StridedTensor[pool],
         kv_scales: T.Tensor[(2, num_kv_heads), T.float32],
@@ -276,13 +293,16 @@ def mirror_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str):
                             ]
                 mirror = Mirror(codes, scale_zero, bounds, bounds_scale_zero)
                 place = Place(page, kv_head, lane, channels)
-                mirror_page(k_cache, kv_scales[0, kv_head], k_offset, mirror, place, 0, fill)
+                mirror_page(
+                    k_cache, kv_scales[0, kv_head], k_offset, k_factor if smooth else None, mirror,
+                    place, 0, fill,
+                )  # fmt: skip
 
     return mirror_pages
 
 
 @tilelang.jit(pass_configs=EXACT_MATH)
-def append_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str):
+def append_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str, smooth: bool = False):
     """Grid: (batch); a warp takes every eighth KV head. The length moves once all are written.
 
     A request is left out where `active` is 0, or where its next token has no page of the pool.
@@ -304,6 +324,7 @@ def append_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str):
         seq_lens: T.Tensor[(batch_size,), T.int32],
         active: T.Tensor[(batch_size,), T.uint8],
         k_offset: T.Tensor[(num_kv_heads, head_dim), T.float32],
+        k_factor: T.Tensor[(num_kv_heads, head_dim), T.float32],
         k_cache: T.StridedTensor[pool],
         v_cache: T.StridedTensor[pool],
         kv_scales: T.Tensor[(2, num_kv_heads), T.float32],
@@ -322,7 +343,7 @@ def append_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str):
             key = T.alloc_local((channels,), key_dtype(k_cache))
             low = T.alloc_local((channels,), key_dtype(k_cache))
             high = T.alloc_local((channels,), key_dtype(k_cache))
-            offset = T.alloc_local((channels,), T.float32)
+            shift = T.alloc_local((2 if smooth else 1, channels), T.float32)
             token = seq_lens[batch]
             slot = token % page_size
             if active[batch] != T.uint8(0) and token >= 0 and token < max_pages * page_size:
@@ -336,8 +357,10 @@ def append_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str):
                                 given[c] = k[batch, kv_head, first_channel + c]
                             for c in T.vectorized(channels):
                                 value[c] = v[batch, kv_head, first_channel + c]
-                            for c in T.vectorized(channels):
-                                offset[c] = k_offset[kv_head, first_channel + c]
+                            load_shift(
+                                shift, k_offset, k_factor if smooth else None, kv_head,
+                                first_channel,
+                            )  # fmt: skip
                             if is_fp8(k_cache):
                                 write_vector(k_cache, place, slot, given, kv_scales[0, kv_head])
                                 read_key(key, k_cache, place, slot, kv_scales[0, kv_head])
@@ -369,8 +392,8 @@ def append_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str):
                                 write_vector(k_cache, place, slot, given, 1.0)
                             write_vector(v_cache, place, slot, value, kv_scales[1, kv_head])
                             mirror = Mirror(codes, scale_zero, bounds, bounds_scale_zero)
-                            quantize_bounds(low, high, offset, mirror, place)
-                            quantize_key(key, offset, mirror, place, slot)
+                            quantize_bounds(low, high, shift, mirror, place)
+                            quantize_key(key, shift, mirror, place, slot)
                     T.sync_threads()
                     if thread == 0:
                         seq_lens[batch] = token + 1

@@ -52,9 +52,10 @@ class GroupQuery(NamedTuple):
 
     @partialmethod
     @T.macro
-    def load(self, q, row, run, order, sm_scale=1.0):
+    def load(self, q, row, run, order, sm_scale, k_factor):
         """Lane c of a quad takes every fourth run of `run` channels, of every eighth head; heads
         beyond the group repeat its last. order(words, s, e) is element e of step s, as float32.
+        k_factor [num_kv_heads, head_dim] f32, or None where keys have none.
         """
         group_size, head_tiles = int(q.shape[2]), int(self.sums.shape[0])
         lane_channels = int(self.operand.shape[1])
@@ -69,6 +70,12 @@ class GroupQuery(NamedTuple):
                 for j in T.vectorized(run):
                     channel = (i * QUAD + lane) * run + j
                     words[i * run + j] = channel_at(q, first, channel)
+            if k_factor is not None:
+                for i in T.unroll(lane_channels // run):
+                    for j in T.unroll(run):
+                        factor = k_factor[row.kv_head, (i * QUAD + lane) * run + j]
+                        smoothed = T.cast(words[i * run + j], T.float32) * factor
+                        words[i * run + j] = T.cast(smoothed, q.dtype)
             partial = 0.0
             for j in T.unroll(lane_channels):
                 partial += T.cast(words[j], T.float32)

@@ -21,6 +21,10 @@ class DecodeOptions:
             overlap: while the bytes of one arrive, the weights of another are searched. No result
             depends on it. Where None, 4 for many rows (KV heads of all requests), else 1. Only the
             sparse path is cut.
+        bound_mass: leave in `kept_mass_bound` a lower bound of the mass that each query head's kept
+            tokens surely have among its candidates, as of bound_kept_mass, on the sparse path. It
+            costs a launch that reads the candidates' logits twice, and estimator and pruner are
+            then two kernels; no other result changes.
         path: "sparse", every stage; "candidates", the selector alone, with the bits of
             page_attention; "dense", attention over every token, with the bits of dense_attention;
             or "auto", the one that is expected to be fastest (crossing.py) for requests as long as
@@ -35,6 +39,7 @@ class DecodeOptions:
     num_sink_tokens: int = 0
     num_recent_tokens: int = 0
     num_parts: int | None = None
+    bound_mass: bool = False
     path: str = "sparse"
 
     @property

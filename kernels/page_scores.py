@@ -41,7 +41,7 @@ class PageScoreConfig:
 
     @property
     def block_pages(self) -> int:
-        return self.num_warps * self.tiles_per_warp * self.steps * 16
+        return self.num_warps * self.tiles_per_warp * self.steps * TILE_PAGES
 
 
 def default_config(shape: StepShape, gpu: Gpu) -> PageScoreConfig:
@@ -57,9 +57,11 @@ def score_pages(
     planned: Planned[PageScoreConfig], q: torch.Tensor, cache: PagedKVCache, scores: torch.Tensor
 ) -> None:
     """One launch: scores [batch_size, num_kv_heads, max_pages] f32 of the grouped query."""
-    planned.launches[0](
-        q, cache.bound_words, cache.bounds_scale_zero, cache.page_table, cache.seq_lens, scores
-    )
+    (launch,) = planned.launches
+    launch(
+        q, cache.factor, cache.bound_words, cache.bounds_scale_zero,
+        cache.page_table, cache.seq_lens, scores,
+    )  # fmt: skip
 
 
 class LoadedBounds(NamedTuple):
@@ -153,7 +155,12 @@ def largest_bounds(best, acc, loaded, i, query):
 
 @tilelang.jit(pass_configs=TILE_LEVEL)
 def page_score_kernel(
-    group_size: int, head_dim: int, page_size: int, dtype: str, config: PageScoreConfig
+    group_size: int,
+    head_dim: int,
+    page_size: int,
+    dtype: str,
+    config: PageScoreConfig,
+    smooth: bool = False,
 ):
     """Grid: (blocks of pages, kv_head, batch); in each of `steps`, a warp takes `tiles_per_warp`
     tiles of 16 pages, and issues all their loads before the first product. Score = the largest
@@ -175,6 +182,7 @@ def page_score_kernel(
     @T.prim_func
     def score_pages(
         q: T.StridedTensor[strided("q", (batch_size, num_kv_heads, group_size, head_dim), dtype)],
+        k_factor: T.Tensor[(num_kv_heads, head_dim), T.float32],
         bounds: T.Tensor[(num_pages, num_kv_heads, 2, head_dim // 4), T.int32],
         bounds_scale_zero: T.Tensor[(num_pages, num_kv_heads, 2), T.float32],
         page_table: T.Tensor[(batch_size, max_pages), T.int32],
@@ -202,7 +210,12 @@ def page_score_kernel(
             loaded.find_pages(tiles, tiles.first, page_table, row)
             if tiles.first < tiles.count:
                 query.load(
-                    q, row, 16, lambda of, w, e: T.cast(of[w * 4 + e % 2 * 2 + e // 2], T.float32)
+                    q,
+                    row,
+                    16,
+                    lambda of, w, e: T.cast(of[w * 4 + e % 2 * 2 + e // 2], T.float32),
+                    1.0,
+                    k_factor if smooth else None,
                 )
             for step in T.serial(tiles.steps):
                 first_tile = tiles.first + step * tiles.stride
@@ -224,7 +237,7 @@ def page_score_kernel(
 
 
 def _launches(shape: StepShape, config: PageScoreConfig) -> tuple[Launch, ...]:
-    return (Launch("page_score", page_score_kernel, (*shape.statics, config)),)
+    return (Launch("page_score", page_score_kernel, (*shape.statics, config, shape.smooth)),)
 
 
 PAGE_SCORE = KernelSpec(

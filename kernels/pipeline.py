@@ -60,6 +60,8 @@ class TwilightDecode:
         check_choice("path", options.path, ("sparse", "candidates", "dense", "auto"))
         check_count("num_qo_heads", num_qo_heads, least=1)
         group_size = group_size_of("num_qo_heads", num_qo_heads, cache)
+        if options.bound_mass and options.path != "sparse":
+            raise ValueError(f"bound_mass: expected the path 'sparse', got {options.path!r}")
         num_parts = options.num_parts
         if num_parts is None:
             num_parts = parts_for(cache.batch_size, cache.num_kv_heads)
@@ -69,7 +71,7 @@ class TwilightDecode:
         device = cache.k_cache.device
         settings = Settings(check_scale(options.sm_scale, cache.head_dim), options.window)
         top_p = expand_top_p(options.top_p, cache.batch_size, num_qo_heads, device)
-        self.options, self.cache_shape = options, cache.shape
+        self.options, self.selector, self.cache_shape = options, options.selector, cache.shape
         self.shape = step_shape(cache, group_size, width * cache.page_size)
         self.expected = expected_times(self.shape, cache.k_cache.itemsize, read_bandwidth(device))
         self.path = fastest(self.expected) if options.path == "auto" else options.path
@@ -90,26 +92,20 @@ class TwilightDecode:
             self.stages = CandidateStep(chosen, cache, num_qo_heads, width, settings)
         else:
             memory = SparseMemory.allocate(cache, width, top_p)
-            self.stages = SparseStep(plan_sparse(self.shape, planner), memory, settings)
+            plan_all = plan_sparse(self.shape, planner, options.bound_mass)
+            self.stages = SparseStep(plan_all, memory, settings)
             bounds = [part * cache.batch_size // num_parts for part in range(num_parts + 1)]
             for requests in itertools.starmap(slice, itertools.pairwise(bounds)):
                 if num_parts > 1:
                     part = self._part(requests, memory.part(requests), planner)
                     self.parts.append((requests, part, torch.cuda.Stream(device)))
+        self.out = self.stages.out
         self._compiled = False
-
-    @property
-    def selector(self) -> str:
-        return self.options.selector
 
     @property
     def fused(self) -> bool:
         """Whether estimator and pruner are one kernel."""
         return self._sparse.plan.fused
-
-    @property
-    def out(self) -> torch.Tensor:
-        return self.stages.out
 
     @property
     def candidates(self) -> CandidatePages:
@@ -125,6 +121,13 @@ class TwilightDecode:
     @property
     def kept(self) -> Kept:
         return self._sparse.kept
+
+    @property
+    def kept_mass_bound(self) -> torch.Tensor:
+        """[batch_size, num_qo_heads] f32, of the last run (see bound_kept_mass)."""
+        if not self.options.bound_mass:
+            raise AttributeError("this step was not asked for bound_mass")
+        return self._sparse.memory.mass_bound
 
     @property
     def _sparse(self) -> SparseStep:
@@ -149,6 +152,9 @@ class TwilightDecode:
         check_cache(cache)
         if cache.shape != self.cache_shape:
             raise ValueError(f"cache: expected {self.cache_shape}, got {cache.shape}")
+        if cache.smooth != self.shape.smooth:
+            expected, got = ("a" if each else "no" for each in (self.shape.smooth, cache.smooth))
+            raise ValueError(f"cache: expected {expected} k_factor, as this step's, got {got}")
         out = self.out
         if not (isinstance(q, torch.Tensor) and _like(q) == _like(out) and q.is_contiguous()):
             check_query(q, cache)
@@ -174,7 +180,8 @@ class TwilightDecode:
         plan.SPECS), and the defaults of the others, whatever is tuned."""
         step, planner = copy.copy(self), Planner(Planner.on(self.out.device).gpu, pinned=configs)
         stages = self._sparse
-        step.stages = SparseStep(plan_sparse(self.shape, planner), stages.memory, stages.settings)
+        plan = plan_sparse(self.shape, planner, self.options.bound_mass)
+        step.stages = SparseStep(plan, stages.memory, stages.settings)
         step.parts = [
             (requests, step._part(requests, part.memory, planner), stream)
             for requests, part, stream in self.parts
@@ -186,7 +193,8 @@ class TwilightDecode:
         """The same for some of the requests: its configs go by the rows of the whole step, and
         whether its kernels start early by its own."""
         rows = (requests.stop - requests.start) * self.cache_shape.num_kv_heads
-        plan = plan_sparse(self.shape._replace(launch_rows=rows), planner)
+        shape = self.shape._replace(launch_rows=rows)
+        plan = plan_sparse(shape, planner, self.options.bound_mass)
         return SparseStep(plan, memory, self._sparse.settings)
 
     def _run_parts(self, q: torch.Tensor, cache: PagedKVCache) -> None:

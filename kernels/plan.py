@@ -8,6 +8,7 @@ from .attention import ATTENTION, plan_untuned
 from .estimate_prune import ESTIMATE_PRUNE, EstimatePruneConfig
 from .estimator import ESTIMATOR, EstimatorConfig
 from .launch import KernelSpec, Launch, StepShape
+from .mass_bound import mass_bound
 from .page_scores import PAGE_SCORE
 from .pruner import PRUNER, PrunerConfig
 from .requests import cache_launches
@@ -24,17 +25,19 @@ SPECS: dict[str, KernelSpec[Any]] = {
 
 
 class SparsePlan(NamedTuple):
-    """The kernels of every stage; one kernel estimates and prunes where its config says `fused`."""
+    """The kernels of every stage; one kernel estimates and prunes where its config says `fused` and
+    no bound asks for the logits."""
 
     selector: SelectorPlan
     estimator: Planned[EstimatorConfig]
     pruner: Planned[PrunerConfig]
     estimate_prune: Planned[EstimatePruneConfig]
     attention: Planned[AttentionConfig]
+    mass_bound: Launch | None = None
 
     @property
     def fused(self) -> bool:
-        return self.estimate_prune.config.fused
+        return self.estimate_prune.config.fused and self.mass_bound is None
 
 
 class CandidatePlan(NamedTuple):
@@ -50,10 +53,16 @@ class DensePlan(NamedTuple):
     attention: Planned[AttentionConfig]
 
 
-def plan_sparse(shape: StepShape, planner: Planner) -> SparsePlan:
-    """Select, estimate, prune, attend."""
-    stages = (ESTIMATOR, PRUNER, ESTIMATE_PRUNE, ATTENTION)
-    return SparsePlan(plan_selector(shape, planner), *(planner.plan(s, shape) for s in stages))
+def plan_sparse(shape: StepShape, planner: Planner, bound_mass: bool = False) -> SparsePlan:
+    """Select, estimate, prune, bound the mass that was kept where asked for, attend."""
+    return SparsePlan(
+        plan_selector(shape, planner),
+        planner.plan(ESTIMATOR, shape),
+        planner.plan(PRUNER, shape),
+        planner.plan(ESTIMATE_PRUNE, shape),
+        planner.plan(ATTENTION, shape),
+        mass_bound(shape) if bound_mass else None,
+    )
 
 
 def plan_candidates(shape: StepShape, planner: Planner) -> CandidatePlan:
@@ -80,7 +89,6 @@ def all_launches(shape: StepShape, planner: Planner) -> list[Launch]:
     every_page = shape._replace(width=shape.max_pages * shape.page_size)
     paths = (plan_sparse, plan_candidates, plan_dense)
     plans = tuple(make(own, planner) for make in paths for own in (shape, every_page))
-    cache = cache_launches(
-        shape.head_dim, shape.page_size, shape.dtype, shape.kv_dtype or shape.dtype
-    )
-    return list(dict.fromkeys(launches_in((cache, plans))))
+    dtypes = (shape.dtype, shape.kv_dtype or shape.dtype)
+    cache = cache_launches(shape.head_dim, shape.page_size, *dtypes, shape.smooth)
+    return list(dict.fromkeys(launches_in((cache, plans, mass_bound(shape)))))

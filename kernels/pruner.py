@@ -78,8 +78,7 @@ def prune_top_p(
         logits: [batch_size, num_qo_heads, width * page_size] f16 or f32, in the candidates' order;
             -inf behind a request's last token.
         cache: only page_size and seq_lens are read.
-        candidates: pages [batch_size, num_kv_heads, width] i32, ascending logical pages, and counts
-            [batch_size, num_kv_heads] i32, how many of them are valid.
+        candidates: see CandidatePages.
         top_p: in (0, 1], 1 keeps all; a float, or f32 [num_qo_heads], [batch_size, 1] or
             [batch_size, num_qo_heads], whose values are not checked: NaN and more than 1 count as
             1, less than 0 as 0, which keeps the heaviest token.
@@ -87,11 +86,9 @@ def prune_top_p(
             are always kept.
 
     Returns:
-        tokens [batch_size, num_kv_heads, width * page_size] i32, ascending logical positions;
-        counts [batch_size, num_kv_heads] i32, how many of them are valid;
-        mass [batch_size, num_qo_heads] f32, the mass of each query head's own set. Weights equal to
-        one part in 10^4 are kept or dropped together. A query head whose logits have no softmax (a
-        NaN or +inf among them, or nothing above -inf) keeps every candidate.
+        Kept, with room for width * page_size tokens a row. Weights equal to one part in 10^4 are
+        kept or dropped together. A query head whose logits have no softmax (a NaN or +inf among
+        them, or nothing above -inf) keeps every candidate.
 
     Raises:
         ValueError: a wrong tensor, or a float top_p outside (0, 1].

@@ -77,4 +77,5 @@ def step_shape(
         max_pages=cache.max_pages,
         width=width,
         launch_rows=rows if num_requests is None else num_requests * cache.num_kv_heads,
+        smooth=cache.smooth,
     )

@@ -37,6 +37,8 @@ class Requests:
     bounds_scale_zero: torch.Tensor
     k_offset: torch.Tensor
     kv_scales: torch.Tensor | None  # never None
+    factor: torch.Tensor  # k_factor where keys are `smooth`, else any tensor of its kind
+    smooth: bool
     v_pool: torch.Tensor  # v_cache with the strides of k_cache
     everyone: torch.Tensor  # [batch_size] bool, all true
     arrived: torch.Tensor  # [1] i32, 0 between calls
@@ -58,7 +60,10 @@ class Requests:
         shape, device = (batch_size, num_kv_heads, head_dim), self.k_cache.device
         check_tensor("k", k, shape, self.shape.dtype, device, align=16, strided=True)
         check_tensor("v", v, shape, self.shape.dtype, device, align=16, strided=True)
-        active = self._rows("active", active)
+        if active is None:
+            active = self.everyone
+        else:
+            self._check_rows("active", active)
         append, _, _ = self._launches()
         with on_device(device):
             append(k, v, self.page_table, self.seq_lens, active.view(torch.uint8), *self._written())
@@ -123,13 +128,13 @@ class Requests:
         Args:
             joining: [batch_size] bool, the rows that are taken.
             page_table: [batch_size, max_pages] i32, their pages; other rows are not looked at.
-            seq_lens: [batch_size] i32, the tokens that these pages hold already: 0, or a prefix
-                whose pages are mirrored, the last of which is part-filled in this request alone.
+            seq_lens: [batch_size] i32, the tokens that these pages hold already, with their mirror:
+                none, or a prefix. A part-filled last page must be this request's alone.
 
         Raises:
             ValueError: a tensor does not fit.
         """
-        joining = self._rows("joining", joining)
+        self._check_rows("joining", joining)
         device = self.k_cache.device
         check_tensor("page_table", page_table, self.page_table.shape, torch.int32, device)
         check_tensor("seq_lens", seq_lens, self.seq_lens.shape, torch.int32, device)
@@ -145,7 +150,7 @@ class Requests:
         Raises:
             ValueError: a tensor does not fit.
         """
-        leaving = self._rows("leaving", leaving)
+        self._check_rows("leaving", leaving)
         self.page_table.masked_fill_(leaving[:, None], -1)
         self.seq_lens.masked_fill_(leaving, 0)
 
@@ -207,12 +212,9 @@ class Requests:
         pages = torch.where(is_cut, pages, -1)
         self._mirror(pages, pages, in_last)
 
-    def _rows(self, name: str, rows: torch.Tensor | None) -> torch.Tensor:
-        """[batch_size] bool; all rows where None."""
-        if rows is None:
-            return self.everyone
-        check_tensor(name, rows, self.seq_lens.shape, torch.bool, self.k_cache.device, align=1)
-        return rows
+    def _check_rows(self, name: str, rows: torch.Tensor) -> None:
+        shape, device = self.seq_lens.shape, self.k_cache.device
+        check_tensor(name, rows, shape, torch.bool, device, align=1)
 
     def _extend(
         self, k: torch.Tensor, v: torch.Tensor, first_tokens: torch.Tensor, end_tokens: torch.Tensor
@@ -234,20 +236,21 @@ class Requests:
             mirror(sources, pages, page_tokens, *self._written())
 
     def _launches(self) -> tuple[Launch, Launch, Launch]:
-        dtypes = (str(self.shape.dtype).removeprefix("torch."), dtype_name(self.k_cache))
-        return cache_launches(self.shape.head_dim, self.shape.page_size, *dtypes)
+        sizes = self.shape.head_dim, self.shape.page_size
+        dtypes = str(self.shape.dtype).removeprefix("torch."), dtype_name(self.k_cache)
+        return cache_launches(*sizes, *dtypes, self.smooth)
 
     def _written(self) -> tuple[torch.Tensor | None, ...]:
-        """The offset and what is written, in the kernels' order."""
+        """Offset, factor and what is written, in the kernels' order."""
         return (
-            self.k_offset, self.k_cache, self.v_pool, self.kv_scales,
+            self.k_offset, self.factor, self.k_cache, self.v_pool, self.kv_scales,
             self.k_int4, self.k_scale_zero, self.page_bounds, self.bounds_scale_zero,
         )  # fmt: skip
 
 
 @functools.cache
 def cache_launches(
-    head_dim: int, page_size: int, dtype: str, kv_dtype: str
+    head_dim: int, page_size: int, dtype: str, kv_dtype: str, smooth: bool = False
 ) -> tuple[Launch, Launch, Launch]:
     """The kernels that write a cache: append, extend, mirror. They have no config."""
     kernels: dict[str, JITImpl] = {
@@ -256,7 +259,7 @@ def cache_launches(
         "mirror": mirror_kernel,
     }
     append, extend, mirror = (
-        Launch(name, kernel, (head_dim, page_size, dtype, kv_dtype))
+        Launch(name, kernel, (head_dim, page_size, dtype, kv_dtype, smooth))
         for name, kernel in kernels.items()
     )
     return append, extend, mirror

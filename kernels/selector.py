@@ -80,9 +80,8 @@ def select_pages(
             are always in, and so is the newest page.
 
     Returns:
-        pages [batch_size, num_kv_heads, width] i32, ascending logical pages, with width =
-        min(budget in pages, max_pages); counts [batch_size, num_kv_heads] i32. Of equal bounds the
-        earlier page is taken.
+        CandidatePages, with width = min(budget in pages, max_pages). Of equal bounds the earlier
+        page is taken.
 
     Raises:
         ValueError: a wrong tensor; a budget that is no multiple of page_size, or too small for what
@@ -122,14 +121,8 @@ def page_budget(cache: PagedKVCache, token_budget: int, window: Window) -> int:
 
 
 def select_all(cache: PagedKVCache) -> CandidatePages:
-    """Every page of every request, as a selector.
-
-    Returns:
-        pages [batch_size, num_kv_heads, max_pages] i32 and counts [batch_size, num_kv_heads] i32.
-
-    Raises:
-        ValueError: cache is no PagedKVCache.
-    """
+    """Every page of every request, as a selector: CandidatePages with width = max_pages; ValueError
+    where cache is no PagedKVCache."""
     check_cache(cache)
     candidates = CandidatePages.allocate(cache, cache.max_pages)
     with on_device(cache.seq_lens.device):

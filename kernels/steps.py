@@ -9,6 +9,7 @@ from .cache import PagedKVCache
 from .estimate_prune import estimate_and_prune
 from .estimator import estimate
 from .lists import Kept, TokenList, Window
+from .mass_bound import bound_mass
 from .plan import CandidatePlan, DensePlan, SparsePlan
 from .pruner import HeadUnion, Pruned, prune
 from .query import by_kv_head
@@ -29,6 +30,7 @@ class SparseMemory(NamedTuple):
     top_p: torch.Tensor  # [batch_size, num_qo_heads] f32
     logits: torch.Tensor  # [batch_size, num_qo_heads, width] f16
     kept: Kept
+    mass_bound: torch.Tensor  # [batch_size, num_qo_heads] f32
     union: HeadUnion
     attention: AttentionWorkspace
     out: torch.Tensor  # [batch_size, num_qo_heads, head_dim]
@@ -44,6 +46,7 @@ class SparseMemory(NamedTuple):
             top_p,
             logits,
             Kept.allocate(cache, tokens, num_qo_heads),
+            torch.empty(top_p.shape, device=top_p.device),
             HeadUnion.allocate(cache, tokens),
             AttentionWorkspace.allocate(cache, group_size, tokens, split_tokens_of(group_size)),
             empty_out(cache, num_qo_heads),
@@ -76,9 +79,9 @@ class SparseStep:
         self.plan, self.memory, self.settings = plan, memory, settings
         self.candidates, self.kept, self.out = memory.selection.candidates, memory.kept, memory.out
         num_kv_heads = memory.kept.tokens.shape[1]
-        self.top_p, self.grouped_logits, self.grouped_out, mass = (
-            by_kv_head(each, num_kv_heads)
-            for each in (memory.top_p, memory.logits, memory.out, memory.kept.mass)
+        by_qo_head = memory.top_p, memory.logits, memory.out, memory.mass_bound, memory.kept.mass
+        self.top_p, self.grouped_logits, self.grouped_out, self.grouped_bound, mass = (
+            by_kv_head(each, num_kv_heads) for each in by_qo_head
         )
         kept = memory.kept._replace(mass=mass)
         self.pruned = Pruned(kept, memory.attention.work, memory.union)
@@ -89,6 +92,8 @@ class SparseStep:
         q = by_kv_head(q, cache.num_kv_heads)
         self.select(q, cache)
         self.estimate_prune(q, cache)
+        if self.plan.mass_bound is not None:
+            self.bound(q, cache)
         return self.attend(q, cache)
 
     def select(self, q: torch.Tensor, cache: PagedKVCache) -> None:
@@ -116,6 +121,14 @@ class SparseStep:
         estimate_and_prune(
             self.plan.estimate_prune, by_kv_head(q, cache.num_kv_heads), cache, self.candidates,
             self.top_p, window, sm_scale, self.pruned,
+        )  # fmt: skip
+
+    def bound(self, q: torch.Tensor, cache: PagedKVCache) -> None:
+        """How much of the candidates' mass is surely kept -> mass_bound, where planned."""
+        assert self.plan.mass_bound is not None
+        bound_mass(
+            self.plan.mass_bound, by_kv_head(q, cache.num_kv_heads), cache, self.candidates,
+            self.grouped_logits, self.kept[:2], self.settings.sm_scale, self.grouped_bound,
         )  # fmt: skip
 
     def attend(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:

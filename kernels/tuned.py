@@ -122,21 +122,14 @@ class Configs:
         return fresh
 
 
-@dataclass(frozen=True)
-class Choice(Generic[Config]):
-    """A config, why it was chosen, and the bucket it was measured for, if any."""
-
-    config: Config
-    reason: str
-    bucket: Bucket | None = None
-
-
 class Planned(NamedTuple, Generic[Config]):
-    """A kernel's config as launched, why, and what launches."""
+    """A kernel's config as launched, why, what launches, and the bucket it was measured for, if
+    any."""
 
     config: Config
     reason: str
     launches: tuple[Launch, ...]
+    bucket: Bucket | None = None
 
 
 class Planner(NamedTuple):
@@ -159,19 +152,20 @@ class Planner(NamedTuple):
 
     def plan(self, spec: KernelSpec[Config], shape: StepShape) -> Planned[Config]:
         """A kernel as launched: whether it starts early follows from its rows."""
-        choice = self.choose(spec, shape)
-        early = starts_early(shape.launch_rows, self.gpu.capability)
-        config = replace(choice.config, pdl=early)
-        return Planned(config, choice.reason, spec.launches(shape, config))
+        config, reason, bucket = self.choose(spec, shape)
+        config = replace(config, pdl=starts_early(shape.launch_rows, self.gpu.capability))
+        return Planned(config, reason, spec.launches(shape, config), bucket)
 
-    def choose(self, spec: KernelSpec[Config], shape: StepShape) -> Choice[Config]:
-        """The config of a kernel, by the rule at the top of this file."""
+    def choose(
+        self, spec: KernelSpec[Config], shape: StepShape
+    ) -> tuple[Config, str, Bucket | None]:
+        """The config of a kernel, by the rule at the top of this file; why, and its bucket."""
         default, bucket = spec.default(shape, self.gpu), Bucket.of(spec, shape)
         if self.pinned is not None:
             reason = "pinned" if spec.name in self.pinned else "default: others are pinned"
-            return Choice(self.pinned.get(spec.name, default), reason)
+            return self.pinned.get(spec.name, default), reason, None
         if self.configs is None:
-            return Choice(default, "default: nothing is tuned on this GPU")
+            return default, "default: nothing is tuned on this GPU", None
         entries = self.configs.fresh(spec)
         by_distance = {at: bucket.distance(at, spec.static_width) for at in sorted(entries)}
         nearest = min(by_distance, key=by_distance.__getitem__, default=None)
@@ -179,10 +173,10 @@ class Planner(NamedTuple):
             reason = "default: no bucket is near"
             if len(entries) < len(self.configs.entries.get(spec.name, {})):
                 reason += ", and entries measured with other sources do not count"
-            return Choice(default, reason)
+            return default, reason, None
         where = f"nearest: rows={nearest.rows} width={nearest.width}"
         config = replace(default, **entries[nearest].config)
-        return Choice(config, "exact" if nearest == bucket else where, nearest)
+        return config, "exact" if nearest == bucket else where, nearest
 
 
 @functools.cache

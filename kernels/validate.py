@@ -19,6 +19,8 @@ def validate_cache(cache: "PagedKVCache") -> None:
             pool; a request uses a page twice; a part-filled last page, which the next append would
             write to, is shared; a page's mirror or bounds do not belong to its keys.
     """
+    if cache.k_factor is not None and not bool((cache.k_factor > 0).all()):
+        raise ValueError("k_factor: expected positive numbers, got others")
     check_indices(cache)
     check_mirror(cache)
 

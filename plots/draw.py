@@ -11,7 +11,7 @@ from pathlib import Path
 from .figures import FIGURES, FULL
 from .frames import CPU, CPU_NOTE, Frames, MissingData
 from .style import DPI
-from .tables import blocks, write_tables
+from .tables import write_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "profiling" / "results"
@@ -59,8 +59,7 @@ def index(gpu: str, drawn: Mapping[str, str]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Draw the figures, or make the tables, of every GPU that has results."""
     parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__)
-    parser.add_argument("--table", action="store_true", help="print the README's tables instead")
-    parser.add_argument("--readme", action="store_true", help="write them into README.md instead")
+    parser.add_argument("--readme", action="store_true", help="write README.md's tables instead")
     parser.add_argument("--present", action="store_true", help="skip what lacks data, say what")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
     parser.add_argument("--figures", type=Path, default=FIGURES_FOLDER, help="where figures go")
@@ -69,13 +68,9 @@ def main(argv: list[str] | None = None) -> int:
     if not folders:
         print(f"{arguments.results}: no results; `make bench` writes them")
         return 1
-    if arguments.table or arguments.readme:
-        every = [Frames(folder) for folder in folders if folder.name != CPU]
-        if arguments.readme:
-            write_tables(README, every)
-            print(f"tables -> {os.path.relpath(README)}")
-        else:
-            print(*(blocks(every) if every else [CPU_NOTE]), sep="\n\n")
+    if arguments.readme:
+        write_tables(README, [Frames(folder) for folder in folders if folder.name != CPU])
+        print(f"tables -> {os.path.relpath(README)}")
         return 0
     for folder in folders:
         try:

@@ -5,7 +5,13 @@ from collections.abc import Callable
 
 from matplotlib.figure import Figure
 
-from . import accuracy_figures, latency_figures, stage_figures
+from . import (
+    accuracy_figures,
+    latency_figures,
+    model_figures,
+    quality_figures,
+    stage_figures,
+)
 from .frames import Frames
 from .style import styled
 
@@ -21,7 +27,14 @@ FIGURES: dict[str, Callable[[Frames], Figure]] = {
         latency_figures.attention_budget,
         accuracy_figures.kept_heads,
         latency_figures.pipeline_paper,
+        model_figures.model_length,
+        quality_figures.quality_tokens,
+        quality_figures.quality_time,
+        quality_figures.model_time,
     )
 }
-# Of the tables and sweeps that `make bench FULL=1` adds: drawn as far as there are any.
-FULL = {"pipeline_error", "pipeline_budget", "accuracy_top_p", "kept_heads", "pipeline_paper"}
+# Of what `make bench FULL=1` and MODEL=1 and `make evaluate` add: drawn as far as there is any.
+FULL = {
+    *("pipeline_error", "pipeline_budget", "accuracy_top_p", "kept_heads", "pipeline_paper"),
+    *("model_length", "quality_tokens", "quality_time", "model_time"),
+}

@@ -11,9 +11,11 @@ CPU = "cpu-reference"  # results of the reference on a CPU, in small
 CPU_NOTE = "CPU reference in small sizes: proves only that the benchmark runs"
 STEP_STAGES = ("selector", "estimator", "pruner", "estimate_prune", "attention")
 SWEEPS = ("budget-", "length-", "paper-", "top_p-", "trace-")
+LAYOUT = "-interleaved"  # ends the name of a standard workload in another layout of K and V
 SIZES = ["batch_size", "num_qo_heads", "num_kv_heads", "seq_len"]
 SAME = [*SIZES, "token_budget", "top_p", "method", "provider"]  # the same measurement
 OURS = ("tilelang", "torch")
+WRITTEN_BY = {"quality": "make evaluate"}
 TEXT = ("commit", "torch", "tilelang", "bits")  # may look like numbers
 
 
@@ -30,7 +32,8 @@ class Frames:
     def __getitem__(self, name: str) -> pd.DataFrame:
         path = self.folder / f"{name}.csv"
         if not path.is_file():
-            raise MissingData(f"{path}: no such file; `make bench [FULL=1]` writes it")
+            maker = WRITTEN_BY.get(name, "make bench [FULL=1]")
+            raise MissingData(f"{path}: no such file; `{maker}` writes it")
         return pd.read_csv(path, dtype=dict.fromkeys(TEXT, str))
 
 
@@ -59,7 +62,9 @@ def sweep(frames: Frames, name: str, prefix: str) -> pd.DataFrame:
 def standard_rows(frames: Frames, name: str, **wanted: object) -> pd.DataFrame:
     """Rows of the standard workloads (no sweeps), the largest batches first."""
     rows = rows_of(frames, name, **wanted)
-    rows = require(rows[~rows["workload"].str.startswith(SWEEPS)], name, "a standard workload")
+    names = rows["workload"].str
+    rows = rows[~names.startswith(SWEEPS) & ~names.endswith(LAYOUT)]
+    rows = require(rows, name, "a standard workload")
     return rows.sort_values(SIZES, ascending=[False] * len(SIZES))
 
 

@@ -16,6 +16,7 @@ from .parts import (
     budget_rule,
     heads,
     line,
+    note,
     on_cpu,
     panels,
     point_text,
@@ -51,16 +52,8 @@ def pipeline_error(frames: Frames) -> Figure:
     twilight = of_method(rows, "quest+twilight", "top_p")
     dense_us, dense = twilight[["dense_us", "dense"]].iloc[0]
     axes.axvline(dense_us, color=LOOKS["baseline"]["color"], ls="--", lw=1.4)
-    axes.annotate(
-        f"dense decode,\n{PROVIDERS[dense]}:\ndrops nothing",
-        (dense_us, 0.97),
-        xycoords=("data", "axes fraction"),
-        xytext=(-5, 0),
-        textcoords="offset points",
-        ha="right",
-        va="top",
-        fontsize=9,
-    )
+    text, at_top = f"dense decode,\n{PROVIDERS[dense]}:\ndrops nothing", ("data", "axes fraction")
+    note(axes, text, (dense_us, 0.97), (-5, 0), xycoords=at_top, ha="right", va="top")
     axes.set_ylim(max(0.01, rows["error"].min() / 2), 1)
     axes.set_xlim(quest["median_us"].min() / 1.3, 1.3 * max(dense_us, twilight["median_us"].max()))
     ticks = [unit * 10**power for power in range(9) for unit in (1, 2, 5)]
@@ -197,10 +190,5 @@ def _dense_level(axes: Axes, rows: pd.DataFrame) -> None:
     """The fastest dense decode, which has no budget."""
     dense_us, dense, seq_len = rows[["dense_us", "dense", "seq_len"]].iloc[0]
     axes.axhline(dense_us, color=LOOKS["baseline"]["color"], ls="--", lw=1.4)
-    axes.annotate(
-        f"dense, {seq_len:,} tokens, {PROVIDERS[dense]}: {dense_us:,.0f} us",
-        (rows["token_budget"].min(), dense_us),
-        xytext=(0, 4),
-        textcoords="offset points",
-        fontsize=9,
-    )
+    text = f"dense, {seq_len:,} tokens, {PROVIDERS[dense]}: {dense_us:,.0f} us"
+    note(axes, text, (rows["token_budget"].min(), dense_us), (0, 4))

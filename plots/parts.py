@@ -65,16 +65,16 @@ def point_text(axes: Axes, x: float, y: float, text: str, look: str, where: str 
         "below": ((0, -15), "center"),
         "left": ((-8, -3.5), "right"),
     }[where]
-    axes.annotate(
-        text,
-        (x, y),
-        xytext=offset,
-        textcoords="offset points",
-        ha=side,
-        fontsize=9.5,
-        color=LOOKS[look]["color"],
-        bbox=LABEL_BOX | {"pad": 0.2, "alpha": 0.8},
-    )
+    box = LABEL_BOX | {"pad": 0.2, "alpha": 0.8}
+    note(axes, text, (x, y), offset, ha=side, fontsize=9.5, color=LOOKS[look]["color"], bbox=box)
+
+
+def note(
+    axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], **look: object
+) -> None:
+    """A text, so many points away from a place."""
+    look = {"fontsize": 9} | look
+    axes.annotate(text, at, xytext=offset, textcoords="offset points", **look)
 
 
 def bar_look(stage: str) -> dict[str, object]:

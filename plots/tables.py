@@ -21,6 +21,7 @@ from .frames import (
     standard_rows,
     steps,
 )
+from .model_figures import SIZES, model_rows
 from .parts import METHODS, PROVIDERS, budget_rule, speedup, stage_words
 
 QUEST, OURS = "quest", "quest+twilight"
@@ -132,11 +133,55 @@ def memory_text(frames: Frames) -> str:
     )
 
 
+def model_table(frames: Frames) -> str:
+    """A token of a whole model, by each attention and by none."""
+    rows = model_rows(frames).sort_values(["workload", "batch_size", "seq_len"], kind="stable")
+    lines = []
+    for (workload, batch_size, seq_len), every in rows.groupby(SIZES, sort=False):
+        by = {row.method: row for row in every.itertuples()}
+        none, quest, ours = (by[name] for name in ("none", QUEST, OURS))
+        dense = f"{ours.dense_us / 1e3:.2f} ({PROVIDERS[ours.dense]})"
+        eager = f"{ours.host_us / 1e3:.1f}" if ours.host_us == ours.host_us else "-"
+        lines.append(
+            f"{workload} | {batch_size} x {seq_len:,} | {none.median_us / 1e3:.2f} | {dense} "
+            f"| {quest.median_us / 1e3:.2f} | **{ours.median_us / 1e3:.2f}** "
+            f"| {speedup(every, ours)} | {ours.tokens_per_s:,.0f} | {eager}"
+        )
+    header = (
+        "model | batch x tokens | no attention at all, ms | fastest dense, ms | Quest alone, ms "
+        "| **Quest + Twilight, ms** | speedup over dense | tokens/s | eager, ms"
+    )
+    first = rows[rows["method"] == OURS].iloc[0]
+    commits = ", ".join(sorted(map(str, rows["commit"].unique())))
+    caption = (
+        f"Milliseconds a token on {first.gpu.upper()}, {first['dtype']}: random weights in the "
+        f"shape of the model, made-up queries and caches, the first two layers dense, p = "
+        f"{first.top_p:g}; one CUDA graph a token, but for the last column, Twilight's. "
+        f"{_model_memory(frames, rows)}Measured at commit {commits}."
+    )
+    return _table(header, lines, caption)
+
+
+def _model_memory(frames: Frames, rows: pd.DataFrame) -> str:
+    """What lies beside K and V where a model's caches are largest."""
+    largest = rows.loc[(rows["batch_size"] * rows["seq_len"]).idxmax(), SIZES]
+    memory = frames["memory"].set_index(SIZES).sort_index()
+    if tuple(largest) not in memory.index:
+        return ""
+    share = memory.loc[tuple(largest)].set_index("part")["share"]
+    added = share[["k_int4", "k_scale_zero", "page_bounds", "bounds_scale_zero"]].sum()
+    return (
+        f"{largest.workload}, {largest.batch_size} x {largest.seq_len:,}: mirror and bounds take "
+        f"{100 * added:.1f} % of the bytes of K and V, the weights {100 * share['weights']:.0f} %. "
+    )
+
+
 TABLES: dict[str, Callable[[Frames], str]] = {
     "speed": speed_table,
     "top_p": top_p_table,
     "length": length_table,
     "stage": stage_table,
+    "model": model_table,
     "memory": memory_text,
 }
 

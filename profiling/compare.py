@@ -9,17 +9,15 @@ than a quarter is a change.
 """
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .tables.summary import summarize
 
 TOLERANCE, HOST_TOLERANCE = 0.03, 0.25
 
 
-@dataclass(frozen=True)
-class Time:
+class Time(NamedTuple):
     """In microseconds; `tolerance`: the ratio - 1 that is no change."""
 
     us: float
@@ -27,31 +25,9 @@ class Time:
     high_us: float
     tolerance: float
 
-
-@dataclass(frozen=True)
-class Change:
-    """One time in both folders, in microseconds."""
-
-    id: str
-    before_us: float
-    after_us: float
-    verdict: str  # slower, faster or same
-
-    @property
-    def ratio(self) -> float:
-        return self.after_us / self.before_us
-
-
-def changes(
-    before: dict[str, Any], after: dict[str, Any], tolerance: float = TOLERANCE
-) -> list[Change]:
-    """The times that both summaries hold, the worst change first."""
-    old, new = times(before, tolerance), times(after, tolerance)
-    found = [
-        Change(name, old[name].us, new[name].us, _verdict(old[name], new[name]))
-        for name in old.keys() & new.keys()
-    ]
-    return sorted(found, key=lambda change: (-change.ratio, change.id))
+    def beats(self, other: "Time") -> bool:
+        """Whether it is shorter than another by more than the noise."""
+        return self.high_us < other.low_us and other.us / self.us > 1 + self.tolerance
 
 
 def times(data: dict[str, Any], tolerance: float) -> dict[str, Time]:
@@ -65,14 +41,6 @@ def times(data: dict[str, Any], tolerance: float) -> dict[str, Time]:
             tolerance_of_hosts = max(tolerance, HOST_TOLERANCE)
             found[f"{row['id']} host_us"] = Time(*3 * (row["host_us"],), tolerance_of_hosts)
     return found
-
-
-def _verdict(old: Time, new: Time) -> str:
-    if new.low_us > old.high_us and new.us / old.us > 1 + old.tolerance:
-        return "slower"
-    if new.high_us < old.low_us and old.us / new.us > 1 + old.tolerance:
-        return "faster"
-    return "same"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -90,22 +58,23 @@ def main(argv: list[str] | None = None) -> int:
     except (FileNotFoundError, ValueError) as error:
         print(error)
         return 2
-    found = changes(before, after, arguments.tolerance)
-    if not found:
+    old, new = (times(data, arguments.tolerance) for data in (before, after))
+    shared = sorted(old.keys() & new.keys(), key=lambda own: (-new[own].us / old[own].us, own))
+    if not shared:
         print("compare: the folders share no time")
         return 2
-    for change in found:
-        if arguments.all or change.verdict != "same":
-            print(
-                f"{change.verdict:6} {change.ratio:6.3f}  "
-                f"{change.before_us:10,.2f} -> {change.after_us:10,.2f} us  {change.id}"
-            )
-    counts = {name: sum(own.verdict == name for own in found) for name in ("slower", "faster")}
-    ids = [times(data, arguments.tolerance).keys() for data in (before, after)]
-    only = len(ids[0] - ids[1]), len(ids[1] - ids[0])
+    counts = {"slower": 0, "faster": 0, "same": 0}
+    for name in shared:  # the worst change first
+        was, now = old[name], new[name]
+        verdict = "slower" if was.beats(now) else "faster" if now.beats(was) else "same"
+        counts[verdict] += 1
+        if arguments.all or verdict != "same":
+            times_us = f"{was.us:10,.2f} -> {now.us:10,.2f} us"
+            print(f"{verdict:6} {now.us / was.us:6.3f}  {times_us}  {name}")
+    only = len(old.keys() - new.keys()), len(new.keys() - old.keys())
     print(
         f"compare: {before['gpu']} {', '.join(before['commits'])} -> {after['gpu']} "
-        f"{', '.join(after['commits'])}: {len(found)} times, {counts['slower']} slower, "
+        f"{', '.join(after['commits'])}: {len(shared)} times, {counts['slower']} slower, "
         f"{counts['faster']} faster; {only[0]} only before, {only[1]} only after"
     )
     for note in {data["note"] for data in (before, after) if "note" in data}:

@@ -1,12 +1,13 @@
 """What a run measures on which inputs, and what it then need not measure again."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from . import device
 from .observations.accuracy import accuracy_rows
 from .observations.kept import kept_rows
 from .observations.memory import memory_rows
+from .observations.model_timeline import model_timeline_rows
 from .observations.timeline import timeline_rows
 from .providers.stages import Provider, StageBuilder, Target, sets_wanted
 from .providers.whole_model import WholeModel, prepare_model
@@ -15,8 +16,7 @@ from .workloads.request_sets import affordable_sets, pool_bytes, workload_sets
 from .workloads.workload import METHOD, Workload
 
 
-@dataclass(frozen=True)
-class Timed:
+class Timed(NamedTuple):
     """Rows that are timed together: some methods of one stage, at one setting of a workload."""
 
     stage: str
@@ -36,8 +36,7 @@ class Timed:
         return [tuple(row[name] for name in TABLES[self.stage].mark) for row in rows]
 
 
-@dataclass(frozen=True)
-class Observed:
+class Observed(NamedTuple):
     """Rows of a table that come from looking at a workload's inputs and steps."""
 
     stage: str  # the table
@@ -70,7 +69,10 @@ def groups_of(workload: Workload) -> list[Group]:
     groups: list[Group] = []
     for stage in workload.stages:
         if stage in OBSERVERS:
-            groups.append(Observed(stage, workload, OBSERVERS[stage]))
+            observe = OBSERVERS[stage]
+            if stage == "timeline" and workload.model is not None:
+                observe = model_timeline_rows
+            groups.append(Observed(stage, workload, observe))
         else:
             groups += _timed(workload, stage)
     return groups

@@ -5,6 +5,7 @@ the same code goes on from there.
 """
 
 import argparse
+import dataclasses
 import datetime
 import gc
 import importlib.metadata
@@ -147,9 +148,7 @@ class Run:
             kept_mean=provider.kept.mean,
             kept_min=provider.kept.low,
             kept_max=provider.kept.high,
-            median_us=measured.median_us,
-            p20_us=measured.p20_us,
-            p80_us=measured.p80_us,
+            **dataclasses.asdict(measured),
             bytes=num_bytes,
             flops=traffic.flops(stage, method, provider.work),
             floor_us=floor_us,
@@ -157,9 +156,7 @@ class Run:
             read_tbps=self.read_tbps,
             error=error,
             num_sets=len(provider.calls) if self.on_gpu else 1,
-            timer=measured.timer,
             tilelang=importlib.metadata.version("tilelang"),
-            sm_mhz=measured.sm_mhz,
             host_us=eager(provider.calls[0]) if eager else math.nan,
             **self.origin,
         )

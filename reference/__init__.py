@@ -14,6 +14,7 @@ from .estimator import candidate_tokens, estimate_logits
 from .fp8 import Fp8
 from .labels import KeyLabels, LabelFormat
 from .lists import CandidatePages, CandidateTokens, Kept
+from .mass_bound import bound_kept_mass
 from .pipeline import TwilightDecode
 from .pruner import group_union, prune_top_p, top_p_set_sorted, top_p_threshold
 from .quantize import (
@@ -28,5 +29,6 @@ from .quantize import (
 )
 from .requests import exact_page_bounds
 from .selector import quest_bounds, select_all, select_pages
+from .smoothing import KeyChannels, calibrate_keys
 from .twilight_config import TwilightConfig, read_config
 from .validate import validate_cache

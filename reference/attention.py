@@ -24,16 +24,14 @@ from .validate import (
 def gather_tokens(
     pages: torch.Tensor, page_table: torch.Tensor, tokens: torch.Tensor
 ) -> torch.Tensor:
-    """Read the rows of one request's tokens, a list of its own for every KV head.
+    """[num_kv_heads, n, head_dim]: the rows of one request's tokens, a list for every KV head.
 
     Args:
-        pages: [num_pages, page_size, num_kv_heads, head_dim], k_cache or v_cache.
+        pages: k_cache or v_cache.
         page_table: [max_pages] int32, the request's row.
-        tokens: [num_kv_heads, n] integer logical positions; negative for none.
+        tokens: [num_kv_heads, n] integer logical positions; negative for none, whose rows are 0.
 
-    Returns:
-        [num_kv_heads, n, head_dim], dtype of pages, float32 of FP8; 0 where the position is
-        negative.
+    FP8 becomes float32.
     """
     page_size = pages.shape[1]
     valid = tokens >= 0

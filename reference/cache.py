@@ -22,6 +22,7 @@ from .validate import (
     check_tensor,
 )
 
+KeyOffset = torch.Tensor | tuple[torch.Tensor | None, torch.Tensor | None] | None
 CHUNK_ELEMENTS = 1 << 26  # keys converted to float32 at a time
 
 
@@ -62,6 +63,10 @@ class PagedKVCache(Requests):
         kv_scales: [2, num_kv_heads] fp32 or None, what K, then V, are multiplied by where they are
             FP8 (e4m3fn or e5m2).
         dtype: of q and out; of K and V where None.
+        k_factor: [num_kv_heads, head_dim] fp32 or None: powers of two by which K less its offset is
+            divided before it is quantized or bounded, and the queries of selector and estimator
+            multiplied (SmoothQuant's smoothing factor, arXiv 2211.10438). Logits stay what they
+            are. See `calibrate_keys`.
         labels: what Double Sparsity scores tokens by, or None (see `KeyLabels`). A cache has them
             where it is built with a label_format.
     """
@@ -76,6 +81,7 @@ class PagedKVCache(Requests):
     bounds_scale_zero: torch.Tensor
     k_offset: torch.Tensor | None = None
     labels: KeyLabels | None = None
+    k_factor: torch.Tensor | None = None
     kv_scales: torch.Tensor | None = None
     dtype: torch.dtype | None = None
 
@@ -123,7 +129,7 @@ class PagedKVCache(Requests):
         *,
         num_pages: int | None = None,
         page_table: torch.Tensor | None = None,
-        k_offset: torch.Tensor | None = None,
+        k_offset: KeyOffset = None,
         label_format: LabelFormat | None = None,
     ) -> "PagedKVCache":
         """A cache of no tokens; by default request b owns pages b * max_pages and following."""
@@ -149,7 +155,7 @@ class PagedKVCache(Requests):
         max_pages: int | None = None,
         num_pages: int | None = None,
         page_table: torch.Tensor | None = None,
-        k_offset: torch.Tensor | None = None,
+        k_offset: KeyOffset = None,
         label_format: LabelFormat | None = None,
     ) -> "PagedKVCache":
         """Copy a prefill into pages.
@@ -205,7 +211,7 @@ class PagedKVCache(Requests):
         v_cache: torch.Tensor,
         page_table: torch.Tensor,
         seq_lens: torch.Tensor,
-        k_offset: torch.Tensor | None = None,
+        k_offset: KeyOffset = None,
         label_format: LabelFormat | None = None,
         layout: str | None = None,
         validate: bool = False,
@@ -218,7 +224,8 @@ class PagedKVCache(Requests):
         outside the pool is left out.
 
         Args:
-            k_cache, v_cache, page_table, seq_lens, k_offset: as the cache's own; of any strides.
+            k_cache, v_cache, page_table, seq_lens: as the cache's own; of any strides.
+            k_offset: as the cache's own, or (k_offset, k_factor).
             label_format: what labels it has, none where None.
             layout: "NHD", as above, or "HND", [num_pages, num_kv_heads, page_size, head_dim], which
                 the cache holds transposed. To be stated where page_size and num_kv_heads are both
@@ -246,9 +253,11 @@ class PagedKVCache(Requests):
         check_tensor("v_cache", v_cache, tuple(k_cache.shape), (k_cache.dtype,), device)
         check_tensor("page_table", page_table, (None, None), INT_DTYPES, device)
         check_lengths(seq_lens, page_table.shape[0], page_table.shape[1] * page_size, device)
-        if k_offset is not None:
-            head_shape = (num_kv_heads, head_dim)
-            check_tensor("k_offset", k_offset, head_shape, (torch.float32,), device)
+        k_offset, k_factor = k_offset if isinstance(k_offset, tuple) else (k_offset, None)
+        for name, channels in (("k_offset", k_offset), ("k_factor", k_factor)):
+            if channels is not None:
+                head_shape = (num_kv_heads, head_dim)
+                check_tensor(name, channels, head_shape, (torch.float32,), device)
         mirror_shape = (num_pages, num_kv_heads, page_size)
         cache = cls(
             k_cache,
@@ -261,6 +270,7 @@ class PagedKVCache(Requests):
             torch.zeros(num_pages, num_kv_heads, 2, dtype=torch.float32, device=device),
             k_offset,
             None if label_format is None else KeyLabels.empty(label_format, k_cache),
+            k_factor,
             scales_of(fp8, num_kv_heads, device) if is_fp8 else None,
             fp8.dtype if is_fp8 else None,
         )

@@ -2,8 +2,9 @@
 
 logit = (q . k_hat) * sm_scale,     k_hat = code * scale + zero
 
-rounded to float16: the weights that it estimates are of 4-bit keys. Beyond the range of float16 a
-logit is the nearest of its numbers; NaN stays NaN.
+(of q * k_factor and (k - k_offset) / k_factor, where the cache has these), rounded to float16: the
+weights that it estimates are of 4-bit keys. Beyond the range of float16 a logit is the nearest of
+its numbers; NaN stays NaN.
 """
 
 import torch
@@ -21,8 +22,7 @@ def candidate_tokens(cache: PagedKVCache, candidates: Candidates) -> torch.Tenso
     -1 where no valid token is. Of pages, slot s of the page in entry c is column c * page_size + s,
     and columns = width * page_size; of tokens, column c is entry c, and columns = width.
     """
-    single = isinstance(candidates, CandidateTokens)
-    unit = 1 if single else cache.page_size
+    unit = 1 if isinstance(candidates, CandidateTokens) else cache.page_size
     indices, counts = candidates[:2]
     slots = torch.arange(unit, device=indices.device)
     tokens = indices.long()[..., None] * unit + slots
@@ -66,6 +66,7 @@ def estimate_logits(
     tokens = candidate_tokens(cache, candidates)
     own = own_columns(candidates, tokens, q.shape[1])
     kv_head = torch.arange(cache.num_kv_heads, device=q.device)[:, None]
+    smoothed = cache.smoothed(q)
     logits_dtype = torch.float16 if rounded else dtype
     logits = torch.empty(*q.shape[:2], tokens.shape[-1], dtype=logits_dtype, device=q.device)
     for batch in range(cache.batch_size):
@@ -74,7 +75,7 @@ def estimate_logits(
         page = torch.where(valid, cache.page_table[batch][token // cache.page_size].long(), 0)
         place = (page, kv_head, token % cache.page_size)
         k_hat = dequantize_int4(cache.k_int4[place], cache.k_scale_zero[place], dtype=dtype)
-        grouped = q[batch].to(dtype).view(cache.num_kv_heads, -1, cache.head_dim)
+        grouped = smoothed[batch].to(dtype).view(cache.num_kv_heads, -1, cache.head_dim)
         estimate = (grouped @ k_hat.transpose(-1, -2) * sm_scale).flatten(0, 1)
         if rounded:
             estimate = estimate.clamp(-LARGEST, LARGEST)

@@ -11,6 +11,7 @@ from .cache import PagedKVCache
 from .double_sparsity import check_labels, select_tokens, token_selection_width
 from .estimator import estimate_logits
 from .lists import Candidates
+from .mass_bound import bound_kept_mass
 from .pruner import broadcast_top_p, prune_top_p
 from .selector import select_all, select_pages, selection_width
 from .twilight_config import read_config
@@ -58,6 +59,7 @@ class TwilightDecode:
         num_recent_tokens: int = 0,
         group: str = "own",
         path: str = "sparse",
+        bound_mass: bool = False,
     ) -> None:
         check_positive("num_qo_heads", num_qo_heads)
         if num_qo_heads % cache.num_kv_heads:
@@ -79,6 +81,9 @@ class TwilightDecode:
         self.num_qo_heads = num_qo_heads
         self.selector = selector
         self.path = path
+        if bound_mass and path != "sparse":
+            raise ValueError(f"bound_mass: expected the path 'sparse', got {path!r}")
+        self.bound_mass = bound_mass
         self.token_budget = token_budget
         self.group = group
         self.top_p = top_p
@@ -126,6 +131,8 @@ class TwilightDecode:
                 page_attention(q, cache, self.candidates, sm_scale=self.sm_scale, dtype=dtype)
             )
         self.estimate_prune(q, cache, dtype=dtype)
+        if self.bound_mass:
+            self.bound(q, cache, dtype=dtype)
         return self.attend(q, cache, dtype=dtype)
 
     def select(self, q: torch.Tensor, cache: PagedKVCache, *, dtype: Dtype = None) -> None:
@@ -136,14 +143,9 @@ class TwilightDecode:
             self.candidates = select_pages(q, cache, self.token_budget, **self.windows, dtype=dtype)
         else:
             self.candidates = select_tokens(
-                q,
-                cache,
-                self.token_budget,
-                group=self.group,
-                sm_scale=self.sm_scale,
-                **self.windows,
-                dtype=dtype,
-            )
+                q, cache, self.token_budget, group=self.group, sm_scale=self.sm_scale,
+                **self.windows, dtype=dtype,
+            )  # fmt: skip
 
     def estimate(self, q: torch.Tensor, cache: PagedKVCache, *, dtype: Dtype = None) -> None:
         """Estimated logits of the candidates -> logits."""
@@ -161,6 +163,12 @@ class TwilightDecode:
         """estimate() and prune()."""
         self.estimate(q, cache, dtype=dtype)
         self.prune(cache, dtype=dtype)
+
+    def bound(self, q: torch.Tensor, cache: PagedKVCache, *, dtype: Dtype = None) -> None:
+        """How much of the candidates' mass is surely kept -> kept_mass_bound."""
+        self.kept_mass_bound = bound_kept_mass(
+            q, cache, self.candidates, self.logits, self.kept, sm_scale=self.sm_scale, dtype=dtype
+        )
 
     def attend(self, q: torch.Tensor, cache: PagedKVCache, *, dtype: Dtype = None) -> torch.Tensor:
         """Attention over the kept tokens -> out."""

@@ -94,10 +94,9 @@ def prune_top_p(
         candidates: pages or tokens.
 
     Returns:
-        tokens: [batch_size, num_kv_heads, columns] int32, logical positions, ascending, then -1.
-        counts: [batch_size, num_kv_heads] int32.
-        mass: [batch_size, num_qo_heads] float32 (or `dtype`): the estimated mass of the query
-            head's own set, before the union, forced tokens included; 0 for a request of no tokens.
+        Kept, of `columns` tokens a row, -1 behind the counted ones; its mass float32 (or `dtype`),
+        of the query head's own set before the union, forced tokens included; 0 for a request of no
+        tokens.
     """
     check_candidates(candidates, cache)
     tokens = candidate_tokens(cache, candidates)

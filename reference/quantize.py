@@ -73,14 +73,9 @@ def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_rows(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize key rows as the module's docstring defines it for 4 bits, with 2**bits levels.
-
-    Args:
-        x: [..., head_dim] any float, finite. Arithmetic is float32.
-        bits: 1 to 8.
-
-    Returns:
-        codes: [..., head_dim] uint8, and scale_zero: [..., 2] fp16 (scale, zero).
+    """Quantize key rows as the module's docstring defines it for 4 bits, with 2**bits levels, 1 to
+    8 bits: x [..., head_dim] any float, finite -> codes [..., head_dim] uint8, and scale_zero
+    [..., 2] fp16 (scale, zero). Arithmetic is float32.
     """
     if bits not in range(1, 9):
         raise ValueError(f"bits: expected 1 to 8, got {bits!r}")
@@ -120,13 +115,9 @@ def dequantize_int4(
 def quantize_bounds(
     page_min: torch.Tensor, page_max: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize the bounds of pages; the module's docstring is the definition.
-
-    Args:
-        page_min, page_max: [..., head_dim] any float, finite. Arithmetic is float32.
-
-    Returns:
-        codes: [..., 2, head_dim] uint8, those of page_max first, and scale_zero: [..., 2] float32.
+    """Quantize the bounds of pages as the module's docstring defines it: page_min, page_max
+    [..., head_dim] any float, finite -> codes [..., 2, head_dim] uint8, those of page_max first,
+    and scale_zero [..., 2] float32. Arithmetic is float32.
     """
     page_min, page_max = page_min.to(torch.float32), page_max.to(torch.float32)
     zero = page_min.amin(dim=-1, keepdim=True)

@@ -9,7 +9,7 @@ import torch
 from .fp8 import FP8_DTYPES, from_fp8, to_fp8
 from .labels import KeyLabels
 from .quantize import quantize_bounds, quantize_int4
-from .validate import INT_DTYPES, check_tensor
+from .validate import INT_DTYPES, check_tensor, compute_dtype
 
 
 def exact_page_bounds(
@@ -55,6 +55,7 @@ class Requests:
     page_bounds: torch.Tensor
     bounds_scale_zero: torch.Tensor
     k_offset: torch.Tensor | None
+    k_factor: torch.Tensor | None
     labels: KeyLabels | None
     kv_scales: torch.Tensor | None
     dtype: torch.dtype | None
@@ -130,8 +131,8 @@ class Requests:
         Args:
             joining: [batch_size] bool, the rows that are taken.
             page_table: [batch_size, max_pages] int32, their pages; other rows are not looked at.
-            seq_lens: [batch_size] int32, the tokens that these pages hold already: 0, or a prefix
-                whose pages are mirrored, the last of which is part-filled in this request alone.
+            seq_lens: [batch_size] int32, the tokens that these pages hold already, with their
+                mirror: none, or a prefix. A part-filled last page must be this request's alone.
         """
         self._check_rows("joining", joining)
         device = self.k_cache.device
@@ -257,6 +258,15 @@ class Requests:
             self._shift(page_min), self._shift(page_max)
         )
 
+    def smoothed(self, q: torch.Tensor) -> torch.Tensor:
+        """q: [batch_size, num_qo_heads, head_dim] as it meets the mirror and the bounds: times
+        k_factor, in its own dtype."""
+        if self.k_factor is None:
+            return q
+        grouped = q.unflatten(1, (self.k_factor.shape[0], -1)).to(compute_dtype(None, q))
+        smoothed: torch.Tensor = (grouped * self.k_factor[:, None]).to(q.dtype).flatten(1, 2)
+        return smoothed
+
     def _keys(self, pages: torch.Tensor) -> torch.Tensor:
         """Those of physical pages; in FP8, float32 times their scale."""
         if self.k_cache.dtype not in FP8_DTYPES or self.kv_scales is None:
@@ -265,6 +275,7 @@ class Requests:
         return from_fp8(codes, self.kv_scales[0])
 
     def _shift(self, k: torch.Tensor) -> torch.Tensor:
-        """k - k_offset in float32, for k: [..., num_kv_heads, head_dim]."""
+        """(k - k_offset) / k_factor in float32, for k: [..., num_kv_heads, head_dim]."""
         x = k.to(torch.float32)
-        return x if self.k_offset is None else x - self.k_offset
+        x = x if self.k_offset is None else x - self.k_offset
+        return x if self.k_factor is None else x / self.k_factor

@@ -53,6 +53,7 @@ def select_pages(
     rows = (cache.batch_size, cache.num_kv_heads)
     candidate_pages = torch.full((*rows, width), -1, dtype=torch.int32, device=q.device)
     candidate_counts = torch.zeros(rows, dtype=torch.int32, device=q.device)
+    smoothed = cache.smoothed(q)
     for batch, length in enumerate(cache.seq_lens.tolist()):
         num_pages = pages_of(length, cache.page_size)
         count = min(num_pages, width)
@@ -62,7 +63,7 @@ def select_pages(
         page_min, page_max = dequantize_bounds(
             cache.page_bounds[pages], cache.bounds_scale_zero[pages], dtype=dtype
         )
-        bounds = quest_bounds(q[batch], page_min, page_max, dtype=dtype)
+        bounds = quest_bounds(smoothed[batch], page_min, page_max, dtype=dtype)
         bounds = bounds.nan_to_num(nan=float("-inf"), neginf=float("-inf"))  # below what is forced
         scores = bounds.view(cache.num_kv_heads, -1, num_pages).amax(dim=1)
         scores[:, -1] = float("inf")

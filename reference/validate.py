@@ -131,6 +131,8 @@ def validate_cache(cache: "PagedKVCache") -> None:
             request, a part-filled last page that another request uses too (its next token
             would land there), or a page whose mirror or bounds do not belong to its keys.
     """
+    if cache.k_factor is not None and not bool((cache.k_factor > 0).all()):
+        raise ValueError("k_factor: expected positive numbers, got others")
     check_indices(cache)
     check_mirror(cache)
 
@@ -167,7 +169,8 @@ def check_indices(cache: "PagedKVCache") -> None:
 def check_mirror(cache: "PagedKVCache") -> None:
     """Raise ValueError for the first page, request by request, whose keys were written without
     their mirror or bounds: these are made again, and compared bit for bit."""
-    own = (cache.k_cache, cache.v_cache, cache.page_table, cache.seq_lens, cache.k_offset)
+    channels = cache.k_offset, cache.k_factor
+    own = (cache.k_cache, cache.v_cache, cache.page_table, cache.seq_lens, channels)
     again = cache.wrap(*own, layout="NHD", fp8=cache.fp8)
     for batch, length in enumerate(cache.seq_lens.tolist()):
         for logical in range(-(-length // cache.page_size)):

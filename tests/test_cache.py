@@ -226,9 +226,9 @@ def test_append_leaves_a_full_request_alone(device, rng):
     assert torch.equal(cache.k_cache[cache.page_table[0, 0], 3], k[0])
 
 
-@pytest.mark.parametrize("scenario", EACH_SCENARIO)
-def test_requests_come_and_go(scenario, device):
-    scenario(World(kernels, device))
+@pytest.mark.parametrize("scenario, layout", EACH_SCENARIO)
+def test_requests_come_and_go(scenario, layout, device):
+    scenario(World(kernels, device, layout))
 
 
 @pytest.mark.parametrize("case", UNSHARED)

@@ -18,6 +18,7 @@ from twilight_tilelang.kernels.attention import ATTENTION_KERNELS
 from twilight_tilelang.kernels.estimate_prune import EstimatePruneConfig, estimate_prune_kernel
 from twilight_tilelang.kernels.gpu import ARCHS
 from twilight_tilelang.kernels.launch import Launch, StepShape
+from twilight_tilelang.kernels.mass_bound import mass_bound
 from twilight_tilelang.kernels.plan import launches_in, plan_candidates, plan_dense, plan_sparse
 from twilight_tilelang.kernels.pruner import PRUNER
 from twilight_tilelang.kernels.requests import cache_launches
@@ -51,10 +52,10 @@ def default_launches(shape: StepShape, arch: str) -> list[Launch]:
     planner = Planner(ARCHS[arch])
     (wide,) = planner.plan(PRUNER, shape._replace(logits_dtype="float32")).launches
     paths = tuple(plan(shape, planner) for plan in (plan_sparse, plan_candidates, plan_dense))
-    cache = cache_launches(
-        shape.head_dim, shape.page_size, shape.dtype, shape.kv_dtype or shape.dtype
-    )
-    own = (cache, all_pages(shape.page_size), dataclasses.replace(wide, name="pruner_float32"))
+    dtypes = (shape.dtype, shape.kv_dtype or shape.dtype)
+    cache = cache_launches(shape.head_dim, shape.page_size, *dtypes, shape.smooth)
+    pruner = dataclasses.replace(wide, name="pruner_float32")
+    own = (cache, all_pages(shape.page_size), pruner, mass_bound(shape))
     return list(dict.fromkeys(launches_in((own, paths))))
 
 
@@ -67,6 +68,18 @@ FUSED = {
     "gqa8-d128": (StepShape(8, 128, 16, "float16", 512, 2048, 4096, 512), ("sm_90a", "sm_100a")),
     "gqa16-d64": (StepShape(16, 64, 16, "float16", 512, 2048, 2048, 512), ("sm_90a",)),
 }
+
+
+# Keys with a factor: the kernels that load queries or write the mirror.
+SMOOTH = {
+    "gqa4-d128": (StepShape(4, 128, 16, "float16", 8, 512, 8192, 8, smooth=True), ("sm_90a",)),
+    "gqa8-d128": (
+        StepShape(8, 128, 16, "bfloat16", 512, 2048, 4096, 512, smooth=True), ("sm_100a",),
+    ),
+    "mha-d128": (StepShape(1, 128, 16, "float16", 2048, 2048, 8192, 2048, smooth=True), ("sm_80",)),
+    "gqa4-d256": (StepShape(4, 256, 16, "float16", 512, 2048, 4096, 512, smooth=True), ("sm_90a",)),
+}  # fmt: skip
+SMOOTHED = ("page_score", "estimator", "estimate_prune", "mass_bound", "mirror", "append")
 
 
 class Kernel(NamedTuple):
@@ -87,6 +100,10 @@ def kernels() -> Iterator[tuple[str, Kernel]]:
         for arch in archs:
             (launch,) = (v for v in default_launches(shape, arch) if v.name == "estimate_prune")
             yield f"{name}-{arch}-{launch.name}", Kernel(launch, arch, f"fused-{arch}")
+    for name, (shape, archs) in SMOOTH.items():
+        for arch in archs:
+            for launch in (v for v in default_launches(shape, arch) if v.name in SMOOTHED):
+                yield f"smooth-{name}-{arch}-{launch.name}", Kernel(launch, arch, f"smooth-{arch}")
     for arch in ("sm_90a", "sm_100a"):
         config = EstimatePruneConfig(tiles_per_warp=4)
         arguments = (4, 128, 16, "float16", 8192, 128, config)

@@ -1,6 +1,7 @@
 """What the evaluation's engines decode: in chunks as token by token, and as the reference does."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,11 @@ from twilight_tilelang.evaluation.configurations import (  # noqa: E402
     Configuration,
     make_configuration,
 )
-from twilight_tilelang.evaluation.kernel_engine import KernelEngine  # noqa: E402
+from twilight_tilelang.evaluation.kernel_engine import (  # noqa: E402
+    KernelEngine,
+    decode_options,
+    rounded_up,
+)
 from twilight_tilelang.evaluation.masks import Chunk, Rule, choose  # noqa: E402
 from twilight_tilelang.evaluation.torch_engine import TorchEngine, make_rule  # noqa: E402
 from twilight_tilelang.evaluation.upstream import (  # noqa: E402
@@ -41,6 +46,7 @@ CONFIGURATIONS = {
     "quest": everywhere(QUEST, 0.8),
     "windows": everywhere(QUEST, 0.6, sinks=3, recent=5),
     "small": everywhere(QUEST | {"token_budget": 16}, 0.9),
+    "quest alone": everywhere(QUEST),
 }
 
 
@@ -91,6 +97,30 @@ def test_torch_engine_matches_the_adapter(name: str, model) -> None:
     assert_same(got, decode(KernelEngine(model), CONFIGURATIONS[name], False))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*CONFIGURATIONS, "dense"])
+def test_the_kernels_choose_the_same_tokens(name: str) -> None:
+    """On 20 prompts: the most likely next token, but where two are as good, and the tokens kept."""
+    configuration = (CONFIGURATIONS | {"dense": DENSE})[name]
+    model = tiny_model(hidden_size=256).to("cuda", torch.float16)
+    found = []
+    for make in (TorchEngine, KernelEngine, partial(KernelEngine, measure_every=4)):
+        engine, own = make(model), []
+        for seed in range(20):
+            prompt, tail = tokens(seed)
+            engine.prefill(prompt, len(tail))
+            measures = engine.begin(configuration)
+            own.append((engine.feed(tail).cpu(), measures.by_layer()))
+        found.append(own)
+    for (expected, reads), (got, kernel_reads), (captured, _) in zip(*found, strict=True):
+        assert (captured - got).abs().max() <= 0.02 * got.abs().max()
+        best = expected.topk(2).values
+        clear = best[:, 0] - best[:, 1] > 0.05 * expected.abs().max()
+        assert torch.equal(got.argmax(-1)[clear], expected.argmax(-1)[clear])
+        for column in ("kept", "budget", "true_mass", "estimated_mass"):
+            assert kernel_reads[column] == pytest.approx(reads[column], rel=0.05, abs=0.2), column
+
+
 def test_configurations_share_a_prefill(model) -> None:
     prompt, tail = tokens()
     for make in (TorchEngine, KernelEngine):
@@ -101,6 +131,49 @@ def test_configurations_share_a_prefill(model) -> None:
             found.append(engine.feed(tail))
         assert torch.equal(found[0], found[2])
         assert not torch.equal(found[0], found[1])
+
+
+def test_steps_are_timed_beside_the_samples(model) -> None:
+    """On a CPU they run eagerly; what was decoded before and after is the same."""
+    engine, (prompt, tail) = KernelEngine(model), tokens()
+    engine.prefill(prompt, len(tail))
+    measures, found = [], []
+    for _ in range(2):
+        measures.append(engine.begin(CONFIGURATIONS["quest"]))
+        found.append(engine.feed(tail))
+        assert engine.seconds_per_token() > 0
+    assert torch.equal(*found) and measures[0].by_layer() == measures[1].by_layer()
+
+
+def test_some_tokens_are_measured_and_all_are_decoded(model) -> None:
+    """Of the 13 tokens the 1st, 6th and 11th; the others are those of a captured step."""
+    every, _ = decode(KernelEngine(model), CONFIGURATIONS["quest"], True)
+    engine, (prompt, tail) = KernelEngine(model, measure_every=5), tokens()
+    engine.prefill(prompt, len(tail))
+    measures = engine.begin(CONFIGURATIONS["quest"])
+    assert torch.equal(torch.cat([engine.feed(tail[:3]), engine.feed(tail[3:])]), every)
+    assert [len(rows) for rows in measures.rows.values()] == [3, 3]
+    assert engine.seconds_per_token() > 0
+    assert [len(rows) for rows in measures.rows.values()] == [3, 3]
+
+
+def test_rooms_come_in_few_sizes() -> None:
+    assert [rounded_up(n) for n in (1, 256, 257, 2049, 8200, 40_000)] == [
+        *(256, 256, 512, 2560, 10_240, 40_960),
+    ]
+    assert all(n <= rounded_up(n) <= 1.25 * n + 256 for n in range(1, 5000))
+
+
+def test_the_kernels_refuse_double_sparsity() -> None:
+    selector = {"type": "ds", "config_path": "x.json", "selected_channel": "q", "r": 8}
+    configuration = everywhere(selector | {"quant_bit": 2, "token_budget": 32})
+    with pytest.raises(NotImplementedError, match="selector.type: the kernels run .* got 'ds'"):
+        decode_options(configuration, 16)
+    options = decode_options(CONFIGURATIONS["windows"], 16)
+    assert (options.num_sink_tokens, options.num_recent_tokens, options.top_p) == (3, 5, 0.6)
+    assert (options.selector, options.token_budget, options.path) == ("quest", 48, "sparse")
+    assert decode_options(everywhere(QUEST), 16).path == "candidates"
+    assert decode_options(DENSE, 16).path == "dense"
 
 
 @pytest.mark.parametrize("make", [TorchEngine, KernelEngine])

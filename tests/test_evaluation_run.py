@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ pytest.importorskip("transformers", minversion="5.24")
 
 from tests.inputs.tiny_model import save_tiny, tiny_tokenizer  # noqa: E402
 from twilight_tilelang.evaluation import __main__ as command  # noqa: E402
+from twilight_tilelang.evaluation import small  # noqa: E402
 from twilight_tilelang.evaluation.configurations import (  # noqa: E402
     DENSE,
     MissingChannels,
@@ -19,10 +21,12 @@ from twilight_tilelang.evaluation.configurations import (  # noqa: E402
     read_configuration,
 )
 from twilight_tilelang.evaluation.measures import Measures, Reading  # noqa: E402
-from twilight_tilelang.evaluation.results import Store, cut  # noqa: E402
+from twilight_tilelang.evaluation.results import Store, cut, write_ruler  # noqa: E402
 from twilight_tilelang.evaluation.run import Run  # noqa: E402
 from twilight_tilelang.evaluation.samples import Sample, Task  # noqa: E402
 from twilight_tilelang.evaluation.torch_engine import TorchEngine  # noqa: E402
+from twilight_tilelang.plots.figures import FIGURES  # noqa: E402
+from twilight_tilelang.plots.frames import Frames  # noqa: E402
 
 PUBLISHED = sorted((Path(__file__).parents[1] / "examples" / "configs").glob("*.json"))
 SPARSE = {
@@ -93,10 +97,10 @@ def test_passkey_and_niah_from_end_to_end(model: Path, config: Path) -> None:
     assert (folder / cut(text)).read_text() == ",700\ntiny,0.0\n"
     line = lines_of(folder / "700" / cut(text))[1]
     assert line["decoded_tokens"] == 400 + 9 and line["depth"] == 100 and line["score"] == 0
-    assert evaluate(model, config, "--task", "niah", *size) == 0
+    assert evaluate(model, config, "--task", "niah", "--lengths", "700", "--samples", "1") == 0
     pred = config.parent / "out/dataset/tiny-torch/synthetic/700/pred/sparse"
     assert lines_of(pred / "niah_single_1.jsonl")[0]["decoded_tokens"] == 127
-    assert (pred / "summary.csv").read_text() == ",niah_single_1\nScore,0.0\n"
+    assert (pred / "summary.csv").read_text().startswith("0,1\nTasks,niah_single_1\nScore,0.0\n")
 
 
 def test_longbench_from_end_to_end(model: Path, config: Path) -> None:
@@ -121,10 +125,10 @@ def test_longbench_from_end_to_end(model: Path, config: Path) -> None:
 
 
 def test_a_run_goes_on_where_it_was_cut_off(model: Path, config: Path, monkeypatch) -> None:
-    size = ("--task", "niah", "--lengths", "700", "--samples", "3")
+    size = ("--task", "ruler", "--subtasks", "vt", "--lengths", "700", "--samples", "3")
     assert evaluate(model, config, *size) == 0
     pred = config.parent / "out/dataset/tiny-torch/synthetic/700/pred"
-    paths = [pred / name / "niah_single_1.jsonl" for name in ("dense", "sparse")]
+    paths = [pred / name / "vt.jsonl" for name in ("dense", "sparse")]
     whole = [path.read_text() for path in paths]
     lines = whole[1].splitlines()
     paths[1].write_text("\n".join(lines[:2]) + "\n" + lines[2][:40])  # cut off in its third line
@@ -145,8 +149,6 @@ def test_a_run_goes_on_where_it_was_cut_off(model: Path, config: Path, monkeypat
 class FakeEngine:
     """Says the same whatever it is fed."""
 
-    timed_alone = False
-
     def prefill(self, tokens: list[int], room: int) -> torch.Tensor:
         return torch.eye(258)[65]
 
@@ -155,6 +157,9 @@ class FakeEngine:
 
     def feed(self, tokens: list[int]) -> torch.Tensor:
         return torch.eye(258)[66].expand(len(tokens), -1)
+
+    def seconds_per_token(self) -> float:
+        return 0.002
 
 
 def make_run(folder: Path, ends: set[int], deadline: float | None = None) -> Run:
@@ -171,13 +176,15 @@ def test_an_answer_ends_where_it_says_but_not_with_its_first_token(tmp_path: Pat
         run.task(task)
         (line,) = run.store.lines(task, DENSE).values()
         assert line["decoded_tokens"] == tokens - 1, name
+        assert line["ms_per_token"] == 2.0
 
 
 def test_a_late_run_says_what_it_left_out(tmp_path: Path) -> None:
     samples = [Sample("vt", 10, str(name), [1], max_new_tokens=2) for name in range(3)]
     task = Task("vt", 10, samples, lambda *_: 1.0)
     run = make_run(tmp_path, set(), deadline=0.0)
-    assert run.task(task) == {} and run.left_out == ["vt 10: 3 of 3 samples"]
+    expected = "vt 10: 3 of 3 runs of a sample, for want of time"
+    assert run.task(task) == {} and run.left_out == [expected]
     run = make_run(tmp_path, set())
     assert run.task(task)["dense"]["samples"] == 3
     run = make_run(tmp_path, set(), deadline=0.0)
@@ -213,11 +220,42 @@ def test_published_configurations_have_the_names_of_the_original(path: Path) -> 
     assert read_configuration(path, 16, 4).text == "sinks16-recent4-" + text
 
 
+@pytest.mark.parametrize("task", ["qasper", "passage_retrieval_en", "repobench-p"])
+@pytest.mark.parametrize("stem", ["full", "quest_twilight"])
+def test_longbench_files_are_found_by_any_time(stem: str, task: str, tmp_path: Path) -> None:
+    """Also where the name is cut within the time: it goes on in the file that is there."""
+    path = next(path for path in PUBLISHED if path.stem == stem)
+    store, configuration = Store(tmp_path, "m", "kernels"), read_configuration(path)
+    asked = Task(task, 0, [], None)
+    prefix = f"{task.split('-')[0]}-{configuration.text}-"
+    old = tmp_path / "results_longbench" / "m" / "pred" / cut(f"{prefix}01020304")
+    other = cut(f"{prefix}x01020304") if stem == "full" else cut("x" + prefix)
+    assert store.path(asked, configuration).parent == old.parent
+    old.parent.mkdir(parents=True)
+    (old.parent / other).touch()
+    assert store.path(asked, configuration).name != other
+    old.touch()
+    assert store.path(asked, configuration) == old
+
+
+def test_rulers_tables_are_those_of_its_own_script(tmp_path: Path) -> None:
+    found = {"vt": [(" a ", 1.0), ("", 0.0), ("b", 0.25)], "cwe": [("x, y", 0.2)]}
+    for task, answers in found.items():
+        lines = [{"sample": str(place), "pred": pred, "score": own}
+                 for place, (pred, own) in enumerate(answers)]  # fmt: skip
+        (tmp_path / f"{task}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    write_ruler(tmp_path)
+    expected = "0,1,2\nTasks,cwe,vt\nScore,20.0,41.67\nNulls,0/1,1/3\n"
+    assert (tmp_path / "summary.csv").read_text() == expected
+    rows = 'Task,ID,Prediction\ncwe,0,"x, y"\nvt,0,a\nvt,1,\nvt,2,b\n'
+    assert (tmp_path / "submission.csv").read_text() == rows
+
+
 def test_double_sparsity_without_a_channel_file_is_named(model: Path, config: Path, capsys) -> None:
     path = next(path for path in PUBLISHED if path.stem == "ds_twilight")
     with pytest.raises(MissingChannels, match="ds_twilight: selector.config_path: expected a"):
         read_configuration(path).check_channels()
-    assert evaluate(model, path, "--task", "niah", "--output", str(config.parent / "out")) == 1
+    assert evaluate(model, path, "--task", "niah") == 1
     assert "expected a channel file, got none" in capsys.readouterr().err
 
 
@@ -257,3 +295,78 @@ def test_dense_comes_first_and_names_are_unique() -> None:
     other = make_configuration({"type": "quest", "chunk_size": 8, "token_budget": 64})
     with pytest.raises(ValueError, match=r"selector.chunk_size: expected one size .* \[8, 16\]"):
         dense_first([quest, other])
+
+
+TINY_PLAN = small.Plan((700,), 1, 1, 2, 8, (0.8,), (64,), (64,), (0, 16))
+
+
+def test_make_evaluate_from_end_to_end(model: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """The short form, of a plan for this model: its rows are what the figure of quality shows."""
+    monkeypatch.setattr(small, "SHORT", TINY_PLAN)
+    monkeypatch.setattr(small.torch.cuda, "is_available", lambda: False)
+    (tmp_path / "text.txt").write_text(
+        "All happy families are alike; every unhappy one is not. " * 40
+    )
+    folders = ["--output", str(tmp_path / "out"), "--rows", str(tmp_path / "results")]
+    arguments = ["--model", str(model), "--text", str(tmp_path / "text.txt"), *folders]
+    assert small.main(arguments) == 0
+    printed = capsys.readouterr().out
+    for text in ("lengths 2048, 4096, 8192", "passkeys: 1 of 10", "stretches: 2 of 8"):
+        assert f"left out: {text}" in printed
+    assert "left out: configurations: 8 of 38" in printed
+    path = tmp_path / "results" / "cpu-reference" / "quality.csv"
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = {row["configuration"] for row in rows}
+    quest = {f"quest-64{p}{sinks}" for p in ("", "-p0.8") for sinks in ("", "-sink16")}
+    assert names == {"dense", "full-p0.8", "ds-64", "ds-64-p0.8"} | quest
+    assert {row["task"] for row in rows} == {"perplexity", "passkey", "niah_single_1"}
+    figure = FIGURES["quality_tokens"](Frames(path.parent))
+    assert len(figure.axes) == 3
+    assert small.main(arguments) == 0  # everything is there
+    assert "for want of time" not in capsys.readouterr().out
+
+
+def test_make_evaluate_ends_in_time_and_says_so(model: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(small, "SHORT", TINY_PLAN)
+    monkeypatch.setattr(small.torch.cuda, "is_available", lambda: False)
+    (tmp_path / "text.txt").write_text("Call me Ishmael. " * 200)
+    folders = ["--output", str(tmp_path / "out"), "--rows", str(tmp_path / "results")]
+    arguments = ["--model", str(model), "--text", str(tmp_path / "text.txt"), *folders]
+    assert small.main([*arguments, "--minutes", "0"]) == 0
+    late = "left out: perplexity 700: 16 of 16 runs of a sample, for want of time"
+    assert late in capsys.readouterr().out
+
+
+def test_the_grid_of_make_evaluate() -> None:
+    names = [each.name for each in small.configurations(small.FULL, Path("channels.json"))]
+    assert names[0] == "dense" and len(names) == len(set(names))
+    assert {"full-p0.85", "quest-1024", "quest-2048-p0.95-sink16", "ds-1024-p0.85"} <= set(names)
+    others = small.configurations(small.FULL, None)
+    assert not any(each.name.startswith("ds") for each in others) and len(others) < len(names)
+
+
+def test_a_channel_file_that_is_not_there_is_named(model: Path, tmp_path: Path, capsys) -> None:
+    folders = ["--output", str(tmp_path / "out"), "--rows", str(tmp_path / "results")]
+    arguments = ["--model", str(model), "--channels", str(tmp_path / "none.json"), *folders]
+    assert small.main(arguments) == 1
+    assert "selector.config_path: expected a channel file, got none at" in capsys.readouterr().out
+
+
+def test_the_small_model_is_fetched_once(tmp_path: Path, monkeypatch) -> None:
+    calls = []
+
+    def fetch(arguments: list[str]) -> int:
+        calls.append(arguments)
+        return len(calls) - 1
+
+    monkeypatch.setattr(small.importlib, "import_module", lambda name: SimpleNamespace(main=fetch))
+    assert small.fetched_model(tmp_path / "model") == tmp_path / "model"
+    assert calls == [["--output", str(tmp_path / "model")]]
+    with pytest.raises(ValueError, match="--model: SmolLM2.* could not be fetched"):
+        small.fetched_model(tmp_path / "model")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    small.fetched_model(tmp_path / "model")
+    assert len(calls) == 2
+    assert small.default_text(tmp_path).stat().st_size > 100_000

@@ -26,7 +26,12 @@ MODULES = [
     if path.stem not in ("__init__", "__main__")
 ]
 # Found, not imported: their library is optional.
-NEEDS_MORE = ("twilight_tilelang.integrations.", "twilight_tilelang.evaluation.")
+NEEDS_MORE = (
+    "twilight_tilelang.integrations.",
+    "twilight_tilelang.evaluation.",
+    "twilight_tilelang.profiling.providers.model_layers",
+    "twilight_tilelang.profiling.recordings.heard",
+)
 # Runs in a process of its own and prints what it finds there as JSON.
 LOOK = f"""
 import importlib.util, json, sys
@@ -95,7 +100,8 @@ def test_both_packages_of_kernels_are_found(place, installed, theirs, tmp_path):
     found = json.loads(python(LOOK, *MODULES, folder=folder, paths=paths))
     expected = [package / Path(*name.split(".")[1:]).with_suffix(".py") for name in MODULES]
     assert found["modules"] == [str(path) for path in expected]
-    assert all(home.startswith("twilight_tilelang.kernels.") for home in found["public"].values())
+    rooms = ("twilight_tilelang.kernels.", "twilight_tilelang.reference.smoothing")
+    assert all(home.startswith(rooms) for home in found["public"].values())
     assert found["public"].keys() >= {"PagedKVCache", "TwilightDecode", "dense_attention"}
     assert found["reference"] == "twilight_tilelang.reference.attention"
     assert found["configs"].keys() == {path.name for path in (ROOT / "autotune/configs").glob("*")}

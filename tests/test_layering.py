@@ -20,7 +20,7 @@ ALLOWED = {
     "profiling/tables": {"profiling.tables", "pandas"},
     "profiling/recordings": {
         *("profiling.recordings", "reference", "torch"),
-        "transformers",  # to record a model, imported where one is recorded
+        *("integrations", "transformers"),  # to record a model, imported where one is recorded
     },
     "profiling/workloads": {
         *("profiling.workloads", "profiling.recordings", "profiling.tables"),

@@ -5,6 +5,7 @@ import torch
 
 import twilight_tilelang as kernels
 from tests.doubles import fake_gpu
+from tests.inputs.pinned import fused as fused_kernels
 from twilight_tilelang.kernels.cache import CacheShape
 from twilight_tilelang.kernels.gpu import ARCHS
 from twilight_tilelang.kernels.launch import StepShape
@@ -110,3 +111,36 @@ def test_a_plan_names_the_kernels_of_its_path():
     few = plan_sparse(SHAPE._replace(num_rows=8, launch_rows=8), planner)
     assert not few.fused and "estimate_prune" not in names(few)
     assert few.pruner.config.pdl and not fused.pruner.config.pdl
+
+
+def test_a_step_that_bounds_its_mass_launches_one_kernel_more_and_no_fused_one(launched):
+    for fused in (False, True):
+        with fused_kernels(fused):
+            step, q, cache = step_and_inputs(bound_mass=True, num_parts=1)
+        assert not step.fused
+        launched.clear()
+        step.run(q, cache)
+        assert launched == [*STAGES, "mass_bound_kernel", *ATTENTION]
+        assert step.kept_mass_bound.shape == (cache.batch_size, 32)
+        assert "bound of the kept mass" in step.explain()
+    step, _, _ = step_and_inputs()
+    with pytest.raises(AttributeError, match="bound_mass"):
+        step.kept_mass_bound  # noqa: B018
+
+
+def test_a_step_of_smooth_keys_plans_smooth_kernels(launched):
+    factor = torch.ones(8, 64, device="cuda")
+    shape = CacheShape(ROWS // 8, 64, 8, 64)
+    cache = kernels.PagedKVCache.empty(shape, k_offset=(None, factor))
+    for smooth, own in ((True, cache), (False, kernels.PagedKVCache.empty(shape))):
+        named = set()
+        for bound_mass in (True, False):  # which is another kernel, or keeps two from being one
+            with fused_kernels(not bound_mass):
+                step = kernels.TwilightDecode(own, 32, token_budget=256, bound_mass=bound_mass)
+            for launch in launches_in(step.stages.plan):
+                if launch.name in ("page_score", "estimator", "estimate_prune", "mass_bound"):
+                    named.add(launch.name)
+                    assert launch.arguments[-1] == smooth, launch.name
+            for part in step.parts:
+                assert part[1].plan.mass_bound == step.stages.plan.mass_bound
+        assert len(named) == 4

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from matplotlib.text import Text
 
+from tests.doubles.made_up_quality import write_quality
 from tests.doubles.made_up_results import made_up_rows, write_frames
 from twilight_tilelang.plots import draw, tables
 from twilight_tilelang.plots.figures import FIGURES, FULL
@@ -17,6 +18,7 @@ from twilight_tilelang.plots.parts import budget_rule
 from twilight_tilelang.profiling.tables.rows import AnyRow, table_of
 
 MEASURED = Frames(draw.RESULTS / "h200")
+QUALITY = ("quality_tokens", "quality_time", "model_time")
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,7 @@ def words(name: str, frames: Frames) -> list[str]:
 
 def test_figures_and_tables_are_made_from_files(rows: list[AnyRow], tmp_path: Path, capsys) -> None:
     write_frames(rows, tmp_path / "results")
+    write_quality(tmp_path / "results" / "h200")
     folders = ["--results", str(tmp_path / "results"), "--figures", str(tmp_path / "figures")]
     assert draw.main(folders) == 0
     assert f"{len(FIGURES)} figures" in capsys.readouterr().out
@@ -48,8 +51,7 @@ def test_figures_and_tables_are_made_from_files(rows: list[AnyRow], tmp_path: Pa
     for name in FIGURES:
         assert (tmp_path / "figures" / "h200" / f"{name}.png").stat().st_size > 20_000
         assert f"![{name}]({name}.png)" in page
-    assert draw.main([*folders, "--table"]) == 0
-    table = capsys.readouterr().out
+    table = "\n".join(tables.blocks([Frames(tmp_path / "results" / "h200")]))
     for workload in ("mha-32k", "gqa-32k", "gqa-128k", "solo-128k", "solo-32k"):
         assert f"| {workload} |" in table
     assert "torch 2.13.0, tilelang 0.1.15, at commit 0123456789" in " ".join(table.split())
@@ -96,9 +98,9 @@ def test_the_budget_rule_is_said_and_held_to() -> None:
         budget_rule(length.assign(seq_len=2 * length["seq_len"]))
 
 
-def test_a_cpu_compares_nothing(rows: list[AnyRow], tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_cpu_compares_nothing(rows: list[AnyRow], tmp_path: Path, monkeypatch) -> None:
     frames = frames_of(rows, tmp_path / "results", CPU)
-    for name in FIGURES:
+    for name in FIGURES.keys() - set(QUALITY):
         texts = words(name, frames)
         assert any(CPU_NOTE in text for text in texts), name
         assert not any(re.search(r"\dx", text) for text in texts), name
@@ -106,9 +108,34 @@ def test_a_cpu_compares_nothing(rows: list[AnyRow], tmp_path: Path, monkeypatch,
     folders = ["--results", str(tmp_path / "results"), "--figures", str(tmp_path / "figures")]
     assert draw.main(folders) == 0
     assert f"**{CPU_NOTE}.**" in (tmp_path / "figures" / CPU / "index.md").read_text()
-    capsys.readouterr()
-    assert draw.main([*folders, "--table"]) == 0
-    assert capsys.readouterr().out == f"{CPU_NOTE}\n"
+
+
+def test_quality_is_drawn_without_a_gpu_and_its_time_is_not(tmp_path: Path) -> None:
+    """A model answers the same wherever it runs, if not as fast."""
+    write_quality(tmp_path / CPU, "torch")
+    frames = Frames(tmp_path / CPU)
+    texts = words("quality_tokens", frames)
+    assert "tiny, CPU, bf16; the first two layers dense; page_size 16" in " ".join(texts)
+    for name in ("quality_time", "model_time"):
+        with pytest.raises(MissingData, match="quality.csv: no row with back_end kernels"):
+            FIGURES[name](frames)
+    with pytest.raises(MissingData, match=r"quality\.csv: no such file; `make evaluate`"):
+        FIGURES["quality_tokens"](Frames(tmp_path))
+
+
+def test_quality_names_every_line_and_its_sinks(tmp_path: Path) -> None:
+    write_quality(tmp_path / "h200")
+    texts = words("quality_tokens", Frames(tmp_path / "h200"))
+    assert {"2k tokens", "4k tokens", "8k tokens", "KL from dense, nats"} <= set(texts)
+    lines = {
+        "Full + Twilight",
+        "Quest alone",
+        "Quest alone, 16 sink tokens",
+        "Quest + Twilight, budget 1k",
+        "Quest + Twilight, budget 1k, 16 sink tokens",
+        "dense attention",
+    }
+    assert lines <= set(texts)
 
 
 def test_missing_data_is_an_error_that_names_the_file(
@@ -172,6 +199,26 @@ def test_tables_are_written_between_their_markers(rows: list[AnyRow], tmp_path: 
     readme.write_text(text.replace("<!-- end of stage -->", ""))
     with pytest.raises(ValueError, match="stage"):
         tables.write_tables(readme, [frames])
+
+
+def test_whole_models_stand_beside_their_floor(rows: list[AnyRow], tmp_path: Path) -> None:
+    kept = [row for row in rows if table_of(row) in ("model", "memory")]
+    frames = frames_of(kept, tmp_path)
+    texts = words("model_length", frames)
+    assert {"no attention at all", "tokens per second", "llama-3.1-8b, batch 16"} <= set(texts)
+    every = frames["model"].set_index(["workload", "batch_size", "seq_len"])
+    own = every.loc[("llama-3.1-8b", 16, 32_768)]
+    us = own.groupby("method")["median_us"].min()
+    speedup = f"{us['dense'] / us['quest+twilight']:.1f}x"
+    line = next(own for own in tables.model_table(frames).splitlines() if "1-8b | 16 x 32" in own)
+    assert speedup in texts and f"| {speedup} |" in line
+    assert f"| {16e6 / us['quest+twilight']:,.0f} |" in line
+    said = " ".join(tables.model_table(frames).split())
+    assert "mirror and bounds take 16.5 % of the bytes of K and V, the weights 25 %." in said
+    table = frames["model"]
+    table[table["method"] != "dense"].to_csv(tmp_path / "h200" / "model.csv", index=False)
+    with pytest.raises(MissingData, match="model.csv: expected dense decode of every size"):
+        FIGURES["model_length"](frames)
 
 
 def test_the_fastest_time_is_bold() -> None:

@@ -6,6 +6,6 @@ from tests.checks.requests import EACH_SCENARIO, World
 from twilight_tilelang import reference
 
 
-@pytest.mark.parametrize("scenario", EACH_SCENARIO)
-def test_reference(scenario):
-    scenario(World(reference, "cpu"))
+@pytest.mark.parametrize("scenario, layout", EACH_SCENARIO)
+def test_reference(scenario, layout):
+    scenario(World(reference, "cpu", layout))

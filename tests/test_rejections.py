@@ -83,6 +83,10 @@ def valid_calls(cache, device: torch.device | str) -> dict[str, Call]:
         "page_attention": Call(
             over_list(kernels.page_attention), {"q": q, "cache": cache, **candidates}
         ),
+        "bound_kept_mass": Call(
+            over_lists(kernels.bound_kept_mass),
+            {"q": q, "cache": cache, **candidates, "logits": logits.half(), **kept},
+        ),
         "dense_attention": Call(kernels.dense_attention, {"q": q, "cache": cache}),
         "TwilightDecode": Call(kernels.TwilightDecode, decode),
         "run": Call(LazyStep(cache).run, {"q": q, "cache": cache}),
@@ -104,6 +108,19 @@ def over_list(function: Callable) -> Callable:
         others = {name: value for name, value in given.items() if name not in names}
         position = "kept" if names[0].startswith("kept") else "candidates"
         return function(**others, **{position: tuple(given[name] for name in names)})
+
+    return call
+
+
+def over_lists(function: Callable) -> Callable:
+    """A stage of two lists, their tensors by name."""
+
+    def call(candidate_pages, candidate_counts, kept_tokens, kept_counts, **others):
+        lists = {
+            "candidates": (candidate_pages, candidate_counts),
+            "kept": (kept_tokens, kept_counts),
+        }
+        return function(**others, **lists)
 
     return call
 
@@ -156,7 +173,7 @@ NAMES = (
     *("empty", "from_contiguous", "wrap", "PagedKVCache", "append", "extend", "mirror_pages"),
     *("join", "leave", "fork", "truncate", "select_pages", "select_all"),
     *("estimate_logits", "prune_top_p", "flash_topk_attention", "page_attention"),
-    *("dense_attention", "TwilightDecode", "run"),
+    *("bound_kept_mass", "dense_attention", "TwilightDecode", "run"),
 )
 
 MAKE_A_CACHE = ("empty", "from_contiguous", "wrap", "PagedKVCache")
@@ -378,6 +395,7 @@ VALUES = {  # function -> argument, which the message must name -> what it may n
     "prune_top_p": {"logits": [Fresh((2, 7, 48), FP32)], "top_p": TOP_P, **WINDOWS},
     "flash_topk_attention": {"q": GROUPS, "sm_scale": SCALES},
     "page_attention": {"q": GROUPS, "sm_scale": SCALES},
+    "bound_kept_mass": {"q": GROUPS, "sm_scale": SCALES, "logits": [Fresh((2, 8, 48), FP32)]},
     "dense_attention": {"q": GROUPS, "sm_scale": SCALES},
     "TwilightDecode": {
         "num_qo_heads": [7, 0, -8],
@@ -539,3 +557,32 @@ def test_validate_cache_finds(finding, package, rng):
     spoil(cache)
     with pytest.raises(ValueError, match=rf"{name}.*: expected .*, got"):
         FIND[package](cache)
+
+
+@pytest.mark.parametrize("package", [kernels, reference], ids=["kernels", "reference"])
+@pytest.mark.parametrize("bad", [0.0, -1.0, NAN])
+def test_validate_cache_finds_a_factor_that_is_not_positive(bad, package):
+    cache = small_cache(reference, "cpu")
+    cache.k_factor = torch.ones(2, 128)
+    cache.k_factor[1, 5] = bad
+    with pytest.raises(ValueError, match="k_factor: expected positive numbers, got others"):
+        package.validate_cache(cache)
+
+
+@pytest.mark.parametrize("name", ["empty", "from_contiguous", "wrap"])
+@pytest.mark.parametrize("spoiled", [Fresh((2, 64), torch.float32), Fresh((2, 128))], ids=str)
+def test_constructors_reject_a_factor_that_does_not_fit(name, spoiled, calls, rejects):
+    pair = calls[name].arguments["k_offset"], spoiled.make()
+    rejects(calls[name], {"k_offset": pair}, r"^k_factor: expected")
+
+
+def test_run_rejects_a_cache_with_a_factor_where_the_step_has_none(calls, rejects):
+    cache = calls["run"].arguments["cache"]
+    smooth = dataclasses.replace(cache, k_factor=torch.ones(2, 128, device="cuda"))
+    rejects(calls["run"], {"cache": smooth}, "cache: expected no k_factor, as this step's, got a")
+
+
+def test_a_step_without_a_pruner_has_no_bound(calls, rejects):
+    changes = {"bound_mass": True, "path": "candidates"}
+    match = "bound_mass: expected the path 'sparse', got 'candidates'"
+    rejects(calls["TwilightDecode"], changes, match)

@@ -248,6 +248,13 @@ def test_request_sets_are_different_requests_of_one_pool() -> None:
     assert len(pools) == 1 and not torch.equal(sets.queries[0], sets.queries[1])
 
 
+def test_request_sets_of_many_heads_say_their_layout() -> None:
+    """Else a pool of 16 heads could be one of 16 tokens."""
+    shape = dataclasses.replace(SMALL.shape, num_qo_heads=16, num_kv_heads=16)
+    sets = workload_sets(dataclasses.replace(SMALL, shape=shape), 1, "cpu", PagedKVCache.wrap)
+    assert sets.caches[0].num_kv_heads == 16
+
+
 def test_random_tokens_are_distinct_and_ascending() -> None:
     tokens = random_tokens(SMALL.shape, [40, 15], "cpu", torch.Generator().manual_seed(0))
     assert tokens.shape == (2, 2, 40) and tokens.dtype == torch.int32

@@ -23,6 +23,7 @@ def test_the_reference_survives_a_short_soak():
     counts = soak(stand_in, CPU, **SHORT)
     assert counts["steps"] == 100 and counts["checks"] == 4
     assert counts["joined"] > 3 and counts["forked"] > 0 and counts["pages_reused"] > 5
+    assert counts["cut"] > 0 and counts["empty_rows"] > 0
 
 
 def stale_bounds(cache, before) -> None:

@@ -237,6 +237,23 @@ def test_a_hugging_face_model_is_recorded(model: Path, tmp_path: Path) -> None:
         assert relative_error(out.flatten(), heard[0][0, position].detach()) < 1e-4
 
 
+def test_layers_of_other_attention_are_left_out(model: Path, tmp_path: Path, capsys) -> None:
+    transformers = pytest.importorskip("transformers")
+    kinds = ["sliding_attention", "full_attention", "full_attention"]
+    sizes = dict(hidden_size=64, intermediate_size=64, num_attention_heads=4, vocab_size=9)
+    sizes |= dict(num_hidden_layers=3, num_key_value_heads=2, max_position_embeddings=64)
+    config = transformers.Qwen2Config(
+        **sizes, layer_types=kinds, use_sliding_window=True, sliding_window=8
+    )
+    transformers.Qwen2ForCausalLM(config).save_pretrained(model)
+    arguments = ["--text", str(tmp_path / "prompt.txt"), "--output", str(tmp_path / "own.pt")]
+    assert trace.main([str(model), *arguments]) == 0
+    assert read_trace(tmp_path / "own.pt").layers.tolist() == [1, 2]
+    assert trace.main([str(model), *arguments, "--layers", "0", "1"]) == 1
+    said = "layers: expected layers of full attention, [1, 2], got [0, 1]"
+    assert said in capsys.readouterr().out
+
+
 def test_a_prompt_is_cut_to_what_the_model_can_take(model: Path, tmp_path: Path) -> None:
     arguments = ["--text", str(tmp_path / "prompt.txt"), "--output", str(tmp_path / "own.pt")]
     assert trace.main([str(model), *arguments]) == 0

@@ -7,7 +7,9 @@ import torch
 
 pytest.importorskip("transformers", minversion="5.24")
 
+import twilight_tilelang  # noqa: E402
 from tests.test_transformers import EVERYTHING, MAX_TOKENS, generate, make_model, prompts  # noqa: E402
+from twilight_tilelang import reference  # noqa: E402
 from twilight_tilelang.integrations.transformers import (  # noqa: E402
     TwilightCache,
     twilight_attention,
@@ -21,6 +23,11 @@ def model(device: torch.device):
     model = make_model("llama", device)
     model.set_attn_implementation("twilight")
     return model
+
+
+def room_of(rng: torch.Generator):
+    """Of the caches on its device."""
+    return twilight_tilelang if rng.device.type == "cuda" else reference
 
 
 @torch.no_grad()
@@ -98,10 +105,39 @@ def test_selected_requests_go_on_as_before(indices: list[int], model, rng: torch
     assert_stored(cache, alone)
 
 
-def test_beam_search_is_refused(model, rng: torch.Generator) -> None:
-    cache = TwilightCache(model.config, MAX_TOKENS)
-    with pytest.raises(NotImplementedError, match="num_beams: expected 1"):
-        generate(model, prompts(rng, [50]), cache=cache, num_beams=2)
+@pytest.mark.parametrize("lengths", [[50], [50, 23]], ids=["one", "padded"])
+def test_beams_are_those_of_sdpa(lengths: list[int], model, rng: torch.Generator) -> None:
+    """Over the ends of pages; and each beam's tokens lie in pages that nobody else writes to."""
+    inputs, beams = prompts(rng, lengths), {"num_beams": 4, "max_new_tokens": 40}
+    beams["output_scores"] = True
+    cache = TwilightCache(model.config, 92, EVERYTHING)
+    got = generate(model, inputs, cache=cache, **beams)
+    for layer in cache.layers:
+        room_of(rng).validate_cache(layer.pages)
+        assert layer.pages.seq_lens.view(-1, 4).tolist() == [[own + 39] * 4 for own in lengths]
+    model.set_attn_implementation("sdpa")
+    expected = generate(model, inputs, **beams)
+    if not rng.device.type == "cuda":  # in half precision beams may be as good as each other
+        assert torch.equal(got.sequences, expected.sequences)
+    difference = (got.sequences_scores - expected.sequences_scores).abs().max()
+    assert difference <= (0.05 if rng.device.type == "cuda" else 1e-4)
+
+
+def test_rows_that_go_on_from_one_share_its_full_pages(model, rng: torch.Generator) -> None:
+    inputs = prompts(rng, [50, 37, 32], width=50)
+    cache, apart = (TwilightCache(model.config, 64, EVERYTHING) for _ in range(2))
+    for each in (cache, apart):
+        prefill(model, inputs, each)
+    parents = torch.tensor([1, 1, 0], device=rng.device)
+    cache.reorder_cache(parents)
+    apart.batch_select_indices(parents)
+    table = cache.layers[0].pages.page_table
+    assert torch.equal(table[0, :2], table[1, :2]) and table[0, 2] != table[1, 2]
+    for token in range(14):  # to the last place of the longest
+        for each in (cache, apart):
+            CapturedDecode(model, each)(torch.tensor([5, 6, 7], device=rng.device) + token)
+    assert_stored(cache, apart)
+    room_of(rng).validate_cache(cache.layers[0].pages)
 
 
 def test_assisted_decoding_is_refused(model, rng: torch.Generator) -> None:
@@ -226,3 +262,13 @@ def test_the_cache_s_older_name_is_taken_too(model, rng: torch.Generator) -> Non
         for name, cache in zip(("past_key_values", "cache"), caches, strict=True)
     )
     assert torch.equal(got, expected) and caches[0].get_seq_length() == 52
+
+
+def test_every_option_reaches_the_steps(model, rng: torch.Generator) -> None:
+    """A dense layer takes those that it can."""
+    options = DecodeOptions(token_budget=96, top_p=0.9, bound_mass=True)
+    cache = TwilightCache(model.config, MAX_TOKENS, options, dense_layers=1)
+    generate(model, prompts(rng, [50]), cache=cache, max_new_tokens=3)
+    dense, sparse = (cache.steps[key] for key in sorted(cache.steps, key=str, reverse=True))
+    assert sparse.path == "sparse" and dense.path == "dense"
+    assert sparse.kept_mass_bound.shape == (1, 4)

@@ -27,8 +27,8 @@ from twilight_tilelang.kernels.split_kv import AttentionConfig
 from twilight_tilelang.kernels.tuned import (
     CONFIGS,
     Bucket,
-    Choice,
     Configs,
+    Planned,
     Planner,
     load_configs,
 )
@@ -56,9 +56,9 @@ def nothing_remembered(monkeypatch: pytest.MonkeyPatch):
 H200 = ARCHS["sm_90a"]
 
 
-def choose(kernel: str, bucket: Bucket, configs: Configs | None) -> Choice:
+def choose(kernel: str, bucket: Bucket, configs: Configs | None) -> Planned:
     """What a launch of this bucket takes."""
-    return Planner(H200, configs).choose(SPECS[kernel], shape_of(kernel, bucket))
+    return Planner(H200, configs).plan(SPECS[kernel], shape_of(kernel, bucket))
 
 
 def test_an_exact_bucket_is_taken() -> None:
@@ -107,7 +107,7 @@ def test_fields_of_the_result_come_from_the_default() -> None:
     configs = configs_of("attention", {HOME: entry_of("attention", {"blocks_per_sm": 6})})
     default = AttentionConfig(split_tokens=64, num_threads=256)
     spec = dataclasses.replace(ATTENTION, default=lambda shape, gpu: default)
-    chosen = Planner(H200, configs).choose(spec, shape_of("attention", HOME)).config
+    chosen = Planner(H200, configs).plan(spec, shape_of("attention", HOME)).config
     assert chosen == dataclasses.replace(default, blocks_per_sm=6)
 
 
@@ -129,7 +129,7 @@ def test_a_stale_entry_is_ignored_and_reported_once(written: Path, monkeypatch, 
         assert h200(changed) == DEFAULT
         configs = load_configs("h200")
     with pytest.warns(UserWarning, match="other sources"):
-        choice = Planner(H200, configs).choose(changed, shape_of("pruner", HOME))
+        choice = Planner(H200, configs).plan(changed, shape_of("pruner", HOME))
     assert "other sources" in choice.reason
 
 
@@ -154,7 +154,7 @@ def test_pinned_configs_come_before_tuned_ones() -> None:
         (PRUNER, PrunerConfig(True, 1), "pinned"),
         (ATTENTION, AttentionConfig(), "default: others are pinned"),
     ):
-        choice = planner.choose(spec, shape_of("pruner", HOME))
+        choice = planner.plan(spec, shape_of("pruner", HOME))
         assert (choice.config, choice.reason) == (config, reason)
 
 
@@ -306,7 +306,7 @@ def test_stored_configs_give_right_results(configs: Configs, kernel: str, bucket
     from twilight_tilelang.autotune.measure import Bench
 
     bench = Bench(small_workload(bucket, kernel))
-    stored = Planner(ARCHS[configs.arch], configs).choose(SPECS[kernel], shape_of(kernel, bucket))
+    stored = Planner(ARCHS[configs.arch], configs).plan(SPECS[kernel], shape_of(kernel, bucket))
     assert stored.reason == "exact"
     bench.verify(kernel)
     bench.check(kernel, stored.config)

@@ -1,18 +1,26 @@
 """A whole model, tiny and on the reference: its caches, its attentions, and its rows."""
 
+import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 pytest.importorskip("transformers", minversion="5.24")
 
 from twilight_tilelang import reference  # noqa: E402
 from twilight_tilelang.profiling import bench, run  # noqa: E402
+from twilight_tilelang.profiling.observations.model_timeline import (  # noqa: E402
+    labelled,
+    model_timeline_rows,
+)
+from twilight_tilelang.profiling.observations.timeline import Span  # noqa: E402
 from twilight_tilelang.profiling.plan import prepare  # noqa: E402
 from twilight_tilelang.profiling.providers import checks, whole_model  # noqa: E402
-from twilight_tilelang.profiling.providers.backends import Torch  # noqa: E402
+from twilight_tilelang.profiling.providers.backends import TileLang, Torch  # noqa: E402
 from twilight_tilelang.profiling.providers.stages import Target  # noqa: E402
 from twilight_tilelang.profiling.tables.store import read_rows  # noqa: E402
 from twilight_tilelang.profiling.workloads.models import CPU_MODELS, MODELS  # noqa: E402
@@ -31,6 +39,23 @@ def builder() -> Iterator[whole_model.WholeModel]:
 def hear(module: torch.nn.Module, seen: list[torch.Tensor]) -> None:
     """Notes what a module is given."""
     module.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+
+
+def test_a_token_s_launches_are_told_apart() -> None:
+    kernels = {
+        "append": {"append"},
+        "dense layers": {"copy", "list", "attend"},
+        "selector": {"score"},
+        "attention": {"attend"},
+    }
+    layer = ["gemm", "append"]
+    token = ["copy", *layer, "copy", "list", "attend", "gemm", *layer, "score", "attend", "copy"]
+    spans = [Span(start, start + 0.5, name) for start, name in enumerate(token * 2)]
+    own = ["model", "model", "append", *["dense layers"] * 3, "model"]
+    own += ["model", "append", "selector", "attention", "model"]
+    found = labelled(spans, kernels, 1, 2)
+    assert [span.kernel for span in found] == own * 2
+    assert [span[:2] for span in found] == [span[:2] for span in spans]
 
 
 def test_every_method_decodes_a_token_by_its_attention(builder: whole_model.WholeModel) -> None:
@@ -123,7 +148,7 @@ def test_bench_measures_whole_models(tmp_path: Path, monkeypatch, capsys) -> Non
     monkeypatch.setattr(run, "CPU_READ_BYTES", 1 << 20)
     arguments = ["--stage", "model", "--results", str(tmp_path)]
     assert bench.main([*arguments, "--minutes", "0"]) == 1
-    assert "6 groups left" in capsys.readouterr().out
+    assert "9 groups left" in capsys.readouterr().out
     assert bench.main(arguments) == 0
     said = capsys.readouterr().out
     rows = read_rows(tmp_path / "cpu-reference" / "model.csv")
@@ -135,7 +160,12 @@ def test_bench_measures_whole_models(tmp_path: Path, monkeypatch, capsys) -> Non
     assert (sparse["error"] > 0).all() and (sparse["kept_mean"] < sparse["token_budget"]).all()
     memory = read_rows(tmp_path / "cpu-reference" / "memory.csv").set_index("part")
     assert (memory.loc["weights", "bytes_per_token"] > 0).all() and "k_int4" in memory.index
-    assert "quest+twilight" in said and "bench: 33 rows measured" in said
+    assert "quest+twilight" in said and "bench: 54 rows measured" in said
+    timeline = read_rows(tmp_path / "cpu-reference" / "timeline.csv")
+    parts = ["append", "dense layers", "selector", "estimator", "pruner", "attention"]
+    assert set(timeline["stage"]) == {*parts, "model step"}
+    appends = timeline[timeline["stage"] == "append"]
+    assert set(appends["launches"]) == {3.0} and set(timeline["num_steps"]) == {2}
     assert bench.main(arguments) == 0  # what is there is not measured again
     assert "bench: 0 rows measured" in capsys.readouterr().out
 
@@ -158,3 +188,88 @@ def test_another_s_attention_is_checked(builder: whole_model.WholeModel) -> None
     wrong = [lambda query, *_: query] * 3
     with pytest.raises(checks.CheckFailed, match="out: error"):
         builder._baseline("other", wrong).check()
+
+
+def test_a_paged_baseline_writes_the_new_token_where_it_reads(
+    builder: whole_model.WholeModel, monkeypatch
+) -> None:
+    def planned(queries: list[torch.Tensor], caches: list[reference.PagedKVCache]) -> list[partial]:
+        def run_of(cache: reference.PagedKVCache) -> object:
+            full = torch.full_like(cache.seq_lens, 256)
+
+            def run(q: torch.Tensor, pools: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+                pages = dict(zip(("k_cache", "v_cache"), pools, strict=True), seq_lens=full)
+                return reference.dense_attention(q, dataclasses.replace(cache, **pages))
+
+            return run
+
+        return [
+            partial(run_of(cache), q, (cache.k_cache, cache.v_cache))
+            for q, cache in zip(queries, caches, strict=True)
+        ]
+
+    monkeypatch.setattr(whole_model.baselines, "flashinfer_dense", planned)
+    attention = builder._flashinfer()
+    assert_layers_attend(builder, attention)
+    assert builder._baseline("flashinfer", attention).check() < 1e-5
+
+
+def test_a_contiguous_baseline_writes_the_new_token_into_its_copies(
+    builder: whole_model.WholeModel, monkeypatch
+) -> None:
+    def copied(
+        names: list[str], queries: list[torch.Tensor], caches: list[reference.PagedKVCache]
+    ) -> dict[str, list[partial]]:
+        def attend(_: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)
+
+        def copy(cache: reference.PagedKVCache, pool: torch.Tensor) -> torch.Tensor:
+            return pool[cache.page_table.long()].flatten(1, 2).transpose(1, 2).contiguous()
+
+        calls = [
+            partial(attend, names[0], q, copy(cache, cache.k_cache), copy(cache, cache.v_cache))
+            for q, cache in zip(queries, caches, strict=True)
+        ]
+        return {names[0]: calls}
+
+    monkeypatch.setattr(whole_model.baselines, "sdpa_dense", copied)
+    builder.target = builder.target._replace(l2_bytes=1 << 30)  # a copy for each layer
+    attention = builder._cudnn()
+    assert_layers_attend(builder, attention)
+    assert builder._baseline("cudnn", attention).check() < 1e-5
+    builder.target = builder.target._replace(l2_bytes=1)
+    assert builder._baseline("cudnn", builder._cudnn()).check() < 1e-5
+
+
+def assert_layers_attend(
+    builder: whole_model.WholeModel, attention: list[whole_model.Attention]
+) -> None:
+    """Each layer attends over its own pages with the new token as the last."""
+    generator = torch.Generator().manual_seed(1)
+    for layer, (q, pages) in enumerate(zip(builder.sets.queries, builder.sets.caches, strict=True)):
+        new = torch.randn(2, 2, 2, 32, generator=generator)
+        out = attention[layer](q, *new)
+        last = pages.page_table[:, -1].long(), 15
+        pages.k_cache[last], pages.v_cache[last] = new
+        torch.testing.assert_close(out.view(q.shape), reference.dense_attention(q, pages))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_tokens_are_right_and_captured_ones_the_same(monkeypatch) -> None:
+    monkeypatch.setitem(MODELS, "tiny", MODELS["tiny"]._replace(head_dim=64))
+    shape = dataclasses.replace(WORKLOAD.shape, head_dim=64, dtype=torch.float16)
+    workload = dataclasses.replace(WORKLOAD, shape=shape, dense_baselines=("cudnn",))
+    whole_model.random_model.cache_clear()
+    builder = prepare(workload, Target(TileLang(), "gpu", whole_model.device.l2_bytes(), print))
+    whole_model.random_model.cache_clear()
+    for provider in builder.providers("model", METHODS):
+        provider.check()
+        expected = provider.calls[0]().clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = provider.calls[0]()
+        graph.replay()
+        torch.testing.assert_close(logits, expected)
+    origin = {"torch": "", "commit": "", "date": ""}
+    rows = {row.stage: row for row in model_timeline_rows(builder, "gpu", origin)}
+    assert rows["append"].launches == 3 and {"model", "dense layers", "attention"} <= rows.keys()

@@ -14,23 +14,28 @@ if TYPE_CHECKING:
     from .kernels.cache import CacheShape, Fp8, PagedKVCache
     from .kernels.estimator import estimate_logits
     from .kernels.lists import CandidatePages, Kept
+    from .kernels.mass_bound import bound_kept_mass
     from .kernels.options import DecodeOptions
     from .kernels.pipeline import TwilightDecode
     from .kernels.pruner import prune_top_p
     from .kernels.selector import select_all, select_pages
     from .kernels.validate import validate_cache
+    from .reference.smoothing import KeyChannels, calibrate_keys
 
 HOMES = {
     "attention": ("dense_attention", "flash_topk_attention", "page_attention"),
     "cache": ("CacheShape", "Fp8", "PagedKVCache"),
     "estimator": ("estimate_logits",),
     "lists": ("CandidatePages", "Kept"),
+    "mass_bound": ("bound_kept_mass",),
     "options": ("DecodeOptions",),
     "pipeline": ("TwilightDecode",),
     "pruner": ("prune_top_p",),
     "selector": ("select_all", "select_pages"),
+    "smoothing": ("KeyChannels", "calibrate_keys"),
     "validate": ("validate_cache",),
 }
+SHARED = ("smoothing",)  # plain PyTorch in reference/, and nothing more in kernels/
 HOME_OF = {name: home for home, names in HOMES.items() for name in names}
 __all__ = sorted(HOME_OF)
 
@@ -48,7 +53,8 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         message = "tilelang: expected the version that requirements.txt names, got none installed"
         raise ModuleNotFoundError(message) from error
-    return getattr(importlib.import_module(f".kernels.{HOME_OF[name]}", __name__), name)
+    room = "reference" if HOME_OF[name] in SHARED else "kernels"
+    return getattr(importlib.import_module(f".{room}.{HOME_OF[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

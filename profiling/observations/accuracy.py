@@ -11,7 +11,7 @@ mass and the error are those of what attention reads: the union of a group's set
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,8 +28,7 @@ BITS = ("2", "3", "4", "8", "exact")
 MAX_REQUESTS = 4
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """One request in float64: q [num_kv_heads, group_size, head_dim], k and v [num_kv_heads,
     seq_len, head_dim], its logits [num_qo_heads, seq_len] and its dense output, shaped as q."""
 
@@ -60,8 +59,7 @@ class Request:
         return logits.flatten(0, 1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What one request keeps: counts [num_kv_heads]; estimated and captured mass [num_qo_heads];
     the squared norms of the output's error and of the dense output."""
 

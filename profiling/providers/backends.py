@@ -57,24 +57,21 @@ class TileLang:
         return self._attention(q, cache, every_token(counts), cache.capacity)
 
     def _attention(self, q: torch.Tensor, cache: Any, tokens: Any, width: int) -> Call:
-        from twilight_tilelang.kernels.attention import (
-            AttentionWorkspace,
-            attend,
-            list_items,
-            planned_attention,
-        )
+        from twilight_tilelang.kernels import attention
         from twilight_tilelang.kernels.query import by_kv_head, step_shape
 
         group_size = q.shape[1] // cache.num_kv_heads
-        planned = planned_attention(tokens.kind, step_shape(cache, group_size, width), q.device)
-        split_tokens = planned.config.split_tokens
-        workspace = AttentionWorkspace.allocate(cache, group_size, width, split_tokens)
+        shape = step_shape(cache, group_size, width)
+        planned = attention.planned_attention(tokens.kind, shape, q.device)
+        sizes = (cache, group_size, width, planned.config.split_tokens)
+        workspace = attention.AttentionWorkspace.allocate(*sizes)
         out = torch.empty_like(q)
         grouped = [by_kv_head(each, cache.num_kv_heads) for each in (q, out)]
+        sm_scale = cache.head_dim**-0.5
 
         def call() -> torch.Tensor:
-            list_items(planned, cache, tokens, workspace.work)
-            attend(planned, grouped[0], cache, tokens, workspace, grouped[1], cache.head_dim**-0.5)
+            attention.list_items(planned, cache, tokens, workspace.work)
+            attention.attend(planned, grouped[0], cache, tokens, workspace, grouped[1], sm_scale)
             return out
 
         return call
@@ -88,19 +85,15 @@ class Torch:
     package: ModuleType = reference
 
     def step(self, cache: Any, num_qo_heads: int, **options: Any) -> Any:
-        """A step that keeps the results of its stages; options are those of `TwilightDecode`."""
         return reference.TwilightDecode(cache, num_qo_heads, **options)
 
     def attend_tokens(self, q: torch.Tensor, cache: Any, kept: Lists) -> Call:
-        """Attention over given tokens."""
         return partial(reference.flash_topk_attention, q, cache, kept)
 
     def quest(self, q: torch.Tensor, cache: Any, token_budget: int, **sinks: int) -> Call:
-        """Quest alone: exact attention over every token of the pages chosen."""
         return lambda: reference.page_attention(
             q, cache, reference.select_pages(q, cache, token_budget, **sinks)
         )
 
     def dense(self, q: torch.Tensor, cache: Any) -> Call:
-        """Attention over every token."""
         return partial(reference.dense_attention, q, cache)

@@ -33,13 +33,9 @@ def flashinfer_dense(queries: Sequence[torch.Tensor], caches: Sequence[Any]) -> 
         filled = torch.arange(cache.max_pages, device=q.device) < pages_used[:, None]
         last_page_len = (cache.seq_lens - 1) % cache.page_size + 1
         run = _flashinfer_decode(
-            workspace,
-            num_heads=(q.shape[1], cache.num_kv_heads),
-            pages_used=pages_used,
-            indices=cache.page_table[filled],
-            last_page_len=last_page_len,
-            like=cache.k_cache,
-        )
+            workspace, num_heads=(q.shape[1], cache.num_kv_heads), pages_used=pages_used,
+            indices=cache.page_table[filled], last_page_len=last_page_len, like=cache.k_cache,
+        )  # fmt: skip
         calls.append(partial(run, q, (cache.k_cache, cache.v_cache)))
     return calls
 
@@ -70,13 +66,9 @@ def flashinfer_tokens(
         pages = torch.gather(cache.page_table, 1, logical).view_as(tokens)
         rows = (pages * page_size + tokens % page_size) * num_kv_heads + heads
         run = _flashinfer_decode(
-            workspace,
-            num_heads=(grouped.shape[1], 1),
-            pages_used=budgets,
-            indices=rows[listed],
-            last_page_len=torch.ones_like(budgets),
-            like=pool[0],
-        )
+            workspace, num_heads=(grouped.shape[1], 1), pages_used=budgets,
+            indices=rows[listed], last_page_len=torch.ones_like(budgets), like=pool[0],
+        )  # fmt: skip
         calls.append(partial(run, grouped, pool))
     return calls
 
@@ -151,14 +143,7 @@ def _flashinfer_decode(
         paged_kv_last_page_len_buffer=torch.empty_like(last_page_len),
     )
     wrapper.plan(
-        indptr,
-        indices,
-        last_page_len,
-        num_qo_heads,
-        num_kv_heads,
-        like.shape[-1],
-        like.shape[1],
-        q_data_type=like.dtype,
-        kv_data_type=like.dtype,
-    )
+        indptr, indices, last_page_len, num_qo_heads, num_kv_heads, like.shape[-1], like.shape[1],
+        q_data_type=like.dtype, kv_data_type=like.dtype,
+    )  # fmt: skip
     return wrapper.run

@@ -84,7 +84,7 @@ def decode_call(
     def call() -> torch.Tensor:
         lengths.fill_(before)
         for layer in cache.layers:
-            layer.length = layer.pages.longest = before
+            layer.length = before
         return step.forward()
 
     return call

@@ -6,7 +6,6 @@ Everything that touches the implementation under test goes through `backends.py`
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,8 +25,7 @@ MAX_TOKEN_LISTS = 128
 Notice = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """What is measured, and where: the backend, its GPU's name, and the size of that GPU's L2."""
 
     backend: Any
@@ -36,8 +34,7 @@ class Target:
     notice: Notice
 
 
-@dataclass(frozen=True)
-class Kept:
+class Kept(NamedTuple):
     """Tokens that attention reads per KV head."""
 
     mean: float
@@ -56,8 +53,7 @@ class Kept:
         return cls(tokens, tokens, tokens)
 
 
-@dataclass(frozen=True)
-class Provider:
+class Provider(NamedTuple):
     """One row to be: `calls` do the same work on different inputs, `check` returns the error."""
 
     stage: str

@@ -23,7 +23,7 @@ from ..workloads.request_sets import cold_sets, pool_bytes, workload_sets
 from ..workloads.traffic import Work
 from ..workloads.workload import METHOD, NONE, Workload
 from . import baselines, checks
-from .stages import Kept, Provider, Target, optional
+from .stages import Kept, Provider, Slot, Target, optional
 
 MADE = 4  # sets of requests that are made; further layers have copies of them
 MEMORY_SHARE = 0.78  # of the free memory that the layers' pages may take
@@ -106,6 +106,9 @@ def prepare_model(workload: Workload, target: Target) -> "WholeModel | None":
         needed = pool_bytes(workload.shape) / 2**30
         target.notice(f"left out: {workload.name}: a layer's cache needs {needed:.0f} GiB")
         return None
+    own = len({(pages.k_cache.data_ptr(), id(pages.page_table)) for pages in sets.caches})
+    if own < len(sets.caches):
+        target.notice(f"{workload.name}: {len(sets.caches)} layers take turns over {own} caches")
     return WholeModel(workload, target, model, sets)
 
 
@@ -162,7 +165,7 @@ class WholeModel:
         def check() -> float:
             self._run(call)
             layer, (q, pages) = self._sparse_layer(method)
-            step = cache.step(pages, q.shape[1], self._scale, layer < self._num_dense(method))
+            step = cache.step(pages, q.shape[1], self._scale, layer < self.num_dense(method))
             out = step.run(q, pages)
             if method == METHOD:
                 checks.check_attention(out, q, pages, step.kept)
@@ -188,11 +191,11 @@ class WholeModel:
 
     def _made(self, method: str, name: str, calls: Calls, check: Callable[[], float]) -> Provider:
         counts = self._counts(method)
-        sparse = counts[self._num_dense(method) :] or counts
+        sparse = counts[self.num_dense(method) :] or counts
         shape = self.workload.shape
         rows = shape.batch_size * shape.num_kv_heads
         kept = sum(round(float(each.double().mean()) * rows) for each in counts)
-        choosing = self.num_layers - self._num_dense(method)
+        choosing = self.num_layers - self.num_dense(method)
         candidates, _ = self.workload.settings(method)
         work = Work(
             shape,
@@ -204,6 +207,21 @@ class WholeModel:
         )
         return Provider("model", method, name, calls, check, Kept.of(sparse), work)
 
+    def parts(self) -> dict[str, Callable[[], object]]:
+        """Twilight's token, and what of it is not the model's own: an append, and the step of a
+        layer that is dense, and each stage of one that is not."""
+        cache = self._own(METHOD)
+        layer, (q, pages) = self._sparse_layer(METHOD)
+        dense, sparse = (cache.step(pages, q.shape[1], self._scale, own) for own in (True, False))
+        new = q.new_zeros(2, len(q), pages.num_kv_heads, pages.head_dim)
+        parts = {
+            "token": self._decode(cache),
+            "append": partial(pages.append, *new),
+            "dense layers": partial(dense.run, q, pages),
+        }
+        sparse.run(q, pages)
+        return parts | Slot(q, pages, sparse).launched
+
     def _counts(self, method: str) -> list[torch.Tensor]:
         """Tokens that attention reads of each row, by layer."""
         shape = self.workload.shape
@@ -212,11 +230,11 @@ class WholeModel:
             self._decode(cache)()
             return list(cache.kept().counts[0])
         every, (budget, _) = shape.max_seq_len, self.workload.settings(method)
-        num_dense = self._num_dense(method)
+        num_dense = self.num_dense(method)
         tokens = [every] * num_dense + [budget] * (self.num_layers - num_dense)
         return [torch.full((shape.batch_size, shape.num_kv_heads), own) for own in tokens]
 
-    def _num_dense(self, method: str) -> int:
+    def num_dense(self, method: str) -> int:
         """First layers that attend to every token."""
         if method == NONE:
             return 0
@@ -244,7 +262,7 @@ class WholeModel:
         options = dict(path=PATHS[method], token_budget=workload.token_budget)
         if method == METHOD:
             options["top_p"] = workload.top_p
-        dense = self._num_dense(method)
+        dense = self.num_dense(method)
         return MadeUpQueries.over(self.model, self.sets, options, dense, record)
 
     def _given(self, attention: Sequence[Attention]) -> Any:
@@ -275,7 +293,7 @@ class WholeModel:
 
         def of_layer(layer: int) -> Attention:
             run, q, pages = planned[layer % made].func, queries[layer], caches[layer]
-            place = pages.page_table[:, -1].long(), torch.tensor(self._slot, device=q.device)
+            place = pages.page_table[:, -1].long(), self._slot
 
             def attend(_query: Any, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
                 pages.k_cache[place], pages.v_cache[place] = keys, values

@@ -34,7 +34,7 @@ def report(folder: Path, workloads: list[str], stage: str | None = None) -> str:
         accuracy = frames["accuracy"]
         tables = {"pipeline": timed, "accuracy": accuracy[accuracy["bits"] == "4"]}
     elif stage == "model":
-        tables = {stage: _whole(frames[stage])}
+        tables = {stage: _whole(frames[stage]), "timeline": frames["timeline"]}
     else:
         tables = {stage: frames[stage] if stage in OBSERVED else timed[timed["stage"] == stage]}
     on_cpu = folder.name == CPU_LABEL

@@ -14,7 +14,7 @@ from twilight_tilelang.reference.inputs import DecodeShape
 from .standard import LENGTHS, PAGE_SIZE, kept_of
 from .workload import Workload
 
-STAGES = ("model", "memory")
+STAGES = ("model", "memory", "timeline")
 
 
 class ModelShape(NamedTuple):

@@ -72,19 +72,13 @@ def workload_sets(
     elif workload.random_tokens:
         inputs = random_inputs(every, SEED, device=device)
     else:
-        inputs = make_inputs(
-            every,
-            SEED,
-            device=device,
-            kept_mean=workload.kept_mean,
-            top_p=workload.top_p,
-            head_budgets=workload.head_budgets,
-            interleaved=workload.interleaved,
-        )
+        wanted = ("kept_mean", "top_p", "head_budgets", "interleaved")
+        made_for = {name: getattr(workload, name) for name in wanted}
+        inputs = make_inputs(every, SEED, device=device, **made_for)
     if workload.kv_dtype is not None:
         pools = {name: getattr(inputs, name).to(workload.kv_dtype) for name in KV}
         inputs = dataclasses.replace(inputs, **pools)
-    q, pool = inputs.q, wrap(*inputs.paged())
+    q, pool = inputs.q, wrap(*inputs.paged(), layout="NHD")
     rows = [slice(own * shape.batch_size, (own + 1) * shape.batch_size) for own in range(num_sets)]
     caches = [
         dataclasses.replace(
@@ -102,7 +96,7 @@ def recorded_steps(
     trace = read_trace(workload.trace)
     for place in range(len(trace.positions)):
         inputs = trace.inputs(workload.shape.page_size, 1, SEED, device, place)
-        yield inputs.q, wrap(*inputs.paged())
+        yield inputs.q, wrap(*inputs.paged(), layout="NHD")
 
 
 def random_tokens(

@@ -19,6 +19,7 @@ RANDOM = "random"
 NONE = "none"  # a model without attention
 TOP_P = 0.85
 MAX_SETS = 72
+SIZES = ("batch_size", "num_qo_heads", "num_kv_heads", "head_dim", "page_size")
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,7 @@ class Workload:
         return {
             "workload": self.name,
             "method": method,
-            "batch_size": shape.batch_size,
-            "num_qo_heads": shape.num_qo_heads,
-            "num_kv_heads": shape.num_kv_heads,
-            "head_dim": shape.head_dim,
-            "page_size": shape.page_size,
+            **{name: getattr(shape, name) for name in SIZES},
             "seq_len": shape.max_seq_len,
             "token_budget": token_budget,
             "top_p": top_p,

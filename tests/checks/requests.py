@@ -14,7 +14,7 @@ from twilight_tilelang import reference
 
 MIRROR = ("k_int4", "k_scale_zero", "page_bounds", "bounds_scale_zero")
 POOLS = ("k_cache", "v_cache", *MIRROR)
-PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM = 16, 2, 64
+PAGE_SIZE, HEAD_DIM = 16, 64
 
 
 def on(device: torch.device | str, tensor: torch.Tensor) -> torch.Tensor:
@@ -22,15 +22,29 @@ def on(device: torch.device | str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 class World:
-    """An implementation, its device, and tokens to cache: k, v [batch_size, tokens, ...]."""
+    """An implementation, its device, how K and V lie there, and tokens to cache: k, v
+    [batch_size, tokens, ...]."""
 
-    def __init__(self, package: ModuleType, device: torch.device | str, batch_size: int = 3):
-        self.package, self.device = package, device
+    def __init__(
+        self,
+        package: ModuleType,
+        device: torch.device | str,
+        layout: str = "NHD",
+        batch_size: int = 3,
+        num_tokens: int = 80,
+        num_kv_heads: int = 2,
+    ) -> None:
+        self.package, self.device, self.layout = package, device, layout
+        self.num_kv_heads = num_kv_heads
         self.rng = torch.Generator().manual_seed(0)
-        self.k, self.v = self.normal(2, batch_size, 80)
+        self.k, self.v = self.normal(2, batch_size, num_tokens)
+
+    def like(self, **sizes: int) -> "World":
+        """The same implementation, other tokens."""
+        return World(self.package, self.device, self.layout, **sizes)
 
     def normal(self, *size: int) -> torch.Tensor:
-        shape = (*size, NUM_KV_HEADS, HEAD_DIM)
+        shape = (*size, self.num_kv_heads, HEAD_DIM)
         return on(self.device, torch.randn(shape, generator=self.rng).half())
 
     def ints(self, values: list) -> torch.Tensor:
@@ -42,18 +56,20 @@ class World:
     def cache(self, page_table: list, num_pages: int, lengths: list | None = None):
         """A cache of leftovers, between a guard page before and one behind; then the first
         lengths[b] tokens of each request."""
-        shape = (len(page_table), len(page_table[0]), NUM_KV_HEADS, HEAD_DIM)
+        shape = (len(page_table), len(page_table[0]), self.num_kv_heads, HEAD_DIM)
         shape = self.package.CacheShape(*shape, device=self.device)
         large = self.package.PagedKVCache.empty(
             shape._replace(batch_size=1, max_pages=1), num_pages=num_pages + 2
         )
         self.whole = {name: getattr(large, name) for name in POOLS}
-        for tensor in self.whole.values():
+        for name, tensor in self.whole.items():
             tensor.fill_(77)
+            if self.layout == "HND" and name.endswith("_cache"):
+                self.whole[name] = tensor.transpose(1, 2).contiguous().transpose(1, 2)
         cache = self.package.PagedKVCache(
             page_table=self.ints(page_table),
             seq_lens=self.ints([0] * len(page_table)),
-            k_offset=torch.zeros(NUM_KV_HEADS, HEAD_DIM, device=self.device),
+            k_offset=torch.zeros(self.num_kv_heads, HEAD_DIM, device=self.device),
             **{name: tensor[1:-1] for name, tensor in self.whole.items()},
         )
         if lengths is not None:
@@ -110,7 +126,7 @@ class World:
 def append_passes_over_rows_without_a_request(world: World) -> None:
     """Whatever their ids are, and masked ones even with another's page."""
     spare = [[-1] * 4, [NO_PAGE] * 4, [8] * 4, [2**31 - 1] * 4, [0] * 4]
-    world.k, world.v = world.normal(2, 7, 80)
+    world = world.like(batch_size=7)
     cache = world.cache([[0, 3, 4, 6], [5, 1, 7, -1], *spare], 8, [40, 21, 0, 0, 0, 0, 0])
     world.remember()
     active = world.mask(True, True, True, True, True, True, False)
@@ -168,6 +184,32 @@ def chunks_have_the_bits_of_a_prefill(world: World) -> None:
     assert world.whole["k_cache"][[0, -1]].eq(77).all()
 
 
+def chunks_of_many_heads_and_requests(world: World) -> None:
+    """More heads than a block has warps; more requests than a warp has lanes, most with no token in
+    the second chunk."""
+    heads = world.like(num_kv_heads=12)
+    cache = heads.cache([[0, 1], [2, 3], [4, 5]], 6, [5, 0, 17])
+    heads.extend(cache, [5, 0, 17], [20, 3, 18])
+    heads.assert_holds(cache, [20, 3, 18])
+    many = world.like(batch_size=70, num_tokens=5)
+    lengths = [request % 4 for request in range(70)]
+    cache = many.cache([[69 - request] for request in range(70)], 70, lengths)
+    many.assert_holds(cache, lengths)
+    more = [length + (request % 9 == 5) for request, length in enumerate(lengths)]
+    many.extend(cache, lengths, more)
+    many.assert_holds(cache, more)
+
+
+def a_long_chunk_ends_at_a_missing_page(world: World) -> None:
+    """Further away than a warp has lanes, and the pages behind it are somebody's."""
+    world = world.like(batch_size=1, num_tokens=640)
+    cache = world.cache([[*range(36), -1, 36, 37, 38]], 39, [10])
+    world.remember()
+    world.extend(cache, [10], [640])
+    assert world.changed_pages() == set(range(36))
+    world.assert_holds(cache, [576])
+
+
 def a_chunk_and_a_token_are_the_same(world: World) -> None:
     """Tokens one by one, by append, between chunks."""
     cache = world.cache([[0, 1, 2], [3, 4, 5], [6, 7, 8]], 9, [14, 3, 16])
@@ -181,7 +223,7 @@ def a_chunk_and_a_token_are_the_same(world: World) -> None:
 def a_chunk_without_a_place_is_left_out(world: World) -> None:
     """Beyond the capacity, from the first missing page on, of a row without a request."""
     table = [[0, 1, 2], [3, -1, 4], [-1, 5, 6], [7, 8, 9], [NO_PAGE, 77, 10], [12, 13, 77]]
-    world.k, world.v = world.normal(2, 6, 80)
+    world = world.like(batch_size=6)
     cache = world.cache(table, 14, [40, 10, 0, 48, 0, 17])
     world.remember()
     world.extend(cache, [40, 10, 0, 48, 0, 17], [60, 50, 20, 70, 3, 40], padding=2)
@@ -310,17 +352,22 @@ def a_request_that_is_cut_back_is_bounded_anew(world: World) -> None:
     world.package.validate_cache(cache)
 
 
-def a_pool_that_may_be_either_says_its_layout(world: World) -> None:
+def a_pool_that_may_be_hnd_says_which_it_is(world: World) -> None:
     """32 heads and pages of 16 tokens, in either order."""
     wrap, table, lengths = world.package.PagedKVCache.wrap, world.ints([[1, 0]]), world.ints([9])
     for shape in ((2, 32, 16, 64), (2, 16, 32, 64)):
-        pools = [on(world.device, torch.ones(shape).half()) for _ in "kv"]
-        with pytest.raises(ValueError, match="layout: expected 'NHD' or 'HND' to be stated"):
-            wrap(*pools, table, lengths)
+        tokens = torch.randn(shape, generator=world.rng).half()
+        pools = [on(world.device, tokens) for _ in "kv"]
+        turned = [on(world.device, tokens.transpose(1, 2)) for _ in "kv"]
+        for layout in (None, "nhd"):
+            with pytest.raises(ValueError, match=r"layout: expected .*'NHD'.*'HND'"):
+                wrap(*pools, table, lengths, layout=layout)
         cache = wrap(*pools, table, lengths, layout="NHD")
-        assert cache.num_kv_heads == shape[2] and cache.page_size == shape[1]
-        cache = wrap(*pools, table, lengths, layout="HND")
-        assert cache.num_kv_heads == shape[1] and cache.page_size == shape[2]
+        again = wrap(*turned, table, lengths, layout="HND")
+        for each in (cache, again):
+            assert each.num_kv_heads == shape[2] and each.page_size == shape[1]
+        assert torch.equal(again.k_int4[1, :, :9], cache.k_int4[1, :, :9])
+        assert torch.equal(again.page_bounds[1], cache.page_bounds[1])
 
 
 SCENARIOS = (
@@ -328,6 +375,8 @@ SCENARIOS = (
     append_passes_over_masked_and_full_rows,
     append_passes_over_a_page_that_is_not_there_yet,
     chunks_have_the_bits_of_a_prefill,
+    chunks_of_many_heads_and_requests,
+    a_long_chunk_ends_at_a_missing_page,
     a_chunk_and_a_token_are_the_same,
     a_chunk_without_a_place_is_left_out,
     pages_of_an_engine_are_mirrored,
@@ -338,6 +387,10 @@ SCENARIOS = (
     forks_swap_shorten_and_do_without_a_page,
     a_row_forked_from_itself_leaves_a_shared_page,
     a_request_that_is_cut_back_is_bounded_anew,
-    a_pool_that_may_be_either_says_its_layout,
+    a_pool_that_may_be_hnd_says_which_it_is,
 )
-EACH_SCENARIO = [pytest.param(each, id=each.__name__) for each in SCENARIOS]
+EACH_SCENARIO = [
+    pytest.param(each, layout, id=f"{each.__name__}-{layout}")
+    for each in SCENARIOS
+    for layout in ("NHD", "HND")
+]

@@ -63,6 +63,20 @@ def install_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
 
 
+def install_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`to` it: a `GpuTensor`, of the dtype asked for."""
+    move = torch.Tensor.to
+
+    def to(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        given = [*args, *options.values()]
+        if not any(str(own).startswith("cuda") for own in given if not torch.is_tensor(own)):
+            return move(self, *args, **options)
+        dtypes = [own for own in given if isinstance(own, torch.dtype)]
+        return move(self, *dtypes or [self.dtype]).as_subclass(GpuTensor)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+
+
 def _on_fake(create: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     @functools.wraps(create)
     def wrapped(*args, **options) -> torch.Tensor:

@@ -18,6 +18,7 @@ from twilight_tilelang.profiling.tables.rows import (
 )
 from twilight_tilelang.profiling.tables.store import write_rows
 from twilight_tilelang.profiling.workloads import traffic
+from twilight_tilelang.profiling.workloads.models import GPU_MODELS, GPU_MODELS_FULL
 from twilight_tilelang.profiling.workloads.standard import GPU_WORKLOADS
 from twilight_tilelang.profiling.workloads.sweeps import GPU_FULL
 from twilight_tilelang.profiling.workloads.workload import Workload
@@ -25,6 +26,7 @@ from twilight_tilelang.reference.inputs import LAYER_BUDGETS
 
 ORIGIN = {"torch": "2.13.0", "commit": "0123456789", "date": "2026-01-31"}
 READ_TBPS = 4.4
+EVERY = (*GPU_WORKLOADS, *GPU_FULL, *GPU_MODELS, *GPU_MODELS_FULL)
 
 
 def make_row(workload, stage, method, provider, work, slowness=1.3) -> Row:
@@ -55,7 +57,7 @@ def make_row(workload, stage, method, provider, work, slowness=1.3) -> Row:
     )
 
 
-def made_up_rows(workloads=(*GPU_WORKLOADS, *GPU_FULL)) -> list[AnyRow]:
+def made_up_rows(workloads=EVERY) -> list[AnyRow]:
     """Every row of a run, without a GPU."""
     rows = [row for workload in workloads for row in _rows_of(workload)]
     return list({_key(row): row for row in rows}.values())
@@ -80,10 +82,13 @@ def _rows_of(workload: Workload) -> list[AnyRow]:
         if stage in OBSERVED:
             rows += MADE_UP[stage](workload)
             continue
-        providers = ["tilelang", *(workload.dense_baselines if stage == "dense" else ())]
         for variant, method, (place, provider) in itertools.product(
-            workload.variants(), workload.methods(stage), enumerate(providers)
+            workload.variants(),
+            workload.methods(stage),
+            enumerate(("tilelang", *workload.dense_baselines)),
         ):
+            if place > 0 and method != "dense":
+                continue
             slowness = 1.02 + 0.3 * (place == 3) if stage == "dense" else 1.25
             work = variant.work(method)
             rows.append(make_row(variant, stage, method, provider, work, slowness))
@@ -144,6 +149,7 @@ def _kept_rows(workload: Workload) -> list[KeptRow]:
 def _memory_rows(workload: Workload) -> list[MemoryRow]:
     head_dim, page_size = workload.shape.head_dim, workload.shape.page_size
     sizes = (2 * head_dim, 2 * head_dim, head_dim / 2, 4, 2 * head_dim / page_size, 8 / page_size)
+    weights = {} if workload.model is None else {"weights": head_dim}
     return [
         MemoryRow(
             **workload.labels("quest+twilight", "h200"),
@@ -152,7 +158,7 @@ def _memory_rows(workload: Workload) -> list[MemoryRow]:
             share=size / (4 * head_dim),
             **ORIGIN,
         )
-        for part, size in zip(PARTS, sizes, strict=True)
+        for part, size in (dict(zip(PARTS, sizes, strict=True)) | weights).items()
     ]
 
 

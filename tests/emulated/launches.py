@@ -9,6 +9,7 @@ from tests.checks.guards import GuardedMemory
 from tests.emulated.emulate import emulated
 from twilight_tilelang.kernels.estimator import estimator_kernel
 from twilight_tilelang.kernels.launch import static_width
+from twilight_tilelang.kernels.mass_bound import mass_bound_kernel
 from twilight_tilelang.kernels.pruner import HeadUnion, pruner_kernel
 from twilight_tilelang.kernels.top_p import NUM_THREADS
 from twilight_tilelang.reference.inputs import DecodeShape
@@ -50,11 +51,13 @@ def estimate_emulated(q, cache, pages, counts, config, folder) -> torch.Tensor:
     logits = blank(*q.shape[:3], width, cache.page_size, dtype=torch.float16)
     block_tiles = config.num_warps * config.tiles_per_warp * config.steps
     blocks = -(-width * cache.page_size // 16 // block_tiles)
-    static = (q.shape[2], cache.head_dim, cache.page_size, "float16", config)
+    smooth = cache.k_factor is not None
+    static = (q.shape[2], cache.head_dim, cache.page_size, "float16", config, smooth)
     emulated(estimator_kernel, static, folder)(
         (blocks, cache.num_kv_heads, cache.batch_size), config.num_warps * 32,
-        q=q, codes=cache.k_int4, scale_zero=cache.k_scale_zero, page_table=cache.page_table,
-        seq_lens=cache.seq_lens, candidate_pages=pages, candidate_counts=counts,
+        q=q, k_factor=cache.k_factor, codes=cache.k_int4, scale_zero=cache.k_scale_zero,
+        page_table=cache.page_table, seq_lens=cache.seq_lens,
+        candidate_pages=pages, candidate_counts=counts,
         sm_scale=cache.head_dim**-0.5, logits=logits, width_pages=width, **sizes(cache),
     )  # fmt: skip
     return logits.flatten(1, 2).flatten(2)
@@ -103,3 +106,20 @@ def checked_items(kept_tokens, kept_counts, kept_mass, items, num_items, ticket,
     assert num_items.item() == len(wanted) and not ticket.any()
     assert sorted(items[: len(wanted)].tolist()) == wanted
     return kept_tokens, kept_counts, kept_mass.flatten(1)
+
+
+def bound_emulated(q, cache, candidates, logits, kept, folder, sm_scale=None) -> torch.Tensor:
+    """The kernel's bound [batch_size, num_qo_heads] of what is kept."""
+    q, logits = grouped(q, cache), grouped(logits, cache)
+    bound = blank(*q.shape[:3])
+    smooth = cache.k_factor is not None
+    static = (q.shape[2], cache.head_dim, cache.page_size, "float16", smooth)
+    emulated(mass_bound_kernel, static, folder)(
+        (q.shape[2], cache.num_kv_heads, cache.batch_size), 256, q=q, k_factor=cache.k_factor,
+        scale_zero=cache.k_scale_zero, page_table=cache.page_table, seq_lens=cache.seq_lens,
+        candidate_pages=candidates[0], candidate_counts=candidates[1],
+        width_pages=candidates[0].shape[2], logits=logits, kept_tokens=kept[0],
+        kept_counts=kept[1], width=kept[0].shape[2], bound=bound,
+        sm_scale=cache.head_dim**-0.5 if sm_scale is None else sm_scale, **sizes(cache),
+    )  # fmt: skip
+    return bound.flatten(1)

@@ -17,6 +17,6 @@ def on_cpu(folder) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("scenario", EACH_SCENARIO)
-def test_emulated(scenario):
-    scenario(World(kernels, "cuda"))
+@pytest.mark.parametrize("scenario, layout", EACH_SCENARIO)
+def test_emulated(scenario, layout):
+    scenario(World(kernels, "cuda", layout))

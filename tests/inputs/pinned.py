@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 from twilight_tilelang.kernels.gpu import gpu_of
 from twilight_tilelang.kernels.launch import KernelSpec, StepShape
-from twilight_tilelang.kernels.tuned import Choice, Planner, forget
+from twilight_tilelang.kernels.tuned import Planner, forget
 
 
 @contextmanager
@@ -27,11 +27,11 @@ def fused(is_fused: bool) -> Iterator[None]:
     """Steps made inside estimate and prune in one kernel, or in two, whatever their rows."""
     choose = Planner.choose
 
-    def chosen(self: Planner, spec: KernelSpec, shape: StepShape) -> Choice:
-        choice = choose(self, spec, shape)
-        if spec.name != "estimate_prune":
-            return choice
-        return replace(choice, config=replace(choice.config, fused=is_fused))
+    def chosen(self: Planner, spec: KernelSpec, shape: StepShape) -> tuple:
+        config, *why = choose(self, spec, shape)
+        if spec.name == "estimate_prune":
+            config = replace(config, fused=is_fused)
+        return config, *why
 
     with patch.object(Planner, "choose", chosen):
         forget()

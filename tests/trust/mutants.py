@@ -13,6 +13,7 @@ PRUNER = ("tests/test_pruner.py",)
 ATTENTION = ("tests/test_attention.py",)
 WINDOWS = ("tests/test_pruner.py", "-k", "sinks")
 REPEATED = ("tests/test_pipeline.py", "-k", "counters or replays")
+SMOOTH = ("tests/test_smoothing.py",)
 COMPILED = ("tests/test_compile.py", "-k", "gqa4-d128-sm_90a")
 
 MIRRORED = ("tests/emulated/test_cache.py", "-k", "prefill_mirror and gqa4 and not padded")
@@ -38,6 +39,9 @@ ATTENDED = (
     "tests/emulated/test_attention.py",
     *("-k", "attention_matches and (gqa4 or mha) and (tokens or pages)"),
 )
+DIVIDED = ("tests/emulated/test_smoothing.py", "-k", "every_writer and mha")
+MULTIPLIED = ("tests/emulated/test_smoothing.py", "-k", "page_scores and mha")
+BOUNDED = ("tests/emulated/test_smoothing.py", "-k", "bound_says_so and mha and full")
 
 
 class Mutant(NamedTuple):
@@ -75,8 +79,26 @@ MUTANTS = (
     ),
     Mutant(
         "offset not subtracted from keys", "mirror.py",
-        "shifted[c] = T.cast(key[c], T.float32) - offset[c]",
-        "shifted[c] = T.cast(key[c], T.float32)", CACHE, APPENDED,
+        "moved = T.cast(value, T.float32) - shift[0, c]",
+        "moved = T.cast(value, T.float32)", CACHE, APPENDED,
+    ),
+    Mutant(
+        "keys not divided by their factor", "mirror.py",
+        "return moved / shift[1, c] if int(shift.shape[0]) > 1 else moved", "return moved",
+        SMOOTH, DIVIDED,
+    ),
+    Mutant(
+        "queries not multiplied by the factor", "mma.py",
+        "T.cast(words[i * run + j], T.float32) * factor", "T.cast(words[i * run + j], T.float32)",
+        SMOOTH, MULTIPLIED,
+    ),
+    Mutant(
+        "the bound takes half of a logit's error", "mass_bound.py",
+        "(0.5 + 2.0**-9)", "(0.25 + 2.0**-9)", SMOOTH, BOUNDED,
+    ),
+    Mutant(
+        "the bound overlooks the first kept token of a tile", "mass_bound.py",
+        "at = low + ahead", "at = low + ahead + 1", SMOOTH, BOUNDED,
     ),
     Mutant(
         "append bounds a page without its last row", "mirror.py",

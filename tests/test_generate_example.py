@@ -1,0 +1,65 @@
+"""The example that goes on with a text, on a tiny model of random weights."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", minversion="5.24")
+tokenizers = pytest.importorskip("tokenizers")
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "generate.py"
+
+
+@pytest.fixture
+def example(tmp_path: Path):
+    """The example's module, and beside it a model's folder and a prompt of 40 tokens."""
+    words = {word: place for place, word in enumerate("_abcdefgh")}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="_"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="_")
+    fast.save_pretrained(tmp_path / "model")
+    sizes = dict(hidden_size=128, intermediate_size=64, num_attention_heads=2, vocab_size=9)
+    sizes |= dict(num_hidden_layers=3, num_key_value_heads=1, max_position_embeddings=128)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**sizes, initializer_range=0.1, eos_token_id=None)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    (tmp_path / "prompt.txt").write_text(" ".join("abcdefgh"[i * i % 8] for i in range(40)))
+    spec = importlib.util.spec_from_file_location("generate_example", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(example, folder: Path, monkeypatch, *options: str) -> None:
+    files = [str(folder / "model"), str(folder / "prompt.txt")]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *files, *options])
+    example.main()
+
+
+def test_it_writes_both_texts_and_what_each_layer_read(
+    example, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    run(example, tmp_path, monkeypatch, "--tokens", "5", "--top-p", "1", "--dense-layers", "1")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("40 tokens of prompt, 3 layers")
+    dense, sparse = (next(i for i, own in enumerate(lines) if own.startswith(name))
+                     for name in ("dense, ", "Twilight, "))  # fmt: skip
+    assert lines[dense + 1] == lines[sparse + 1] and len(lines[dense + 1].split()) == 5
+    assert [own.split() for own in lines[-3:]] == [
+        ["layer", "0:", "42.5", "(dense)"],
+        ["layer", "1:", "42.5"],
+        ["layer", "2:", "42.5"],
+    ]
+
+
+def test_it_refuses_what_does_not_fit(example, tmp_path: Path, monkeypatch, capsys) -> None:
+    with pytest.raises(SystemExit):
+        run(example, tmp_path, monkeypatch, "--tokens", "89")
+    assert "expected a prompt of 1 to 39 tokens" in capsys.readouterr().err
+    (tmp_path / "prompt.txt").unlink()
+    with pytest.raises(SystemExit):
+        run(example, tmp_path, monkeypatch)
+    assert "prompt.txt: expected a file, got none" in capsys.readouterr().err

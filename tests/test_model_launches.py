@@ -1,0 +1,144 @@
+"""What a model's decode step launches on a GPU, counted without one."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", minversion="5.24")
+
+from tests.doubles import fake_gpu  # noqa: E402
+from tests.test_transformers import make_model, prompts  # noqa: E402
+from twilight_tilelang.integrations.transformers import TwilightCache  # noqa: E402
+from twilight_tilelang.integrations.transformers_graph import CapturedDecode  # noqa: E402
+from twilight_tilelang.kernels.cache import PagedKVCache  # noqa: E402
+from twilight_tilelang.kernels.options import DecodeOptions  # noqa: E402
+from twilight_tilelang.profiling.providers import whole_model  # noqa: E402
+from twilight_tilelang.profiling.providers.backends import TileLang  # noqa: E402
+from twilight_tilelang.profiling.providers.stages import Target  # noqa: E402
+from twilight_tilelang.profiling.workloads.models import CPU_MODELS, MODELS  # noqa: E402
+
+ATTEND = ["tiles_kernel", "merge_kernel"]
+LISTED = ["plan_kernel", *ATTEND]  # where no pruner has listed attention's work
+SELECT = ["page_score_kernel", "top_pages_kernel"]
+SPARSE = [*SELECT, "estimator_kernel", "pruner_kernel", *ATTEND]
+
+
+@pytest.fixture
+def launched(monkeypatch) -> list[str]:
+    fake_gpu.install(monkeypatch)
+    fake_gpu.install_streams(monkeypatch)
+    fake_gpu.install_moves(monkeypatch)
+    return fake_gpu.count_launches(monkeypatch, launch=False)
+
+
+@pytest.fixture
+def replays(monkeypatch) -> list[object]:
+    """Of the graphs that are captured."""
+    replayed: list[object] = []
+
+    class Graph:
+        def replay(self) -> None:
+            replayed.append(self)
+
+    @contextmanager
+    def graph(_: Graph) -> Iterator[None]:
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        yield
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    return replayed
+
+
+@pytest.fixture
+def model():
+    model = make_model("smollm", torch.device("cpu")).half()
+    model.set_attn_implementation("twilight")
+    return model
+
+
+@torch.no_grad()
+def test_a_step_launches_an_append_and_its_stages_in_each_layer(
+    model, launched: list[str], replays: list[object]
+) -> None:
+    inputs = prompts(torch.Generator().manual_seed(0), [50, 30])
+    inputs = {name: own.as_subclass(fake_gpu.GpuTensor) for name, own in inputs.items()}
+    cache = TwilightCache(model.config, 160, DecodeOptions(token_budget=64), dense_layers=1)
+    model(**inputs, cache=cache, use_cache=True)
+    assert launched == ["extend_kernel"] * 2
+    step, tokens = CapturedDecode(model, cache), inputs["input_ids"][:, -1]
+    for seen in (1, 2, 2):  # launched, captured, replayed
+        step(tokens)
+        expected = ["append_kernel", *LISTED, "append_kernel", *SPARSE]
+        assert launched[2:] == expected * seen
+    assert len(replays) == 2 and replays[0] is replays[1]
+    assert cache.get_seq_length() == 53
+
+
+@torch.no_grad()
+def test_an_append_is_given_the_projections_themselves(model, launched, monkeypatch) -> None:
+    projected, given = [], []
+    model.model.layers[0].self_attn.v_proj.register_forward_hook(
+        lambda _module, _input, out: projected.append(out.data_ptr())
+    )
+    append = PagedKVCache.append
+    monkeypatch.setattr(
+        PagedKVCache, "append", lambda *own: (given.append(own[2].data_ptr()), append(*own))
+    )
+    tokens = torch.randint(1, 96, (2, 50)).as_subclass(fake_gpu.GpuTensor)
+    cache = TwilightCache(model.config, 160)
+    model(tokens, cache=cache)
+    model(tokens[:, -1:], cache=cache)
+    assert given[0] == projected[1]
+
+
+@pytest.mark.parametrize(
+    ("method", "own", "num_dense"),
+    [
+        ("quest+twilight", SPARSE, 1),
+        ("quest", [*SELECT, *LISTED], 1),
+        ("dense", [], 3),
+        ("none", [], 0),
+    ],
+)
+def test_a_token_of_the_benchmark_launches_no_more(
+    method: str, own: list[str], num_dense: int, launched: list[str], monkeypatch
+) -> None:
+    monkeypatch.setitem(MODELS, "tiny", MODELS["tiny"]._replace(head_dim=64))
+    shape = dataclasses.replace(CPU_MODELS[2].shape, head_dim=64, dtype=torch.float16)
+    workload = dataclasses.replace(CPU_MODELS[2], shape=shape)
+    monkeypatch.setattr(whole_model.device, "free_bytes", lambda: 1 << 40)
+    builder = whole_model.WholeModel(
+        workload,
+        Target(TileLang(), "fake", 0, print),
+        whole_model.random_model("tiny", 256, torch.float16, "cpu"),
+        on_gpu(workload, monkeypatch),
+    )
+    whole_model.random_model.cache_clear()
+    call = builder.providers("model", [method])[0].calls[0]
+    launched.clear()
+    call()
+    expected = (["append_kernel", *LISTED] * num_dense) + ["append_kernel", *own] * (3 - num_dense)
+    assert launched == ([] if method == "none" else expected)
+    assert Counter(launched)["append_kernel"] == (0 if method == "none" else 3)
+
+
+def on_gpu(workload: object, monkeypatch) -> whole_model.LayerSets:
+    """Its layers' sets, made on the CPU and then said to lie on a GPU."""
+    made = whole_model.workload_sets
+
+    def sets(workload, num_sets, _device, wrap):
+        def wrapped(*pools: torch.Tensor, layout: str) -> PagedKVCache:
+            return wrap(*(own.as_subclass(fake_gpu.GpuTensor) for own in pools), layout=layout)
+
+        found = made(workload, num_sets, "cpu", wrapped)
+        found.queries = [own.as_subclass(fake_gpu.GpuTensor) for own in found.queries]
+        return found
+
+    monkeypatch.setattr(whole_model, "workload_sets", sets)
+    return whole_model.layer_sets(workload, 3, Target(TileLang(), "fake", 0, print))
