@@ -204,7 +204,7 @@ def attend(
     written = (*partials, out, lse)
     num_blocks = planned.config.blocks_per_sm * gpu_of(q.device).num_multiprocessors
     attend_items(
-        q, cache.k_cache, cache.v_pool, cache.page_table, tokens.indices,
+        q, cache.k_cache, cache.v_pool, cache.kv_scales, cache.page_table, tokens.indices,
         work.items, work.num_items, num_blocks, sm_scale, *written,
     )  # fmt: skip
     merge_splits(cache.seq_lens, tokens.indices, tokens.counts, *written)
@@ -230,9 +230,12 @@ def _launches(
     shape: StepShape, config: AttentionConfig, kind: str = "tokens"
 ) -> tuple[Launch, ...]:
     sizes = (shape.group_size, shape.head_dim, shape.page_size, shape.dtype)
+    kv_dtype = shape.kv_dtype or shape.dtype
     return (
         Launch(f"items_{kind}", plan_kernel, (shape.page_size, kind, config)),
-        Launch(f"attention_{kind}", ATTENTION_KERNELS[config.form], (*sizes, kind, config)),
+        Launch(
+            f"attention_{kind}", ATTENTION_KERNELS[config.form], (*sizes, kv_dtype, kind, config)
+        ),
         Launch(f"merge_{kind}", merge_kernel, (*sizes, kind, config)),
     )
 

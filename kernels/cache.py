@@ -2,8 +2,9 @@
 together."""
 
 import copy
+import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,6 +14,7 @@ from .requests import Requests
 from .validate import check_indices, check_lengths
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 HEAD_DIMS = (64, 128, 256)
 TILE_TOKENS = 16  # a page holds a whole number of tensor-core tiles of tokens
 LAYOUTS = ("NHD", "HND")
@@ -28,17 +30,26 @@ class CacheShape(NamedTuple):
     num_kv_heads: int
     head_dim: int  # 64, 128 or 256
     page_size: int = 16  # a multiple of 16
-    dtype: torch.dtype = torch.float16
+    dtype: torch.dtype = torch.float16  # of q and out, and of K and V unless these are FP8
     device: torch.device | str = "cuda"
+    kv_dtype: torch.dtype | None = None  # of K and V in FP8
+
+
+class Fp8(NamedTuple):
+    """How K and V in FP8 are read: as their codes times a scale, finite and above 0."""
+
+    k_scale: torch.Tensor | float = 1.0  # of every KV head, or [num_kv_heads] f32
+    v_scale: torch.Tensor | float = 1.0
+    dtype: torch.dtype = torch.float16  # of q and out, fp16 or bf16
 
 
 @dataclass
 class PagedKVCache(Requests):
     """The tensors of one layer's cache (Twilight, section 4.2; bounds as in Quest, section 3.2).
 
-    k_cache, v_cache    [num_pages, page_size, num_kv_heads, head_dim], fp16 or bf16, of the same
-                        strides: any where the channels of a vector are contiguous. Packed, that is
-                        the layout of vLLM and of FlashInfer's NHD
+    k_cache, v_cache    [num_pages, page_size, num_kv_heads, head_dim], fp16, bf16 or FP8, of the
+                        same strides: any where the channels of a vector are contiguous. Packed,
+                        that is the layout of vLLM and of FlashInfer's NHD
     page_table          [batch_size, max_pages] i32: logical page -> physical page
     seq_lens            [batch_size] i32: cached tokens
     k_int4              [num_pages, num_kv_heads, page_size, head_dim / 2] u8: byte j holds channel
@@ -54,6 +65,9 @@ class PagedKVCache(Requests):
                         a query head by one constant: no softmax and no order of pages sees it. It
                         takes outlier channels out of the range that codes must span, and out of
                         the comparison of a group's heads by which pages are scored.
+    kv_scales           [2, num_kv_heads] f32, or None: what K, then V, in FP8 (e4m3fn or e5m2) are
+                        multiplied by; ones where K and V are not FP8
+    dtype               of q and out where K and V are FP8: fp16 or bf16
     k_factor            [num_kv_heads, head_dim] f32 or None: powers of two by which keys are
                         divided before they are quantized or bounded, and the estimator's and the
                         selector's queries multiplied (SmoothQuant's smoothing factor, Xiao et al.,
@@ -75,6 +89,8 @@ class PagedKVCache(Requests):
     page_bounds: torch.Tensor
     bounds_scale_zero: torch.Tensor
     k_offset: torch.Tensor
+    kv_scales: torch.Tensor | None = None
+    dtype: torch.dtype | None = None
     k_factor: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -93,6 +109,12 @@ class PagedKVCache(Requests):
             "bounds_scale_zero", self.bounds_scale_zero, pairs, torch.float32, device, align=16
         )
 
+        is_fp8 = self.k_cache.dtype in FP8_DTYPES
+        if self.kv_scales is None:
+            self.kv_scales = torch.ones(2, num_kv_heads, device=device)
+        check_tensor("kv_scales", self.kv_scales, (2, num_kv_heads), torch.float32, device)
+        self.dtype = self.dtype or (torch.float16 if is_fp8 else self.k_cache.dtype)
+        check_choice("dtype", self.dtype, HALF_DTYPES if is_fp8 else (self.k_cache.dtype,))
         # As kernels read them: V with the strides of K, which may differ where sizes are 1, and
         # codes four bytes at a time.
         self.v_pool = self.v_cache.as_strided(self.v_cache.shape, self.k_cache.stride())
@@ -102,10 +124,10 @@ class PagedKVCache(Requests):
         # Kernels of keys without a factor take any tensor of its kind, and do not read it.
         self.factor = self.k_offset if self.k_factor is None else self.k_factor
         batch_size, max_pages = self.page_table.shape
-        dtype = self.k_cache.dtype
         self.shape = CacheShape(
-            batch_size, max_pages, num_kv_heads, head_dim, page_size, dtype, device
-        )
+            batch_size, max_pages, num_kv_heads, head_dim, page_size, self.dtype, device,
+            self.k_cache.dtype if is_fp8 else None,
+        )  # fmt: skip
         self.everyone = torch.ones(batch_size, dtype=torch.bool, device=device)
         self.arrived = torch.zeros(1, dtype=torch.int32, device=device)  # blocks of extend()
 
@@ -151,7 +173,7 @@ class PagedKVCache(Requests):
         written yet."""
         channels = self.k_offset, self.k_factor
         own = (self.k_cache, self.v_cache, self.page_table, self.seq_lens, channels)
-        return self._around(*own)
+        return self._around(*own, self.kv_scales, self.dtype)
 
     @classmethod
     def empty(
@@ -174,7 +196,7 @@ class PagedKVCache(Requests):
         Raises:
             ValueError: a size is out of range, or page_table or k_offset does not fit.
         """
-        batch_size, max_pages, num_kv_heads, head_dim, page_size, dtype, device = shape
+        batch_size, max_pages, num_kv_heads, head_dim, page_size, dtype, device, kv_dtype = shape
         owned = batch_size * max_pages
         num_pages = owned if num_pages is None else num_pages
         check_count("num_pages", num_pages, least=1)
@@ -183,6 +205,8 @@ class PagedKVCache(Requests):
         check_count("num_kv_heads", num_kv_heads, least=1, most=MAX_ROWS)
         check_head_dim(head_dim)
         check_choice("dtype", dtype, HALF_DTYPES)
+        if kv_dtype is not None:
+            raise ValueError(f"kv_dtype: expected None, as wrap() takes FP8 pools, got {kv_dtype}")
         check_page_size(page_size)
         if torch.device(device).type != "cuda":
             raise ValueError(f"device: expected a CUDA device, got {device}")
@@ -260,6 +284,7 @@ class PagedKVCache(Requests):
         k_offset: KeyOffset = None,
         layout: str | None = None,
         validate: bool = False,
+        fp8: Fp8 | None = None,
     ) -> "PagedKVCache":
         """An engine's own pages, not copied: builds mirror and bounds for them. Synchronizes once.
 
@@ -274,6 +299,7 @@ class PagedKVCache(Requests):
             layout: "NHD", as above, or "HND", [num_pages, num_kv_heads, page_size, head_dim], which
                 the cache holds transposed. To be stated where page_size and num_kv_heads are both
                 multiples of 16: the pool could be either.
+            fp8: the scales of K and V in FP8 (e4m3fn or e5m2), and q's dtype; Fp8() where None.
             validate: whether to check page ids and lengths as `validate_cache` does, before
                 anything is written.
 
@@ -286,7 +312,8 @@ class PagedKVCache(Requests):
         _check_pages(k_cache, v_cache, page_table, seq_lens, k_offset)
         _check_layout(layout, k_cache)
         check_lengths(seq_lens, page_table.shape[1] * k_cache.shape[1])
-        cache = cls._around(k_cache, v_cache, page_table, seq_lens, k_offset)
+        own = _of_fp8(k_cache, fp8)
+        cache = cls._around(k_cache, v_cache, page_table, seq_lens, k_offset, **own)
         if validate:
             check_indices(cache)
         cache.mirror_pages(*cache.used_pages())
@@ -300,6 +327,8 @@ class PagedKVCache(Requests):
         page_table: torch.Tensor,
         seq_lens: torch.Tensor,
         k_offset: KeyOffset,
+        kv_scales: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> "PagedKVCache":
         """Allocates mirror and bounds for K and V pages, unwritten."""
         num_pages, page_size, num_kv_heads, head_dim = k_cache.shape
@@ -318,6 +347,8 @@ class PagedKVCache(Requests):
             page_bounds=torch.empty(*pages, 2, head_dim, dtype=torch.uint8, device=device),
             bounds_scale_zero=torch.empty(*pages, 2, dtype=torch.float32, device=device),
             k_offset=k_offset,
+            kv_scales=kv_scales,
+            dtype=dtype,
             k_factor=k_factor,
         )
 
@@ -360,7 +391,8 @@ def _check_pages(
     seq_lens: torch.Tensor,
     k_offset: KeyOffset,
 ) -> None:
-    check_tensor("k_cache", k_cache, (None,) * 4, HALF_DTYPES, align=16, strided=True)
+    dtypes = (*HALF_DTYPES, *FP8_DTYPES)
+    check_tensor("k_cache", k_cache, (None,) * 4, dtypes, align=16, strided=True)
     _, page_size, num_kv_heads, head_dim = k_cache.shape
     check_count("num_kv_heads", num_kv_heads, least=1, most=MAX_ROWS)
     check_head_dim(head_dim)
@@ -389,6 +421,26 @@ def _check_strides(k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
                 f"k_cache: expected vectors that do not overlap, got strides {k_cache.stride()}"
             )
         span += stride * (size - 1)
+
+
+def _of_fp8(k_cache: torch.Tensor, fp8: Fp8 | None) -> dict[str, Any]:
+    """The fields of a cache that FP8 has; raises ValueError where they do not fit."""
+    if k_cache.dtype not in FP8_DTYPES:
+        if fp8 is not None:
+            raise ValueError(f"fp8: expected None for a k_cache of {k_cache.dtype}, got {fp8}")
+        return {}
+    fp8 = Fp8() if fp8 is None else fp8
+    num_kv_heads, device = k_cache.shape[2], k_cache.device
+    rows = []
+    for name, scale in (("k_scale", fp8.k_scale), ("v_scale", fp8.v_scale)):
+        if isinstance(scale, torch.Tensor):
+            check_tensor(name, scale, (num_kv_heads,), torch.float32, device)
+            rows.append(scale)
+        elif isinstance(scale, float | int) and 0 < scale < math.inf:
+            rows.append(torch.full((num_kv_heads,), float(scale), device=device))
+        else:
+            raise ValueError(f"{name}: expected a positive finite number, got {scale!r}")
+    return {"kv_scales": torch.stack(rows), "dtype": fp8.dtype}
 
 
 def _tokens_first(pool: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ import tilelang
 import tilelang.language as T
 
 from .compiling import EXACT_MATH
-from .mirror import Mirror, Place, mirror_page
+from .mirror import Mirror, Place, mirror_page, write_vector
 from .strided import assume_aligned, strided
 
 NUM_WARPS = 8
@@ -42,7 +42,7 @@ def request_of(token, end_tokens):
 
 
 @tilelang.jit(pass_configs=EXACT_MATH)
-def extend_kernel(head_dim: int, page_size: int, dtype: str, smooth: bool = False):
+def extend_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str, smooth: bool = False):
     """Grid: (WINDOW new tokens, NUM_WARPS KV heads), a warp for each head. It has work where a
     token is the first of its request's new ones in a page: it writes all of these, and the page's
     mirror and bounds.
@@ -55,7 +55,7 @@ def extend_kernel(head_dim: int, page_size: int, dtype: str, smooth: bool = Fals
     num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
     num_tokens = T.dynamic("num_tokens")
     channels = head_dim // 32
-    pool = strided("pool", (num_pages, page_size, num_kv_heads, head_dim), dtype)
+    pool = strided("pool", (num_pages, page_size, num_kv_heads, head_dim), kv_dtype)
 
     @T.prim_func
     def extend_requests(
@@ -70,6 +70,7 @@ def extend_kernel(head_dim: int, page_size: int, dtype: str, smooth: bool = Fals
         k_factor: T.Tensor[(num_kv_heads, head_dim), T.float32],
         k_cache: T.StridedTensor[pool],
         v_cache: T.StridedTensor[pool],
+        kv_scales: T.Tensor[(2, num_kv_heads), T.float32],
         codes: T.Tensor[(num_pages, num_kv_heads, page_size, head_dim // 2), T.uint8],
         scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
         bounds: T.Tensor[(num_pages, num_kv_heads, 2, head_dim), T.uint8],
@@ -84,6 +85,7 @@ def extend_kernel(head_dim: int, page_size: int, dtype: str, smooth: bool = Fals
             thread = T.get_thread_binding()
             lane = thread % 32
             kv_head = heads * NUM_WARPS + thread // 32
+            vector = T.alloc_local((channels,), dtype)
             is_last = T.alloc_shared((1,), T.bool, scope="shared")
             # Variables, since what is only named is looked up again wherever it is used.
             token = T.alloc_var(T.int32)
@@ -109,22 +111,19 @@ def extend_kernel(head_dim: int, page_size: int, dtype: str, smooth: bool = Fals
                             page = page_table[request, logical]
                             end = T.min(end_tokens[request], num_tokens) - token
                             end = T.min(page_size, slot + end)
+                            place = Place(page, kv_head, lane, channels)
+                            k_scale, v_scale = kv_scales[0, kv_head], kv_scales[1, kv_head]
                             for row in T.serial(end - slot):
                                 for c in T.vectorized(channels):
-                                    channel = lane * channels + c
-                                    k_cache[page, slot + row, kv_head, channel] = k[
-                                        token + row, kv_head, channel
-                                    ]
+                                    vector[c] = k[token + row, kv_head, lane * channels + c]
+                                write_vector(k_cache, place, slot + row, vector, k_scale)
                                 for c in T.vectorized(channels):
-                                    channel = lane * channels + c
-                                    v_cache[page, slot + row, kv_head, channel] = v[
-                                        token + row, kv_head, channel
-                                    ]
+                                    vector[c] = v[token + row, kv_head, lane * channels + c]
+                                write_vector(v_cache, place, slot + row, vector, v_scale)
                             mirror = Mirror(codes, scale_zero, bounds, bounds_scale_zero)
-                            place = Place(page, kv_head, lane, channels)
                             mirror_page(
-                                k_cache, k_offset, k_factor if smooth else None, mirror, place,
-                                slot, end,
+                                k_cache, k_scale, k_offset, k_factor if smooth else None, mirror,
+                                place, slot, end,
                             )  # fmt: skip
 
             T.sync_threads()

@@ -33,6 +33,7 @@ class StepShape(NamedTuple):
     max_pages: int
     width: int  # candidate tokens of a row
     launch_rows: int  # of one launch: fewer where the batch is cut into parts
+    kv_dtype: str = ""  # of K and V where it is not `dtype`, which is that of q and out
     logits_dtype: str = "float16"  # of the estimator's; the pruner takes float32 too
     smooth: bool = False  # keys have a k_factor
 

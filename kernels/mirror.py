@@ -172,24 +172,69 @@ def quantize_bounds(low, high, shift, mirror, place):
 
 
 @T.macro
-def mirror_page(k_cache, k_offset, k_factor, mirror, place, first, fill):
+def write_vector(pool, place, slot, vector, scale):
+    """Stores a warp's vector in a pool; in one of FP8 divided by its scale, and saturating."""
+    page, kv_head, lane, channels = place
+    if pool.dtype == vector.dtype:
+        for c in T.vectorized(channels):
+            pool[page, slot, kv_head, lane * channels + c] = vector[c]
+    else:
+        divided = T.alloc_local((channels,), T.float32)
+        narrow = T.alloc_local((channels,), pool.dtype)
+        for c in T.unroll(channels):
+            divided[c] = T.cast(vector[c], T.float32) / scale
+        for c in T.vectorized(channels):
+            narrow[c] = T.cast(divided[c], pool.dtype)
+        for c in T.vectorized(channels):
+            pool[page, slot, kv_head, lane * channels + c] = narrow[c]
+
+
+@T.macro
+def read_key(key, k_cache, place, slot, scale):
+    """A warp's key; float32, and multiplied by its scale, where the pool is FP8."""
+    page, kv_head, lane, channels = place
+    if k_cache.dtype == key.dtype:
+        for c in T.vectorized(channels):
+            key[c] = k_cache[page, slot, kv_head, lane * channels + c]
+    else:
+        narrow = T.alloc_local((channels,), k_cache.dtype)
+        for c in T.vectorized(channels):
+            narrow[c] = k_cache[page, slot, kv_head, lane * channels + c]
+        for c in T.unroll(channels):
+            key[c] = dequantized(narrow[c], scale)
+
+
+def dequantized(channel: PrimExpr, scale: PrimExpr) -> PrimExpr:
+    """A channel of a key in FP8, as float32: rounded before any offset is subtracted."""
+    return T.call_extern("float32", "__fmul_rn", T.cast(channel, T.float32), scale)
+
+
+def is_fp8(pool: Buffer) -> bool:
+    return str(pool.dtype).startswith("float8")
+
+
+def key_dtype(k_cache: Buffer) -> str:
+    """Of keys in registers."""
+    return "float32" if is_fp8(k_cache) else str(k_cache.dtype)
+
+
+@T.macro
+def mirror_page(k_cache, k_scale, k_offset, k_factor, mirror, place, first, fill):
     """One warp bounds a page's first `fill` >= 1 tokens, and mirrors those from slot `first` on:
     the codes before it stand. Slots from `fill` on get codes 0."""
     page, kv_head, lane, channels = place
     page_size = int(k_cache.shape[1])
-    key = T.alloc_local((channels,), k_cache.dtype)
-    low = T.alloc_local((channels,), k_cache.dtype)
-    high = T.alloc_local((channels,), k_cache.dtype)
+    key = T.alloc_local((channels,), key_dtype(k_cache))
+    low = T.alloc_local((channels,), key_dtype(k_cache))
+    high = T.alloc_local((channels,), key_dtype(k_cache))
     shift = T.alloc_local((1 if k_factor is None else 2, channels), T.float32)
-    for c in T.vectorized(channels):
-        low[c] = k_cache[page, 0, kv_head, lane * channels + c]
+    read_key(low, k_cache, place, 0, k_scale)
     for c in T.unroll(channels):
         high[c] = low[c]
     load_shift(shift, k_offset, k_factor, kv_head, lane * channels)
     for slot in T.serial(page_size):
         if slot < fill:
-            for c in T.vectorized(channels):
-                key[c] = k_cache[page, slot, kv_head, lane * channels + c]
+            read_key(key, k_cache, place, slot, k_scale)
             extend_bounds(low, high, key, channels)
             if slot >= first:
                 quantize_key(key, shift, mirror, place, slot)
@@ -202,7 +247,7 @@ def mirror_page(k_cache, k_offset, k_factor, mirror, place, first, fill):
 
 
 @tilelang.jit(pass_configs=EXACT_MATH)
-def mirror_kernel(head_dim: int, page_size: int, dtype: str, smooth: bool = False):
+def mirror_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str, smooth: bool = False):
     """Grid: (listed page, kv_head), one warp each: mirror and bounds of a page's first page_tokens
     keys, which are copied from another page first where `sources` names another. A page that is
     none of the pool's, or has no tokens, is left out.
@@ -210,7 +255,7 @@ def mirror_kernel(head_dim: int, page_size: int, dtype: str, smooth: bool = Fals
     num_kv_heads, num_pages = T.dynamic("num_kv_heads"), T.dynamic("num_pages")
     num_listed = T.dynamic("num_listed")
     channels = head_dim // 32
-    pool = strided("pool", (num_pages, page_size, num_kv_heads, head_dim), dtype)
+    pool = strided("pool", (num_pages, page_size, num_kv_heads, head_dim), kv_dtype)
 
     @T.prim_func
     def mirror_pages(
@@ -221,6 +266,7 @@ def mirror_kernel(head_dim: int, page_size: int, dtype: str, smooth: bool = Fals
         k_factor: T.Tensor[(num_kv_heads, head_dim), T.float32],
         k_cache: T.StridedTensor[pool],
         v_cache: T.StridedTensor[pool],
+        kv_scales: T.Tensor[(2, num_kv_heads), T.float32],
         codes: T.Tensor[(num_pages, num_kv_heads, page_size, head_dim // 2), T.uint8],
         scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
         bounds: T.Tensor[(num_pages, num_kv_heads, 2, head_dim), T.uint8],
@@ -247,13 +293,16 @@ def mirror_kernel(head_dim: int, page_size: int, dtype: str, smooth: bool = Fals
                             ]
                 mirror = Mirror(codes, scale_zero, bounds, bounds_scale_zero)
                 place = Place(page, kv_head, lane, channels)
-                mirror_page(k_cache, k_offset, k_factor if smooth else None, mirror, place, 0, fill)
+                mirror_page(
+                    k_cache, kv_scales[0, kv_head], k_offset, k_factor if smooth else None, mirror,
+                    place, 0, fill,
+                )  # fmt: skip
 
     return mirror_pages
 
 
 @tilelang.jit(pass_configs=EXACT_MATH)
-def append_kernel(head_dim: int, page_size: int, dtype: str, smooth: bool = False):
+def append_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str, smooth: bool = False):
     """Grid: (batch); a warp takes every eighth KV head. The length moves once all are written.
 
     A request is left out where `active` is 0, or where its next token has no page of the pool.
@@ -265,7 +314,7 @@ def append_kernel(head_dim: int, page_size: int, dtype: str, smooth: bool = Fals
     num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
     channels = head_dim // 32
     num_chunks = page_size // ROWS_IN_FLIGHT
-    pool = strided("pool", (num_pages, page_size, num_kv_heads, head_dim), dtype)
+    pool = strided("pool", (num_pages, page_size, num_kv_heads, head_dim), kv_dtype)
 
     @T.prim_func
     def append_tokens(
@@ -278,6 +327,7 @@ def append_kernel(head_dim: int, page_size: int, dtype: str, smooth: bool = Fals
         k_factor: T.Tensor[(num_kv_heads, head_dim), T.float32],
         k_cache: T.StridedTensor[pool],
         v_cache: T.StridedTensor[pool],
+        kv_scales: T.Tensor[(2, num_kv_heads), T.float32],
         codes: T.Tensor[(num_pages, num_kv_heads, page_size, head_dim // 2), T.uint8],
         scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
         bounds: T.Tensor[(num_pages, num_kv_heads, 2, head_dim), T.uint8],
@@ -287,11 +337,12 @@ def append_kernel(head_dim: int, page_size: int, dtype: str, smooth: bool = Fals
             assume_aligned(k, v, k_cache, v_cache)
             thread = T.get_thread_binding()
             first_channel = thread % 32 * channels
-            key = T.alloc_local((channels,), dtype)
+            given = T.alloc_local((channels,), dtype)
             value = T.alloc_local((channels,), dtype)
-            rows = T.alloc_local((ROWS_IN_FLIGHT, channels), dtype)
-            low = T.alloc_local((channels,), dtype)
-            high = T.alloc_local((channels,), dtype)
+            rows = T.alloc_local((ROWS_IN_FLIGHT, channels), kv_dtype)
+            key = T.alloc_local((channels,), key_dtype(k_cache))
+            low = T.alloc_local((channels,), key_dtype(k_cache))
+            high = T.alloc_local((channels,), key_dtype(k_cache))
             shift = T.alloc_local((2 if smooth else 1, channels), T.float32)
             token = seq_lens[batch]
             slot = token % page_size
@@ -301,14 +352,21 @@ def append_kernel(head_dim: int, page_size: int, dtype: str, smooth: bool = Fals
                     for step in T.serial(T.ceildiv(num_kv_heads, NUM_WARPS)):
                         kv_head = step * NUM_WARPS + thread // 32
                         if kv_head < num_kv_heads:
+                            place = Place(page, kv_head, thread % 32, channels)
                             for c in T.vectorized(channels):
-                                key[c] = k[batch, kv_head, first_channel + c]
+                                given[c] = k[batch, kv_head, first_channel + c]
                             for c in T.vectorized(channels):
                                 value[c] = v[batch, kv_head, first_channel + c]
                             load_shift(
                                 shift, k_offset, k_factor if smooth else None, kv_head,
                                 first_channel,
                             )  # fmt: skip
+                            if is_fp8(k_cache):
+                                write_vector(k_cache, place, slot, given, kv_scales[0, kv_head])
+                                read_key(key, k_cache, place, slot, kv_scales[0, kv_head])
+                            else:
+                                for c in T.unroll(channels):
+                                    key[c] = given[c]
                             for c in T.unroll(channels):
                                 low[c] = key[c]
                                 high[c] = key[c]
@@ -323,14 +381,17 @@ def append_kernel(head_dim: int, page_size: int, dtype: str, smooth: bool = Fals
                                             ]
                                     for r in T.unroll(ROWS_IN_FLIGHT):
                                         for c in T.unroll(channels):
-                                            low[c] = T.min(low[c], rows[r, c])
-                                            high[c] = T.max(high[c], rows[r, c])
-                            for c in T.vectorized(channels):
-                                k_cache[page, slot, kv_head, first_channel + c] = key[c]
-                            for c in T.vectorized(channels):
-                                v_cache[page, slot, kv_head, first_channel + c] = value[c]
+                                            other = (
+                                                dequantized(rows[r, c], kv_scales[0, kv_head])
+                                                if is_fp8(k_cache)
+                                                else rows[r, c]
+                                            )
+                                            low[c] = T.min(low[c], other)
+                                            high[c] = T.max(high[c], other)
+                            if not is_fp8(k_cache):
+                                write_vector(k_cache, place, slot, given, 1.0)
+                            write_vector(v_cache, place, slot, value, kv_scales[1, kv_head])
                             mirror = Mirror(codes, scale_zero, bounds, bounds_scale_zero)
-                            place = Place(page, kv_head, thread % 32, channels)
                             quantize_bounds(low, high, shift, mirror, place)
                             quantize_key(key, shift, mirror, place, slot)
                     T.sync_threads()

@@ -89,5 +89,6 @@ def all_launches(shape: StepShape, planner: Planner) -> list[Launch]:
     every_page = shape._replace(width=shape.max_pages * shape.page_size)
     paths = (plan_sparse, plan_candidates, plan_dense)
     plans = tuple(make(own, planner) for make in paths for own in (shape, every_page))
-    cache = cache_launches(shape.head_dim, shape.page_size, shape.dtype, shape.smooth)
+    dtypes = (shape.dtype, shape.kv_dtype or shape.dtype)
+    cache = cache_launches(shape.head_dim, shape.page_size, *dtypes, shape.smooth)
     return list(dict.fromkeys(launches_in((cache, plans, mass_bound(shape)))))

@@ -27,7 +27,7 @@ def check_query(q: torch.Tensor, cache: PagedKVCache) -> int:
     """Its group size; raises ValueError unless q [batch_size, num_qo_heads, head_dim] fits."""
     check_cache(cache)
     shape = (cache.batch_size, None, cache.head_dim)
-    check_tensor("q", q, shape, cache.k_cache.dtype, cache.k_cache.device, align=16, strided=True)
+    check_tensor("q", q, shape, cache.shape.dtype, cache.k_cache.device, align=16, strided=True)
     batch_stride, head_stride, _ = q.stride()
     span = (q.shape[0] - 1) * batch_stride + (q.shape[1] - 1) * head_stride
     if span * q.itemsize >= MAX_SPAN * 16:
@@ -71,7 +71,8 @@ def step_shape(
         group_size=group_size,
         head_dim=cache.head_dim,
         page_size=cache.page_size,
-        dtype=dtype_name(cache.k_cache),
+        dtype=str(cache.shape.dtype).removeprefix("torch."),
+        kv_dtype="" if cache.shape.kv_dtype is None else dtype_name(cache.k_cache),
         num_rows=rows,
         max_pages=cache.max_pages,
         width=width,

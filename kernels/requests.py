@@ -36,6 +36,7 @@ class Requests:
     page_bounds: torch.Tensor
     bounds_scale_zero: torch.Tensor
     k_offset: torch.Tensor
+    kv_scales: torch.Tensor | None  # never None
     factor: torch.Tensor  # k_factor where keys are `smooth`, else any tensor of its kind
     smooth: bool
     v_pool: torch.Tensor  # v_cache with the strides of k_cache
@@ -48,7 +49,7 @@ class Requests:
         A request at its capacity is left as it is, and so is one without a page for the token.
 
         Args:
-            k, v: [batch_size, num_kv_heads, head_dim] in the cache's dtype, of any strides where
+            k, v: [batch_size, num_kv_heads, head_dim] in the dtype of q, of any strides where
                 channels are contiguous. The page that a request writes to must not be shared.
             active: [batch_size] bool, which rows get their token; all where None.
 
@@ -57,8 +58,8 @@ class Requests:
         """
         batch_size, _, num_kv_heads, head_dim, *_ = self.shape
         shape, device = (batch_size, num_kv_heads, head_dim), self.k_cache.device
-        check_tensor("k", k, shape, self.k_cache.dtype, device, align=16, strided=True)
-        check_tensor("v", v, shape, self.k_cache.dtype, device, align=16, strided=True)
+        check_tensor("k", k, shape, self.shape.dtype, device, align=16, strided=True)
+        check_tensor("v", v, shape, self.shape.dtype, device, align=16, strided=True)
         if active is None:
             active = self.everyone
         else:
@@ -75,7 +76,7 @@ class Requests:
         pool. Its other tokens are left out.
 
         Args:
-            k, v: [num_tokens, num_kv_heads, head_dim] in the cache's dtype, of any strides where
+            k, v: [num_tokens, num_kv_heads, head_dim] in the dtype of q, of any strides where
                 channels are contiguous. The pages that a request writes to must not be shared.
             cu_seqlens: [batch_size + 1] i32, ascending: request b's tokens are those from
                 cu_seqlens[b] to cu_seqlens[b + 1] - 1. Tokens from the last of them on are padding.
@@ -86,8 +87,8 @@ class Requests:
         batch_size, _, num_kv_heads, head_dim, *_ = self.shape
         device = self.k_cache.device
         shape = (None, num_kv_heads, head_dim)
-        check_tensor("k", k, shape, self.k_cache.dtype, device, align=16, strided=True)
-        check_tensor("v", v, k.shape, self.k_cache.dtype, device, align=16, strided=True)
+        check_tensor("k", k, shape, self.shape.dtype, device, align=16, strided=True)
+        check_tensor("v", v, k.shape, self.shape.dtype, device, align=16, strided=True)
         check_tensor("cu_seqlens", cu_seqlens, (batch_size + 1,), torch.int32, device)
         self._extend(k, v, cu_seqlens[:-1], cu_seqlens[1:])
 
@@ -236,19 +237,20 @@ class Requests:
 
     def _launches(self) -> tuple[Launch, Launch, Launch]:
         sizes = self.shape.head_dim, self.shape.page_size
-        return cache_launches(*sizes, dtype_name(self.k_cache), self.smooth)
+        dtypes = str(self.shape.dtype).removeprefix("torch."), dtype_name(self.k_cache)
+        return cache_launches(*sizes, *dtypes, self.smooth)
 
-    def _written(self) -> tuple[torch.Tensor, ...]:
+    def _written(self) -> tuple[torch.Tensor | None, ...]:
         """Offset, factor and what is written, in the kernels' order."""
         return (
-            self.k_offset, self.factor, self.k_cache, self.v_pool,
+            self.k_offset, self.factor, self.k_cache, self.v_pool, self.kv_scales,
             self.k_int4, self.k_scale_zero, self.page_bounds, self.bounds_scale_zero,
         )  # fmt: skip
 
 
 @functools.cache
 def cache_launches(
-    head_dim: int, page_size: int, dtype: str, smooth: bool = False
+    head_dim: int, page_size: int, dtype: str, kv_dtype: str, smooth: bool = False
 ) -> tuple[Launch, Launch, Launch]:
     """The kernels that write a cache: append, extend, mirror. They have no config."""
     kernels: dict[str, JITImpl] = {
@@ -257,7 +259,7 @@ def cache_launches(
         "mirror": mirror_kernel,
     }
     append, extend, mirror = (
-        Launch(name, kernel, (head_dim, page_size, dtype, smooth))
+        Launch(name, kernel, (head_dim, page_size, dtype, kv_dtype, smooth))
         for name, kernel in kernels.items()
     )
     return append, extend, mirror

@@ -77,6 +77,11 @@ class Results(NamedTuple):
     lse: Buffer  # [batch_size, num_kv_heads, group_size] f32
 
 
+def scales_of(kv_scales: Buffer, kv_head: PrimExpr) -> tuple[PrimExpr, PrimExpr]:
+    """What K and V of a KV head are multiplied by."""
+    return kv_scales[0, kv_head], kv_scales[1, kv_head]
+
+
 @T.macro
 def load_item(words, turn, items, item):
     """words[turn] = (batch, kv_head, split, tokens), anything for an item behind the list's end."""

@@ -69,7 +69,7 @@ def _part(memory: Any, requests: slice) -> Any:
 def empty_out(cache: PagedKVCache, num_qo_heads: int) -> torch.Tensor:
     """[batch_size, num_qo_heads, head_dim] in the cache's dtype, unwritten."""
     sizes = (cache.batch_size, num_qo_heads, cache.head_dim)
-    return torch.empty(sizes, dtype=cache.k_cache.dtype, device=cache.k_cache.device)
+    return torch.empty(sizes, dtype=cache.shape.dtype, device=cache.k_cache.device)
 
 
 class SparseStep:

@@ -11,6 +11,7 @@ from .cache import CacheShape, PagedKVCache
 from .channels import CalibrationBlock, calibrate_channels, interleaved_channels, load_channels
 from .double_sparsity import label_scores, select_tokens
 from .estimator import candidate_tokens, estimate_logits
+from .fp8 import Fp8
 from .labels import KeyLabels, LabelFormat
 from .lists import CandidatePages, CandidateTokens, Kept
 from .mass_bound import bound_kept_mass

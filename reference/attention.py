@@ -10,6 +10,7 @@ import torch
 
 from .cache import PagedKVCache
 from .estimator import candidate_tokens, own_columns
+from .fp8 import FP8_DTYPES
 from .lists import Candidates, Kept
 from .validate import (
     check_candidates,
@@ -29,13 +30,20 @@ def gather_tokens(
         pages: k_cache or v_cache.
         page_table: [max_pages] int32, the request's row.
         tokens: [num_kv_heads, n] integer logical positions; negative for none, whose rows are 0.
+
+    FP8 becomes float32.
     """
     page_size = pages.shape[1]
     valid = tokens >= 0
     token = tokens.clamp(min=0).long()
     page = torch.where(valid, page_table[token // page_size].long(), 0)
     kv_head = torch.arange(pages.shape[2], device=pages.device)[:, None]
-    return torch.where(valid[..., None], pages[page, token % page_size, kv_head], 0.0)
+    place = (page, token % page_size, kv_head)
+    if pages.dtype in FP8_DTYPES:  # as bytes: torch indexes no FP8
+        rows = pages.view(torch.uint8)[place].view(pages.dtype).float()
+    else:
+        rows = pages[place]
+    return torch.where(valid[..., None], rows, 0.0)
 
 
 def attend(
@@ -62,6 +70,9 @@ def attend(
             valid = own[batch].unflatten(0, (cache.num_kv_heads, -1))
         keys = gather_tokens(cache.k_cache, cache.page_table[batch], tokens[batch]).to(dtype)
         values = gather_tokens(cache.v_cache, cache.page_table[batch], tokens[batch]).to(dtype)
+        if cache.k_cache.dtype in FP8_DTYPES and cache.kv_scales is not None:
+            k_scales, v_scales = cache.kv_scales.to(dtype)
+            keys, values = keys * k_scales[:, None, None], values * v_scales[:, None, None]
         grouped = q[batch].to(dtype).view(cache.num_kv_heads, -1, cache.head_dim)
         logits = grouped @ keys.transpose(-1, -2) * sm_scale
         logits = torch.where(valid, logits, float("-inf"))

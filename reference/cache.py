@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from .fp8 import FP8_DTYPES, HALF_DTYPES, Fp8, scales_of
 from .labels import KeyLabels, LabelFormat
 from .requests import Requests
 from .validate import (
@@ -59,6 +60,9 @@ class PagedKVCache(Requests):
             bounded. It moves all estimated logits and page bounds of a query head by one constant:
             no softmax and no order of pages changes. It takes outlier channels out of the range
             that the codes must span, and out of the largest bound of a group's heads.
+        kv_scales: [2, num_kv_heads] fp32 or None, what K, then V, are multiplied by where they are
+            FP8 (e4m3fn or e5m2).
+        dtype: of q and out; of K and V where None.
         k_factor: [num_kv_heads, head_dim] fp32 or None: powers of two by which K less its offset is
             divided before it is quantized or bounded, and the queries of selector and estimator
             multiplied (SmoothQuant's smoothing factor, arXiv 2211.10438). Logits stay what they
@@ -78,6 +82,16 @@ class PagedKVCache(Requests):
     k_offset: torch.Tensor | None = None
     labels: KeyLabels | None = None
     k_factor: torch.Tensor | None = None
+    kv_scales: torch.Tensor | None = None
+    dtype: torch.dtype | None = None
+
+    @property
+    def fp8(self) -> Fp8 | None:
+        """How K and V are read where they are FP8."""
+        if self.k_cache.dtype not in FP8_DTYPES or self.kv_scales is None:
+            return None
+        k_scale, v_scale = self.kv_scales
+        return Fp8(k_scale, v_scale, self.query_dtype)
 
     @property
     def batch_size(self) -> int:
@@ -201,6 +215,7 @@ class PagedKVCache(Requests):
         label_format: LabelFormat | None = None,
         layout: str | None = None,
         validate: bool = False,
+        fp8: Fp8 | None = None,
     ) -> "PagedKVCache":
         """Build mirror, bounds and labels beside an engine's own pages; K and V are not copied.
 
@@ -215,12 +230,21 @@ class PagedKVCache(Requests):
             layout: "NHD", as above, or "HND", [num_pages, num_kv_heads, page_size, head_dim], which
                 the cache holds transposed. To be stated where page_size and num_kv_heads are both
                 multiples of 16: the pool could be either.
+            fp8: the scales of K and V in FP8 (e4m3fn or e5m2), and q's dtype; Fp8() where None.
             validate: whether to check page ids and lengths as `validate_cache` does, before
                 anything is written.
         """
         if layout == "HND":
             k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
-        check_tensor("k_cache", k_cache, (None, None, None, None), FLOAT_DTYPES)
+        check_tensor("k_cache", k_cache, (None,) * 4, (*FLOAT_DTYPES, *FP8_DTYPES))
+        is_fp8 = k_cache.dtype in FP8_DTYPES
+        if fp8 is not None and not is_fp8:
+            raise ValueError(f"fp8: expected None for a k_cache of {k_cache.dtype}, got {fp8}")
+        fp8 = Fp8() if fp8 is None else fp8
+        if fp8.dtype not in HALF_DTYPES:
+            raise ValueError(f"dtype: expected one of {HALF_DTYPES}, got {fp8.dtype}")
+        if is_fp8 and label_format is not None:
+            raise ValueError("label_format: expected None for keys in FP8")
         check_layout(layout, k_cache)
         num_pages, page_size, num_kv_heads, head_dim = k_cache.shape
         device = k_cache.device
@@ -247,6 +271,8 @@ class PagedKVCache(Requests):
             k_offset,
             None if label_format is None else KeyLabels.empty(label_format, k_cache),
             k_factor,
+            scales_of(fp8, num_kv_heads, device) if is_fp8 else None,
+            fp8.dtype if is_fp8 else None,
         )
         if validate:
             check_indices(cache)

@@ -6,6 +6,7 @@ pool (an id < 0, or >= num_pages): nothing of it is written.
 
 import torch
 
+from .fp8 import FP8_DTYPES, from_fp8, to_fp8
 from .labels import KeyLabels
 from .quantize import quantize_bounds, quantize_int4
 from .validate import INT_DTYPES, check_tensor, compute_dtype
@@ -56,6 +57,13 @@ class Requests:
     k_offset: torch.Tensor | None
     k_factor: torch.Tensor | None
     labels: KeyLabels | None
+    kv_scales: torch.Tensor | None
+    dtype: torch.dtype | None
+
+    @property
+    def query_dtype(self) -> torch.dtype:
+        """Of q and out, and of new K and V."""
+        return self.k_cache.dtype if self.dtype is None else self.dtype
 
     def append(self, k: torch.Tensor, v: torch.Tensor, active: torch.Tensor | None = None) -> None:
         """Add one decode token to every request: K, V, mirror, bounds, labels, seq_lens += 1.
@@ -67,8 +75,8 @@ class Requests:
             active: [batch_size] bool, which rows get their token; all where None.
         """
         row_shape = (self.seq_lens.shape[0], *self.k_cache.shape[2:])
-        check_tensor("k", k, row_shape, (self.k_cache.dtype,), self.k_cache.device)
-        check_tensor("v", v, row_shape, (self.k_cache.dtype,), self.k_cache.device)
+        check_tensor("k", k, row_shape, (self.query_dtype,), self.k_cache.device)
+        check_tensor("v", v, row_shape, (self.query_dtype,), self.k_cache.device)
         if active is not None:
             self._check_rows("active", active)
         for request in range(row_shape[0]):
@@ -88,7 +96,7 @@ class Requests:
         """
         batch_size, (num_kv_heads, head_dim) = self.seq_lens.shape[0], self.k_cache.shape[2:]
         shape = (None, num_kv_heads, head_dim)
-        check_tensor("k", k, shape, (self.k_cache.dtype,), self.k_cache.device)
+        check_tensor("k", k, shape, (self.query_dtype,), self.k_cache.device)
         check_tensor("v", v, tuple(k.shape), (k.dtype,), k.device)
         check_tensor("cu_seqlens", cu_seqlens, (batch_size + 1,), INT_DTYPES, k.device)
         ends = cu_seqlens.tolist()
@@ -214,8 +222,14 @@ class Requests:
             return
         position = torch.arange(length, end, device=k.device)
         page = self.page_table[request, position // page_size].long()
-        self.k_cache[page, position % page_size] = k[: end - length]
-        self.v_cache[page, position % page_size] = v[: end - length]
+        places = (page, position % page_size)
+        for index, (pool, new) in enumerate(((self.k_cache, k), (self.v_cache, v))):
+            new = new[: end - length]
+            if pool.dtype not in FP8_DTYPES or self.kv_scales is None:
+                pool[places] = new
+            else:  # as bytes: torch indexes no FP8
+                codes = to_fp8(new, self.kv_scales[index], pool.dtype)
+                pool.view(torch.uint8)[places] = codes.view(torch.uint8)
         pages, new_tokens = page.unique_consecutive(return_counts=True)
         new_tokens[0] += length % page_size
         self._mirror_pages(pages, new_tokens)
@@ -228,7 +242,7 @@ class Requests:
     def _mirror_pages(self, pages: torch.Tensor, page_tokens: torch.Tensor) -> None:
         """Write what lies beside K and V of these physical pages, from their first page_tokens."""
         self._bound_pages(pages, page_tokens)
-        k = self.k_cache[pages]
+        k = self._keys(pages)
         slots = torch.arange(k.shape[1], device=k.device)
         used = (slots < page_tokens[:, None])[:, :, None, None]
         packed, scale_zero = quantize_int4(self._shift(k))
@@ -239,7 +253,7 @@ class Requests:
 
     def _bound_pages(self, pages: torch.Tensor, page_tokens: torch.Tensor) -> None:
         """Write the bounds of these physical pages from their first page_tokens keys."""
-        page_min, page_max = exact_page_bounds(self.k_cache[pages], page_tokens)
+        page_min, page_max = exact_page_bounds(self._keys(pages), page_tokens)
         self.page_bounds[pages], self.bounds_scale_zero[pages] = quantize_bounds(
             self._shift(page_min), self._shift(page_max)
         )
@@ -252,6 +266,13 @@ class Requests:
         grouped = q.unflatten(1, (self.k_factor.shape[0], -1)).to(compute_dtype(None, q))
         smoothed: torch.Tensor = (grouped * self.k_factor[:, None]).to(q.dtype).flatten(1, 2)
         return smoothed
+
+    def _keys(self, pages: torch.Tensor) -> torch.Tensor:
+        """Those of physical pages; in FP8, float32 times their scale."""
+        if self.k_cache.dtype not in FP8_DTYPES or self.kv_scales is None:
+            return self.k_cache[pages]
+        codes = self.k_cache.view(torch.uint8)[pages].view(self.k_cache.dtype)
+        return from_fp8(codes, self.kv_scales[0])
 
     def _shift(self, k: torch.Tensor) -> torch.Tensor:
         """(k - k_offset) / k_factor in float32, for k: [..., num_kv_heads, head_dim]."""

@@ -44,7 +44,7 @@ def check_tensor(
 def check_query(q: torch.Tensor, cache: "PagedKVCache") -> None:
     """q: [batch_size, num_qo_heads, head_dim], dtype and device of the cache's keys."""
     shape = (cache.batch_size, None, cache.head_dim)
-    check_tensor("q", q, shape, (cache.k_cache.dtype,), cache.k_cache.device)
+    check_tensor("q", q, shape, (cache.query_dtype,), cache.k_cache.device)
     if q.shape[1] == 0 or q.shape[1] % cache.num_kv_heads:
         raise ValueError(
             f"q: expected num_qo_heads a multiple of {cache.num_kv_heads} (num_kv_heads), "
@@ -171,7 +171,7 @@ def check_mirror(cache: "PagedKVCache") -> None:
     their mirror or bounds: these are made again, and compared bit for bit."""
     channels = cache.k_offset, cache.k_factor
     own = (cache.k_cache, cache.v_cache, cache.page_table, cache.seq_lens, channels)
-    again = cache.wrap(*own, layout="NHD")
+    again = cache.wrap(*own, layout="NHD", fp8=cache.fp8)
     for batch, length in enumerate(cache.seq_lens.tolist()):
         for logical in range(-(-length // cache.page_size)):
             page = int(cache.page_table[batch, logical])

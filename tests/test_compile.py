@@ -30,6 +30,14 @@ SHAPES = {
     "gqa4-d128": (StepShape(4, 128, 16, "float16", 512, 2048, 8192, 512), tuple(ARCHS)),
     "gqa4-solo-long": (StepShape(4, 128, 16, "float16", 8, 16384, 262144, 8), ("sm_80", "sm_90a")),
     "gqa16-d64-p64": (StepShape(16, 64, 64, "bfloat16", 8, 512, 8192, 8), ("sm_80",)),
+    "gqa4-fp8": (
+        StepShape(4, 128, 16, "float16", 512, 2048, 8192, 512, kv_dtype="float8_e4m3fn"),
+        tuple(ARCHS),
+    ),
+    "mha-fp8": (
+        StepShape(1, 128, 16, "bfloat16", 512, 2048, 8192, 512, kv_dtype="float8_e5m2"),
+        tuple(ARCHS),
+    ),
     "mha-d256": (StepShape(1, 256, 16, "float16", 64, 300, 1024, 64), ("sm_90a",)),
 }
 # The name of a kernel in CUDA, and what ptxas says before it reports on one.
@@ -44,7 +52,8 @@ def default_launches(shape: StepShape, arch: str) -> list[Launch]:
     planner = Planner(ARCHS[arch])
     (wide,) = planner.plan(PRUNER, shape._replace(logits_dtype="float32")).launches
     paths = tuple(plan(shape, planner) for plan in (plan_sparse, plan_candidates, plan_dense))
-    cache = cache_launches(shape.head_dim, shape.page_size, shape.dtype, shape.smooth)
+    dtypes = (shape.dtype, shape.kv_dtype or shape.dtype)
+    cache = cache_launches(shape.head_dim, shape.page_size, *dtypes, shape.smooth)
     pruner = dataclasses.replace(wide, name="pruner_float32")
     own = (cache, all_pages(shape.page_size), pruner, mass_bound(shape))
     return list(dict.fromkeys(launches_in((own, paths))))
@@ -103,7 +112,8 @@ def kernels() -> Iterator[tuple[str, Kernel]]:
     for name, form in FORMS.items():
         for arch in ARCHS:
             config = dataclasses.replace(form, pdl=arch != "sm_80")
-            arguments = (1 if form.form == "lanes" else 4, 128, 16, "float16", "tokens", config)
+            group_size = 1 if form.form == "lanes" else 4
+            arguments = (group_size, 128, 16, "float16", "float16", "tokens", config)
             launch = Launch(name, ATTENTION_KERNELS[form.form], arguments)
             yield f"form-{arch}-{name}", Kernel(launch, arch, f"forms-{arch}")
 

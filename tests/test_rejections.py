@@ -381,7 +381,13 @@ TOP_P = [0.0, -0.5, 1.0001, NAN, Fresh((8,)), Fresh((7,), FP32), Fresh((2, 8, 1)
 SCALES = [NAN, INF, 0, -1.0, "1"]
 WINDOWS = {"num_sink_tokens": [-1], "num_recent_tokens": [-1]}
 VALUES = {  # function -> argument, which the message must name -> what it may not be
-    "empty": {"head_dim": [96], "page_size": [0, -16, 8, 24], "dtype": [FP32], "num_pages": [5]},
+    "empty": {
+        "head_dim": [96],
+        "page_size": [0, -16, 8, 24],
+        "dtype": [FP32],
+        "num_pages": [5],
+        "kv_dtype": [torch.float8_e5m2],
+    },
     "from_contiguous": {"num_pages": [5], "page_size": [0]},
     "wrap": {"layout": ["HNDX", "nhd", 16]},
     "select_pages": {"q": GROUPS, "token_budget": [0, -16, 24], **WINDOWS},

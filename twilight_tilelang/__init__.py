@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .kernels.attention import dense_attention, flash_topk_attention, page_attention
-    from .kernels.cache import CacheShape, PagedKVCache
+    from .kernels.cache import CacheShape, Fp8, PagedKVCache
     from .kernels.estimator import estimate_logits
     from .kernels.lists import CandidatePages, Kept
     from .kernels.mass_bound import bound_kept_mass
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 HOMES = {
     "attention": ("dense_attention", "flash_topk_attention", "page_attention"),
-    "cache": ("CacheShape", "PagedKVCache"),
+    "cache": ("CacheShape", "Fp8", "PagedKVCache"),
     "estimator": ("estimate_logits",),
     "lists": ("CandidatePages", "Kept"),
     "mass_bound": ("bound_kept_mass",),

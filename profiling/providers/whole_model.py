@@ -197,7 +197,14 @@ class WholeModel:
         kept = sum(round(float(each.double().mean()) * rows) for each in counts)
         choosing = self.num_layers - self.num_dense(method)
         candidates, _ = self.workload.settings(method)
-        work = Work(shape, rows * candidates * choosing, kept, choosing, self.num_weights)
+        work = Work(
+            shape,
+            rows * candidates * choosing,
+            kept,
+            choosing,
+            self.num_weights,
+            shape.dtype.itemsize,
+        )
         return Provider("model", method, name, calls, check, Kept.of(sparse), work)
 
     def parts(self) -> dict[str, Callable[[], object]]:

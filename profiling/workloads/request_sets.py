@@ -16,6 +16,7 @@ from ..recordings.trace import read_trace
 from .workload import Workload
 
 COLD_L2_SIZES = 3  # the sets' bytes together, over the size of the L2
+KV = ("k_cache", "v_cache")
 POOL_SHARE = 0.45  # of the free memory
 SEED = 20_250_202
 
@@ -74,6 +75,9 @@ def workload_sets(
         wanted = ("kept_mean", "top_p", "head_budgets", "interleaved")
         made_for = {name: getattr(workload, name) for name in wanted}
         inputs = make_inputs(every, SEED, device=device, **made_for)
+    if workload.kv_dtype is not None:
+        pools = {name: getattr(inputs, name).to(workload.kv_dtype) for name in KV}
+        inputs = dataclasses.replace(inputs, **pools)
     q, pool = inputs.q, wrap(*inputs.paged(), layout="NHD")
     rows = [slice(own * shape.batch_size, (own + 1) * shape.batch_size) for own in range(num_sets)]
     caches = [

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from twilight_tilelang.reference.inputs import LAYER_BUDGETS
 
 from ..recordings.trace import TRACES, read_trace
@@ -87,6 +89,15 @@ GPU_FULL: tuple[Workload, ...] = (
         stages=STEP_STAGES,
         dense_baselines=(),
         interleaved=True,
+    ),
+    Workload(
+        "gqa-32k-fp8",
+        shape_of(64, 32_768, 8),
+        token_budget=8192,
+        kept_mean=kept_of(8),
+        stages=STEP_STAGES,
+        dense_baselines=(),
+        kv_dtype=torch.float8_e4m3fn,
     ),
     Workload(
         "top_p-gqa",

@@ -31,6 +31,7 @@ class Work:
     kept_tokens: int
     num_layers: int = 1  # that have a selector
     num_weights: int = 0  # of a model, each read once
+    kv_bytes: int = 2  # of a channel of K or V
 
     def chooses_pages(self, method: str) -> bool:
         """Whether the method must read the bounds: not where every page is a candidate."""
@@ -51,7 +52,7 @@ def bytes_moved(stage: str, method: str, work: Work) -> int:
     mirror = (head_dim * CODE_BITS // 8 + SCALE_ZERO_BYTES) * work.candidate_tokens
     logits = LOGIT_BYTES * work.shape.group_size * work.candidate_tokens
     indices = INDEX_BYTES * work.kept_tokens
-    rows = 2 * head_dim * work.shape.dtype.itemsize * work.kept_tokens
+    rows = 2 * head_dim * work.kv_bytes * work.kept_tokens
     read_bounds = bounds if work.chooses_pages(method) else 0
     read_mirror = mirror if method in USES_ESTIMATE else 0
     moved = {

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from twilight_tilelang.reference.inputs import LAYER_BUDGETS, DecodeShape
 
 from ..tables.rows import STAGES
@@ -40,6 +42,7 @@ class Workload:
         random_tokens: attention alone is measured, over token_budget random tokens of a KV head.
         num_sink_tokens: first tokens that are always kept.
         interleaved: made-up K and V are views of one tensor [num_pages, 2, ...].
+        kv_dtype: of K and V in FP8, at scales of 1; None for the shape's.
         trace: file of recorded inputs (see trace.py); None for made-up ones. What is timed are all
             its layers at the last position; accuracy.csv is of all positions.
         model: of models.MODELS, whose decode of a token is timed whole; None for one layer's step.
@@ -61,6 +64,7 @@ class Workload:
     random_tokens: bool = False
     num_sink_tokens: int = 0
     interleaved: bool = False
+    kv_dtype: torch.dtype | None = None
     trace: Path | None = None
     model: str | None = None
     dense_layers: int = 0
@@ -120,7 +124,9 @@ class Workload:
         shape, (candidates, top_p) = self.shape, self.settings(method)
         rows = shape.batch_size * shape.num_kv_heads
         kept = candidates if top_p == 1.0 else min(self.kept_mean, candidates)
-        return Work(shape, rows * candidates, rows * kept if kept_tokens is None else kept_tokens)
+        kept = rows * kept if kept_tokens is None else kept_tokens
+        kv_dtype = shape.dtype if self.kv_dtype is None else self.kv_dtype
+        return Work(shape, rows * candidates, kept, kv_bytes=kv_dtype.itemsize)
 
     def head_counts(self) -> list[int]:
         """Random tokens that each KV head reads: token_budget in the mean, and in proportion to

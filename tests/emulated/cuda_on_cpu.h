@@ -56,6 +56,54 @@ inline uint __pack_half2(half_t x, half_t y) {
   return bits;
 }
 
+// FP8 with E bits of exponent: e4m3fn, which has no infinity, and e5m2.
+template <int E> struct fp8_t {
+  uchar bits;
+  operator float() const {
+    const int M = 7 - E, exponent = (bits & 0x7f) >> M, mantissa = bits & ((1 << M) - 1);
+    const int largest = (1 << E) - 1, bias = (1 << (E - 1)) - 1;
+    float value = exponent == 0 ? std::ldexp(mantissa, 1 - bias - M)
+                                : std::ldexp((1 << M) + mantissa, exponent - bias - M);
+    if (E == 4 ? (bits & 0x7f) == 0x7f : exponent == largest) value = mantissa ? NAN : INFINITY;
+    return bits & 0x80 ? -value : value;
+  }
+  // The nearest, of two the even one; what is beyond the largest number becomes that.
+  static fp8_t nearest(float value) {
+    fp8_t best{0}, other;
+    if (std::isnan(value)) return {0x7f};
+    for (int code = 0; std::isfinite(static_cast<float>(other = {static_cast<uchar>(code)})); ++code) {
+      float nearer = std::fabs(best - std::fabs(value)) - std::fabs(other - std::fabs(value));
+      if (nearer > 0 || (nearer == 0 && code % 2 == 0)) best = other;
+    }
+    if (std::isinf(value)) best.bits = E == 4 ? 0x7e : 0x7b;
+    return {static_cast<uchar>(best.bits | (std::signbit(value) ? 0x80 : 0))};
+  }
+};
+using fp8_e4_t = fp8_t<4>;
+using fp8_e5_t = fp8_t<5>;
+struct fp8_e4_4_t { fp8_e4_t of[4]; };
+struct fp8_e4_8_t { fp8_e4_t of[8]; };
+struct fp8_e4_16_t { fp8_e4_t of[16]; };
+struct fp8_e5_4_t { fp8_e5_t of[4]; };
+struct fp8_e5_8_t { fp8_e5_t of[8]; };
+struct fp8_e5_16_t { fp8_e5_t of[16]; };
+struct fp8_e4_2_t { fp8_e4_t of[2]; };
+struct fp8_e5_2_t { fp8_e5_t of[2]; };
+using __nv_fp8x2_storage_t = ushort;
+enum { __NV_E4M3, __NV_E5M2, __NV_SATFINITE };
+inline half2 __tl_cvt_fp8x2_to_half2(ushort pair, int kind) {
+  const uchar low = pair & 0xff, high = pair >> 8;
+  if (kind == __NV_E4M3)
+    return {static_cast<half_t>(float(fp8_e4_t{low})), static_cast<half_t>(float(fp8_e4_t{high}))};
+  return {static_cast<half_t>(float(fp8_e5_t{low})), static_cast<half_t>(float(fp8_e5_t{high}))};
+}
+inline ushort __nv_cvt_float2_to_fp8x2(float2 pair, int, int kind) {
+  if (kind == __NV_E4M3)
+    return fp8_e4_t::nearest(pair.x).bits | fp8_e4_t::nearest(pair.y).bits << 8;
+  return fp8_e5_t::nearest(pair.x).bits | fp8_e5_t::nearest(pair.y).bits << 8;
+}
+inline float __fmul_rn(float a, float b) { return a * b; }
+
 struct Index { int x, y, z; };
 inline Index threadIdx, blockIdx;
 inline int warp() { return threadIdx.x / 32; }

@@ -50,7 +50,7 @@ def test_attention_matches_reference(inputs, form, source, folder):
     max_splits = -(-width // config.split_tokens)
     max_items = rows[0] * rows[1] * max_splits
     partials = (*rows, max_splits, q.shape[2])
-    static = (q.shape[2], cache.head_dim, cache.page_size, "float16", source, config)
+    static = (q.shape[2], cache.head_dim, cache.page_size, "float16")
     results = []
     for number, layout in enumerate(LAYOUTS.values()):
         k_cache, v_cache = layout(cache.k_cache, cache.v_cache)
@@ -58,7 +58,8 @@ def test_attention_matches_reference(inputs, form, source, folder):
         num_blocks = 5 if number else 1
         shared = dict(
             seq_lens=cache.seq_lens, indices=indices, counts=counts, q=grouped(own_q, cache),
-            k_cache=k_cache, v_cache=v_cache, page_table=cache.page_table,
+            k_cache=k_cache, v_cache=v_cache, kv_scales=torch.full((2, rows[1]), torch.nan),
+            page_table=cache.page_table,
             items=blank(max_items, 4, dtype=torch.int32),
             num_items=torch.zeros(1, dtype=torch.int32),
             ticket=torch.zeros(1, dtype=torch.int64), num_blocks=num_blocks,
@@ -68,10 +69,12 @@ def test_attention_matches_reference(inputs, form, source, folder):
             max_items=max_items, **sizes(cache),
         )  # fmt: skip
         emulated(plan_kernel, (cache.page_size, source, config), folder)(rows[::-1], 64, **shared)
-        attend = emulated(ATTENTION_KERNELS[config.form], static, folder)
+        attend = emulated(
+            ATTENTION_KERNELS[config.form], (*static, "float16", source, config), folder
+        )
         attend((num_blocks,), config.num_threads, **shared)
         grid = (q.shape[2], cache.num_kv_heads, cache.batch_size)
-        emulated(merge_kernel, static, folder)(grid, cache.head_dim, **shared)
+        emulated(merge_kernel, (*static, source, config), folder)(grid, cache.head_dim, **shared)
         assert not shared["ticket"].any()
         results.append((shared["out"].flatten(1, 2), shared["lse"].flatten(1, 2)))
     (out, lse), *others = results
