@@ -11,7 +11,7 @@ CPU = "cpu-reference"  # results of the reference on a CPU, in small
 CPU_NOTE = "CPU reference in small sizes: proves only that the benchmark runs"
 STEP_STAGES = ("selector", "estimator", "pruner", "estimate_prune", "attention")
 SWEEPS = ("budget-", "length-", "paper-", "top_p-", "trace-")
-LAYOUT = "-interleaved"  # ends the name of a standard workload in another layout of K and V
+FORMS = ("-interleaved", "-fp8")  # end the names of standard workloads with other K and V
 SIZES = ["batch_size", "num_qo_heads", "num_kv_heads", "seq_len"]
 SAME = [*SIZES, "token_budget", "top_p", "method", "provider"]  # the same measurement
 OURS = ("tilelang", "torch")
@@ -63,7 +63,7 @@ def standard_rows(frames: Frames, name: str, **wanted: object) -> pd.DataFrame:
     """Rows of the standard workloads (no sweeps), the largest batches first."""
     rows = rows_of(frames, name, **wanted)
     names = rows["workload"].str
-    rows = rows[~names.startswith(SWEEPS) & ~names.endswith(LAYOUT)]
+    rows = rows[~names.startswith(SWEEPS) & ~names.endswith(FORMS)]
     rows = require(rows, name, "a standard workload")
     return rows.sort_values(SIZES, ascending=[False] * len(SIZES))
 
