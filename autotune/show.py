@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from twilight_tilelang.kernels.cache import HEAD_DIMS, check_page_size
 from twilight_tilelang.kernels.checks import check_count
 from twilight_tilelang.kernels.gpu import ARCHS, gpu_of
 from twilight_tilelang.kernels.launch import StepShape
 from twilight_tilelang.kernels.plan import SPECS
+from twilight_tilelang.kernels.pools import HEAD_DIMS, check_page_size
 from twilight_tilelang.kernels.query import MAX_GROUP_SIZE
 from twilight_tilelang.kernels.tuned import (
     CONFIGS,

@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from twilight_tilelang.kernels.cache import TILE_TOKENS
 from twilight_tilelang.kernels.compiling import starts_early
 from twilight_tilelang.kernels.estimate_prune import blocks_that_fit
 from twilight_tilelang.kernels.gpu import Gpu
 from twilight_tilelang.kernels.launch import Launch, StepShape, next_power_of_two, static_width
 from twilight_tilelang.kernels.plan import SPECS
+from twilight_tilelang.kernels.pools import TILE_TOKENS
 from twilight_tilelang.kernels.threshold import BINS_PER_THREAD
 from twilight_tilelang.kernels.top_p import MAX_VALUES, NUM_THREADS
 

@@ -7,13 +7,14 @@ import tilelang.language as T
 import torch
 
 from .attention import split_tokens_of
-from .cache import TILE_TOKENS, PagedKVCache
+from .cache import PagedKVCache
 from .compiling import THREAD_LEVEL, start_early
 from .estimate_tiles import Mirror, estimate_tiles
 from .gpu import Gpu
 from .launch import KernelSpec, Launch, StepShape, static_width
 from .lists import CandidatePages, Window
 from .mma import Tiles
+from .pools import TILE_TOKENS
 from .pruner import SEARCH_SOURCES, Pruned
 from .split_kv import Work
 from .strided import strided

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import tilelang.language as T
 from tvm.tirx import Buffer, PrimExpr
 
-from .cache import TILE_TOKENS
 from .mma import CODE_UNIT, TILE_HEADS, GroupQuery, codes_as_fp16, mma_m16n8k16, place_in_quad
+from .pools import TILE_TOKENS
 
 MAX_LOGIT = 65504.0  # the largest number of fp16
 

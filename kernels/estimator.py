@@ -6,13 +6,14 @@ import tilelang
 import tilelang.language as T
 import torch
 
-from .cache import TILE_TOKENS, PagedKVCache
+from .cache import PagedKVCache
 from .compiling import TILE_LEVEL, start_early
 from .estimate_tiles import Mirror, estimate_tiles
 from .gpu import Gpu
 from .launch import KernelSpec, Launch, StepShape, on_device
 from .lists import CandidatePages, check_lists
 from .mma import Tiles
+from .pools import TILE_TOKENS
 from .query import by_kv_head, check_query, check_scale, step_shape
 from .strided import strided
 from .token_list import Row, TokenList

@@ -13,12 +13,13 @@ import tilelang
 import tilelang.language as T
 import torch
 
-from .cache import TILE_TOKENS, PagedKVCache
+from .cache import PagedKVCache
 from .checks import check_tensor
 from .compiling import EXACT_MATH
 from .estimate_tiles import MAX_LOGIT
 from .launch import Launch, StepShape, on_device
 from .lists import CandidatePages, Kept, check_lists
+from .pools import TILE_TOKENS
 from .query import by_kv_head, check_query, check_scale, step_shape
 from .strided import channel_at, first_chunk, strided
 from .token_list import Row

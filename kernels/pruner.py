@@ -8,12 +8,13 @@ import tilelang.language as T
 import torch
 
 from .attention import WorkList, split_tokens_of
-from .cache import TILE_TOKENS, PagedKVCache
+from .cache import PagedKVCache
 from .checks import check_count, check_tensor, dtype_name
 from .compiling import THREAD_LEVEL, start_early
 from .gpu import Gpu, gpu_of
 from .launch import KernelSpec, Launch, StepShape, on_device, static_width
 from .lists import CandidatePages, Kept, Window, check_lists
+from .pools import TILE_TOKENS
 from .query import by_kv_head, group_size_of, step_shape
 from .split_kv import Work
 from .threshold import check_num_items

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .kernels.attention import dense_attention, flash_topk_attention, page_attention
-    from .kernels.cache import CacheShape, Fp8, PagedKVCache
+    from .kernels.cache import CacheShape, PagedKVCache
     from .kernels.estimator import estimate_logits
     from .kernels.lists import CandidatePages, Kept
     from .kernels.mass_bound import bound_kept_mass
     from .kernels.options import DecodeOptions
     from .kernels.pipeline import TwilightDecode
+    from .kernels.pools import Fp8
     from .kernels.pruner import prune_top_p
     from .kernels.selector import select_all, select_pages
     from .kernels.validate import validate_cache
@@ -24,12 +25,13 @@ if TYPE_CHECKING:
 
 HOMES = {
     "attention": ("dense_attention", "flash_topk_attention", "page_attention"),
-    "cache": ("CacheShape", "Fp8", "PagedKVCache"),
+    "cache": ("CacheShape", "PagedKVCache"),
     "estimator": ("estimate_logits",),
     "lists": ("CandidatePages", "Kept"),
     "mass_bound": ("bound_kept_mass",),
     "options": ("DecodeOptions",),
     "pipeline": ("TwilightDecode",),
+    "pools": ("Fp8",),
     "pruner": ("prune_top_p",),
     "selector": ("select_all", "select_pages"),
     "smoothing": ("KeyChannels", "calibrate_keys"),
