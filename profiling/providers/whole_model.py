@@ -52,7 +52,8 @@ def random_model(name: str, num_positions: int, dtype: torch.dtype, where: str) 
     )
     torch.manual_seed(0)
     with torch.device(where):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    return model.to(where)  # if it is not there: a library may have changed what is made where
 
 
 class LayerSets(NamedTuple):

@@ -1,14 +1,16 @@
 """A model decodes a few tokens, whole or sharded by transformers' tensor parallelism.
 
     python -m tests.inputs.sharded_model FOLDER
-    torchrun --nproc-per-node 2 -m tests.inputs.sharded_model FOLDER
+    torchrun --nproc-per-node 2 -m tests.inputs.sharded_model FOLDER [TOKENS]
 
-Prints one JSON object: the tokens of every setting, and how many each KV head kept.
+Prints one JSON object: the tokens of every setting, their logits, and how many each KV head kept.
+With TOKENS, a file of what another run has printed, it decodes that run's tokens.
 """
 
 import json
 import os
 import sys
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -25,7 +27,8 @@ SETTINGS = {
 }
 
 
-def main(folder: str) -> None:
+def main(folder: str, given: str | None = None) -> None:
+    others = json.loads(Path(given).read_text()) if given else {}
     sharded = "WORLD_SIZE" in os.environ
     plan = {"tp_plan": "auto"} if sharded else {}
     on_gpu = torch.cuda.is_available()
@@ -42,13 +45,18 @@ def main(folder: str) -> None:
         cache = TwilightCache(model.config, PROMPT + NEW_TOKENS, options, dense_layers, record=True)
         first = {"max_new_tokens": 1, "do_sample": False}
         tokens = [model.generate(**inputs, **first, cache=cache)[:, -1]]
-        step = CapturedDecode(model, cache)
-        for _ in range(NEW_TOKENS - 1):
-            tokens.append(step(tokens[-1]).argmax(-1))
+        step, logits = CapturedDecode(model, cache), []
+        for place in range(NEW_TOKENS - 1):
+            last = tokens[-1]
+            if name in others:
+                last = last.new_tensor([row[place] for row in others[name]["tokens"]])
+            logits.append(step(last).clone())
+            tokens.append(logits[-1].argmax(-1))
         kept = cache.kept().of_all_ranks() if sharded else cache.kept()
         own = cache.layers[0].pages.num_kv_heads
         found[name] = {
             "tokens": torch.stack(tokens, dim=1).tolist(),
+            "logits": torch.stack(logits).tolist(),
             "counts": kept.counts.tolist(),
             "mass": list(kept.mass.shape),
             "own_kv_heads": own,
@@ -59,4 +67,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -57,6 +57,7 @@ def every_stage(case: Case) -> None:
         step.run(q, cache)
     factor = torch.full_like(cache.k_offset, 0.5)
     smooth = build_cache(kernels, tensors._replace(k_offset=(cache.k_offset, factor)))
+    poison_unused(smooth)
     bounded = kernels.TwilightDecode(
         smooth, q.shape[1], token_budget=case.token_budget, bound_mass=True
     )
