@@ -48,7 +48,8 @@ CACHE_POINTERS = ("k_cache", "v_cache", "codes", "scale_zero", "bounds", "bounds
 
 
 def default_launches(shape: StepShape, arch: str) -> list[Launch]:
-    """Every kernel at its default config, the pruner of wide logits too."""
+    """Every kernel at its default config, the pruner of wide logits too; of FP8 those that read or
+    write it."""
     planner = Planner(ARCHS[arch])
     (wide,) = planner.plan(PRUNER, shape._replace(logits_dtype="float32")).launches
     paths = tuple(plan(shape, planner) for plan in (plan_sparse, plan_candidates, plan_dense))
@@ -56,7 +57,8 @@ def default_launches(shape: StepShape, arch: str) -> list[Launch]:
     cache = cache_launches(shape.head_dim, shape.page_size, *dtypes, shape.smooth)
     pruner = dataclasses.replace(wide, name="pruner_float32")
     own = (cache, all_pages(shape.page_size), pruner, mass_bound(shape))
-    return list(dict.fromkeys(launches_in((own, paths))))
+    every = dict.fromkeys(launches_in((own, paths)))
+    return [each for each in every if not shape.kv_dtype or shape.kv_dtype in each.arguments]
 
 
 # Where a step estimates and prunes in one kernel; "gqa4-d128" does so, too, where there is room.
