@@ -17,7 +17,12 @@ from tqdm import tqdm
 from twilight_tilelang.kernels.launch import Launch, StepShape
 from twilight_tilelang.kernels.plan import all_launches
 from twilight_tilelang.kernels.tuned import Planner
-from twilight_tilelang.profiling.workloads.models import GPU_MODELS, GPU_MODELS_FULL
+from twilight_tilelang.profiling.workloads.models import (
+    GPU_MODELS,
+    GPU_MODELS_FULL,
+    GPU_MODELS_SHARDED,
+    sharded,
+)
 from twilight_tilelang.profiling.workloads.standard import GPU_WORKLOADS
 from twilight_tilelang.profiling.workloads.sweeps import GPU_FULL
 from twilight_tilelang.profiling.workloads.workload import Workload
@@ -38,7 +43,7 @@ def shapes_of(workload: Workload) -> list[StepShape]:
 
 def jobs_of(workloads: Sequence[Workload], planner: Planner) -> list[Job]:
     """Every kernel once: of the whole step, and of its parts."""
-    shapes = (shape for workload in workloads for shape in shapes_of(workload))
+    shapes = (shape for workload in workloads for shape in shapes_of(workload.share()))
     every = (own for shape in shapes for own in (shape, shape._replace(launch_rows=shape.num_rows)))
     launches = (launch for shape in dict.fromkeys(every) for launch in all_launches(shape, planner))
     return list(dict.fromkeys(map(_job_of, launches)))
@@ -77,12 +82,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workload", choices=names, help="kernels of this workload only")
     parser.add_argument("--full", action="store_true", help="those of sweeps.py too")
     parser.add_argument("--model", action="store_true", help="kernels of whole models only")
+    parser.add_argument("--gpus", type=int, default=1, help="that share a whole model's heads")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         return 0
     base, more = (GPU_WORKLOADS, GPU_FULL)
     if arguments.model:
         base, more = GPU_MODELS, GPU_MODELS_FULL
+    if arguments.gpus > 1:
+        base, more = sharded(GPU_MODELS_SHARDED, arguments.gpus), ()
     chosen = [*base, *(more if arguments.full else ())]
     if arguments.workload:
         chosen = [own for own in every if own.name == arguments.workload]

@@ -87,14 +87,16 @@ class SparseStep:
         self.pruned = Pruned(kept, memory.attention.work, memory.union)
         self.kept_list = TokenList("tokens", kept.tokens, kept.counts)
 
-    def run(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
+    def run(
+        self, q: torch.Tensor, cache: PagedKVCache, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The stages in order."""
         q = by_kv_head(q, cache.num_kv_heads)
         self.select(q, cache)
         self.estimate_prune(q, cache)
         if self.plan.mass_bound is not None:
             self.bound(q, cache)
-        return self.attend(q, cache)
+        return self.attend(q, cache, out)
 
     def select(self, q: torch.Tensor, cache: PagedKVCache) -> None:
         """-> candidates."""
@@ -131,13 +133,16 @@ class SparseStep:
             self.grouped_logits, self.kept[:2], self.settings.sm_scale, self.grouped_bound,
         )  # fmt: skip
 
-    def attend(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, cache: PagedKVCache, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Attention over the kept tokens, which prune() has listed -> out."""
+        grouped_out = self.grouped_out if out is None else by_kv_head(out, cache.num_kv_heads)
         attend(
             self.plan.attention, by_kv_head(q, cache.num_kv_heads), cache, self.kept_list,
-            self.memory.attention, self.grouped_out, self.settings.sm_scale,
+            self.memory.attention, grouped_out, self.settings.sm_scale,
         )  # fmt: skip
-        return self.out
+        return self.out if out is None else out
 
 
 class CandidateStep:
@@ -160,25 +165,30 @@ class CandidateStep:
         self.out = empty_out(cache, num_qo_heads)
         self.grouped_out = by_kv_head(self.out, cache.num_kv_heads)
 
-    def run(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
+    def run(
+        self, q: torch.Tensor, cache: PagedKVCache, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The stages in order."""
         q = by_kv_head(q, cache.num_kv_heads)
         self.select(q, cache)
-        return self.attend(q, cache)
+        return self.attend(q, cache, out)
 
     def select(self, q: torch.Tensor, cache: PagedKVCache) -> None:
         """-> candidates."""
         select(self.plan.selector, q, cache, self.settings.window, self.selection)
 
-    def attend(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, cache: PagedKVCache, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Attention over every token of the candidates -> out."""
+        grouped_out = self.grouped_out if out is None else by_kv_head(out, cache.num_kv_heads)
         pages = TokenList("pages", *self.candidates)
         list_items(self.plan.attention, cache, pages, self.attention.work)
         attend(
             self.plan.attention, by_kv_head(q, cache.num_kv_heads), cache, pages, self.attention,
-            self.grouped_out, self.settings.sm_scale,
+            grouped_out, self.settings.sm_scale,
         )  # fmt: skip
-        return self.out
+        return self.out if out is None else out
 
 
 class DenseStep:
@@ -198,12 +208,15 @@ class DenseStep:
         self.out = empty_out(cache, num_qo_heads)
         self.grouped_out = by_kv_head(self.out, cache.num_kv_heads)
 
-    def run(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
+    def run(
+        self, q: torch.Tensor, cache: PagedKVCache, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Lists the tokens of every row and attends to them -> out."""
+        grouped_out = self.grouped_out if out is None else by_kv_head(out, cache.num_kv_heads)
         self.tokens.counts.copy_(cache.seq_lens[:, None].expand(self.tokens.counts.shape))
         list_items(self.plan.attention, cache, self.tokens, self.attention.work)
         attend(
             self.plan.attention, by_kv_head(q, cache.num_kv_heads), cache, self.tokens,
-            self.attention, self.grouped_out, self.settings.sm_scale,
+            self.attention, grouped_out, self.settings.sm_scale,
         )  # fmt: skip
-        return self.out
+        return self.out if out is None else out
