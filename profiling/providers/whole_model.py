@@ -328,8 +328,8 @@ class WholeModel:
         )["cudnn"]
 
         def attend(call: Any, _query: Any, *new: torch.Tensor) -> torch.Tensor:
-            for copy, own in zip(call.args[2:], new, strict=True):  # K and V
-                copy[:, :, -1] = own
+            for pool, own in zip(call.args[2:], new, strict=True):  # K and V
+                pool[:, :, -1] = own
             return call()[:, :, 0]
 
         return [partial(attend, made[layer % wanted]) for layer in range(self.num_layers)]
