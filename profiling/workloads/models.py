@@ -81,8 +81,7 @@ SHARDED = ((16, 32_768), (4, 131_072))
 
 
 def sharded(models: Iterable[Workload], num_gpus: int) -> tuple[Workload, ...]:
-    """Models whose heads several GPUs share, each process with its own: what transformers' tensor
-    parallelism makes, which is not compiled."""
+    """Models whose heads several GPUs share, by transformers' tensor parallelism; nothing is merged."""
     return tuple(
         dataclasses.replace(
             model,
@@ -90,7 +89,7 @@ def sharded(models: Iterable[Workload], num_gpus: int) -> tuple[Workload, ...]:
             dense_baselines=(),
             num_gpus=num_gpus,
             compiled=False,
-            both_forms=False,
+            both_forms=model.compiled,
             host_times=False,
         )
         for model in models
