@@ -81,7 +81,7 @@ SHARDED = ((16, 32_768), (4, 131_072))
 
 
 def sharded(models: Iterable[Workload], num_gpus: int) -> tuple[Workload, ...]:
-    """Models whose heads several GPUs share, by transformers' tensor parallelism; nothing is merged."""
+    """Models whose heads several GPUs share, as transformers shards them; nothing is merged."""
     return tuple(
         dataclasses.replace(
             model,
