@@ -90,7 +90,7 @@ def test_caches_share_the_compiled_code(device: torch.device, rng: torch.Generat
     """Whatever their options; other batch sizes take a second compilation, for all of them."""
     model, compiled = make_model("llama", device), []
     model.set_attn_implementation("twilight")
-    expected = iter([1, 1, 1, 2, 2])
+    backend, expected = counting(compiled), iter([1, 1, 1, 2, 2])
     for batch_size, options, dense in (
         (2, EVERYTHING, 0),
         (2, PRUNED, 1),
@@ -100,7 +100,7 @@ def test_caches_share_the_compiled_code(device: torch.device, rng: torch.Generat
     ):
         cache = TwilightCache(model.config, MAX_TOKENS, options, dense)
         inputs = prompts(rng, [50] * batch_size)
-        decoded(model, inputs, cache, 3, compile=True, backend=counting(compiled))
+        decoded(model, inputs, cache, 3, compile=True, backend=backend)
         assert len(compiled) == next(expected)
     attends = [node for node in compiled[0].graph.nodes if "attend" in str(node.target)]
     assert len(attends) == 2  # an operator a layer, and one graph for all
