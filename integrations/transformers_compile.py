@@ -1,8 +1,9 @@
 """A model's step of one token as torch.compile sees it: attention is one operator a layer.
 
-What a layer's attention does to the pages stays out of the compiled code. The operator takes the
-layer's number and finds the pages in the cache that the step runs on, as vLLM's does. So the code
-holds for every cache, and for every way to attend.
+What a layer's attention does to the pages stays out of the compiled code: the operator takes the
+layer's number, and finds the pages in the cache that the step runs on, as vLLM's does. So the code
+holds for every cache, and for every way to attend. What an operator returns is memory of its own,
+as compiled code may use it again for something else.
 """
 
 import contextvars
@@ -39,6 +40,7 @@ def attend(
 
 @attend.register_fake
 def _(query: torch.Tensor, keys: Any, values: Any, layer: int, sm_scale: float) -> torch.Tensor:
+    """The shape of what it returns."""
     return query.new_empty(query.transpose(1, 2).shape)
 
 

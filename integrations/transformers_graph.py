@@ -32,6 +32,7 @@ class CapturedDecode:
         options: of torch.compile, such as `mode`.
 
     Raises:
+        ValueError: there are options, but nothing is compiled.
         NotImplementedError: a layer has no pages: caches of transformers move as they grow.
     """
 
@@ -44,6 +45,8 @@ class CapturedDecode:
                 f"cache: expected full attention in every layer to capture a step, "
                 f"got another kind in layers {others}"
             )
+        if options and not compile:
+            raise ValueError(f"compile: expected True with {', '.join(options)}, got {compile}")
         self.model, self.cache = model, cache
         self.pages: list[Any] = []  # that the graph reads
         self.graph: torch.cuda.CUDAGraph | None = None

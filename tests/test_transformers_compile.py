@@ -76,6 +76,13 @@ def test_inductor_fuses_merged_projections(device: torch.device, rng: torch.Gene
     assert_same_choice(decoded(model, inputs, cache, NUM_STEPS, compile=True), expected)
 
 
+def test_options_are_those_of_a_compiled_step(device: torch.device) -> None:
+    model = make_model("llama", device)
+    cache = TwilightCache(model.config, MAX_TOKENS)
+    with pytest.raises(ValueError, match="compile: expected True with mode, got False"):
+        CapturedDecode(model, cache, mode="max-autotune-no-cudagraphs")
+
+
 def counting(seen: list[object]) -> Callable[..., Callable]:
     """A back end of torch.compile that notes what it is given, and runs it as it is."""
 
