@@ -32,7 +32,7 @@ def merge_projections(model: Module) -> int:
             parts = [getattr(module, name, None) for name in names]
             if all(type(part) is Linear and _alike(part, parts[0]) for part in parts):
                 first = MergedLinear(parts)
-                others = [Taken(first) for _ in parts[1:]]
+                others = [Taken(first, place) for place in range(1, len(parts))]
                 for name, own in zip(names, (first, *others), strict=True):
                     setattr(module, name, own)
                 num_merged += len(others)
@@ -51,7 +51,7 @@ def _alike(part: Linear, first: Linear) -> bool:
 
 
 class MergedLinear(Module):
-    """Computes all parts, returns the first, and keeps the others until each is taken."""
+    """Computes all parts, returns the first, and keeps the others until the last is taken."""
 
     def __init__(self, parts: list[Linear]) -> None:
         super().__init__()
@@ -60,19 +60,23 @@ class MergedLinear(Module):
         self.bias = None
         if parts[0].bias is not None:
             self.bias = Parameter(torch.cat([part.bias.data for part in parts]), False)
-        self.kept: list[torch.Tensor] = []
+        self.kept: tuple[torch.Tensor, ...] = ()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        first, *self.kept = linear(x, self.weight, self.bias).split(self.sizes, dim=-1)
-        return first
+        self.kept = linear(x, self.weight, self.bias).split(self.sizes, dim=-1)
+        return self.kept[0]
 
 
 class Taken(Module):
-    """The next of the parts that a `MergedLinear` keeps."""
+    """One of the parts that a `MergedLinear` keeps."""
 
-    def __init__(self, merged: MergedLinear) -> None:
+    def __init__(self, merged: MergedLinear, place: int) -> None:
         super().__init__()
-        self.merged = (merged,)  # no module of this one's own
+        self.merged, self.place = (merged,), place  # in a tuple it is no module of this one's own
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.merged[0].kept.pop(0)
+        merged = self.merged[0]
+        part = merged.kept[self.place]
+        if self.place == len(merged.sizes) - 1:
+            merged.kept = ()
+        return part

@@ -9,7 +9,7 @@ as compiled code may use it again for something else.
 import contextvars
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -44,10 +44,11 @@ def _(query: torch.Tensor, keys: Any, values: Any, layer: int, sm_scale: float) 
     return query.new_empty(query.transpose(1, 2).shape)
 
 
-class StepLayer(NamedTuple):
+class StepLayer:
     """A layer by its number alone."""
 
-    number: int
+    def __init__(self, number: int) -> None:
+        self.number = number
 
     def attend(
         self, module: Any, query: Any, keys: Any, values: Any, mask: None, **options: Any
