@@ -97,6 +97,7 @@ def test_caches_share_the_compiled_code(device: torch.device, rng: torch.Generat
     """Whatever their options; other batch sizes take a second compilation, for all of them."""
     model, compiled = make_model("llama", device), []
     model.set_attn_implementation("twilight")
+    torch.compiler.reset()  # other tests' code, and what they found to vary
     backend, expected = counting(compiled), iter([1, 1, 1, 2, 2])
     for batch_size, options, dense in (
         (2, EVERYTHING, 0),
