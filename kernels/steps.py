@@ -72,7 +72,22 @@ def empty_out(cache: PagedKVCache, num_qo_heads: int) -> torch.Tensor:
     return torch.empty(sizes, dtype=cache.shape.dtype, device=cache.k_cache.device)
 
 
-class SparseStep:
+class WritingStep:
+    """A step with an output of its own, in whose place it may be given another."""
+
+    out: torch.Tensor  # [batch_size, num_qo_heads, head_dim]
+    grouped_out: torch.Tensor  # the same by KV head
+
+    def written(
+        self, out: torch.Tensor | None, cache: PagedKVCache
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is written to, and the same by KV head."""
+        if out is None:
+            return self.out, self.grouped_out
+        return out, by_kv_head(out, cache.num_kv_heads)
+
+
+class SparseStep(WritingStep):
     """Select, estimate, prune, attend. Each stage reads what the one before it left in memory."""
 
     def __init__(self, plan: SparsePlan, memory: SparseMemory, settings: Settings) -> None:
@@ -137,15 +152,15 @@ class SparseStep:
         self, q: torch.Tensor, cache: PagedKVCache, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Attention over the kept tokens, which prune() has listed -> out."""
-        grouped_out = self.grouped_out if out is None else by_kv_head(out, cache.num_kv_heads)
+        out, grouped_out = self.written(out, cache)
         attend(
             self.plan.attention, by_kv_head(q, cache.num_kv_heads), cache, self.kept_list,
             self.memory.attention, grouped_out, self.settings.sm_scale,
         )  # fmt: skip
-        return self.out if out is None else out
+        return out
 
 
-class CandidateStep:
+class CandidateStep(WritingStep):
     """Select, and attend to every candidate: Quest alone, with the bits of page_attention."""
 
     def __init__(
@@ -181,17 +196,17 @@ class CandidateStep:
         self, q: torch.Tensor, cache: PagedKVCache, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Attention over every token of the candidates -> out."""
-        grouped_out = self.grouped_out if out is None else by_kv_head(out, cache.num_kv_heads)
+        out, grouped_out = self.written(out, cache)
         pages = TokenList("pages", *self.candidates)
         list_items(self.plan.attention, cache, pages, self.attention.work)
         attend(
             self.plan.attention, by_kv_head(q, cache.num_kv_heads), cache, pages, self.attention,
             grouped_out, self.settings.sm_scale,
         )  # fmt: skip
-        return self.out if out is None else out
+        return out
 
 
-class DenseStep:
+class DenseStep(WritingStep):
     """Attend to every token, with the bits of dense_attention."""
 
     def __init__(
@@ -212,11 +227,11 @@ class DenseStep:
         self, q: torch.Tensor, cache: PagedKVCache, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Lists the tokens of every row and attends to them -> out."""
-        grouped_out = self.grouped_out if out is None else by_kv_head(out, cache.num_kv_heads)
+        out, grouped_out = self.written(out, cache)
         self.tokens.counts.copy_(cache.seq_lens[:, None].expand(self.tokens.counts.shape))
         list_items(self.plan.attention, cache, self.tokens, self.attention.work)
         attend(
             self.plan.attention, by_kv_head(q, cache.num_kv_heads), cache, self.tokens,
             self.attention, grouped_out, self.settings.sm_scale,
         )  # fmt: skip
-        return self.out if out is None else out
+        return out

@@ -48,7 +48,7 @@ class Workload:
         model: of models.MODELS, whose decode of a token is timed whole; None for one layer's step.
         dense_layers: of the model, the first so many attend to every token.
         compiled: whether torch.compile has fused the model around its attention.
-        both_forms: the model is timed as it is too.
+        both_forms: the model is timed in the other form too, then.
         num_gpus: that share the model's heads, each of them a process; the shape is all of it.
     """
 
@@ -79,7 +79,7 @@ class Workload:
         """This workload once for every setting; the inputs are the same."""
         return [
             dataclasses.replace(self, token_budget=token_budget, top_p=top_p, compiled=compiled)
-            for compiled in ((True, False) if self.both_forms else (self.compiled,))
+            for compiled in (self.compiled, not self.compiled)[: 1 + self.both_forms]
             for token_budget in self.token_budgets or (self.token_budget,)
             for top_p in self.top_ps or (self.top_p,)
         ]
