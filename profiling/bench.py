@@ -16,6 +16,7 @@ from .tables.rows import CPU_NOTE, TABLES
 from .tables.store import RESULTS
 from .tables.summary import write_summary
 from .workloads import models
+from .workloads.choice import Choice
 from .workloads.standard import CPU_WORKLOADS, GPU_WORKLOADS
 from .workloads.sweeps import CPU_FULL, GPU_FULL, trace_workload
 from .workloads.workload import Workload
@@ -24,18 +25,18 @@ from .workloads.workload import Workload
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; 0 if everything asked for is measured and right."""
     on_gpu = torch.cuda.is_available()
-    base, more = (GPU_WORKLOADS, GPU_FULL) if on_gpu else (CPU_WORKLOADS, CPU_FULL)
-    whole = (models.GPU_MODELS, models.GPU_MODELS_FULL) if on_gpu else (models.CPU_MODELS, ())
-    every = (*base, *more, *whole[0], *whole[1])
-    names = list(dict.fromkeys(workload.name for workload in every))
+    if on_gpu:
+        choice = Choice(GPU_WORKLOADS, GPU_FULL, models.GPU_MODELS, models.GPU_MODELS_FULL)
+    else:
+        choice = Choice(CPU_WORKLOADS, CPU_FULL, models.CPU_MODELS, ())
+    if num_ranks() > 1:
+        shared = models.GPU_MODELS_SHARDED if on_gpu else models.CPU_MODELS
+        choice = Choice((), (), models.sharded(shared, num_ranks()), ())
     parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__)
     parser.add_argument(
         "--stage", choices=tuple(TABLES), help="measure this stage only; model: whole models"
     )
-    parser.add_argument("--workload", choices=names, help="measure this workload only")
-    parser.add_argument(
-        "--full", action="store_true", help="measure the workloads of sweeps.py too"
-    )
+    choice.add_options(parser)
     parser.add_argument("--trace", type=Path, help="measure this recording only, see trace.py")
     parser.add_argument("--token-budget", type=int, help="of a recording; else a quarter")
     parser.add_argument(
@@ -46,20 +47,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
     parser.add_argument("--commit", help="name of the code, where there is no git checkout")
     arguments = parser.parse_args(argv)
-    if num_ranks() > 1:
-        if arguments.stage != "model" or arguments.full:
-            parser.error("several processes measure --stage model alone, without --full")
-        models_of_all = models.GPU_MODELS_SHARDED if on_gpu else models.CPU_MODELS
-        every = models.sharded(models_of_all, num_ranks())
-        whole = every, ()
+    if num_ranks() > 1 and arguments.stage != "model":
+        parser.error("several processes measure --stage model alone")
     if arguments.trace is None and (arguments.token_budget or arguments.sink_tokens):
         parser.error("--token-budget and --sink-tokens are those of a --trace")
     stages = (arguments.stage,) if arguments.stage else tuple(TABLES)
-    if arguments.stage == "model":
-        (base, more), stages = whole, models.STAGES
-    chosen = [*base, *(more if arguments.full else ())]
-    if arguments.workload:
-        chosen = [workload for workload in every if workload.name == arguments.workload]
+    of_models = arguments.stage == "model"
+    if of_models:
+        stages = models.STAGES
+    chosen = choice.chosen(arguments.workload, full=arguments.full, model=of_models)
     if arguments.trace:
         settings = arguments.token_budget, arguments.sink_tokens
         try:
