@@ -48,7 +48,7 @@ class Workload:
         model: of models.MODELS, whose decode of a token is timed whole; None for one layer's step.
         dense_layers: of the model, the first so many attend to every token.
         compiled: whether torch.compile has fused the model around its attention.
-        both_forms: the model is timed in the other form too, then.
+        both_forms: afterwards the model is timed in the other form too.
         num_gpus: that share the model's heads, each of them a process; the shape is all of it.
     """
 
