@@ -108,6 +108,7 @@ class LoadedCodes(NamedTuple):
                     index = (first_tile + i) * TILE_TOKENS + quad + t * 8
                     page = T.if_then_else(index < end, self.next_physical[i, t], 0)
                     slot = T.cast(self.next_entry[i, t], T.uint32) % candidates.page_size
+                    slot = T.cast(slot, T.int32)  # or the address would have 32 bits
                 for w in T.vectorized(lane_words):
                     word = lane * lane_words + w
                     tile_codes[i, t, w] = mirror.codes[page, row.kv_head, slot, word]

@@ -64,8 +64,8 @@ class Bucket:
         if match is None:
             raise ValueError(f"expected a bucket like {_EXAMPLE}, got {text!r}")
         *values, candidates = match.groups()
-        given = (kind(value) for (_, kind), value in zip(kinds, values, strict=True))
-        return cls(*given, candidates or "pages")
+        bucket = cls(*(kind(value) for (_, kind), value in zip(kinds, values, strict=True)))
+        return replace(bucket, candidates=candidates or "pages")
 
     def distance(self, other: "Bucket", static_width: bool) -> float:
         """Octaves between the two in rows and in width together; infinite where none may stand for

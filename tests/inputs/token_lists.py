@@ -18,6 +18,7 @@ def random_tokens(package: ModuleType, cache, width: int, rng: torch.Generator):
     draw = draw.masked_fill(token >= cache.seq_lens[:, None, None], 2.0)  # no token: comes last
     most = cache.seq_lens.clamp(max=width)[:, None]
     counts = (most * torch.rand(rows, generator=rng, device=device)).ceil().int()
+    counts = counts.clamp(min=1).minimum(most)
     counts[0] = most[0]
     chosen = torch.full((*rows, width), cache.capacity, device=device)
     chosen[..., : cache.capacity] = draw.sort(dim=-1).indices[..., :width]
