@@ -36,7 +36,7 @@ class StepShape(NamedTuple):
     kv_dtype: str = ""  # of K and V where it is not `dtype`, which is that of q and out
     logits_dtype: str = "float16"  # of the estimator's; the pruner takes float32 too
     smooth: bool = False  # keys have a k_factor
-    candidates: str = "pages"  # what candidates are listed by; or "tokens"
+    candidates: str = "pages"  # what lists them; or "tokens", or "head_tokens"
 
     @property
     def statics(self) -> tuple[int, int, int, str]:
@@ -87,7 +87,7 @@ class KernelSpec(Generic[Config]):
         width: of a row, as tuned configs count it: pages of the selector's kernels, else tokens.
         result_fields: part of the result's definition: never tuned.
         static_width: compiled for its width, rounded up to a power of two.
-        reads_candidates: compiled for what lists them, pages or tokens.
+        reads_candidates: compiled for what lists them.
     """
 
     name: str

@@ -61,7 +61,9 @@ class SparseMemory(NamedTuple):
 
 
 def _part(memory: Any, requests: slice) -> Any:
-    """The share of some requests of a tensor, or of every tensor in a tuple."""
+    """The share of some requests of a tensor, of every tensor in a tuple, or of nothing."""
+    if memory is None:
+        return None
     if isinstance(memory, AttentionWorkspace):
         return memory.part(requests)
     if isinstance(memory, tuple):
