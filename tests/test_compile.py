@@ -44,7 +44,10 @@ SHAPES = {
 ENTRY = re.compile(r"(__global__ void (?:__launch_bounds__\(.*?\) )?\w+)\(")
 ENTRY_REPORT = re.compile(r"Compiling entry function '\w+_(\d+)'")
 # What a cache of more than 2**31 elements is indexed by.
-CACHE_POINTERS = ("k_cache", "v_cache", "codes", "scale_zero", "bounds", "bounds_scale_zero")
+CACHE_POINTERS = (
+    "k_cache", "v_cache", "codes", "scale_zero", "bounds", "bounds_scale_zero", "label_codes",
+    "label_scale_zero",
+)  # fmt: skip
 
 
 def default_launches(shape: StepShape, arch: str) -> list[Launch]:
