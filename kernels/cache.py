@@ -131,10 +131,11 @@ class PagedKVCache(Requests):
             batch_size, max_pages, num_kv_heads, head_dim, page_size, self.dtype, device,
             self.k_cache.dtype if is_fp8 else None,
         )  # fmt: skip
-        self.label_shape = None
+        self.label_shape = self.label_words = None
         if self.labels is not None:
             self._check_labels(self.labels)
             self.label_shape = self.labels.shape_in(num_kv_heads)
+            self.label_words = self.labels.words_of(self.label_shape)
         self.everyone = torch.ones(batch_size, dtype=torch.bool, device=device)
         self.arrived = torch.zeros(1, dtype=torch.int32, device=device)  # blocks of extend()
 

@@ -39,6 +39,12 @@ class LabelShape(NamedTuple):
         return self.r * self.bits // 8
 
     @property
+    def lane_words(self) -> tuple[str, int]:
+        """(dtype, number) of the words of a quarter of a token's codes, which a lane loads."""
+        quarter = self.num_bytes // 4
+        return ("int16", 1) if quarter == 2 else ("int32", quarter // 4)
+
+    @property
     def max_code(self) -> int:
         return int(2**self.bits - 1)
 
@@ -86,6 +92,10 @@ class KeyLabels(NamedTuple):
         codes = torch.empty(*rows, num_bytes, dtype=torch.uint8, device=k_cache.device)
         scale_zero = torch.empty(*rows, 2, dtype=torch.float16, device=k_cache.device)
         return cls(channels, bits, codes, scale_zero)
+
+    def words_of(self, shape: LabelShape) -> torch.Tensor:
+        """The codes as words that a lane loads: [num_pages, num_label_heads, page_size, words]."""
+        return self.codes.view(getattr(torch, shape.lane_words[0]))
 
     def shape_in(self, num_kv_heads: int) -> LabelShape:
         """What kernels of a cache with so many KV heads are compiled for."""

@@ -13,6 +13,7 @@ import torch
 from tilelang.jit import JITImpl
 
 from .gpu import Gpu
+from .labels import TokenRows
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -36,6 +37,8 @@ class StepShape(NamedTuple):
     kv_dtype: str = ""  # of K and V where it is not `dtype`, which is that of q and out
     logits_dtype: str = "float16"  # of the estimator's; the pruner takes float32 too
     smooth: bool = False  # keys have a k_factor
+    candidates: str = "pages"  # what candidates are listed by; or "tokens"
+    tokens: TokenRows | None = None  # what a row of the selector of tokens stands for
 
     @property
     def statics(self) -> tuple[int, int, int, str]:

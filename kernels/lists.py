@@ -6,6 +6,7 @@ import torch
 
 from .cache import PagedKVCache, check_cache
 from .checks import check_tensor
+from .pools import TILE_TOKENS
 
 
 class CandidatePages(NamedTuple):
@@ -22,6 +23,26 @@ class CandidatePages(NamedTuple):
     def allocate(cls, cache: PagedKVCache, width: int) -> "CandidatePages":
         """Unwritten, for `width` pages of every row."""
         return cls(*_lists(cache, width))
+
+
+class CandidateTokens(NamedTuple):
+    """The single tokens that a selector chose.
+
+    tokens    [batch_size, num_kv_heads, width] i32, ascending logical positions below the request's
+              length; width is a multiple of 16
+    counts    [batch_size, num_kv_heads] i32, how many of them are valid
+    """
+
+    tokens: torch.Tensor
+    counts: torch.Tensor
+
+    @classmethod
+    def allocate(cls, cache: PagedKVCache, width: int) -> "CandidateTokens":
+        """Unwritten, for at least `width` tokens of every row."""
+        return cls(*_lists(cache, -(-width // TILE_TOKENS) * TILE_TOKENS))
+
+
+Candidates = CandidatePages | CandidateTokens
 
 
 class Kept(NamedTuple):
