@@ -11,6 +11,7 @@ from .label_scores import LABEL_SCORE, LabelScoreConfig, TokenScores, score_labe
 from .labels import LabelShape, TokenRows, token_rows
 from .launch import StepShape, on_device
 from .lists import CandidateTokens, Window
+from .pools import TILE_TOKENS
 from .query import by_kv_head, check_query, check_scale, step_shape
 from .top_tokens import TOP_TOKENS, OpenKeys, TopTokensConfig, take_top_tokens
 from .tuned import Planned, Planner, planned
@@ -34,17 +35,19 @@ class TokenSelection(NamedTuple):
     candidates: CandidateTokens
 
     @classmethod
-    def allocate(cls, cache: PagedKVCache, width: int, rows: TokenRows) -> "TokenSelection":
-        """For `width` candidates of every row."""
-        scored = TokenScores.allocate(cache, rows, cache.num_kv_heads)
-        candidates = CandidateTokens.allocate(cache, width)
+    def allocate(cls, cache: PagedKVCache, shape: StepShape) -> "TokenSelection":
+        """For a shape of token candidates."""
+        assert shape.tokens is not None
+        lists = shape.group_size // shape.tokens.heads  # of a KV head
+        scored = TokenScores.allocate(cache, shape.tokens, cache.num_kv_heads * lists)
+        candidates = CandidateTokens.allocate(cache, shape.width, by_head=lists > 1)
         return cls(scored, OpenKeys.allocate(scored.scores), candidates)
 
 
 def plan_tokens(shape: StepShape, planner: Planner) -> TokenPlan:
-    """For as many candidates as the lists have room for."""
+    """For a shape of token candidates."""
     kernels = planner.plan(LABEL_SCORE, shape), planner.plan(TOP_TOKENS, shape)
-    return TokenPlan(*kernels, shape.width)
+    return TokenPlan(*kernels, shape.row_tokens)
 
 
 def select_top_tokens(
@@ -55,8 +58,11 @@ def select_top_tokens(
     sm_scale: float,
     selection: TokenSelection,
 ) -> None:
-    """Two launches, or three where a row has several heads: the grouped query -> candidates."""
+    """Two launches, or three where a group has several heads: q [batch_size, num_kv_heads,
+    group_size, head_dim] -> candidates."""
     scored, open_keys, candidates = selection
+    if candidates.heads is not None:  # a row is one query head
+        q = q.flatten(1, 2)[:, :, None]
     score_labels(plan.label_score, q, cache, window, sm_scale, scored)
     take_top_tokens(
         plan.top_tokens, cache, scored, window, plan.token_budget, open_keys, candidates
@@ -73,21 +79,21 @@ def select_tokens(
     num_sink_tokens: int = 0,
     num_recent_tokens: int = 0,
 ) -> CandidateTokens:
-    """The tokens of the largest score: of a KV head's query heads together.
+    """The tokens of the largest score, of every query head or of a KV head's heads together.
 
     Args:
         q: [batch_size, num_qo_heads, head_dim], fp16 or bf16, as the cache.
         cache: with labels; only these, page_table and seq_lens are read.
-        token_budget: candidates of a KV head.
-        group: "shared": the tokens of the largest softmax weight of the label scores that any query
-            head of the group has; labels are those of KV heads. "own": of a group of one head, the
-            same without a softmax.
+        token_budget: tokens of a KV head ("shared") or of a query head ("own").
+        group: "shared": those of the largest softmax weight that any query head of the group has,
+            by labels of KV heads. "own": every query head has its own, by its own score, and the
+            list of a KV head is their union.
         sm_scale: factor of the scores in that softmax; head_dim ** -0.5 where None.
         num_sink_tokens, num_recent_tokens: the first and the last so many tokens are always in.
 
     Returns:
-        CandidateTokens, of min(token_budget, length) tokens. Of equal scores the earlier token is
-        taken; NaN comes last.
+        CandidateTokens, of min(token_budget, length) tokens; with "own" of a group the union, and
+        whose each token is. Of equal scores the earlier token is taken; NaN comes last.
 
     Raises:
         ValueError: a wrong tensor, a cache without labels for these heads, a budget too small for
@@ -97,11 +103,11 @@ def select_tokens(
     rows = check_rows(cache, group, group_size)
     sm_scale = check_scale(sm_scale, cache.head_dim)
     window = Window(num_sink_tokens, num_recent_tokens)
-    width = check_token_budget(cache, token_budget, window)
-    selection = TokenSelection.allocate(cache, width, rows)
-    shape = step_shape(cache, group_size, width)._replace(candidates="tokens", tokens=rows)
-    label_score, top_tokens = (planned(spec, shape, q.device) for spec in (LABEL_SCORE, TOP_TOKENS))
-    plan = TokenPlan(label_score, top_tokens, width)
+    budget = check_token_budget(cache, token_budget, window)
+    shape = token_shape(cache, group_size, rows, budget)
+    selection = TokenSelection.allocate(cache, shape)
+    label_score = planned(LABEL_SCORE, shape, q.device)
+    plan = TokenPlan(label_score, planned(TOP_TOKENS, shape, q.device), budget)
     grouped = by_kv_head(q, cache.num_kv_heads)
     with on_device(q.device):
         select_top_tokens(plan, grouped, cache, window, sm_scale, selection)
@@ -124,8 +130,18 @@ def check_rows(cache: PagedKVCache, group: str, group_size: int) -> TokenRows:
     return token_rows(group, group_size, labels)
 
 
+def token_shape(
+    cache: PagedKVCache, group_size: int, rows: TokenRows, row_tokens: int
+) -> StepShape:
+    """Of a step whose rows take so many tokens: a list has room for all of its rows', at most for
+    the cache's, and a multiple of 16."""
+    tokens = -(-row_tokens * (group_size // rows.heads) // TILE_TOKENS) * TILE_TOKENS
+    shape = step_shape(cache, group_size, min(tokens, cache.capacity))
+    return shape._replace(candidates="tokens", tokens=rows, row_tokens=row_tokens)
+
+
 def check_token_budget(cache: PagedKVCache, token_budget: int, window: Window) -> int:
-    """Tokens of a row's list, at most all; raises ValueError where the budget cannot be met."""
+    """Tokens that a row takes, at most all; raises ValueError where the budget cannot be met."""
     check_count("token_budget", token_budget, least=1)
     check_count("num_sink_tokens", window.num_sink_tokens, least=0)
     check_count("num_recent_tokens", window.num_recent_tokens, least=0)

@@ -563,6 +563,7 @@ def _launches(shape: StepShape, config: LabelScoreConfig) -> tuple[Launch, ...]:
 LABEL_SCORE = KernelSpec(
     name="label_score", stage="selector", config=LabelScoreConfig, default=default_config,
     launches=_launches, width=lambda shape: shape.max_pages,
+    applies=lambda shape: shape.tokens is not None,
     sources=(
         "label_scores.py", "labels.py", "mma.py", "strided.py", "token_keys.py", "token_list.py",
         "warp.py",

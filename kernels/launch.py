@@ -39,6 +39,7 @@ class StepShape(NamedTuple):
     smooth: bool = False  # keys have a k_factor
     candidates: str = "pages"  # what candidates are listed by; or "tokens"
     tokens: TokenRows | None = None  # what a row of the selector of tokens stands for
+    row_tokens: int = 0  # that each of these takes
 
     @property
     def statics(self) -> tuple[int, int, int, str]:
@@ -89,6 +90,7 @@ class KernelSpec(Generic[Config]):
         width: of a row, as tuned configs count it: pages of the selector's kernels, else tokens.
         result_fields: part of the result's definition: never tuned.
         static_width: compiled for its width, rounded up to a power of two.
+        applies: whether steps of a shape launch it at all.
     """
 
     name: str
@@ -100,6 +102,7 @@ class KernelSpec(Generic[Config]):
     width: Callable[[StepShape], int] = lambda shape: shape.width
     result_fields: tuple[str, ...] = ()
     static_width: bool = False
+    applies: Callable[[StepShape], bool] = lambda shape: True
 
     @property
     def tunable_fields(self) -> set[str]:

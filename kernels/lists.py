@@ -31,15 +31,19 @@ class CandidateTokens(NamedTuple):
     tokens    [batch_size, num_kv_heads, width] i32, ascending logical positions below the request's
               length; width is a multiple of 16
     counts    [batch_size, num_kv_heads] i32, how many of them are valid
+    heads     [batch_size, num_kv_heads, width] i32: bit j is set where query head j of the group
+              chose the token. None where all query heads of a group share its list.
     """
 
     tokens: torch.Tensor
     counts: torch.Tensor
+    heads: torch.Tensor | None = None
 
     @classmethod
-    def allocate(cls, cache: PagedKVCache, width: int) -> "CandidateTokens":
+    def allocate(cls, cache: PagedKVCache, width: int, by_head: bool = False) -> "CandidateTokens":
         """Unwritten, for at least `width` tokens of every row."""
-        return cls(*_lists(cache, -(-width // TILE_TOKENS) * TILE_TOKENS))
+        tokens, counts = _lists(cache, -(-width // TILE_TOKENS) * TILE_TOKENS)
+        return cls(tokens, counts, torch.empty_like(tokens) if by_head else None)
 
 
 Candidates = CandidatePages | CandidateTokens

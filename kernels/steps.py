@@ -98,7 +98,8 @@ class SparseStep:
 
     def select(self, q: torch.Tensor, cache: PagedKVCache) -> None:
         """-> candidates."""
-        select(self.plan.selector, q, cache, self.settings.window, self.memory.selection)
+        sm_scale, window = self.settings
+        select(self.plan.selector, q, cache, window, sm_scale, self.memory.selection)
 
     def estimate(self, q: torch.Tensor, cache: PagedKVCache) -> None:
         """Estimated logits of the candidates -> logits."""
@@ -168,7 +169,8 @@ class CandidateStep:
 
     def select(self, q: torch.Tensor, cache: PagedKVCache) -> None:
         """-> candidates."""
-        select(self.plan.selector, q, cache, self.settings.window, self.selection)
+        sm_scale, window = self.settings
+        select(self.plan.selector, q, cache, window, sm_scale, self.selection)
 
     def attend(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
         """Attention over every token of the candidates -> out."""

@@ -2,6 +2,7 @@
 blocks share out, then a search among the few that it left open."""
 
 from dataclasses import dataclass
+from functools import partialmethod
 from typing import NamedTuple
 
 import tilelang
@@ -26,7 +27,7 @@ NUM_THREADS = NUM_BINS // BINS_PER_THREAD
 
 @dataclass(frozen=True)
 class TopTokensConfig:
-    per_thread: int = 16  # scores that a thread keeps in registers: a block takes a chunk of them
+    per_thread: int = 8  # scores that a thread keeps in registers: a block takes a chunk of them
     pdl: bool = False
 
     @property
@@ -37,7 +38,7 @@ class TopTokensConfig:
 def default_config(shape: StepShape, gpu: Gpu) -> TopTokensConfig:
     """Few scores (over all rows) are spread over more blocks."""
     many = shape.num_rows * shape.max_pages * shape.page_size >= gpu.num_multiprocessors * 2**15
-    return TopTokensConfig(per_thread=16 if many else 8)
+    return TopTokensConfig(per_thread=8 if many else 4)
 
 
 class OpenKeys(NamedTuple):
@@ -69,10 +70,15 @@ def take_top_tokens(
     open_keys: OpenKeys,
     candidates: CandidateTokens,
 ) -> None:
-    """One launch: scores and bins -> candidates; the bins are zeros then."""
-    planned.launches[0](
-        scored.scores, cache.seq_lens, *window, token_budget, scored.bins, *open_keys, *candidates
-    )
+    """One launch, or two where a list is of several rows: scores and bins -> candidates; the bins
+    are zeros then."""
+    take, *unions = planned.launches
+    take(
+        scored.scores, cache.seq_lens, *window, token_budget, scored.bins, *open_keys,
+        *candidates[:2],
+    )  # fmt: skip
+    for unite in unions:
+        unite(open_keys.words, cache.seq_lens, *candidates)
 
 
 class NearKeys(NamedTuple):
@@ -82,45 +88,31 @@ class NearKeys(NamedTuple):
     row: Row
     count: PrimExpr
 
-    @property
-    def turns(self) -> PrimExpr:
-        return T.ceildiv(self.count, NUM_THREADS)
-
-    def place(self, turn: PrimExpr) -> PrimExpr:
-        return turn * NUM_THREADS + T.get_thread_binding()
-
-    def key(self, turn: PrimExpr) -> PrimExpr:
-        return self.pairs[self.row.batch, self.row.kv_head, self.place(turn), 0]
-
-    def token(self, turn: PrimExpr) -> PrimExpr:
-        return self.pairs[self.row.batch, self.row.kv_head, self.place(turn), 1]
-
-
-@T.macro
-def add_near(search, near, shift, num_bins):
-    """Adds every near key."""
-    for turn in T.serial(near.turns):
-        if near.place(turn) < near.count:
-            search.add(near.key(turn), shift, num_bins, 1)
+    @partialmethod
+    @T.macro
+    def each(self, visit):
+        """visit(key, token) sees every pair: a thread every NUM_THREADS-th."""
+        pair = T.alloc_local((2,), T.int32)
+        for turn in T.serial(T.ceildiv(self.count, NUM_THREADS)):
+            place = turn * NUM_THREADS + T.get_thread_binding()
+            if place < self.count:
+                for e in T.vectorized(2):
+                    pair[e] = self.pairs[self.row.batch, self.row.kv_head, place, e]
+                visit(pair[0], pair[1])
 
 
 @T.macro
-def add_ties(ties, search, near, shift, num_bins):
-    """Adds the tokens with the key found by their numbers, negated: the first is largest."""
-    for turn in T.serial(near.turns):
-        if near.place(turn) < near.count and near.key(turn) == search.low:
-            ties.add(-near.token(turn), shift, num_bins, 1)
+def add_tie(ties, search, key, token, shift, num_bins):
+    """Adds a token with the key found by its number, negated: the first is largest."""
+    if key == search.low:
+        ties.add(-token, shift, num_bins, 1)
 
 
 @T.macro
-def mark_near(words, search, ties, near):
-    """Sets the bits of the near tokens that are taken."""
-    for turn in T.serial(near.turns):
-        if near.place(turn) < near.count:
-            key, token = near.key(turn), near.token(turn)
-            if key > search.low or (key == search.low and -token >= ties.low):
-                place = words[near.row.batch, near.row.kv_head, token // 32]
-                T.evaluate(atomic_or(place, 1 << (token % 32)))
+def mark_near(words, search, ties, row, key, token):
+    """Sets a near token's bit if it is taken."""
+    if key > search.low or (key == search.low and -token >= ties.low):
+        T.evaluate(atomic_or(words[row.batch, row.kv_head, token // 32], 1 << (token % 32)))
 
 
 @dataclass(frozen=True)
@@ -135,17 +127,18 @@ class RowWords:
 
 
 @tilelang.jit(pass_configs=THREAD_LEVEL)
-def top_tokens_kernel(config: TopTokensConfig):
+def top_tokens_kernel(config: TopTokensConfig, listed: bool = True):
     """Grid: (chunk of a row, row, batch). Takes the min(need, length) tokens with the
     largest keys (token_keys.py), the first of equal ones.
 
     The row's bins tell every block in which bin the tokens are cut off: those of larger keys are
     taken, those in the bin are set aside. The block that is the last of its row to be done searches
-    these, by key and, should several share the last key, by their numbers; then it lists what is
-    taken. It leaves bins and counts at zero.
+    these, by key and, should several share the last key, by their numbers; then, if `listed`, it
+    lists what is taken. It leaves bins and counts at zero.
     """
     batch_size, num_rows = T.dynamic("batch_size, num_rows")
-    capacity, num_words, width = T.dynamic("capacity, num_words, width")
+    capacity, num_words = T.dynamic("capacity, num_words")
+    num_lists, width = T.dynamic("num_lists, width")
     per_thread, chunk = config.per_thread, config.chunk
 
     @T.prim_func
@@ -160,15 +153,15 @@ def top_tokens_kernel(config: TopTokensConfig):
         near: T.Tensor[(batch_size, num_rows, capacity, 2), T.int32],
         near_counts: T.Tensor[(batch_size, num_rows), T.int32],
         arrived: T.Tensor[(batch_size, num_rows), T.int32],
-        candidate_tokens: T.Tensor[(batch_size, num_rows, width), T.int32],
-        candidate_counts: T.Tensor[(batch_size, num_rows), T.int32],
+        candidate_tokens: T.Tensor[(batch_size, num_lists, width), T.int32],
+        candidate_counts: T.Tensor[(batch_size, num_lists), T.int32],
     ):
         with T.Kernel(T.ceildiv(capacity, chunk), num_rows, batch_size, threads=NUM_THREADS) as (
             block,
             kv_head,
             batch,
         ):
-            T.annotate_min_blocks_per_sm(2)
+            T.annotate_min_blocks_per_sm(2 if per_thread <= 8 else 1)
             start_early(config.pdl)
             thread = T.get_thread_binding()
             row = Row(batch, kv_head)
@@ -236,42 +229,109 @@ def top_tokens_kernel(config: TopTokensConfig):
                 T.sync_threads()
                 if shared[1] == T.max(T.ceildiv(seq_len, chunk), 1) - 1:
                     if open_bin >= 0:
-                        open_keys = NearKeys(near, row, near_counts[batch, kv_head])
+                        num_near = near_counts[batch, kv_head]
+                        open_keys = NearKeys(near, row, num_near)
                         search.find(
                             (open_bin - NUM_BINS // 2) << BIN_SHIFT, (1 << BIN_SHIFT) - 1, above,
                             need,
-                            lambda shift, num_bins: add_near(search, open_keys, shift, num_bins),
+                            lambda shift, num_bins: open_keys.each(
+                                lambda key, token: search.add(key, shift, num_bins, 1)
+                            ),
                         )  # fmt: skip
                         ties.bracket[0] = LOWEST_KEY  # takes every token
                         if search.above + search.mass > need:
                             ties.find(
                                 -seq_len, seq_len, search.above, need,
-                                lambda shift, num_bins: add_ties(
-                                    ties, search, open_keys, shift, num_bins
+                                lambda shift, num_bins: open_keys.each(
+                                    lambda key, token: add_tie(
+                                        ties, search, key, token, shift, num_bins
+                                    )
                                 ),
                             )  # fmt: skip
-                        mark_near(words, search, ties, open_keys)
+                        open_keys.each(
+                            lambda key, token: mark_near(words, search, ties, row, key, token)
+                        )
                         T.sync_threads()
-                    count = compact(
-                        RowWords(words, row), T.ceildiv(seq_len, 32), lambda at: at,
-                        candidate_tokens, row, NUM_THREADS,
-                    )  # fmt: skip
+                    if listed:
+                        count = compact(
+                            RowWords(words, row), T.ceildiv(seq_len, 32), lambda at: at,
+                            candidate_tokens, row, NUM_THREADS,
+                        )  # fmt: skip
+                        if thread == 0:
+                            candidate_counts[batch, kv_head] = count
                     for j in T.vectorized(BINS_PER_THREAD):
                         bins[batch, kv_head, thread * BINS_PER_THREAD + j] = 0
                     if thread == 0:
-                        candidate_counts[batch, kv_head] = count
                         near_counts[batch, kv_head] = 0
                         arrived[batch, kv_head] = 0
 
     return top_tokens
 
 
+@tilelang.jit(pass_configs=THREAD_LEVEL)
+def token_union_kernel(group_size: int):
+    """Grid: (kv_head, batch). Lists the tokens that any query head of a group took, with a bit for
+    each that did; a thread takes a word of bits, of every head."""
+    batch_size, num_rows, num_words = T.dynamic("batch_size, num_rows, num_words")
+    num_kv_heads, width = T.dynamic("num_kv_heads, width")
+
+    @T.prim_func
+    def unite_tokens(
+        words: T.Tensor[(batch_size, num_rows, num_words), T.int32],
+        seq_lens: T.Tensor[(batch_size,), T.int32],
+        candidate_tokens: T.Tensor[(batch_size, num_kv_heads, width), T.int32],
+        candidate_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
+        candidate_heads: T.Tensor[(batch_size, num_kv_heads, width), T.int32],
+    ):
+        with T.Kernel(num_kv_heads, batch_size, threads=NUM_THREADS) as (kv_head, batch):
+            warp_sums = T.alloc_shared((NUM_THREADS // 32,), T.int32, scope="shared")
+            own = T.alloc_local((group_size,), T.uint32)
+            union = T.alloc_var(T.uint32)
+            count = T.alloc_var(T.int32)
+            slot = T.alloc_var(T.int32)
+            heads = T.alloc_var(T.uint32)
+            used_words = T.ceildiv(seq_lens[batch], 32)
+            count = 0
+            for turn in T.serial(T.ceildiv(used_words, NUM_THREADS)):
+                word = turn * NUM_THREADS + T.get_thread_binding()
+                union = T.uint32(0)
+                for head in T.unroll(group_size):
+                    own[head] = T.uint32(0)
+                    if word < used_words:
+                        bits = words[batch, kv_head * group_size + head, word]
+                        own[head] = T.cast(bits, T.uint32)
+                    union = union | own[head]
+                before, total = block_exclusive_sum(T.cast(T.popcount(union), T.int32), warp_sums)
+                slot = count + before
+                while union != T.uint32(0):
+                    lowest = union & (T.uint32(0) - union)
+                    bit = 31 - T.cast(T.clz(lowest), T.int32)
+                    heads = T.uint32(0)
+                    for head in T.unroll(group_size):
+                        heads |= ((own[head] >> T.cast(bit, T.uint32)) & T.uint32(1)) << head
+                    candidate_tokens[batch, kv_head, slot] = word * 32 + bit
+                    candidate_heads[batch, kv_head, slot] = T.cast(heads, T.int32)
+                    slot += 1
+                    union = union ^ lowest
+                count += total
+            if T.get_thread_binding() == 0:
+                candidate_counts[batch, kv_head] = count
+
+    return unite_tokens
+
+
 def _launches(shape: StepShape, config: TopTokensConfig) -> tuple[Launch, ...]:
-    return (Launch("top_tokens", top_tokens_kernel, (config,)),)
+    assert shape.tokens is not None
+    listed = shape.tokens.heads == shape.group_size
+    take = Launch("top_tokens", top_tokens_kernel, (config, listed))
+    if listed:
+        return (take,)
+    return (take, Launch("token_union", token_union_kernel, (shape.group_size,)))
 
 
 TOP_TOKENS = KernelSpec(
     name="top_tokens", stage="selector", config=TopTokensConfig, default=default_config,
     launches=_launches, width=lambda shape: shape.max_pages,
+    applies=lambda shape: shape.tokens is not None,
     sources=("top_tokens.py", "threshold.py", "token_keys.py", "token_list.py", "warp.py"),
 )  # fmt: skip

@@ -15,8 +15,10 @@ from tests.inputs.stored import COMMITTED, SYNTHETIC, stored
 from twilight_tilelang.autotune.compiled import Compiled, is_fast, lower, nvcc, read
 from twilight_tilelang.autotune.space import launches_of
 from twilight_tilelang.kernels.attention import ATTENTION_KERNELS
+from twilight_tilelang.kernels.double_sparsity import plan_tokens
 from twilight_tilelang.kernels.estimate_prune import EstimatePruneConfig, estimate_prune_kernel
 from twilight_tilelang.kernels.gpu import ARCHS
+from twilight_tilelang.kernels.labels import LabelShape, token_rows
 from twilight_tilelang.kernels.launch import Launch, StepShape
 from twilight_tilelang.kernels.mass_bound import mass_bound
 from twilight_tilelang.kernels.plan import launches_in, plan_candidates, plan_dense, plan_sparse
@@ -87,6 +89,27 @@ SMOOTH = {
 SMOOTHED = ("page_score", "estimator", "estimate_prune", "mass_bound", "mirror", "append")
 
 
+# Candidates that are single tokens: the kernels of their selector, and those that write labels.
+TOKENS = {
+    "gqa4-r64": (512, 4, "shared", LabelShape(1, 64, 2), tuple(ARCHS)),
+    "gqa4-r16": (8, 4, "shared", LabelShape(1, 16, 4), tuple(ARCHS)),
+    "mha-r64": (2048, 1, "own", LabelShape(1, 64, 2), ("sm_90a",)),
+    "own-r16": (8, 4, "own", LabelShape(4, 16, 4), ("sm_90a",)),
+    "gqa16-r128": (64, 16, "shared", LabelShape(1, 128, 4), ("sm_80", "sm_90a")),
+}
+
+
+def token_launches(name: str, arch: str) -> list[Launch]:
+    """At their default configs."""
+    rows, group_size, group, labels, _ = TOKENS[name]
+    shape = StepShape(
+        group_size, 128, 16, "float16", rows, 2048, 8192, rows, candidates="tokens",
+        tokens=token_rows(group, group_size, labels), row_tokens=8192,
+    )  # fmt: skip
+    written = cache_launches(128, 16, "float16", "float16", False, labels)
+    return list(launches_in((written, plan_tokens(shape, Planner(ARCHS[arch])))))
+
+
 class Kernel(NamedTuple):
     """One kernel for one GPU, and those that it is compiled with."""
 
@@ -109,6 +132,10 @@ def kernels() -> Iterator[tuple[str, Kernel]]:
         for arch in archs:
             for launch in (v for v in default_launches(shape, arch) if v.name in SMOOTHED):
                 yield f"smooth-{name}-{arch}-{launch.name}", Kernel(launch, arch, f"smooth-{arch}")
+    for name, (*_, archs) in TOKENS.items():
+        for arch in archs:
+            for launch in token_launches(name, arch):
+                yield f"tokens-{name}-{arch}-{launch.name}", Kernel(launch, arch, f"tokens-{arch}")
     for arch in ("sm_90a", "sm_100a"):
         config = EstimatePruneConfig(tiles_per_warp=4)
         arguments = (4, 128, 16, "float16", 8192, 128, config)

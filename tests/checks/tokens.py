@@ -2,8 +2,9 @@
 
 import torch
 
-from tests.checks.properties import as_mask, assert_ascending
+from tests.checks.properties import as_mask, assert_ascending, valid_entries
 from twilight_tilelang import reference
+from twilight_tilelang.kernels.lists import CandidateTokens
 from twilight_tilelang.kernels.token_keys import (
     BIN_SHIFT,
     HIGHEST_KEY,
@@ -13,6 +14,7 @@ from twilight_tilelang.kernels.token_keys import (
 )
 from twilight_tilelang.reference.double_sparsity import label_scores, shared_ranks
 
+Lists = CandidateTokens | reference.CandidateTokens
 RANK_TOLERANCE = 2e-6  # of the largest score: what fp32 sums leave open
 
 
@@ -40,17 +42,35 @@ def top_of(keys: torch.Tensor, count: int) -> torch.Tensor:
     return order[:, :count].sort(dim=-1).values.int()
 
 
+def masks_of(lists: Lists, capacity: int, num_qo_heads: int) -> torch.Tensor:
+    """bool [batch_size, lists, capacity]: the sets of query heads, or of KV heads where a group
+    shares one."""
+    listed = as_mask(lists.tokens, lists.counts, capacity)
+    if lists.heads is None:
+        return listed
+    valid = valid_entries(lists.tokens, lists.counts)
+    assert (lists.heads[valid] != 0).all()
+    group_size = num_qo_heads // listed.shape[1]
+    masks = []
+    for head in range(group_size):
+        chose = valid & ((lists.heads >> head) & 1).bool()
+        inside = torch.where(chose, lists.tokens, capacity).long()
+        mask = torch.zeros(*listed.shape[:2], capacity + 1, dtype=torch.bool, device=chose.device)
+        masks.append(mask.scatter_(-1, inside, True)[..., :capacity])
+    return torch.stack(masks, dim=2).flatten(1, 2)
+
+
 def assert_tokens_selected(
     q: torch.Tensor,
     cache: reference.PagedKVCache,
-    got: tuple[torch.Tensor, torch.Tensor],
+    got: CandidateTokens,
     token_budget: int,
     group: str,
     options: dict,
 ) -> None:
     """The tokens that the reference selects of the same labels in float64; where scores are within
     a float32's rounding of the last one taken, either may be."""
-    tokens, counts = got
+    tokens, counts, heads = got
     sm_scale = options.get("sm_scale") or cache.head_dim**-0.5
     sinks, recent = (options.get(f"num_{name}_tokens", 0) for name in ("sink", "recent"))
     wanted = reference.select_tokens(
@@ -59,7 +79,8 @@ def assert_tokens_selected(
     assert torch.equal(counts, wanted.counts)
     assert_ascending(tokens, counts, cache.seq_lens)
     scores = label_scores(q, cache, dtype=torch.float64)
-    chosen, expected = (as_mask(*each[:2], cache.capacity) for each in (got, wanted))
+    chosen, expected = (masks_of(each, cache.capacity, len(scores[0])) for each in (got, wanted))
+    assert (heads is None) == (wanted.heads is None)
     for request, length in enumerate(cache.seq_lens.tolist()):
         if length == 0:
             continue

@@ -168,9 +168,7 @@ def score_labels_emulated(q, cache, rows: TokenRows, windows: tuple[int, int], c
     return scores, bins
 
 
-def take_tokens_emulated(
-    scores, bins, lengths, budget: int, windows: tuple[int, int], config, folder
-):
+def take_tokens_emulated(scores, bins, lengths, budget: int, windows, config, folder):
     """The kernel's CandidateTokens [batch_size, rows, ...] of scores [batch_size, rows, capacity],
     counted in bins; these it leaves at zero."""
     batch_size, num_rows, capacity = scores.shape
@@ -183,7 +181,8 @@ def take_tokens_emulated(
         seq_lens=lengths, num_sink_tokens=windows[0], num_recent_tokens=windows[1],
         need=min(budget, capacity), bins=bins, words=left.words, near=left.near,
         near_counts=left.counts, arrived=left.arrived, candidate_tokens=tokens,
-        candidate_counts=counts, batch_size=batch_size, num_rows=num_rows, capacity=capacity,
+        candidate_counts=counts, batch_size=batch_size, num_rows=num_rows, num_lists=num_rows,
+        capacity=capacity,
         num_words=left.words.shape[2], width=width,
     )  # fmt: skip
     assert not bins.any() and not left.counts.any() and not left.arrived.any()

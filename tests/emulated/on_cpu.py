@@ -27,6 +27,10 @@ LAUNCHED = {
         (-(-n["capacity"] // static[0].chunk), n["num_rows"], n["batch_size"]),
         top_tokens.NUM_THREADS,
     ),
+    "token_union_kernel": lambda n, _: (
+        (n["num_kv_heads"], n["batch_size"]),
+        top_tokens.NUM_THREADS,
+    ),
 }
 
 

@@ -50,7 +50,7 @@ def test_top_tokens_are_the_best(name, config, folder):
     held = torch.full((*scores.shape[:2], -(-length // 16) * 16), INF)  # where no token is
     held[..., :length] = scores
     keys = key_of(scores[0], length, windows)
-    tokens, counts = take_tokens_emulated(
+    tokens, counts, _ = take_tokens_emulated(
         held, bins_of(keys)[None].clone(), torch.tensor([length], dtype=torch.int32), budget,
         windows, CONFIGS[config], folder,
     )  # fmt: skip
@@ -65,7 +65,7 @@ def test_requests_of_any_length_in_one_batch(folder):
     scores = normal(len(lengths), 1, 4112)
     keys = [key_of(row[:, :n], n, (2, 3)) for row, n in zip(scores, lengths, strict=True)]
     bins = torch.stack([bins_of(own) for own in keys])
-    tokens, counts = take_tokens_emulated(
+    tokens, counts, _ = take_tokens_emulated(
         scores, bins, torch.tensor(lengths, dtype=torch.int32), 50, (2, 3),
         CONFIGS["small"], folder,
     )  # fmt: skip
