@@ -289,12 +289,17 @@ def page_of_lane(run_number, row, labels):
     return page
 
 
+@T.macro
 def score_of(acc, loaded, i, t, n, h, query, offset):
     """Of this lane's t-th token and h-th head of eight; every operation rounds once, whatever the
     compiler would fuse."""
-    scale, zero = (T.cast(loaded.scale_zero[i, t, e], T.float32) for e in range(2))
-    constant = T.call_extern("float32", "fmaf", zero, query.sums[n, h], -offset)
-    return T.call_extern("float32", "fmaf", scale, acc[n, t * 2 + h] * query.units[n, h], constant)
+    score = T.alloc_var(T.float32)
+    scale = T.cast(loaded.scale_zero[i, t, 0], T.float32)
+    zero = T.cast(loaded.scale_zero[i, t, 1], T.float32)
+    score = T.call_extern("float32", "fmaf", zero, query.sums[n, h], -offset)
+    product = acc[n, t * 2 + h] * query.units[n, h]
+    score = T.call_extern("float32", "fmaf", scale, product, score)
+    return score
 
 
 @T.macro

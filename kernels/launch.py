@@ -91,6 +91,7 @@ class KernelSpec(Generic[Config]):
         result_fields: part of the result's definition: never tuned.
         static_width: compiled for its width, rounded up to a power of two.
         applies: whether steps of a shape launch it at all.
+        reads_candidates: compiled for what lists them, pages or tokens.
     """
 
     name: str
@@ -103,6 +104,7 @@ class KernelSpec(Generic[Config]):
     result_fields: tuple[str, ...] = ()
     static_width: bool = False
     applies: Callable[[StepShape], bool] = lambda shape: True
+    reads_candidates: bool = False
 
     @property
     def tunable_fields(self) -> set[str]:

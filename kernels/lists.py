@@ -1,4 +1,7 @@
-"""What flows from stage to stage: lists on the device, one for each row (KV head of a request)."""
+"""What flows from stage to stage: lists on the device, one for each row (KV head of a request).
+
+A selector names candidates by pages or by single tokens; every stage after it takes either.
+"""
 
 from typing import NamedTuple
 
@@ -69,12 +72,22 @@ class Kept(NamedTuple):
         return cls(*_lists(cache, width), mass)
 
 
-class TokenList(NamedTuple):
-    """What attention reads, by `kind`: "tokens", "pages", or "all", where only counts matter."""
+class Listed(NamedTuple):
+    """What a stage reads, by `kind`: "tokens", "pages", or "all", where only counts matter."""
 
     kind: str
     indices: torch.Tensor  # [batch_size, num_kv_heads, width] i32
     counts: torch.Tensor  # [batch_size, num_kv_heads] i32
+
+    @classmethod
+    def of(cls, candidates: Candidates) -> "Listed":
+        """The kind goes by the type; a pair that is of neither lists pages."""
+        kind = "tokens" if isinstance(candidates, CandidateTokens) else "pages"
+        return cls(kind, *candidates[:2])
+
+    def width(self, page_size: int) -> int:
+        """Tokens that a row has room for."""
+        return self.indices.shape[2] * (page_size if self.kind == "pages" else 1)
 
 
 class Window(NamedTuple):
@@ -92,6 +105,20 @@ def check_lists(
     rows, device = (cache.batch_size, cache.num_kv_heads), cache.seq_lens.device
     check_tensor(names[0], lists[0], (*rows, None), torch.int32, device)
     check_tensor(names[1], lists[1], rows, torch.int32, device)
+
+
+def check_candidates(candidates: Candidates, cache: PagedKVCache) -> Listed:
+    """Candidates of either kind as a list; raises ValueError, naming the tensor, unless they are a
+    cache's."""
+    listed = Listed.of(candidates)
+    name = f"candidate_{listed.kind}"
+    check_lists((name, "candidate_counts"), candidates[:2], cache)
+    width = listed.indices.shape[2]
+    if listed.kind == "tokens" and width % TILE_TOKENS != 0:
+        raise ValueError(
+            f"{name}: expected a width that is a multiple of {TILE_TOKENS}, got {width}"
+        )
+    return listed
 
 
 def _lists(cache: PagedKVCache, width: int) -> tuple[torch.Tensor, torch.Tensor]:

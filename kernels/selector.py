@@ -54,6 +54,8 @@ def shape_of_step(options: DecodeOptions, cache: PagedKVCache, group_size: int) 
     if options.selector == "double_sparsity":
         rows = check_rows(cache, options.group, group_size)
         budget = check_token_budget(cache, options.token_budget, options.window)
+        if rows.heads < group_size and options.path not in ("candidates", "dense"):
+            raise ValueError("group: expected 'shared' where stages prune, got 'own'")
         if budget < cache.capacity:
             return token_shape(cache, group_size, rows, budget)
         return step_shape(cache, group_size, cache.capacity)
@@ -77,7 +79,10 @@ class Selection(NamedTuple):
         return cls(scores, CandidatePages.allocate(cache, width))
 
 
-def allocate_selection(cache: PagedKVCache, shape: StepShape) -> Selection | TokenSelection:
+AnySelection = Selection | TokenSelection
+
+
+def allocate_selection(cache: PagedKVCache, shape: StepShape) -> AnySelection:
     """For the candidates of a step."""
     if shape.tokens is not None:
         return TokenSelection.allocate(cache, shape)
@@ -90,7 +95,7 @@ def select(
     cache: PagedKVCache,
     window: Window,
     sm_scale: float,
-    selection: Selection | TokenSelection,
+    selection: AnySelection,
 ) -> None:
     """One to three launches: the selector that a plan names -> candidates."""
     if isinstance(plan, TokenPlan):

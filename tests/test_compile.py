@@ -90,7 +90,7 @@ SMOOTHED = ("page_score", "estimator", "estimate_prune", "mass_bound", "mirror",
 
 
 # Candidates that are single tokens: the kernels of their selector, and those that write labels.
-TOKENS = {
+LABELS = {
     "gqa4-r64": (512, 4, "shared", LabelShape(1, 64, 2), tuple(ARCHS)),
     "gqa4-r16": (8, 4, "shared", LabelShape(1, 16, 4), tuple(ARCHS)),
     "mha-r64": (2048, 1, "own", LabelShape(1, 64, 2), ("sm_90a",)),
@@ -99,15 +99,29 @@ TOKENS = {
 }
 
 
-def token_launches(name: str, arch: str) -> list[Launch]:
+def label_launches(name: str, arch: str) -> list[Launch]:
     """At their default configs."""
-    rows, group_size, group, labels, _ = TOKENS[name]
+    rows, group_size, group, labels, _ = LABELS[name]
     shape = StepShape(
         group_size, 128, 16, "float16", rows, 2048, 8192, rows, candidates="tokens",
         tokens=token_rows(group, group_size, labels), row_tokens=8192,
     )  # fmt: skip
     written = cache_launches(128, 16, "float16", "float16", False, labels)
     return list(launches_in((written, plan_tokens(shape, Planner(ARCHS[arch])))))
+
+
+# Candidates that are single tokens: the kernels that read a list of them.
+TOKENS = {
+    "gqa4-d128": (StepShape(4, 128, 16, "float16", 512, 2048, 8192, 512), tuple(ARCHS)),
+    "gqa4-solo": (StepShape(4, 128, 16, "float16", 8, 8192, 1024, 8), ("sm_90a", "sm_100a")),
+    "mha-d128": (StepShape(1, 128, 16, "float16", 2048, 2048, 8192, 2048), tuple(ARCHS)),
+    "gqa8-d64-p64": (StepShape(8, 64, 64, "bfloat16", 512, 512, 2048, 512), ("sm_80",)),
+    "gqa4-d256": (StepShape(4, 256, 16, "float16", 512, 2048, 4096, 512), ("sm_90a", "sm_100a")),
+    "gqa4-smooth": (
+        StepShape(4, 128, 16, "float16", 512, 2048, 8192, 512, smooth=True), ("sm_90a",),
+    ),
+}  # fmt: skip
+LISTED = ("estimator", "pruner", "pruner_float32", "estimate_prune", "mass_bound")
 
 
 class Kernel(NamedTuple):
@@ -132,10 +146,15 @@ def kernels() -> Iterator[tuple[str, Kernel]]:
         for arch in archs:
             for launch in (v for v in default_launches(shape, arch) if v.name in SMOOTHED):
                 yield f"smooth-{name}-{arch}-{launch.name}", Kernel(launch, arch, f"smooth-{arch}")
-    for name, (*_, archs) in TOKENS.items():
+    for name, (shape, archs) in TOKENS.items():
+        shape = shape._replace(candidates="tokens")
         for arch in archs:
-            for launch in token_launches(name, arch):
+            for launch in (v for v in default_launches(shape, arch) if v.name in LISTED):
                 yield f"tokens-{name}-{arch}-{launch.name}", Kernel(launch, arch, f"tokens-{arch}")
+    for name, (*_, archs) in LABELS.items():
+        for arch in archs:
+            for launch in label_launches(name, arch):
+                yield f"labels-{name}-{arch}-{launch.name}", Kernel(launch, arch, f"labels-{arch}")
     for arch in ("sm_90a", "sm_100a"):
         config = EstimatePruneConfig(tiles_per_warp=4)
         arguments = (4, 128, 16, "float16", 8192, 128, config)

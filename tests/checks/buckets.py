@@ -18,7 +18,7 @@ def shape_of(kernel: str, bucket: Bucket) -> StepShape:
     statics = (bucket.group_size, bucket.head_dim, bucket.page_size, bucket.dtype)
     shape = StepShape(*statics, bucket.rows, max_pages, width, bucket.rows)
     if SPECS[kernel].applies(shape):
-        return shape
+        return shape._replace(candidates=bucket.candidates)
     tokens = token_rows("shared", bucket.group_size, LabelShape(1, 64, 2))
     return shape._replace(candidates="tokens", tokens=tokens, row_tokens=width)
 
