@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from .attention import ATTENTION, plan_untuned
 from .estimate_prune import ESTIMATE_PRUNE, EstimatePruneConfig
 from .estimator import ESTIMATOR, EstimatorConfig
+from .label_scores import LABEL_SCORE
 from .launch import KernelSpec, Launch, StepShape
 from .mass_bound import mass_bound
 from .page_scores import PAGE_SCORE
@@ -15,12 +16,22 @@ from .requests import cache_launches
 from .selector import SelectorPlan, plan_selector
 from .split_kv import AttentionConfig
 from .top_pages import TOP_PAGES
+from .top_tokens import TOP_TOKENS
 from .tuned import Planned, Planner
 
 # What is tuned, in the order of a step.
 SPECS: dict[str, KernelSpec[Any]] = {
     spec.name: spec
-    for spec in (PAGE_SCORE, TOP_PAGES, ESTIMATOR, PRUNER, ESTIMATE_PRUNE, ATTENTION)
+    for spec in (
+        PAGE_SCORE,
+        TOP_PAGES,
+        LABEL_SCORE,
+        TOP_TOKENS,
+        ESTIMATOR,
+        PRUNER,
+        ESTIMATE_PRUNE,
+        ATTENTION,
+    )  # fmt: skip
 }
 
 
@@ -94,5 +105,6 @@ def all_launches(shape: StepShape, planner: Planner) -> list[Launch]:
     paths = (plan_sparse, plan_candidates, plan_dense)
     plans = tuple(make(own, planner) for make in paths for own in (shape, every_page))
     dtypes = (shape.dtype, shape.kv_dtype or shape.dtype)
-    cache = cache_launches(shape.head_dim, shape.page_size, *dtypes, shape.smooth)
+    labels = None if shape.tokens is None else shape.tokens.labels
+    cache = cache_launches(shape.head_dim, shape.page_size, *dtypes, shape.smooth, labels)
     return list(dict.fromkeys(launches_in((cache, plans, mass_bound(shape)))))

@@ -13,7 +13,7 @@ from .mass_bound import bound_mass
 from .plan import CandidatePlan, DensePlan, SparsePlan
 from .pruner import HeadUnion, Pruned, prune
 from .query import by_kv_head
-from .selector import Selection, select
+from .selector import AnySelection, select
 
 
 class Settings(NamedTuple):
@@ -26,7 +26,7 @@ class Settings(NamedTuple):
 class SparseMemory(NamedTuple):
     """What the stages of the sparse path read and write."""
 
-    selection: Selection
+    selection: AnySelection
     top_p: torch.Tensor  # [batch_size, num_qo_heads] f32
     logits: torch.Tensor  # [batch_size, num_qo_heads, width] f16
     kept: Kept
@@ -37,7 +37,7 @@ class SparseMemory(NamedTuple):
 
     @classmethod
     def allocate(
-        cls, cache: PagedKVCache, selection: Selection, top_p: torch.Tensor
+        cls, cache: PagedKVCache, selection: AnySelection, top_p: torch.Tensor
     ) -> "SparseMemory":
         """For the candidates of a selection."""
         num_qo_heads = top_p.shape[1]
@@ -104,7 +104,8 @@ class SparseStep:
 
     def select(self, q: torch.Tensor, cache: PagedKVCache) -> None:
         """-> candidates."""
-        select(self.plan.selector, q, cache, self.settings.window, self.memory.selection)
+        sm_scale, window = self.settings
+        select(self.plan.selector, q, cache, window, sm_scale, self.memory.selection)
 
     def estimate(self, q: torch.Tensor, cache: PagedKVCache) -> None:
         """Estimated logits of the candidates -> logits."""
@@ -154,7 +155,7 @@ class CandidateStep:
         plan: CandidatePlan,
         cache: PagedKVCache,
         num_qo_heads: int,
-        selection: Selection,
+        selection: AnySelection,
         settings: Settings,
     ) -> None:
         self.plan, self.selection, self.settings = plan, selection, settings
@@ -174,7 +175,8 @@ class CandidateStep:
 
     def select(self, q: torch.Tensor, cache: PagedKVCache) -> None:
         """-> candidates."""
-        select(self.plan.selector, q, cache, self.settings.window, self.selection)
+        sm_scale, window = self.settings
+        select(self.plan.selector, q, cache, window, sm_scale, self.selection)
 
     def attend(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
         """Attention over every token of the candidates -> out."""

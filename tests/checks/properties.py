@@ -6,6 +6,7 @@ import torch
 
 from tests.checks.closeness import assert_close, row_errors
 from twilight_tilelang import reference
+from twilight_tilelang.reference.labels import KeyLabels
 
 MASS_TOLERANCE = 1e-4  # of one head's softmax: the "one part in 10^4" of promise 1
 SCORE_TOLERANCE = 1e-5  # of the largest score in the batch: fp32 sums over head_dim, in any order
@@ -14,8 +15,17 @@ SCORE_TOLERANCE = 1e-5  # of the largest score in the batch: fp32 sums over head
 def as_reference(cache) -> reference.PagedKVCache:
     """The same tensors as a cache of the reference: a stage is judged on identical inputs."""
     names = [field.name for field in dataclasses.fields(reference.PagedKVCache)]
-    present = [name for name in names if hasattr(cache, name)]  # the kernels have no labels yet
-    return reference.PagedKVCache(**{name: getattr(cache, name) for name in present})
+    fields = {name: getattr(cache, name) for name in names} | {"labels": None}
+    return reference.PagedKVCache(**fields)
+
+
+def with_reference_labels(cache, num_qo_heads: int) -> reference.PagedKVCache:
+    """The same, with the cache's labels as the reference has them: a row for every query head."""
+    channels, bits, codes, scale_zero = cache.labels
+    repeats = num_qo_heads // channels.shape[0]
+    codes, scale_zero = (each.repeat_interleave(repeats, 1) for each in (codes, scale_zero))
+    labels = KeyLabels(channels.repeat_interleave(repeats, 0), bits, codes, scale_zero)
+    return dataclasses.replace(as_reference(cache), labels=labels)
 
 
 def num_used_pages(cache) -> torch.Tensor:

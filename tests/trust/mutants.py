@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 CACHE = ("tests/test_cache.py", "-k", "not 64_bit")
 SELECTOR = ("tests/test_selector.py",)
+TOKENS = ("tests/test_double_sparsity.py",)
 ESTIMATOR = ("tests/test_estimator.py",)
 ESTIMATE_PRUNE = ("tests/test_estimate_prune.py",)
 PRUNER = ("tests/test_pruner.py",)
@@ -25,6 +26,10 @@ LISTED = ("tests/emulated/test_requests.py", "-k", "pages_of_an_engine")
 FORKED = ("tests/emulated/test_requests.py", "-k", "fork or cut_back")
 SCORED = ("tests/emulated/test_selector.py", "-k", "page_scores and gqa4 and default")
 TOPPED = ("tests/emulated/test_selector.py", "-k", "top_pages and registers")
+LABELLED = ("tests/emulated/test_labels.py", "-k", "as_it_comes and r16")
+LABEL_SCORED = ("tests/emulated/test_label_scores.py", "-k", "gqa4-r64 and not one-warp")
+TOKENS_TAKEN = ("tests/emulated/test_top_tokens.py", "-k", "default")
+UNITED = ("tests/emulated/test_double_sparsity.py", "-k", "gqa4-own-channels")
 FUSED = ("tests/emulated/test_estimate_prune.py", "-k", "fused and (gqa3 or two-at-once) and none")
 ESTIMATED = ("tests/emulated/test_estimator.py", "-k", "estimated_logits and gqa4 and default")
 RANGED = ("tests/emulated/test_estimator.py", "-k", "range_of_fp16")
@@ -74,21 +79,20 @@ class Mutant(NamedTuple):
 
 MUTANTS = (
     Mutant(
-        "4-bit zero rounds up", "mirror.py",
-        "T.float32) > zero:", "T.float32) < zero:", CACHE, APPENDED,
+        "4-bit zero rounds up", "quantize.py",
+        "T.float32) > low:", "T.float32) < low:", CACHE, APPENDED,
     ),
     Mutant(
-        "4-bit scale rounds down", "mirror.py",
+        "4-bit scale rounds down", "quantize.py",
         "T.float32) < scale:", "T.float32) > scale:", CACHE, MIRRORED,
     ),
     Mutant(
-        "largest 4-bit code never used", "mirror.py",
-        "T.min(T.max(level, 0.0), T.float32(MAX_CODE))",
-        "T.min(T.max(level, 0.0), T.float32(MAX_CODE - 1))", CACHE, MIRRORED,
+        "largest 4-bit code never used", "quantize.py",
+        "T.float32(max_code))\n    return", "T.float32(max_code - 1))\n    return", CACHE, MIRRORED,
     ),
     Mutant(
         "nibbles swapped", "mirror.py",
-        "T.cast(low + high * 16, T.uint8)", "T.cast(high + low * 16, T.uint8)", CACHE, MIRRORED,
+        "T.cast(even + odd * 16, T.uint8)", "T.cast(odd + even * 16, T.uint8)", CACHE, MIRRORED,
     ),
     Mutant(
         "bounds' scale not widened", "mirror.py",
@@ -213,6 +217,67 @@ MUTANTS = (
     Mutant(
         "> for >= at the page threshold", "top_pages.py",
         "or key > search.low", "or key >= search.low", SELECTOR, TOPPED,
+    ),
+    Mutant(
+        "a label's codes in reverse", "labels.py",
+        "code << (c * labels.shape.bits)", "code << ((per_byte - 1 - c) * labels.shape.bits)",
+        TOKENS, LABELLED,
+    ),
+    Mutant(
+        "a label's range is that of its first channels", "labels.py",
+        "for i in T.unroll(turns * per_byte):", "for i in T.unroll(1):", TOKENS, LABELLED,
+    ),
+    Mutant(
+        "append leaves labels out", "mirror.py",
+        "if labels is not None:", "if False:", TOKENS, LABELLED,
+    ),
+    Mutant(
+        "codes further up weigh as much as others", "label_scores.py",
+        "weight = power_of_two(-masks.up(register))", "weight = T.float32(1)",
+        TOKENS, LABEL_SCORED,
+    ),
+    Mutant(
+        "a score without its zero point", "label_scores.py",
+        '"fmaf", zero, query.sums[n, h], -offset', '"fmaf", zero, 0.0, -offset',
+        TOKENS, LABEL_SCORED,
+    ),
+    Mutant(
+        "heads are not compared by their norms", "label_scores.py",
+        "query, offsets[n, h])", "query, 0.0)", TOKENS, LABEL_SCORED,
+    ),
+    Mutant(
+        "a run's last token is not counted", "label_scores.py",
+        "run.token(first + tile, t) < seq_len", "run.token(first + tile, t) < seq_len - 1",
+        TOKENS, LABEL_SCORED,
+    ),
+    Mutant(
+        "-0 below +0", "token_keys.py",
+        "T.if_then_else(bits < 0, -size, size)", "T.if_then_else(bits < 0, -1 - size, size)",
+        TOKENS, TOKENS_TAKEN,
+    ),
+    Mutant(
+        "NaN before all", "token_keys.py",
+        "size > INFINITY_BITS, LOWEST_KEY, signed", "size > INFINITY_BITS, HIGHEST_KEY, signed",
+        TOKENS, TOKENS_TAKEN,
+    ),
+    Mutant(
+        "the first recent token not forced", "token_keys.py",
+        "position < self.end)", "position <= self.end)", TOKENS, TOKENS_TAKEN,
+    ),
+    Mutant(
+        "a tied token dropped", "top_tokens.py",
+        "and -token >= ties.low", "and -token > ties.low", TOKENS, TOKENS_TAKEN,
+    ),
+    Mutant(
+        "bins are left as they were", "top_tokens.py",
+        "bins[batch, kv_head, thread * BINS_PER_THREAD + j] = 0",
+        "bins[batch, kv_head, thread * BINS_PER_THREAD + j] += 0", TOKENS, TOKENS_TAKEN,
+    ),
+    Mutant(
+        "a union without its last head", "top_tokens.py",
+        "union = union | own[head]",
+        "union = union | T.if_then_else(head == group_size - 1, T.uint32(0), own[head])",
+        TOKENS, UNITED,
     ),
     Mutant(
         "odd channels weigh double", "estimate_tiles.py",

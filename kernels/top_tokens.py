@@ -1,0 +1,337 @@
+"""The tokens with the largest scores, of rows as long as a context: one pass over the scores that
+blocks share out, then a search among the few that it left open."""
+
+from dataclasses import dataclass
+from functools import partialmethod
+from typing import NamedTuple
+
+import tilelang
+import tilelang.language as T
+import torch
+from tvm.tirx import Buffer, PrimExpr
+
+from .cache import PagedKVCache
+from .compiling import THREAD_LEVEL, start_early
+from .gpu import Gpu
+from .label_scores import TokenScores
+from .launch import KernelSpec, Launch, StepShape
+from .lists import CandidateTokens, Window
+from .threshold import BINS_PER_THREAD, Search, compact
+from .token_keys import BIN_SHIFT, LOWEST_KEY, NUM_BINS, OpenTokens, bin_of
+from .token_list import Row
+from .tuned import Planned
+from .warp import atomic_add, atomic_or, block_exclusive_sum
+
+NUM_THREADS = NUM_BINS // BINS_PER_THREAD
+
+
+@dataclass(frozen=True)
+class TopTokensConfig:
+    per_thread: int = 8  # scores that a thread keeps in registers: a block takes a chunk of them
+    pdl: bool = False
+
+    @property
+    def chunk(self) -> int:
+        return self.per_thread * NUM_THREADS
+
+
+def default_config(shape: StepShape, gpu: Gpu) -> TopTokensConfig:
+    """Few scores (over all rows) are spread over more blocks."""
+    many = shape.num_rows * shape.max_pages * shape.page_size >= gpu.num_multiprocessors * 2**15
+    return TopTokensConfig(per_thread=8 if many else 4)
+
+
+class OpenKeys(NamedTuple):
+    """What one pass over a row leaves behind for the block that ends it: zeros between steps, but
+    for `words` and `near`, which hold anything."""
+
+    words: torch.Tensor  # [batch_size, rows, capacity / 32] i32: a bit for each token taken
+    near: torch.Tensor  # [batch_size, rows, capacity, 2] i32: (key, token) of the bin left open
+    counts: torch.Tensor  # [batch_size, rows] i32: of them
+    arrived: torch.Tensor  # [batch_size, rows] i32: blocks that have done their part
+
+    @classmethod
+    def allocate(cls, scores: torch.Tensor) -> "OpenKeys":
+        """For scores [batch_size, rows, capacity]."""
+        *rows, capacity = scores.shape
+        num_words = -(-capacity // 32)
+        words = torch.empty(*rows, num_words, dtype=torch.int32, device=scores.device)
+        near = torch.empty(*rows, capacity, 2, dtype=torch.int32, device=scores.device)
+        counts = torch.zeros(rows, dtype=torch.int32, device=scores.device)
+        return cls(words, near, counts, torch.zeros_like(counts))
+
+
+def take_top_tokens(
+    planned: Planned[TopTokensConfig],
+    cache: PagedKVCache,
+    scored: TokenScores,
+    window: Window,
+    token_budget: int,
+    open_keys: OpenKeys,
+    candidates: CandidateTokens,
+) -> None:
+    """One launch, or two where a list is of several rows: scores and bins -> candidates; the bins
+    are zeros then."""
+    take, *unions = planned.launches
+    take(
+        scored.scores, cache.seq_lens, *window, token_budget, scored.bins, *open_keys,
+        *candidates[:2],
+    )  # fmt: skip
+    for unite in unions:
+        unite(open_keys.words, cache.seq_lens, *candidates)
+
+
+class NearKeys(NamedTuple):
+    """The keys of a row that lie in the bin where its tokens are cut off, in no order."""
+
+    pairs: Buffer  # [batch_size, rows, capacity, 2] i32
+    row: Row
+    count: PrimExpr
+
+    @partialmethod
+    @T.macro
+    def each(self, visit):
+        """visit(key, token) sees every pair: a thread every NUM_THREADS-th."""
+        pair = T.alloc_local((2,), T.int32)
+        for turn in T.serial(T.ceildiv(self.count, NUM_THREADS)):
+            place = turn * NUM_THREADS + T.get_thread_binding()
+            if place < self.count:
+                for e in T.vectorized(2):
+                    pair[e] = self.pairs[self.row.batch, self.row.kv_head, place, e]
+                visit(pair[0], pair[1])
+
+
+@T.macro
+def add_tie(ties, search, key, token, shift, num_bins):
+    """Adds a token with the key found by its number, negated: the first is largest."""
+    if key == search.low:
+        ties.add(-token, shift, num_bins, 1)
+
+
+@T.macro
+def mark_near(words, search, ties, row, key, token):
+    """Sets a near token's bit if it is taken."""
+    if key > search.low or (key == search.low and -token >= ties.low):
+        T.evaluate(atomic_or(words[row.batch, row.kv_head, token // 32], 1 << (token % 32)))
+
+
+@dataclass(frozen=True)
+class RowWords:
+    """A row's words of bits, one by one."""
+
+    words: Buffer
+    row: Row
+
+    def __getitem__(self, word: PrimExpr) -> PrimExpr:
+        return T.cast(self.words[self.row.batch, self.row.kv_head, word], T.uint32)
+
+
+@tilelang.jit(pass_configs=THREAD_LEVEL)
+def top_tokens_kernel(config: TopTokensConfig, listed: bool = True):
+    """Grid: (chunk of a row, row, batch). Takes the min(need, length) tokens with the
+    largest keys (token_keys.py), the first of equal ones.
+
+    The row's bins tell every block in which bin the tokens are cut off: those of larger keys are
+    taken, those in the bin are set aside. The block that is the last of its row to be done searches
+    these, by key and, should several share the last key, by their numbers; then, if `listed`, it
+    lists what is taken. It leaves bins and counts at zero.
+    """
+    batch_size, num_rows = T.dynamic("batch_size, num_rows")
+    capacity, num_words = T.dynamic("capacity, num_words")
+    num_lists, width = T.dynamic("num_lists, width")
+    per_thread, chunk = config.per_thread, config.chunk
+
+    @T.prim_func
+    def top_tokens(
+        scores: T.Tensor[(batch_size, num_rows, capacity), T.float32],
+        seq_lens: T.Tensor[(batch_size,), T.int32],
+        num_sink_tokens: T.int32,
+        num_recent_tokens: T.int32,
+        need: T.int32,
+        bins: T.Tensor[(batch_size, num_rows, NUM_BINS), T.int32],
+        words: T.Tensor[(batch_size, num_rows, num_words), T.int32],
+        near: T.Tensor[(batch_size, num_rows, capacity, 2), T.int32],
+        near_counts: T.Tensor[(batch_size, num_rows), T.int32],
+        arrived: T.Tensor[(batch_size, num_rows), T.int32],
+        candidate_tokens: T.Tensor[(batch_size, num_lists, width), T.int32],
+        candidate_counts: T.Tensor[(batch_size, num_lists), T.int32],
+    ):
+        with T.Kernel(T.ceildiv(capacity, chunk), num_rows, batch_size, threads=NUM_THREADS) as (
+            block,
+            kv_head,
+            batch,
+        ):
+            T.annotate_min_blocks_per_sm(2 if per_thread <= 8 else 1)
+            start_early(config.pdl)
+            thread = T.get_thread_binding()
+            row = Row(batch, kv_head)
+            search = Search.allocate(NUM_THREADS)
+            ties = search.again()
+            warp_sums = T.alloc_shared((NUM_THREADS // 32,), T.int32, scope="shared")
+            shared = T.alloc_shared((2,), T.int32, scope="shared")
+            keys = T.alloc_local((per_thread,), T.int32)
+            taken_from = T.alloc_var(T.int32)  # bins above are taken
+            open_bin = T.alloc_var(T.int32)
+            above = T.alloc_var(T.int32)
+            num_near = T.alloc_var(T.int32)
+            slot = T.alloc_var(T.int32)
+            seq_len = seq_lens[batch]
+            first = block * chunk + thread
+            if block == 0 or block * chunk < seq_len:
+                for r in T.unroll(per_thread):  # asked for before the bins are there
+                    token = T.min(first + r * NUM_THREADS, capacity - 1)
+                    keys[r] = T.reinterpret(scores[batch, kv_head, token], T.int32)
+                for j in T.vectorized(BINS_PER_THREAD):
+                    place = thread * BINS_PER_THREAD + j
+                    search.bins[0, place] = bins[batch, kv_head, place]
+                search.bracket[0] = 0
+                search.bracket[1] = 0
+                search.cross(0, need)
+                above = search.above
+                taken_from = search.low
+                open_bin = search.low
+                if seq_len <= need:
+                    taken_from = -1
+                    open_bin = -1
+                elif above + search.mass == need:
+                    taken_from = search.low - 1
+                    open_bin = -1
+
+                open_tokens = OpenTokens.of(seq_len, num_sink_tokens, num_recent_tokens)
+                num_near = 0
+                for r in T.unroll(per_thread):
+                    token = first + r * NUM_THREADS
+                    keys[r] = open_tokens.key(token, T.reinterpret(keys[r], T.float32))
+                    is_taken = token < seq_len and bin_of(keys[r]) > taken_from
+                    bits = T.cast(T.cast(T.ballot(is_taken), T.uint32), T.int32)
+                    if thread % 32 == 0 and token < seq_len:
+                        words[batch, kv_head, token // 32] = bits
+                    if token < seq_len and bin_of(keys[r]) == open_bin:
+                        num_near += 1
+                before, total = block_exclusive_sum(num_near, warp_sums)
+                if thread == 0 and total > 0:
+                    shared[0] = atomic_add(near_counts[batch, kv_head], total)
+                T.sync_threads()
+                slot = shared[0] + before
+                if num_near > 0:
+                    for r in T.unroll(per_thread):
+                        token = first + r * NUM_THREADS
+                        if token < seq_len and bin_of(keys[r]) == open_bin:
+                            near[batch, kv_head, slot, 0] = keys[r]
+                            near[batch, kv_head, slot, 1] = token
+                            slot += 1
+
+                T.sync_threads()
+                if thread == 0:
+                    shared[1] = T.atomic_add(
+                        arrived[batch, kv_head], 1, memory_order="acq_rel", return_prev=True
+                    )
+                T.sync_threads()
+                if shared[1] == T.max(T.ceildiv(seq_len, chunk), 1) - 1:
+                    if open_bin >= 0:
+                        num_near = near_counts[batch, kv_head]
+                        open_keys = NearKeys(near, row, num_near)
+                        search.find(
+                            (open_bin - NUM_BINS // 2) << BIN_SHIFT, (1 << BIN_SHIFT) - 1, above,
+                            need,
+                            lambda shift, num_bins: open_keys.each(
+                                lambda key, token: search.add(key, shift, num_bins, 1)
+                            ),
+                        )  # fmt: skip
+                        ties.bracket[0] = LOWEST_KEY  # takes every token
+                        if search.above + search.mass > need:
+                            ties.find(
+                                -seq_len, seq_len, search.above, need,
+                                lambda shift, num_bins: open_keys.each(
+                                    lambda key, token: add_tie(
+                                        ties, search, key, token, shift, num_bins
+                                    )
+                                ),
+                            )  # fmt: skip
+                        open_keys.each(
+                            lambda key, token: mark_near(words, search, ties, row, key, token)
+                        )
+                        T.sync_threads()
+                    if listed:
+                        count = compact(
+                            RowWords(words, row), T.ceildiv(seq_len, 32), lambda at: at,
+                            candidate_tokens, row, NUM_THREADS,
+                        )  # fmt: skip
+                        if thread == 0:
+                            candidate_counts[batch, kv_head] = count
+                    for j in T.vectorized(BINS_PER_THREAD):
+                        bins[batch, kv_head, thread * BINS_PER_THREAD + j] = 0
+                    if thread == 0:
+                        near_counts[batch, kv_head] = 0
+                        arrived[batch, kv_head] = 0
+
+    return top_tokens
+
+
+@tilelang.jit(pass_configs=THREAD_LEVEL)
+def token_union_kernel(group_size: int):
+    """Grid: (kv_head, batch). Lists the tokens that any query head of a group took, with a bit for
+    each that did; a thread takes a word of bits, of every head."""
+    batch_size, num_rows, num_words = T.dynamic("batch_size, num_rows, num_words")
+    num_kv_heads, width = T.dynamic("num_kv_heads, width")
+
+    @T.prim_func
+    def unite_tokens(
+        words: T.Tensor[(batch_size, num_rows, num_words), T.int32],
+        seq_lens: T.Tensor[(batch_size,), T.int32],
+        candidate_tokens: T.Tensor[(batch_size, num_kv_heads, width), T.int32],
+        candidate_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
+        candidate_heads: T.Tensor[(batch_size, num_kv_heads, width), T.int32],
+    ):
+        with T.Kernel(num_kv_heads, batch_size, threads=NUM_THREADS) as (kv_head, batch):
+            warp_sums = T.alloc_shared((NUM_THREADS // 32,), T.int32, scope="shared")
+            own = T.alloc_local((group_size,), T.uint32)
+            union = T.alloc_var(T.uint32)
+            count = T.alloc_var(T.int32)
+            slot = T.alloc_var(T.int32)
+            heads = T.alloc_var(T.uint32)
+            used_words = T.ceildiv(seq_lens[batch], 32)
+            count = 0
+            for turn in T.serial(T.ceildiv(used_words, NUM_THREADS)):
+                word = turn * NUM_THREADS + T.get_thread_binding()
+                union = T.uint32(0)
+                for head in T.unroll(group_size):
+                    own[head] = T.uint32(0)
+                    if word < used_words:
+                        bits = words[batch, kv_head * group_size + head, word]
+                        own[head] = T.cast(bits, T.uint32)
+                    union = union | own[head]
+                before, total = block_exclusive_sum(T.cast(T.popcount(union), T.int32), warp_sums)
+                slot = count + before
+                while union != T.uint32(0):
+                    lowest = union & (T.uint32(0) - union)
+                    bit = 31 - T.cast(T.clz(lowest), T.int32)
+                    heads = T.uint32(0)
+                    for head in T.unroll(group_size):
+                        heads |= ((own[head] >> T.cast(bit, T.uint32)) & T.uint32(1)) << head
+                    candidate_tokens[batch, kv_head, slot] = word * 32 + bit
+                    candidate_heads[batch, kv_head, slot] = T.cast(heads, T.int32)
+                    slot += 1
+                    union = union ^ lowest
+                count += total
+            if T.get_thread_binding() == 0:
+                candidate_counts[batch, kv_head] = count
+
+    return unite_tokens
+
+
+def _launches(shape: StepShape, config: TopTokensConfig) -> tuple[Launch, ...]:
+    assert shape.tokens is not None
+    listed = shape.tokens.heads == shape.group_size
+    take = Launch("top_tokens", top_tokens_kernel, (config, listed))
+    if listed:
+        return (take,)
+    return (take, Launch("token_union", token_union_kernel, (shape.group_size,)))
+
+
+TOP_TOKENS = KernelSpec(
+    name="top_tokens", stage="selector", config=TopTokensConfig, default=default_config,
+    launches=_launches, width=lambda shape: shape.max_pages,
+    applies=lambda shape: shape.tokens is not None,
+    sources=("top_tokens.py", "threshold.py", "token_keys.py", "token_list.py", "warp.py"),
+)  # fmt: skip
