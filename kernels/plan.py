@@ -101,10 +101,12 @@ def launches_in(plan: tuple[object, ...]) -> Iterator[Launch]:
 
 def all_launches(shape: StepShape, planner: Planner) -> list[Launch]:
     """Every kernel that caches and steps of a shape launch, on each path."""
-    every_page = shape._replace(width=shape.max_pages * shape.page_size)
+    capacity = shape.max_pages * shape.page_size
+    every_page = shape._replace(width=capacity, candidates="pages", tokens=None)
     paths = (plan_sparse, plan_candidates, plan_dense)
     plans = tuple(make(own, planner) for make in paths for own in (shape, every_page))
     dtypes = (shape.dtype, shape.kv_dtype or shape.dtype)
     labels = None if shape.tokens is None else shape.tokens.labels
     cache = cache_launches(shape.head_dim, shape.page_size, *dtypes, shape.smooth, labels)
-    return list(dict.fromkeys(launches_in((cache, plans, mass_bound(shape)))))
+    bounds = tuple(mass_bound(own) for own in (shape, every_page))
+    return list(dict.fromkeys(launches_in((cache, plans, bounds))))
