@@ -129,10 +129,10 @@ def page_attention(
     sm_scale: float | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """The same over every candidate: Quest, or Double Sparsity, without a pruner.
+    """The same over every candidate, pages or tokens: Quest alone, Double Sparsity alone.
 
-    As flash_topk_attention, with candidates: pages or tokens, see CandidatePages and
-    CandidateTokens.
+    As flash_topk_attention, with candidates: see CandidatePages and CandidateTokens. A query head
+    attends to its own of them; one that has none gets out 0 and lse -inf.
     """
     check_query(q, cache)
     listed = check_candidates(candidates, cache)

@@ -53,8 +53,9 @@ def estimate_logits(
     Returns:
         logits [batch_size, num_qo_heads, tokens] f16, at most 65504 in magnitude, in the
         candidates' order, with tokens = width * page_size for pages, width for tokens. They are
-        written in tiles of 16, -inf where a tile has no token: behind a request's last one, or
-        behind the last candidate. With a k_offset, all logits of a query lack the same constant.
+        written in tiles of 16, -inf where a tile has no token, behind a request's last one or the
+        last candidate, and where a token is no candidate of the query head. With a k_offset, all
+        logits of a query lack the same constant.
 
     Raises:
         ValueError: a tensor has the wrong shape, dtype, device, layout or alignment.

@@ -50,8 +50,8 @@ def bound_kept_mass(
 
     Returns:
         [batch_size, num_qo_heads] f32: never more than the mass that the KV head's kept tokens have
-        in the exact softmax over the candidates; 1 where none was dropped, 0 where nothing is
-        known, and for a request of no tokens.
+        in the exact softmax over the query head's candidates; 1 where none was dropped, 0 where
+        nothing is known, and for a request of no tokens.
 
     Raises:
         ValueError: a tensor has the wrong shape, dtype, device, layout or alignment.

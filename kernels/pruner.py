@@ -78,7 +78,7 @@ def prune_top_p(
     Args:
         logits: [batch_size, num_qo_heads, tokens] f16 or f32, in the candidates' order, with tokens
             = width * page_size for pages, width for tokens. In tiles of 16 as estimate_logits
-            writes them: -inf where a tile has no token.
+            writes them: -inf where a tile has no token, or one that is another head's.
         cache: only page_size and seq_lens are read.
         candidates: pages or tokens, see CandidatePages and CandidateTokens.
         top_p: in (0, 1], 1 keeps all; a float, or f32 [num_qo_heads], [batch_size, 1] or
@@ -90,7 +90,7 @@ def prune_top_p(
     Returns:
         Kept, with room for as many tokens a row as `logits` has. Weights equal to one part in 10^4
         are kept or dropped together. A query head whose logits have no softmax (a NaN or +inf among
-        them, or nothing above -inf) keeps every candidate.
+        them, or nothing above -inf) keeps every candidate of its own.
 
     Raises:
         ValueError: a wrong tensor, or a float top_p outside (0, 1].
