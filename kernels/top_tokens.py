@@ -84,8 +84,8 @@ def take_top_tokens(
 class NearKeys(NamedTuple):
     """The keys of a row that lie in the bin where its tokens are cut off, in no order."""
 
-    pairs: Buffer  # [batch_size, rows, capacity, 2] i32
-    row: Row
+    pairs: Buffer  # [rows, capacity, 2] i32
+    row: PrimExpr
     count: PrimExpr
 
     @partialmethod
@@ -97,7 +97,7 @@ class NearKeys(NamedTuple):
             place = turn * NUM_THREADS + T.get_thread_binding()
             if place < self.count:
                 for e in T.vectorized(2):
-                    pair[e] = self.pairs[self.row.batch, self.row.kv_head, place, e]
+                    pair[e] = self.pairs[self.row, place, e]
                 visit(pair[0], pair[1])
 
 
@@ -112,18 +112,24 @@ def add_tie(ties, search, key, token, shift, num_bins):
 def mark_near(words, search, ties, row, key, token):
     """Sets a near token's bit if it is taken."""
     if key > search.low or (key == search.low and -token >= ties.low):
-        T.evaluate(atomic_or(words[row.batch, row.kv_head, token // 32], 1 << (token % 32)))
+        T.evaluate(atomic_or(words[row, token // 32], 1 << (token % 32)))
 
 
 @dataclass(frozen=True)
 class RowWords:
     """A row's words of bits, one by one."""
 
-    words: Buffer
-    row: Row
+    words: Buffer  # [rows, words] i32
+    row: PrimExpr
 
     def __getitem__(self, word: PrimExpr) -> PrimExpr:
-        return T.cast(self.words[self.row.batch, self.row.kv_head, word], T.uint32)
+        return T.cast(self.words[self.row, word], T.uint32)
+
+
+def by_row(tensor: Buffer) -> Buffer:
+    """A tensor [batch_size, rows, ...] as [rows of all requests, ...]: one product finds a row."""
+    batch_size, num_rows, *rest = tensor.shape
+    return T.Tensor((batch_size * num_rows, *rest), tensor.dtype, tensor.data)
 
 
 @tilelang.jit(pass_configs=THREAD_LEVEL)
@@ -164,7 +170,10 @@ def top_tokens_kernel(config: TopTokensConfig, listed: bool = True):
             T.annotate_min_blocks_per_sm(2 if per_thread <= 8 else 1)
             start_early(config.pdl)
             thread = T.get_thread_binding()
-            row = Row(batch, kv_head)
+            row = T.alloc_var(T.int32)
+            row = batch * num_rows + kv_head
+            scores, bins, words = by_row(scores), by_row(bins), by_row(words)
+            near, near_counts, arrived = by_row(near), by_row(near_counts), by_row(arrived)
             search = Search.allocate(NUM_THREADS)
             ties = search.again()
             warp_sums = T.alloc_shared((NUM_THREADS // 32,), T.int32, scope="shared")
@@ -180,10 +189,10 @@ def top_tokens_kernel(config: TopTokensConfig, listed: bool = True):
             if block == 0 or block * chunk < seq_len:
                 for r in T.unroll(per_thread):  # asked for before the bins are there
                     token = T.min(first + r * NUM_THREADS, capacity - 1)
-                    keys[r] = T.reinterpret(scores[batch, kv_head, token], T.int32)
+                    keys[r] = T.reinterpret(scores[row, token], T.int32)
                 for j in T.vectorized(BINS_PER_THREAD):
                     place = thread * BINS_PER_THREAD + j
-                    search.bins[0, place] = bins[batch, kv_head, place]
+                    search.bins[0, place] = bins[row, place]
                 search.bracket[0] = 0
                 search.bracket[1] = 0
                 search.cross(0, need)
@@ -205,31 +214,31 @@ def top_tokens_kernel(config: TopTokensConfig, listed: bool = True):
                     is_taken = token < seq_len and bin_of(keys[r]) > taken_from
                     bits = T.cast(T.cast(T.ballot(is_taken), T.uint32), T.int32)
                     if thread % 32 == 0 and token < seq_len:
-                        words[batch, kv_head, token // 32] = bits
+                        words[row, token // 32] = bits
                     if token < seq_len and bin_of(keys[r]) == open_bin:
                         num_near += 1
                 before, total = block_exclusive_sum(num_near, warp_sums)
                 if thread == 0 and total > 0:
-                    shared[0] = atomic_add(near_counts[batch, kv_head], total)
+                    shared[0] = atomic_add(near_counts[row], total)
                 T.sync_threads()
                 slot = shared[0] + before
                 if num_near > 0:
                     for r in T.unroll(per_thread):
                         token = first + r * NUM_THREADS
                         if token < seq_len and bin_of(keys[r]) == open_bin:
-                            near[batch, kv_head, slot, 0] = keys[r]
-                            near[batch, kv_head, slot, 1] = token
+                            near[row, slot, 0] = keys[r]
+                            near[row, slot, 1] = token
                             slot += 1
 
                 T.sync_threads()
                 if thread == 0:
                     shared[1] = T.atomic_add(
-                        arrived[batch, kv_head], 1, memory_order="acq_rel", return_prev=True
+                        arrived[row], 1, memory_order="acq_rel", return_prev=True
                     )
                 T.sync_threads()
                 if shared[1] == T.max(T.ceildiv(seq_len, chunk), 1) - 1:
                     if open_bin >= 0:
-                        num_near = near_counts[batch, kv_head]
+                        num_near = near_counts[row]
                         open_keys = NearKeys(near, row, num_near)
                         search.find(
                             (open_bin - NUM_BINS // 2) << BIN_SHIFT, (1 << BIN_SHIFT) - 1, above,
@@ -255,15 +264,15 @@ def top_tokens_kernel(config: TopTokensConfig, listed: bool = True):
                     if listed:
                         count = compact(
                             RowWords(words, row), T.ceildiv(seq_len, 32), lambda at: at,
-                            candidate_tokens, row, NUM_THREADS,
+                            candidate_tokens, Row(batch, kv_head), NUM_THREADS,
                         )  # fmt: skip
                         if thread == 0:
                             candidate_counts[batch, kv_head] = count
                     for j in T.vectorized(BINS_PER_THREAD):
-                        bins[batch, kv_head, thread * BINS_PER_THREAD + j] = 0
+                        bins[row, thread * BINS_PER_THREAD + j] = 0
                     if thread == 0:
-                        near_counts[batch, kv_head] = 0
-                        arrived[batch, kv_head] = 0
+                        near_counts[row] = 0
+                        arrived[row] = 0
 
     return top_tokens
 
