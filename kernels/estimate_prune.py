@@ -80,7 +80,7 @@ def estimate_and_prune(
     kept, work, _ = pruned
     planned.launches[0](
         q, cache.factor, cache.code_words, cache.k_scale_zero,
-        cache.page_table, cache.seq_lens, *candidates[1:],
+        cache.page_table, cache.seq_lens, *candidates.tensors,
         sm_scale, top_p, *window, *kept, *work,
     )  # fmt: skip
 
@@ -114,6 +114,7 @@ def estimate_prune_kernel(
         seq_lens: T.Tensor[(batch_size,), T.int32],
         candidate_entries: T.Tensor[(batch_size, num_kv_heads, num_entries), T.int32],
         candidate_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
+        candidate_heads: T.Tensor[(batch_size, num_kv_heads, num_entries), T.int32],
         sm_scale: T.float32,
         top_p: T.Tensor[(batch_size, num_kv_heads, group_size), T.float32],
         num_sink_tokens: T.int32,
@@ -131,7 +132,9 @@ def estimate_prune_kernel(
             logits = T.alloc_shared((group_size, width_bound + PADDING), T.float16)
             words = T.alloc_shared((width_bound // 32,), T.uint32)
             row = Row(batch, kv_head, seq_lens[batch])
-            candidates = TokenList(kind, page_size, candidate_entries, candidate_counts)
+            candidates = TokenList(
+                kind, page_size, candidate_entries, candidate_counts, candidate_heads
+            )
             work = Work(items, num_items, ticket, split_tokens, batch_size * num_kv_heads)
 
             num_tiles = T.ceildiv(candidates.slots(row), TILE_TOKENS)

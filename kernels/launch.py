@@ -37,7 +37,7 @@ class StepShape(NamedTuple):
     kv_dtype: str = ""  # of K and V where it is not `dtype`, which is that of q and out
     logits_dtype: str = "float16"  # of the estimator's; the pruner takes float32 too
     smooth: bool = False  # keys have a k_factor
-    candidates: str = "pages"  # what candidates are listed by; or "tokens"
+    candidates: str = "pages"  # what lists them; or "tokens", or "head_tokens"
     tokens: TokenRows | None = None  # what a row of the selector of tokens stands for
     row_tokens: int = 0  # that each of these takes
 
@@ -91,7 +91,7 @@ class KernelSpec(Generic[Config]):
         result_fields: part of the result's definition: never tuned.
         static_width: compiled for its width, rounded up to a power of two.
         applies: whether steps of a shape launch it at all.
-        reads_candidates: compiled for what lists them, pages or tokens.
+        reads_candidates: compiled for what lists them.
     """
 
     name: str

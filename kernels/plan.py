@@ -77,11 +77,11 @@ def plan_sparse(shape: StepShape, planner: Planner, bound_mass: bool = False) ->
 
 
 def plan_candidates(shape: StepShape, planner: Planner) -> CandidatePlan:
-    """Select, and attend to every candidate. A list of tokens is attended to as kept ones are."""
+    """Select, and attend to every candidate. Tokens of every head are attended to as kept ones."""
     if shape.candidates == "tokens":
         attention = planner.plan(ATTENTION, shape)
     else:
-        attention = plan_untuned("pages", shape, planner.gpu)
+        attention = plan_untuned(shape.candidates, shape, planner.gpu)
     return CandidatePlan(plan_selector(shape, planner), attention)
 
 

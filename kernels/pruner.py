@@ -97,7 +97,7 @@ def prune_top_p(
     """
     listed = check_candidates(candidates, cache)
     device, width = cache.seq_lens.device, listed.width(cache.page_size)
-    check_num_items(f"candidate_{listed.kind}: their tokens", width, gpu_of(device))
+    check_num_items(f"{listed.name}: their tokens", width, gpu_of(device))
     check_tensor("logits", logits, (cache.batch_size, None, width), LOGIT_DTYPES, device)
     num_qo_heads = logits.shape[1]
     group_size = group_size_of("logits", num_qo_heads, cache)
@@ -146,7 +146,7 @@ def prune(
     """One launch: logits and top_p by KV head -> kept tokens, and attention's list of work."""
     kept, work, union = pruned
     (launch,) = planned.launches
-    launch(logits, cache.seq_lens, *candidates[1:], top_p, *window, *kept, *work, *union)
+    launch(logits, cache.seq_lens, *candidates.tensors, top_p, *window, *kept, *work, *union)
 
 
 @T.macro
@@ -205,6 +205,7 @@ def pruner_kernel(
         seq_lens: T.Tensor[(batch_size,), T.int32],
         candidate_entries: T.Tensor[(batch_size, num_kv_heads, num_entries), T.int32],
         candidate_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
+        candidate_heads: T.Tensor[(batch_size, num_kv_heads, num_entries), T.int32],
         top_p: T.Tensor[(batch_size, num_kv_heads, group_size), T.float32],
         num_sink_tokens: T.int32,
         num_recent_tokens: T.int32,
@@ -224,7 +225,9 @@ def pruner_kernel(
             copy = T.alloc_shared(copied, logits_dtype) if is_held(width_bound) else None
             words = T.alloc_shared((width_bound // 32,), T.uint32)
             row = Row(batch, kv_head, seq_lens[batch])
-            candidates = TokenList(kind, page_size, candidate_entries, candidate_counts)
+            candidates = TokenList(
+                kind, page_size, candidate_entries, candidate_counts, candidate_heads
+            )
             num_rows = batch_size * num_kv_heads
             work = Work(items, num_items, ticket, split_tokens, num_rows)
 

@@ -54,8 +54,6 @@ def shape_of_step(options: DecodeOptions, cache: PagedKVCache, group_size: int) 
     if options.selector == "double_sparsity":
         rows = check_rows(cache, options.group, group_size)
         budget = check_token_budget(cache, options.token_budget, options.window)
-        if rows.heads < group_size and options.path not in ("candidates", "dense"):
-            raise ValueError("group: expected 'shared' where stages prune, got 'own'")
         if budget < cache.capacity:
             return token_shape(cache, group_size, rows, budget)
         return step_shape(cache, group_size, cache.capacity)

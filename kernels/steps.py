@@ -61,7 +61,7 @@ class SparseMemory(NamedTuple):
 
 
 def _part(memory: Any, requests: slice) -> Any:
-    """The share of some requests of a tensor, or of every tensor in a tuple; None of None."""
+    """The share of some requests of a tensor, of every tensor in a tuple, or of nothing."""
     if memory is None:
         return None
     if isinstance(memory, AttentionWorkspace):

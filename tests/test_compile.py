@@ -121,7 +121,17 @@ TOKENS = {
         StepShape(4, 128, 16, "float16", 512, 2048, 8192, 512, smooth=True), ("sm_90a",),
     ),
 }  # fmt: skip
-LISTED = ("estimator", "pruner", "pruner_float32", "estimate_prune", "mass_bound")
+# The same where each is a candidate of some query heads.
+HEAD_TOKENS = {
+    "gqa4-d128": (StepShape(4, 128, 16, "float16", 512, 2048, 8192, 512), tuple(ARCHS)),
+    "gqa16-d64-p64": (StepShape(16, 64, 64, "bfloat16", 512, 512, 2048, 512), ("sm_90a",)),
+    "gqa8-d256": (StepShape(8, 256, 16, "float16", 512, 512, 2048, 512), ("sm_90a",)),
+    "mha-d128": (StepShape(1, 128, 16, "float16", 2048, 2048, 8192, 2048), ("sm_80",)),
+}
+LISTED = (
+    *("estimator", "pruner", "pruner_float32", "estimate_prune", "mass_bound"),
+    *("attention_head_tokens", "merge_head_tokens"),
+)
 
 
 class Kernel(NamedTuple):
@@ -146,11 +156,13 @@ def kernels() -> Iterator[tuple[str, Kernel]]:
         for arch in archs:
             for launch in (v for v in default_launches(shape, arch) if v.name in SMOOTHED):
                 yield f"smooth-{name}-{arch}-{launch.name}", Kernel(launch, arch, f"smooth-{arch}")
-    for name, (shape, archs) in TOKENS.items():
-        shape = shape._replace(candidates="tokens")
-        for arch in archs:
-            for launch in (v for v in default_launches(shape, arch) if v.name in LISTED):
-                yield f"tokens-{name}-{arch}-{launch.name}", Kernel(launch, arch, f"tokens-{arch}")
+    for kind, shapes in (("tokens", TOKENS), ("head_tokens", HEAD_TOKENS)):
+        for name, (shape, archs) in shapes.items():
+            shape = shape._replace(candidates=kind)
+            for arch in archs:
+                for launch in (v for v in default_launches(shape, arch) if v.name in LISTED):
+                    named = f"{kind}-{name}-{arch}-{launch.name}"
+                    yield named, Kernel(launch, arch, f"{kind}-{arch}")
     for name, (*_, archs) in LABELS.items():
         for arch in archs:
             for launch in label_launches(name, arch):

@@ -360,6 +360,8 @@ def test_every_stage_rejects_spoiled_lists_of_tokens(name, calls, rejects):
         ((tokens[:, :1].contiguous(), counts), r"candidate_tokens: expected shape \[2, 2, any\]"),
         ((tokens[..., :40].contiguous(), counts), "candidate_tokens: expected a width .* got 40"),
         ((tokens, counts.long()), "candidate_counts: expected dtype int32, got int64"),
+        ((tokens, counts, tokens.long()), "candidate_heads: expected dtype int32, got int64"),
+        ((tokens, counts, counts), r"candidate_heads: expected shape \[2, 2, 48\]"),
     ):
         rejects(call, {"candidates": kernels.CandidateTokens(*spoiled)}, match)
 

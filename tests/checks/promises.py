@@ -15,6 +15,7 @@ from tests.checks.properties import (
     as_mask,
     assert_ascending,
     assert_bounds_hold,
+    assert_candidates_attended,
     assert_codes_hold,
     assert_decode_step,
     assert_logits_close,
@@ -249,17 +250,19 @@ def promise_8_a_view_is_refused_or_right(run: Run) -> None:
 
 
 def every_stage_takes_single_tokens(run: Run) -> None:
-    """Candidates that are tokens at random, each judged as the step's own; and that all tokens of
-    the step's pages give its bits, which only kernels must."""
+    """Candidates that are tokens at random, of every query head or of some, each stage judged as
+    the step's own; and that all tokens of the step's pages give its bits, which only kernels must.
+    """
     package, q, cache, windows = run.package, run.tensors.q, run.cache, run.generated.windows
     width = 16 * (1 + run.generated.seed % (cache.capacity // 16))
-    tokens = random_tokens(package, cache, width, run.rng)
+    group_size = q.shape[1] // cache.num_kv_heads if run.generated.seed % 2 else None
+    tokens = random_tokens(package, cache, width, run.rng, group_size)
     logits = package.estimate_logits(q, cache, tokens)
     assert_logits_close(logits, q, cache, tokens)
     kept = package.prune_top_p(logits, cache, tokens, run.top_p, **windows)
     assert_top_p(logits, cache, tokens, run.top_p, kept, **windows)
     assert_out_close(package.flash_topk_attention(q, cache, kept), q, cache, *kept[:2])
-    assert_out_close(package.page_attention(q, cache, tokens), q, cache, *tokens[:2])
+    assert_candidates_attended(package.page_attention(q, cache, tokens), q, cache, tokens)
     if run.device.type != "cuda":
         return
     tokens = tokens_of_pages(package, cache, run.step.candidates)

@@ -61,13 +61,17 @@ def blank(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def kind_of(candidates) -> str:
     """What a list of either package is of; a pair is of pages."""
-    return "tokens" if isinstance(candidates, reference.CandidateTokens) else "pages"
+    if not isinstance(candidates, reference.CandidateTokens):
+        return "pages"
+    return "tokens" if candidates.heads is None else "head_tokens"
 
 
 def listing(candidates) -> dict:
     """The kernels' arguments for a list."""
     entries, counts = candidates[:2]
     names = dict(candidate_entries=entries, candidate_counts=counts)
+    if kind_of(candidates) == "head_tokens":
+        names["candidate_heads"] = candidates.heads
     return names | {"num_entries": entries.shape[2]}
 
 

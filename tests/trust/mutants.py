@@ -49,6 +49,23 @@ MULTIPLIED = ("tests/emulated/test_smoothing.py", "-k", "page_scores and mha")
 BOUNDED = ("tests/emulated/test_smoothing.py", "-k", "bound_says_so and mha and full")
 
 
+def of_tokens(words: str) -> tuple[str, ...]:
+    return "tests/emulated/test_token_candidates.py", "-k", words
+
+
+TOKENS = ("tests/test_token_candidates.py",)
+TOKENS_ESTIMATED = of_tokens("estimated_logits and gqa4 and few and not own and not padded")
+TOKENS_PRUNED = of_tokens("both_forms and gqa4 and not own and not padded")
+TOKENS_BOUNDED = of_tokens("bound_matches and gqa4 and not own and not padded")
+OWN_ESTIMATED = of_tokens("estimated_logits and own-gqa4 and few and not padded")
+OWN_PRUNED = of_tokens("both_forms and own-gqa4 and not padded")
+OWN_BOUNDED = of_tokens("bound_matches and own-gqa4 and not padded")
+OWN_ATTENDED = (
+    "tests/emulated/test_attention.py",
+    *("-k", "attention_matches and gqa4 and head_tokens and not padded"),
+)
+
+
 class Mutant(NamedTuple):
     """One fault, and the arguments of pytest that select the tests to catch it."""
 
@@ -277,8 +294,27 @@ MUTANTS = (
     ),
     Mutant(
         "codes of a warp's first page for all its tiles", "estimate_tiles.py",
-        "next_physical[i], self.next_physical[0])", "next_physical[0], self.next_physical[0])",
-        ESTIMATOR, ESTIMATED,
+        "next_physical[i, 0], self.next_physical[0, 0])",
+        "next_physical[0, 0], self.next_physical[0, 0])", ESTIMATOR, ESTIMATED,
+    ),
+    Mutant(
+        "a tile's second token in the page of its first", "estimate_tiles.py",
+        "index < end, self.next_physical[i, t], 0)", "index < end, self.next_physical[i, 0], 0)",
+        TOKENS, TOKENS_ESTIMATED,
+    ),
+    Mutant(
+        "codes of what stands behind a list", "estimate_tiles.py",
+        "index < end, self.next_physical[i, t], 0)", "index <= end, self.next_physical[i, t], 0)",
+        TOKENS, TOKENS_ESTIMATED,
+    ),
+    Mutant(
+        "a listed token looked up as if it were a page", "estimate_tiles.py",
+        "page_entries = candidates.page_size // candidates.run", "page_entries = 1",
+        TOKENS, TOKENS_ESTIMATED,
+    ),
+    Mutant(
+        "logits of tokens that are another head's", "estimate_tiles.py",
+        "n * TILE_HEADS + lane * 2 + h)", "n * TILE_HEADS + lane * 2)", TOKENS, OWN_ESTIMATED,
     ),
     Mutant(
         "neighbouring quads not swapped back", "estimate_tiles.py",
@@ -328,8 +364,8 @@ MUTANTS = (
     ),
     Mutant(
         "one sink too few", "top_p.py",
-        "if windows.position(early) < windows.num_sink_tokens:",
-        "if windows.position(early) < windows.num_sink_tokens - 1:",
+        "windows.position(early) < windows.num_sink_tokens)",
+        "windows.position(early) < windows.num_sink_tokens - 1)",
         WINDOWS, PRUNED,
     ),
     Mutant(
@@ -340,6 +376,38 @@ MUTANTS = (
         "a bit behind the last token at p = 1", "top_p.py",
         "T.max(word * 32 + 32 - num_tokens, 0)", "T.max(word * 32 + 31 - num_tokens, 0)",
         PRUNER, PRUNED,
+    ),
+    Mutant(
+        "sinks forced on heads that they are no candidates of", "top_p.py",
+        "return forced if self.is_own is None else T.And(forced, self.is_own(candidate))",
+        "return forced", TOKENS, OWN_PRUNED,
+    ),
+    Mutant(
+        "at p = 1 a head keeps what is another's", "top_p.py",
+        "if is_own(candidate):", "if T.bool(True):", TOKENS, OWN_PRUNED,
+    ),
+    Mutant(
+        "kept tokens listed as if they were neighbours", "top_p.py",
+        'neighbours = candidates.kind == "pages"', "neighbours = True", TOKENS, TOKENS_PRUNED,
+    ),
+    Mutant(
+        "the bound's kept token of a list counted once more", "mass_bound.py",
+        "                at += 1", "                at += 2", TOKENS, TOKENS_BOUNDED,
+    ),
+    Mutant(
+        "the bound counts what is another head's", "mass_bound.py",
+        "T.And(listed, candidates.is_own(row, at, head)) if candidates.by_head else listed",
+        "listed", TOKENS, OWN_BOUNDED,
+    ),
+    Mutant(
+        "attention to what is another head's candidate", "attend_tiles.py",
+        "owns(heads_of[j], T.min(i, group_size - 1))", "owns(heads_of[j], 0)",
+        TOKENS, OWN_ATTENDED,
+    ),
+    Mutant(
+        "a head without a token of an item spoils its result", "attend_tiles.py",
+        "head_max[i] = T.max(head_max[i], LEAST_MAX)", "head_max[i] = head_max[i]",
+        TOKENS, OWN_ATTENDED,
     ),
     Mutant(
         "NaN prunes everything", "top_p.py",
