@@ -130,8 +130,9 @@ def memory_text(frames: Frames) -> str:
     more = f", {labels:g} of labels" if labels > 0 else ""
     return _wrapped(
         f"A token of a KV head takes {cache:g} bytes of K and V, {mirror:g} of the 4-bit mirror"
-        f"{more} and {bounds:g} of page bounds (head_dim {first.head_dim}, page_size {first.page_size}): "
-        f"{100 * (mirror + bounds + labels) / cache:.1f} % more memory than K and V alone."
+        f"{more} and {bounds:g} of page bounds (head_dim {first.head_dim}, page_size "
+        f"{first.page_size}): {100 * (mirror + bounds + labels) / cache:.1f} % more memory than K "
+        "and V alone."
     )
 
 
