@@ -141,7 +141,7 @@ SPACES = {
             )
         },
     ),
-    "top_tokens": Space(values={"per_thread": (2, 4, 8, 16, 32)}),
+    "top_tokens": Space(values={"per_thread": (2, 4, 8), "turns": (1, 2, 4, 8)}),
     "estimator": _tile_space(
         lambda s: s.width,
         MANY_CANDIDATES,

@@ -135,9 +135,10 @@ def token_shape(
 ) -> StepShape:
     """Of a step whose rows take so many tokens: a list has room for all of its rows', at most for
     the cache's, and a multiple of 16."""
-    tokens = -(-row_tokens * (group_size // rows.heads) // TILE_TOKENS) * TILE_TOKENS
+    lists = group_size // rows.heads  # of a KV head
+    tokens = -(-row_tokens * lists // TILE_TOKENS) * TILE_TOKENS
     shape = step_shape(cache, group_size, min(tokens, cache.capacity))
-    kind = "tokens" if rows.heads == group_size else "head_tokens"
+    kind = "tokens" if lists == 1 else "head_tokens"
     return shape._replace(candidates=kind, tokens=rows, row_tokens=row_tokens)
 
 

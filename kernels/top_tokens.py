@@ -3,7 +3,7 @@ blocks share out, then a search among the few that it left open."""
 
 from dataclasses import dataclass
 from functools import partialmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tilelang
 import tilelang.language as T
@@ -20,45 +20,51 @@ from .threshold import BINS_PER_THREAD, Search, compact
 from .token_keys import BIN_SHIFT, LOWEST_KEY, NUM_BINS, OpenTokens, bin_of
 from .token_list import Row
 from .tuned import Planned
-from .warp import atomic_add, atomic_or, block_exclusive_sum
+from .warp import atomic_add, atomic_or, block_exclusive_sum, warp_inclusive_sum
 
 NUM_THREADS = NUM_BINS // BINS_PER_THREAD
+NEAR_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
 class TopTokensConfig:
-    per_thread: int = 8  # scores that a thread keeps in registers: a block takes a chunk of them
+    per_thread: int = 8  # scores that a thread loads at once
+    turns: int = 4  # and how often: a block takes a chunk of a row
     pdl: bool = False
 
     @property
     def chunk(self) -> int:
-        return self.per_thread * NUM_THREADS
+        return self.turns * self.per_thread * NUM_THREADS
 
 
 def default_config(shape: StepShape, gpu: Gpu) -> TopTokensConfig:
     """Few scores (over all rows) are spread over more blocks."""
-    many = shape.num_rows * shape.max_pages * shape.page_size >= gpu.num_multiprocessors * 2**15
-    return TopTokensConfig(per_thread=8 if many else 4)
+    tokens = shape.num_rows * shape.max_pages * shape.page_size
+    if tokens >= gpu.num_multiprocessors * 2**15:
+        return TopTokensConfig()
+    return TopTokensConfig(per_thread=4, turns=2 if tokens >= 2**19 else 1)
 
 
 class OpenKeys(NamedTuple):
-    """What one pass over a row leaves behind for the block that ends it: zeros between steps, but
-    for `words` and `near`, which hold anything."""
+    """What one pass over a row leaves behind for the block that ends it."""
 
     words: torch.Tensor  # [batch_size, rows, capacity / 32] i32: a bit for each token taken
     near: torch.Tensor  # [batch_size, rows, capacity, 2] i32: (key, token) of the bin left open
-    counts: torch.Tensor  # [batch_size, rows] i32: of them
-    arrived: torch.Tensor  # [batch_size, rows] i32: blocks that have done their part
+    counts: torch.Tensor  # [batch_size, rows, chunks] i32: of them, which lie by the chunk
+    arrived: torch.Tensor  # [batch_size, rows] i32: blocks that have done their part; then zero
 
     @classmethod
     def allocate(cls, scores: torch.Tensor) -> "OpenKeys":
         """For scores [batch_size, rows, capacity]."""
         *rows, capacity = scores.shape
-        num_words = -(-capacity // 32)
-        words = torch.empty(*rows, num_words, dtype=torch.int32, device=scores.device)
-        near = torch.empty(*rows, capacity, 2, dtype=torch.int32, device=scores.device)
-        counts = torch.zeros(rows, dtype=torch.int32, device=scores.device)
-        return cls(words, near, counts, torch.zeros_like(counts))
+        words, chunks = -(-capacity // 32), -(-capacity // NUM_THREADS)
+        like: dict[str, Any] = {"dtype": torch.int32, "device": scores.device}
+        return cls(
+            torch.empty(*rows, words, **like),
+            torch.empty(*rows, capacity, 2, **like),
+            torch.empty(*rows, chunks, **like),
+            torch.zeros(rows, **like),
+        )
 
 
 def take_top_tokens(
@@ -84,21 +90,30 @@ def take_top_tokens(
 class NearKeys(NamedTuple):
     """The keys of a row that lie in the bin where its tokens are cut off, in no order."""
 
-    pairs: Buffer  # [batch_size, rows, capacity, 2] i32
-    row: Row
-    count: PrimExpr
+    pairs: Buffer  # [rows, capacity, 2] i32
+    counts: Buffer  # [rows, chunks] i32: those of a chunk come first in its place
+    row: PrimExpr
+    num_chunks: PrimExpr
+    chunk: int
 
     @partialmethod
     @T.macro
     def each(self, visit):
-        """visit(key, token) sees every pair: a thread every NUM_THREADS-th."""
-        pair = T.alloc_local((2,), T.int32)
-        for turn in T.serial(T.ceildiv(self.count, NUM_THREADS)):
-            place = turn * NUM_THREADS + T.get_thread_binding()
-            if place < self.count:
-                for e in T.vectorized(2):
-                    pair[e] = self.pairs[self.row.batch, self.row.kv_head, place, e]
-                visit(pair[0], pair[1])
+        """visit(key, token) sees every pair: a thread every NUM_THREADS-th, some loads at once."""
+        pairs = T.alloc_local((NEAR_AT_ONCE, 2), T.int32)
+        count = T.alloc_var(T.int32)
+        for own in T.serial(self.num_chunks):
+            count = self.counts[self.row, own]
+            for turn in T.serial(T.ceildiv(count, NEAR_AT_ONCE * NUM_THREADS)):
+                first = turn * (NEAR_AT_ONCE * NUM_THREADS) + T.get_thread_binding()
+                for i in T.unroll(NEAR_AT_ONCE):
+                    if first + i * NUM_THREADS < count:
+                        place = own * self.chunk + first + i * NUM_THREADS
+                        for e in T.vectorized(2):
+                            pairs[i, e] = self.pairs[self.row, place, e]
+                for i in T.unroll(NEAR_AT_ONCE):
+                    if first + i * NUM_THREADS < count:
+                        visit(pairs[i, 0], pairs[i, 1])
 
 
 @T.macro
@@ -112,18 +127,33 @@ def add_tie(ties, search, key, token, shift, num_bins):
 def mark_near(words, search, ties, row, key, token):
     """Sets a near token's bit if it is taken."""
     if key > search.low or (key == search.low and -token >= ties.low):
-        T.evaluate(atomic_or(words[row.batch, row.kv_head, token // 32], 1 << (token % 32)))
+        T.evaluate(atomic_or(words[row, token // 32], 1 << (token % 32)))
 
 
 @dataclass(frozen=True)
 class RowWords:
     """A row's words of bits, one by one."""
 
-    words: Buffer
-    row: Row
+    words: Buffer  # [rows, words] i32
+    row: PrimExpr
 
     def __getitem__(self, word: PrimExpr) -> PrimExpr:
-        return T.cast(self.words[self.row.batch, self.row.kv_head, word], T.uint32)
+        return T.cast(self.words[self.row, word], T.uint32)
+
+
+def by_row(tensor: Buffer) -> Buffer:
+    """A tensor [batch_size, rows, ...] as [rows of all requests, ...]: one product finds a row."""
+    batch_size, num_rows, *rest = tensor.shape
+    return T.Tensor((batch_size * num_rows, *rest), tensor.dtype, tensor.data)
+
+
+@T.macro
+def load_keys(keys, scores, row, start):
+    """The scores' bits; of tokens that the row has no place for, of its last."""
+    place = T.alloc_var(T.int32)
+    for r in T.unroll(keys.shape[0]):
+        place = T.min(start + r * NUM_THREADS + T.get_thread_binding(), scores.shape[1] - 1)
+        keys[r] = T.reinterpret(scores[row, place], T.int32)
 
 
 @tilelang.jit(pass_configs=THREAD_LEVEL)
@@ -134,10 +164,10 @@ def top_tokens_kernel(config: TopTokensConfig, listed: bool = True):
     The row's bins tell every block in which bin the tokens are cut off: those of larger keys are
     taken, those in the bin are set aside. The block that is the last of its row to be done searches
     these, by key and, should several share the last key, by their numbers; then, if `listed`, it
-    lists what is taken. It leaves bins and counts at zero.
+    lists what is taken. It leaves the bins at zero.
     """
     batch_size, num_rows = T.dynamic("batch_size, num_rows")
-    capacity, num_words = T.dynamic("capacity, num_words")
+    capacity, num_words, num_chunks = T.dynamic("capacity, num_words, num_chunks")
     num_lists, width = T.dynamic("num_lists, width")
     per_thread, chunk = config.per_thread, config.chunk
 
@@ -151,7 +181,7 @@ def top_tokens_kernel(config: TopTokensConfig, listed: bool = True):
         bins: T.Tensor[(batch_size, num_rows, NUM_BINS), T.int32],
         words: T.Tensor[(batch_size, num_rows, num_words), T.int32],
         near: T.Tensor[(batch_size, num_rows, capacity, 2), T.int32],
-        near_counts: T.Tensor[(batch_size, num_rows), T.int32],
+        near_counts: T.Tensor[(batch_size, num_rows, num_chunks), T.int32],
         arrived: T.Tensor[(batch_size, num_rows), T.int32],
         candidate_tokens: T.Tensor[(batch_size, num_lists, width), T.int32],
         candidate_counts: T.Tensor[(batch_size, num_lists), T.int32],
@@ -164,11 +194,13 @@ def top_tokens_kernel(config: TopTokensConfig, listed: bool = True):
             T.annotate_min_blocks_per_sm(2 if per_thread <= 8 else 1)
             start_early(config.pdl)
             thread = T.get_thread_binding()
-            row = Row(batch, kv_head)
+            row = T.alloc_var(T.int32)
+            row = batch * num_rows + kv_head
+            scores, bins, words = by_row(scores), by_row(bins), by_row(words)
+            near, near_counts, arrived = by_row(near), by_row(near_counts), by_row(arrived)
             search = Search.allocate(NUM_THREADS)
             ties = search.again()
-            warp_sums = T.alloc_shared((NUM_THREADS // 32,), T.int32, scope="shared")
-            shared = T.alloc_shared((2,), T.int32, scope="shared")
+            shared = T.alloc_shared((2,), T.int32, scope="shared")  # near keys; blocks before
             keys = T.alloc_local((per_thread,), T.int32)
             taken_from = T.alloc_var(T.int32)  # bins above are taken
             open_bin = T.alloc_var(T.int32)
@@ -176,14 +208,15 @@ def top_tokens_kernel(config: TopTokensConfig, listed: bool = True):
             num_near = T.alloc_var(T.int32)
             slot = T.alloc_var(T.int32)
             seq_len = seq_lens[batch]
-            first = block * chunk + thread
-            if block == 0 or block * chunk < seq_len:
-                for r in T.unroll(per_thread):  # asked for before the bins are there
-                    token = T.min(first + r * NUM_THREADS, capacity - 1)
-                    keys[r] = T.reinterpret(scores[batch, kv_head, token], T.int32)
+            start = block * chunk
+            if block == 0 or start < seq_len:
+                load_keys(keys, scores, row, start)  # asked for before the bins are there
                 for j in T.vectorized(BINS_PER_THREAD):
-                    place = thread * BINS_PER_THREAD + j
-                    search.bins[0, place] = bins[batch, kv_head, place]
+                    search.bins[0, thread * BINS_PER_THREAD + j] = bins[
+                        row, thread * BINS_PER_THREAD + j
+                    ]
+                if thread == 0:
+                    shared[0] = 0
                 search.bracket[0] = 0
                 search.bracket[1] = 0
                 search.cross(0, need)
@@ -198,39 +231,45 @@ def top_tokens_kernel(config: TopTokensConfig, listed: bool = True):
                     open_bin = -1
 
                 open_tokens = OpenTokens.of(seq_len, num_sink_tokens, num_recent_tokens)
-                num_near = 0
-                for r in T.unroll(per_thread):
-                    token = first + r * NUM_THREADS
-                    keys[r] = open_tokens.key(token, T.reinterpret(keys[r], T.float32))
-                    is_taken = token < seq_len and bin_of(keys[r]) > taken_from
-                    bits = T.cast(T.cast(T.ballot(is_taken), T.uint32), T.int32)
-                    if thread % 32 == 0 and token < seq_len:
-                        words[batch, kv_head, token // 32] = bits
-                    if token < seq_len and bin_of(keys[r]) == open_bin:
-                        num_near += 1
-                before, total = block_exclusive_sum(num_near, warp_sums)
-                if thread == 0 and total > 0:
-                    shared[0] = atomic_add(near_counts[batch, kv_head], total)
-                T.sync_threads()
-                slot = shared[0] + before
-                if num_near > 0:
+                for turn in T.serial(config.turns):
+                    first = start + turn * (per_thread * NUM_THREADS) + thread
+                    num_near = 0
                     for r in T.unroll(per_thread):
                         token = first + r * NUM_THREADS
+                        keys[r] = open_tokens.key(token, T.reinterpret(keys[r], T.float32))
+                        is_taken = token < seq_len and bin_of(keys[r]) > taken_from
+                        bits = T.cast(T.cast(T.ballot(is_taken), T.uint32), T.int32)
+                        if thread % 32 == 0 and token < seq_len:
+                            words[row, token // 32] = bits
                         if token < seq_len and bin_of(keys[r]) == open_bin:
-                            near[batch, kv_head, slot, 0] = keys[r]
-                            near[batch, kv_head, slot, 1] = token
-                            slot += 1
+                            num_near += 1
+                    running = warp_inclusive_sum(num_near)
+                    slot = 0
+                    if thread % 32 == 31 and running > 0:
+                        slot = atomic_add(shared[0], running)
+                    slot = T.shfl_sync(slot, 31) + running - num_near
+                    if num_near > 0:
+                        for r in T.unroll(per_thread):
+                            token = first + r * NUM_THREADS
+                            if token < seq_len and bin_of(keys[r]) == open_bin:
+                                near[row, start + slot, 0] = keys[r]
+                                near[row, start + slot, 1] = token
+                                slot += 1
+                    if turn + 1 < config.turns:
+                        load_keys(keys, scores, row, first - thread + per_thread * NUM_THREADS)
 
                 T.sync_threads()
                 if thread == 0:
+                    near_counts[row, block] = shared[0]
                     shared[1] = T.atomic_add(
-                        arrived[batch, kv_head], 1, memory_order="acq_rel", return_prev=True
+                        arrived[row], 1, memory_order="acq_rel", return_prev=True
                     )
                 T.sync_threads()
                 if shared[1] == T.max(T.ceildiv(seq_len, chunk), 1) - 1:
                     if open_bin >= 0:
-                        num_near = near_counts[batch, kv_head]
-                        open_keys = NearKeys(near, row, num_near)
+                        open_keys = NearKeys(
+                            near, near_counts, row, T.ceildiv(seq_len, chunk), chunk
+                        )
                         search.find(
                             (open_bin - NUM_BINS // 2) << BIN_SHIFT, (1 << BIN_SHIFT) - 1, above,
                             need,
@@ -255,15 +294,14 @@ def top_tokens_kernel(config: TopTokensConfig, listed: bool = True):
                     if listed:
                         count = compact(
                             RowWords(words, row), T.ceildiv(seq_len, 32), lambda at: at,
-                            candidate_tokens, row, NUM_THREADS,
+                            candidate_tokens, Row(batch, kv_head), NUM_THREADS,
                         )  # fmt: skip
                         if thread == 0:
                             candidate_counts[batch, kv_head] = count
                     for j in T.vectorized(BINS_PER_THREAD):
-                        bins[batch, kv_head, thread * BINS_PER_THREAD + j] = 0
+                        bins[row, thread * BINS_PER_THREAD + j] = 0
                     if thread == 0:
-                        near_counts[batch, kv_head] = 0
-                        arrived[batch, kv_head] = 0
+                        arrived[row] = 0
 
     return top_tokens
 

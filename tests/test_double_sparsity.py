@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import twilight_tilelang as kernels
-from tests.checks.properties import with_reference_labels
+from tests.checks.properties import valid_entries, with_reference_labels
 from tests.checks.tokens import assert_tokens_selected
 from tests.inputs.cases import CASES, NAMED, Case, build_cache, make_tensors
 from tests.inputs.hazards import poison_unused
@@ -155,3 +155,25 @@ def test_a_step_by_labels_replays_as_the_cache_grows(path, rng):
     own = kernels.select_tokens(q, cache, 64)
     assert torch.equal(own.counts, lists[1])
     assert "label scores" in step.explain()
+
+
+@pytest.mark.parametrize("windows", [{}, {"num_sink_tokens": 3, "num_recent_tokens": 20}])
+@pytest.mark.parametrize("name", ["gqa4-ragged", "mha-ragged"])
+def test_a_step_is_its_stages(name, windows, rng):
+    """Its lists and its output have the bits of the functions, one by one."""
+    case = NAMED[name]
+    q, cache = labelled(case, "r64-b2", rng)
+    step = kernels.TwilightDecode(
+        cache, q.shape[1], selector="double_sparsity", token_budget=128, top_p=0.9, **windows
+    )
+    out = step.run(q, cache)
+    candidates = kernels.select_tokens(q, cache, 128, **windows)
+    logits = kernels.estimate_logits(q, cache, candidates)
+    kept = kernels.prune_top_p(logits, cache, candidates, 0.9, **windows)
+    assert torch.equal(step.candidates.counts, candidates.counts)
+    assert torch.equal(step.kept.counts, kept.counts)
+    assert torch.equal(step.kept.mass, kept.mass)
+    for lists, others in ((step.candidates, candidates), (step.kept, kept)):
+        valid = valid_entries(lists.tokens, lists.counts)
+        assert torch.equal(lists.tokens[valid], others.tokens[valid])
+    assert torch.equal(out, kernels.flash_topk_attention(q, cache, *kept[:2]))

@@ -218,7 +218,7 @@ def take_tokens_emulated(scores, bins, lengths, budget: int, windows, config, fo
         near_counts=left.counts, arrived=left.arrived, candidate_tokens=tokens,
         candidate_counts=counts, batch_size=batch_size, num_rows=num_rows, num_lists=num_rows,
         capacity=capacity,
-        num_words=left.words.shape[2], width=width,
+        num_words=left.words.shape[2], num_chunks=left.counts.shape[2], width=width,
     )  # fmt: skip
-    assert not bins.any() and not left.counts.any() and not left.arrived.any()
+    assert not bins.any() and not left.arrived.any()
     return CandidateTokens(tokens, counts)

@@ -39,7 +39,7 @@ ROWS = {  # scores [1, rows, length], budget, sink tokens, recent tokens
     "just-fits": (normal(1, 1, 48), 48, 2, 2),
     "single": (normal(1, 1, 1), 16, 0, 0),
 }
-CONFIGS = {"small": TopTokensConfig(per_thread=4), "default": TopTokensConfig()}
+CONFIGS = {"small": TopTokensConfig(per_thread=4, turns=1), "default": TopTokensConfig()}
 
 
 @pytest.mark.parametrize("config", CONFIGS)

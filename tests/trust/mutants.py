@@ -270,8 +270,8 @@ MUTANTS = (
     ),
     Mutant(
         "bins are left as they were", "top_tokens.py",
-        "bins[batch, kv_head, thread * BINS_PER_THREAD + j] = 0",
-        "bins[batch, kv_head, thread * BINS_PER_THREAD + j] += 0", TOKENS, TOKENS_TAKEN,
+        "bins[row, thread * BINS_PER_THREAD + j] = 0",
+        "bins[row, thread * BINS_PER_THREAD + j] += 0", TOKENS, TOKENS_TAKEN,
     ),
     Mutant(
         "a union without its last head", "top_tokens.py",
