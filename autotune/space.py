@@ -13,7 +13,6 @@ from typing import Any
 from twilight_tilelang.kernels.compiling import starts_early
 from twilight_tilelang.kernels.estimate_prune import blocks_that_fit
 from twilight_tilelang.kernels.gpu import Gpu
-from twilight_tilelang.kernels.label_scores import RUN_TOKENS
 from twilight_tilelang.kernels.launch import Launch, StepShape, next_power_of_two, static_width
 from twilight_tilelang.kernels.plan import SPECS
 from twilight_tilelang.kernels.pools import TILE_TOKENS
@@ -128,16 +127,16 @@ SPACES = {
         },
     ),
     "label_score": Space(
-        values={"num_warps": (2, 4, 8, 16), "tiles": (4, 8, 16)},
+        values={"num_warps": (2, 4, 8), "tiles": (4, 8), "runs": (1, 2, 4)},
         limits={
             "labels of all tiles in flight fit in a thread's registers": lambda c, s, gpu: (
-                c.tiles * (s.tokens.labels.num_bytes // 8 + 2) <= 64
+                2 * c.tiles * (s.tokens.labels.num_bytes // 8 + 2) <= 64
             )
         },
         sensible={
-            "every SM has a block": lambda c, s, gpu: (
-                s.num_rows * -(-s.max_pages * s.page_size // (c.num_warps * RUN_TOKENS)) >= FULL_GPU
-                or c.num_warps == 2
+            "every SM has a block, or blocks are small": lambda c, s, gpu: (
+                c.num_warps * c.runs == 2
+                or s.num_rows * -(-s.max_pages * s.page_size // c.block_tokens) >= FULL_GPU
             )
         },
     ),

@@ -7,6 +7,7 @@ holds the c-th quarter of a token's channels, and masks two codes at once out of
 a mask lies further up, its codes are worth more, and these channels of q so much less.
 """
 
+import itertools
 from dataclasses import dataclass
 from functools import partialmethod
 from typing import NamedTuple
@@ -41,17 +42,21 @@ QUERY_BITS = 7  # the largest channel of a query's label lies in [2^7, 2^8) as a
 @dataclass(frozen=True)
 class LabelScoreConfig:
     num_warps: int = 4
-    tiles: int = 8  # of 16 tokens, whose loads one warp issues together
+    tiles: int = (
+        4  # of 16 tokens, whose loads one warp issues together, ahead of the last ones' use
+    )
+    runs: int = 2  # that a warp takes one after another
     pdl: bool = False
+
+    @property
+    def block_tokens(self) -> int:
+        return self.num_warps * self.runs * RUN_TOKENS
 
 
 def default_config(shape: StepShape, gpu: Gpu) -> LabelScoreConfig:
-    """Few tokens (over all rows) are spread over more blocks; wide labels, or many heads, fill a
-    warp's registers with fewer tiles."""
-    assert shape.tokens is not None
-    wide = shape.tokens.labels.num_bytes > 16 or shape.tokens.heads > TILE_HEADS
+    """Few tokens (over all rows) are spread over more blocks."""
     many = shape.num_rows * shape.max_pages * shape.page_size >= 2**22
-    return LabelScoreConfig(num_warps=8 if many else 4, tiles=4 if wide else 8)
+    return LabelScoreConfig(runs=2 if many else 1)
 
 
 class TokenScores(NamedTuple):
@@ -216,22 +221,33 @@ class Run(NamedTuple):
         first = number * RUN_TILES
         return cls(first, T.min(T.ceildiv(seq_len, TILE_TOKENS) - first, RUN_TILES), page)
 
-    def token(self, tile: PrimExpr, t: PrimExpr) -> PrimExpr:
-        """Position of this thread's t-th token of a tile of the run."""
+    def token(self, tile: PrimExpr, t: PrimExpr, lane_tokens: int) -> PrimExpr:
+        """Position of the t-th token that this lane scores, of a tile of the run."""
         quad, _ = place_in_quad()
-        return (self.first + tile) * TILE_TOKENS + quad + t * 8
+        return (self.first + tile) * TILE_TOKENS + quad + token_of_quad(t, lane_tokens) * 8
+
+
+def token_of_quad(t: PrimExpr, lane_tokens: int) -> PrimExpr:
+    """Which of its quad's two tokens a lane scores as its t-th."""
+    _, lane = place_in_quad()
+    return lane // 2 if lane_tokens == 1 else t
 
 
 class LoadedLabels(NamedTuple):
-    """The labels of a warp's tiles, in registers: of each, this thread's two tokens."""
+    """The labels of a warp's tiles, in registers."""
 
-    codes: Buffer  # [tiles, 2, units] i32 or i16
-    scale_zero: Buffer  # [tiles, 2, 2] f16
+    codes: Buffer  # [tiles, 2, units] i32 or i16: of each tile, the quad's two tokens
+    scale_zero: Buffer  # [tiles, lane_tokens, 2] f16: those that this lane scores
 
     @classmethod
     def allocate(cls, tiles: int, rows: TokenRows) -> "LoadedLabels":
         dtype, units = rows.labels.lane_words
-        return cls(T.alloc_local((tiles, 2, units), dtype), T.alloc_local((tiles, 2, 2), T.float16))
+        scale_zero = T.alloc_local((tiles, rows.lane_tokens, 2), T.float16)
+        return cls(T.alloc_local((tiles, 2, units), dtype), scale_zero)
+
+    @property
+    def lane_tokens(self) -> int:
+        return int(self.scale_zero.shape[1])
 
     @partialmethod
     @T.macro
@@ -250,8 +266,10 @@ class LoadedLabels(NamedTuple):
                         codes[i, t, k * width + u] = labels.codes[
                             page, labels.head, slot + t * 8, lane * units + k * width + u
                         ]
+            for t in T.unroll(self.lane_tokens):
+                own = slot + token_of_quad(t, self.lane_tokens) * 8
                 for e in T.vectorized(2):
-                    scale_zero[i, t, e] = labels.scale_zero[page, labels.head, slot + t * 8, e]
+                    scale_zero[i, t, e] = labels.scale_zero[page, labels.head, own, e]
 
     def word(self, i: PrimExpr, t: PrimExpr, w: int) -> PrimExpr:
         """A word of codes; where a lane has but two bytes of a token, each has half a word."""
@@ -281,6 +299,23 @@ def multiply_labels(acc, loaded, i, query, masks):
 
 
 @T.macro
+def each_tiles(run, loaded, ahead, labels, visit):
+    """visit(loaded, first) sees the tiles of a run in order, from `first` on as many as are loaded
+    at once. While it does, the next ones are on their way to the other registers."""
+    tiles = int(loaded.codes.shape[0])
+    num_steps = RUN_TILES // (2 * tiles)
+    loaded.load(0, run, labels)
+    for step in T.serial(num_steps):
+        first = step * (2 * tiles)
+        if first < run.count:
+            ahead.load(first + tiles, run, labels)
+            visit(loaded, first)
+            if step + 1 < num_steps:
+                loaded.load(first + 2 * tiles, run, labels)
+            visit(ahead, first + tiles)
+
+
+@T.macro
 def page_of_lane(run_number, row, labels):
     """The physical page of this lane's tile of a run; beyond the row's last anything."""
     page = T.alloc_var(T.int32)
@@ -293,11 +328,15 @@ def page_of_lane(run_number, row, labels):
 def score_of(acc, loaded, i, t, n, h, query, offset):
     """Of this lane's t-th token and h-th head of eight; every operation rounds once, whatever the
     compiler would fuse."""
+    _, lane = place_in_quad()
     score = T.alloc_var(T.float32)
     scale = T.cast(loaded.scale_zero[i, t, 0], T.float32)
     zero = T.cast(loaded.scale_zero[i, t, 1], T.float32)
     score = T.call_extern("float32", "fmaf", zero, query.sums[n, h], -offset)
-    product = acc[n, t * 2 + h] * query.units[n, h]
+    if loaded.lane_tokens == 1:
+        product = T.if_then_else(lane < 2, acc[n, h], acc[n, 2 + h]) * query.units[n, h]
+    else:
+        product = acc[n, t * 2 + h] * query.units[n, h]
     score = T.call_extern("float32", "fmaf", scale, product, score)
     return score
 
@@ -311,21 +350,82 @@ def join_masses(largest, mass, other_largest, other_mass):
     return joined, T.call_extern("float32", "fmaf", mass, T.exp2(largest - joined), other)
 
 
+class Masses(NamedTuple):
+    """The softmax's weights of a lane's tokens of a run, added up for each of its heads."""
+
+    largest: Buffer  # [head_tiles, 2] f32: log2 of what they are counted in
+    mass: Buffer  # [head_tiles, 2] f32
+    logits: Buffer  # [MASS_TILES, lane_tokens, head_tiles, 2] f32
+    acc: Buffer  # [head_tiles, 4] f32
+    masks: Masks
+
+    @classmethod
+    def allocate(cls, rows: TokenRows, masks: Masks) -> "Masses":
+        head_tiles = -(-rows.heads // TILE_HEADS)
+        largest = T.alloc_local((head_tiles, 2), T.float32)
+        mass = T.alloc_local((head_tiles, 2), T.float32)
+        logits = T.alloc_local((MASS_TILES, rows.lane_tokens, head_tiles, 2), T.float32)
+        return cls(largest, mass, logits, T.alloc_local((head_tiles, 4), T.float32), masks)
+
+    @partialmethod
+    @T.macro
+    def add(self, n, h):
+        """The logits of one head."""
+        largest, mass, logits = self.largest, self.mass, self.logits
+        together = T.alloc_var(T.float32)
+        added = T.alloc_var(T.float32)
+        together = T.max(largest[n, h], -LARGEST)
+        for j in T.unroll(MASS_TILES):
+            for t in T.unroll(logits.shape[1]):
+                together = T.max(together, logits[j, t, n, h])
+        added = 0.0
+        for j in T.unroll(MASS_TILES):
+            for t in T.unroll(logits.shape[1]):
+                added += T.exp2(logits[j, t, n, h] - together)
+        kept = T.exp2(largest[n, h] - together)
+        mass[n, h] = T.call_extern("float32", "fmaf", mass[n, h], kept, added)
+        largest[n, h] = together
+
+    @partialmethod
+    @T.macro
+    def join(self):
+        """Over the lanes with the same heads: the first have the result."""
+        largest, mass = self.largest, self.mass
+        nearest = 1 if int(self.logits.shape[1]) == 1 else 2  # bit in which they differ
+        top = T.alloc_var(T.float32)
+        total = T.alloc_var(T.float32)
+        for n in T.unroll(largest.shape[0]):
+            for h in T.unroll(2):
+                for bit in T.unroll(5 - nearest):
+                    other = T.shfl_xor(largest[n, h], 1 << (nearest + bit))
+                    other_mass = T.shfl_xor(mass[n, h], 1 << (nearest + bit))
+                    top, total = join_masses(largest[n, h], mass[n, h], other, other_mass)
+                    largest[n, h] = top
+                    mass[n, h] = total
+
+
 @T.macro
-def add_logits(largest, mass, logits, n, h):
-    """Adds the logits of this lane's head to its (exponent, mass)."""
-    together = T.alloc_var(T.float32)
-    added = T.alloc_var(T.float32)
-    together = T.max(largest[n, h], -LARGEST)
-    for j in T.unroll(logits.shape[0]):
-        together = T.max(together, logits[j, n, h])
-    added = 0.0
-    for j in T.unroll(logits.shape[0]):
-        added += T.exp2(logits[j, n, h] - together)
-    mass[n, h] = T.call_extern(
-        "float32", "fmaf", mass[n, h], T.exp2(largest[n, h] - together), added
-    )
-    largest[n, h] = together
+def add_masses(masses, loaded, first, run, query, seq_len):
+    """Adds the tiles of a run that are loaded, MASS_TILES at once; scores that are not finite have
+    no weight."""
+    logits, acc = masses.logits, masses.acc
+    logit = T.alloc_var(T.float32)
+    for group in T.unroll(loaded.codes.shape[0] // MASS_TILES):
+        for j in T.unroll(MASS_TILES):
+            tile = group * MASS_TILES + j
+            multiply_labels(acc, loaded, tile, query, masses.masks)
+            for t in T.unroll(loaded.lane_tokens):
+                is_token = run.token(first + tile, t, loaded.lane_tokens) < seq_len
+                for n in T.unroll(acc.shape[0]):
+                    for h in T.unroll(2):
+                        logit = score_of(acc, loaded, tile, t, n, h, query, 0.0)
+                        size = T.reinterpret(logit, T.int32) & HIGHEST_KEY
+                        logits[j, t, n, h] = T.if_then_else(
+                            T.And(is_token, size < INFINITY_BITS), logit, -T.infinity(T.float32)
+                        )
+        for n in T.unroll(acc.shape[0]):
+            for h in T.unroll(2):
+                masses.add(n, h)
 
 
 @tilelang.jit(pass_configs=THREAD_LEVEL)
@@ -343,7 +443,7 @@ def label_mass_kernel(page_size: int, dtype: str, rows: TokenRows, config: Label
     unit, units = rows.labels.lane_words
     head_tiles = -(-num_heads // TILE_HEADS)
     masks = Masks(r, rows.labels.bits)
-    grid = (T.ceildiv(max_pages * page_size, RUN_TOKENS * config.num_warps), num_rows, batch_size)
+    grid = (T.ceildiv(max_pages * page_size, config.block_tokens), num_rows, batch_size)
 
     @T.prim_func
     def label_mass(
@@ -367,67 +467,51 @@ def label_mass_kernel(page_size: int, dtype: str, rows: TokenRows, config: Label
             labels = LabelCache(codes, scale_zero, page_table, kv_head // rows.rows_per_label)
             query = LabelQuery.allocate(rows)
             loaded = LoadedLabels.allocate(config.tiles, rows)
-            acc = T.alloc_local((head_tiles, 4), T.float32)
-            logits = T.alloc_local((MASS_TILES * 2, head_tiles, 2), T.float32)
-            largest = T.alloc_local((head_tiles, 2), T.float32)
-            mass = T.alloc_local((head_tiles, 2), T.float32)
+            ahead = LoadedLabels.allocate(config.tiles, rows)
+            masses = Masses.allocate(rows, masks)
+            largest, mass = masses.largest, masses.mass
             is_last = T.alloc_shared((1,), T.bool, scope="shared")
-            logit = T.alloc_var(T.float32)
+            run_number = T.alloc_var(T.int32)
+            page = T.alloc_var(T.int32)
+            next_page = T.alloc_var(T.int32)
             before = T.alloc_var(T.int32)
             top = T.alloc_var(T.float32)
             total = T.alloc_var(T.float32)
             seq_len = seq_lens[batch]
             used_runs = T.ceildiv(seq_len, RUN_TOKENS)
-            run_number = block * config.num_warps + warp
-            if block * config.num_warps < used_runs:
-                page = page_of_lane(run_number, row, labels)
-                run = Run.of(run_number, seq_len, page)
+            first_run = block * (config.num_warps * config.runs) + warp
+            run_number = first_run
+            if block * (config.num_warps * config.runs) < used_runs:
+                next_page = page_of_lane(run_number, row, labels)
                 query.load(q, channels, row, rows, sm_scale * LOG2_E)
-                for n in T.unroll(head_tiles):
-                    for h in T.unroll(2):
-                        largest[n, h] = -T.infinity(T.float32)
-                        mass[n, h] = 0.0
-                for step in T.serial(RUN_TILES // config.tiles):
-                    first = step * config.tiles
-                    if first < run.count:
-                        loaded.load(first, run, labels)
-                        for group in T.unroll(config.tiles // MASS_TILES):
-                            for j in T.unroll(MASS_TILES):
-                                tile = group * MASS_TILES + j
-                                multiply_labels(acc, loaded, tile, query, masks)
-                                for t in T.unroll(2):
-                                    is_token = run.token(first + tile, t) < seq_len
-                                    for n in T.unroll(head_tiles):
-                                        for h in T.unroll(2):
-                                            logit = score_of(acc, loaded, tile, t, n, h, query, 0.0)
-                                            size = T.reinterpret(logit, T.int32) & HIGHEST_KEY
-                                            logits[j * 2 + t, n, h] = T.if_then_else(
-                                                T.And(is_token, size < INFINITY_BITS),
-                                                logit,
-                                                -T.infinity(T.float32),
-                                            )
-                            for n in T.unroll(head_tiles):
-                                for h in T.unroll(2):
-                                    add_logits(largest, mass, logits, n, h)
-                for n in T.unroll(head_tiles):
-                    for h in T.unroll(2):
-                        for bit in T.unroll(3):
-                            other = T.shfl_xor(largest[n, h], QUAD << bit)
-                            other_mass = T.shfl_xor(mass[n, h], QUAD << bit)
-                            top, total = join_masses(largest[n, h], mass[n, h], other, other_mass)
-                            largest[n, h] = top
-                            mass[n, h] = total
-                        head = n * TILE_HEADS + lane * 2 + h
-                        if quad == 0 and head < num_heads and run_number < used_runs:
-                            parts[batch, kv_head, run_number, head, 0] = largest[n, h]
-                            parts[batch, kv_head, run_number, head, 1] = mass[n, h]
+                for turn in T.serial(config.runs):
+                    run_number = first_run + turn * config.num_warps
+                    page = next_page
+                    if turn + 1 < config.runs:
+                        next_page = page_of_lane(run_number + config.num_warps, row, labels)
+                    run = Run.of(run_number, seq_len, page)
+                    for n in T.unroll(head_tiles):
+                        for h in T.unroll(2):
+                            largest[n, h] = -T.infinity(T.float32)
+                            mass[n, h] = 0.0
+                    each_tiles(
+                        run, loaded, ahead, labels,
+                        lambda tiles, first: add_masses(masses, tiles, first, run, query, seq_len),
+                    )  # fmt: skip
+                    masses.join()
+                    for n in T.unroll(head_tiles):
+                        for h in T.unroll(2):
+                            head = n * TILE_HEADS + lane * 2 + h
+                            if quad == 0 and head < num_heads and run.count > 0:
+                                parts[batch, kv_head, run_number, head, 0] = largest[n, h]
+                                parts[batch, kv_head, run_number, head, 1] = mass[n, h]
 
                 T.sync_threads()
                 if thread == 0:
                     before = T.atomic_add(
                         arrived[batch, kv_head], 1, memory_order="acq_rel", return_prev=True
                     )
-                    is_last[0] = before == T.ceildiv(used_runs, config.num_warps) - 1
+                    is_last[0] = before == T.ceildiv(seq_len, config.block_tokens) - 1
                 T.sync_threads()
                 if is_last[0]:
                     for turn in T.serial(T.ceildiv(num_heads, config.num_warps)):
@@ -456,17 +540,61 @@ def label_mass_kernel(page_size: int, dtype: str, rows: TokenRows, config: Label
     return label_mass
 
 
+class Scoring(NamedTuple):
+    """What a warp scores its tiles with, and where to."""
+
+    query: LabelQuery
+    offsets: Buffer  # [head_tiles, 2] f32, of this lane's heads
+    num_heads: int
+    masks: Masks
+    acc: Buffer  # [head_tiles, 4] f32
+    best: Buffer  # [2, lane_tokens] f32: this lane's scores in two tiles
+    scores: Buffer  # [batch_size, num_rows, capacity] f32
+    bins: RowBins
+    row: Row
+    open_tokens: OpenTokens
+
+
 @T.macro
-def best_of_heads(acc, loaded, i, t, query, offsets, num_heads):
+def best_of_heads(loaded, i, t, scoring):
     """The score of this thread's t-th token: the largest over the heads of a row, which the lanes
     of a quad share out. NaN where all are."""
     best = T.alloc_var(T.float32)
-    best = score_of(acc, loaded, i, t, 0, 0, query, offsets[0, 0])
+    acc, offsets, num_heads = scoring.acc, scoring.offsets, scoring.num_heads
+    best = score_of(acc, loaded, i, t, 0, 0, scoring.query, offsets[0, 0])
     if num_heads > 1:
-        for n in T.unroll(offsets.shape[0]):
-            for h in T.unroll(2):
-                best = T.max(best, score_of(acc, loaded, i, t, n, h, query, offsets[n, h]))
+        for n, h in list(itertools.product(range(int(offsets.shape[0])), range(2)))[1:]:
+            other = score_of(acc, loaded, i, t, n, h, scoring.query, offsets[n, h])
+            best = T.max(best, other)
     return join_lanes(best, max(next_power_of_two(min(num_heads, TILE_HEADS)) // 2, 1), T.max)
+
+
+@T.macro
+def score_tiles(loaded, first, run, scoring):
+    """Scores the tiles of a run that are loaded, two at once, and counts them."""
+    best, scores, row = scoring.best, scoring.scores, scoring.row
+    score = T.alloc_var(T.float32)
+    token = T.alloc_var(T.int32)
+    _, lane = place_in_quad()
+    for pair in T.unroll(loaded.codes.shape[0] // 2):
+        for half in T.unroll(2):
+            multiply_labels(scoring.acc, loaded, pair * 2 + half, scoring.query, scoring.masks)
+            for t in T.unroll(loaded.lane_tokens):
+                best[half, t] = best_of_heads(loaded, pair * 2 + half, t, scoring)
+        # The lanes of a quad share out its four tokens.
+        if loaded.lane_tokens == 1:
+            score = T.if_then_else(lane % 2 == 0, best[0, 0], best[1, 0])
+            token = run.token(first + pair * 2 + lane % 2, 0, 1)
+        else:
+            score = T.if_then_else(
+                lane < 2,
+                T.if_then_else(lane == 0, best[0, 0], best[0, 1]),
+                T.if_then_else(lane == 2, best[1, 0], best[1, 1]),
+            )
+            token = run.token(first + pair * 2 + lane // 2, lane % 2, 2)
+        if token < row.seq_len:
+            scores[row.batch, row.kv_head, token] = score
+            scoring.bins.add(scoring.open_tokens.key(token, score))
 
 
 @tilelang.jit(pass_configs=THREAD_LEVEL)
@@ -484,7 +612,7 @@ def label_score_kernel(page_size: int, dtype: str, rows: TokenRows, config: Labe
     unit, units = rows.labels.lane_words
     head_tiles = -(-num_heads // TILE_HEADS)
     masks = Masks(r, rows.labels.bits)
-    grid = (T.ceildiv(max_pages * page_size, RUN_TOKENS * config.num_warps), num_rows, batch_size)
+    grid = (T.ceildiv(max_pages * page_size, config.block_tokens), num_rows, batch_size)
 
     @T.prim_func
     def label_scores(
@@ -505,21 +633,23 @@ def label_score_kernel(page_size: int, dtype: str, rows: TokenRows, config: Labe
             start_early(config.pdl)
             thread = T.get_thread_binding()
             _, lane = place_in_quad()
-            row = Row(batch, kv_head)
+            seq_len = seq_lens[batch]
+            row = Row(batch, kv_head, seq_len)
             labels = LabelCache(codes, scale_zero, page_table, kv_head // rows.rows_per_label)
             row_bins = RowBins.allocate(config.num_warps * 32)
             query = LabelQuery.allocate(rows)
             loaded = LoadedLabels.allocate(config.tiles, rows)
+            ahead = LoadedLabels.allocate(config.tiles, rows)
             acc = T.alloc_local((head_tiles, 4), T.float32)
             offsets = T.alloc_local((head_tiles, 2), T.float32)
-            best = T.alloc_local((4,), T.float32)  # of two tiles
-            score = T.alloc_var(T.float32)
-            seq_len = seq_lens[batch]
+            best = T.alloc_local((2, rows.lane_tokens), T.float32)
+            run_number = T.alloc_var(T.int32)
+            page = T.alloc_var(T.int32)
+            next_page = T.alloc_var(T.int32)
             open_tokens = OpenTokens.of(seq_len, num_sink_tokens, num_recent_tokens)
-            if block * (config.num_warps * RUN_TOKENS) < seq_len:
-                run_number = block * config.num_warps + thread // 32
-                page = page_of_lane(run_number, row, labels)
-                run = Run.of(run_number, seq_len, page)
+            if block * config.block_tokens < seq_len:
+                first_run = block * (config.num_warps * config.runs) + thread // 32
+                next_page = page_of_lane(first_run, row, labels)
                 query.load(q, channels, row, rows, sm_scale * LOG2_E if num_heads > 1 else 1.0)
                 for n in T.unroll(head_tiles):
                     for h in T.unroll(2):
@@ -529,27 +659,19 @@ def label_score_kernel(page_size: int, dtype: str, rows: TokenRows, config: Labe
                             offsets[n, h] = norms[batch, kv_head, head] - norms[batch, kv_head, 0]
                 row_bins.clear()
                 T.sync_threads()
-                for step in T.serial(RUN_TILES // config.tiles):
-                    first = step * config.tiles
-                    if first < run.count:
-                        loaded.load(first, run, labels)
-                        for pair in T.unroll(config.tiles // 2):
-                            for half in T.unroll(2):
-                                multiply_labels(acc, loaded, pair * 2 + half, query, masks)
-                                for t in T.unroll(2):
-                                    best[half * 2 + t] = best_of_heads(
-                                        acc, loaded, pair * 2 + half, t, query, offsets, num_heads
-                                    )
-                            # The lanes of a quad share out its four tokens.
-                            score = T.if_then_else(
-                                lane < 2,
-                                T.if_then_else(lane == 0, best[0], best[1]),
-                                T.if_then_else(lane == 2, best[2], best[3]),
-                            )
-                            token = run.token(first + pair * 2 + lane // 2, lane % 2)
-                            if token < seq_len:
-                                scores[batch, kv_head, token] = score
-                                row_bins.add(open_tokens.key(token, score))
+                scoring = Scoring(
+                    query, offsets, num_heads, masks, acc, best, scores, row_bins, row, open_tokens
+                )
+                for turn in T.serial(config.runs):
+                    run_number = first_run + turn * config.num_warps
+                    page = next_page
+                    if turn + 1 < config.runs:
+                        next_page = page_of_lane(run_number + config.num_warps, row, labels)
+                    run = Run.of(run_number, seq_len, page)
+                    each_tiles(
+                        run, loaded, ahead, labels,
+                        lambda tiles, first: score_tiles(tiles, first, run, scoring),
+                    )  # fmt: skip
                 T.sync_threads()
                 row_bins.add_to(bins, batch, kv_head)
 

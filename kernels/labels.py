@@ -59,6 +59,12 @@ class TokenRows(NamedTuple):
     rows_per_label: int  # rows that read the same label head
     labels: LabelShape
 
+    @property
+    def lane_tokens(self) -> int:
+        """Tokens of a tile that a lane scores. Two lanes of a quad hold the products of up to four
+        heads: then these two score the quad's first token, and the other two its second."""
+        return 1 if self.heads <= 4 else 2
+
 
 def token_rows(group: str, group_size: int, labels: LabelShape) -> TokenRows:
     """The rows of one KV head."""

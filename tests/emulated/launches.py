@@ -185,7 +185,7 @@ def score_labels_emulated(q, cache, rows: TokenRows, windows: tuple[int, int], c
         head_dim=cache.head_dim, num_label_heads=channels.shape[0], num_runs=num_runs,
         capacity=cache.capacity, **sizes(cache),
     )  # fmt: skip
-    grid = (-(-num_runs // config.num_warps), num_rows, cache.batch_size)
+    grid = (-(-cache.capacity // config.block_tokens), num_rows, cache.batch_size)
     static = (cache.page_size, "float16", rows, config)
     if rows.heads > 1:
         arrived = torch.zeros(cache.batch_size, num_rows, dtype=torch.int32)

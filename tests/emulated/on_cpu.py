@@ -10,7 +10,7 @@ from tilelang.jit import JITImpl
 
 from tests.doubles import fake_gpu
 from tests.emulated.emulate import emulated
-from twilight_tilelang.kernels import extend, label_scores, launch, mirror, top_tokens
+from twilight_tilelang.kernels import extend, launch, mirror, top_tokens
 from twilight_tilelang.kernels.requests import cache_launches
 
 # Grid and threads of kernels, by their symbolic sizes and what they are compiled for.
@@ -35,7 +35,7 @@ LAUNCHED = {
 
 
 def _label_launch(n: dict, page_size: int, dtype: str, rows, config) -> tuple[tuple, int]:
-    blocks = -(-n["max_pages"] * page_size // (label_scores.RUN_TOKENS * config.num_warps))
+    blocks = -(-n["max_pages"] * page_size // config.block_tokens)
     return (blocks, n["num_rows"], n["batch_size"]), config.num_warps * 32
 
 

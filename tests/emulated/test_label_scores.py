@@ -25,7 +25,7 @@ CASES = {
 }
 CONFIGS = {
     "default": LabelScoreConfig(),
-    "one-warp": LabelScoreConfig(num_warps=1, tiles=4),
+    "one-warp": LabelScoreConfig(num_warps=1, tiles=8, runs=1),
 }
 
 

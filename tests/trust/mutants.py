@@ -247,7 +247,7 @@ MUTANTS = (
     ),
     Mutant(
         "a run's last token is not counted", "label_scores.py",
-        "run.token(first + tile, t) < seq_len", "run.token(first + tile, t) < seq_len - 1",
+        "loaded.lane_tokens) < seq_len", "loaded.lane_tokens) < seq_len - 1",
         TOKENS, LABEL_SCORED,
     ),
     Mutant(
