@@ -70,7 +70,8 @@ def write_table(readme: Path = README, folder: Path = CONFIGS) -> None:
 
 
 def _gain_table(configs: Configs) -> str:
-    specs = {kernel: spec for kernel, spec in SPECS.items() if kernel in configs.entries}
+    shapes = [shape_of_workload(workload) for workload in WORKLOADS]
+    specs = {name: spec for name, spec in SPECS.items() if any(map(spec.applies, shapes))}
     columns = (
         kernel if kernel == spec.stage else f"{kernel} (whole {spec.stage})"
         for kernel, spec in specs.items()

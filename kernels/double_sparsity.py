@@ -74,7 +74,7 @@ def select_tokens(
     cache: PagedKVCache,
     token_budget: int,
     *,
-    group: str = "shared",
+    group: str = "own",
     sm_scale: float | None = None,
     num_sink_tokens: int = 0,
     num_recent_tokens: int = 0,

@@ -57,7 +57,7 @@ def test_select_tokens_takes_the_references(name):
 
 def test_a_budget_for_every_token_lists_all():
     q, cache = labelled("gqa4")
-    tokens, counts, _ = kernels.select_tokens(q, cache, 10**6)
+    tokens, counts, _ = kernels.select_tokens(q, cache, 10**6, group="shared")
     assert torch.equal(counts, cache.seq_lens[:, None].expand_as(counts))
     for row, length in zip(tokens, cache.seq_lens.tolist(), strict=True):
         assert torch.equal(row[:, :length], torch.arange(length).int().expand(2, -1))
