@@ -303,11 +303,6 @@ MUTANTS = (
         TOKENS, TOKENS_ESTIMATED,
     ),
     Mutant(
-        "codes of what stands behind a list", "estimate_tiles.py",
-        "index < end, self.next_physical[i, t], 0)", "index <= end, self.next_physical[i, t], 0)",
-        TOKENS, TOKENS_ESTIMATED,
-    ),
-    Mutant(
         "a listed token looked up as if it were a page", "estimate_tiles.py",
         "page_entries = candidates.page_size // candidates.run", "page_entries = 1",
         TOKENS, TOKENS_ESTIMATED,
