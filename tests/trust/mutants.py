@@ -59,6 +59,7 @@ TOKENS_PRUNED = of_tokens("both_forms and gqa4 and not own and not padded")
 TOKENS_BOUNDED = of_tokens("bound_matches and gqa4 and not own and not padded")
 OWN_ESTIMATED = of_tokens("estimated_logits and own-gqa4 and few and not padded")
 OWN_PRUNED = of_tokens("both_forms and own-gqa4 and not padded")
+OWN_UNKNOWN = of_tokens("a_head_without")
 OWN_BOUNDED = of_tokens("bound_matches and own-gqa4 and not padded")
 OWN_ATTENDED = (
     "tests/emulated/test_attention.py",
@@ -303,11 +304,6 @@ MUTANTS = (
         TOKENS, TOKENS_ESTIMATED,
     ),
     Mutant(
-        "codes of what stands behind a list", "estimate_tiles.py",
-        "index < end, self.next_physical[i, t], 0)", "index <= end, self.next_physical[i, t], 0)",
-        TOKENS, TOKENS_ESTIMATED,
-    ),
-    Mutant(
         "a listed token looked up as if it were a page", "estimate_tiles.py",
         "page_entries = candidates.page_size // candidates.run", "page_entries = 1",
         TOKENS, TOKENS_ESTIMATED,
@@ -383,8 +379,8 @@ MUTANTS = (
         "return forced", TOKENS, OWN_PRUNED,
     ),
     Mutant(
-        "at p = 1 a head keeps what is another's", "top_p.py",
-        "if is_own(candidate):", "if T.bool(True):", TOKENS, OWN_PRUNED,
+        "a head without a softmax keeps what is another's", "top_p.py",
+        "if is_own(candidate):", "if T.bool(True):", TOKENS, OWN_UNKNOWN,
     ),
     Mutant(
         "kept tokens listed as if they were neighbours", "top_p.py",

@@ -69,7 +69,7 @@ def every_stage(case: Case) -> None:
         logits = kernels.estimate_logits(q, cache, step.candidates)
         kept = kernels.prune_top_p(logits, cache, step.candidates, top_p)
         kernels.flash_topk_attention(q, cache, kept)
-    rng = torch.Generator("cuda").manual_seed(0)
+    rng = torch.Generator(q.device).manual_seed(0)
     for group_size in (None, q.shape[1] // cache.num_kv_heads):
         tokens = random_tokens(kernels, cache, 64, rng, group_size)
         logits = kernels.estimate_logits(q, cache, tokens)
