@@ -59,11 +59,11 @@ def every_stage(case: Case) -> None:
     channels = torch.arange(64, dtype=torch.int32, device="cuda").repeat(cache.num_kv_heads, 1)
     labelled = cache.with_labels(kernels.LabelFormat(channels, 2))
     for group in ("own", "shared"):
-        step = kernels.TwilightDecode(
+        by_labels = kernels.TwilightDecode(
             labelled, q.shape[1], token_budget=64, selector="double_sparsity", group=group
         )
         labelled.append(token, token)
-        step.run(q, labelled)
+        by_labels.run(q, labelled)
     factor = torch.full_like(cache.k_offset, 0.5)
     smooth = build_cache(kernels, tensors._replace(k_offset=(cache.k_offset, factor)))
     poison_unused(smooth)
