@@ -15,13 +15,13 @@ from twilight_tilelang.kernels.attention import ATTENTION_KERNELS
 from twilight_tilelang.kernels.split_kv import AttentionConfig, merge_kernel, plan_kernel
 
 
-@pytest.mark.parametrize("source", ["tokens", "head_tokens", "pages", "all"])
 @pytest.mark.parametrize(
-    "inputs, form",
+    "inputs, form, source",
     [
-        (name, form)
+        pytest.param(name, form, source, marks=pytest.mark.xdist_group(f"emulated {form} {source}"))
         for name, shape in SHAPES.items()
         for form in forms_for(shape.num_qo_heads // shape.num_kv_heads)
+        for source in ("tokens", "head_tokens", "pages", "all")
     ],
     indirect=["inputs"],
 )
