@@ -95,7 +95,7 @@ def estimate_emulated(q, cache, candidates, config, folder) -> torch.Tensor:
 
 def prune_emulated(
     logits, cache, candidates, top_p, windows, config, folder, width_bound: int | None = None
-):  # fmt: skip
+):
     """The kernel's (kept_tokens, kept_counts, kept_mass), its list of items checked. Where rows of
     several widths are to share a kernel, it has a bound of all."""
     group_size, width = logits.shape[1] // cache.num_kv_heads, logits.shape[2]
@@ -189,7 +189,7 @@ def score_labels_emulated(q, cache, rows: TokenRows, windows: tuple[int, int], c
         head_dim=cache.head_dim, num_label_heads=channels.shape[0], num_runs=num_runs,
         capacity=cache.capacity, **sizes(cache),
     )  # fmt: skip
-    grid = (-(-cache.capacity // config.block_tokens), num_rows, cache.batch_size)
+    grid = (-(-num_runs // config.num_warps), num_rows, cache.batch_size)
     static = (cache.page_size, "float16", rows, config)
     if rows.heads > 1:
         arrived = torch.zeros(cache.batch_size, num_rows, dtype=torch.int32)

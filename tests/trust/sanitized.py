@@ -26,6 +26,7 @@ from tests.inputs.token_lists import random_tokens
 from twilight_tilelang.kernels import attention, tuned
 from twilight_tilelang.kernels.attention import WorkList
 from twilight_tilelang.kernels.estimator import EstimatorConfig
+from twilight_tilelang.kernels.label_scores import TokenScores
 from twilight_tilelang.kernels.lists import CandidatePages, CandidateTokens
 from twilight_tilelang.kernels.page_scores import PageScoreConfig
 from twilight_tilelang.kernels.pruner import PrunerConfig
@@ -58,6 +59,7 @@ def every_stage(case: Case) -> None:
         step.run(q, cache)
     channels = torch.arange(64, dtype=torch.int32, device="cuda").repeat(cache.num_kv_heads, 1)
     labelled = cache.with_labels(kernels.LabelFormat(channels, 2))
+    poison_unused(labelled)
     for group in ("own", "shared"):
         by_labels = kernels.TwilightDecode(
             labelled, q.shape[1], token_budget=64, selector="double_sparsity", group=group
@@ -77,9 +79,12 @@ def every_stage(case: Case) -> None:
         logits = kernels.estimate_logits(q, cache, step.candidates)
         kept = kernels.prune_top_p(logits, cache, step.candidates, top_p)
         kernels.flash_topk_attention(q, cache, kept)
-    rng = torch.Generator(q.device).manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
+    sizes = {name: getattr(cache, name) for name in ("batch_size", "num_kv_heads", "capacity")}
+    lengths = SimpleNamespace(seq_lens=cache.seq_lens.cpu(), **sizes)
     for group_size in (None, q.shape[1] // cache.num_kv_heads):
-        tokens = random_tokens(kernels, cache, 64, rng, group_size)
+        drawn = random_tokens(kernels, lengths, 64, rng, group_size)
+        tokens = CandidateTokens(*(own if own is None else own.cuda() for own in drawn))
         logits = kernels.estimate_logits(q, cache, tokens)
         kept = kernels.prune_top_p(logits, cache, tokens, 0.9, **WINDOWS)
         kernels.bound_kept_mass(q, cache, tokens, logits, kept)
@@ -131,7 +136,7 @@ def poison_what_is_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     the last is written here, or initcheck would stop; to use it is an access that memcheck sees."""
     for owner, name in (
         *((Selection, "scores"), (CandidatePages, "pages"), (WorkList, "items")),
-        *((CandidateTokens, "tokens"), (CandidateTokens, "heads")),
+        *((CandidateTokens, "tokens"), (CandidateTokens, "heads"), (TokenScores, "scores")),
     ):
         monkeypatch.setattr(owner, "allocate", poisoned(owner.allocate, name))
     scores = SimpleNamespace(empty=lambda *sizes, **at: torch.full(sizes, torch.nan, **at))
@@ -141,8 +146,8 @@ def poison_what_is_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
 def poisoned(allocate: Callable[..., NamedTuple], name: str) -> Callable[..., NamedTuple]:
     """The same, one of its tensors filled with what is no score, page or item."""
 
-    def allocated(*arguments: object) -> NamedTuple:
-        memory = allocate(*arguments)
+    def allocated(*arguments: object, **named: object) -> NamedTuple:
+        memory = allocate(*arguments, **named)
         tensor = getattr(memory, name)
         if tensor is not None:
             tensor.fill_(poison(tensor.dtype))
