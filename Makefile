@@ -75,10 +75,10 @@ tune: $(READY)  ## search launch configs on this GPU: [STAGE=pruner] [WORKLOAD=g
 	@$(PYTHON) -m twilight_tilelang.autotune.tune $(if $(STAGE),--stage $(STAGE)) $(if $(WORKLOAD),--workload $(WORKLOAD)) \
 		$(if $(FORCE),--force) $(if $(BUDGET_MINUTES),--minutes $(BUDGET_MINUTES))
 
-bench: $(READY)  ## check, time, save rows, draw: [FULL=1] [STAGE=pruner] [WORKLOAD=gqa-32k] [FORCE=1] [MINUTES=8]; whole models: MODEL=1
+bench: $(READY)  ## check, time, save rows, draw: [FULL=1] [STAGE=pruner] [WORKLOAD=gqa-32k] [FORCE=1] [MINUTES=8]; whole models: MODEL=1 [GPUS=2]
 	@$(PYTHON) -c '$(NEED_PACKAGES)'
-	@$(PYTHON) -m twilight_tilelang.autotune.precompile $(if $(WORKLOAD),--workload $(WORKLOAD)) $(if $(FULL),--full) $(if $(MODEL),--model) \
-		&& $(PYTHON) -m twilight_tilelang.profiling.bench $(if $(MODEL)$(STAGE),--stage $(if $(MODEL),model,$(STAGE))) $(if $(WORKLOAD),--workload $(WORKLOAD)) \
+	@$(PYTHON) -m twilight_tilelang.autotune.precompile $(if $(WORKLOAD),--workload $(WORKLOAD)) $(if $(FULL),--full) $(if $(MODEL),--model) $(if $(GPUS),--gpus $(GPUS)) \
+		&& $(PYTHON) $(if $(GPUS),-m torch.distributed.run --standalone --nproc-per-node $(GPUS)) -m twilight_tilelang.profiling.bench $(if $(MODEL)$(STAGE),--stage $(if $(MODEL),model,$(STAGE))) $(if $(WORKLOAD),--workload $(WORKLOAD)) \
 		$(if $(FULL),--full) $(if $(FORCE),--force) $(if $(MINUTES),--minutes $(MINUTES)) \
 		$(if $(COMMIT),--commit $(COMMIT)); status=$$?; $(PYTHON) -m twilight_tilelang.plots.draw --present && exit $$status
 

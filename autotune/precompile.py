@@ -18,7 +18,12 @@ from twilight_tilelang.kernels.launch import Launch, StepShape
 from twilight_tilelang.kernels.plan import all_launches
 from twilight_tilelang.kernels.tuned import Planner
 from twilight_tilelang.profiling.workloads.choice import Choice
-from twilight_tilelang.profiling.workloads.models import GPU_MODELS, GPU_MODELS_FULL
+from twilight_tilelang.profiling.workloads.models import (
+    GPU_MODELS,
+    GPU_MODELS_FULL,
+    GPU_MODELS_SHARDED,
+    sharded,
+)
 from twilight_tilelang.profiling.workloads.standard import GPU_WORKLOADS
 from twilight_tilelang.profiling.workloads.sweeps import GPU_FULL
 from twilight_tilelang.profiling.workloads.workload import Workload
@@ -39,7 +44,7 @@ def shapes_of(workload: Workload) -> list[StepShape]:
 
 def jobs_of(workloads: Sequence[Workload], planner: Planner) -> list[Job]:
     """Every kernel once: of the whole step, and of its parts."""
-    shapes = (shape for workload in workloads for shape in shapes_of(workload))
+    shapes = (shape for workload in workloads for shape in shapes_of(workload.share()))
     every = (own for shape in shapes for own in (shape, shape._replace(launch_rows=shape.num_rows)))
     launches = (launch for shape in dict.fromkeys(every) for launch in all_launches(shape, planner))
     return list(dict.fromkeys(map(_job_of, launches)))
@@ -76,10 +81,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__)
     choice.add_options(parser)
     parser.add_argument("--model", action="store_true", help="kernels of whole models only")
+    parser.add_argument("--gpus", type=int, default=1, help="that share a whole model's heads")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         return 0
     chosen = choice.chosen(arguments.workload, full=arguments.full, model=arguments.model)
+    if arguments.gpus > 1:
+        chosen = sharded(GPU_MODELS_SHARDED, arguments.gpus)
     jobs = jobs_of(chosen, Planner.on(torch.device("cuda", torch.cuda.current_device())))
     started = time.monotonic()
     faults = compile_all(jobs)

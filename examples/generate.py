@@ -1,6 +1,6 @@
 """A model goes on with a text, dense and with Twilight: the text, tokens read, time per token.
 
-    python examples/generate.py path/to/model prompt.txt [--tokens 64] [--top-p 0.95]
+    python examples/generate.py path/to/model prompt.txt [--tokens 64] [--top-p 0.95] [--compile]
     torchrun --nproc-per-node 2 examples/generate.py ...    # each GPU has its share of the heads
 
 The folder is one of Hugging Face: Llama, Mistral, Qwen2, Qwen3 or SmolLM; nothing is downloaded
@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from twilight_tilelang import DecodeOptions
+from twilight_tilelang.integrations.merged_linear import merge_projections
 from twilight_tilelang.integrations.transformers import TwilightCache
 from twilight_tilelang.integrations.transformers_graph import CapturedDecode
 
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--token-budget", type=int, default=8192, help="candidates per KV head")
     parser.add_argument("--sink-tokens", type=int, default=16, help="always read")
     parser.add_argument("--dense-layers", type=int, default=2, help="the first so many")
+    parser.add_argument("--compile", action="store_true", help="fuse the model around attention")
     arguments = parser.parse_args()
     for path in (arguments.model / "config.json", arguments.prompt):
         if not path.is_file():
@@ -45,6 +47,8 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(arguments.model, **how, **local)
     model = model if SHARDED else model.to(DEVICE)
     model.eval().set_attn_implementation("twilight")
+    if arguments.compile and not SHARDED:
+        merge_projections(model)
     text = arguments.prompt.read_text()
     inputs = tokenizer(text, return_tensors="pt").to(model.device)
     num_layers, prompt = model.config.num_hidden_layers, inputs.input_ids.shape[1]
@@ -63,10 +67,10 @@ def main() -> None:
     sizes = model.config, prompt + arguments.tokens, options
     for name, dense_layers in (("dense", num_layers), ("Twilight", arguments.dense_layers)):
         cache = TwilightCache(*sizes, dense_layers)
-        tokens, seconds = go_on(model, inputs, cache, arguments.tokens)
+        tokens, seconds = go_on(model, inputs, cache, arguments.tokens, arguments.compile)
         say(f"\n{name}, {seconds * 1e3:.2f} ms a token:\n{tokenizer.decode(tokens)}")
     cache = TwilightCache(*sizes, arguments.dense_layers, record=True)  # costs time: not timed
-    go_on(model, inputs, cache, arguments.tokens)
+    go_on(model, inputs, cache, arguments.tokens, arguments.compile)
     record = cache.kept().of_all_ranks() if SHARDED else cache.kept()
     read = record.counts.float().mean(dim=(0, 2, 3)).tolist()
     say(f"\nTokens read per KV head of {prompt + arguments.tokens // 2}, mean of the steps:")
@@ -74,11 +78,13 @@ def main() -> None:
         say(f"  layer {number:3d}: {mean:8.1f}{' (dense)' * (number < arguments.dense_layers)}")
 
 
-def go_on(model, inputs, cache: TwilightCache, num_tokens: int) -> tuple[list[int], float]:
+def go_on(
+    model, inputs, cache: TwilightCache, num_tokens: int, compile: bool
+) -> tuple[list[int], float]:
     """The most likely tokens one by one, and the median seconds of one."""
     first = {"max_new_tokens": 1, "do_sample": False}
     tokens = [model.generate(**inputs, **first, cache=cache)[:, -1]]
-    step, seconds = CapturedDecode(model, cache), []
+    step, seconds = CapturedDecode(model, cache, compile=compile), []
     for _ in range(num_tokens - 1):
         start = time.perf_counter()
         tokens.append(step(tokens[-1]).argmax(-1))

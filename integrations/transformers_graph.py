@@ -6,6 +6,9 @@ import torch
 from transformers import PreTrainedModel
 
 from .transformers import TwilightCache
+from .transformers_compile import StepCache, running_on
+
+MOST_CODES = 64  # compiled for kinds of models and batch sizes in one process
 
 
 class CapturedDecode:
@@ -23,21 +26,31 @@ class CapturedDecode:
     Args:
         model: whose attention is "twilight".
         cache: that the prompts go through.
+        compile: whether torch.compile fuses what the model does around its attention: norms,
+            rotary embedding, activations and residuals. The first step then takes half a minute;
+            other steps of the same model and batch size find its code.
+        options: of torch.compile, such as `mode`.
 
     Raises:
+        ValueError: there are options, but nothing is compiled.
         NotImplementedError: a layer has no pages: caches of transformers move as they grow.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: TwilightCache) -> None:
+    def __init__(
+        self, model: PreTrainedModel, cache: TwilightCache, *, compile: bool = False, **options: Any
+    ) -> None:
         if len(cache.full_layers) < len(cache.layers):
             others = sorted(set(range(len(cache.layers))) - set(cache.full_layers))
             raise NotImplementedError(
                 f"cache: expected full attention in every layer to capture a step, "
                 f"got another kind in layers {others}"
             )
+        if options and not compile:
+            raise ValueError(f"compile: expected True with {', '.join(options)}, got {compile}")
         self.model, self.cache = model, cache
         self.pages: list[Any] = []  # that the graph reads
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.compiled = torch.compile(logits_of, fullgraph=True, **options) if compile else None
 
     @torch.no_grad()
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -79,8 +92,16 @@ class CapturedDecode:
 
     def forward(self) -> torch.Tensor:
         """The pass itself."""
-        positions = self.pages[0].seq_lens[:, None].long()
-        passed = self.model(
-            self.tokens, position_ids=positions, cache=self.cache, use_cache=True, logits_to_keep=1
-        )
-        return passed.logits[:, -1]
+        positions = self.pages[0].seq_lens[:, None].long()  # a copy: an append moves the lengths
+        if self.compiled is None:
+            return logits_of(self.model, self.cache, self.tokens, positions)
+        with running_on(self.cache), torch._dynamo.config.patch(recompile_limit=MOST_CODES):
+            return self.compiled(self.model, StepCache(), self.tokens, positions)
+
+
+def logits_of(
+    model: PreTrainedModel, cache: Any, tokens: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """Of the next token [batch_size, vocabulary], by tokens and positions [batch_size, 1]."""
+    passed = model(tokens, position_ids=positions, cache=cache, use_cache=True, logits_to_keep=1)
+    return passed.logits[:, -1]

@@ -120,7 +120,7 @@ class TwilightLayer(CacheLayerMixin):
         query, keys, values = (each[:, :, 0] for each in (query, keys, values))
         self.pages.append(keys, values)
         step = self.cache.step(self.pages, query.shape[1], sm_scale, self.dense)
-        out = step.run(query, self.pages)
+        out = step.run(query, self.pages, query.new_empty(query.shape))
         if self.cache.record:
             if self.dense:
                 counts = self.pages.seq_lens[:, None].repeat(1, keys.shape[1])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .cache import PagedKVCache, check_cache
-from .checks import check_choice, check_count
+from .checks import check_choice, check_count, check_tensor
 from .crossing import expected_times, fastest, read_bandwidth
 from .explain import explain
 from .launch import on_device
@@ -135,8 +135,10 @@ class TwilightDecode:
             raise AttributeError(f"path {self.path!r} has no estimator and no pruner")
         return self.stages
 
-    def run(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
-        """One step. Launches only, so that it can be captured; the next run overwrites `out`.
+    def run(
+        self, q: torch.Tensor, cache: PagedKVCache, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One step. Launches only, so that it can be captured.
 
         The batch of a captured step is cut into parts where that is faster; launched from Python,
         more launches would take longer than they save.
@@ -145,6 +147,8 @@ class TwilightDecode:
             q: [batch_size, num_qo_heads, head_dim] in the cache's dtype, of any strides where
                 channels are contiguous.
             cache: of the shape given at construction; its lengths may have grown.
+            out: of q's shape and dtype, contiguous, to write to; where None, the step's own, which
+                the next run overwrites.
 
         Returns:
             out [batch_size, num_qo_heads, head_dim] in q's dtype.
@@ -156,24 +160,27 @@ class TwilightDecode:
             expected, got = ("a" if each else "no" for each in (self.shape.smooth, cache.smooth))
             raise ValueError(f"cache: expected {expected} k_factor, as this step's, got {got}")
         if self.shape.tokens is not None and cache.label_shape != self.shape.tokens.labels:
-            own = self.shape.tokens.labels
+            labels = self.shape.tokens.labels
             raise ValueError(
-                f"cache: expected labels as this step's, {own}, got {cache.label_shape}"
+                f"cache: expected labels as this step's, {labels}, got {cache.label_shape}"
             )
-        out = self.out
-        if not (isinstance(q, torch.Tensor) and _like(q) == _like(out) and q.is_contiguous()):
+        own = self.out
+        if not (isinstance(q, torch.Tensor) and _like(q) == _like(own) and q.is_contiguous()):
             check_query(q, cache)
-            if q.shape != out.shape:
-                raise ValueError(f"q: expected shape {list(out.shape)}, got {list(q.shape)}")
-        with on_device(out.device):
+            if q.shape != own.shape:
+                raise ValueError(f"q: expected shape {list(own.shape)}, got {list(q.shape)}")
+        if out is not None:
+            check_tensor("out", out, own.shape, own.dtype, own.device, align=16)
+        written = own if out is None else out
+        with on_device(own.device):
             if self.parts:
                 capturing = torch.cuda.is_current_stream_capturing()
                 if capturing or not self._compiled:
-                    self._run_parts(q, cache)
+                    self._run_parts(q, cache, written)
                 if capturing:
-                    return out
+                    return written
                 self._compiled = True  # and the parts, so that a capture finds them so
-            return self.stages.run(q, cache)
+            return self.stages.run(q, cache, out)
 
     def explain(self) -> str:
         """What run() launches, and why: the path and the times it was chosen by, the parts, and
@@ -202,12 +209,12 @@ class TwilightDecode:
         plan = plan_sparse(shape, planner, self.options.bound_mass)
         return SparseStep(plan, memory, self._sparse.settings)
 
-    def _run_parts(self, q: torch.Tensor, cache: PagedKVCache) -> None:
+    def _run_parts(self, q: torch.Tensor, cache: PagedKVCache, out: torch.Tensor) -> None:
         current = torch.cuda.current_stream(q.device)
         for requests, part, stream in self.parts:
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
-                part.run(q[requests], cache.part(requests))
+                part.run(q[requests], cache.part(requests), out[requests])
         for _, _, stream in self.parts:
             current.wait_stream(stream)
 

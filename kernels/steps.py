@@ -77,7 +77,22 @@ def empty_out(cache: PagedKVCache, num_qo_heads: int) -> torch.Tensor:
     return torch.empty(sizes, dtype=cache.shape.dtype, device=cache.k_cache.device)
 
 
-class SparseStep:
+class WritingStep:
+    """A step with an output of its own, in whose place it may be given another."""
+
+    out: torch.Tensor  # [batch_size, num_qo_heads, head_dim]
+    grouped_out: torch.Tensor  # the same by KV head
+
+    def written(
+        self, out: torch.Tensor | None, cache: PagedKVCache
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is written to, and the same by KV head."""
+        if out is None:
+            return self.out, self.grouped_out
+        return out, by_kv_head(out, cache.num_kv_heads)
+
+
+class SparseStep(WritingStep):
     """Select, estimate, prune, attend. Each stage reads what the one before it left in memory."""
 
     def __init__(self, plan: SparsePlan, memory: SparseMemory, settings: Settings) -> None:
@@ -93,14 +108,16 @@ class SparseStep:
         self.listed = Listed.of(self.candidates)
         self.kept_list = Listed("tokens", kept.tokens, kept.counts)
 
-    def run(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
+    def run(
+        self, q: torch.Tensor, cache: PagedKVCache, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The stages in order."""
         q = by_kv_head(q, cache.num_kv_heads)
         self.select(q, cache)
         self.estimate_prune(q, cache)
         if self.plan.mass_bound is not None:
             self.bound(q, cache)
-        return self.attend(q, cache)
+        return self.attend(q, cache, out)
 
     def select(self, q: torch.Tensor, cache: PagedKVCache) -> None:
         """-> candidates."""
@@ -138,16 +155,19 @@ class SparseStep:
             self.grouped_logits, self.kept[:2], self.settings.sm_scale, self.grouped_bound,
         )  # fmt: skip
 
-    def attend(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, cache: PagedKVCache, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Attention over the kept tokens, which prune() has listed -> out."""
+        out, grouped_out = self.written(out, cache)
         attend(
             self.plan.attention, by_kv_head(q, cache.num_kv_heads), cache, self.kept_list,
-            self.memory.attention, self.grouped_out, self.settings.sm_scale,
+            self.memory.attention, grouped_out, self.settings.sm_scale,
         )  # fmt: skip
-        return self.out
+        return out
 
 
-class CandidateStep:
+class CandidateStep(WritingStep):
     """Select, and attend to every candidate: a selector alone, with the bits of page_attention."""
 
     def __init__(
@@ -167,28 +187,33 @@ class CandidateStep:
         self.out = empty_out(cache, num_qo_heads)
         self.grouped_out = by_kv_head(self.out, cache.num_kv_heads)
 
-    def run(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
+    def run(
+        self, q: torch.Tensor, cache: PagedKVCache, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The stages in order."""
         q = by_kv_head(q, cache.num_kv_heads)
         self.select(q, cache)
-        return self.attend(q, cache)
+        return self.attend(q, cache, out)
 
     def select(self, q: torch.Tensor, cache: PagedKVCache) -> None:
         """-> candidates."""
         sm_scale, window = self.settings
         select(self.plan.selector, q, cache, window, sm_scale, self.selection)
 
-    def attend(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, cache: PagedKVCache, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Attention over every token of the candidates -> out."""
+        out, grouped_out = self.written(out, cache)
         list_items(self.plan.attention, cache, self.listed, self.attention.work)
         attend(
             self.plan.attention, by_kv_head(q, cache.num_kv_heads), cache, self.listed,
-            self.attention, self.grouped_out, self.settings.sm_scale,
+            self.attention, grouped_out, self.settings.sm_scale,
         )  # fmt: skip
-        return self.out
+        return out
 
 
-class DenseStep:
+class DenseStep(WritingStep):
     """Attend to every token, with the bits of dense_attention."""
 
     def __init__(
@@ -205,12 +230,15 @@ class DenseStep:
         self.out = empty_out(cache, num_qo_heads)
         self.grouped_out = by_kv_head(self.out, cache.num_kv_heads)
 
-    def run(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
+    def run(
+        self, q: torch.Tensor, cache: PagedKVCache, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Lists the tokens of every row and attends to them -> out."""
+        out, grouped_out = self.written(out, cache)
         self.tokens.counts.copy_(cache.seq_lens[:, None].expand(self.tokens.counts.shape))
         list_items(self.plan.attention, cache, self.tokens, self.attention.work)
         attend(
             self.plan.attention, by_kv_head(q, cache.num_kv_heads), cache, self.tokens,
-            self.attention, self.grouped_out, self.settings.sm_scale,
+            self.attention, grouped_out, self.settings.sm_scale,
         )  # fmt: skip
-        return self.out
+        return out

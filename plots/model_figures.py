@@ -8,28 +8,39 @@ from .parts import BAND, METHODS, PROVIDERS, line, on_cpu, panels, point_text, t
 from .style import count, legend_below, ticks_at
 
 SIZES = ["workload", "batch_size", "seq_len"]
+PLACE = [*SIZES, "num_gpus"]
 NONE = "no attention at all"
 
 
 def model_rows(frames: Frames) -> pd.DataFrame:
-    """Rows of whole models: of dense decode the fastest, and for each row the time of that, as
-    dense_us, its provider, as dense, and the tokens per second."""
-    rows = frames["model"].sort_values([*SIZES, "median_us"])
-    rows = rows.drop_duplicates([*SIZES, "method"])
-    dense = rows[rows["method"] == "dense"].set_index(SIZES)[["median_us", "provider"]]
-    rows = rows.join(dense.set_axis(["dense_us", "dense"], axis=1), SIZES)
+    """Rows of whole models, compiled where they have been measured so, and of dense decode the
+    fastest. Beside each: the time of that as dense_us, its provider as dense; its own time
+    uncompiled as plain_us, and launched one by one as eager_us, where measured; the tokens per
+    second."""
+    rows = (
+        frames["model"]
+        .sort_values("median_us")
+        .sort_values([*PLACE, "compiled"], ascending=[*[True] * len(PLACE), False], kind="stable")
+    )
+    one = [*PLACE, "method"]
+    plain = rows[rows["compiled"] == 0].drop_duplicates(one).set_index(one)
+    plain = plain[["median_us", "host_us"]].set_axis(["plain_us", "eager_us"], axis=1)
+    rows = rows.drop_duplicates(one).join(plain, one)
+    dense = rows[rows["method"] == "dense"].set_index(PLACE)[["median_us", "provider"]]
+    rows = rows.join(dense.set_axis(["dense_us", "dense"], axis=1), PLACE)
     if rows["dense_us"].isna().any():
         raise MissingData("model.csv: expected dense decode of every size")
     return rows.assign(tokens_per_s=rows["batch_size"] / rows["median_us"] * 1e6)
 
 
 def model_length(frames: Frames) -> Figure:
-    """A token's time against the context, of a whole model captured as one CUDA graph: by the
+    """A token's time against the context, of a whole model on one GPU as one CUDA graph: by the
     fastest dense attention, Quest alone and Twilight, the first two layers dense, and by no
     attention at all, which is the floor; the numbers say how many times faster than dense. Right:
     tokens per second, all requests together. Weights are random, caches those that the benchmark
     makes up."""
     rows = model_rows(frames)
+    rows = rows[rows["num_gpus"] == 1].copy()
     rows[["median_us", "p20_us", "p80_us", "dense_us"]] /= 1e3  # drawn in ms
     lengths = rows.groupby(SIZES[:2])["seq_len"].nunique()
     shown = list(lengths[lengths > 1].index)

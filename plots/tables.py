@@ -21,7 +21,7 @@ from .frames import (
     standard_rows,
     steps,
 )
-from .model_figures import SIZES, model_rows
+from .model_figures import PLACE, SIZES, model_rows
 from .parts import METHODS, PROVIDERS, budget_rule, speedup, stage_words
 
 QUEST, OURS = "quest", "quest+twilight"
@@ -138,28 +138,32 @@ def memory_text(frames: Frames) -> str:
 
 def model_table(frames: Frames) -> str:
     """A token of a whole model, by each attention and by none."""
-    rows = model_rows(frames).sort_values(["workload", "batch_size", "seq_len"], kind="stable")
+    rows = model_rows(frames).sort_values(["num_gpus", *SIZES], kind="stable")
     lines = []
-    for (workload, batch_size, seq_len), every in rows.groupby(SIZES, sort=False):
+    for (workload, batch_size, seq_len, num_gpus), every in rows.groupby(PLACE, sort=False):
         by = {row.method: row for row in every.itertuples()}
         none, quest, ours = (by[name] for name in ("none", QUEST, OURS))
         dense = f"{ours.dense_us / 1e3:.2f} ({PROVIDERS[ours.dense]})"
-        eager = f"{ours.host_us / 1e3:.1f}" if ours.host_us == ours.host_us else "-"
+        plain, eager = (
+            f"{us / 1e3:.2f}" if us == us else "-" for us in (ours.plain_us, ours.eager_us)
+        )
+        name = workload if num_gpus == 1 else f"{workload}, {num_gpus} GPUs"
         lines.append(
-            f"{workload} | {batch_size} x {seq_len:,} | {none.median_us / 1e3:.2f} | {dense} "
+            f"{name} | {batch_size} x {seq_len:,} | {none.median_us / 1e3:.2f} | {dense} "
             f"| {quest.median_us / 1e3:.2f} | **{ours.median_us / 1e3:.2f}** "
-            f"| {speedup(every, ours)} | {ours.tokens_per_s:,.0f} | {eager}"
+            f"| {speedup(every, ours)} | {ours.tokens_per_s:,.0f} | {plain} | {eager}"
         )
     header = (
         "model | batch x tokens | no attention at all, ms | fastest dense, ms | Quest alone, ms "
-        "| **Quest + Twilight, ms** | speedup over dense | tokens/s | eager, ms"
+        "| **Quest + Twilight, ms** | speedup over dense | tokens/s | uncompiled, ms | eager, ms"
     )
     first = rows[rows["method"] == OURS].iloc[0]
     commits = ", ".join(sorted(map(str, rows["commit"].unique())))
     caption = (
         f"Milliseconds a token on {first.gpu.upper()}, {first['dtype']}: random weights in the "
         f"shape of the model, made-up queries and caches, the first two layers dense, p = "
-        f"{first.top_p:g}; one CUDA graph a token, but for the last column, Twilight's. "
+        f"{first.top_p:g}; one CUDA graph a token, compiled by torch.compile around its attention "
+        "on one GPU. The last two columns are Twilight's: not compiled, and launched one by one. "
         f"{_model_memory(frames, rows)}Measured at commit {commits}."
     )
     return _table(header, lines, caption)

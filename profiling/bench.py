@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from .ranks import meeting, num_ranks
 from .run import Run
 from .tables.report import report
 from .tables.rows import CPU_NOTE, TABLES
@@ -18,6 +19,7 @@ from .workloads import models
 from .workloads.choice import Choice
 from .workloads.standard import CPU_WORKLOADS, GPU_WORKLOADS
 from .workloads.sweeps import CPU_FULL, GPU_FULL, trace_workload
+from .workloads.workload import Workload
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,6 +29,9 @@ def main(argv: list[str] | None = None) -> int:
         choice = Choice(GPU_WORKLOADS, GPU_FULL, models.GPU_MODELS, models.GPU_MODELS_FULL)
     else:
         choice = Choice(CPU_WORKLOADS, CPU_FULL, models.CPU_MODELS, ())
+    if num_ranks() > 1:
+        shared = models.GPU_MODELS_SHARDED if on_gpu else models.CPU_MODELS
+        choice = Choice((), (), models.sharded(shared, num_ranks()), ())
     parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__)
     parser.add_argument(
         "--stage", choices=tuple(TABLES), help="measure this stage only; model: whole models"
@@ -42,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
     parser.add_argument("--commit", help="name of the code, where there is no git checkout")
     arguments = parser.parse_args(argv)
+    if num_ranks() > 1 and arguments.stage != "model":
+        parser.error("several processes measure --stage model alone")
     if arguments.trace is None and (arguments.token_budget or arguments.sink_tokens):
         parser.error("--token-budget and --sink-tokens are those of a --trace")
     stages = (arguments.stage,) if arguments.stage else tuple(TABLES)
@@ -58,6 +65,12 @@ def main(argv: list[str] | None = None) -> int:
             return 1
     if not on_gpu:
         print(CPU_NOTE)
+    with meeting(arguments.results) as arguments.results:
+        return measure(chosen, stages, arguments)
+
+
+def measure(chosen: list[Workload], stages: tuple[str, ...], arguments: argparse.Namespace) -> int:
+    """Measure, and say what there is now; 0 if all of it is measured and right."""
     run = Run(arguments)
     run.measure(chosen, stages)
     folder = run.folder / run.target.gpu

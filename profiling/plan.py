@@ -82,7 +82,10 @@ def _timed(workload: Workload, stage: str) -> list[Timed]:
     """A group for each variant, with the methods that its settings change."""
     groups, seen = [], set()
     for variant in workload.variants():
-        settings = {method: variant.settings(method) for method in workload.methods(stage)}
+        settings = {
+            method: (variant.settings(method), variant.compiled)
+            for method in workload.methods(stage)
+        }
         own = {method: value for method, value in settings.items() if (method, value) not in seen}
         seen |= set(own.items())
         if own:

@@ -21,6 +21,7 @@ from .plan import Group, Observed, Timed, groups_of, label, prepare
 from .providers.backends import TileLang, Torch
 from .providers.checks import CheckFailed
 from .providers.stages import Provider, StageBuilder, Target
+from .ranks import num_ranks
 from .tables.rows import Row
 from .tables.store import finished, raise_ceiling, write_rows
 from .workloads import traffic
@@ -49,7 +50,8 @@ class Run:
         self.folder: Path = arguments.results
         self.finished = finished(self.target.gpu, self.origin["commit"], self.folder)
         self.force = arguments.force
-        self.deadline = time.monotonic() + 60 * arguments.minutes
+        seconds = 60 * arguments.minutes if num_ranks() == 1 else math.inf  # ranks stop together
+        self.deadline = time.monotonic() + seconds
         self.failures: list[str] = []
         self.unfinished = self.num_rows = 0
         self.read_tbps = 0.0
@@ -142,7 +144,8 @@ class Run:
         num_bytes = traffic.bytes_moved(stage, method, provider.work)
         self._see_rate(num_bytes / measured.median_us * 1e-6)
         floor_us = num_bytes / self.read_tbps * 1e-6
-        eager = EAGER.get(stage) if self.on_gpu and group.workload.host_times else None
+        timed = self.on_gpu and group.workload.host_times and not group.workload.compiled
+        eager = EAGER.get(stage) if timed else None
         return Row(
             **group.workload.key(stage, method, provider.name, self.target.gpu),
             kept_mean=provider.kept.mean,

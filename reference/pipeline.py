@@ -116,8 +116,20 @@ class TwilightDecode:
         """What has the stages one by one: the step itself."""
         return self
 
-    def run(self, q: torch.Tensor, cache: PagedKVCache, *, dtype: Dtype = None) -> torch.Tensor:
-        """q: [batch_size, num_qo_heads, head_dim] -> out, of q's shape and dtype (or `dtype`)."""
+    def run(
+        self,
+        q: torch.Tensor,
+        cache: PagedKVCache,
+        out: torch.Tensor | None = None,
+        *,
+        dtype: Dtype = None,
+    ) -> torch.Tensor:
+        """q: [batch_size, num_qo_heads, head_dim] -> out, of q's shape and dtype (or `dtype`); a
+        new tensor where None."""
+        found = self._run(q, cache, dtype)
+        return found if out is None else out.copy_(found)
+
+    def _run(self, q: torch.Tensor, cache: PagedKVCache, dtype: Dtype) -> torch.Tensor:
         check_query(q, cache)
         if q.shape[1] != self.num_qo_heads:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,29 @@ def test_it_writes_both_texts_and_what_each_layer_read(
         ["layer", "0:", "42.5", "(dense)"],
         ["layer", "1:", "42.5"],
         ["layer", "2:", "42.5"],
+    ]
+
+
+def test_it_compiles_where_it_is_asked_to(example, tmp_path: Path, monkeypatch, capsys) -> None:
+    """The same texts; of 16 bits, in which fused sums are rounded elsewhere, the same lengths."""
+    merged, sizes = [], ("--tokens", "5", "--dense-layers", "1")
+    monkeypatch.setattr(example, "merge_projections", merged.append)
+    run(example, tmp_path, monkeypatch, *sizes)
+    plain = texts_of(capsys.readouterr().out)
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:  # where inductor takes long
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    run(example, tmp_path, monkeypatch, *sizes, "--compile")
+    fused = texts_of(capsys.readouterr().out)
+    assert fused == plain if on_cpu else [*map(len, fused)] == [*map(len, plain)]
+    assert len(merged) == 1
+
+
+def texts_of(said: str) -> list[str]:
+    """The lines under the two headings."""
+    lines = said.splitlines()
+    return [
+        lines[i + 1] for i, own in enumerate(lines) if own.startswith(("dense, ", "Twilight, "))
     ]
 
 

@@ -190,6 +190,23 @@ def test_parts_change_no_bit(case, selector, num_parts, rng):
         assert_same_results(cut, whole)
 
 
+@pytest.mark.parametrize("path", ["sparse", "candidates", "dense"])
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_run_writes_to_the_out_that_it_is_given(num_parts, path, rng):
+    """Launched and captured; the step's own out stays as it was."""
+    tensors = make_tensors(BASE, rng)
+    q, cache = tensors.q, build_cache(kernels, tensors)
+    step = make_step(cache, BASE, num_parts=num_parts, path=path)
+    expected = step.run(q, cache).clone()
+    step.out.fill_(7)
+    given = torch.full_like(expected, float("nan"))
+    assert step.run(q, cache, given) is given and torch.equal(given, expected)
+    graph = captured(lambda: step.run(q, cache, given))
+    given.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(given, expected) and (step.out == 7).all()
+
+
 @pytest.mark.parametrize("num_parts", [1, 2])
 @pytest.mark.parametrize("selector", ["quest", "full"])
 @pytest.mark.parametrize("case", [BASE, NAMED["mha-ragged"]], ids=str)

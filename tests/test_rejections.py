@@ -89,7 +89,7 @@ def valid_calls(cache, device: torch.device | str) -> dict[str, Call]:
         ),
         "dense_attention": Call(kernels.dense_attention, {"q": q, "cache": cache}),
         "TwilightDecode": Call(kernels.TwilightDecode, decode),
-        "run": Call(LazyStep(cache).run, {"q": q, "cache": cache}),
+        "run": Call(LazyStep(cache).run, {"q": q, "cache": cache, "out": torch.empty_like(q)}),
     }
 
 
@@ -141,8 +141,8 @@ class LazyStep:
     def step(self) -> kernels.TwilightDecode:
         return kernels.TwilightDecode(self.cache, 8, token_budget=64)
 
-    def run(self, q: torch.Tensor, cache) -> torch.Tensor:
-        return self.step.run(q, cache)
+    def run(self, q: torch.Tensor, cache, out: torch.Tensor) -> torch.Tensor:
+        return self.step.run(q, cache, out)
 
 
 def small_cache(package, device: torch.device | str):
@@ -289,9 +289,9 @@ TENSORS = {
     "flash_topk_attention": ("q", "kept_tokens", "kept_counts"),
     "page_attention": ("q", "candidate_pages", "candidate_counts"),
     "dense_attention": ("q",),
-    "run": ("q",),
+    "run": ("q", "out"),
 }
-READ_AS_VECTORS = {"q", "k", "v", "k_cache", "v_cache", "k_offset", *TENSORS["PagedKVCache"]}
+READ_AS_VECTORS = {"q", "out", "k", "v", "k_cache", "v_cache", "k_offset", *TENSORS["PagedKVCache"]}
 SPOILED = [
     pytest.param(name, tensor, how, id=f"{name}-{tensor}-{how}")
     for name, tensors in TENSORS.items()
@@ -327,7 +327,7 @@ SIZES = {  # function -> tensor -> the dimension that is made one shorter
     "flash_topk_attention": {"q": 2, "kept_tokens": 1, "kept_counts": 0},
     "page_attention": {"q": 0, "candidate_pages": 1, "candidate_counts": 1},
     "dense_attention": {"q": 2},
-    "run": {"q": 1},
+    "run": {"q": 1, "out": 1},
 }
 SHORTENED = [
     pytest.param(name, tensor, dim, id=f"{name}-{tensor}-{dim}")

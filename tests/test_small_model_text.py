@@ -4,7 +4,9 @@ Groups of 3 query heads of 64 channels. On a GPU 8k tokens in both 16-bit dtypes
 hundred, on the reference. TWILIGHT_MODEL names another folder.
 """
 
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,9 @@ import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
+from tests.test_generate_example import EXAMPLE  # noqa: E402
 from tests.test_transformers import assert_same_choice, generate  # noqa: E402
+from tests.test_transformers_compile import decoded  # noqa: E402
 from twilight_tilelang.integrations.small_model import FOLDER  # noqa: E402
 from twilight_tilelang.integrations.transformers import TwilightCache  # noqa: E402
 from twilight_tilelang.integrations.transformers_graph import CapturedDecode  # noqa: E402
@@ -76,6 +80,35 @@ def test_p_1_writes_what_dense_attention_does(
     for _ in range(NUM_TOKENS - 1):
         own.append(step(own[-1]).argmax(-1))
     assert torch.equal(torch.stack(own, dim=1), got.sequences[:, len(tokens) :])
+
+
+def test_a_compiled_step_writes_what_generate_does(
+    model: transformers.PreTrainedModel, tokens: torch.Tensor
+) -> None:
+    inputs = padded(tokens, LENGTHS["padded"])
+    model.set_attn_implementation("twilight")
+    cache = TwilightCache(model.config, MAX_TOKENS, DecodeOptions(selector="full", top_p=1.0))
+    expected = generate(model, inputs, cache=cache, max_new_tokens=NUM_TOKENS)
+    cache.reset()
+    backend = "inductor" if ON_GPU else "aot_eager"
+    got = decoded(model, inputs, cache, NUM_TOKENS - 1, compile=True, backend=backend)
+    assert_same_choice(got, expected, SHARES[model.dtype])
+
+
+def test_the_example_goes_on_with_the_text(
+    tokens: torch.Tensor, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    spec = importlib.util.spec_from_file_location("generate_example", EXAMPLE)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text(transformers.AutoTokenizer.from_pretrained(MODEL).decode(tokens))
+    given = [str(EXAMPLE), str(MODEL), str(prompt), "--tokens", "8", "--token-budget", "1024"]
+    monkeypatch.setattr(sys, "argv", given)
+    example.main()
+    said = capsys.readouterr().out
+    assert "ms a token" in said and "Twilight, " in said and said.count("  layer ") == 30
+    assert said.count("(dense)") == 2
 
 
 @torch.no_grad()

@@ -15,11 +15,14 @@ import torch
 transformers = pytest.importorskip("transformers", minversion="5.24")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
+from twilight_tilelang.profiling.tables.store import read_rows  # noqa: E402
+from twilight_tilelang.profiling.workloads.models import MODELS  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[1]
 NUM_KV_HEADS, RANKS = 4, 2
 # Largest difference of fp16 logits, as a share of the largest; where p prunes, another rounding may
 # keep another token.
-TOLERANCE = {"dense": 0.02, "everything": 0.02, "pruned": 0.1}
+TOLERANCE = {"dense": 0.02, "everything": 0.02, "pruned": 0.1, "compiled": 0.02}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +79,34 @@ def test_a_sharded_model_decodes_the_same_tokens(folder):
     for name in whole:
         assert sharded[name]["tokens"] == whole[name]["tokens"], name
         assert sharded[name]["counts"] == whole[name]["counts"], name
-    assert sharded["dense"]["tokens"] == sharded["everything"]["tokens"]
+    for name in ("everything", "compiled"):
+        assert sharded[name]["tokens"] == sharded["dense"]["tokens"], name
+
+
+def test_ranks_measure_a_model_together(tmp_path):
+    """The benchmark, on the CPU: the first rank writes and speaks for both."""
+    bench = ("-m", "twilight_tilelang.profiling.bench", "--stage", "model")
+    done = subprocess.run(
+        [sys.executable, *TORCHRUN, *bench, "--results", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = read_rows(tmp_path / "cpu-reference" / "model.csv")
+    assert set(rows["num_gpus"]) == {RANKS} and set(rows["num_kv_heads"]) == {2}
+    assert set(rows["method"]) == {"none", "dense", "quest", "quest+twilight"}
+    assert done.stdout.count(f"bench: {len(rows)} rows measured, 0 failed") == 1
+    weights = rows[rows["method"] == "none"]["bytes"].iloc[0]
+    assert weights == weights_of_one()
+
+
+def weights_of_one() -> int:
+    """Bytes that a rank reads of the tiny model's weights: half of its matrices, all norms."""
+    shape = MODELS["tiny"]
+    hidden, heads = shape.hidden_size, shape.num_qo_heads + shape.num_kv_heads
+    layer = 2 * hidden * heads * shape.head_dim + 3 * hidden * shape.mlp_size
+    matrices = shape.num_layers * layer + hidden * shape.vocab_size
+    return 4 * (matrices // RANKS + (2 * shape.num_layers + 1) * hidden)
 
 
 @pytest.mark.gpu

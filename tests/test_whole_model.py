@@ -18,7 +18,7 @@ from twilight_tilelang.profiling.observations.model_timeline import (  # noqa: E
     model_timeline_rows,
 )
 from twilight_tilelang.profiling.observations.timeline import Span  # noqa: E402
-from twilight_tilelang.profiling.plan import prepare  # noqa: E402
+from twilight_tilelang.profiling.plan import groups_of, prepare  # noqa: E402
 from twilight_tilelang.profiling.providers import checks, whole_model  # noqa: E402
 from twilight_tilelang.profiling.providers.backends import TileLang, Torch  # noqa: E402
 from twilight_tilelang.profiling.providers.stages import Target  # noqa: E402
@@ -76,6 +76,31 @@ def test_every_method_decodes_a_token_by_its_attention(builder: whole_model.Whol
             path = {"dense": "dense", "quest": "candidates"}.get(method, "sparse")
             step = reference.TwilightDecode(pages, 4, token_budget=64, top_p=0.85, path=path)
             torch.testing.assert_close(seen[layer].view(q.shape), step.run(q, pages))
+
+
+def test_a_compiled_token_is_the_same(builder: whole_model.WholeModel, monkeypatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    compiled = builder.variant(dataclasses.replace(WORKLOAD, compiled=True))
+    every = (own.providers("model", METHODS) for own in (builder, compiled))
+    for plain, fused in zip(*every, strict=True):
+        torch.testing.assert_close(fused.calls[0](), plain.calls[0]())
+        assert fused.check() == pytest.approx(plain.check())
+
+
+def test_both_forms_of_a_model_are_timed_on_the_same_caches() -> None:
+    groups = groups_of(dataclasses.replace(WORKLOAD, compiled=True, both_forms=True))
+    timed = [own for own in groups if own.stage == "model"]
+    assert [own.workload.compiled for own in timed] == [True, False]
+    assert {own.methods for own in timed} == {METHODS}
+    target = Target(Torch(), "cpu-reference", 0, print)
+    assert not set(timed[0].marks(target)) & set(timed[1].marks(target))
+    assert len(groups) == 2 + 2  # memory and the timeline are looked at once
+
+
+def test_a_share_has_its_heads_of_every_request() -> None:
+    share = dataclasses.replace(WORKLOAD, num_gpus=2).share()
+    assert (share.shape.num_qo_heads, share.shape.num_kv_heads) == (2, 1)
+    assert share.shape.lengths == WORKLOAD.shape.lengths and WORKLOAD.share() == WORKLOAD
 
 
 def test_the_new_token_is_the_model_s_own(builder: whole_model.WholeModel) -> None:

@@ -69,15 +69,21 @@ def _filled(cache: TwilightCache, sets: Any) -> TwilightCache:
 
 
 def decode_call(
-    model: Any, cache: TwilightCache, tokens: torch.Tensor, lengths: torch.Tensor, before: int
+    model: Any,
+    cache: TwilightCache,
+    tokens: torch.Tensor,
+    lengths: torch.Tensor,
+    before: int,
+    compiled: bool,
 ) -> Callable[[], torch.Tensor]:
     """What decodes `tokens` [batch_size, 1] as the last of every request, again in each call.
 
     Args:
         lengths: [num_layers, batch_size] int32, of the caches' requests.
         before: what every length is before the token.
+        compiled: whether torch.compile fuses the model around its attention.
     """
-    step = CapturedDecode(model, cache)
+    step = CapturedDecode(model, cache, compile=compiled)
     step.pages, step.tokens = [layer.pages for layer in cache.layers], tokens
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ its own as far as they fit the memory; the weights of all the others come betwee
 same pages.
 """
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from .. import device
 from ..timing import Calls
@@ -32,10 +34,14 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @functools.lru_cache(maxsize=1)  # the workloads of one model follow each other
-def random_model(name: str, num_positions: int, dtype: torch.dtype, where: str) -> Any:
-    """A model of transformers in a shape of `MODELS`, random weights, attention by the adapter."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
+def random_model(
+    name: str, num_positions: int, dtype: torch.dtype, where: str, sharded: bool = False
+) -> Any:
+    """A model of transformers in a shape of `MODELS`, random weights, attention by the adapter:
+    with its projections merged, or sharded over the processes of the run."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+    from twilight_tilelang.integrations.merged_linear import merge_projections
     from twilight_tilelang.integrations.transformers import NAME
 
     shape = MODELS[name]
@@ -51,9 +57,13 @@ def random_model(name: str, num_positions: int, dtype: torch.dtype, where: str) 
         attn_implementation=NAME,
     )
     torch.manual_seed(0)
+    if sharded:
+        made = {"config": config, "state_dict": {}, "dtype": dtype}
+        return LlamaForCausalLM.from_pretrained(None, **made, tp_plan="auto").eval()
     with torch.device(where):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    return model.to(where)  # if it is not there: a library may have changed what is made where
+    merge_projections(model)
+    return model
 
 
 class LayerSets(NamedTuple):
@@ -99,9 +109,10 @@ def layer_sets(workload: Workload, num_layers: int, target: Target) -> LayerSets
 
 def prepare_model(workload: Workload, target: Target) -> "WholeModel | None":
     """The model, and the caches of its layers; None if they do not fit this GPU."""
+    sharded, workload = workload.num_gpus > 1, workload.share()
     seq_len, dtype = workload.shape.max_seq_len, workload.shape.dtype
     positions = max(131_072, seq_len)
-    model = random_model(workload.model, positions, dtype, target.backend.device)
+    model = random_model(workload.model, positions, dtype, target.backend.device, sharded)
     sets = layer_sets(workload, model.config.num_hidden_layers, target)
     if sets is None:
         needed = pool_bytes(workload.shape) / 2**30
@@ -128,8 +139,8 @@ class WholeModel:
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(config.vocab_size, (shape.batch_size, 1), generator=generator)
         self.tokens = tokens.to(self.backend.device)
-        embedding = model.get_input_embeddings().weight.numel()
-        self.num_weights = sum(own.numel() for own in model.parameters()) - embedding
+        embedding = _local(model.get_input_embeddings().weight).numel()
+        self.num_weights = sum(_local(own).numel() for own in model.parameters()) - embedding
         self._decode(self._own("dense"))()  # the new token's keys, as every call will write them
 
     @property
@@ -139,8 +150,10 @@ class WholeModel:
         return {"weights": weights / (self.num_layers * shape.num_kv_heads * sum(shape.lengths))}
 
     def variant(self, workload: Workload) -> "WholeModel":
-        """The same: a model's workload has one setting."""
-        return self
+        """The same model and caches, compiled or not."""
+        variant = copy.copy(self)
+        variant.workload = workload.share()
+        return variant
 
     def providers(self, stage: str, methods: Sequence[str]) -> list[Provider]:
         """Ours of every method, and dense attention by others."""
@@ -157,7 +170,7 @@ class WholeModel:
 
     def _provider(self, method: str) -> Provider:
         if method == NONE:
-            nothing = [lambda query, _keys, _values: query] * self.num_layers
+            nothing = [lambda query, _keys, _values: query.clone()] * self.num_layers
             call = self._decode(self._given(nothing))
             return self._made(method, self.backend.provider, [call], partial(self._run, call, 1.0))
         cache = self._own(method)
@@ -277,7 +290,8 @@ class WholeModel:
         from .model_layers import decode_call
 
         before = self.workload.shape.max_seq_len - 1
-        return decode_call(self.model, cache, self.tokens, self.sets.lengths, before)
+        sizes = self.sets.lengths, before
+        return decode_call(self.model, cache, self.tokens, *sizes, self.workload.compiled)
 
     def _run(self, call: Callable[[], torch.Tensor], error: float = 0.0) -> float:
         """One token; raises CheckFailed unless its logits are finite."""
@@ -314,8 +328,13 @@ class WholeModel:
         )["cudnn"]
 
         def attend(call: Any, _query: Any, *new: torch.Tensor) -> torch.Tensor:
-            for copy, own in zip(call.args[2:], new, strict=True):  # K and V
-                copy[:, :, -1] = own
+            for pool, own in zip(call.args[2:], new, strict=True):  # K and V
+                pool[:, :, -1] = own
             return call()[:, :, 0]
 
         return [partial(attend, made[layer % wanted]) for layer in range(self.num_layers)]
+
+
+def _local(weight: torch.Tensor) -> torch.Tensor:
+    """What this GPU has of it."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight

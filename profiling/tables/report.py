@@ -12,7 +12,8 @@ SETUP = ["workload", "batch_size", "seq_len"]
 SETTING = [*SETUP, "method", "token_budget", "top_p"]
 SHOWN = [*SETUP, "stage", "method", "provider", "token_budget", "top_p", "kept_mean", "error"]
 SHOWN += ["median_us", "host_us", "TB/s", "reached", "speedup"]
-SHOWN_MODEL = [*SETUP, "method", "provider", "kept_mean", "error", "median_us", "host_us"]
+MODEL_SETUP = [*SETUP, "num_gpus", "compiled"]
+SHOWN_MODEL = [*MODEL_SETUP, "method", "provider", "kept_mean", "error", "median_us", "host_us"]
 SHOWN_MODEL += ["tokens/s", "attention_us", "reached"]
 RATES = ("TB/s", "reached", "speedup", "attention_us", "tokens/s")  # they mean nothing on a CPU
 SHOWN_OBSERVED = {
@@ -74,11 +75,11 @@ def _timed(frames: Mapping[str, pd.DataFrame], workloads: list[str]) -> pd.DataF
 
 def _whole(rows: pd.DataFrame) -> pd.DataFrame:
     """Tokens of whole models, with what attention adds to a model without any."""
-    none = rows[rows["method"] == "none"].set_index(SETUP)["median_us"]
-    rows = rows.join(none.rename("none_us"), on=SETUP)
+    none = rows[rows["method"] == "none"].set_index(MODEL_SETUP)["median_us"]
+    rows = rows.join(none.rename("none_us"), on=MODEL_SETUP)
     rows["attention_us"] = rows["median_us"] - rows["none_us"]
     rows["tokens/s"] = rows["batch_size"] / rows["median_us"] * 1e6
-    return rows.sort_values([*SETUP, "median_us"])
+    return rows.sort_values([*MODEL_SETUP, "median_us"])
 
 
 def _text(rows: pd.DataFrame) -> str:

@@ -59,6 +59,8 @@ class Row:
     sm_mhz: int = 0  # clock of the SMs while it was timed; 0: not recorded
     # Of one eager call, see timing.host_us; of a model, see timing.eager_us. Empty: not measured.
     host_us: float = math.nan
+    num_gpus: int = 1  # that share a model's heads; bytes are those of one
+    compiled: int = 0  # 1: torch.compile has fused the model around its attention
 
 
 @dataclass(frozen=True)
@@ -177,13 +179,14 @@ ROW_KEY = _names(Row)[: _names(Row).index("gpu") + 1]
 SETTING = _names(Setting)
 AT_ONCE = tuple(name for name in SETTING if name != "top_p")  # every p of a table is looked at
 TIMED = Table(Row, ROW_KEY, ROW_KEY)
+MODEL_KEY = (*ROW_KEY, "num_gpus", "compiled")
 OBSERVED = {
     "accuracy": Table(AccuracyRow, (*SETTING, "bits"), AT_ONCE),
     "kept": Table(KeptRow, (*SETTING, "kv_head"), AT_ONCE),
     "memory": Table(MemoryRow, (*SETTING, "part"), AT_ONCE),
     "timeline": Table(TimelineRow, (*SETTING, "timeline", "stage"), AT_ONCE),
 }
-TABLES = dict.fromkeys(TIMED_STAGES, TIMED) | OBSERVED
+TABLES = dict.fromkeys(STAGES, TIMED) | {"model": Table(Row, MODEL_KEY, MODEL_KEY)} | OBSERVED
 
 
 def table_of(row: AnyRow) -> str:

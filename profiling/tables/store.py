@@ -27,9 +27,9 @@ def read_rows(path: Path) -> pd.DataFrame:
     """Read one CSV file; ValueError if it does not conform to its table."""
     table = TABLES[path.stem]
     frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-    for name, default in table.defaults.items():
-        if name not in frame.columns:
-            frame[name] = str(default)
+    for place, name in enumerate(table.types):
+        if name not in frame.columns and name in table.defaults:
+            frame.insert(min(place, frame.shape[1]), name, str(table.defaults[name]))
     optional = [name for name, default in table.defaults.items() if default != default]  # nan
     frame[optional] = frame[optional].replace("", "nan")
     if tuple(frame.columns) != tuple(table.types):

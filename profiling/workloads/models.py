@@ -4,6 +4,7 @@ Their weights are random. A layer's cache holds the requests of a workload, one 
 model's own key and value become the last.
 """
 
+import dataclasses
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ MODELS = {
     "llama-2-7b": ModelShape(32, 4096, 11_008, 32_000, 32, 32, 128),
     "tiny": ModelShape(3, 64, 96, 128, 4, 2, 32),
 }
-EAGER = ((16, 32_768), (1, 32_768))  # batch x tokens that are timed uncaptured too
+BOTH_FORMS = ((16, 32_768), (1, 32_768))  # batch x tokens that are timed uncompiled too
 
 
 def _on_gpu(name: str, sizes: Iterable[tuple[int, int]]) -> tuple[Workload, ...]:
@@ -54,9 +55,11 @@ def _on_gpu(name: str, sizes: Iterable[tuple[int, int]]) -> tuple[Workload, ...]
             kept_mean=kept_of(model.num_kv_heads),
             stages=STAGES,
             dense_baselines=("flashinfer", "cudnn"),
-            host_times=(batch_size, seq_len) in EAGER,
+            host_times=(batch_size, seq_len) in BOTH_FORMS,
             model=name,
             dense_layers=2,
+            compiled=True,
+            both_forms=(batch_size, seq_len) in BOTH_FORMS,
         )
         for batch_size, seq_len in sizes
     )
@@ -73,6 +76,28 @@ GPU_MODELS_FULL = (
     *_on_gpu("llama-3.1-8b", [sizes for sizes in MORE if sizes not in TABLE]),
     *_on_gpu("llama-2-7b", [(1, seq_len) for seq_len in UP_TO_128K]),
     *_on_gpu("llama-2-7b", [(4, seq_len) for seq_len in UP_TO_128K[:3]]),
+)
+SHARDED = ((16, 32_768), (4, 131_072))
+
+
+def sharded(models: Iterable[Workload], num_gpus: int) -> tuple[Workload, ...]:
+    """Models whose heads several GPUs share, as transformers shards them; nothing is merged."""
+    return tuple(
+        dataclasses.replace(
+            model,
+            stages=("model",),
+            dense_baselines=(),
+            num_gpus=num_gpus,
+            compiled=False,
+            both_forms=model.compiled,
+            host_times=False,
+        )
+        for model in models
+    )
+
+
+GPU_MODELS_SHARDED = tuple(
+    own for own in GPU_MODELS if (own.shape.batch_size, own.shape.max_seq_len) in SHARDED
 )
 CPU_MODELS = tuple(
     Workload(

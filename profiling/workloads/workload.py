@@ -47,6 +47,9 @@ class Workload:
             its layers at the last position; accuracy.csv is of all positions.
         model: of models.MODELS, whose decode of a token is timed whole; None for one layer's step.
         dense_layers: of the model, the first so many attend to every token.
+        compiled: whether torch.compile has fused the model around its attention.
+        both_forms: afterwards the model is timed in the other form too.
+        num_gpus: that share the model's heads, each of them a process; the shape is all of it.
     """
 
     name: str
@@ -68,11 +71,15 @@ class Workload:
     trace: Path | None = None
     model: str | None = None
     dense_layers: int = 0
+    compiled: bool = False
+    both_forms: bool = False
+    num_gpus: int = 1
 
     def variants(self) -> "list[Workload]":
         """This workload once for every setting; the inputs are the same."""
         return [
-            dataclasses.replace(self, token_budget=token_budget, top_p=top_p)
+            dataclasses.replace(self, token_budget=token_budget, top_p=top_p, compiled=compiled)
+            for compiled in (self.compiled, not self.compiled)[: 1 + self.both_forms]
             for token_budget in self.token_budgets or (self.token_budget,)
             for top_p in self.top_ps or (self.top_p,)
         ]
@@ -117,7 +124,17 @@ class Workload:
             "group_size": shape.group_size,
             "max_pages": -(-shape.max_seq_len // shape.page_size),
             "page_budget": labels["token_budget"] // shape.page_size,
+            "num_gpus": self.num_gpus,
+            "compiled": int(self.compiled),
         }
+
+    def share(self) -> "Workload":
+        """What one of the GPUs has: its heads of every request."""
+        shape, count = self.shape, self.num_gpus
+        own = dict(
+            num_qo_heads=shape.num_qo_heads // count, num_kv_heads=shape.num_kv_heads // count
+        )
+        return dataclasses.replace(self, shape=dataclasses.replace(shape, **own))
 
     def work(self, method: str, kept_tokens: int | None = None) -> Work:
         """The work of one call; kept_tokens over all rows, by default what is expected."""

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tilelang.jit import JITImpl
+from torch.utils._device import _device_constructors
 
 from twilight_tilelang.kernels import launch as kernels
 from twilight_tilelang.kernels.gpu import check_machine, gpu_of
@@ -40,6 +41,7 @@ class GpuTensor(torch.Tensor):
 
 def install(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0)) -> None:
     """Until monkeypatch's undo, torch allocates `GpuTensor`s where it is asked for CUDA memory."""
+    _device_constructors()  # remembers, for `with torch.device(...)`, torch's own functions
     for name in CREATORS:
         monkeypatch.setattr(torch, name, _on_fake(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self.as_subclass(GpuTensor))

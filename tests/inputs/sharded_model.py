@@ -24,6 +24,7 @@ SETTINGS = {
     "dense": (DecodeOptions(selector="full", top_p=1.0), 2),
     "everything": (DecodeOptions(selector="full", top_p=1.0), 0),
     "pruned": (DecodeOptions(selector="full", top_p=0.85), 1),
+    "compiled": (DecodeOptions(selector="full", top_p=1.0), 1),
 }
 
 
@@ -45,7 +46,9 @@ def main(folder: str, given: str | None = None) -> None:
         cache = TwilightCache(model.config, PROMPT + NEW_TOKENS, options, dense_layers, record=True)
         first = {"max_new_tokens": 1, "do_sample": False}
         tokens = [model.generate(**inputs, **first, cache=cache)[:, -1]]
-        step, logits = CapturedDecode(model, cache), []
+        backend = "inductor" if on_gpu else "aot_eager"
+        compiled = {"compile": True, "backend": backend} if name == "compiled" else {}
+        step, logits = CapturedDecode(model, cache, **compiled), []
         for place in range(NEW_TOKENS - 1):
             last = tokens[-1]
             if name in others:
