@@ -100,7 +100,11 @@ def test_both_packages_of_kernels_are_found(place, installed, theirs, tmp_path):
     found = json.loads(python(LOOK, *MODULES, folder=folder, paths=paths))
     expected = [package / Path(*name.split(".")[1:]).with_suffix(".py") for name in MODULES]
     assert found["modules"] == [str(path) for path in expected]
-    rooms = ("twilight_tilelang.kernels.", "twilight_tilelang.reference.smoothing")
+    rooms = (
+        "twilight_tilelang.kernels.",
+        "twilight_tilelang.reference.channels",
+        "twilight_tilelang.reference.smoothing",
+    )
     assert all(home.startswith(rooms) for home in found["public"].values())
     assert found["public"].keys() >= {"PagedKVCache", "TwilightDecode", "dense_attention"}
     assert found["reference"] == "twilight_tilelang.reference.attention"
