@@ -38,14 +38,16 @@ class Bucket:
     dtype: str
     rows: int  # batch_size * num_kv_heads
     width: int  # of a row: pages for page_score and top_pages, tokens for the others
+    kv_dtype: str = ""  # of K and V in FP8, where the kernel reads them
 
     @classmethod
     def of(cls, spec: KernelSpec[Any], shape: StepShape) -> "Bucket":
         """Where a kernel's launch of this shape belongs."""
-        return cls(*shape.statics, shape.num_rows, spec.width(shape))
+        kv_dtype = shape.kv_dtype if spec.reads_kv else ""
+        return cls(*shape.statics, shape.num_rows, spec.width(shape), kv_dtype)
 
     def __str__(self) -> str:
-        return " ".join(f"{name}={value}" for name, value in asdict(self).items())
+        return " ".join(f"{name}={value}" for name, value in asdict(self).items() if value != "")
 
     @classmethod
     def parse(cls, text: str) -> "Bucket":
@@ -54,17 +56,18 @@ class Bucket:
         pattern = " ".join(
             rf"{name}=({'[1-9][0-9]*' if kind is int else '[a-z0-9]+'})"
             for name, kind in kinds.items()
+            if name != "kv_dtype"
         )
-        match = re.fullmatch(pattern, text)
+        match = re.fullmatch(rf"{pattern}(?: kv_dtype=([a-z0-9_]+))?", text)
         if match is None:
             raise ValueError(f"expected a bucket like {_EXAMPLE}, got {text!r}")
-        values = zip(kinds.values(), match.groups(), strict=True)
+        values = zip(kinds.values(), match.groups(default=""), strict=True)
         return cls(*(kind(value) for kind, value in values))
 
     def distance(self, other: "Bucket", static_width: bool) -> float:
         """Octaves between the two in rows and in width together; infinite where none may stand for
         the other. With static_width both widths round up to the same power of two."""
-        statics = ("group_size", "head_dim", "page_size", "dtype")
+        statics = ("group_size", "head_dim", "page_size", "dtype", "kv_dtype")
         if any(getattr(self, name) != getattr(other, name) for name in statics):
             return math.inf
         if static_width and (self.width - 1).bit_length() != (other.width - 1).bit_length():
