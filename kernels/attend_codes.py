@@ -266,6 +266,7 @@ def codes_kernel(
         lse: T.Tensor[(batch_size, num_kv_heads, group_size), T.float32],
     ):
         with T.Kernel(num_blocks, threads=num_threads) as block:
+            T.annotate_min_blocks_per_sm(3 if head_tiles * head_dim <= 256 else 2)
             assume_aligned(q)
             start_early(config.pdl)
             warp, lane = T.get_thread_binding() // 32, T.get_thread_binding() % 32
