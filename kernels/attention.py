@@ -27,8 +27,7 @@ ATTENTION_KERNELS = {"tiles": tiles_kernel, "lanes": lanes_kernel, "codes": code
 
 
 def default_config(shape: StepShape) -> AttentionConfig:
-    """One form for each group size and dtype of K and V, whatever the batch: it shapes the results.
-    """
+    """One form for each group size and dtype of K and V, whatever the batch: it shapes results."""
     if shape.kv_dtype:
         return AttentionConfig("codes", split_tokens=256 if shape.head_dim <= 128 else 128)
     if shape.group_size == 1:

@@ -9,6 +9,7 @@ import torch
 
 from twilight_tilelang.kernels.attention import default_config
 from twilight_tilelang.kernels.launch import StepShape
+from twilight_tilelang.kernels.pools import Fp8
 from twilight_tilelang.kernels.split_kv import AttentionConfig
 from twilight_tilelang.reference.inputs import DecodeShape
 
@@ -167,6 +168,13 @@ def build_cache(package: ModuleType, tensors: Tensors):
     pool = page_pool(tensors)
     table, seq_lens = tensors.page_table.clone(), tensors.seq_lens.clone()
     return package.PagedKVCache.wrap(*pool, table, seq_lens, k_offset=tensors.k_offset)
+
+
+def in_fp8(cache):
+    """The kernels' cache with K and V rounded to FP8, at scales of 1."""
+    pools = (pool.to(torch.float8_e4m3fn) for pool in (cache.k_cache, cache.v_cache))
+    lists, dtype = (cache.page_table, cache.seq_lens), cache.shape.dtype
+    return type(cache).wrap(*pools, *lists, k_offset=cache.k_offset, fp8=Fp8(dtype=dtype))
 
 
 def _heavy_keys(q: torch.Tensor, k: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
