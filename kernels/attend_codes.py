@@ -13,9 +13,10 @@ import operator
 import tilelang
 import tilelang.language as T
 
+from .block_items import BlockItems
 from .compiling import THREAD_LEVEL, start_early
 from .mma import QUAD, TILE_HEADS, mma_m16n8k16, place_in_quad
-from .split_kv import LOG2E, AttentionConfig, Results, Teams, load_item, scales_of
+from .split_kv import LOG2E, AttentionConfig, Results, Teams, scales_of
 from .strided import CHUNK_BYTES, assume_aligned, channel_at, first_chunk, strided
 from .token_list import Row, TokenList
 
@@ -279,49 +280,27 @@ def codes_kernel(
             logits = T.alloc_local((num_steps, head_tiles, 4), T.float32)
             weights = T.alloc_local((num_steps, head_tiles, 2), T.uint32)
             acc = T.alloc_local((row_tiles, head_tiles, 4), T.float32)
-            words = T.alloc_local((4, 4), T.int32)  # of this item and of the block's next three
             vectors = T.alloc_local((lane_tokens,), T.int64)
-            page = T.alloc_local((lane_tokens,), T.int32)
-            token = T.alloc_local((lane_tokens,), T.int32)
-            next_token = T.alloc_local((lane_tokens,), T.int32)
             item = T.alloc_var(T.int32)
             tokens = TokenList(source, page_size, indices)
             teams = Teams(team_acc, team_max, team_sum)
             results = Results(partial_out, partial_lse, out, lse)
             position = lambda step, offset: (step * num_warps + warp) * STEP_TOKENS + offset
-
-            # A lane looks up its tokens: an item's words, its tokens, their pages. One after
-            # another they take as long as the copies, so each is asked for an item ahead of the
-            # next, and before the copies, behind which it would queue.
-            own = lambda i: position(i * 2 + lane // STEP_TOKENS, lane % STEP_TOKENS)
-            words_of = lambda turn: [words[turn, w] for w in range(4)]
-            token_of = lambda i, batch, kv_head, split, num_tokens: tokens.token(
-                Row(batch, kv_head), T.max(split, 0) * split_tokens + T.min(own(i), num_tokens - 1)
+            place = lambda i: position(i * 2 + lane // STEP_TOKENS, lane % STEP_TOKENS)
+            listed = BlockItems.over(
+                items, num_items, num_blocks, tokens, page_table, split_tokens, (lane_tokens, place)
             )
-            is_listed = lambda turn: item + turn * num_blocks < num_items[0]
 
             item = block
-            for ahead in T.unroll(3):
-                load_item(words, ahead, items, item + ahead * num_blocks)
-            if is_listed(0):
-                for i in T.unroll(lane_tokens):
-                    token[i] = token_of(i, *words_of(0))
-                    page[i] = page_table[words[0, 0], token[i] // page_size]
-            if is_listed(1):
-                for i in T.unroll(lane_tokens):
-                    next_token[i] = token_of(i, *words_of(1))
-            while is_listed(0):
-                batch, kv_head, split, num_tokens = words_of(0)
+            listed.start(item)
+            while listed.is_listed(item):
+                batch, kv_head, split, num_tokens = listed.words_of()
                 row = Row(batch, kv_head)
                 k_scale, v_scale = scales_of(kv_scales, kv_head)
                 for i in T.unroll(lane_tokens):
-                    vectors[i] = first_chunk(k_cache, page[i], token[i] % page_size, kv_head)
-                    token[i] = next_token[i]
-                    if is_listed(1):
-                        page[i] = page_table[words[1, 0], token[i] // page_size]
-                    if is_listed(2):
-                        next_token[i] = token_of(i, *words_of(2))
-                load_item(words, 3, items, item + 3 * num_blocks)
+                    slot = listed.token[i] % page_size
+                    vectors[i] = first_chunk(k_cache, listed.page[i], slot, kv_head)
+                listed.ask_ahead(item)
                 load_query(query, q, row)
                 copy_tokens(copied, KEYS, k_cache, vectors, num_tokens)
                 T.ptx_commit_group()
@@ -349,9 +328,7 @@ def codes_kernel(
                 store_sums(teams, acc, v_scale)
                 T.sync_threads()
                 teams.join(results, row, split, num_threads)
-                for ahead in T.unroll(3):
-                    for w in T.unroll(4):
-                        words[ahead, w] = words[ahead + 1, w]
+                listed.take_next()
                 T.sync_threads()
                 item += num_blocks
 

@@ -4,8 +4,9 @@ head."""
 import tilelang
 import tilelang.language as T
 
+from .block_items import load_item
 from .compiling import THREAD_LEVEL, start_early
-from .split_kv import LOG2E, AttentionConfig, Results, Teams, load_item
+from .split_kv import LOG2E, AttentionConfig, Results, Teams
 from .strided import assume_aligned, channel_at, first_chunk, strided
 from .token_list import Row, TokenList
 from .warp import join_lanes

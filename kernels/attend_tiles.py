@@ -7,8 +7,9 @@ beyond an item's repeat its last one and weigh nothing.
 import tilelang
 import tilelang.language as T
 
+from .block_items import BlockItems
 from .compiling import TILE_LEVEL, start_early
-from .split_kv import LOG2E, AttentionConfig, Results, load_item
+from .split_kv import LOG2E, AttentionConfig, Results
 from .strided import assume_aligned, channel_at, first_chunk, strided
 from .token_list import Row, TokenList
 
@@ -109,42 +110,22 @@ def tiles_kernel(
             # A copy whose vector is looked up in shared memory would wait for the copy before it.
             vector_of = T.alloc_fragment((split_tokens,), T.int64)
             T.annotate_layout({vector_of: copied_vectors})
-            words = T.alloc_local((4, 4), T.int32)  # of this item and of the block's next three
-            page = T.alloc_var(T.int32)
-            token = T.alloc_var(T.int32)
-            next_token = T.alloc_var(T.int32)
             item = T.alloc_var(T.int32)
             tokens = TokenList(source, page_size, indices)
             results = Results(partial_out, partial_lse, out, lse)
-
-            # A thread looks up one vector: an item's words, its token, the token's page. One after
-            # another they take as long as the copies, so each is asked for an item ahead of the
-            # next, and before the copies, behind which it would queue.
             own = T.min(T.get_thread_binding(), split_tokens - 1)
-            words_of = lambda turn: [words[turn, w] for w in range(4)]
-            token_of = lambda batch, kv_head, split, num_tokens: tokens.token(
-                Row(batch, kv_head), T.max(split, 0) * split_tokens + T.min(own, num_tokens - 1)
+            listed = BlockItems.over(
+                items, num_items, num_blocks, tokens, page_table, split_tokens, (1, lambda i: own)
             )
-            is_listed = lambda turn: item + turn * num_blocks < num_items[0]
 
             item = block
-            for ahead in T.unroll(3):
-                load_item(words, ahead, items, item + ahead * num_blocks)
-            if is_listed(0):
-                token = token_of(*words_of(0))
-                page = page_table[words[0, 0], token // page_size]
-            if is_listed(1):
-                next_token = token_of(*words_of(1))
-            while is_listed(0):
-                batch, kv_head, split, num_tokens = words_of(0)
+            listed.start(item)
+            while listed.is_listed(item):
+                batch, kv_head, split, num_tokens = listed.words_of()
                 row = Row(batch, kv_head)
-                vectors[own] = first_chunk(k_cache, page, token % page_size, kv_head)
-                token = next_token
-                if is_listed(1):
-                    page = page_table[words[1, 0], token // page_size]
-                if is_listed(2):
-                    next_token = token_of(*words_of(2))
-                load_item(words, 3, items, item + 3 * num_blocks)
+                slot = listed.token[0] % page_size
+                vectors[own] = first_chunk(k_cache, listed.page[0], slot, kv_head)
+                listed.ask_ahead(item)
                 T.sync_threads()
 
                 for i in T.Parallel(split_tokens):
@@ -180,9 +161,7 @@ def tiles_kernel(
                 )  # fmt: skip
 
                 write_result(results, row, split, acc, head_max, head_sum)
-                for ahead in T.unroll(3):
-                    for w in T.unroll(4):
-                        words[ahead, w] = words[ahead + 1, w]
+                listed.take_next()
                 T.sync_threads()
                 item += num_blocks
 

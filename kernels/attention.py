@@ -253,6 +253,8 @@ ATTENTION = KernelSpec(
         "attend_codes.py",
         "attend_lanes.py",
         "attend_tiles.py",
+        "block_items.py",
+        "mma.py",
         "split_kv.py",
         "strided.py",
         "token_list.py",

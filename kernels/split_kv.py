@@ -128,13 +128,6 @@ def scales_of(kv_scales: Buffer, kv_head: PrimExpr) -> tuple[PrimExpr, PrimExpr]
     return kv_scales[0, kv_head], kv_scales[1, kv_head]
 
 
-@T.macro
-def load_item(words, turn, items, item):
-    """words[turn] = (batch, kv_head, split, tokens), anything for an item behind the list's end."""
-    for w in T.vectorized(4):
-        words[turn, w] = items[T.min(item, items.shape[0] - 1), w]
-
-
 @tilelang.jit(pass_configs=TILE_LEVEL)
 def plan_kernel(page_size: int, source: str, config: AttentionConfig):
     """Grid: (kv_head, batch)."""
