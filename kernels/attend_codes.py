@@ -74,7 +74,7 @@ def multiply_keys(logits, operand, copied, s):
     head_tiles, num_chunks = int(logits.shape[1]), int(copied.shape[4]) // CHUNK_BYTES
     warp = T.get_thread_binding() // 32
     quad, lane = place_in_quad()
-    codes = T.alloc_local((2, CHUNK_BYTES), copied.dtype)
+    loaded = T.alloc_local((2, CHUNK_BYTES), copied.dtype)
     wide = T.alloc_local((8,), T.float16)
     for n in T.unroll(head_tiles):
         for e in T.unroll(4):
@@ -84,12 +84,12 @@ def multiply_keys(logits, operand, copied, s):
             token = quad + t * 8
             place = place_of(KEYS, token, i * QUAD + lane, num_chunks)
             for b in T.vectorized(CHUNK_BYTES):
-                codes[t, b] = copied[warp, KEYS, s, token, place + b]
+                loaded[t, b] = copied[warp, KEYS, s, token, place + b]
         for x in T.unroll(4):
             for half in T.unroll(2):
                 for t in T.unroll(2):
                     for e in T.vectorized(2):
-                        code = codes[t, x * 4 + half * 2 + e]
+                        code = loaded[t, x * 4 + half * 2 + e]
                         wide[half * 4 + t * 2 + e] = T.cast(code, T.float16)
             for n in T.unroll(head_tiles):
                 first = (n * num_chunks + i * QUAD + x) * 4
@@ -167,8 +167,8 @@ def multiply_values(acc, weights, copied, s):
     num_chunks, run = head_dim // CHUNK_BYTES, value_run(head_dim)
     warp = T.get_thread_binding() // 32
     quad, lane = place_in_quad()
-    codes = T.alloc_local((2, 2, run), copied.dtype)  # of two pairs of neighbouring tokens
-    words = T.view(codes, (2, 2, run // 4), T.uint32)
+    loaded = T.alloc_local((2, 2, run), copied.dtype)  # of two pairs of neighbouring tokens
+    words = T.view(loaded, (2, 2, run // 4), T.uint32)
     pairs = T.alloc_local((2,), T.uint32)
     of_pairs = T.view(pairs, (8,), copied.dtype)
     wide = T.alloc_local((8,), T.float16)
@@ -179,7 +179,7 @@ def multiply_values(acc, weights, copied, s):
                 token = t * 8 + lane * 2 + e
                 place = place_of(VALUES, token, channel // CHUNK_BYTES, num_chunks)
                 for b in T.vectorized(run):
-                    codes[t, e, b] = copied[
+                    loaded[t, e, b] = copied[
                         warp, VALUES, s, token, place + channel % CHUNK_BYTES + b
                     ]
         for j in T.unroll(run // 2):
