@@ -184,10 +184,5 @@ SPACES = {
             "every SM has two blocks": lambda c, s, gpu: not c.fused or s.num_rows >= 2 * FULL_GPU,
         },
     ),
-    "attention": Space(
-        values={"blocks_per_sm": (1, 2, 3, 4, 6, 16), "keys_ahead": (False, True)},
-        limits={
-            "FP8 alone has keys ahead": lambda c, s, gpu: c.form == "codes" or not c.keys_ahead
-        },
-    ),
+    "attention": Space(values={"blocks_per_sm": (1, 2, 3, 4, 6, 16)}),
 }

@@ -12,7 +12,6 @@ import operator
 
 import tilelang
 import tilelang.language as T
-from tvm.tirx import PrimExpr
 
 from .block_items import BlockItems
 from .compiling import THREAD_LEVEL, start_early
@@ -25,7 +24,7 @@ STEP_TOKENS = 16  # that a warp multiplies at once
 KEYS, VALUES = range(2)
 
 
-def place_of(pool: int, token: PrimExpr, chunk: PrimExpr, num_chunks: int) -> PrimExpr:
+def place_of(pool: int, token, chunk, num_chunks: int):
     """Where a token's chunk begins in its vector's place in shared memory: so that lanes that read
     at once, two keys' four chunks or four values' two chunks, do not meet in a bank."""
     turn = token % 2 * 4 if pool == KEYS else token // 2 % 4 * 2
@@ -34,9 +33,8 @@ def place_of(pool: int, token: PrimExpr, chunk: PrimExpr, num_chunks: int) -> Pr
 
 @T.macro
 def copy_tokens(copied, pool, cache, vectors, num_tokens):
-    """Asks for the keys or the values of a warp's tokens, whose vectors its lanes hold; copied
-    [warps, steps, STEP_TOKENS, head_dim]."""
-    num_warps, num_steps, _, head_dim = (int(size) for size in copied.shape)
+    """Asks for the keys or the values of a warp's tokens, whose vectors its lanes hold."""
+    num_warps, _, num_steps, _, head_dim = (int(size) for size in copied.shape)
     num_chunks = head_dim // CHUNK_BYTES
     rows = 32 // num_chunks  # that a warp copies at once
     warp, lane = T.get_thread_binding() // 32, T.get_thread_binding() % 32
@@ -47,41 +45,33 @@ def copy_tokens(copied, pool, cache, vectors, num_tokens):
                 vector = T.shfl_sync(vectors[s // 2], s % 2 * STEP_TOKENS + token)
                 place = place_of(pool, token, chunk, num_chunks)
                 T.ptx_cp_async(
-                    T.access_ptr(copied[warp, s, token, place], "w", CHUNK_BYTES),
+                    T.access_ptr(copied[warp, pool, s, token, place], "w", CHUNK_BYTES),
                     T.access_ptr(channel_at(cache, vector, chunk * CHUNK_BYTES), "r", CHUNK_BYTES),
                     CHUNK_BYTES,
                 )
 
 
 @T.macro
-def load_query(query, q, batch, kv_head):
-    """query [head_tiles, head_dim / 4]: lane c takes every fourth run of 16 channels of head r;
-    heads beyond the group repeat its last."""
-    group_size, (head_tiles, lane_channels) = int(q.shape[2]), query.shape
+def load_query(operand, q, row):
+    """operand [head_tiles, head_dim / 4] f16: lane c takes every fourth run of 16 channels of head
+    r; heads beyond the group repeat its last."""
+    group_size, (head_tiles, lane_channels) = int(q.shape[2]), operand.shape
     quad, lane = place_in_quad()
+    words = T.alloc_local((8,), q.dtype)
     for n in T.unroll(head_tiles):
         head = T.min(n * TILE_HEADS + quad, group_size - 1)
         for i in T.unroll(lane_channels // 8):
             for j in T.vectorized(8):
                 channel = (i // 2 * QUAD + lane) * CHUNK_BYTES + i % 2 * 8 + j
-                query[n, i * 8 + j] = q[batch, kv_head, head, channel]
-
-
-@T.macro
-def take_item(listed, item, query, q, vectors, k_cache):
-    """Of an item whose words are the first: its query, its tokens' vectors, and what is behind."""
-    batch, kv_head, _, _ = listed.words_of()
-    for i in T.unroll(vectors.shape[0]):
-        slot = listed.token[i] % k_cache.shape[1]
-        vectors[i] = first_chunk(k_cache, listed.page[i], slot, kv_head)
-    listed.ask_ahead(item)
-    load_query(query, q, batch, kv_head)
+                words[j] = q[row.batch, row.kv_head, head, channel]
+            for j in T.vectorized(8):
+                operand[n, i * 8 + j] = T.cast(words[j], T.float16)
 
 
 @T.macro
 def multiply_keys(logits, operand, copied, s):
     """logits[s] [head_tiles, 4] = the products of a warp's step of keys with the query."""
-    head_tiles, num_chunks = int(logits.shape[1]), int(copied.shape[3]) // CHUNK_BYTES
+    head_tiles, num_chunks = int(logits.shape[1]), int(copied.shape[4]) // CHUNK_BYTES
     warp = T.get_thread_binding() // 32
     quad, lane = place_in_quad()
     loaded = T.alloc_local((2, CHUNK_BYTES), copied.dtype)
@@ -94,7 +84,7 @@ def multiply_keys(logits, operand, copied, s):
             token = quad + t * 8
             place = place_of(KEYS, token, i * QUAD + lane, num_chunks)
             for b in T.vectorized(CHUNK_BYTES):
-                loaded[t, b] = copied[warp, s, token, place + b]
+                loaded[t, b] = copied[warp, KEYS, s, token, place + b]
         for x in T.unroll(4):
             for half in T.unroll(2):
                 for t in T.unroll(2):
@@ -173,7 +163,7 @@ def weigh_tokens(weights, logits, teams, is_token, scale):
 def multiply_values(acc, weights, copied, s):
     """acc [head_dim / 16, head_tiles, 4] += the weights times a warp's step of values, of which
     quad r takes every eighth run of channels, two neighbours at once."""
-    head_dim, head_tiles = int(copied.shape[3]), int(acc.shape[1])
+    head_dim, head_tiles = int(copied.shape[4]), int(acc.shape[1])
     num_chunks, run = head_dim // CHUNK_BYTES, value_run(head_dim)
     warp = T.get_thread_binding() // 32
     quad, lane = place_in_quad()
@@ -189,7 +179,9 @@ def multiply_values(acc, weights, copied, s):
                 token = t * 8 + lane * 2 + e
                 place = place_of(VALUES, token, channel // CHUNK_BYTES, num_chunks)
                 for b in T.vectorized(run):
-                    loaded[t, e, b] = copied[warp, s, token, place + channel % CHUNK_BYTES + b]
+                    loaded[t, e, b] = copied[
+                        warp, VALUES, s, token, place + channel % CHUNK_BYTES + b
+                    ]
         for j in T.unroll(run // 2):
             for t in T.unroll(2):
                 # Two channels, each of both tokens.
@@ -242,8 +234,7 @@ def codes_kernel(
 
     A block's warps are its teams: each copies and multiplies tokens of its own, 16 at a time, which
     are dealt to them in turn. Their results are joined in a fixed order. Tokens beyond the item's
-    repeat its last one and weigh nothing; a step of none is passed over. With `keys_ahead`, the
-    next item's keys are on their way while this one's values are multiplied.
+    repeat its last one and weigh nothing; a step of none is passed over.
     """
     batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
     num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
@@ -254,7 +245,6 @@ def codes_kernel(
     num_steps = split_tokens // (num_warps * STEP_TOKENS)
     lane_tokens = split_tokens // num_threads  # that a lane looks up
     head_tiles, row_tiles = -(-group_size // TILE_HEADS), head_dim // 16
-    assert num_steps * STEP_TOKENS >= 4 * group_size  # a warp's sums take the place of its values
     pool = strided("pool", (num_pages, page_size, num_kv_heads, head_dim), kv_dtype)
 
     @T.prim_func
@@ -281,15 +271,12 @@ def codes_kernel(
             assume_aligned(q)
             start_early(config.pdl)
             warp, lane = T.get_thread_binding() // 32, T.get_thread_binding() % 32
-            k_copy = T.alloc_shared((num_warps, num_steps, STEP_TOKENS, head_dim), kv_dtype)
-            v_copy = T.alloc_shared((num_warps, num_steps, STEP_TOKENS, head_dim), kv_dtype)
-            team_acc = T.view(
-                v_copy, (num_warps, num_steps * STEP_TOKENS // 4, head_dim), "float32"
-            )
+            # A warp's keys and values; then its sums, in the same place.
+            copied = T.alloc_shared((num_warps, 2, num_steps, STEP_TOKENS, head_dim), kv_dtype)
+            team_acc = T.view(copied, (num_warps, num_steps * 8, head_dim), T.float32)
             team_max = T.alloc_shared((num_warps, group_size), T.float32, scope="shared")
             team_sum = T.alloc_shared((num_warps, group_size), T.float32, scope="shared")
-            query = T.alloc_local((head_tiles, head_dim // 4), dtype)
-            operand = T.alloc_local((head_tiles, head_dim // 4), T.float16)
+            query = T.alloc_local((head_tiles, head_dim // 4), T.float16)
             logits = T.alloc_local((num_steps, head_tiles, 4), T.float32)
             weights = T.alloc_local((num_steps, head_tiles, 2), T.uint32)
             acc = T.alloc_local((row_tiles, head_tiles, 4), T.float32)
@@ -306,23 +293,24 @@ def codes_kernel(
 
             item = block
             listed.start(item)
-            if listed.is_listed(item):
-                take_item(listed, item, query, q, vectors, k_cache)
-                copy_tokens(k_copy, KEYS, k_cache, vectors, listed.words[0, 3])
-                T.ptx_commit_group()
-                copy_tokens(v_copy, VALUES, v_cache, vectors, listed.words[0, 3])
-                T.ptx_commit_group()
             while listed.is_listed(item):
                 batch, kv_head, split, num_tokens = listed.words_of()
+                row = Row(batch, kv_head)
                 k_scale, v_scale = scales_of(kv_scales, kv_head)
-                for n in T.unroll(head_tiles):
-                    for j in T.unroll(head_dim // 4):
-                        operand[n, j] = T.cast(query[n, j], T.float16)
+                for i in T.unroll(lane_tokens):
+                    slot = listed.token[i] % page_size
+                    vectors[i] = first_chunk(k_cache, listed.page[i], slot, kv_head)
+                listed.ask_ahead(item)
+                load_query(query, q, row)
+                copy_tokens(copied, KEYS, k_cache, vectors, num_tokens)
+                T.ptx_commit_group()
+                copy_tokens(copied, VALUES, v_cache, vectors, num_tokens)
+                T.ptx_commit_group()
                 T.ptx_wait_group(1)
                 T.sync_warp()
                 for s in T.unroll(num_steps):
                     if position(s, 0) < num_tokens:
-                        multiply_keys(logits, operand, k_copy, s)
+                        multiply_keys(logits, query, copied, s)
                 weigh_tokens(
                     weights, logits, teams, lambda s, offset: position(s, offset) < num_tokens,
                     sm_scale * LOG2E * k_scale,
@@ -331,30 +319,17 @@ def codes_kernel(
                     for n in T.unroll(head_tiles):
                         for e in T.unroll(4):
                             acc[m, n, e] = 0.0
-                listed.take_next()
-                if config.keys_ahead:
-                    T.sync_warp()
-                    if listed.is_listed(item, 1):
-                        take_item(listed, item + num_blocks, query, q, vectors, k_cache)
-                        copy_tokens(k_copy, KEYS, k_cache, vectors, listed.words[0, 3])
-                    T.ptx_commit_group()
-                T.ptx_wait_group(1 if config.keys_ahead else 0)
+                T.ptx_wait_group(0)
                 T.sync_warp()
                 for s in T.unroll(num_steps):
                     if position(s, 0) < num_tokens:
-                        multiply_values(acc, weights, v_copy, s)
+                        multiply_values(acc, weights, copied, s)
                 T.sync_warp()
                 store_sums(teams, acc, v_scale)
                 T.sync_threads()
-                teams.join(results, Row(batch, kv_head), split, num_threads)
+                teams.join(results, row, split, num_threads)
+                listed.take_next()
                 T.sync_threads()
-                if listed.is_listed(item, 1):
-                    if not config.keys_ahead:
-                        take_item(listed, item + num_blocks, query, q, vectors, k_cache)
-                        copy_tokens(k_copy, KEYS, k_cache, vectors, listed.words[0, 3])
-                        T.ptx_commit_group()
-                    copy_tokens(v_copy, VALUES, v_cache, vectors, listed.words[0, 3])
-                    T.ptx_commit_group()
                 item += num_blocks
 
     return attend_items

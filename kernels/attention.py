@@ -29,8 +29,7 @@ ATTENTION_KERNELS = {"tiles": tiles_kernel, "lanes": lanes_kernel, "codes": code
 def default_config(shape: StepShape) -> AttentionConfig:
     """One form for each group size and dtype of K and V, whatever the batch: it shapes results."""
     if shape.kv_dtype:
-        warps = 4 if shape.head_dim <= 128 else 2
-        return AttentionConfig("codes", split_tokens=64 * warps, num_threads=32 * warps)
+        return AttentionConfig("codes", split_tokens=256 if shape.head_dim <= 128 else 128)
     if shape.group_size == 1:
         return AttentionConfig("lanes", split_tokens=256, blocks_per_sm=16)
     return AttentionConfig()

@@ -24,7 +24,6 @@ class AttentionConfig:
     num_threads: int = 128
     blocks_per_sm: int = 3  # of the grid; blocks stride over the items
     lane_tokens: int = 8  # that the lanes of one team load together
-    keys_ahead: bool = False  # of FP8: asked for before this item's values are multiplied
     pdl: bool = False
 
 

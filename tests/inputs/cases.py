@@ -207,7 +207,7 @@ FORMS = {
     "lanes": _default_form(1),
     "lanes-short": AttentionConfig("lanes", split_tokens=128, blocks_per_sm=16, lane_tokens=4),
     "codes": _default_form(4, "float8_e4m3fn"),
-    "codes-short": AttentionConfig("codes", split_tokens=128, num_threads=64, keys_ahead=True),
+    "codes-short": AttentionConfig("codes", split_tokens=128),
 }
 
 
