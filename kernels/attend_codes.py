@@ -12,6 +12,7 @@ import operator
 
 import tilelang
 import tilelang.language as T
+from tvm.tirx import PrimExpr
 
 from .block_items import BlockItems
 from .compiling import THREAD_LEVEL, start_early
@@ -24,7 +25,7 @@ STEP_TOKENS = 16  # that a warp multiplies at once
 KEYS, VALUES = range(2)
 
 
-def place_of(pool: int, token, chunk, num_chunks: int):
+def place_of(pool: int, token: PrimExpr, chunk: PrimExpr, num_chunks: int) -> PrimExpr:
     """Where a token's chunk begins in its vector's place in shared memory: so that lanes that read
     at once, two keys' four chunks or four values' two chunks, do not meet in a bank."""
     turn = token % 2 * 4 if pool == KEYS else token // 2 % 4 * 2
@@ -267,7 +268,7 @@ def codes_kernel(
         lse: T.Tensor[(batch_size, num_kv_heads, group_size), T.float32],
     ):
         with T.Kernel(num_blocks, threads=num_threads) as block:
-            T.annotate_min_blocks_per_sm(3 if head_tiles * head_dim <= 256 else 2)
+            T.annotate_min_blocks_per_sm(3 if head_tiles * head_dim <= 128 else 2)
             assume_aligned(q)
             start_early(config.pdl)
             warp, lane = T.get_thread_binding() // 32, T.get_thread_binding() % 32
