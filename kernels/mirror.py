@@ -301,6 +301,25 @@ def mirror_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str, smoo
     return mirror_pages
 
 
+@T.macro
+def widen_by_earlier(low, high, k_cache, place, slot, scale):
+    """Takes the keys of a page's slots before this one into low and high, some loads at a time."""
+    page, kv_head, lane, channels = place
+    rows = T.alloc_local((ROWS_IN_FLIGHT, channels), k_cache.dtype)
+    for chunk in T.serial(int(k_cache.shape[1]) // ROWS_IN_FLIGHT):
+        if chunk * ROWS_IN_FLIGHT < slot:
+            for r in T.unroll(ROWS_IN_FLIGHT):
+                # Rows from the new one on repeat the last one before it.
+                row = T.min(chunk * ROWS_IN_FLIGHT + r, slot - 1)
+                for c in T.vectorized(channels):
+                    rows[r, c] = k_cache[page, row, kv_head, lane * channels + c]
+            for r in T.unroll(ROWS_IN_FLIGHT):
+                for c in T.unroll(channels):
+                    other = dequantized(rows[r, c], scale) if is_fp8(k_cache) else rows[r, c]
+                    low[c] = T.min(low[c], other)
+                    high[c] = T.max(high[c], other)
+
+
 @tilelang.jit(pass_configs=EXACT_MATH)
 def append_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str, smooth: bool = False):
     """Grid: (batch); a warp takes every eighth KV head. The length moves once all are written.
@@ -313,7 +332,6 @@ def append_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str, smoo
     batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
     num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
     channels = head_dim // 32
-    num_chunks = page_size // ROWS_IN_FLIGHT
     pool = strided("pool", (num_pages, page_size, num_kv_heads, head_dim), kv_dtype)
 
     @T.prim_func
@@ -339,7 +357,6 @@ def append_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str, smoo
             first_channel = thread % 32 * channels
             given = T.alloc_local((channels,), dtype)
             value = T.alloc_local((channels,), dtype)
-            rows = T.alloc_local((ROWS_IN_FLIGHT, channels), kv_dtype)
             key = T.alloc_local((channels,), key_dtype(k_cache))
             low = T.alloc_local((channels,), key_dtype(k_cache))
             high = T.alloc_local((channels,), key_dtype(k_cache))
@@ -370,24 +387,7 @@ def append_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str, smoo
                             for c in T.unroll(channels):
                                 low[c] = key[c]
                                 high[c] = key[c]
-                            for chunk in T.serial(num_chunks):
-                                if chunk * ROWS_IN_FLIGHT < slot:
-                                    for r in T.unroll(ROWS_IN_FLIGHT):
-                                        # Rows from the new one on repeat the last one before it.
-                                        row = T.min(chunk * ROWS_IN_FLIGHT + r, slot - 1)
-                                        for c in T.vectorized(channels):
-                                            rows[r, c] = k_cache[
-                                                page, row, kv_head, first_channel + c
-                                            ]
-                                    for r in T.unroll(ROWS_IN_FLIGHT):
-                                        for c in T.unroll(channels):
-                                            other = (
-                                                dequantized(rows[r, c], kv_scales[0, kv_head])
-                                                if is_fp8(k_cache)
-                                                else rows[r, c]
-                                            )
-                                            low[c] = T.min(low[c], other)
-                                            high[c] = T.max(high[c], other)
+                            widen_by_earlier(low, high, k_cache, place, slot, kv_scales[0, kv_head])
                             if not is_fp8(k_cache):
                                 write_vector(k_cache, place, slot, given, 1.0)
                             write_vector(v_cache, place, slot, value, kv_scales[1, kv_head])

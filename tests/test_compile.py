@@ -23,6 +23,7 @@ from twilight_tilelang.kernels.plan import launches_in, plan_candidates, plan_de
 from twilight_tilelang.kernels.pruner import PRUNER
 from twilight_tilelang.kernels.requests import cache_launches
 from twilight_tilelang.kernels.selector import all_pages
+from twilight_tilelang.kernels.top_pages import TOP_PAGES
 from twilight_tilelang.kernels.tuned import Planner
 
 # Each shape with the GPUs that it is compiled for: one for all three, the odd ones for one.
@@ -36,7 +37,7 @@ SHAPES = {
     ),
     "mha-fp8": (
         StepShape(1, 128, 16, "bfloat16", 512, 2048, 8192, 512, kv_dtype="float8_e5m2"),
-        tuple(ARCHS),
+        ("sm_80",),
     ),
     "gqa16-d256-fp8": (
         StepShape(16, 256, 16, "float16", 64, 300, 1024, 64, kv_dtype="float8_e5m2"),
@@ -110,6 +111,9 @@ def kernels() -> Iterator[tuple[str, Kernel]]:
         for arch in archs:
             for launch in (v for v in default_launches(shape, arch) if v.name in SMOOTHED):
                 yield f"smooth-{name}-{arch}-{launch.name}", Kernel(launch, arch, f"smooth-{arch}")
+    long_rows = SHAPES["gqa4-d128"][0]._replace(max_pages=8192)  # kept in registers
+    (launch,) = Planner(ARCHS["sm_80"]).plan(TOP_PAGES, long_rows).launches
+    yield f"long-rows-sm_80-{launch.name}", Kernel(launch, "sm_80", "gqa4-solo-long-sm_80")
     for arch in ("sm_90a", "sm_100a"):
         config = EstimatePruneConfig(tiles_per_warp=4)
         arguments = (4, 128, 16, "float16", 8192, 128, config)

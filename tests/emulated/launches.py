@@ -66,12 +66,16 @@ def estimate_emulated(q, cache, pages, counts, config, folder) -> torch.Tensor:
     return logits.flatten(1, 2).flatten(2)
 
 
-def prune_emulated(logits, cache, pages, counts, top_p, windows, config, folder):
-    """The kernel's (kept_tokens, kept_counts, kept_mass), its list of items checked."""
+def prune_emulated(
+    logits, cache, pages, counts, top_p, windows, config, folder, width_bound: int | None = None
+):  # fmt: skip
+    """The kernel's (kept_tokens, kept_counts, kept_mass), its list of items checked. Where rows of
+    several widths are to share a kernel, it has a bound of all."""
     group_size, width = logits.shape[1] // cache.num_kv_heads, logits.shape[2]
     written = what_pruners_write(cache, group_size, width)
     dtype = str(logits.dtype).removeprefix("torch.")
-    static = (group_size, cache.page_size, static_width(width), dtype, 128, config)
+    bound = width_bound or static_width(width)
+    static = (group_size, cache.page_size, bound, dtype, 128, config)
     union = HeadUnion.allocate(cache, width)
     windows = {"num_sink_tokens": 0, "num_recent_tokens": 0} | windows
     emulated(pruner_kernel, static, folder)(

@@ -13,13 +13,13 @@ from twilight_tilelang import reference
 from twilight_tilelang.kernels.split_kv import AttentionConfig, merge_kernel
 
 
-@pytest.mark.parametrize("source", ["tokens", "pages", "all"])
 @pytest.mark.parametrize(
-    "inputs, form",
+    "inputs, form, source",
     [
-        (name, form)
+        pytest.param(name, form, source, marks=pytest.mark.xdist_group(f"emulated {form} {source}"))
         for name, shape in SHAPES.items()
         for form in forms_for(shape.num_qo_heads // shape.num_kv_heads)
+        for source in ("tokens", "pages", "all")
     ],
     indirect=["inputs"],
 )
