@@ -241,6 +241,7 @@ def codes_kernel(
     num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
     width, max_items = T.dynamic("width"), T.dynamic("max_items")
     max_splits = T.dynamic("max_splits")
+    assert source != "head_tokens"  # refused before any launch
     num_threads, split_tokens = config.num_threads, config.split_tokens
     num_warps = num_threads // 32
     num_steps = split_tokens // (num_warps * STEP_TOKENS)
@@ -256,6 +257,7 @@ def codes_kernel(
         kv_scales: T.Tensor[(2, num_kv_heads), T.float32],
         page_table: T.Tensor[(batch_size, max_pages), T.int32],
         indices: T.Tensor[(batch_size, num_kv_heads, width), T.int32],
+        heads: T.Tensor[(batch_size, num_kv_heads, width), T.int32],
         items: T.Tensor[(max_items, 4), T.int32],
         num_items: T.Tensor[(1,), T.int32],
         num_blocks: T.int32,

@@ -9,9 +9,9 @@ import tilelang.language as T
 
 from .block_items import BlockItems
 from .compiling import TILE_LEVEL, start_early
-from .split_kv import LOG2E, AttentionConfig, Results
+from .split_kv import LEAST_MAX, LOG2E, AttentionConfig, Results
 from .strided import assume_aligned, channel_at, first_chunk, strided
-from .token_list import Row, TokenList
+from .token_list import Row, TokenList, owns
 
 TILE_HEADS = 16
 # Leaves the copies of a T.Parallel loop in flight: the kernel waits for them itself.
@@ -83,6 +83,7 @@ def tiles_kernel(
         v_cache: T.StridedTensor[pool],
         page_table: T.Tensor[(batch_size, max_pages), T.int32],
         indices: T.Tensor[(batch_size, num_kv_heads, width), T.int32],
+        heads: T.Tensor[(batch_size, num_kv_heads, width), T.int32],
         items: T.Tensor[(max_items, 4), T.int32],
         num_items: T.Tensor[(1,), T.int32],
         num_blocks: T.int32,
@@ -111,20 +112,31 @@ def tiles_kernel(
             vector_of = T.alloc_fragment((split_tokens,), T.int64)
             T.annotate_layout({vector_of: copied_vectors})
             item = T.alloc_var(T.int32)
-            tokens = TokenList(source, page_size, indices)
+            tokens = TokenList(source, page_size, indices, heads=heads)
+            if tokens.by_head:
+                heads_of = T.alloc_shared((split_tokens,), T.int32, scope="shared")
+                token_heads = T.alloc_var(T.int32)
             results = Results(partial_out, partial_lse, out, lse)
             own = T.min(T.get_thread_binding(), split_tokens - 1)
             listed = BlockItems.over(
                 items, num_items, num_blocks, tokens, page_table, split_tokens, (1, lambda i: own)
             )
+            heads_at = lambda ahead: heads[(*listed.words_of(ahead)[:2], listed.index_of(ahead, 0))]
 
             item = block
             listed.start(item)
+            if tokens.by_head:
+                if listed.is_listed(item):
+                    token_heads = heads_at(0)
             while listed.is_listed(item):
                 batch, kv_head, split, num_tokens = listed.words_of()
                 row = Row(batch, kv_head)
                 slot = listed.token[0] % page_size
                 vectors[own] = first_chunk(k_cache, listed.page[0], slot, kv_head)
+                if tokens.by_head:
+                    heads_of[own] = token_heads
+                    if listed.is_listed(item, 1):
+                        token_heads = heads_at(1)
                 listed.ask_ahead(item)
                 T.sync_threads()
 
@@ -148,10 +160,24 @@ def tiles_kernel(
                     logits[i, j] = T.if_then_else(
                         j < num_tokens, logits[i, j] * (sm_scale * LOG2E), -T.infinity(T.float32)
                     )
+                if tokens.by_head:
+                    for i, j in T.Parallel(TILE_HEADS, split_tokens):
+                        logits[i, j] = T.if_then_else(
+                            owns(heads_of[j], T.min(i, group_size - 1)),
+                            logits[i, j], -T.infinity(T.float32),
+                        )  # fmt: skip
                 T.reduce_max(logits, head_max, dim=1, clear=True)
+                if tokens.by_head:  # a head may have none of an item's tokens
+                    for i in T.Parallel(TILE_HEADS):
+                        head_max[i] = T.max(head_max[i], LEAST_MAX)
                 for i, j in T.Parallel(TILE_HEADS, split_tokens):
                     logits[i, j] = T.exp2(logits[i, j] - head_max[i])
                 T.reduce_sum(logits, head_sum, dim=1, clear=True)
+                if tokens.by_head:  # then its result is 0, its lse -inf
+                    for i in T.Parallel(TILE_HEADS):
+                        if head_sum[i] == 0.0:
+                            head_max[i] = -T.infinity(T.float32)
+                            head_sum[i] = 1.0
                 T.copy(logits, weights_shared)
                 T.ptx_wait_group(0)
                 T.sync_threads()

@@ -56,11 +56,15 @@ class BlockItems(NamedTuple):
         """Its batch, kv_head, split and number of tokens."""
         return [self.words[ahead, w] for w in range(4)]
 
+    def index_of(self, ahead: int, i: int) -> PrimExpr:
+        """Where the row's list has the thread's i-th token of it."""
+        _, _, split, num_tokens = self.words_of(ahead)
+        return T.max(split, 0) * self.split_tokens + T.min(self.place(i), num_tokens - 1)
+
     def token_of(self, ahead: int, i: int) -> PrimExpr:
         """The thread's i-th token of it."""
-        batch, kv_head, split, num_tokens = self.words_of(ahead)
-        place = T.min(self.place(i), num_tokens - 1)
-        return self.tokens.token(Row(batch, kv_head), T.max(split, 0) * self.split_tokens + place)
+        batch, kv_head, _, _ = self.words_of(ahead)
+        return self.tokens.token(Row(batch, kv_head), self.index_of(ahead, i))
 
     def page_of(self, ahead: int, i: int) -> PrimExpr:
         """The page of `token`, which is of it."""

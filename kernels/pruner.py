@@ -13,7 +13,7 @@ from .checks import check_count, check_tensor, dtype_name
 from .compiling import THREAD_LEVEL, start_early
 from .gpu import Gpu, gpu_of
 from .launch import KernelSpec, Launch, StepShape, on_device, static_width
-from .lists import CandidatePages, Kept, Window, check_lists
+from .lists import Candidates, Kept, Listed, Window, check_candidates
 from .pools import TILE_TOKENS
 from .query import by_kv_head, group_size_of, step_shape
 from .split_kv import Work
@@ -36,8 +36,10 @@ class PrunerConfig:
 
 def default_config(shape: StepShape, gpu: Gpu) -> PrunerConfig:
     """Few rows are spread over a block per query head; many fill the GPU as they are. Code for
-    compute capability 10, or for wide logits, needs more registers than four blocks leave it."""
+    compute capability 10, or for wide logits, needs more registers than four blocks leave it, and
+    more where candidates are of single heads."""
     blocks_per_sm = 4 if gpu.capability < (10, 0) and shape.logits_dtype == "float16" else 3
+    blocks_per_sm -= shape.candidates == "head_tokens"
     return PrunerConfig(shape.group_size > 1 and shape.num_rows <= 128, blocks_per_sm)
 
 
@@ -66,7 +68,7 @@ class Pruned(NamedTuple):
 def prune_top_p(
     logits: torch.Tensor,
     cache: PagedKVCache,
-    candidates: CandidatePages,
+    candidates: Candidates,
     top_p: float | torch.Tensor,
     *,
     num_sink_tokens: int = 0,
@@ -76,10 +78,11 @@ def prune_top_p(
     union over its group (Twilight, sections 3 and 4.2).
 
     Args:
-        logits: [batch_size, num_qo_heads, width * page_size] f16 or f32, in the candidates' order;
-            -inf behind a request's last token.
+        logits: [batch_size, num_qo_heads, tokens] f16 or f32, in the candidates' order, with tokens
+            = width * page_size for pages, width for tokens. In tiles of 16 as estimate_logits
+            writes them: -inf where a tile has no token, or one that is another head's.
         cache: only page_size and seq_lens are read.
-        candidates: see CandidatePages.
+        candidates: pages or tokens, see CandidatePages and CandidateTokens.
         top_p: in (0, 1], 1 keeps all; a float, or f32 [num_qo_heads], [batch_size, 1] or
             [batch_size, num_qo_heads], whose values are not checked: NaN and more than 1 count as
             1, less than 0 as 0, which keeps the heaviest token.
@@ -87,23 +90,24 @@ def prune_top_p(
             are always kept.
 
     Returns:
-        Kept, with room for width * page_size tokens a row. Weights equal to one part in 10^4 are
-        kept or dropped together. A query head whose logits have no softmax (a NaN or +inf among
-        them, or nothing above -inf) keeps every candidate.
+        Kept, with room for as many tokens a row as `logits` has. Weights equal to one part in 10^4
+        are kept or dropped together. A query head whose logits have no softmax (a NaN or +inf among
+        them, or nothing above -inf) keeps every candidate of its own.
 
     Raises:
         ValueError: a wrong tensor, or a float top_p outside (0, 1].
     """
-    check_lists(("candidate_pages", "candidate_counts"), candidates, cache)
-    device, width = cache.seq_lens.device, candidates[0].shape[2] * cache.page_size
-    check_num_items("candidate_pages: their tokens", width, gpu_of(device))
+    listed = check_candidates(candidates, cache)
+    device, width = cache.seq_lens.device, listed.width(cache.page_size)
+    check_num_items(f"{listed.name}: their tokens", width, gpu_of(device))
     check_tensor("logits", logits, (cache.batch_size, None, width), LOGIT_DTYPES, device)
     num_qo_heads = logits.shape[1]
     group_size = group_size_of("logits", num_qo_heads, cache)
     check_count("num_sink_tokens", num_sink_tokens, least=0)
     check_count("num_recent_tokens", num_recent_tokens, least=0)
     top_p = expand_top_p(top_p, cache.batch_size, num_qo_heads, device)
-    shape = step_shape(cache, group_size, width)._replace(logits_dtype=dtype_name(logits))
+    shape = step_shape(cache, group_size, width)
+    shape = shape._replace(logits_dtype=dtype_name(logits), candidates=listed.kind)
     kept = Kept.allocate(cache, width, num_qo_heads)
     work = WorkList.allocate(shape.num_rows, width, split_tokens_of(shape), device)
     grouped = [by_kv_head(each, cache.num_kv_heads) for each in (logits, top_p, kept.mass)]
@@ -112,7 +116,7 @@ def prune_top_p(
     window = Window(num_sink_tokens, num_recent_tokens)
     pruned = Pruned(kept._replace(mass=mass), work, union)
     with on_device(device):
-        prune(planned(PRUNER, shape, device), logits, cache, candidates, top_p, window, pruned)
+        prune(planned(PRUNER, shape, device), logits, cache, listed, top_p, window, pruned)
     return kept
 
 
@@ -136,14 +140,15 @@ def prune(
     planned: Planned[PrunerConfig],
     logits: torch.Tensor,
     cache: PagedKVCache,
-    candidates: CandidatePages,
+    candidates: Listed,
     top_p: torch.Tensor,
     window: Window,
     pruned: Pruned,
 ) -> None:
     """One launch: logits and top_p by KV head -> kept tokens, and attention's list of work."""
     kept, work, union = pruned
-    planned.launches[0](logits, cache.seq_lens, *candidates, top_p, *window, *kept, *work, *union)
+    (launch,) = planned.launches
+    launch(logits, cache.seq_lens, *candidates.tensors, top_p, *window, *kept, *work, *union)
 
 
 @T.macro
@@ -184,13 +189,14 @@ def pruner_kernel(
     logits_dtype: str,
     split_tokens: int,
     config: PrunerConfig,
+    kind: str = "pages",
 ):
     """A block walks the query heads of a KV head, or there is one for each: then their sets meet in
     `union_words`, and the last of them goes on with the union. Grid: (1 or query head of the group,
     kv_head, batch).
     """
     batch_size, num_kv_heads, max_items = T.dynamic("batch_size, num_kv_heads, max_items")
-    width, width_pages, width_words = T.dynamic("width, width_pages, width_words")
+    width, num_entries, width_words = T.dynamic("width, num_entries, width_words")
     num_apart = group_size if config.heads_apart else 1
     grid = (num_apart, num_kv_heads, batch_size)
     copied = (max(width_bound, NUM_THREADS * VECTOR),)
@@ -199,8 +205,9 @@ def pruner_kernel(
     def prune_top_p(
         logits: T.Tensor[(batch_size, num_kv_heads, group_size, width), logits_dtype],
         seq_lens: T.Tensor[(batch_size,), T.int32],
-        candidate_pages: T.Tensor[(batch_size, num_kv_heads, width_pages), T.int32],
+        candidate_entries: T.Tensor[(batch_size, num_kv_heads, num_entries), T.int32],
         candidate_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
+        candidate_heads: T.Tensor[(batch_size, num_kv_heads, num_entries), T.int32],
         top_p: T.Tensor[(batch_size, num_kv_heads, group_size), T.float32],
         num_sink_tokens: T.int32,
         num_recent_tokens: T.int32,
@@ -220,7 +227,9 @@ def pruner_kernel(
             copy = T.alloc_shared(copied, logits_dtype) if is_held(width_bound) else None
             words = T.alloc_shared((width_bound // 32,), T.uint32)
             row = Row(batch, kv_head, seq_lens[batch])
-            candidates = TokenList("pages", page_size, candidate_pages, candidate_counts)
+            candidates = TokenList(
+                kind, page_size, candidate_entries, candidate_counts, candidate_heads
+            )
             num_rows = batch_size * num_kv_heads
             work = Work(items, num_items, ticket, split_tokens, num_rows)
 
@@ -245,11 +254,13 @@ def pruner_kernel(
 
 def _launches(shape: StepShape, config: PrunerConfig) -> tuple[Launch, ...]:
     sizes = (shape.group_size, shape.page_size, static_width(shape.width))
-    arguments = (*sizes, shape.logits_dtype, split_tokens_of(shape), config)
+    split_tokens = split_tokens_of(shape)
+    arguments = (*sizes, shape.logits_dtype, split_tokens, config, shape.candidates)
     return (Launch("pruner", pruner_kernel, arguments),)
 
 
 PRUNER = KernelSpec(
     name="pruner", stage="pruner", config=PrunerConfig, default=default_config,
     launches=_launches, sources=("pruner.py", *SEARCH_SOURCES), static_width=True,
+    reads_candidates=True,
 )  # fmt: skip

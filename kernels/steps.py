@@ -8,12 +8,12 @@ from .attention import AttentionWorkspace, attend, every_token, list_items
 from .cache import PagedKVCache
 from .estimate_prune import estimate_and_prune
 from .estimator import estimate
-from .lists import Kept, TokenList, Window
+from .lists import Kept, Listed, Window
 from .mass_bound import bound_mass
 from .plan import CandidatePlan, DensePlan, SparsePlan
 from .pruner import HeadUnion, Pruned, prune
 from .query import by_kv_head
-from .selector import Selection, select
+from .selector import AnySelection, select
 
 
 class Settings(NamedTuple):
@@ -26,7 +26,7 @@ class Settings(NamedTuple):
 class SparseMemory(NamedTuple):
     """What the stages of the sparse path read and write."""
 
-    selection: Selection
+    selection: AnySelection
     top_p: torch.Tensor  # [batch_size, num_qo_heads] f32
     logits: torch.Tensor  # [batch_size, num_qo_heads, width] f16
     kept: Kept
@@ -36,13 +36,16 @@ class SparseMemory(NamedTuple):
     out: torch.Tensor  # [batch_size, num_qo_heads, head_dim]
 
     @classmethod
-    def allocate(cls, cache: PagedKVCache, width: int, top_p: torch.Tensor) -> "SparseMemory":
-        """For `width` candidate pages of every row."""
-        num_qo_heads, tokens = top_p.shape[1], width * cache.page_size
+    def allocate(
+        cls, cache: PagedKVCache, selection: AnySelection, top_p: torch.Tensor
+    ) -> "SparseMemory":
+        """For the candidates of a selection."""
+        num_qo_heads = top_p.shape[1]
+        tokens = Listed.of(selection.candidates).width(cache.page_size)
         group_size = num_qo_heads // cache.num_kv_heads
         logits = torch.empty(*top_p.shape, tokens, dtype=torch.float16, device=top_p.device)
         return cls(
-            Selection.allocate(cache, width),
+            selection,
             top_p,
             logits,
             Kept.allocate(cache, tokens, num_qo_heads),
@@ -58,7 +61,9 @@ class SparseMemory(NamedTuple):
 
 
 def _part(memory: Any, requests: slice) -> Any:
-    """The share of some requests of a tensor, or of every tensor in a tuple."""
+    """The share of some requests of a tensor, of every tensor in a tuple, or of nothing."""
+    if memory is None:
+        return None
     if isinstance(memory, AttentionWorkspace):
         return memory.part(requests)
     if isinstance(memory, tuple):
@@ -85,7 +90,8 @@ class SparseStep:
         )
         kept = memory.kept._replace(mass=mass)
         self.pruned = Pruned(kept, memory.attention.work, memory.union)
-        self.kept_list = TokenList("tokens", kept.tokens, kept.counts)
+        self.listed = Listed.of(self.candidates)
+        self.kept_list = Listed("tokens", kept.tokens, kept.counts)
 
     def run(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
         """The stages in order."""
@@ -98,18 +104,19 @@ class SparseStep:
 
     def select(self, q: torch.Tensor, cache: PagedKVCache) -> None:
         """-> candidates."""
-        select(self.plan.selector, q, cache, self.settings.window, self.memory.selection)
+        sm_scale, window = self.settings
+        select(self.plan.selector, q, cache, window, sm_scale, self.memory.selection)
 
     def estimate(self, q: torch.Tensor, cache: PagedKVCache) -> None:
         """Estimated logits of the candidates -> logits."""
         grouped, sm_scale = by_kv_head(q, cache.num_kv_heads), self.settings.sm_scale
         logits = self.grouped_logits
-        estimate(self.plan.estimator, grouped, cache, self.candidates, logits, sm_scale)
+        estimate(self.plan.estimator, grouped, cache, self.listed, logits, sm_scale)
 
     def prune(self, cache: PagedKVCache) -> None:
         """What top-p keeps of them -> kept, and attention's list of work."""
         logits, window = self.grouped_logits, self.settings.window
-        prune(self.plan.pruner, logits, cache, self.candidates, self.top_p, window, self.pruned)
+        prune(self.plan.pruner, logits, cache, self.listed, self.top_p, window, self.pruned)
 
     def estimate_prune(self, q: torch.Tensor, cache: PagedKVCache) -> None:
         """estimate() and prune(), or one kernel for both, to the same bits."""
@@ -119,7 +126,7 @@ class SparseStep:
             return
         sm_scale, window = self.settings
         estimate_and_prune(
-            self.plan.estimate_prune, by_kv_head(q, cache.num_kv_heads), cache, self.candidates,
+            self.plan.estimate_prune, by_kv_head(q, cache.num_kv_heads), cache, self.listed,
             self.top_p, window, sm_scale, self.pruned,
         )  # fmt: skip
 
@@ -127,7 +134,7 @@ class SparseStep:
         """How much of the candidates' mass is surely kept -> mass_bound, where planned."""
         assert self.plan.mass_bound is not None
         bound_mass(
-            self.plan.mass_bound, by_kv_head(q, cache.num_kv_heads), cache, self.candidates,
+            self.plan.mass_bound, by_kv_head(q, cache.num_kv_heads), cache, self.listed,
             self.grouped_logits, self.kept[:2], self.settings.sm_scale, self.grouped_bound,
         )  # fmt: skip
 
@@ -141,20 +148,20 @@ class SparseStep:
 
 
 class CandidateStep:
-    """Select, and attend to every candidate: Quest alone, with the bits of page_attention."""
+    """Select, and attend to every candidate: a selector alone, with the bits of page_attention."""
 
     def __init__(
         self,
         plan: CandidatePlan,
         cache: PagedKVCache,
         num_qo_heads: int,
-        width: int,
+        selection: AnySelection,
         settings: Settings,
     ) -> None:
-        self.plan, self.settings = plan, settings
-        self.selection = Selection.allocate(cache, width)
-        self.candidates = self.selection.candidates
-        group_size, tokens = num_qo_heads // cache.num_kv_heads, width * cache.page_size
+        self.plan, self.selection, self.settings = plan, selection, settings
+        self.candidates = selection.candidates
+        self.listed = Listed.of(self.candidates)
+        group_size, tokens = num_qo_heads // cache.num_kv_heads, self.listed.width(cache.page_size)
         self.attention = AttentionWorkspace.allocate(cache, group_size, tokens)
         self.out = empty_out(cache, num_qo_heads)
         self.grouped_out = by_kv_head(self.out, cache.num_kv_heads)
@@ -167,15 +174,15 @@ class CandidateStep:
 
     def select(self, q: torch.Tensor, cache: PagedKVCache) -> None:
         """-> candidates."""
-        select(self.plan.selector, q, cache, self.settings.window, self.selection)
+        sm_scale, window = self.settings
+        select(self.plan.selector, q, cache, window, sm_scale, self.selection)
 
     def attend(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
         """Attention over every token of the candidates -> out."""
-        pages = TokenList("pages", *self.candidates)
-        list_items(self.plan.attention, cache, pages, self.attention.work)
+        list_items(self.plan.attention, cache, self.listed, self.attention.work)
         attend(
-            self.plan.attention, by_kv_head(q, cache.num_kv_heads), cache, pages, self.attention,
-            self.grouped_out, self.settings.sm_scale,
+            self.plan.attention, by_kv_head(q, cache.num_kv_heads), cache, self.listed,
+            self.attention, self.grouped_out, self.settings.sm_scale,
         )  # fmt: skip
         return self.out
 

@@ -6,6 +6,7 @@ import torch
 
 from tests.checks.closeness import assert_close, row_errors
 from twilight_tilelang import reference
+from twilight_tilelang.reference.labels import KeyLabels
 
 MASS_TOLERANCE = 1e-4  # of one head's softmax: the "one part in 10^4" of promise 1
 SCORE_TOLERANCE = 1e-5  # of the largest score in the batch: fp32 sums over head_dim, in any order
@@ -14,8 +15,17 @@ SCORE_TOLERANCE = 1e-5  # of the largest score in the batch: fp32 sums over head
 def as_reference(cache) -> reference.PagedKVCache:
     """The same tensors as a cache of the reference: a stage is judged on identical inputs."""
     names = [field.name for field in dataclasses.fields(reference.PagedKVCache)]
-    present = [name for name in names if hasattr(cache, name)]  # the kernels have no labels yet
-    return reference.PagedKVCache(**{name: getattr(cache, name) for name in present})
+    fields = {name: getattr(cache, name) for name in names} | {"labels": None}
+    return reference.PagedKVCache(**fields)
+
+
+def with_reference_labels(cache, num_qo_heads: int) -> reference.PagedKVCache:
+    """The same, with the cache's labels as the reference has them: a row for every query head."""
+    channels, bits, codes, scale_zero = cache.labels
+    repeats = num_qo_heads // channels.shape[0]
+    codes, scale_zero = (each.repeat_interleave(repeats, 1) for each in (codes, scale_zero))
+    labels = KeyLabels(channels.repeat_interleave(repeats, 0), bits, codes, scale_zero)
+    return dataclasses.replace(as_reference(cache), labels=labels)
 
 
 def num_used_pages(cache) -> torch.Tensor:
@@ -146,16 +156,27 @@ def assert_every_page(cache, candidate_pages: torch.Tensor, candidate_counts: to
     assert_ascending(candidate_pages, candidate_counts, used)
 
 
-def candidate_positions(
-    cache, candidate_pages: torch.Tensor, candidate_counts: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def as_reference_list(candidates) -> reference.lists.Candidates:
+    """The same tensors as a list of the reference: tokens where they are named so, else pages."""
+    if hasattr(candidates, "tokens"):
+        return reference.CandidateTokens(*candidates)
+    return reference.CandidatePages(*candidates)
+
+
+def tokens_of_an_entry(cache, candidates) -> int:
+    return 1 if hasattr(candidates, "tokens") else cache.page_size
+
+
+def candidate_positions(cache, candidates) -> tuple[torch.Tensor, torch.Tensor]:
     """Logical position of every logits column, and whether a token is there.
 
-    Both [batch_size, num_kv_heads, width * page_size]; positions where no token is are 0.
+    Both [batch_size, num_kv_heads, columns]; positions where no token is are 0.
     """
-    slot = torch.arange(cache.page_size, device=candidate_pages.device)
-    position = (candidate_pages[..., None] * cache.page_size + slot).flatten(-2)
-    listed = valid_entries(position, candidate_counts * cache.page_size)
+    entries, counts = candidates[:2]
+    unit = tokens_of_an_entry(cache, candidates)
+    slot = torch.arange(unit, device=entries.device)
+    position = (entries[..., None] * unit + slot).flatten(-2)
+    listed = valid_entries(position, counts * unit)
     valid = listed & (position < cache.seq_lens[:, None, None])
     return torch.where(valid, position, 0), valid
 
@@ -173,8 +194,7 @@ def top_p_level(weights: torch.Tensor, top_p: torch.Tensor, tie: float = 0.0) ->
 def assert_top_p(
     logits: torch.Tensor,
     cache,
-    candidate_pages: torch.Tensor,
-    candidate_counts: torch.Tensor,
+    candidates,
     top_p: float | torch.Tensor,
     result: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     num_sink_tokens: int = 0,
@@ -189,7 +209,7 @@ def assert_top_p(
     theirs.
     """
     kept_tokens, kept_counts, kept_mass = result
-    position, valid = candidate_positions(cache, candidate_pages, candidate_counts)
+    position, valid = candidate_positions(cache, candidates)
     assert kept_tokens.shape == position.shape
     assert kept_mass.shape == logits.shape[:2] and kept_mass.dtype == torch.float32
     assert_ascending(kept_tokens, kept_counts, cache.seq_lens)
@@ -198,13 +218,14 @@ def assert_top_p(
     kept = as_mask(kept_tokens, kept_counts, cache.capacity).gather(-1, position.long()) & valid
     assert torch.equal(kept.sum(-1), kept_counts.long()), "a kept token is no candidate"
 
-    weights = head_weights(logits, valid)
+    candidate = own_candidates(candidates, valid, logits.shape[1] // cache.num_kv_heads)
+    weights = head_weights(logits, candidate)
     must, may = (
-        _head_sets(weights, valid, top_p, slack) for slack in (-MASS_TOLERANCE, MASS_TOLERANCE)
+        _head_sets(weights, candidate, top_p, slack) for slack in (-MASS_TOLERANCE, MASS_TOLERANCE)
     )
     first_recent = cache.seq_lens[:, None, None] - num_recent_tokens
-    forced = valid & ((position < num_sink_tokens) | (position >= first_recent))
-    must, may = (own | forced[:, :, None] for own in (must, may))
+    forced = (position < num_sink_tokens) | (position >= first_recent)
+    must, may = (own | forced[:, :, None] & candidate for own in (must, may))
     assert kept[must.any(2)].all(), "a token that top-p needs, or a forced one, is missing"
     assert not kept[~may.any(2)].any(), "a token is kept that no head needs"
     mass = kept_mass.double().view(weights.shape[:3])[has_tokens]
@@ -214,19 +235,30 @@ def assert_top_p(
     assert (mass <= most + MASS_TOLERANCE).all(), "kept_mass is above the mass of the head's set"
 
 
-def head_weights(logits: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """fp64 [batch_size, num_kv_heads, group_size, width]: each head's softmax over candidates.
+def own_candidates(candidates, valid: torch.Tensor, group_size: int) -> torch.Tensor:
+    """bool [batch_size, num_kv_heads, group_size, columns]: those of each query head."""
+    own = valid[:, :, None].expand(-1, -1, group_size, -1)
+    heads = getattr(candidates, "heads", None)
+    if heads is None:
+        return own
+    bits = torch.arange(group_size, device=valid.device)[:, None]
+    return own & (heads[:, :, None] >> bits & 1).bool()
+
+
+def head_weights(logits: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
+    """fp64 [batch_size, num_kv_heads, group_size, width]: each head's softmax over its candidates,
+    a bool of this shape.
 
     Where there is none (NaN, +inf, nothing above -inf), all candidates weigh alike.
     """
-    grouped = logits.double().unflatten(1, (valid.shape[1], -1))
-    weights = grouped.masked_fill(~valid[:, :, None], -torch.inf).softmax(-1).nan_to_num(0.0)
-    alike = (valid / valid.sum(-1, keepdim=True).clamp(min=1))[:, :, None].double()
+    grouped = logits.double().unflatten(1, (candidate.shape[1], -1))
+    weights = grouped.masked_fill(~candidate, -torch.inf).softmax(-1).nan_to_num(0.0)
+    alike = (candidate / candidate.sum(-1, keepdim=True).clamp(min=1)).double()
     return torch.where(weights.sum(-1, keepdim=True) > 0, weights, alike)
 
 
 def _head_sets(
-    weights: torch.Tensor, valid: torch.Tensor, top_p: float | torch.Tensor, slack: float
+    weights: torch.Tensor, candidate: torch.Tensor, top_p: float | torch.Tensor, slack: float
 ) -> torch.Tensor:
     """bool, shape of weights: each head's own set at top_p + slack; everything where top_p is 1."""
     batch_size, num_kv_heads, group_size, _ = weights.shape
@@ -235,18 +267,17 @@ def _head_sets(
     target = target.reshape(batch_size, num_kv_heads, group_size)
     everything = (target >= 1)[..., None]
     tie = max(slack, 0.0)  # ties may be kept
-    return (top_p_level(weights, target + slack, tie) | everything) & valid[:, :, None]
+    return (top_p_level(weights, target + slack, tie) | everything) & candidate
 
 
 def assert_logits_close(
     logits: torch.Tensor,
     q: torch.Tensor,
     cache,
-    candidate_pages: torch.Tensor,
-    candidate_counts: torch.Tensor,
+    candidates,
     sm_scale: float | None = None,
 ) -> None:
-    """Near fp64, and -inf where no token is, in listed pages; other columns may hold anything.
+    """Near fp64, and -inf where no token is, in listed tiles; other columns may hold anything.
 
     The tolerance is twice the reference's error, which rounds to fp16 too, plus eight fp32
     roundings of the largest sum that a row's terms can have in magnitude: q . code * scale and
@@ -254,13 +285,14 @@ def assert_logits_close(
     is rounded to units of 2^-24.
     """
     assert logits.dtype == torch.float16
-    assert logits.shape == (*q.shape[:2], candidate_pages.shape[-1] * cache.page_size)
-    arguments = q, as_reference(cache), (candidate_pages, candidate_counts)
+    columns = candidates[0].shape[-1] * tokens_of_an_entry(cache, candidates)
+    assert logits.shape == (*q.shape[:2], columns)
+    arguments = q, as_reference(cache), as_reference_list(candidates)
     expected = reference.estimate_logits(*arguments, sm_scale=sm_scale)
     oracle = reference.estimate_logits(*arguments, sm_scale=sm_scale, dtype=torch.float64)
     largest = torch.finfo(torch.float16).max
     oracle = torch.where(oracle.isinf(), oracle, oracle.clamp(-largest, largest))
-    listed = listed_columns(logits, cache, candidate_counts)
+    listed = listed_columns(logits, cache, candidates)
     got, expected, oracle = (torch.where(listed, each, 0.0) for each in (logits, expected, oracle))
     scale, zero = cache.k_scale_zero.double().nan_to_num(0.0).unbind(-1)
     scale_of_logits = cache.head_dim**-0.5 if sm_scale is None else sm_scale
@@ -271,10 +303,11 @@ def assert_logits_close(
     assert (error <= allowed).all(), f"worst error {error.max()}, allowed there {allowed.min()}"
 
 
-def listed_columns(logits: torch.Tensor, cache, candidate_counts: torch.Tensor) -> torch.Tensor:
-    """bool, shape of logits: the columns of listed pages, in which even -inf is specified."""
+def listed_columns(logits: torch.Tensor, cache, candidates) -> torch.Tensor:
+    """bool, shape of logits: the columns of listed tiles, in which even -inf is specified."""
     rows = logits.unflatten(1, (cache.num_kv_heads, -1))
-    columns = candidate_counts[..., None] * cache.page_size
+    columns = candidates[1][..., None] * tokens_of_an_entry(cache, candidates)
+    columns = -(-columns // 16) * 16
     return valid_entries(rows, columns.expand(rows.shape[:3])).flatten(1, 2)
 
 
@@ -312,6 +345,18 @@ def assert_out_close(
     return oracle_lse
 
 
+def assert_candidates_attended(
+    out: torch.Tensor, q: torch.Tensor, cache, candidates
+) -> torch.Tensor:
+    """out against exact attention of each query head over its own candidates; returns that
+    attention's lse in fp64."""
+    arguments = q, as_reference(cache), as_reference_list(candidates)
+    expected = reference.page_attention(*arguments)
+    oracle, oracle_lse = reference.page_attention(*arguments, return_lse=True, dtype=torch.float64)
+    assert_close(out, expected, oracle, "out", slack=logit_rounding(q, cache))
+    return oracle_lse
+
+
 def logit_rounding(q: torch.Tensor, cache, sm_scale: float | None = None) -> torch.Tensor:
     """fp64 [batch_size, num_qo_heads]: how far fp32 sums in another order may move an output.
 
@@ -345,12 +390,12 @@ def assert_decode_step(
 ) -> None:
     """Each stage of a TwilightDecode run, judged on what the stage before it gave."""
     write_logits(step, q, cache)
-    candidates = step.candidates.pages, step.candidates.counts
+    candidates = step.candidates
     kept = step.kept.tokens, step.kept.counts
     if step.selector == "full":
         assert_every_page(cache, *candidates)
     else:
         assert_pages_selected(q, cache, *candidates, token_budget, **windows)
-    assert_logits_close(step.logits, q, cache, *candidates)
-    assert_top_p(step.logits, cache, *candidates, top_p, (*kept, step.kept.mass), **windows)
+    assert_logits_close(step.logits, q, cache, candidates)
+    assert_top_p(step.logits, cache, candidates, top_p, (*kept, step.kept.mass), **windows)
     assert_out_close(out, q, cache, *kept)

@@ -1,5 +1,6 @@
 """What the emulated kernels are launched with and on, and stages as functions of a cache."""
 
+import dataclasses
 from collections.abc import Iterable
 
 import pytest
@@ -7,14 +8,27 @@ import torch
 
 from tests.checks.guards import GuardedMemory
 from tests.emulated.emulate import emulated
+from twilight_tilelang import reference
 from twilight_tilelang.kernels.attention import ATTENTION_KERNELS
 from twilight_tilelang.kernels.checks import dtype_name
+from twilight_tilelang.kernels.estimate_prune import estimate_prune_kernel
 from twilight_tilelang.kernels.estimator import estimator_kernel
+from twilight_tilelang.kernels.label_scores import (
+    RUN_TOKENS,
+    label_mass_kernel,
+    label_score_kernel,
+)
+from twilight_tilelang.kernels.labels import TokenRows
 from twilight_tilelang.kernels.launch import static_width
+from twilight_tilelang.kernels.lists import CandidateTokens
 from twilight_tilelang.kernels.mass_bound import mass_bound_kernel
 from twilight_tilelang.kernels.pruner import HeadUnion, pruner_kernel
 from twilight_tilelang.kernels.split_kv import merge_kernel, plan_kernel
+from twilight_tilelang.kernels.token_keys import NUM_BINS
+from twilight_tilelang.kernels.token_list import entry_tokens
 from twilight_tilelang.kernels.top_p import NUM_THREADS
+from twilight_tilelang.kernels.top_tokens import NUM_THREADS as NUM_TOP_THREADS
+from twilight_tilelang.kernels.top_tokens import OpenKeys, top_tokens_kernel
 from twilight_tilelang.reference.inputs import DecodeShape
 
 SHAPES = {
@@ -48,40 +62,55 @@ def blank(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return MEMORY.blank(shape, dtype)
 
 
-def estimate_emulated(q, cache, pages, counts, config, folder) -> torch.Tensor:
-    """The kernel's logits [batch_size, num_qo_heads, width]."""
-    q, width = grouped(q, cache), pages.shape[2]
-    logits = blank(*q.shape[:3], width, cache.page_size, dtype=torch.float16)
+def kind_of(candidates) -> str:
+    """What a list of either package is of; a pair is of pages."""
+    if not isinstance(candidates, reference.CandidateTokens):
+        return "pages"
+    return "tokens" if candidates.heads is None else "head_tokens"
+
+
+def listing(candidates) -> dict:
+    """The kernels' arguments for a list."""
+    entries, counts = candidates[:2]
+    names = dict(candidate_entries=entries, candidate_counts=counts)
+    if kind_of(candidates) == "head_tokens":
+        names["candidate_heads"] = candidates.heads
+    return names | {"num_entries": entries.shape[2]}
+
+
+def estimate_emulated(q, cache, candidates, config, folder) -> torch.Tensor:
+    """The kernel's logits [batch_size, num_qo_heads, columns]."""
+    q, width, kind = grouped(q, cache), candidates[0].shape[2], kind_of(candidates)
+    run = entry_tokens(kind, cache.page_size)
+    logits = blank(*q.shape[:3], width, run, dtype=torch.float16)
     block_tiles = config.num_warps * config.tiles_per_warp * config.steps
-    blocks = -(-width * cache.page_size // 16 // block_tiles)
+    blocks = -(-width * run // 16 // block_tiles)
     smooth = cache.k_factor is not None
-    static = (q.shape[2], cache.head_dim, cache.page_size, "float16", config, smooth)
+    static = (q.shape[2], cache.head_dim, cache.page_size, "float16", config, smooth, kind)
     emulated(estimator_kernel, static, folder)(
         (blocks, cache.num_kv_heads, cache.batch_size), config.num_warps * 32,
         q=q, k_factor=cache.k_factor, codes=cache.k_int4, scale_zero=cache.k_scale_zero,
-        page_table=cache.page_table, seq_lens=cache.seq_lens,
-        candidate_pages=pages, candidate_counts=counts,
-        sm_scale=cache.head_dim**-0.5, logits=logits, width_pages=width, **sizes(cache),
+        page_table=cache.page_table, seq_lens=cache.seq_lens, **listing(candidates),
+        sm_scale=cache.head_dim**-0.5, logits=logits, **sizes(cache),
     )  # fmt: skip
     return logits.flatten(1, 2).flatten(2)
 
 
 def prune_emulated(
-    logits, cache, pages, counts, top_p, windows, config, folder, width_bound: int | None = None
-):  # fmt: skip
+    logits, cache, candidates, top_p, windows, config, folder, width_bound: int | None = None
+):
     """The kernel's (kept_tokens, kept_counts, kept_mass), its list of items checked. Where rows of
     several widths are to share a kernel, it has a bound of all."""
     group_size, width = logits.shape[1] // cache.num_kv_heads, logits.shape[2]
     written = what_pruners_write(cache, group_size, width)
     dtype = str(logits.dtype).removeprefix("torch.")
     bound = width_bound or static_width(width)
-    static = (group_size, cache.page_size, bound, dtype, 128, config)
+    statics = (group_size, cache.page_size, bound, dtype, 128, config)
     union = HeadUnion.allocate(cache, width)
     windows = {"num_sink_tokens": 0, "num_recent_tokens": 0} | windows
-    emulated(pruner_kernel, static, folder)(
+    emulated(pruner_kernel, (*statics, kind_of(candidates)), folder)(
         (group_size if config.heads_apart else 1, cache.num_kv_heads, cache.batch_size),
-        NUM_THREADS, logits=logits, seq_lens=cache.seq_lens,
-        candidate_pages=pages, candidate_counts=counts, width_pages=pages.shape[2],
+        NUM_THREADS, logits=logits, seq_lens=cache.seq_lens, **listing(candidates),
         top_p=torch.full_like(written["kept_mass"], top_p), **windows, **written, width=width,
         union_words=union.words, arrived=union.arrived, width_words=union.words.shape[2],
         **sizes(cache),
@@ -91,15 +120,15 @@ def prune_emulated(
 
 
 def attend_emulated(q, cache, pools, tokens, width, config, folder, num_blocks):
-    """The kernels' out and lse of the `tokens` (kind, indices, counts) of rows of at most `width`,
-    K and V in these pools."""
-    kind, indices, counts = tokens
+    """The kernels' out and lse of the `tokens` (kind, indices, counts, heads) of rows of at most
+    `width`, K and V in these pools."""
+    kind, indices, counts, heads = tokens
     q, rows, dtype = grouped(q, cache), counts.shape, dtype_name(pools[0])
     max_splits = -(-width // config.split_tokens)
     max_items = counts.numel() * max_splits
     partials = (*rows, max_splits, q.shape[2])
     shared = dict(
-        seq_lens=cache.seq_lens, indices=indices, counts=counts, q=q, k_cache=pools[0],
+        seq_lens=cache.seq_lens, indices=indices, counts=counts, heads=heads, q=q, k_cache=pools[0],
         v_cache=pools[1], kv_scales=cache.kv_scales, page_table=cache.page_table,
         items=blank(max_items, 4, dtype=torch.int32), num_items=torch.zeros(1, dtype=torch.int32),
         ticket=torch.zeros(1, dtype=torch.int64), num_blocks=num_blocks,
@@ -119,6 +148,23 @@ def attend_emulated(q, cache, pools, tokens, width, config, folder, num_blocks):
     )
     assert not shared["ticket"].any()
     return shared["out"].flatten(1, 2), shared["lse"].flatten(1, 2)
+
+
+def fuse_emulated(q, cache, candidates, top_p, windows, config, folder):
+    """What prune_emulated gives, of the one kernel that estimates too."""
+    q, smooth = grouped(q, cache), cache.k_factor is not None
+    width = candidates[0].shape[2] * entry_tokens(kind_of(candidates), cache.page_size)
+    written = what_pruners_write(cache, q.shape[2], width)
+    statics = (q.shape[2], cache.head_dim, cache.page_size, "float16", static_width(width), 128)
+    windows = {"num_sink_tokens": 0, "num_recent_tokens": 0} | windows
+    emulated(estimate_prune_kernel, (*statics, config, smooth, kind_of(candidates)), folder)(
+        (cache.num_kv_heads, cache.batch_size), NUM_THREADS * config.heads_at_once,
+        q=q, k_factor=cache.k_factor, codes=cache.k_int4, scale_zero=cache.k_scale_zero,
+        page_table=cache.page_table, seq_lens=cache.seq_lens, **listing(candidates),
+        sm_scale=cache.head_dim**-0.5, top_p=torch.full_like(written["kept_mass"], top_p),
+        **windows, **written, width=width, **sizes(cache),
+    )  # fmt: skip
+    return checked_items(**written)
 
 
 def what_pruners_write(cache, group_size: int, width: int) -> dict:
@@ -151,13 +197,66 @@ def bound_emulated(q, cache, candidates, logits, kept, folder, sm_scale=None) ->
     q, logits = grouped(q, cache), grouped(logits, cache)
     bound = blank(*q.shape[:3])
     smooth = cache.k_factor is not None
-    static = (q.shape[2], cache.head_dim, cache.page_size, "float16", smooth)
+    sizes_of_row = (q.shape[2], cache.head_dim, cache.page_size, "float16")
+    static = (*sizes_of_row, smooth, kind_of(candidates))
     emulated(mass_bound_kernel, static, folder)(
         (q.shape[2], cache.num_kv_heads, cache.batch_size), 256, q=q, k_factor=cache.k_factor,
         scale_zero=cache.k_scale_zero, page_table=cache.page_table, seq_lens=cache.seq_lens,
-        candidate_pages=candidates[0], candidate_counts=candidates[1],
-        width_pages=candidates[0].shape[2], logits=logits, kept_tokens=kept[0],
+        **listing(candidates), logits=logits, kept_tokens=kept[0],
         kept_counts=kept[1], width=kept[0].shape[2], bound=bound,
         sm_scale=cache.head_dim**-0.5 if sm_scale is None else sm_scale, **sizes(cache),
     )  # fmt: skip
     return bound.flatten(1)
+
+
+def score_labels_emulated(q, cache, rows: TokenRows, windows: tuple[int, int], config, folder):
+    """The kernels' (scores, bins) of a cache of the reference with labels: by query head or, where
+    a row has several, by KV head."""
+    by_row = q.unflatten(1, (-1, rows.heads))
+    num_rows, unit = by_row.shape[1], rows.labels.lane_words[0]
+    num_runs = -(-cache.capacity // RUN_TOKENS)
+    channels, _, codes, scale_zero = dataclasses.astuple(cache.labels)
+    shared = dict(
+        q=by_row, channels=channels, codes=codes.view(getattr(torch, unit)), scale_zero=scale_zero,
+        page_table=cache.page_table, seq_lens=cache.seq_lens, sm_scale=cache.head_dim**-0.5,
+        norms=blank(cache.batch_size, num_rows, rows.heads), num_rows=num_rows,
+        head_dim=cache.head_dim, num_label_heads=channels.shape[0], num_runs=num_runs,
+        capacity=cache.capacity, **sizes(cache),
+    )  # fmt: skip
+    grid = (-(-num_runs // config.num_warps), num_rows, cache.batch_size)
+    static = (cache.page_size, "float16", rows, config)
+    if rows.heads > 1:
+        arrived = torch.zeros(cache.batch_size, num_rows, dtype=torch.int32)
+        parts = blank(cache.batch_size, num_rows, num_runs, rows.heads, 2)
+        emulated(label_mass_kernel, static, folder)(
+            grid, config.num_warps * 32, parts=parts, arrived=arrived, **shared
+        )
+        assert not arrived.any()
+    scores = blank(cache.batch_size, num_rows, cache.capacity)
+    bins = torch.zeros(cache.batch_size, num_rows, NUM_BINS, dtype=torch.int32)
+    emulated(label_score_kernel, static, folder)(
+        grid, config.num_warps * 32, scores=scores, bins=bins,
+        num_sink_tokens=windows[0], num_recent_tokens=windows[1], **shared,
+    )  # fmt: skip
+    return scores, bins
+
+
+def take_tokens_emulated(scores, bins, lengths, budget: int, windows, config, folder):
+    """The kernel's CandidateTokens [batch_size, rows, ...] of scores [batch_size, rows, capacity],
+    counted in bins; these it leaves at zero."""
+    batch_size, num_rows, capacity = scores.shape
+    width = -(-min(budget, capacity) // 16) * 16
+    tokens = blank(batch_size, num_rows, width, dtype=torch.int32)
+    counts = blank(batch_size, num_rows, dtype=torch.int32)
+    left = OpenKeys.allocate(scores)
+    emulated(top_tokens_kernel, (config,), folder)(
+        (-(-capacity // config.chunk), num_rows, batch_size), NUM_TOP_THREADS, scores=scores,
+        seq_lens=lengths, num_sink_tokens=windows[0], num_recent_tokens=windows[1],
+        need=min(budget, capacity), bins=bins, words=left.words, near=left.near,
+        near_counts=left.counts, arrived=left.arrived, candidate_tokens=tokens,
+        candidate_counts=counts, batch_size=batch_size, num_rows=num_rows, num_lists=num_rows,
+        capacity=capacity,
+        num_words=left.words.shape[2], num_chunks=left.counts.shape[2], width=width,
+    )  # fmt: skip
+    assert not bins.any() and not left.arrived.any()
+    return CandidateTokens(tokens, counts)

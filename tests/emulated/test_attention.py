@@ -9,6 +9,7 @@ from tests.emulated.emulate import emulated
 from tests.emulated.launches import SHAPES, attend_emulated, blank, on_one_worker
 from tests.inputs.cases import FORMS, forms_for
 from tests.inputs.layouts import LAYOUTS, in_projection
+from tests.inputs.token_lists import random_tokens
 from twilight_tilelang import reference
 from twilight_tilelang.kernels.split_kv import AttentionConfig, merge_kernel
 
@@ -19,15 +20,16 @@ from twilight_tilelang.kernels.split_kv import AttentionConfig, merge_kernel
         pytest.param(name, form, source, marks=pytest.mark.xdist_group(f"emulated {form} {source}"))
         for name, shape in SHAPES.items()
         for form in forms_for(shape.num_qo_heads // shape.num_kv_heads)
-        for source in ("tokens", "pages", "all")
+        for source in ("tokens", "head_tokens", "pages", "all")
     ],
     indirect=["inputs"],
 )
-def test_attention_matches_reference(inputs, form, source, folder):
+def test_attention_matches_reference(inputs, form, source, rng, folder):
     """To the same bits by any number of blocks and at any strides."""
     cache = reference.PagedKVCache.wrap(*inputs.paged())
     rows = (cache.batch_size, cache.num_kv_heads)
     pages, counts = reference.select_pages(inputs.q, cache, cache.page_size * 12)
+    heads = None
     if source == "tokens":
         indices, counts, _ = reference.prune_top_p(
             reference.estimate_logits(inputs.q, cache, (pages, counts)), cache, (pages, counts), 0.9
@@ -36,6 +38,12 @@ def test_attention_matches_reference(inputs, form, source, folder):
             inputs.q, cache, (indices, counts), return_lse=True
         )
         width = indices.shape[2]
+    elif source == "head_tokens":
+        width = min(288, cache.capacity)
+        candidates = random_tokens(reference, cache, width, rng, inputs.q.shape[1] // rows[1])
+        indices, counts, heads = candidates
+        heads[..., 128:], heads[0, 0] = 1, 1  # no others there, or at all
+        expected = reference.page_attention(inputs.q, cache, candidates, return_lse=True)
     elif source == "pages":
         indices, width = pages, pages.shape[2] * cache.page_size
         expected = reference.page_attention(inputs.q, cache, (pages, counts), return_lse=True)
@@ -48,7 +56,7 @@ def test_attention_matches_reference(inputs, form, source, folder):
     for number, layout in enumerate(LAYOUTS.values()):
         (own_q,) = in_projection(inputs.q) if number else [inputs.q]
         pools, num_blocks = layout(cache.k_cache, cache.v_cache), 5 if number else 1
-        tokens = source, indices, counts
+        tokens = source, indices, counts, heads
         results.append(
             attend_emulated(own_q, cache, pools, tokens, width, FORMS[form], folder, num_blocks)
         )

@@ -53,7 +53,7 @@ def test_attention_reads_fp8(name, form, kv_dtype, folder):
     cache = reference.PagedKVCache.wrap(*in_fp8(inputs, kv_dtype, fp8).paged(), fp8=fp8)
     expected = reference.dense_attention(inputs.q, cache, return_lse=True, dtype=torch.float64)
     counts = cache.seq_lens[:, None].expand(-1, cache.num_kv_heads).contiguous()
-    tokens = "all", counts[..., None].contiguous(), counts
+    tokens = "all", counts[..., None].contiguous(), counts, None
     codes = cache.k_cache.view(torch.uint8), cache.v_cache.view(torch.uint8)
     results = []
     for layout, num_blocks in (("packed", 1), ("pages-of-both", 3)):
