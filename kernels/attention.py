@@ -223,9 +223,7 @@ def planned_attention(
 def plan_untuned(kind: str, shape: StepShape, gpu: Gpu) -> Planned[AttentionConfig]:
     """Attention over any other kind of list; of FP8 not over one that is by query head."""
     if shape.kv_dtype and kind == "head_tokens":
-        raise ValueError(
-            f"candidate_heads: expected None for K and V in {shape.kv_dtype}, got some"
-        )
+        raise ValueError(f"candidate_heads: expected None for {shape.kv_dtype} pools, got some")
     config = default_config(shape)
     config = replace(config, pdl=starts_early(shape.launch_rows, gpu.capability))
     return Planned(config, "default: tuned for kept tokens only", _launches(shape, config, kind))
