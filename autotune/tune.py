@@ -28,6 +28,7 @@ from twilight_tilelang.kernels.plan import SPECS
 from twilight_tilelang.kernels.tuned import CONFIGS, Bucket, Entry
 from twilight_tilelang.profiling import device
 from twilight_tilelang.profiling.workloads.standard import GPU_WORKLOADS
+from twilight_tilelang.profiling.workloads.sweeps import FP8_WORKLOADS
 from twilight_tilelang.profiling.workloads.workload import Workload
 
 from .farm import Farm, compile_fault
@@ -38,8 +39,8 @@ from .store import open_configs, path_of, with_entry, write_configs
 from .worker import SetupFailed, Worker, WorkerFailed
 
 STAGES = tuple(dict.fromkeys(spec.stage for spec in SPECS.values()))
-# Those whose stages the benchmark times one by one.
-WORKLOADS = tuple(w for w in GPU_WORKLOADS if set(STAGES) <= set(w.stages))
+# Those whose stages the benchmark times one by one, and K and V in FP8, whose attention it times.
+WORKLOADS = (*(w for w in GPU_WORKLOADS if set(STAGES) <= set(w.stages)), *FP8_WORKLOADS)
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def shape_of_workload(workload: Workload) -> StepShape:
         head_dim=shape.head_dim,
         page_size=shape.page_size,
         dtype=str(shape.dtype).removeprefix("torch."),
+        kv_dtype=str(workload.kv_dtype or "").removeprefix("torch."),
         num_rows=shape.batch_size * shape.num_kv_heads,
         max_pages=-(-shape.max_seq_len // shape.page_size),
         width=workload.settings("quest+twilight")[0],
@@ -75,7 +77,7 @@ def tasks_of(workloads: Sequence[Workload], stages: Sequence[str], arch: str) ->
     users: dict[tuple[str, Bucket], list[Workload]] = {}
     for workload, kernel in itertools.product(WORKLOADS, SPACES):
         spec, shape = SPECS[kernel], shape_of_workload(workload)
-        if spec.stage in stages and spec.applies(shape):
+        if spec.stage in set(stages) & set(workload.stages) and spec.applies(shape):
             bucket = Bucket.of(spec, shape)
             users.setdefault((kernel, bucket), []).append(workload)
     tasks = []

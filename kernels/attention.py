@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from .attend_codes import codes_kernel
 from .attend_lanes import lanes_kernel
 from .attend_tiles import tiles_kernel
 from .cache import PagedKVCache
@@ -22,19 +23,21 @@ from .query import by_kv_head, check_query, check_scale, step_shape
 from .split_kv import AttentionConfig, merge_kernel, plan_kernel
 from .tuned import Planned, planned
 
-ATTENTION_KERNELS = {"tiles": tiles_kernel, "lanes": lanes_kernel}
+ATTENTION_KERNELS = {"tiles": tiles_kernel, "lanes": lanes_kernel, "codes": codes_kernel}
 
 
-def default_config(group_size: int) -> AttentionConfig:
-    """One form for each group size, whatever the batch: it shapes the results."""
-    if group_size == 1:
+def default_config(shape: StepShape) -> AttentionConfig:
+    """One form for each group size and dtype of K and V, whatever the batch: it shapes results."""
+    if shape.kv_dtype:
+        return AttentionConfig("codes", split_tokens=256 if shape.head_dim <= 128 else 128)
+    if shape.group_size == 1:
         return AttentionConfig("lanes", split_tokens=256, blocks_per_sm=16)
     return AttentionConfig()
 
 
-def split_tokens_of(group_size: int) -> int:
+def split_tokens_of(shape: StepShape) -> int:
     """Tokens of one work item."""
-    return default_config(group_size).split_tokens
+    return default_config(shape).split_tokens
 
 
 class WorkList(NamedTuple):
@@ -67,11 +70,10 @@ class AttentionWorkspace(NamedTuple):
     lse: torch.Tensor  # [batch_size, num_kv_heads, group_size] f32
 
     @classmethod
-    def allocate(
-        cls, cache: PagedKVCache, group_size: int, width: int, split_tokens: int
-    ) -> "AttentionWorkspace":
-        """For rows of at most `width` tokens in items of `split_tokens`."""
+    def allocate(cls, cache: PagedKVCache, group_size: int, width: int) -> "AttentionWorkspace":
+        """For rows of at most `width` tokens."""
         device, rows = cache.k_cache.device, (cache.batch_size, cache.num_kv_heads)
+        split_tokens = split_tokens_of(step_shape(cache, group_size, width))
         partials = (*rows, -(-width // split_tokens), group_size)
         return cls(
             work=WorkList.allocate(rows[0] * rows[1], width, split_tokens, device),
@@ -169,8 +171,7 @@ def _attend(
     group_size = q.shape[1] // cache.num_kv_heads
     shape = step_shape(cache, group_size, width)
     planned = planned_attention(tokens.kind, shape, q.device)
-    split_tokens = planned.config.split_tokens
-    workspace = AttentionWorkspace.allocate(cache, group_size, width, split_tokens)
+    workspace = AttentionWorkspace.allocate(cache, group_size, width)
     out = torch.empty_like(q)
     grouped = [by_kv_head(each, cache.num_kv_heads) for each in (q, out)]
     with on_device(q.device):
@@ -201,9 +202,10 @@ def attend(
     work, *partials, lse = workspace
     *_, heads = tokens.tensors
     written = (*partials, out, lse)
+    scales = [] if cache.shape.kv_dtype is None else [cache.kv_scales]
     num_blocks = planned.config.blocks_per_sm * gpu_of(q.device).num_multiprocessors
     attend_items(
-        q, cache.k_cache, cache.v_pool, cache.kv_scales, cache.page_table, tokens.indices, heads,
+        q, cache.k_cache, cache.v_pool, *scales, cache.page_table, tokens.indices, heads,
         work.items, work.num_items, num_blocks, sm_scale, *written,
     )  # fmt: skip
     merge_splits(cache.seq_lens, tokens.indices, tokens.counts, *written)
@@ -219,8 +221,10 @@ def planned_attention(
 
 
 def plan_untuned(kind: str, shape: StepShape, gpu: Gpu) -> Planned[AttentionConfig]:
-    """Attention over any other kind of list."""
-    config = default_config(shape.group_size)
+    """Attention over any other kind of list; of FP8 not over one that is by query head."""
+    if shape.kv_dtype and kind == "head_tokens":
+        raise ValueError(f"candidate_heads: expected None for {shape.kv_dtype} pools, got some")
+    config = default_config(shape)
     config = replace(config, pdl=starts_early(shape.launch_rows, gpu.capability))
     return Planned(config, "default: tuned for kept tokens only", _launches(shape, config, kind))
 
@@ -228,14 +232,11 @@ def plan_untuned(kind: str, shape: StepShape, gpu: Gpu) -> Planned[AttentionConf
 def _launches(
     shape: StepShape, config: AttentionConfig, kind: str = "tokens"
 ) -> tuple[Launch, ...]:
-    sizes = (shape.group_size, shape.head_dim, shape.page_size, shape.dtype)
-    kv_dtype = shape.kv_dtype or shape.dtype
+    sizes = (*shape.statics, *([shape.kv_dtype] if shape.kv_dtype else []))
     return (
         Launch(f"items_{kind}", plan_kernel, (shape.page_size, kind, config)),
-        Launch(
-            f"attention_{kind}", ATTENTION_KERNELS[config.form], (*sizes, kv_dtype, kind, config)
-        ),
-        Launch(f"merge_{kind}", merge_kernel, (*sizes, kind, config)),
+        Launch(f"attention_{kind}", ATTENTION_KERNELS[config.form], (*sizes, kind, config)),
+        Launch(f"merge_{kind}", merge_kernel, (*shape.statics, kind, config)),
     )
 
 
@@ -244,13 +245,17 @@ ATTENTION = KernelSpec(
     name="attention",
     stage="attention",
     config=AttentionConfig,
-    default=lambda shape, gpu: default_config(shape.group_size),
+    default=lambda shape, gpu: default_config(shape),
     width=lambda shape: shape.width,
+    reads_kv=True,
     launches=_launches,
     sources=(
         "attention.py",
+        "attend_codes.py",
         "attend_lanes.py",
         "attend_tiles.py",
+        "block_items.py",
+        "mma.py",
         "split_kv.py",
         "strided.py",
         "token_list.py",

@@ -343,7 +343,8 @@ class PagedKVCache(Requests):
             layout: "NHD", as above, or "HND", [num_pages, num_kv_heads, page_size, head_dim], which
                 the cache holds transposed. To be stated where page_size and num_kv_heads are both
                 multiples of 16: the pool could be either.
-            fp8: the scales of K and V in FP8 (e4m3fn or e5m2), and q's dtype; Fp8() where None.
+            fp8: the scales of K and V in FP8 (e4m3fn or e5m2), and q's dtype; required there, as
+                codes alone say nothing of their scales.
             validate: whether to check page ids and lengths as `validate_cache` does, before
                 anything is written.
 

@@ -172,7 +172,7 @@ def _launches(shape: StepShape, config: EstimatePruneConfig) -> tuple[Launch, ..
     """None where estimator and pruner launch apart."""
     if not config.fused:
         return ()
-    sizes = (*shape.statics, static_width(shape.width), split_tokens_of(shape.group_size))
+    sizes = (*shape.statics, static_width(shape.width), split_tokens_of(shape))
     arguments = (*sizes, config, shape.smooth, shape.candidates)
     return (Launch("estimate_prune", estimate_prune_kernel, arguments),)
 

@@ -88,6 +88,7 @@ class KernelSpec(Generic[Config]):
         launches: what launches with a config.
         sources: an entry measured with other contents of these files is stale.
         width: of a row, as tuned configs count it: pages of the selector's kernels, else tokens.
+        reads_kv: itself, not only the mirror and the bounds.
         result_fields: part of the result's definition: never tuned.
         static_width: compiled for its width, rounded up to a power of two.
         applies: whether steps of a shape launch it at all.
@@ -101,6 +102,7 @@ class KernelSpec(Generic[Config]):
     launches: Callable[[StepShape, Config], tuple[Launch, ...]]
     sources: tuple[str, ...]
     width: Callable[[StepShape], int] = lambda shape: shape.width
+    reads_kv: bool = False
     result_fields: tuple[str, ...] = ()
     static_width: bool = False
     applies: Callable[[StepShape], bool] = lambda shape: True

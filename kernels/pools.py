@@ -95,7 +95,11 @@ def fp8_fields(k_cache: torch.Tensor, fp8: Fp8 | None) -> dict[str, Any]:
         if fp8 is not None:
             raise ValueError(f"fp8: expected None for a k_cache of {k_cache.dtype}, got {fp8}")
         return {}
-    fp8 = Fp8() if fp8 is None else fp8
+    if fp8 is None:
+        raise ValueError(
+            f"fp8: expected the scales of a k_cache of {k_cache.dtype}, Fp8(k_scale, v_scale), or "
+            "Fp8() where they are 1, got None"
+        )
     num_kv_heads, device = k_cache.shape[2], k_cache.device
     rows = []
     for name, scale in (("k_scale", fp8.k_scale), ("v_scale", fp8.v_scale)):

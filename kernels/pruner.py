@@ -109,7 +109,7 @@ def prune_top_p(
     shape = step_shape(cache, group_size, width)
     shape = shape._replace(logits_dtype=dtype_name(logits), candidates=listed.kind)
     kept = Kept.allocate(cache, width, num_qo_heads)
-    work = WorkList.allocate(shape.num_rows, width, split_tokens_of(group_size), device)
+    work = WorkList.allocate(shape.num_rows, width, split_tokens_of(shape), device)
     grouped = [by_kv_head(each, cache.num_kv_heads) for each in (logits, top_p, kept.mass)]
     logits, top_p, mass = grouped
     union = HeadUnion.allocate(cache, width)
@@ -254,7 +254,7 @@ def pruner_kernel(
 
 def _launches(shape: StepShape, config: PrunerConfig) -> tuple[Launch, ...]:
     sizes = (shape.group_size, shape.page_size, static_width(shape.width))
-    split_tokens = split_tokens_of(shape.group_size)
+    split_tokens = split_tokens_of(shape)
     arguments = (*sizes, shape.logits_dtype, split_tokens, config, shape.candidates)
     return (Launch("pruner", pruner_kernel, arguments),)
 

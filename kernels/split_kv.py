@@ -78,16 +78,55 @@ class Results(NamedTuple):
     lse: Buffer  # [batch_size, num_kv_heads, group_size] f32
 
 
+class Teams(NamedTuple):
+    """What the teams of a block found, in shared memory."""
+
+    acc: Buffer  # [num_teams, group_size, head_dim] f32
+    largest: Buffer  # [num_teams, group_size] f32, logits in log2 units
+    total: Buffer  # [num_teams, group_size] f32
+
+    @partialmethod
+    @T.macro
+    def join(self, results, row, split, num_threads):
+        """The item's result: those of the teams, in their order."""
+        num_teams, group_size = (int(size) for size in self.largest.shape)
+        head_dim = int(self.acc.shape[2])
+        thread = T.get_thread_binding()
+        largest = T.alloc_var(T.float32)
+        total = T.alloc_var(T.float32)
+        partial = T.alloc_var(T.float32)
+        for head in T.unroll(group_size):
+            largest = self.largest[0, head]
+            for each in T.unroll(1, num_teams):
+                largest = T.max(largest, self.largest[each, head])
+            total = 0.0
+            for each in T.unroll(num_teams):
+                total += self.total[each, head] * T.exp2(self.largest[each, head] - largest)
+            for part in T.unroll(-(-head_dim // num_threads)):
+                channel = part * num_threads + thread
+                if channel < head_dim:
+                    partial = 0.0
+                    for each in T.unroll(num_teams):
+                        scale = T.exp2(self.largest[each, head] - largest)
+                        partial += self.acc[each, head, channel] * scale
+                    if split < 0:
+                        results.out[row.batch, row.kv_head, head, channel] = T.cast(
+                            partial / total, results.out.dtype
+                        )
+                    else:
+                        results.partial_out[row.batch, row.kv_head, split, head, channel] = partial
+            if thread == 0:
+                if split < 0:
+                    lse_log2 = largest + T.log2(total)
+                    results.lse[row.batch, row.kv_head, head] = lse_log2 / LOG2E
+                else:
+                    results.partial_lse[row.batch, row.kv_head, split, head, 0] = largest
+                    results.partial_lse[row.batch, row.kv_head, split, head, 1] = total
+
+
 def scales_of(kv_scales: Buffer, kv_head: PrimExpr) -> tuple[PrimExpr, PrimExpr]:
     """What K and V of a KV head are multiplied by."""
     return kv_scales[0, kv_head], kv_scales[1, kv_head]
-
-
-@T.macro
-def load_item(words, turn, items, item):
-    """words[turn] = (batch, kv_head, split, tokens), anything for an item behind the list's end."""
-    for w in T.vectorized(4):
-        words[turn, w] = items[T.min(item, items.shape[0] - 1), w]
 
 
 @tilelang.jit(pass_configs=TILE_LEVEL)

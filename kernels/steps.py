@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .attention import AttentionWorkspace, attend, every_token, list_items, split_tokens_of
+from .attention import AttentionWorkspace, attend, every_token, list_items
 from .cache import PagedKVCache
 from .estimate_prune import estimate_and_prune
 from .estimator import estimate
@@ -51,7 +51,7 @@ class SparseMemory(NamedTuple):
             Kept.allocate(cache, tokens, num_qo_heads),
             torch.empty(top_p.shape, device=top_p.device),
             HeadUnion.allocate(cache, tokens),
-            AttentionWorkspace.allocate(cache, group_size, tokens, split_tokens_of(group_size)),
+            AttentionWorkspace.allocate(cache, group_size, tokens),
             empty_out(cache, num_qo_heads),
         )
 
@@ -182,8 +182,7 @@ class CandidateStep(WritingStep):
         self.candidates = selection.candidates
         self.listed = Listed.of(self.candidates)
         group_size, tokens = num_qo_heads // cache.num_kv_heads, self.listed.width(cache.page_size)
-        split_tokens = split_tokens_of(group_size)
-        self.attention = AttentionWorkspace.allocate(cache, group_size, tokens, split_tokens)
+        self.attention = AttentionWorkspace.allocate(cache, group_size, tokens)
         self.out = empty_out(cache, num_qo_heads)
         self.grouped_out = by_kv_head(self.out, cache.num_kv_heads)
 
@@ -223,10 +222,7 @@ class DenseStep(WritingStep):
         device, group_size = cache.k_cache.device, num_qo_heads // cache.num_kv_heads
         rows = (cache.batch_size, cache.num_kv_heads)
         self.tokens = every_token(torch.empty(rows, dtype=torch.int32, device=device))
-        split_tokens = split_tokens_of(group_size)
-        self.attention = AttentionWorkspace.allocate(
-            cache, group_size, cache.capacity, split_tokens
-        )
+        self.attention = AttentionWorkspace.allocate(cache, group_size, cache.capacity)
         self.out = empty_out(cache, num_qo_heads)
         self.grouped_out = by_kv_head(self.out, cache.num_kv_heads)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from .frames import (
+    FP8,
     STEP_STAGES,
     Frames,
     MissingData,
@@ -114,6 +115,41 @@ def stage_table(frames: Frames) -> str:
     return _table(header, lines, caption)
 
 
+def fp8_table(frames: Frames) -> str:
+    """What reads K and V, with these in 16 bits and in FP8."""
+    columns = {
+        "attention over kept tokens": ("attention", OURS),
+        "Quest alone": ("pipeline", QUEST),
+        "Quest + Twilight": ("pipeline", OURS),
+        "dense decode (ours)": ("dense", "dense"),
+    }
+    every = [
+        rows_of(frames, stage, method=method, provider="tilelang").set_index("workload")
+        for stage, method in columns.values()
+    ]
+    lines, seen = [], []
+    for name in every[0].index[every[0].index.str.endswith(FP8)]:
+        names = [name.removesuffix(FP8), name]
+        if all(each in rows.index for rows in every for each in names):
+            cells = (_halves_and_fp8(rows.loc[names]) for rows in every)
+            lines.append(" | ".join([names[0], *cells]))
+            seen.append(every[0].loc[name])
+    if not lines:
+        raise MissingData(f"attention.csv: no row with workload *{FP8}")
+    caption = (
+        f"Microseconds on {seen[0].gpu.upper()} with K and V in {seen[0]['dtype']} / in FP8 "
+        f"(e4m3), and the share of its byte floor that the latter reaches; FP8 measured at commit "
+        f"{', '.join(sorted({each.commit for each in seen}))}."
+    )
+    return _table(" | ".join(["workload", *columns]), lines, caption)
+
+
+def _halves_and_fp8(rows: pd.DataFrame) -> str:
+    """ "45.3 / **29.0**, 49 %" """
+    halves, fp8 = rows["median_us"]
+    return f"{halves:,.1f} / **{fp8:,.1f}**, {100 * rows['reached'].iloc[1]:.0f} %"
+
+
 def memory_text(frames: Frames) -> str:
     """What the mirror and the page bounds add to the cache."""
     rows = rows_of(frames, "memory", workload=frames["memory"]["workload"].iloc[0])
@@ -188,6 +224,7 @@ TABLES: dict[str, Callable[[Frames], str]] = {
     "top_p": top_p_table,
     "length": length_table,
     "stage": stage_table,
+    "fp8": fp8_table,
     "model": model_table,
     "memory": memory_text,
 }

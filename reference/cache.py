@@ -230,7 +230,8 @@ class PagedKVCache(Requests):
             layout: "NHD", as above, or "HND", [num_pages, num_kv_heads, page_size, head_dim], which
                 the cache holds transposed. To be stated where page_size and num_kv_heads are both
                 multiples of 16: the pool could be either.
-            fp8: the scales of K and V in FP8 (e4m3fn or e5m2), and q's dtype; Fp8() where None.
+            fp8: the scales of K and V in FP8 (e4m3fn or e5m2), and q's dtype; required there, as
+                codes alone say nothing of their scales.
             validate: whether to check page ids and lengths as `validate_cache` does, before
                 anything is written.
         """
@@ -240,6 +241,11 @@ class PagedKVCache(Requests):
         is_fp8 = k_cache.dtype in FP8_DTYPES
         if fp8 is not None and not is_fp8:
             raise ValueError(f"fp8: expected None for a k_cache of {k_cache.dtype}, got {fp8}")
+        if fp8 is None and is_fp8:
+            raise ValueError(
+                f"fp8: expected the scales of a k_cache of {k_cache.dtype}, Fp8(k_scale, v_scale), "
+                "or Fp8() where they are 1, got None"
+            )
         fp8 = Fp8() if fp8 is None else fp8
         if fp8.dtype not in HALF_DTYPES:
             raise ValueError(f"dtype: expected one of {HALF_DTYPES}, got {fp8.dtype}")

@@ -41,6 +41,10 @@ SHAPES = {
         StepShape(1, 128, 16, "bfloat16", 512, 2048, 8192, 512, kv_dtype="float8_e5m2"),
         ("sm_80",),
     ),
+    "gqa16-d256-fp8": (
+        StepShape(16, 256, 16, "float16", 64, 300, 1024, 64, kv_dtype="float8_e5m2"),
+        ("sm_90a",),
+    ),
     "mha-d256": (StepShape(1, 256, 16, "float16", 64, 300, 1024, 64), ("sm_90a",)),
 }
 # The name of a kernel in CUDA, and what ptxas says before it reports on one.
@@ -180,7 +184,8 @@ def kernels() -> Iterator[tuple[str, Kernel]]:
         for arch in ARCHS:
             config = dataclasses.replace(form, pdl=arch != "sm_80")
             group_size = 1 if form.form == "lanes" else 4
-            arguments = (group_size, 128, 16, "float16", "float16", "tokens", config)
+            kv_dtype = ("float8_e4m3fn",) if form.form == "codes" else ()
+            arguments = (group_size, 128, 16, "float16", *kv_dtype, "tokens", config)
             launch = Launch(name, ATTENTION_KERNELS[form.form], arguments)
             yield f"form-{arch}-{name}", Kernel(launch, arch, f"forms-{arch}")
 

@@ -125,7 +125,9 @@ def test_wrap_refuses_what_does_not_fit_fp8(bad, fake):
     lengths = torch.full((2,), 17, dtype=torch.int32, device="cuda")
     with pytest.raises(ValueError, match=match):
         kernels.PagedKVCache.wrap(*pools, table, lengths, fp8=kernels.Fp8(**changes))
-    cache = kernels.PagedKVCache.wrap(*pools, table, lengths)
+    with pytest.raises(ValueError, match=r"fp8: expected the scales of a k_cache of torch.float8"):
+        kernels.PagedKVCache.wrap(*pools, table, lengths)
+    cache = kernels.PagedKVCache.wrap(*pools, table, lengths, fp8=kernels.Fp8())
     assert cache.shape.dtype == torch.float16 and cache.shape.kv_dtype == torch.float8_e5m2
     halves = torch.zeros(2, 4, 16, 2, 128, device="cuda", dtype=torch.float16)
     with pytest.raises(ValueError, match="fp8: expected None for a k_cache of torch.float16"):

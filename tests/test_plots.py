@@ -88,6 +88,20 @@ def test_every_figure_of_a_step_says_at_which_p_and_error(rows: list[AnyRow]) ->
     assert tables.speed_table(MEASURED).count("**0.") == 5  # an error for each workload
 
 
+def test_fp8_stands_beside_16_bits(rows: list[AnyRow], tmp_path: Path) -> None:
+    frames = frames_of(rows, tmp_path)
+    table = tables.fp8_table(frames)
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:4]] == ["| gqa-32k", "| mha-32k"]
+    attention = frames["attention"].set_index("workload")["median_us"]
+    both = f"{attention['gqa-32k']:,.1f} / **{attention['gqa-32k-fp8']:,.1f}**"
+    assert f"| gqa-32k | {both}, " in table
+    gqa = [row for row in rows if row.workload != "mha-32k-fp8"]
+    assert "mha-32k" not in tables.fp8_table(frames_of(gqa, tmp_path / "gqa"))
+    halves = [row for row in gqa if row.workload != "gqa-32k-fp8"]
+    with pytest.raises(MissingData, match="-fp8"):
+        tables.fp8_table(frames_of(halves, tmp_path / "halves"))
+
+
 def test_the_budget_rule_is_said_and_held_to() -> None:
     length = steps(MEASURED, "length-")
     rule = "token budget a quarter of the tokens, at most 8k"

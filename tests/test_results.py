@@ -241,6 +241,11 @@ def test_sets_exceed_the_cache_and_fit_the_memory() -> None:
     assert [affordable_sets(shape, 2, size << 30) for size in (8, 20, 140)] == [0, 1, 2]
 
 
+def test_a_million_tokens_are_measured() -> None:
+    (longest,) = (own for own in GPU_WORKLOADS if own.shape.max_seq_len == 1_048_576)
+    assert longest.name == "length-b1" and longest.stages == ("pipeline", "dense")
+
+
 def test_request_sets_are_different_requests_of_one_pool() -> None:
     sets = workload_sets(SMALL, 3, "cpu", PagedKVCache.wrap)
     assert sets.num_sets == 3

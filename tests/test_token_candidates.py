@@ -18,7 +18,7 @@ from tests.inputs.hazards import poison_unused
 from tests.inputs.pinned import pinned
 from tests.inputs.token_lists import random_tokens, tokens_of_pages
 from twilight_tilelang import reference
-from twilight_tilelang.kernels.attention import AttentionWorkspace, split_tokens_of
+from twilight_tilelang.kernels.attention import AttentionWorkspace
 from twilight_tilelang.kernels.estimate_prune import (
     ESTIMATE_PRUNE,
     EstimatePruneConfig,
@@ -125,7 +125,7 @@ def fused_results(q: torch.Tensor, cache, candidates) -> tuple[torch.Tensor, ...
     planner = Planner(gpu_of(q.device), pinned={"estimate_prune": EstimatePruneConfig()})
     kept = Kept.allocate(cache, width, q.shape[1])
     top_p = expand_top_p(0.9, cache.batch_size, q.shape[1], q.device)
-    workspace = AttentionWorkspace.allocate(cache, group_size, width, split_tokens_of(group_size))
+    workspace = AttentionWorkspace.allocate(cache, group_size, width)
     grouped, top_p, mass = (by_kv_head(each, cache.num_kv_heads) for each in (q, top_p, kept.mass))
     estimate_and_prune(
         planner.plan(ESTIMATE_PRUNE, shape), grouped, cache, listed, top_p,

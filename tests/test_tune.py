@@ -35,6 +35,7 @@ from twilight_tilelang.kernels.plan import SPECS
 from twilight_tilelang.kernels.tuned import Bucket
 from twilight_tilelang.profiling.providers.backends import Torch
 from twilight_tilelang.profiling.timing import Timing
+from twilight_tilelang.profiling.workloads.sweeps import FP8_WORKLOADS
 from twilight_tilelang.profiling.workloads.workload import Workload
 from twilight_tilelang.reference.inputs import DecodeShape
 
@@ -226,10 +227,12 @@ def test_every_bucket_comes_once_and_knows_its_workloads() -> None:
     assert len({(task.kernel, task.bucket) for task in tasks}) == len(tasks)
     # Few rows leave nothing to choose where many are estimated and pruned in one kernel.
     no_choice = ("gqa-128k", "solo-128k", "solo-32k")
-    shapes = [tune.shape_of_workload(workload) for workload in tune.WORKLOADS]
+    shapes = [tune.shape_of_workload(workload) for workload in tune.WORKLOADS[:-2]]
     launched = sum(SPECS[kernel].applies(shape) for kernel in SPACES for shape in shapes)
-    expected = launched - len(no_choice)
+    expected = launched - len(no_choice) + len(FP8_WORKLOADS)
     assert sum(len(task.names) for task in tasks) == expected
+    fp8 = {task.kernel: task.bucket.kv_dtype for task in tasks if task.workload in FP8_WORKLOADS}
+    assert fp8 == {"attention": "float8_e4m3fn"}
     shared = [t.names for t in tasks if t.kernel == "pruner" and t.bucket.rows == 8]
     assert shared == [("solo-128k", "solo-32k")]
     (alone,) = tune.tasks_of([tune.WORKLOADS[4]], ("pruner",), "sm_90a")

@@ -98,6 +98,25 @@ def test_a_kernel_that_is_not_compiled_for_its_width_takes_any_near_one() -> Non
         assert choose("attention", bucket, configs).config.blocks_per_sm == blocks
 
 
+def test_fp8_has_buckets_of_its_own_where_k_and_v_are_read() -> None:
+    fp8 = dataclasses.replace(HOME, kv_dtype="float8_e4m3fn")
+    assert Bucket.parse(str(fp8)) == fp8 and str(fp8) == f"{HOME} kv_dtype=float8_e4m3fn"
+    entries = {
+        HOME: entry_of("attention", {"blocks_per_sm": 6}),
+        fp8: entry_of("attention", {"blocks_per_sm": 2}),
+    }
+    for bucket, own in entries.items():
+        choice = choose("attention", bucket, configs_of("attention", entries))
+        assert (choice.reason, choice.config.blocks_per_sm) == (
+            "exact", own.config["blocks_per_sm"],
+        )  # fmt: skip
+        alone = choose("attention", bucket, configs_of("attention", {fp8: entries[fp8]}))
+        assert (alone.bucket == fp8) == (bucket == fp8)
+    shape = shape_of("attention", fp8)
+    assert Bucket.of(ATTENTION, shape) == fp8
+    assert Bucket.of(PRUNER, shape) == HOME
+
+
 def test_a_kernel_that_reads_no_candidates_has_one_bucket_for_both_kinds() -> None:
     shape = shape_of("pruner", dataclasses.replace(HOME, candidates="tokens"))
     assert shape.candidates == "tokens" and Bucket.of(PRUNER, shape) != HOME

@@ -63,8 +63,7 @@ class TileLang:
         group_size = q.shape[1] // cache.num_kv_heads
         shape = step_shape(cache, group_size, width)
         planned = attention.planned_attention(tokens.kind, shape, q.device)
-        sizes = (cache, group_size, width, planned.config.split_tokens)
-        workspace = attention.AttentionWorkspace.allocate(*sizes)
+        workspace = attention.AttentionWorkspace.allocate(cache, group_size, width)
         out = torch.empty_like(q)
         grouped = [by_kv_head(each, cache.num_kv_heads) for each in (q, out)]
         sm_scale = cache.head_dim**-0.5

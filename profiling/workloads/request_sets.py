@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from twilight_tilelang.reference.fp8 import Fp8
 from twilight_tilelang.reference.inputs import DecodeShape, make_inputs, random_inputs
 
 from ..recordings.trace import read_trace
@@ -75,10 +76,11 @@ def workload_sets(
         wanted = ("kept_mean", "top_p", "head_budgets", "interleaved")
         made_for = {name: getattr(workload, name) for name in wanted}
         inputs = make_inputs(every, SEED, device=device, **made_for)
+    fp8 = None
     if workload.kv_dtype is not None:
-        pools = {name: getattr(inputs, name).to(workload.kv_dtype) for name in KV}
+        fp8, pools = Fp8(), {name: getattr(inputs, name).to(workload.kv_dtype) for name in KV}
         inputs = dataclasses.replace(inputs, **pools)
-    q, pool = inputs.q, wrap(*inputs.paged(), layout="NHD")
+    q, pool = inputs.q, wrap(*inputs.paged(), layout="NHD", fp8=fp8)
     rows = [slice(own * shape.batch_size, (own + 1) * shape.batch_size) for own in range(num_sets)]
     caches = [
         dataclasses.replace(

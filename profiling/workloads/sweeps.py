@@ -1,6 +1,7 @@
 """The workloads that `make bench FULL=1` adds: budgets, what p buys, large batches, the paper's."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -80,25 +81,20 @@ def _budgets(kind: str, batch_size: int, num_kv_heads: int) -> list[Workload]:
 
 STEP_STAGES = ("attention", "pipeline", "dense")
 
+
+def _standard_as(name: str, num_kv_heads: int, **form: Any) -> Workload:
+    """The stages that read K and V, and the whole step, of a standard workload with other ones."""
+    shape, kept_mean = shape_of(64, 32_768, num_kv_heads), kept_of(num_kv_heads)
+    return Workload(name, shape, 8192, kept_mean, stages=STEP_STAGES, dense_baselines=(), **form)
+
+
+FP8_WORKLOADS = (
+    _standard_as("gqa-32k-fp8", 8, kv_dtype=torch.float8_e4m3fn),
+    _standard_as("mha-32k-fp8", 32, kv_dtype=torch.float8_e4m3fn),
+)
 GPU_FULL: tuple[Workload, ...] = (
-    Workload(
-        "gqa-32k-interleaved",
-        shape_of(64, 32_768, 8),
-        token_budget=8192,
-        kept_mean=kept_of(8),
-        stages=STEP_STAGES,
-        dense_baselines=(),
-        interleaved=True,
-    ),
-    Workload(
-        "gqa-32k-fp8",
-        shape_of(64, 32_768, 8),
-        token_budget=8192,
-        kept_mean=kept_of(8),
-        stages=STEP_STAGES,
-        dense_baselines=(),
-        kv_dtype=torch.float8_e4m3fn,
-    ),
+    _standard_as("gqa-32k-interleaved", 8, interleaved=True),
+    *FP8_WORKLOADS,
     Workload(
         "top_p-gqa",
         shape_of(64, 32_768, 8),

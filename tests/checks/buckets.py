@@ -16,7 +16,7 @@ def shape_of(kernel: str, bucket: Bucket) -> StepShape:
     if SPECS[kernel].stage == "selector":
         max_pages, width = bucket.width, bucket.width * bucket.page_size
     statics = (bucket.group_size, bucket.head_dim, bucket.page_size, bucket.dtype)
-    shape = StepShape(*statics, bucket.rows, max_pages, width, bucket.rows)
+    shape = StepShape(*statics, bucket.rows, max_pages, width, bucket.rows, bucket.kv_dtype)
     if SPECS[kernel].applies(shape):
         return shape._replace(candidates=bucket.candidates)
     tokens = token_rows("shared", bucket.group_size, LabelShape(1, 64, 2))

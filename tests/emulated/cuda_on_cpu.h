@@ -123,6 +123,7 @@ inline jmp_buf scheduler;
   if (_setjmp(self.place) == 0) _longjmp(scheduler, 1);
 }
 inline void sync_warp() { wait(Waits::kForWarp); }
+inline void __syncwarp() { sync_warp(); }
 inline void __syncthreads() { wait(Waits::kForBlock); }
 
 // What the threads of a warp or of the block show each other. Letters of two turns lie apart: who is

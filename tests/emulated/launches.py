@@ -9,6 +9,8 @@ import torch
 from tests.checks.guards import GuardedMemory
 from tests.emulated.emulate import emulated
 from twilight_tilelang import reference
+from twilight_tilelang.kernels.attention import ATTENTION_KERNELS
+from twilight_tilelang.kernels.checks import dtype_name
 from twilight_tilelang.kernels.estimate_prune import estimate_prune_kernel
 from twilight_tilelang.kernels.estimator import estimator_kernel
 from twilight_tilelang.kernels.label_scores import (
@@ -21,6 +23,7 @@ from twilight_tilelang.kernels.launch import static_width
 from twilight_tilelang.kernels.lists import CandidateTokens
 from twilight_tilelang.kernels.mass_bound import mass_bound_kernel
 from twilight_tilelang.kernels.pruner import HeadUnion, pruner_kernel
+from twilight_tilelang.kernels.split_kv import merge_kernel, plan_kernel
 from twilight_tilelang.kernels.token_keys import NUM_BINS
 from twilight_tilelang.kernels.token_list import entry_tokens
 from twilight_tilelang.kernels.top_p import NUM_THREADS
@@ -114,6 +117,37 @@ def prune_emulated(
     )  # fmt: skip
     assert not union.words.any() and not union.arrived.any()
     return checked_items(**written)
+
+
+def attend_emulated(q, cache, pools, tokens, width, config, folder, num_blocks):
+    """The kernels' out and lse of the `tokens` (kind, indices, counts, heads) of rows of at most
+    `width`, K and V in these pools."""
+    kind, indices, counts, heads = tokens
+    q, rows, dtype = grouped(q, cache), counts.shape, dtype_name(pools[0])
+    max_splits = -(-width // config.split_tokens)
+    max_items = counts.numel() * max_splits
+    partials = (*rows, max_splits, q.shape[2])
+    shared = dict(
+        seq_lens=cache.seq_lens, indices=indices, counts=counts, heads=heads, q=q, k_cache=pools[0],
+        v_cache=pools[1], kv_scales=cache.kv_scales, page_table=cache.page_table,
+        items=blank(max_items, 4, dtype=torch.int32), num_items=torch.zeros(1, dtype=torch.int32),
+        ticket=torch.zeros(1, dtype=torch.int64), num_blocks=num_blocks,
+        sm_scale=cache.head_dim**-0.5, partial_out=blank(*partials, cache.head_dim),
+        partial_lse=blank(*partials, 2), out=blank(*q.shape, dtype=torch.float16),
+        lse=blank(*q.shape[:3]), width=indices.shape[2], max_splits=max_splits,
+        max_items=max_items, **sizes(cache),
+    )  # fmt: skip
+    static = (q.shape[2], cache.head_dim, cache.page_size, "float16")
+    own = (*static, dtype) if config.form == "codes" else static
+    emulated(plan_kernel, (cache.page_size, kind, config), folder)(rows[::-1], 64, **shared)
+    emulated(ATTENTION_KERNELS[config.form], (*own, kind, config), folder)(
+        (num_blocks,), config.num_threads, **shared
+    )
+    emulated(merge_kernel, (*static, kind, config), folder)(
+        (q.shape[2], cache.num_kv_heads, cache.batch_size), cache.head_dim, **shared
+    )
+    assert not shared["ticket"].any()
+    return shared["out"].flatten(1, 2), shared["lse"].flatten(1, 2)
 
 
 def fuse_emulated(q, cache, candidates, top_p, windows, config, folder):

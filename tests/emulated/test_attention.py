@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from tests.emulated.emulate import emulated
-from tests.emulated.launches import SHAPES, blank, grouped, on_one_worker, sizes
+from tests.emulated.launches import SHAPES, attend_emulated, blank, on_one_worker
 from tests.inputs.cases import FORMS, forms_for
 from tests.inputs.layouts import LAYOUTS, in_projection
 from tests.inputs.token_lists import random_tokens
 from twilight_tilelang import reference
-from twilight_tilelang.kernels.attention import ATTENTION_KERNELS
-from twilight_tilelang.kernels.split_kv import AttentionConfig, merge_kernel, plan_kernel
+from twilight_tilelang.kernels.split_kv import AttentionConfig, merge_kernel
 
 
 @pytest.mark.parametrize(
@@ -28,7 +27,6 @@ from twilight_tilelang.kernels.split_kv import AttentionConfig, merge_kernel, pl
 def test_attention_matches_reference(inputs, form, source, rng, folder):
     """To the same bits by any number of blocks and at any strides."""
     cache = reference.PagedKVCache.wrap(*inputs.paged())
-    q = grouped(inputs.q, cache)
     rows = (cache.batch_size, cache.num_kv_heads)
     pages, counts = reference.select_pages(inputs.q, cache, cache.page_size * 12)
     heads = None
@@ -42,7 +40,7 @@ def test_attention_matches_reference(inputs, form, source, rng, folder):
         width = indices.shape[2]
     elif source == "head_tokens":
         width = min(288, cache.capacity)
-        candidates = random_tokens(reference, cache, width, rng, q.shape[2])
+        candidates = random_tokens(reference, cache, width, rng, inputs.q.shape[1] // rows[1])
         indices, counts, heads = candidates
         heads[..., 128:], heads[0, 0] = 1, 1  # no others there, or at all
         expected = reference.page_attention(inputs.q, cache, candidates, return_lse=True)
@@ -54,38 +52,14 @@ def test_attention_matches_reference(inputs, form, source, rng, folder):
         indices, width = counts[..., None].contiguous(), cache.capacity
         expected = reference.dense_attention(inputs.q, cache, return_lse=True)
 
-    config = FORMS[form]
-    max_splits = -(-width // config.split_tokens)
-    max_items = rows[0] * rows[1] * max_splits
-    partials = (*rows, max_splits, q.shape[2])
-    static = (q.shape[2], cache.head_dim, cache.page_size, "float16")
     results = []
     for number, layout in enumerate(LAYOUTS.values()):
-        k_cache, v_cache = layout(cache.k_cache, cache.v_cache)
         (own_q,) = in_projection(inputs.q) if number else [inputs.q]
-        num_blocks = 5 if number else 1
-        shared = dict(
-            seq_lens=cache.seq_lens, indices=indices, counts=counts, q=grouped(own_q, cache),
-            heads=heads,
-            k_cache=k_cache, v_cache=v_cache, kv_scales=torch.full((2, rows[1]), torch.nan),
-            page_table=cache.page_table,
-            items=blank(max_items, 4, dtype=torch.int32),
-            num_items=torch.zeros(1, dtype=torch.int32),
-            ticket=torch.zeros(1, dtype=torch.int64), num_blocks=num_blocks,
-            sm_scale=cache.head_dim**-0.5, partial_out=blank(*partials, cache.head_dim),
-            partial_lse=blank(*partials, 2), out=blank(*q.shape, dtype=torch.float16),
-            lse=blank(*q.shape[:3]), width=indices.shape[2], max_splits=max_splits,
-            max_items=max_items, **sizes(cache),
-        )  # fmt: skip
-        emulated(plan_kernel, (cache.page_size, source, config), folder)(rows[::-1], 64, **shared)
-        attend = emulated(
-            ATTENTION_KERNELS[config.form], (*static, "float16", source, config), folder
+        pools, num_blocks = layout(cache.k_cache, cache.v_cache), 5 if number else 1
+        tokens = source, indices, counts, heads
+        results.append(
+            attend_emulated(own_q, cache, pools, tokens, width, FORMS[form], folder, num_blocks)
         )
-        attend((num_blocks,), config.num_threads, **shared)
-        grid = (q.shape[2], cache.num_kv_heads, cache.batch_size)
-        emulated(merge_kernel, (*static, source, config), folder)(grid, cache.head_dim, **shared)
-        assert not shared["ticket"].any()
-        results.append((shared["out"].flatten(1, 2), shared["lse"].flatten(1, 2)))
     (out, lse), *others = results
     torch.testing.assert_close(out, expected[0], rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(lse, expected[1].float(), rtol=1e-5, atol=1e-4)

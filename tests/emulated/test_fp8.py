@@ -7,14 +7,11 @@ import torch
 
 import twilight_tilelang as kernels
 from tests.checks.properties import token_slots
-from tests.emulated.emulate import emulated
-from tests.emulated.launches import blank, grouped, sizes
+from tests.emulated.launches import attend_emulated
 from tests.emulated.on_cpu import cache_on_cpu
-from tests.inputs.cases import FORMS, forms_for
+from tests.inputs.cases import FORMS
 from tests.inputs.layouts import LAYOUTS, in_projection
 from twilight_tilelang import reference
-from twilight_tilelang.kernels.attention import ATTENTION_KERNELS
-from twilight_tilelang.kernels.split_kv import merge_kernel, plan_kernel
 from twilight_tilelang.reference.fp8 import FP8_DTYPES, to_fp8
 from twilight_tilelang.reference.inputs import DecodeShape, random_inputs
 
@@ -22,6 +19,11 @@ SHAPES = {
     "gqa4": DecodeShape(2, 8, 2, 128, 16, (77, 300), torch.float16),
     "mha-d64": DecodeShape(2, 2, 2, 64, 16, (200, 1), torch.float16),
     "mha": DecodeShape(2, 2, 2, 128, 16, (150, 40), torch.float16),
+}
+ATTENDED = SHAPES | {
+    "gqa16-d64": DecodeShape(1, 16, 1, 64, 16, (90,), torch.float16),
+    "gqa3-d256": DecodeShape(1, 6, 2, 256, 16, (150,), torch.float16),
+    "gqa9": DecodeShape(2, 9, 1, 128, 16, (257, 0), torch.float16),
 }
 MIRROR = ("k_int4", "k_scale_zero", "page_bounds", "bounds_scale_zero")
 
@@ -40,58 +42,27 @@ def scales(num_kv_heads: int) -> kernels.Fp8:
     return kernels.Fp8(0.02 + 0.013 * heads, 0.03 + 0.017 * heads)
 
 
-@pytest.mark.parametrize(
-    "name, form",
-    [
-        (name, form)
-        for name, shape in SHAPES.items()
-        for form in forms_for(shape.group_size)
-        if name == "gqa4" or form == "lanes"
-    ],
-)
 @pytest.mark.parametrize("kv_dtype", FP8_DTYPES, ids=str)
+@pytest.mark.parametrize("form", ["codes", "codes-short"])
+@pytest.mark.parametrize("name", ATTENDED)
 def test_attention_reads_fp8(name, form, kv_dtype, folder):
-    """At any strides to the same bits; within twice the error of an oracle in float64."""
-    inputs = random_inputs(SHAPES[name], seed=0)
+    """At any strides and by any number of blocks to the same bits; within twice the error of an
+    oracle in float64."""
+    inputs = random_inputs(ATTENDED[name], seed=0)
     fp8 = scales(inputs.k_cache.shape[2])
     cache = reference.PagedKVCache.wrap(*in_fp8(inputs, kv_dtype, fp8).paged(), fp8=fp8)
     expected = reference.dense_attention(inputs.q, cache, return_lse=True, dtype=torch.float64)
-    rows = (cache.batch_size, cache.num_kv_heads)
-    counts = cache.seq_lens[:, None].expand(rows).contiguous()
-    indices = counts[..., None].contiguous()
-    config, width = FORMS[form], cache.capacity
-    max_splits = -(-width // config.split_tokens)
-    q = grouped(inputs.q, cache)
-    partials = (*rows, max_splits, q.shape[2])
-    static = (q.shape[2], cache.head_dim, cache.page_size, "float16")
-    kv_name = str(kv_dtype).removeprefix("torch.")
+    counts = cache.seq_lens[:, None].expand(-1, cache.num_kv_heads).contiguous()
+    tokens = "all", counts[..., None].contiguous(), counts, None
+    codes = cache.k_cache.view(torch.uint8), cache.v_cache.view(torch.uint8)
     results = []
-    for layout in ("packed", "pages-of-both"):
-        k_cache, v_cache = (
-            pool.view(kv_dtype)
-            for pool in LAYOUTS[layout](
-                cache.k_cache.view(torch.uint8), cache.v_cache.view(torch.uint8)
+    for layout, num_blocks in (("packed", 1), ("pages-of-both", 3)):
+        pools = [pool.view(kv_dtype) for pool in LAYOUTS[layout](*codes)]
+        results.append(
+            attend_emulated(
+                inputs.q, cache, pools, tokens, cache.capacity, FORMS[form], folder, num_blocks
             )
         )
-        shared = dict(
-            seq_lens=cache.seq_lens, indices=indices, counts=counts, q=q, k_cache=k_cache,
-            v_cache=v_cache, kv_scales=cache.kv_scales, page_table=cache.page_table,
-            items=blank(rows[0] * rows[1] * max_splits, 4, dtype=torch.int32),
-            num_items=torch.zeros(1, dtype=torch.int32),
-            ticket=torch.zeros(1, dtype=torch.int64), num_blocks=3,
-            sm_scale=cache.head_dim**-0.5, partial_out=blank(*partials, cache.head_dim),
-            partial_lse=blank(*partials, 2), out=blank(*q.shape, dtype=torch.float16),
-            lse=blank(*q.shape[:3]), width=1, max_splits=max_splits,
-            max_items=rows[0] * rows[1] * max_splits, **sizes(cache),
-        )  # fmt: skip
-        plan = emulated(plan_kernel, (cache.page_size, "all", config), folder)
-        plan(rows[::-1], 64, **shared)
-        attend = emulated(ATTENTION_KERNELS[config.form], (*static, kv_name, "all", config), folder)
-        attend((3,), config.num_threads, **shared)
-        grid = (q.shape[2], cache.num_kv_heads, cache.batch_size)
-        merge = emulated(merge_kernel, (*static, "all", config), folder)
-        merge(grid, cache.head_dim, **shared)
-        results.append((shared["out"].flatten(1, 2), shared["lse"].flatten(1, 2)))
     (out, lse), again = results
     torch.testing.assert_close(out.double(), expected[0], rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(lse.double(), expected[1], rtol=1e-5, atol=1e-4)

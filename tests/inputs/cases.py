@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from twilight_tilelang.kernels.attention import default_config
+from twilight_tilelang.kernels.launch import StepShape
+from twilight_tilelang.kernels.pools import Fp8
 from twilight_tilelang.kernels.split_kv import AttentionConfig
 from twilight_tilelang.reference.inputs import DecodeShape
 
@@ -168,6 +170,13 @@ def build_cache(package: ModuleType, tensors: Tensors):
     return package.PagedKVCache.wrap(*pool, table, seq_lens, k_offset=tensors.k_offset)
 
 
+def in_fp8(cache):
+    """The kernels' cache with K and V rounded to FP8, at scales of 1."""
+    pools = (pool.to(torch.float8_e4m3fn) for pool in (cache.k_cache, cache.v_cache))
+    lists, dtype = (cache.page_table, cache.seq_lens), cache.shape.dtype
+    return type(cache).wrap(*pools, *lists, k_offset=cache.k_offset, fp8=Fp8(dtype=dtype))
+
+
 def _heavy_keys(q: torch.Tensor, k: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     """For one token in sixteen, a multiple of one of its group's queries; zero for the others."""
     batch_size, num_tokens, num_kv_heads, _ = k.shape
@@ -187,15 +196,22 @@ def _normal_like(rng: torch.Generator):
     return normal
 
 
-# Every form of attention.
+def _default_form(group_size: int, kv_dtype: str = "") -> AttentionConfig:
+    return default_config(StepShape(group_size, 128, 16, "float16", 1, 1, 16, 1, kv_dtype))
+
+
+# Every form of attention; those of FP8 are "codes".
 FORMS = {
-    "tiles": default_config(4),
+    "tiles": _default_form(4),
     "tiles-short": AttentionConfig("tiles", split_tokens=64, blocks_per_sm=5),
-    "lanes": default_config(1),
+    "lanes": _default_form(1),
     "lanes-short": AttentionConfig("lanes", split_tokens=128, blocks_per_sm=16, lane_tokens=4),
+    "codes": _default_form(4, "float8_e4m3fn"),
+    "codes-short": AttentionConfig("codes", split_tokens=128),
 }
 
 
 def forms_for(group_size: int) -> list[str]:
-    """The names of those that a group can be attended by."""
-    return [name for name, form in FORMS.items() if form.form == "tiles" or group_size == 1]
+    """The names of those that a group of 16-bit K and V can be attended by."""
+    fitting = ("tiles", "lanes") if group_size == 1 else ("tiles",)
+    return [name for name, form in FORMS.items() if form.form in fitting]

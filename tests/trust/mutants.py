@@ -12,6 +12,7 @@ ESTIMATOR = ("tests/test_estimator.py",)
 ESTIMATE_PRUNE = ("tests/test_estimate_prune.py",)
 PRUNER = ("tests/test_pruner.py",)
 ATTENTION = ("tests/test_attention.py",)
+FP8 = ("tests/test_fp8.py",)
 WINDOWS = ("tests/test_pruner.py", "-k", "sinks")
 REPEATED = ("tests/test_pipeline.py", "-k", "counters or replays")
 SMOOTH = ("tests/test_smoothing.py",)
@@ -40,6 +41,7 @@ PRUNED = (
 PRUNED_APART = ("tests/emulated/test_pruner.py", "-k", "pruned_sets and heads-apart and normal")
 PRUNED_WIDE = ("tests/emulated/test_pruner.py", "-k", "pruned_sets and wide and skewed")
 UNKNOWN = ("tests/emulated/test_pruner.py", "-k", "without_a_softmax and gqa3")
+ATTENDED_FP8 = ("tests/emulated/test_fp8.py", "-k", "attention_reads and gqa4 and e4m3")
 ATTENDED = (
     "tests/emulated/test_attention.py",
     *("-k", "attention_matches and (gqa4 or mha) and (tokens or pages)"),
@@ -446,13 +448,25 @@ MUTANTS = (
         "j < num_tokens, logits", "j <= num_tokens, logits", ATTENTION, ATTENDED,
     ),
     Mutant(
-        "next item's page looked up for this item's request", "attend_tiles.py",
-        "page = page_table[words[1, 0]", "page = page_table[words[0, 0]", ATTENTION, ATTENDED,
+        "next item's page looked up for this item's request", "block_items.py",
+        "self.page_of(1, i)", "self.page_of(0, i)", ATTENTION, ATTENDED,
     ),
     Mutant(
-        "the same token looked up for two items", "attend_tiles.py",
-        "next_token = token_of(*words_of(2))", "next_token = token_of(*words_of(1))",
-        ATTENTION, ATTENDED,
+        "the same token looked up for two items", "block_items.py",
+        "self.token_of(2, i)", "self.token_of(1, i)", ATTENTION, ATTENDED,
+    ),
+    Mutant(
+        "last token counted twice in FP8", "attend_codes.py",
+        "lambda s, offset: position(s, offset) < num_tokens",
+        "lambda s, offset: position(s, offset) <= num_tokens", FP8, ATTENDED_FP8,
+    ),
+    Mutant(
+        "two channels of a word taken twice", "attend_codes.py",
+        "0x5140 + j % 2 * 0x2222", "0x5140", FP8, ATTENDED_FP8,
+    ),
+    Mutant(
+        "logits without the scale of K", "attend_codes.py",
+        "sm_scale * LOG2E * k_scale", "sm_scale * LOG2E", FP8, ATTENDED_FP8,
     ),
     Mutant(
         "last token counted twice on CUDA cores", "attend_lanes.py",

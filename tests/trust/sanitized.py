@@ -19,7 +19,16 @@ import torch
 import twilight_tilelang as kernels
 from tests.checks.guards import poison
 from tests.doubles.fake_gpu import count_launches
-from tests.inputs.cases import FORMS, NAMED, Case, Tensors, build_cache, forms_for, make_tensors
+from tests.inputs.cases import (
+    FORMS,
+    NAMED,
+    Case,
+    Tensors,
+    build_cache,
+    forms_for,
+    in_fp8,
+    make_tensors,
+)
 from tests.inputs.hazards import poison_unused
 from tests.inputs.pinned import fused, pinned
 from tests.inputs.token_lists import random_tokens
@@ -42,11 +51,14 @@ def small(group_size: int, lengths: tuple[int, ...] = (77, 300), head_dim: int =
     return Case(f"gqa{group_size}", shape, 128)
 
 
+def tensors_of(case: Case) -> Tensors:
+    tensors = make_tensors(case, torch.Generator().manual_seed(0))
+    return Tensors(*(each.cuda() if isinstance(each, torch.Tensor) else each for each in tensors))
+
+
 def every_stage(case: Case) -> None:
     """A whole step with either selector, all that moves requests, and the attentions beside."""
-    tensors = make_tensors(case, torch.Generator().manual_seed(0))
-    on_gpu = (each.cuda() if isinstance(each, torch.Tensor) else each for each in tensors)
-    tensors = Tensors(*on_gpu)
+    tensors = tensors_of(case)
     cache = build_cache(kernels, tensors)
     poison_unused(cache)
     q, token = tensors.q, tensors.k[:, 0].nan_to_num(0.0)
@@ -163,6 +175,17 @@ def every_form() -> None:
             form = lambda _, own=FORMS[name]: own  # noqa: E731
             with patch.object(attention, "default_config", form), pinned({}):
                 every_stage(small(group_size, lengths))
+    for group_size, head_dim in ((1, 64), (4, 128), (9, 256)):
+        tensors = tensors_of(small(group_size, (129, 300), head_dim))
+        cache = build_cache(kernels, tensors)
+        poison_unused(cache)
+        cache = in_fp8(cache)
+        pages = kernels.select_all(cache)
+        logits = kernels.estimate_logits(tensors.q, cache, pages)
+        kept = kernels.prune_top_p(logits, cache, pages, 0.9)
+        kernels.flash_topk_attention(tensors.q, cache, kept)
+        kernels.page_attention(tensors.q, cache, pages)
+        kernels.dense_attention(tensors.q, cache)
 
 
 PINNED = (
