@@ -17,7 +17,7 @@ from .cache import PagedKVCache
 from .compiling import starts_early
 from .gpu import Gpu, gpu_of
 from .launch import KernelSpec, Launch, StepShape, on_device
-from .lists import CandidatePages, Kept, TokenList, check_lists
+from .lists import Candidates, Kept, Listed, check_candidates, check_lists
 from .query import by_kv_head, check_query, check_scale, step_shape
 from .split_kv import AttentionConfig, merge_kernel, plan_kernel
 from .tuned import Planned, planned
@@ -117,28 +117,26 @@ def flash_topk_attention(
     """
     check_query(q, cache)
     check_lists(("kept_tokens", "kept_counts"), kept, cache)
-    tokens = TokenList("tokens", *kept[:2])
+    tokens = Listed("tokens", *kept[:2])
     return _attend(q, cache, tokens, tokens.indices.shape[2], sm_scale, return_lse)
 
 
 def page_attention(
     q: torch.Tensor,
     cache: PagedKVCache,
-    candidates: CandidatePages,
+    candidates: Candidates,
     *,
     sm_scale: float | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """The same over every token of the listed pages: Quest without a pruner.
+    """The same over every candidate: Quest, or Double Sparsity, without a pruner.
 
-    As flash_topk_attention, with candidates: pages [batch_size, num_kv_heads, width] i32, ascending
-    logical pages, and counts [batch_size, num_kv_heads] i32.
+    As flash_topk_attention, with candidates: pages or tokens, see CandidatePages and
+    CandidateTokens.
     """
     check_query(q, cache)
-    check_lists(("candidate_pages", "candidate_counts"), candidates, cache)
-    pages = TokenList("pages", *candidates)
-    width = pages.indices.shape[2] * cache.page_size
-    return _attend(q, cache, pages, width, sm_scale, return_lse)
+    listed = check_candidates(candidates, cache)
+    return _attend(q, cache, listed, listed.width(cache.page_size), sm_scale, return_lse)
 
 
 def dense_attention(
@@ -154,15 +152,15 @@ def dense_attention(
     return _attend(q, cache, tokens, cache.capacity, sm_scale, return_lse)
 
 
-def every_token(counts: torch.Tensor) -> TokenList:
+def every_token(counts: torch.Tensor) -> Listed:
     """The list that names no token, as it holds the first `counts` of them."""
-    return TokenList("all", counts[:, :, None], counts)
+    return Listed("all", counts[:, :, None], counts)
 
 
 def _attend(
     q: torch.Tensor,
     cache: PagedKVCache,
-    tokens: TokenList,
+    tokens: Listed,
     width: int,
     sm_scale: float | None,
     return_lse: bool,
@@ -182,7 +180,7 @@ def _attend(
 
 
 def list_items(
-    planned: Planned[AttentionConfig], cache: PagedKVCache, tokens: TokenList, work: WorkList
+    planned: Planned[AttentionConfig], cache: PagedKVCache, tokens: Listed, work: WorkList
 ) -> None:
     """One launch: the list of items, where the pruner has not written it."""
     planned.launches[0](cache.seq_lens, tokens.indices, tokens.counts, *work)
@@ -192,7 +190,7 @@ def attend(
     planned: Planned[AttentionConfig],
     q: torch.Tensor,
     cache: PagedKVCache,
-    tokens: TokenList,
+    tokens: Listed,
     workspace: AttentionWorkspace,
     out: torch.Tensor,
     sm_scale: float,
@@ -213,7 +211,7 @@ def attend(
 def planned_attention(
     kind: str, shape: StepShape, device: torch.device
 ) -> Planned[AttentionConfig]:
-    """Attention over a kind of list; it is tuned for kept tokens."""
+    """Attention over a kind of list; it is tuned for tokens."""
     if kind == "tokens":
         return planned(ATTENTION, shape, device)
     return plan_untuned(kind, shape, gpu_of(device))

@@ -12,7 +12,7 @@ from .compiling import THREAD_LEVEL, start_early
 from .estimate_tiles import Mirror, estimate_tiles
 from .gpu import Gpu
 from .launch import KernelSpec, Launch, StepShape, static_width
-from .lists import AlwaysKept, CandidatePages
+from .lists import AlwaysKept, Listed
 from .mma import Tiles
 from .pools import TILE_TOKENS
 from .pruner import SEARCH_SOURCES, Pruned
@@ -69,7 +69,7 @@ def estimate_and_prune(
     planned: Planned[EstimatePruneConfig],
     q: torch.Tensor,
     cache: PagedKVCache,
-    candidates: CandidatePages,
+    candidates: Listed,
     top_p: torch.Tensor,
     always: AlwaysKept,
     sm_scale: float,
@@ -80,7 +80,7 @@ def estimate_and_prune(
     kept, work, _ = pruned
     planned.launches[0](
         q, cache.factor, cache.code_words, cache.k_scale_zero,
-        cache.page_table, cache.seq_lens, *candidates,
+        cache.page_table, cache.seq_lens, *candidates[1:],
         sm_scale, top_p, *always, *kept, *work,
     )  # fmt: skip
 
@@ -95,11 +95,12 @@ def estimate_prune_kernel(
     split_tokens: int,
     config: EstimatePruneConfig,
     smooth: bool = False,
+    kind: str = "pages",
 ):
     """Grid: (kv_head, batch). The block's warps share out the row's tiles, then all search it."""
     batch_size, num_kv_heads, max_items = T.dynamic("batch_size, num_kv_heads, max_items")
     num_pages, max_pages = T.dynamic("num_pages, max_pages")
-    width, width_pages = T.dynamic("width, width_pages")
+    width, num_entries = T.dynamic("width, num_entries")
     num_threads = NUM_THREADS * config.heads_at_once
     step_tiles = num_threads // 32 * config.tiles_per_warp
 
@@ -111,7 +112,7 @@ def estimate_prune_kernel(
         scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
         page_table: T.Tensor[(batch_size, max_pages), T.int32],
         seq_lens: T.Tensor[(batch_size,), T.int32],
-        candidate_pages: T.Tensor[(batch_size, num_kv_heads, width_pages), T.int32],
+        candidate_entries: T.Tensor[(batch_size, num_kv_heads, num_entries), T.int32],
         candidate_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
         sm_scale: T.float32,
         top_p: T.Tensor[(batch_size, num_kv_heads, group_size), T.float32],
@@ -131,10 +132,10 @@ def estimate_prune_kernel(
             logits = T.alloc_shared((group_size, width_bound + PADDING), T.float16)
             words = T.alloc_shared((width_bound // 32,), T.uint32)
             row = Row(batch, kv_head, seq_lens[batch])
-            candidates = TokenList("pages", page_size, candidate_pages, candidate_counts)
+            candidates = TokenList(kind, page_size, candidate_entries, candidate_counts)
             work = Work(items, num_items, ticket, split_tokens, batch_size * num_kv_heads)
 
-            num_tiles = candidate_counts[batch, kv_head] * (page_size // TILE_TOKENS)
+            num_tiles = T.ceildiv(candidates.slots(row), TILE_TOKENS)
             tiles = Tiles(
                 first=T.get_thread_binding() // 32 * config.tiles_per_warp,
                 per_warp=config.tiles_per_warp,
@@ -168,11 +169,12 @@ def _launches(shape: StepShape, config: EstimatePruneConfig) -> tuple[Launch, ..
     if not config.fused:
         return ()
     sizes = (*shape.statics, static_width(shape.width), split_tokens_of(shape.group_size))
-    return (Launch("estimate_prune", estimate_prune_kernel, (*sizes, config, shape.smooth)),)
+    arguments = (*sizes, config, shape.smooth, shape.candidates)
+    return (Launch("estimate_prune", estimate_prune_kernel, arguments),)
 
 
 ESTIMATE_PRUNE = KernelSpec(
     name="estimate_prune", stage="estimate_prune", config=EstimatePruneConfig,
-    default=default_config, launches=_launches, static_width=True,
+    default=default_config, launches=_launches, static_width=True, reads_candidates=True,
     sources=("estimate_prune.py", "estimate_tiles.py", "mma.py", "strided.py", *SEARCH_SOURCES),
 )  # fmt: skip

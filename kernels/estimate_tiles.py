@@ -14,6 +14,7 @@ from tvm.tirx import Buffer, PrimExpr
 
 from .mma import CODE_UNIT, TILE_HEADS, GroupQuery, codes_as_fp16, mma_m16n8k16, place_in_quad
 from .pools import TILE_TOKENS
+from .token_list import TokenList
 
 MAX_LOGIT = 65504.0  # the largest number of fp16
 
@@ -34,54 +35,79 @@ class Mirror(NamedTuple):
 
 
 class LoadedCodes(NamedTuple):
-    """The codes of a warp's tiles, in registers: of each, this thread's two tokens."""
+    """The codes of a warp's tiles, in registers: of each, this thread's two tokens.
 
-    page: Buffer  # [per_warp] i32, logical
+    An entry of the list names both, where it is a page, or one of them.
+    """
+
+    page: Buffer  # [per_warp] i32, logical, where entries are pages
     codes: Buffer  # [per_warp, 2, words] i32
     scale_zero: Buffer  # [per_warp, 2, 2] f16
-    next_page: Buffer  # [per_warp] i32, of the tiles that come next
-    next_physical: Buffer  # [per_warp] i32
+    next_entry: Buffer  # [per_warp, lookups] i32, of the tiles that come next
+    next_physical: Buffer  # [per_warp, lookups] i32, their pages
 
     @classmethod
-    def allocate(cls, per_warp: int, words: int) -> "LoadedCodes":
+    def allocate(cls, per_warp: int, words: int, kind: str) -> "LoadedCodes":
+        lookups = 1 if kind == "pages" else 2
         return cls(
             T.alloc_local((per_warp,), T.int32),
             T.alloc_local((per_warp, 2, words), T.int32),
             T.alloc_local((per_warp, 2, 2), T.float16),
-            T.alloc_local((per_warp,), T.int32),
-            T.alloc_local((per_warp,), T.int32),
+            T.alloc_local((per_warp, lookups), T.int32),
+            T.alloc_local((per_warp, lookups), T.int32),
         )
 
-    @partialmethod
-    @T.macro
-    def find_pages(self, tiles, first_tile, page_tiles, candidates, page_table, row):
-        """Beyond the last tile anything, as nothing here waits for their number."""
-        next_page, next_physical = self.next_page, self.next_physical
-        last_tile = candidates.indices.shape[2] * page_tiles - 1
-        last_page = T.cast(page_table.shape[1] - 1, T.uint32)
-        for i in T.unroll(tiles.per_warp):
-            next_page[i] = T.min(first_tile + i, last_tile) // page_tiles
-        for i in T.unroll(tiles.per_warp):
-            next_page[i] = candidates.indices[row.batch, row.kv_head, next_page[i]]
-        for i in T.unroll(tiles.per_warp):
-            in_table = T.min(T.cast(next_page[i], T.uint32), last_page)
-            next_physical[i] = page_table[row.batch, T.cast(in_table, T.int32)]
+    def first_token(self, i: int, tile: PrimExpr, candidates: TokenList) -> PrimExpr:
+        """Of the i-th tile: a position where entries are pages, else a place in the list."""
+        if candidates.kind == "tokens":
+            return tile * TILE_TOKENS
+        page_tiles = candidates.page_size // TILE_TOKENS
+        return self.page[i] * candidates.page_size + tile % page_tiles * TILE_TOKENS
 
     @partialmethod
     @T.macro
-    def load(self, tiles, first_tile, mirror, row):
-        """A tile behind the last repeats it, from the first tile's page."""
+    def find_pages(self, tiles, first_tile, candidates, page_table, row):
+        """Beyond the last tile anything, as nothing here waits for their number."""
+        next_entry, next_physical = self.next_entry, self.next_physical
+        lookups = int(next_entry.shape[1])
+        quad, _ = place_in_quad()
+        last_tile = candidates.width // TILE_TOKENS - 1
+        last_page = T.cast(page_table.shape[1] - 1, T.uint32)
+        page_entries = candidates.page_size // candidates.run
+        for i in T.unroll(tiles.per_warp):
+            for t in T.unroll(lookups):
+                first_token = T.min(first_tile + i, last_tile) * TILE_TOKENS
+                own = quad + t * 8 if lookups == 2 else 0
+                next_entry[i, t] = (first_token + own) // candidates.run
+        for i in T.unroll(tiles.per_warp):
+            for t in T.unroll(lookups):
+                next_entry[i, t] = candidates.indices[row.batch, row.kv_head, next_entry[i, t]]
+        for i in T.unroll(tiles.per_warp):
+            for t in T.unroll(lookups):
+                in_table = T.min(T.cast(next_entry[i, t], T.uint32) // page_entries, last_page)
+                next_physical[i, t] = page_table[row.batch, T.cast(in_table, T.int32)]
+
+    @partialmethod
+    @T.macro
+    def load(self, tiles, first_tile, candidates, end, mirror, row):
+        """Behind the last tile or token, anything that lies in the pool."""
         page_of, tile_codes, tile_scale_zero = self.page, self.codes, self.scale_zero
         quad, lane = place_in_quad()
         lane_words = tile_codes.shape[2]
         for i in T.unroll(tiles.per_warp):
-            tile = T.min(first_tile + i, tiles.count - 1)
-            is_tile = first_tile + i < tiles.count
-            page = T.if_then_else(is_tile, self.next_physical[i], self.next_physical[0])
-            token = tile % mirror.page_tiles * TILE_TOKENS + quad
-            page_of[i] = self.next_page[i]
+            if candidates.kind == "pages":
+                tile = T.min(first_tile + i, tiles.count - 1)
+                is_tile = first_tile + i < tiles.count
+                page = T.if_then_else(is_tile, self.next_physical[i, 0], self.next_physical[0, 0])
+                token = tile % mirror.page_tiles * TILE_TOKENS + quad
+                page_of[i] = self.next_entry[i, 0]
             for t in T.unroll(2):
-                slot = token + t * 8
+                if candidates.kind == "pages":
+                    slot = token + t * 8
+                else:
+                    index = (first_tile + i) * TILE_TOKENS + quad + t * 8
+                    page = T.if_then_else(index < end, self.next_physical[i, t], 0)
+                    slot = T.cast(self.next_entry[i, t], T.uint32) % candidates.page_size
                 for w in T.vectorized(lane_words):
                     word = lane * lane_words + w
                     tile_codes[i, t, w] = mirror.codes[page, row.kv_head, slot, word]
@@ -174,36 +200,34 @@ def estimate_tiles(tiles, q, k_factor, mirror, row, candidates, page_table, sm_s
     k_factor: None where keys have none."""
     group_size, head_dim = int(q.shape[2]), int(q.shape[3])
     quad, _ = place_in_quad()
-    seq_len = row.seq_len  # bound here: what a tuple holds is looked up wherever it is used
+    # Bound here: what a tuple holds is looked up wherever it is used.
+    end = row.seq_len if candidates.kind == "pages" else candidates.slots(row)
     query = GroupQuery.allocate(group_size, head_dim)
-    loaded = LoadedCodes.allocate(tiles.per_warp, head_dim // 32)
+    loaded = LoadedCodes.allocate(tiles.per_warp, head_dim // 32, candidates.kind)
     acc = T.alloc_local((4,), T.float32)
     logit = T.alloc_local((min(group_size, 2), 2), T.float32)  # of two heads and two tokens
 
-    loaded.find_pages(tiles, tiles.first, mirror.page_tiles, candidates, page_table, row)
+    loaded.find_pages(tiles, tiles.first, candidates, page_table, row)
     # A condition that waits for nothing; without any, the kernel that prunes too spills.
-    if tiles.first < candidates.indices.shape[2] * mirror.page_tiles:
+    if tiles.first < candidates.width // TILE_TOKENS:
         query.load(q, row, head_dim // 4, nibble_order, sm_scale, k_factor)
     for step in T.serial(tiles.steps):
         first_tile = tiles.first + step * tiles.stride
         if first_tile < tiles.count:
-            loaded.load(tiles, first_tile, mirror, row)
+            loaded.load(tiles, first_tile, candidates, end, mirror, row)
             # The next step's page ids arrive with this step's codes.
             if step + 1 < tiles.steps:
-                loaded.find_pages(
-                    tiles, first_tile + tiles.stride, mirror.page_tiles, candidates, page_table, row
-                )
+                loaded.find_pages(tiles, first_tile + tiles.stride, candidates, page_table, row)
         for i in T.unroll(tiles.per_warp):
             if first_tile + i < tiles.count:
                 tile = first_tile + i
-                in_page = tile % mirror.page_tiles * TILE_TOKENS
-                first_token = loaded.page[i] * mirror.page_size + in_page
+                first_token = loaded.first_token(i, tile, candidates)
                 for n in T.unroll(query.sums.shape[0]):
                     multiply_codes(acc, loaded, i, query, n)
                     largest = scale_products(logit, acc, loaded, i, query, n, sm_scale)
                     # Hardly ever: four instructions for each logit are skipped.
-                    if largest > MAX_LOGIT or first_token + TILE_TOKENS > seq_len:
-                        confine(logit, quad, seq_len - first_token)
+                    if largest > MAX_LOGIT or first_token + TILE_TOKENS > end:
+                        confine(logit, quad, end - first_token)
                     store_logits(logit, tile, n, group_size, store)
 
 

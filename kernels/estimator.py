@@ -11,12 +11,12 @@ from .compiling import TILE_LEVEL, start_early
 from .estimate_tiles import Mirror, estimate_tiles
 from .gpu import Gpu
 from .launch import KernelSpec, Launch, StepShape, on_device
-from .lists import CandidatePages, check_lists
+from .lists import Candidates, Listed, check_candidates
 from .mma import Tiles
 from .pools import TILE_TOKENS
 from .query import by_kv_head, check_query, check_scale, step_shape
 from .strided import strided
-from .token_list import Row, TokenList
+from .token_list import Row, TokenList, entry_tokens
 from .tuned import Planned, planned
 
 
@@ -38,7 +38,7 @@ def default_config(shape: StepShape, gpu: Gpu) -> EstimatorConfig:
 def estimate_logits(
     q: torch.Tensor,
     cache: PagedKVCache,
-    candidates: CandidatePages,
+    candidates: Candidates,
     *,
     sm_scale: float | None = None,
 ) -> torch.Tensor:
@@ -47,26 +47,28 @@ def estimate_logits(
     Args:
         q: [batch_size, num_qo_heads, head_dim], fp16 or bf16, as the cache.
         cache: only k_int4, k_scale_zero, k_factor, page_table and seq_lens are read.
-        candidates: see CandidatePages; here in any order.
+        candidates: pages or tokens, see CandidatePages and CandidateTokens; here in any order.
         sm_scale: factor of the logits, positive; head_dim ** -0.5 where None.
 
     Returns:
-        logits [batch_size, num_qo_heads, width * page_size] f16, at most 65504 in magnitude, in the
-        candidates' order; -inf behind a request's last token. Behind the last candidate page they
-        are not written. With a k_offset, all logits of a query lack the same constant.
+        logits [batch_size, num_qo_heads, tokens] f16, at most 65504 in magnitude, in the
+        candidates' order, with tokens = width * page_size for pages, width for tokens. They are
+        written in tiles of 16, -inf where a tile has no token: behind a request's last one, or
+        behind the last candidate. With a k_offset, all logits of a query lack the same constant.
 
     Raises:
         ValueError: a tensor has the wrong shape, dtype, device, layout or alignment.
     """
     group_size = check_query(q, cache)
     sm_scale = check_scale(sm_scale, cache.head_dim)
-    check_lists(("candidate_pages", "candidate_counts"), candidates, cache)
-    width = candidates[0].shape[2] * cache.page_size
+    listed = check_candidates(candidates, cache)
+    width = listed.width(cache.page_size)
     logits = torch.empty(*q.shape[:2], width, dtype=torch.float16, device=q.device)
-    own = planned(ESTIMATOR, step_shape(cache, group_size, width), q.device)
+    shape = step_shape(cache, group_size, width)._replace(candidates=listed.kind)
+    own = planned(ESTIMATOR, shape, q.device)
     grouped = [by_kv_head(each, cache.num_kv_heads) for each in (q, logits)]
     with on_device(q.device):
-        estimate(own, grouped[0], cache, candidates, grouped[1], sm_scale)
+        estimate(own, grouped[0], cache, listed, grouped[1], sm_scale)
     return logits
 
 
@@ -74,7 +76,7 @@ def estimate(
     planned: Planned[EstimatorConfig],
     q: torch.Tensor,
     cache: PagedKVCache,
-    candidates: CandidatePages,
+    candidates: Listed,
     logits: torch.Tensor,
     sm_scale: float,
 ) -> None:
@@ -82,8 +84,8 @@ def estimate(
     (launch,) = planned.launches
     launch(
         q, cache.factor, cache.code_words, cache.k_scale_zero,
-        cache.page_table, cache.seq_lens, *candidates,
-        sm_scale, logits.view(*logits.shape[:3], -1, cache.page_size),
+        cache.page_table, cache.seq_lens, *candidates[1:], sm_scale,
+        logits.view(*logits.shape[:3], candidates.indices.shape[2], -1),
     )  # fmt: skip
 
 
@@ -95,16 +97,17 @@ def estimator_kernel(
     dtype: str,
     config: EstimatorConfig,
     smooth: bool = False,
+    kind: str = "pages",
 ):
     """Grid: (blocks of candidate tiles, kv_head, batch); in each of `steps`, a warp takes
     `tiles_per_warp` tiles of 16 tokens, and issues all their loads before the first product.
     """
     batch_size, num_kv_heads = T.dynamic("batch_size, num_kv_heads")
-    num_pages, max_pages, width_pages = T.dynamic("num_pages, max_pages, width_pages")
-    tiles_per_page = page_size // TILE_TOKENS
+    num_pages, max_pages, num_entries = T.dynamic("num_pages, max_pages, num_entries")
+    run = entry_tokens(kind, page_size)
     step_tiles = config.num_warps * config.tiles_per_warp
     block_tiles = step_tiles * config.steps
-    grid = (T.ceildiv(width_pages * tiles_per_page, block_tiles), num_kv_heads, batch_size)
+    grid = (T.ceildiv(num_entries * run // TILE_TOKENS, block_tiles), num_kv_heads, batch_size)
 
     @T.prim_func
     def estimate_logits(
@@ -114,16 +117,17 @@ def estimator_kernel(
         scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
         page_table: T.Tensor[(batch_size, max_pages), T.int32],
         seq_lens: T.Tensor[(batch_size,), T.int32],
-        candidate_pages: T.Tensor[(batch_size, num_kv_heads, width_pages), T.int32],
+        candidate_entries: T.Tensor[(batch_size, num_kv_heads, num_entries), T.int32],
         candidate_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
         sm_scale: T.float32,
-        logits: T.Tensor[(batch_size, num_kv_heads, group_size, width_pages, page_size), T.float16],
+        logits: T.Tensor[(batch_size, num_kv_heads, group_size, num_entries, run), T.float16],
     ):
         with T.Kernel(*grid, threads=config.num_warps * 32) as (block, kv_head, batch):
             start_early(config.pdl)
             row = Row(batch, kv_head, seq_lens[batch])
-            num_tiles = candidate_counts[batch, kv_head] * tiles_per_page
-            candidates = TokenList("pages", page_size, candidate_pages, candidate_counts)
+            T.assume(num_entries * run % TILE_TOKENS == 0)
+            candidates = TokenList(kind, page_size, candidate_entries, candidate_counts)
+            num_tiles = T.ceildiv(candidates.slots(row), TILE_TOKENS)
             warp = T.get_thread_binding() // 32
             tiles = Tiles(
                 first=block * block_tiles + warp * config.tiles_per_warp,
@@ -134,8 +138,7 @@ def estimator_kernel(
             )
             store = lambda of_head, of_tile, of_token, value: T.buffer_store(
                 logits, value,
-                [batch, kv_head, of_head, of_tile // tiles_per_page,
-                 of_tile % tiles_per_page * TILE_TOKENS + of_token],
+                [batch, kv_head, of_head, *candidates.place(of_tile * TILE_TOKENS + of_token)],
             )  # fmt: skip
             mirror = Mirror(codes, scale_zero)
             estimate_tiles(
@@ -147,7 +150,8 @@ def estimator_kernel(
 
 
 def _launches(shape: StepShape, config: EstimatorConfig) -> tuple[Launch, ...]:
-    return (Launch("estimator", estimator_kernel, (*shape.statics, config, shape.smooth)),)
+    arguments = (*shape.statics, config, shape.smooth, shape.candidates)
+    return (Launch("estimator", estimator_kernel, arguments),)
 
 
 ESTIMATOR = KernelSpec(
@@ -156,4 +160,5 @@ ESTIMATOR = KernelSpec(
     sources=(
         "estimator.py", "estimate_tiles.py", "mma.py", "strided.py", "token_list.py", "warp.py"
     ),
+    reads_candidates=True,
 )  # fmt: skip

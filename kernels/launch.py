@@ -36,6 +36,7 @@ class StepShape(NamedTuple):
     kv_dtype: str = ""  # of K and V where it is not `dtype`, which is that of q and out
     logits_dtype: str = "float16"  # of the estimator's; the pruner takes float32 too
     smooth: bool = False  # keys have a k_factor
+    candidates: str = "pages"  # what candidates are listed by; or "tokens"
 
     @property
     def statics(self) -> tuple[int, int, int, str]:
@@ -86,6 +87,7 @@ class KernelSpec(Generic[Config]):
         width: of a row, as tuned configs count it: pages of the selector's kernels, else tokens.
         result_fields: part of the result's definition: never tuned.
         static_width: compiled for its width, rounded up to a power of two.
+        reads_candidates: compiled for what lists them, pages or tokens.
     """
 
     name: str
@@ -97,6 +99,7 @@ class KernelSpec(Generic[Config]):
     width: Callable[[StepShape], int] = lambda shape: shape.width
     result_fields: tuple[str, ...] = ()
     static_width: bool = False
+    reads_candidates: bool = False
 
     @property
     def tunable_fields(self) -> set[str]:

@@ -18,11 +18,11 @@ from .checks import check_tensor
 from .compiling import EXACT_MATH
 from .estimate_tiles import MAX_LOGIT
 from .launch import Launch, StepShape, on_device
-from .lists import CandidatePages, Kept, check_lists
+from .lists import Candidates, Kept, Listed, check_candidates, check_lists
 from .pools import TILE_TOKENS
 from .query import by_kv_head, check_query, check_scale, step_shape
 from .strided import channel_at, first_chunk, strided
-from .token_list import Row
+from .token_list import Row, TokenList, entry_tokens
 
 NUM_THREADS = 256  # at least head_dim
 UP, DOWN = 1 + 2.0**-9, 1 - 2.0**-22
@@ -31,7 +31,7 @@ UP, DOWN = 1 + 2.0**-9, 1 - 2.0**-22
 def bound_kept_mass(
     q: torch.Tensor,
     cache: PagedKVCache,
-    candidates: CandidatePages,
+    candidates: Candidates,
     logits: torch.Tensor,
     kept: Kept | tuple[torch.Tensor, torch.Tensor],
     *,
@@ -42,11 +42,10 @@ def bound_kept_mass(
     Args:
         q: [batch_size, num_qo_heads, head_dim], fp16 or bf16, as the cache.
         cache: only k_scale_zero, k_factor, page_table and seq_lens are read.
-        candidates: pages [batch_size, num_kv_heads, width] i32 and counts [batch_size,
-            num_kv_heads] i32, what the logits were estimated of.
-        logits: [batch_size, num_qo_heads, width * page_size] f16, what estimate_logits gave for q.
-        kept: tokens [batch_size, num_kv_heads, width * page_size] i32, ascending positions among
-            the candidates, and counts [batch_size, num_kv_heads] i32, how many of them are valid.
+        candidates: pages or tokens, what the logits were estimated of; of tokens, ascending ones.
+        logits: [batch_size, num_qo_heads, tokens] f16, what estimate_logits gave for q.
+        kept: tokens [batch_size, num_kv_heads, any] i32, ascending positions among the candidates,
+            and counts [batch_size, num_kv_heads] i32, how many of them are valid.
         sm_scale: that of the logits; head_dim ** -0.5 where None.
 
     Returns:
@@ -59,15 +58,16 @@ def bound_kept_mass(
     """
     group_size = check_query(q, cache)
     sm_scale = check_scale(sm_scale, cache.head_dim)
-    check_lists(("candidate_pages", "candidate_counts"), candidates, cache)
+    listed = check_candidates(candidates, cache)
     check_lists(("kept_tokens", "kept_counts"), kept, cache)
-    width = candidates[0].shape[2] * cache.page_size
+    width = listed.width(cache.page_size)
     check_tensor("logits", logits, (*q.shape[:2], width), torch.float16, q.device)
     bound = torch.empty(q.shape[:2], device=q.device)
-    launch = mass_bound(step_shape(cache, group_size, width))
+    shape = step_shape(cache, group_size, width)._replace(candidates=listed.kind)
+    launch = mass_bound(shape)
     q, logits, grouped = (by_kv_head(each, cache.num_kv_heads) for each in (q, logits, bound))
     with on_device(q.device):
-        bound_mass(launch, q, cache, candidates, logits, kept[:2], sm_scale, grouped)
+        bound_mass(launch, q, cache, listed, logits, kept[:2], sm_scale, grouped)
     return bound
 
 
@@ -75,7 +75,7 @@ def bound_mass(
     launch: Launch,
     q: torch.Tensor,
     cache: PagedKVCache,
-    candidates: CandidatePages,
+    candidates: Listed,
     logits: torch.Tensor,
     kept: tuple[torch.Tensor, torch.Tensor],
     sm_scale: float,
@@ -83,14 +83,14 @@ def bound_mass(
 ) -> None:
     """One launch: the grouped query, logits by KV head and kept tokens -> bound, by KV head."""
     launch(
-        q, cache.factor, cache.k_scale_zero, cache.page_table, cache.seq_lens, *candidates,
-        sm_scale, logits.view(*logits.shape[:3], -1, cache.page_size), *kept, bound,
+        q, cache.factor, cache.k_scale_zero, cache.page_table, cache.seq_lens, *candidates[1:],
+        sm_scale, logits.view(*logits.shape[:3], candidates.indices.shape[2], -1), *kept, bound,
     )  # fmt: skip
 
 
 def mass_bound(shape: StepShape) -> Launch:
     """The kernel; it has no config."""
-    arguments = (shape.group_size, shape.head_dim, shape.page_size, shape.dtype, shape.smooth)
+    arguments = (*shape.statics, shape.smooth, shape.candidates)
     return Launch("mass_bound", mass_bound_kernel, arguments)
 
 
@@ -125,11 +125,10 @@ def query_error(q, k_factor, row, head, channel):
 
 
 @T.macro
-def find_kept(tokens, count, row, first):
-    """The bits of those of the 16 tokens from `first` on that a row's ascending list names."""
+def first_kept(tokens, count, row, first):
+    """Where in a row's ascending list the tokens from `first` on begin."""
     low = T.alloc_var(T.int32)
     high = T.alloc_var(T.int32)
-    bits = T.alloc_var(T.uint32)
     low = 0
     high = count
     while low < high:
@@ -138,6 +137,14 @@ def find_kept(tokens, count, row, first):
             low = middle + 1
         else:
             high = middle
+    return low
+
+
+@T.macro
+def find_kept(tokens, count, row, first):
+    """The bits of those of the 16 tokens from `first` on that a row's ascending list names."""
+    bits = T.alloc_var(T.uint32)
+    low = first_kept(tokens, count, row, first)
     bits = T.uint32(0)
     for ahead in T.unroll(TILE_TOKENS):
         at = low + ahead
@@ -148,15 +155,35 @@ def find_kept(tokens, count, row, first):
     return bits
 
 
+@T.macro
+def match_kept(tokens, count, row, candidates):
+    """The bits of those of 16 candidates that a row's list names; both ascend."""
+    at = T.alloc_var(T.int32)
+    bits = T.alloc_var(T.uint32)
+    at = first_kept(tokens, count, row, candidates[0])
+    bits = T.uint32(0)
+    for j in T.unroll(TILE_TOKENS):
+        if at < count:
+            if tokens[row.batch, row.kv_head, at] == candidates[j]:
+                bits |= T.uint32(1 << j)
+                at += 1
+    return bits
+
+
 @tilelang.jit(pass_configs=EXACT_MATH)
 def mass_bound_kernel(
-    group_size: int, head_dim: int, page_size: int, dtype: str, smooth: bool = False
+    group_size: int,
+    head_dim: int,
+    page_size: int,
+    dtype: str,
+    smooth: bool = False,
+    kind: str = "pages",
 ):
     """Grid: (query head of the group, kv_head, batch); a thread takes tiles of 16 candidates."""
     batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
     num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
-    width_pages, width = T.dynamic("width_pages"), T.dynamic("width")
-    page_tiles = page_size // TILE_TOKENS
+    num_entries, width = T.dynamic("num_entries"), T.dynamic("width")
+    run = entry_tokens(kind, page_size)
     assert head_dim <= NUM_THREADS
 
     @T.prim_func
@@ -166,10 +193,10 @@ def mass_bound_kernel(
         scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
         page_table: T.Tensor[(batch_size, max_pages), T.int32],
         seq_lens: T.Tensor[(batch_size,), T.int32],
-        candidate_pages: T.Tensor[(batch_size, num_kv_heads, width_pages), T.int32],
+        candidate_entries: T.Tensor[(batch_size, num_kv_heads, num_entries), T.int32],
         candidate_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
         sm_scale: T.float32,
-        logits: T.Tensor[(batch_size, num_kv_heads, group_size, width_pages, page_size), T.float16],
+        logits: T.Tensor[(batch_size, num_kv_heads, group_size, num_entries, run), T.float16],
         kept_tokens: T.Tensor[(batch_size, num_kv_heads, width), T.int32],
         kept_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
         bound: T.Tensor[(batch_size, num_kv_heads, group_size), T.float32],
@@ -196,11 +223,15 @@ def mass_bound_kernel(
             first = T.alloc_var(T.int32)
             physical = T.alloc_var(T.int32)
             left = T.alloc_var(T.int32)
+            token = T.alloc_local((TILE_TOKENS,), T.int32)
             thread = T.get_thread_binding()
             row = Row(batch, kv_head)
+            candidates = TokenList(kind, page_size, candidate_entries, candidate_counts)
+            T.assume(num_entries * run % TILE_TOKENS == 0)
             count = kept_counts[batch, kv_head]
-            num_tiles = candidate_counts[batch, kv_head] * page_tiles
+            num_tiles = T.ceildiv(candidates.slots(row), TILE_TOKENS)
             num_steps = T.ceildiv(num_tiles, NUM_THREADS)
+            logit_of = lambda index: logits[batch, kv_head, head, *candidates.place(index)]
 
             size = 0.0
             dev = 0.0
@@ -215,9 +246,8 @@ def mass_bound_kernel(
             for step in T.serial(num_steps):
                 tile = step * NUM_THREADS + thread
                 if tile < num_tiles:
-                    page, slot = tile // page_tiles, tile % page_tiles * TILE_TOKENS
                     for j in T.vectorized(TILE_TOKENS):
-                        own[j] = logits[batch, kv_head, head, page, slot + j]
+                        own[j] = logit_of(tile * TILE_TOKENS + j)
                     for j in T.unroll(TILE_TOKENS):
                         largest = T.max(largest, T.cast(own[j], T.float32))
             largest = join_block(largest, of_warps, T.max, T.warp_reduce_max)
@@ -229,16 +259,28 @@ def mass_bound_kernel(
             for step in T.serial(num_steps):
                 tile = step * NUM_THREADS + thread
                 if tile < num_tiles:
-                    place, slot = tile // page_tiles, tile % page_tiles * TILE_TOKENS
-                    first = candidate_pages[batch, kv_head, place] * page_size + slot
-                    physical = page_table[batch, first // page_size]
-                    left = seq_lens[batch] - first
-                    kept = find_kept(kept_tokens, count, row, first)
+                    if kind == "pages":
+                        first = candidates.token(row, tile * TILE_TOKENS)
+                        physical = page_table[batch, first // page_size]
+                        left = seq_lens[batch] - first
+                        kept = find_kept(kept_tokens, count, row, first)
+                        slot_of = lambda j: (physical, first % page_size + j)
+                    else:
+                        left = candidates.slots(row) - tile * TILE_TOKENS
+                        for j in T.unroll(TILE_TOKENS):
+                            nth = T.min(j, left - 1)
+                            token[j] = candidates.token(row, tile * TILE_TOKENS + nth)
+                        kept = match_kept(kept_tokens, count, row, token)
+                        slot_of = lambda j: (
+                            page_table[batch, token[j] // page_size],
+                            token[j] % page_size,
+                        )
                     for j in T.vectorized(TILE_TOKENS):
-                        own[j] = logits[batch, kv_head, head, place, slot + j]
+                        own[j] = logit_of(tile * TILE_TOKENS + j)
                     for j in T.unroll(TILE_TOKENS):
+                        page, slot = slot_of(j)
                         for e in T.vectorized(2):
-                            pairs[j, e] = scale_zero[physical, kv_head, slot + j, e]
+                            pairs[j, e] = scale_zero[page, kv_head, slot, e]
                     for j in T.unroll(TILE_TOKENS):
                         if j < left:
                             logit = T.cast(own[j], T.float32)

@@ -13,12 +13,12 @@ from .checks import check_choice, check_count
 from .crossing import expected_times, fastest, read_bandwidth
 from .explain import explain
 from .launch import on_device
-from .lists import MAX_FLOOR, CandidatePages, Kept
+from .lists import MAX_FLOOR, Candidates, Kept
 from .options import DecodeOptions
 from .plan import plan_candidates, plan_dense, plan_sparse
 from .pruner import expand_top_p
 from .query import check_query, check_scale, group_size_of, step_shape
-from .selector import page_budget
+from .selector import Selection, page_budget
 from .steps import CandidateStep, DenseStep, Settings, SparseMemory, SparseStep
 from .threshold import check_num_items
 from .tuned import Planner
@@ -91,9 +91,10 @@ class TwilightDecode:
             self.stages = DenseStep(plan, cache, num_qo_heads, settings)
         elif self.path == "candidates":
             chosen = plan_candidates(self.shape, planner)
-            self.stages = CandidateStep(chosen, cache, num_qo_heads, width, settings)
+            selection = Selection.allocate(cache, width)
+            self.stages = CandidateStep(chosen, cache, num_qo_heads, selection, settings)
         else:
-            memory = SparseMemory.allocate(cache, width, top_p)
+            memory = SparseMemory.allocate(cache, Selection.allocate(cache, width), top_p)
             plan_all = plan_sparse(self.shape, planner, options.bound_mass)
             self.stages = SparseStep(plan_all, memory, settings)
             bounds = [part * cache.batch_size // num_parts for part in range(num_parts + 1)]
@@ -110,7 +111,7 @@ class TwilightDecode:
         return self._sparse.plan.fused
 
     @property
-    def candidates(self) -> CandidatePages:
+    def candidates(self) -> Candidates:
         if isinstance(self.stages, DenseStep):
             raise AttributeError("path 'dense' has no selector")
         return self.stages.candidates

@@ -41,7 +41,7 @@ class SparsePlan(NamedTuple):
 
 
 class CandidatePlan(NamedTuple):
-    """The kernels of the selector and of attention over the pages it chose."""
+    """The kernels of the selector and of attention over the candidates it chose."""
 
     selector: SelectorPlan
     attention: Planned[AttentionConfig]
@@ -66,8 +66,12 @@ def plan_sparse(shape: StepShape, planner: Planner, bound_mass: bool = False) ->
 
 
 def plan_candidates(shape: StepShape, planner: Planner) -> CandidatePlan:
-    """Select, and attend to every candidate."""
-    return CandidatePlan(plan_selector(shape, planner), plan_untuned("pages", shape, planner.gpu))
+    """Select, and attend to every candidate. A list of tokens is attended to as kept ones are."""
+    if shape.candidates == "tokens":
+        attention = planner.plan(ATTENTION, shape)
+    else:
+        attention = plan_untuned("pages", shape, planner.gpu)
+    return CandidatePlan(plan_selector(shape, planner), attention)
 
 
 def plan_dense(shape: StepShape, planner: Planner) -> DensePlan:

@@ -13,7 +13,7 @@ from .checks import check_count, check_tensor, dtype_name
 from .compiling import THREAD_LEVEL, start_early
 from .gpu import Gpu, gpu_of
 from .launch import KernelSpec, Launch, StepShape, on_device, static_width
-from .lists import MAX_FLOOR, AlwaysKept, CandidatePages, Kept, check_lists
+from .lists import MAX_FLOOR, AlwaysKept, Candidates, Kept, Listed, check_candidates
 from .pools import TILE_TOKENS
 from .query import by_kv_head, group_size_of, step_shape
 from .split_kv import Work
@@ -66,7 +66,7 @@ class Pruned(NamedTuple):
 def prune_top_p(
     logits: torch.Tensor,
     cache: PagedKVCache,
-    candidates: CandidatePages,
+    candidates: Candidates,
     top_p: float | torch.Tensor,
     *,
     num_sink_tokens: int = 0,
@@ -77,10 +77,11 @@ def prune_top_p(
     union over its group (Twilight, sections 3 and 4.2).
 
     Args:
-        logits: [batch_size, num_qo_heads, width * page_size] f16 or f32, in the candidates' order;
-            -inf behind a request's last token.
+        logits: [batch_size, num_qo_heads, tokens] f16 or f32, in the candidates' order, with tokens
+            = width * page_size for pages, width for tokens. In tiles of 16 as estimate_logits
+            writes them: -inf where a tile has no token.
         cache: only page_size and seq_lens are read.
-        candidates: see CandidatePages.
+        candidates: pages or tokens, see CandidatePages and CandidateTokens.
         top_p: in (0, 1], 1 keeps all; a float, or f32 [num_qo_heads], [batch_size, 1] or
             [batch_size, num_qo_heads], whose values are not checked: NaN and more than 1 count as
             1, less than 0 as 0, which keeps the heaviest token.
@@ -91,16 +92,16 @@ def prune_top_p(
             heaviest do not count.
 
     Returns:
-        Kept, with room for width * page_size tokens a row. Weights equal to one part in 10^4 are
-        kept or dropped together. A query head whose logits have no softmax (a NaN or +inf among
+        Kept, with room for as many tokens a row as `logits` has. Weights equal to one part in 10^4
+        are kept or dropped together. A query head whose logits have no softmax (a NaN or +inf among
         them, or nothing above -inf) keeps every candidate.
 
     Raises:
         ValueError: a wrong tensor, a float top_p outside (0, 1], or a count out of range.
     """
-    check_lists(("candidate_pages", "candidate_counts"), candidates, cache)
-    device, width = cache.seq_lens.device, candidates[0].shape[2] * cache.page_size
-    check_num_items("candidate_pages: their tokens", width, gpu_of(device))
+    listed = check_candidates(candidates, cache)
+    device, width = cache.seq_lens.device, listed.width(cache.page_size)
+    check_num_items(f"candidate_{listed.kind}: their tokens", width, gpu_of(device))
     check_tensor("logits", logits, (cache.batch_size, None, width), LOGIT_DTYPES, device)
     num_qo_heads = logits.shape[1]
     group_size = group_size_of("logits", num_qo_heads, cache)
@@ -108,7 +109,8 @@ def prune_top_p(
     check_count("num_recent_tokens", num_recent_tokens, least=0)
     check_count("min_kept_tokens", min_kept_tokens, least=1, most=MAX_FLOOR)
     top_p = expand_top_p(top_p, cache.batch_size, num_qo_heads, device)
-    shape = step_shape(cache, group_size, width)._replace(logits_dtype=dtype_name(logits))
+    shape = step_shape(cache, group_size, width)
+    shape = shape._replace(logits_dtype=dtype_name(logits), candidates=listed.kind)
     kept = Kept.allocate(cache, width, num_qo_heads)
     work = WorkList.allocate(shape.num_rows, width, split_tokens_of(group_size), device)
     grouped = [by_kv_head(each, cache.num_kv_heads) for each in (logits, top_p, kept.mass)]
@@ -117,7 +119,7 @@ def prune_top_p(
     always = AlwaysKept(num_sink_tokens, num_recent_tokens, min_kept_tokens)
     pruned = Pruned(kept._replace(mass=mass), work, union)
     with on_device(device):
-        prune(planned(PRUNER, shape, device), logits, cache, candidates, top_p, always, pruned)
+        prune(planned(PRUNER, shape, device), logits, cache, listed, top_p, always, pruned)
     return kept
 
 
@@ -141,14 +143,15 @@ def prune(
     planned: Planned[PrunerConfig],
     logits: torch.Tensor,
     cache: PagedKVCache,
-    candidates: CandidatePages,
+    candidates: Listed,
     top_p: torch.Tensor,
     always: AlwaysKept,
     pruned: Pruned,
 ) -> None:
     """One launch: logits and top_p by KV head -> kept tokens, and attention's list of work."""
     kept, work, union = pruned
-    planned.launches[0](logits, cache.seq_lens, *candidates, top_p, *always, *kept, *work, *union)
+    (launch,) = planned.launches
+    launch(logits, cache.seq_lens, *candidates[1:], top_p, *always, *kept, *work, *union)
 
 
 @T.macro
@@ -189,13 +192,14 @@ def pruner_kernel(
     logits_dtype: str,
     split_tokens: int,
     config: PrunerConfig,
+    kind: str = "pages",
 ):
     """A block walks the query heads of a KV head, or there is one for each: then their sets meet in
     `union_words`, and the last of them goes on with the union. Grid: (1 or query head of the group,
     kv_head, batch).
     """
     batch_size, num_kv_heads, max_items = T.dynamic("batch_size, num_kv_heads, max_items")
-    width, width_pages, width_words = T.dynamic("width, width_pages, width_words")
+    width, num_entries, width_words = T.dynamic("width, num_entries, width_words")
     num_apart = group_size if config.heads_apart else 1
     grid = (num_apart, num_kv_heads, batch_size)
     copied = (max(width_bound, NUM_THREADS * VECTOR),)
@@ -204,7 +208,7 @@ def pruner_kernel(
     def prune_top_p(
         logits: T.Tensor[(batch_size, num_kv_heads, group_size, width), logits_dtype],
         seq_lens: T.Tensor[(batch_size,), T.int32],
-        candidate_pages: T.Tensor[(batch_size, num_kv_heads, width_pages), T.int32],
+        candidate_entries: T.Tensor[(batch_size, num_kv_heads, num_entries), T.int32],
         candidate_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
         top_p: T.Tensor[(batch_size, num_kv_heads, group_size), T.float32],
         num_sink_tokens: T.int32,
@@ -226,7 +230,7 @@ def pruner_kernel(
             copy = T.alloc_shared(copied, logits_dtype) if is_held(width_bound) else None
             words = T.alloc_shared((width_bound // 32,), T.uint32)
             row = Row(batch, kv_head, seq_lens[batch])
-            candidates = TokenList("pages", page_size, candidate_pages, candidate_counts)
+            candidates = TokenList(kind, page_size, candidate_entries, candidate_counts)
             num_rows = batch_size * num_kv_heads
             work = Work(items, num_items, ticket, split_tokens, num_rows)
 
@@ -252,11 +256,13 @@ def pruner_kernel(
 
 def _launches(shape: StepShape, config: PrunerConfig) -> tuple[Launch, ...]:
     sizes = (shape.group_size, shape.page_size, static_width(shape.width))
-    arguments = (*sizes, shape.logits_dtype, split_tokens_of(shape.group_size), config)
+    split_tokens = split_tokens_of(shape.group_size)
+    arguments = (*sizes, shape.logits_dtype, split_tokens, config, shape.candidates)
     return (Launch("pruner", pruner_kernel, arguments),)
 
 
 PRUNER = KernelSpec(
     name="pruner", stage="pruner", config=PrunerConfig, default=default_config,
     launches=_launches, sources=("pruner.py", *SEARCH_SOURCES), static_width=True,
+    reads_candidates=True,
 )  # fmt: skip

@@ -8,7 +8,7 @@ from .attention import AttentionWorkspace, attend, every_token, list_items, spli
 from .cache import PagedKVCache
 from .estimate_prune import estimate_and_prune
 from .estimator import estimate
-from .lists import AlwaysKept, Kept, TokenList, Window
+from .lists import AlwaysKept, Kept, Listed, Window
 from .mass_bound import bound_mass
 from .plan import CandidatePlan, DensePlan, SparsePlan
 from .pruner import HeadUnion, Pruned, prune
@@ -37,13 +37,16 @@ class SparseMemory(NamedTuple):
     out: torch.Tensor  # [batch_size, num_qo_heads, head_dim]
 
     @classmethod
-    def allocate(cls, cache: PagedKVCache, width: int, top_p: torch.Tensor) -> "SparseMemory":
-        """For `width` candidate pages of every row."""
-        num_qo_heads, tokens = top_p.shape[1], width * cache.page_size
+    def allocate(
+        cls, cache: PagedKVCache, selection: Selection, top_p: torch.Tensor
+    ) -> "SparseMemory":
+        """For the candidates of a selection."""
+        num_qo_heads = top_p.shape[1]
+        tokens = Listed.of(selection.candidates).width(cache.page_size)
         group_size = num_qo_heads // cache.num_kv_heads
         logits = torch.empty(*top_p.shape, tokens, dtype=torch.float16, device=top_p.device)
         return cls(
-            Selection.allocate(cache, width),
+            selection,
             top_p,
             logits,
             Kept.allocate(cache, tokens, num_qo_heads),
@@ -86,7 +89,8 @@ class SparseStep:
         )
         kept = memory.kept._replace(mass=mass)
         self.pruned = Pruned(kept, memory.attention.work, memory.union)
-        self.kept_list = TokenList("tokens", kept.tokens, kept.counts)
+        self.listed = Listed.of(self.candidates)
+        self.kept_list = Listed("tokens", kept.tokens, kept.counts)
 
     def run(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
         """The stages in order."""
@@ -105,12 +109,12 @@ class SparseStep:
         """Estimated logits of the candidates -> logits."""
         grouped, sm_scale = by_kv_head(q, cache.num_kv_heads), self.settings.sm_scale
         logits = self.grouped_logits
-        estimate(self.plan.estimator, grouped, cache, self.candidates, logits, sm_scale)
+        estimate(self.plan.estimator, grouped, cache, self.listed, logits, sm_scale)
 
     def prune(self, cache: PagedKVCache) -> None:
         """What top-p keeps of them -> kept, and attention's list of work."""
         logits, always = self.grouped_logits, self.settings.always
-        prune(self.plan.pruner, logits, cache, self.candidates, self.top_p, always, self.pruned)
+        prune(self.plan.pruner, logits, cache, self.listed, self.top_p, always, self.pruned)
 
     def estimate_prune(self, q: torch.Tensor, cache: PagedKVCache) -> None:
         """estimate() and prune(), or one kernel for both, to the same bits."""
@@ -120,7 +124,7 @@ class SparseStep:
             return
         sm_scale, always = self.settings.sm_scale, self.settings.always
         estimate_and_prune(
-            self.plan.estimate_prune, by_kv_head(q, cache.num_kv_heads), cache, self.candidates,
+            self.plan.estimate_prune, by_kv_head(q, cache.num_kv_heads), cache, self.listed,
             self.top_p, always, sm_scale, self.pruned,
         )  # fmt: skip
 
@@ -128,7 +132,7 @@ class SparseStep:
         """How much of the candidates' mass is surely kept -> mass_bound, where planned."""
         assert self.plan.mass_bound is not None
         bound_mass(
-            self.plan.mass_bound, by_kv_head(q, cache.num_kv_heads), cache, self.candidates,
+            self.plan.mass_bound, by_kv_head(q, cache.num_kv_heads), cache, self.listed,
             self.grouped_logits, self.kept[:2], self.settings.sm_scale, self.grouped_bound,
         )  # fmt: skip
 
@@ -142,20 +146,20 @@ class SparseStep:
 
 
 class CandidateStep:
-    """Select, and attend to every candidate: Quest alone, with the bits of page_attention."""
+    """Select, and attend to every candidate: a selector alone, with the bits of page_attention."""
 
     def __init__(
         self,
         plan: CandidatePlan,
         cache: PagedKVCache,
         num_qo_heads: int,
-        width: int,
+        selection: Selection,
         settings: Settings,
     ) -> None:
-        self.plan, self.settings = plan, settings
-        self.selection = Selection.allocate(cache, width)
-        self.candidates = self.selection.candidates
-        group_size, tokens = num_qo_heads // cache.num_kv_heads, width * cache.page_size
+        self.plan, self.selection, self.settings = plan, selection, settings
+        self.candidates = selection.candidates
+        self.listed = Listed.of(self.candidates)
+        group_size, tokens = num_qo_heads // cache.num_kv_heads, self.listed.width(cache.page_size)
         split_tokens = split_tokens_of(group_size)
         self.attention = AttentionWorkspace.allocate(cache, group_size, tokens, split_tokens)
         self.out = empty_out(cache, num_qo_heads)
@@ -173,11 +177,10 @@ class CandidateStep:
 
     def attend(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
         """Attention over every token of the candidates -> out."""
-        pages = TokenList("pages", *self.candidates)
-        list_items(self.plan.attention, cache, pages, self.attention.work)
+        list_items(self.plan.attention, cache, self.listed, self.attention.work)
         attend(
-            self.plan.attention, by_kv_head(q, cache.num_kv_heads), cache, pages, self.attention,
-            self.grouped_out, self.settings.sm_scale,
+            self.plan.attention, by_kv_head(q, cache.num_kv_heads), cache, self.listed,
+            self.attention, self.grouped_out, self.settings.sm_scale,
         )  # fmt: skip
         return self.out
 

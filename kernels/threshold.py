@@ -176,12 +176,12 @@ class Search(NamedTuple):
 
 
 @T.macro
-def compact(words, num_words, position, output, row, num_threads):
+def compact(words, num_words, position, output, row, num_threads, neighbours=True):
     """Writes the position of every set bit to the row's part of the output, ascending, and returns
     how many they are.
 
-    A thread takes a whole word. Bit i stands for position(i), and the bits of half a word stand for
-    neighbours.
+    A thread takes a whole word. Bit i stands for position(i); where the bits of half a word stand
+    for neighbours, two are looked up for all of them.
     """
     thread = T.get_thread_binding()
     warp_sums = T.alloc_shared((num_threads // 32,), T.int32, scope="shared")
@@ -195,9 +195,10 @@ def compact(words, num_words, position, output, row, num_threads):
         bits = T.uint32(0)
         if word < num_words:
             bits = words[word]
-        if bits != T.uint32(0):  # asked for here: they arrive while the words are counted
-            for half in T.unroll(2):
-                first[half] = position((word * 2 + half) * HALF_WORD)
+        if neighbours:
+            if bits != T.uint32(0):  # asked for here: they arrive while the words are counted
+                for half in T.unroll(2):
+                    first[half] = position((word * 2 + half) * HALF_WORD)
         before, total = block_exclusive_sum(T.cast(T.popcount(bits), T.int32), warp_sums)
         slot = count + before
         while bits != T.uint32(0):
@@ -205,6 +206,8 @@ def compact(words, num_words, position, output, row, num_threads):
             bit = 31 - T.cast(T.clz(lowest), T.int32)
             output[row.batch, row.kv_head, slot] = (
                 T.if_then_else(bit < HALF_WORD, first[0], first[1]) + bit % HALF_WORD
+                if neighbours
+                else position(word * 32 + bit)
             )
             slot += 1
             bits = bits ^ lowest

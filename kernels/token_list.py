@@ -15,6 +15,11 @@ class Row(NamedTuple):
     seq_len: PrimExpr | None = None
 
 
+def entry_tokens(kind: str, page_size: int) -> int:
+    """Tokens that one entry of a list names."""
+    return page_size if kind == "pages" else 1
+
+
 class TokenList(NamedTuple):
     """What indices and counts hold goes by the kind: "tokens" (logical positions), "pages" (logical
     pages, the last of which may be part-filled), or "all" (only counts matter)."""
@@ -24,19 +29,32 @@ class TokenList(NamedTuple):
     indices: Buffer  # [batch_size, num_kv_heads, width] i32
     counts: Buffer = None  # [batch_size, num_kv_heads] i32; None where nothing asks for them
 
+    @property
+    def run(self) -> int:
+        """Tokens of one entry."""
+        return entry_tokens(self.kind, self.page_size)
+
+    @property
+    def width(self) -> PrimExpr:
+        """Tokens that a row has place for."""
+        return self.indices.shape[2] * self.run
+
+    def place(self, index: PrimExpr) -> tuple[PrimExpr, PrimExpr]:
+        """(which entry names the token at `index`, as which of its tokens)."""
+        return index // self.run, index % self.run
+
     def token(self, row: Row, index: PrimExpr, beyond: bool = False) -> PrimExpr:
         """The logical position that a row's list names at `index`; `beyond` its end: anything."""
         if self.kind == "all":
             return index
-        run = self.page_size if self.kind == "pages" else 1
-        place = index // run
+        entry, nth = self.place(index)
         if beyond:
-            place = T.min(place, T.max(self.counts[row.batch, row.kv_head] - 1, 0))
-        return self.indices[row.batch, row.kv_head, place] * run + index % run
+            entry = T.min(entry, T.max(self.counts[row.batch, row.kv_head] - 1, 0))
+        return self.indices[row.batch, row.kv_head, entry] * self.run + nth
 
     def slots(self, row: Row) -> PrimExpr:
         """Tokens that a row's list has place for: those of whole pages."""
-        return self.counts[row.batch, row.kv_head] * (self.page_size if self.kind == "pages" else 1)
+        return self.counts[row.batch, row.kv_head] * self.run
 
     @partialmethod  # a macro is no method by itself
     @T.macro

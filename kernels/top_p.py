@@ -501,7 +501,8 @@ def list_row(words, num_tokens, row, candidates, kept_tokens, kept_counts, work,
     """The tokens whose bits are set, and attention's items of them."""
     num_words = T.ceildiv(num_tokens, 32)
     position = lambda candidate: candidates.token(row, candidate, beyond=True)
-    count = compact(words, num_words, position, kept_tokens, row, num_threads)
+    neighbours = candidates.kind == "pages"
+    count = compact(words, num_words, position, kept_tokens, row, num_threads, neighbours)
     work.append(row, count, num_threads)
     if T.get_thread_binding() == 0:
         kept_counts[row.batch, row.kv_head] = count

@@ -38,33 +38,39 @@ class Bucket:
     dtype: str
     rows: int  # batch_size * num_kv_heads
     width: int  # of a row: pages for page_score and top_pages, tokens for the others
+    candidates: str = "pages"  # or "tokens": what lists the candidates that a kernel reads
 
     @classmethod
     def of(cls, spec: KernelSpec[Any], shape: StepShape) -> "Bucket":
         """Where a kernel's launch of this shape belongs."""
-        return cls(*shape.statics, shape.num_rows, spec.width(shape))
+        candidates = shape.candidates if spec.reads_candidates else "pages"
+        return cls(*shape.statics, shape.num_rows, spec.width(shape), candidates)
 
     def __str__(self) -> str:
-        return " ".join(f"{name}={value}" for name, value in asdict(self).items())
+        """The fields by name; candidates only where they are no pages."""
+        named = asdict(self)
+        if self.candidates == "pages":
+            del named["candidates"]
+        return " ".join(f"{name}={value}" for name, value in named.items())
 
     @classmethod
     def parse(cls, text: str) -> "Bucket":
         """The inverse of str(); ValueError where it is none."""
-        kinds = get_type_hints(cls)
+        *kinds, _ = get_type_hints(cls).items()
         pattern = " ".join(
-            rf"{name}=({'[1-9][0-9]*' if kind is int else '[a-z0-9]+'})"
-            for name, kind in kinds.items()
+            rf"{name}=({'[1-9][0-9]*' if kind is int else '[a-z0-9]+'})" for name, kind in kinds
         )
-        match = re.fullmatch(pattern, text)
+        match = re.fullmatch(rf"{pattern}(?: candidates=(tokens))?", text)
         if match is None:
             raise ValueError(f"expected a bucket like {_EXAMPLE}, got {text!r}")
-        values = zip(kinds.values(), match.groups(), strict=True)
-        return cls(*(kind(value) for kind, value in values))
+        *values, candidates = match.groups()
+        given = (kind(value) for (_, kind), value in zip(kinds, values, strict=True))
+        return cls(*given, candidates or "pages")
 
     def distance(self, other: "Bucket", static_width: bool) -> float:
         """Octaves between the two in rows and in width together; infinite where none may stand for
         the other. With static_width both widths round up to the same power of two."""
-        statics = ("group_size", "head_dim", "page_size", "dtype")
+        statics = ("group_size", "head_dim", "page_size", "dtype", "candidates")
         if any(getattr(self, name) != getattr(other, name) for name in statics):
             return math.inf
         if static_width and (self.width - 1).bit_length() != (other.width - 1).bit_length():

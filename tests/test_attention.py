@@ -192,7 +192,7 @@ def test_page_attention_attends_to_every_token_of_the_pages(case, rng):
     poison_unused(cache)
     pages, counts = kernels.select_pages(tensors.q, cache, case.token_budget)
     result = kernels.page_attention(tensors.q, cache, (pages, counts), return_lse=True)
-    position, valid = candidate_positions(cache, pages, counts)
+    position, valid = candidate_positions(cache, (pages, counts))
     assert_attention_close(result, tensors.q, cache, position.int(), valid.sum(-1).int())
 
 
@@ -200,7 +200,7 @@ def test_page_attention_equals_flash_topk_attention(rng):
     tensors = make_tensors(BASE, rng)
     cache = build_cache(kernels, tensors)
     pages, counts = kernels.select_pages(tensors.q, cache, 256, num_sink_tokens=4)
-    position, valid = candidate_positions(cache, pages, counts)
+    position, valid = candidate_positions(cache, (pages, counts))
     kept = position.int(), valid.sum(-1).int()
     out, lse = kernels.page_attention(tensors.q, cache, (pages, counts), return_lse=True)
     expected, expected_lse = kernels.flash_topk_attention(tensors.q, cache, kept, return_lse=True)

@@ -84,6 +84,20 @@ SMOOTH = {
 SMOOTHED = ("page_score", "estimator", "estimate_prune", "mass_bound", "mirror", "append")
 
 
+# Candidates that are single tokens: the kernels that read a list of them.
+TOKENS = {
+    "gqa4-d128": (StepShape(4, 128, 16, "float16", 512, 2048, 8192, 512), tuple(ARCHS)),
+    "gqa4-solo": (StepShape(4, 128, 16, "float16", 8, 8192, 1024, 8), ("sm_90a", "sm_100a")),
+    "mha-d128": (StepShape(1, 128, 16, "float16", 2048, 2048, 8192, 2048), tuple(ARCHS)),
+    "gqa8-d64-p64": (StepShape(8, 64, 64, "bfloat16", 512, 512, 2048, 512), ("sm_80",)),
+    "gqa4-d256": (StepShape(4, 256, 16, "float16", 512, 2048, 4096, 512), ("sm_90a", "sm_100a")),
+    "gqa4-smooth": (
+        StepShape(4, 128, 16, "float16", 512, 2048, 8192, 512, smooth=True), ("sm_90a",),
+    ),
+}  # fmt: skip
+LISTED = ("estimator", "pruner", "pruner_float32", "estimate_prune", "mass_bound")
+
+
 class Kernel(NamedTuple):
     """One kernel for one GPU, and those that it is compiled with."""
 
@@ -106,6 +120,11 @@ def kernels() -> Iterator[tuple[str, Kernel]]:
         for arch in archs:
             for launch in (v for v in default_launches(shape, arch) if v.name in SMOOTHED):
                 yield f"smooth-{name}-{arch}-{launch.name}", Kernel(launch, arch, f"smooth-{arch}")
+    for name, (shape, archs) in TOKENS.items():
+        shape = shape._replace(candidates="tokens")
+        for arch in archs:
+            for launch in (v for v in default_launches(shape, arch) if v.name in LISTED):
+                yield f"tokens-{name}-{arch}-{launch.name}", Kernel(launch, arch, f"tokens-{arch}")
     for arch in ("sm_90a", "sm_100a"):
         config = EstimatePruneConfig(tiles_per_warp=4)
         arguments = (4, 128, 16, "float16", 8192, 128, config)

@@ -42,7 +42,7 @@ def test_estimate_logits_matches_reference(case, rng):
     width = min(case.token_budget // cache.page_size, cache.max_pages)
     candidates = random_candidates(cache, width, rng)
     logits = kernels.estimate_logits(tensors.q, cache, candidates)
-    assert_logits_close(logits, tensors.q, cache, *candidates)
+    assert_logits_close(logits, tensors.q, cache, candidates)
 
 
 @pytest.mark.parametrize("case", [BASE, NAMED["mha-ragged"], NAMED["gqa8-p64"]], ids=str)
@@ -51,10 +51,10 @@ def test_estimate_logits_over_every_page(case, rng):
     cache = build_cache(kernels, tensors)
     candidates = kernels.select_all(cache)
     logits = kernels.estimate_logits(tensors.q, cache, candidates)
-    assert_logits_close(logits, tensors.q, cache, *candidates)
+    assert_logits_close(logits, tensors.q, cache, candidates)
     present = torch.arange(cache.capacity, device=rng.device) < cache.seq_lens[:, None]
     present = present[:, None].expand_as(logits)
-    listed = listed_columns(logits, cache, candidates[1])
+    listed = listed_columns(logits, cache, candidates)
     assert torch.isfinite(logits[present]).all()
     assert (logits[listed & ~present] == -torch.inf).all()
 
@@ -70,9 +70,9 @@ def test_estimate_logits_at_other_configs(config, case, rng):
     expected = kernels.estimate_logits(tensors.q, cache, candidates)
     with pinned({"estimator": config}):
         logits = kernels.estimate_logits(tensors.q, cache, candidates)
-    listed = listed_columns(logits, cache, candidates[1])
+    listed = listed_columns(logits, cache, candidates)
     assert torch.equal(logits[listed], expected[listed])
-    assert_logits_close(logits, tensors.q, cache, *candidates)
+    assert_logits_close(logits, tensors.q, cache, candidates)
 
 
 def test_estimate_logits_scales(rng):
@@ -80,7 +80,7 @@ def test_estimate_logits_scales(rng):
     cache = build_cache(kernels, tensors)
     candidates = random_candidates(cache, 32, rng)
     logits = kernels.estimate_logits(tensors.q, cache, candidates, sm_scale=0.37)
-    assert_logits_close(logits, tensors.q, cache, *candidates, sm_scale=0.37)
+    assert_logits_close(logits, tensors.q, cache, candidates, sm_scale=0.37)
 
 
 def test_estimate_logits_stay_in_the_range_of_fp16(rng):
@@ -89,7 +89,7 @@ def test_estimate_logits_stay_in_the_range_of_fp16(rng):
     cache = build_cache(kernels, tensors)
     candidates = kernels.select_all(cache)
     logits = kernels.estimate_logits(tensors.q, cache, candidates)
-    assert_logits_close(logits, tensors.q, cache, *candidates)
+    assert_logits_close(logits, tensors.q, cache, candidates)
     present = torch.arange(cache.capacity, device=rng.device) < cache.seq_lens[:, None]
     largest = logits[present[:, None].expand_as(logits)].abs().amax()
     assert largest == torch.finfo(torch.float16).max
@@ -103,7 +103,7 @@ def test_estimate_logits_never_reads_keys(rng):
     for tensor in (cache.k_cache, cache.v_cache, cache.bounds_scale_zero):
         tensor.fill_(float("nan"))
     logits = kernels.estimate_logits(tensors.q, cache, candidates)
-    assert_logits_close(logits, tensors.q, cache, *candidates)
+    assert_logits_close(logits, tensors.q, cache, candidates)
 
 
 @pytest.mark.parametrize("case", [NAMED["gqa4-bf16"], NAMED["mha-d64-p64"]], ids=str)

@@ -57,7 +57,7 @@ def test_named_steps_keep_every_promise(case, setting, package, device):
 def test_the_promises_are_not_idle(case, package, device):
     """Tokens are pruned, and keys are rounded to codes."""
     run = Run(package, step_of(case, "quest"), device)
-    _, valid = candidate_positions(run.cache, run.step.candidates.pages, run.step.candidates.counts)
+    _, valid = candidate_positions(run.cache, run.step.candidates)
     assert (run.step.kept.counts < valid.sum(-1)).any()
     assert (stored_keys(run.cache, 0, case.shape.lengths[0])[1] > 0).all()
 

@@ -9,6 +9,7 @@ import twilight_tilelang as kernels
 from tests.checks.properties import (
     as_mask,
     as_reference,
+    as_reference_list,
     assert_top_p,
     candidate_positions,
     head_weights,
@@ -20,6 +21,7 @@ from tests.inputs.logits import LOGITS, NO_SOFTMAX, normal, rounded, skewed
 from tests.inputs.pinned import pinned
 from twilight_tilelang import reference
 from twilight_tilelang.kernels.cache import CacheShape
+from twilight_tilelang.kernels.lists import Candidates
 from twilight_tilelang.kernels.pruner import PrunerConfig
 
 pytestmark = pytest.mark.gpu
@@ -29,18 +31,16 @@ class Problem(NamedTuple):
     """Candidates and their logits; of the cache the pruner may use lengths and page_size only."""
 
     cache: kernels.PagedKVCache
-    candidate_pages: torch.Tensor  # [batch_size, num_kv_heads, width]
-    candidate_counts: torch.Tensor
-    logits: torch.Tensor  # [batch_size, num_qo_heads, width * page_size], NaN past the listed pages
+    candidates: Candidates
+    logits: torch.Tensor  # [batch_size, num_qo_heads, columns], NaN past the listed tiles
 
     def prune(self, top_p, package=kernels, **windows):
         cache = self.cache if package is kernels else as_reference(self.cache)
-        lists = self.candidate_pages, self.candidate_counts
-        return package.prune_top_p(self.logits, cache, lists, top_p, **windows)
+        candidates = self.candidates if package is kernels else as_reference_list(self.candidates)
+        return package.prune_top_p(self.logits, cache, candidates, top_p, **windows)
 
     def check(self, result, top_p, **windows) -> None:
-        lists = self.candidate_pages, self.candidate_counts
-        assert_top_p(self.logits, self.cache, *lists, top_p, result, **windows)
+        assert_top_p(self.logits, self.cache, self.candidates, top_p, result, **windows)
 
 
 def make_problem(
@@ -77,7 +77,7 @@ def make_problem(
                 logits[request, head, :num_tokens] = draw(num_tokens, rng)
                 logits[request, head, num_tokens:listed] = -torch.inf
     logits = rounded(logits) if dtype == torch.float16 else logits
-    return Problem(cache, pages, counts, logits)
+    return Problem(cache, kernels.CandidatePages(pages, counts), logits)
 
 
 def length_cache(seq_lens, num_kv_heads: int, page_size: int, least_pages: int, device):
@@ -152,7 +152,7 @@ def test_prune_top_p_reports_the_mass_of_its_own_set(top_p, rng):
     """With one query head per KV head the kept tokens are that head's set: the mass is known."""
     problem = make_problem(normal, rng, **SIZES["mha"])
     tokens, counts, mass = problem.prune(top_p)
-    position, valid = candidate_positions(*problem[:3])
+    position, valid = candidate_positions(problem.cache, problem.candidates)
     weights = head_weights(problem.logits, valid)[:, :, 0]
     kept = as_mask(tokens, counts, problem.cache.capacity).gather(-1, position.long()) & valid
     assert ((weights * kept).sum(-1) - mass).abs().max() <= 1e-4
@@ -181,8 +181,7 @@ def test_prune_top_p_keeps_the_union_of_its_group(rng):
     grouped = make_problem(geometric, rng, width=64)
     alone = Problem(
         length_cache((700, 37, 1000), 8, 16, 64, rng.device),
-        grouped.candidate_pages.repeat_interleave(4, dim=1),
-        grouped.candidate_counts.repeat_interleave(4, dim=1),
+        kernels.CandidatePages(*(each.repeat_interleave(4, 1) for each in grouped.candidates)),
         grouped.logits,
     )
     tokens, counts, mass = grouped.prune(0.85)
@@ -261,7 +260,7 @@ def test_prune_top_p_of_values_out_of_range_keeps_all_or_one(value, rng):
     """On the device they cannot be refused."""
     problem = make_problem(normal, rng, **SIZES["mha"])
     _, counts, _ = problem.prune(torch.full((4,), value, device=rng.device))
-    _, valid = candidate_positions(*problem[:3])
+    _, valid = candidate_positions(problem.cache, problem.candidates)
     assert torch.equal(counts, valid.sum(-1).int() if not value <= 0 else torch.ones_like(counts))
 
 
@@ -269,5 +268,5 @@ def test_prune_top_p_leaves_its_input_alone(rng):
     problem = make_problem(skewed, rng)
     before = problem.logits.clone()
     problem.prune(0.85)
-    listed = listed_columns(before, problem.cache, problem.candidate_counts)
+    listed = listed_columns(before, problem.cache, problem.candidates)
     assert torch.equal(problem.logits[listed], before[listed])

@@ -80,6 +80,7 @@ def test_an_exact_bucket_is_taken() -> None:
         ({"head_dim": 64}, False),
         ({"page_size": 32}, False),
         ({"dtype": "bfloat16"}, False),
+        ({"candidates": "tokens"}, False),
     ],
 )
 def test_the_nearest_bucket_has_the_same_statics_and_half_to_double_the_size(change, found) -> None:
@@ -95,6 +96,12 @@ def test_a_kernel_that_is_not_compiled_for_its_width_takes_any_near_one() -> Non
     for width, blocks in ((4096, 6), (16384, 6), (4095, 3), (16385, 3)):
         bucket = dataclasses.replace(HOME, width=width)
         assert choose("attention", bucket, configs).config.blocks_per_sm == blocks
+
+
+def test_a_kernel_that_reads_no_candidates_has_one_bucket_for_both_kinds() -> None:
+    shape = shape_of("pruner", dataclasses.replace(HOME, candidates="tokens"))
+    assert shape.candidates == "tokens" and Bucket.of(PRUNER, shape) != HOME
+    assert Bucket.of(ATTENTION, shape) == HOME
 
 
 def test_of_several_the_nearest_is_taken() -> None:
@@ -221,11 +228,15 @@ def test_files_are_sorted_and_survive_the_way_there_and_back(tmp_path: Path) -> 
     for kernel, rows in (("pruner", 512), ("pruner", 64), ("attention", 8)):
         bucket = dataclasses.replace(HOME, rows=rows)
         configs = with_entry(configs, kernel, bucket, entry_of(kernel, {"blocks_per_sm": 2}))
+    of_tokens = dataclasses.replace(HOME, rows=1024, candidates="tokens")
+    configs = with_entry(configs, "pruner", of_tokens, entry_of("pruner", {"blocks_per_sm": 2}))
     path = write_configs(configs, tmp_path)
     assert tuned.read_configs(path) == dataclasses.replace(configs, path=path)
     kernels = json.loads(path.read_text())["kernels"]
     assert list(kernels) == ["attention", "pruner"]
-    assert [Bucket.parse(key).rows for key in kernels["pruner"]] == [64, 512]
+    buckets = [Bucket.parse(key) for key in kernels["pruner"]]
+    assert [bucket.rows for bucket in buckets] == [64, 512, 1024]
+    assert [bucket.candidates for bucket in buckets] == ["pages", "pages", "tokens"]
 
 
 def test_sources_are_those_of_the_kernels() -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .kernels.attention import dense_attention, flash_topk_attention, page_attention
     from .kernels.cache import CacheShape, PagedKVCache
     from .kernels.estimator import estimate_logits
-    from .kernels.lists import CandidatePages, Kept
+    from .kernels.lists import CandidatePages, CandidateTokens, Kept
     from .kernels.mass_bound import bound_kept_mass
     from .kernels.options import DecodeOptions
     from .kernels.pipeline import TwilightDecode
@@ -27,7 +27,7 @@ HOMES = {
     "attention": ("dense_attention", "flash_topk_attention", "page_attention"),
     "cache": ("CacheShape", "PagedKVCache"),
     "estimator": ("estimate_logits",),
-    "lists": ("CandidatePages", "Kept"),
+    "lists": ("CandidatePages", "CandidateTokens", "Kept"),
     "mass_bound": ("bound_kept_mass",),
     "options": ("DecodeOptions",),
     "pipeline": ("TwilightDecode",),

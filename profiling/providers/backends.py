@@ -40,9 +40,9 @@ class TileLang:
 
     def attend_tokens(self, q: torch.Tensor, cache: Any, kept: Lists) -> Call:
         """Attention over given tokens."""
-        from twilight_tilelang.kernels.lists import TokenList
+        from twilight_tilelang.kernels.lists import Listed
 
-        return self._attention(q, cache, TokenList("tokens", *kept[:2]), kept[0].shape[2])
+        return self._attention(q, cache, Listed("tokens", *kept[:2]), kept[0].shape[2])
 
     def quest(self, q: torch.Tensor, cache: Any, token_budget: int, **sinks: int) -> Call:
         """Quest alone: exact attention over every token of the pages chosen."""

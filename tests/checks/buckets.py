@@ -15,7 +15,8 @@ def shape_of(kernel: str, bucket: Bucket) -> StepShape:
     if SPECS[kernel].stage == "selector":
         max_pages, width = bucket.width, bucket.width * bucket.page_size
     statics = (bucket.group_size, bucket.head_dim, bucket.page_size, bucket.dtype)
-    return StepShape(*statics, bucket.rows, max_pages, width, bucket.rows)
+    shape = StepShape(*statics, bucket.rows, max_pages, width, bucket.rows)
+    return shape._replace(candidates=bucket.candidates)
 
 
 def broken_limit(kernel: str, config: Any, shape: StepShape, gpu: Gpu) -> str | None:

@@ -133,7 +133,7 @@ def promise_1_and_every_stage_is_right(run: Run) -> None:
 def promise_2_p_1_is_dense_over_the_candidates(run: Run) -> None:
     tensors, cache = run.tensors, run.cache
     step, out = decode(run.package, tensors, cache, **run.options | {"top_p": 1.0})
-    position, valid = candidate_positions(cache, step.candidates.pages, step.candidates.counts)
+    position, valid = candidate_positions(cache, step.candidates)
     kept = as_mask(step.kept.tokens, step.kept.counts, cache.capacity).gather(-1, position.long())
     assert torch.equal(kept & valid, valid)
     assert torch.equal(step.kept.counts, valid.sum(-1).int())

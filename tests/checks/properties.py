@@ -146,16 +146,27 @@ def assert_every_page(cache, candidate_pages: torch.Tensor, candidate_counts: to
     assert_ascending(candidate_pages, candidate_counts, used)
 
 
-def candidate_positions(
-    cache, candidate_pages: torch.Tensor, candidate_counts: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def as_reference_list(candidates) -> reference.lists.Candidates:
+    """The same tensors as a list of the reference: tokens where they are named so, else pages."""
+    if hasattr(candidates, "tokens"):
+        return reference.CandidateTokens(*candidates)
+    return reference.CandidatePages(*candidates)
+
+
+def tokens_of_an_entry(cache, candidates) -> int:
+    return 1 if hasattr(candidates, "tokens") else cache.page_size
+
+
+def candidate_positions(cache, candidates) -> tuple[torch.Tensor, torch.Tensor]:
     """Logical position of every logits column, and whether a token is there.
 
-    Both [batch_size, num_kv_heads, width * page_size]; positions where no token is are 0.
+    Both [batch_size, num_kv_heads, columns]; positions where no token is are 0.
     """
-    slot = torch.arange(cache.page_size, device=candidate_pages.device)
-    position = (candidate_pages[..., None] * cache.page_size + slot).flatten(-2)
-    listed = valid_entries(position, candidate_counts * cache.page_size)
+    entries, counts = candidates[:2]
+    unit = tokens_of_an_entry(cache, candidates)
+    slot = torch.arange(unit, device=entries.device)
+    position = (entries[..., None] * unit + slot).flatten(-2)
+    listed = valid_entries(position, counts * unit)
     valid = listed & (position < cache.seq_lens[:, None, None])
     return torch.where(valid, position, 0), valid
 
@@ -173,8 +184,7 @@ def top_p_level(weights: torch.Tensor, top_p: torch.Tensor, tie: float = 0.0) ->
 def assert_top_p(
     logits: torch.Tensor,
     cache,
-    candidate_pages: torch.Tensor,
-    candidate_counts: torch.Tensor,
+    candidates,
     top_p: float | torch.Tensor,
     result: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     num_sink_tokens: int = 0,
@@ -189,7 +199,7 @@ def assert_top_p(
     theirs.
     """
     kept_tokens, kept_counts, kept_mass = result
-    position, valid = candidate_positions(cache, candidate_pages, candidate_counts)
+    position, valid = candidate_positions(cache, candidates)
     assert kept_tokens.shape == position.shape
     assert kept_mass.shape == logits.shape[:2] and kept_mass.dtype == torch.float32
     assert_ascending(kept_tokens, kept_counts, cache.seq_lens)
@@ -242,11 +252,10 @@ def assert_logits_close(
     logits: torch.Tensor,
     q: torch.Tensor,
     cache,
-    candidate_pages: torch.Tensor,
-    candidate_counts: torch.Tensor,
+    candidates,
     sm_scale: float | None = None,
 ) -> None:
-    """Near fp64, and -inf where no token is, in listed pages; other columns may hold anything.
+    """Near fp64, and -inf where no token is, in listed tiles; other columns may hold anything.
 
     The tolerance is twice the reference's error, which rounds to fp16 too, plus eight fp32
     roundings of the largest sum that a row's terms can have in magnitude: q . code * scale and
@@ -254,13 +263,14 @@ def assert_logits_close(
     is rounded to units of 2^-24.
     """
     assert logits.dtype == torch.float16
-    assert logits.shape == (*q.shape[:2], candidate_pages.shape[-1] * cache.page_size)
-    arguments = q, as_reference(cache), (candidate_pages, candidate_counts)
+    columns = candidates[0].shape[-1] * tokens_of_an_entry(cache, candidates)
+    assert logits.shape == (*q.shape[:2], columns)
+    arguments = q, as_reference(cache), as_reference_list(candidates)
     expected = reference.estimate_logits(*arguments, sm_scale=sm_scale)
     oracle = reference.estimate_logits(*arguments, sm_scale=sm_scale, dtype=torch.float64)
     largest = torch.finfo(torch.float16).max
     oracle = torch.where(oracle.isinf(), oracle, oracle.clamp(-largest, largest))
-    listed = listed_columns(logits, cache, candidate_counts)
+    listed = listed_columns(logits, cache, candidates)
     got, expected, oracle = (torch.where(listed, each, 0.0) for each in (logits, expected, oracle))
     scale, zero = cache.k_scale_zero.double().nan_to_num(0.0).unbind(-1)
     scale_of_logits = cache.head_dim**-0.5 if sm_scale is None else sm_scale
@@ -271,10 +281,11 @@ def assert_logits_close(
     assert (error <= allowed).all(), f"worst error {error.max()}, allowed there {allowed.min()}"
 
 
-def listed_columns(logits: torch.Tensor, cache, candidate_counts: torch.Tensor) -> torch.Tensor:
-    """bool, shape of logits: the columns of listed pages, in which even -inf is specified."""
+def listed_columns(logits: torch.Tensor, cache, candidates) -> torch.Tensor:
+    """bool, shape of logits: the columns of listed tiles, in which even -inf is specified."""
     rows = logits.unflatten(1, (cache.num_kv_heads, -1))
-    columns = candidate_counts[..., None] * cache.page_size
+    columns = candidates[1][..., None] * tokens_of_an_entry(cache, candidates)
+    columns = -(-columns // 16) * 16
     return valid_entries(rows, columns.expand(rows.shape[:3])).flatten(1, 2)
 
 
@@ -345,12 +356,12 @@ def assert_decode_step(
 ) -> None:
     """Each stage of a TwilightDecode run, judged on what the stage before it gave."""
     write_logits(step, q, cache)
-    candidates = step.candidates.pages, step.candidates.counts
+    candidates = step.candidates
     kept = step.kept.tokens, step.kept.counts
     if step.selector == "full":
         assert_every_page(cache, *candidates)
     else:
         assert_pages_selected(q, cache, *candidates, token_budget, **windows)
-    assert_logits_close(step.logits, q, cache, *candidates)
-    assert_top_p(step.logits, cache, *candidates, top_p, (*kept, step.kept.mass), **windows)
+    assert_logits_close(step.logits, q, cache, candidates)
+    assert_top_p(step.logits, cache, candidates, top_p, (*kept, step.kept.mass), **windows)
     assert_out_close(out, q, cache, *kept)

@@ -7,10 +7,13 @@ import torch
 
 from tests.checks.guards import GuardedMemory
 from tests.emulated.emulate import emulated
+from twilight_tilelang import reference
+from twilight_tilelang.kernels.estimate_prune import estimate_prune_kernel
 from twilight_tilelang.kernels.estimator import estimator_kernel
 from twilight_tilelang.kernels.launch import static_width
 from twilight_tilelang.kernels.mass_bound import mass_bound_kernel
 from twilight_tilelang.kernels.pruner import HeadUnion, pruner_kernel
+from twilight_tilelang.kernels.token_list import entry_tokens
 from twilight_tilelang.kernels.top_p import NUM_THREADS
 from twilight_tilelang.reference.inputs import DecodeShape
 
@@ -45,41 +48,69 @@ def blank(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return MEMORY.blank(shape, dtype)
 
 
-def estimate_emulated(q, cache, pages, counts, config, folder) -> torch.Tensor:
-    """The kernel's logits [batch_size, num_qo_heads, width]."""
-    q, width = grouped(q, cache), pages.shape[2]
-    logits = blank(*q.shape[:3], width, cache.page_size, dtype=torch.float16)
+def kind_of(candidates) -> str:
+    """What a list of either package is of; a pair is of pages."""
+    return "tokens" if isinstance(candidates, reference.CandidateTokens) else "pages"
+
+
+def listing(candidates) -> dict:
+    """The kernels' arguments for a list."""
+    entries, counts = candidates[:2]
+    names = dict(candidate_entries=entries, candidate_counts=counts)
+    return names | {"num_entries": entries.shape[2]}
+
+
+def estimate_emulated(q, cache, candidates, config, folder) -> torch.Tensor:
+    """The kernel's logits [batch_size, num_qo_heads, columns]."""
+    q, width, kind = grouped(q, cache), candidates[0].shape[2], kind_of(candidates)
+    run = entry_tokens(kind, cache.page_size)
+    logits = blank(*q.shape[:3], width, run, dtype=torch.float16)
     block_tiles = config.num_warps * config.tiles_per_warp * config.steps
-    blocks = -(-width * cache.page_size // 16 // block_tiles)
+    blocks = -(-width * run // 16 // block_tiles)
     smooth = cache.k_factor is not None
-    static = (q.shape[2], cache.head_dim, cache.page_size, "float16", config, smooth)
+    static = (q.shape[2], cache.head_dim, cache.page_size, "float16", config, smooth, kind)
     emulated(estimator_kernel, static, folder)(
         (blocks, cache.num_kv_heads, cache.batch_size), config.num_warps * 32,
         q=q, k_factor=cache.k_factor, codes=cache.k_int4, scale_zero=cache.k_scale_zero,
-        page_table=cache.page_table, seq_lens=cache.seq_lens,
-        candidate_pages=pages, candidate_counts=counts,
-        sm_scale=cache.head_dim**-0.5, logits=logits, width_pages=width, **sizes(cache),
+        page_table=cache.page_table, seq_lens=cache.seq_lens, **listing(candidates),
+        sm_scale=cache.head_dim**-0.5, logits=logits, **sizes(cache),
     )  # fmt: skip
     return logits.flatten(1, 2).flatten(2)
 
 
-def prune_emulated(logits, cache, pages, counts, top_p, windows, config, folder):
+def prune_emulated(logits, cache, candidates, top_p, windows, config, folder):
     """The kernel's (kept_tokens, kept_counts, kept_mass), its list of items checked."""
     group_size, width = logits.shape[1] // cache.num_kv_heads, logits.shape[2]
     written = what_pruners_write(cache, group_size, width)
     dtype = str(logits.dtype).removeprefix("torch.")
-    static = (group_size, cache.page_size, static_width(width), dtype, 128, config)
+    statics = (group_size, cache.page_size, static_width(width), dtype, 128, config)
     union = HeadUnion.allocate(cache, width)
     windows = {"num_sink_tokens": 0, "num_recent_tokens": 0} | windows
-    emulated(pruner_kernel, static, folder)(
+    emulated(pruner_kernel, (*statics, kind_of(candidates)), folder)(
         (group_size if config.heads_apart else 1, cache.num_kv_heads, cache.batch_size),
-        NUM_THREADS, logits=logits, seq_lens=cache.seq_lens,
-        candidate_pages=pages, candidate_counts=counts, width_pages=pages.shape[2],
+        NUM_THREADS, logits=logits, seq_lens=cache.seq_lens, **listing(candidates),
         top_p=torch.full_like(written["kept_mass"], top_p), **windows, **written, width=width,
         union_words=union.words, arrived=union.arrived, width_words=union.words.shape[2],
         **sizes(cache),
     )  # fmt: skip
     assert not union.words.any() and not union.arrived.any()
+    return checked_items(**written)
+
+
+def fuse_emulated(q, cache, candidates, top_p, windows, config, folder):
+    """What prune_emulated gives, of the one kernel that estimates too."""
+    q, smooth = grouped(q, cache), cache.k_factor is not None
+    width = candidates[0].shape[2] * entry_tokens(kind_of(candidates), cache.page_size)
+    written = what_pruners_write(cache, q.shape[2], width)
+    statics = (q.shape[2], cache.head_dim, cache.page_size, "float16", static_width(width), 128)
+    windows = {"num_sink_tokens": 0, "num_recent_tokens": 0} | windows
+    emulated(estimate_prune_kernel, (*statics, config, smooth, kind_of(candidates)), folder)(
+        (cache.num_kv_heads, cache.batch_size), NUM_THREADS * config.heads_at_once,
+        q=q, k_factor=cache.k_factor, codes=cache.k_int4, scale_zero=cache.k_scale_zero,
+        page_table=cache.page_table, seq_lens=cache.seq_lens, **listing(candidates),
+        sm_scale=cache.head_dim**-0.5, top_p=torch.full_like(written["kept_mass"], top_p),
+        **windows, **written, width=width, **sizes(cache),
+    )  # fmt: skip
     return checked_items(**written)
 
 
@@ -113,12 +144,12 @@ def bound_emulated(q, cache, candidates, logits, kept, folder, sm_scale=None) ->
     q, logits = grouped(q, cache), grouped(logits, cache)
     bound = blank(*q.shape[:3])
     smooth = cache.k_factor is not None
-    static = (q.shape[2], cache.head_dim, cache.page_size, "float16", smooth)
+    sizes_of_row = (q.shape[2], cache.head_dim, cache.page_size, "float16")
+    static = (*sizes_of_row, smooth, kind_of(candidates))
     emulated(mass_bound_kernel, static, folder)(
         (q.shape[2], cache.num_kv_heads, cache.batch_size), 256, q=q, k_factor=cache.k_factor,
         scale_zero=cache.k_scale_zero, page_table=cache.page_table, seq_lens=cache.seq_lens,
-        candidate_pages=candidates[0], candidate_counts=candidates[1],
-        width_pages=candidates[0].shape[2], logits=logits, kept_tokens=kept[0],
+        **listing(candidates), logits=logits, kept_tokens=kept[0],
         kept_counts=kept[1], width=kept[0].shape[2], bound=bound,
         sm_scale=cache.head_dim**-0.5 if sm_scale is None else sm_scale, **sizes(cache),
     )  # fmt: skip

@@ -4,24 +4,14 @@ import pytest
 import torch
 
 from tests.checks.properties import assert_top_p
-from tests.emulated.emulate import emulated
-from tests.emulated.launches import (
-    checked_items,
-    estimate_emulated,
-    grouped,
-    prune_emulated,
-    sizes,
-    what_pruners_write,
-)
+from tests.emulated.launches import estimate_emulated, fuse_emulated, prune_emulated
 from tests.inputs.cases import NAN
 from tests.inputs.hazards import lose_idle_pages, poison_unused
 from tests.inputs.layouts import in_projection
 from twilight_tilelang import reference
-from twilight_tilelang.kernels.estimate_prune import EstimatePruneConfig, estimate_prune_kernel
+from twilight_tilelang.kernels.estimate_prune import EstimatePruneConfig
 from twilight_tilelang.kernels.estimator import EstimatorConfig
-from twilight_tilelang.kernels.launch import static_width
 from twilight_tilelang.kernels.pruner import PrunerConfig
-from twilight_tilelang.kernels.top_p import NUM_THREADS
 from twilight_tilelang.reference.inputs import DecodeShape, random_inputs
 
 TWO_AT_ONCE, WIDE_STEPS = (
@@ -79,22 +69,11 @@ def test_fused_kernel_gives_the_bits_of_two(name, hazard, folder):
 
     windows = dict(zip(("num_sink_tokens", "num_recent_tokens"), windows, strict=True))
     few = EstimatorConfig(tiles_per_warp=1, steps=2)
-    logits = estimate_emulated(inputs.q, cache, pages, counts, few, folder)
+    candidates = pages, counts
+    logits = estimate_emulated(inputs.q, cache, candidates, few, folder)
     apart = PrunerConfig(heads_apart=heads[0] > heads[1])
-    expected = prune_emulated(logits, cache, pages, counts, top_p, windows, apart, folder)
-
-    q, width = grouped(in_projection(inputs.q)[0], cache), logits.shape[2]
-    written = what_pruners_write(cache, q.shape[2], width)
-    statics = (q.shape[2], head_dim, page_size, "float16")
-    bound = static_width(width)
-    emulated(estimate_prune_kernel, (*statics, bound, 128, config), folder)(
-        (cache.num_kv_heads, cache.batch_size), NUM_THREADS * config.heads_at_once,
-        q=q, codes=cache.k_int4, scale_zero=cache.k_scale_zero, page_table=cache.page_table,
-        seq_lens=cache.seq_lens, candidate_pages=pages, candidate_counts=counts,
-        sm_scale=head_dim**-0.5,
-        top_p=torch.full_like(written["kept_mass"], top_p), **windows, **written,
-        width_pages=pages.shape[2], width=width, **sizes(cache),
-    )  # fmt: skip
-    result = checked_items(**written)
+    expected = prune_emulated(logits, cache, candidates, top_p, windows, apart, folder)
+    q = in_projection(inputs.q)[0]
+    result = fuse_emulated(q, cache, candidates, top_p, windows, config, folder)
     assert all(map(torch.equal, result, expected))
-    assert_top_p(logits, cache, pages, counts, top_p, result, **windows)
+    assert_top_p(logits, cache, candidates, top_p, result, **windows)

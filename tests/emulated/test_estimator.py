@@ -24,7 +24,7 @@ def test_estimated_logits_match_reference(config, inputs, folder):
     pages, counts = reference.select_pages(inputs.q, cache, cache.page_size * 5)
     expected = reference.estimate_logits(inputs.q, cache, (pages, counts), dtype=torch.float64)
     logits, again = (
-        estimate_emulated(q, cache, pages, counts, config, folder)
+        estimate_emulated(q, cache, (pages, counts), config, folder)
         for q in (inputs.q, *in_projection(inputs.q))
     )
     width = pages.shape[2]
@@ -47,7 +47,7 @@ def test_estimated_logits_stay_in_the_range_of_fp16(folder):
     inputs.q[1, 5] = NAN
     cache = reference.PagedKVCache.wrap(*inputs.paged())
     lists = reference.select_all(cache)
-    logits = estimate_emulated(inputs.q, cache, *lists, EstimatorConfig(), folder)
+    logits = estimate_emulated(inputs.q, cache, lists, EstimatorConfig(), folder)
     largest = torch.finfo(torch.float16).max
     assert (logits[0, :, :77].abs() == largest).any() and (logits[0, :, 77:80] == -torch.inf).all()
     assert (logits[0, :, :77].abs() <= largest).all()

@@ -33,7 +33,7 @@ def test_pruned_sets_match_reference(row, draw, top_p, rng, folder):
     logits = [LOGITS[draw](seq_len, rng) for _ in range(group_size)]
     problem = one_row(logits, dtype)
     tokens, counts, mass = prune_emulated(*problem, top_p, windows, config, folder)
-    expected = reference.prune_top_p(*problem[:2], problem[2:], top_p, **windows)
+    expected = reference.prune_top_p(*problem, top_p, **windows)
     count = int(expected[1])
     # Weights equal to one part in 10^4 may fall either way.
     assert abs(int(counts) - count) <= count // 1000
@@ -85,8 +85,8 @@ def test_generated_rows_keep_promise_1(folder, row, seq_len, draws, top_p, windo
 
 
 def one_row(logits: list[torch.Tensor], dtype: torch.dtype, max_pages: int | None = None):
-    """(logits, cache, candidate_pages, candidate_counts) of one KV head whose query heads have
-    these logits, over every page of one request."""
+    """(logits, cache, candidates) of one KV head whose query heads have these logits, over every
+    page of one request."""
     seq_len = len(logits[0])
     max_pages = -(-seq_len // 16) if max_pages is None else max_pages
     page_table = torch.zeros(1, max_pages, dtype=torch.int32)
@@ -97,4 +97,4 @@ def one_row(logits: list[torch.Tensor], dtype: torch.dtype, max_pages: int | Non
     padded = torch.full((1, len(logits), cache.capacity), -torch.inf)
     padded[..., :seq_len] = torch.stack(logits)
     padded = rounded(padded) if dtype == torch.float16 else padded
-    return padded, cache, *reference.select_all(cache)
+    return padded, cache, reference.select_all(cache)

@@ -11,20 +11,19 @@ from tests.emulated.launches import (
     SHAPES,
     blank,
     bound_emulated,
-    checked_items,
     estimate_emulated,
+    fuse_emulated,
     grouped,
     on_one_worker,
     prune_emulated,
     sizes,
-    what_pruners_write,
 )
 from tests.emulated.on_cpu import cache_on_cpu
 from tests.inputs.cases import NAN
 from tests.inputs.hazards import contiguous, poison_unused
 from tests.inputs.massive import captured_mass, massive_inputs, used_keys
 from twilight_tilelang import reference
-from twilight_tilelang.kernels.estimate_prune import EstimatePruneConfig, estimate_prune_kernel
+from twilight_tilelang.kernels.estimate_prune import EstimatePruneConfig
 from twilight_tilelang.kernels.estimator import EstimatorConfig
 from twilight_tilelang.kernels.page_scores import PageScoreConfig, page_score_kernel
 from twilight_tilelang.kernels.pruner import PrunerConfig
@@ -100,14 +99,14 @@ def test_massive_channels_keep_their_mass_and_the_bound_says_so(massive, selecto
         candidates = reference.select_all(cache)
     else:
         candidates = reference.select_pages(q, cache, cache.page_size * 3)
-    logits = estimate_emulated(q, cache, *candidates, FEW, folder)
+    logits = estimate_emulated(q, cache, candidates, FEW, folder)
     expected = reference.estimate_logits(q, cache, candidates, dtype=torch.float64)
     valid = (expected > -torch.inf).nonzero(as_tuple=True)
     torch.testing.assert_close(
         logits[valid].double(), expected[valid], rtol=2**-11 + 1e-5, atol=1e-4
     )
     apart = PrunerConfig(heads_apart=q.shape[1] > cache.num_kv_heads)
-    tokens, counts, _ = prune_emulated(logits, cache, *candidates, top_p, {}, apart, folder)
+    tokens, counts, _ = prune_emulated(logits, cache, candidates, top_p, {}, apart, folder)
     kept = tokens, counts
     alive = cache.seq_lens > 0
     captured = captured_mass(q, cache, candidates, kept)
@@ -151,19 +150,9 @@ def test_the_fused_kernel_smooths_to_the_same_bits(folder):
     inputs = massive_inputs(SHAPES["gqa4"])
     cache = smooth_cache(inputs)
     poison_unused(cache)
-    pages, counts = reference.select_pages(inputs.q, cache, 5 * cache.page_size)
-    logits = estimate_emulated(inputs.q, cache, pages, counts, FEW, folder)
+    candidates = reference.select_pages(inputs.q, cache, 5 * cache.page_size)
+    logits = estimate_emulated(inputs.q, cache, candidates, FEW, folder)
     apart = PrunerConfig(heads_apart=True)
-    expected = prune_emulated(logits, cache, pages, counts, 0.9, {}, apart, folder)
-    q, width, config = grouped(inputs.q, cache), logits.shape[2], EstimatePruneConfig()
-    written = what_pruners_write(cache, q.shape[2], width)
-    static = (q.shape[2], cache.head_dim, cache.page_size, "float16", 128, 128, config, True)
-    emulated(estimate_prune_kernel, static, folder)(
-        (cache.num_kv_heads, cache.batch_size), 256, q=q, k_factor=cache.k_factor,
-        codes=cache.k_int4, scale_zero=cache.k_scale_zero, page_table=cache.page_table,
-        seq_lens=cache.seq_lens, candidate_pages=pages, candidate_counts=counts,
-        sm_scale=cache.head_dim**-0.5, top_p=torch.full_like(written["kept_mass"], 0.9),
-        num_sink_tokens=0, num_recent_tokens=0, **written,
-        width_pages=pages.shape[2], width=width, **sizes(cache),
-    )  # fmt: skip
-    assert all(map(torch.equal, checked_items(**written), expected))
+    expected = prune_emulated(logits, cache, candidates, 0.9, {}, apart, folder)
+    fused = fuse_emulated(inputs.q, cache, candidates, 0.9, {}, EstimatePruneConfig(), folder)
+    assert all(map(torch.equal, fused, expected))
