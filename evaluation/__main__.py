@@ -63,9 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments.samples = SAMPLES[arguments.task] if arguments.samples is None else arguments.samples
     try:
         always = (arguments.sink_tokens, arguments.recent_tokens, arguments.min_kept_tokens)
-        configurations = dense_first(
-            read_configuration(path, *always) for path in arguments.config
-        )
+        configurations = dense_first(read_configuration(path, *always) for path in arguments.config)
         for each in configurations:
             each.check_channels()
         dtype = arguments.dtype or default_dtype(arguments.task)

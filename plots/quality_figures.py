@@ -22,6 +22,7 @@ WORDS = METHODS | {
     "ds+twilight": "Double Sparsity + Twilight",
 }
 ORDER = ("full+twilight", "quest", "quest+twilight", "ds", "ds+twilight")
+ALWAYS = ["num_sink_tokens", "num_recent_tokens", "min_kept_tokens"]  # kept at any p
 SMALLEST_KL = 1e-5  # a zero has no place on a logarithmic axis
 
 
