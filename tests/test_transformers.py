@@ -8,7 +8,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
-from tests.inputs.cases import NOTHING_ALWAYS
+from tests.inputs.cases import NOTHING_ALWAYS  # noqa: E402
 from tests.inputs.hazards import poison_unused  # noqa: E402
 from twilight_tilelang.integrations.transformers import TwilightCache  # noqa: E402
 from twilight_tilelang.integrations.transformers_graph import CapturedDecode  # noqa: E402
