@@ -19,6 +19,11 @@ REPORT = status=$$?; $(PYTHON) -m tests.trust.report; exit $$status
 WORKERS = $$($(PYTHON) -c 'import importlib.util as u, os; \
 	print(f"-n {$(or $(JOBS),min(8, os.cpu_count()))} --dist loadgroup" if u.find_spec("xdist") else "")')
 
+# Lowering a kernel makes and drops hundreds of Z3 contexts. By default glibc gives the memory of each
+# back to the system and asks for it again: a third of the time of a kernel of many proofs, as append.
+export MALLOC_MMAP_THRESHOLD_ := 67108864
+export MALLOC_TRIM_THRESHOLD_ := 268435456
+
 .DEFAULT_GOAL := help
 .PHONY: help setup lint format types test test-gpu sanitize soak mutants model tune bench evaluate plots check clean
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from twilight_tilelang.kernels.launch import Launch, StepShape
 from twilight_tilelang.kernels.plan import all_launches
 from twilight_tilelang.kernels.tuned import Planner
+from twilight_tilelang.profiling.workloads.choice import Choice
 from twilight_tilelang.profiling.workloads.models import GPU_MODELS, GPU_MODELS_FULL
 from twilight_tilelang.profiling.workloads.standard import GPU_WORKLOADS
 from twilight_tilelang.profiling.workloads.sweeps import GPU_FULL
@@ -71,21 +72,14 @@ def compile_all(jobs: Sequence[Job]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Compile; what fails is said, and fails again where it is launched."""
-    every = (*GPU_WORKLOADS, *GPU_FULL, *GPU_MODELS, *GPU_MODELS_FULL)
+    choice = Choice(GPU_WORKLOADS, GPU_FULL, GPU_MODELS, GPU_MODELS_FULL)
     parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__)
-    names = list(dict.fromkeys(workload.name for workload in every))
-    parser.add_argument("--workload", choices=names, help="kernels of this workload only")
-    parser.add_argument("--full", action="store_true", help="those of sweeps.py too")
+    choice.add_options(parser)
     parser.add_argument("--model", action="store_true", help="kernels of whole models only")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         return 0
-    base, more = (GPU_WORKLOADS, GPU_FULL)
-    if arguments.model:
-        base, more = GPU_MODELS, GPU_MODELS_FULL
-    chosen = [*base, *(more if arguments.full else ())]
-    if arguments.workload:
-        chosen = [own for own in every if own.name == arguments.workload]
+    chosen = choice.chosen(arguments.workload, full=arguments.full, model=arguments.model)
     jobs = jobs_of(chosen, Planner.on(torch.device("cuda", torch.cuda.current_device())))
     started = time.monotonic()
     faults = compile_all(jobs)

@@ -42,6 +42,8 @@ def lines_of(shape: StepShape, configs: Configs | None, arch: str) -> list[str]:
     lines = []
     planner = Planner(ARCHS[arch], configs)
     for kernel, spec in SPECS.items():
+        if not spec.applies(shape):
+            continue
         planned = planner.plan(spec, shape)
         lines.append(f"{kernel}: {planned.config}\n    {planned.reason}")
         if planned.bucket is not None:
@@ -68,16 +70,18 @@ def write_table(readme: Path = README, folder: Path = CONFIGS) -> None:
 
 
 def _gain_table(configs: Configs) -> str:
+    shapes = [shape_of_workload(workload) for workload in WORKLOADS]
+    specs = {name: spec for name, spec in SPECS.items() if any(map(spec.applies, shapes))}
     columns = (
         kernel if kernel == spec.stage else f"{kernel} (whole {spec.stage})"
-        for kernel, spec in SPECS.items()
+        for kernel, spec in specs.items()
     )
-    lines = [f"| workload | {' | '.join(columns)} |", "|---" * (1 + len(SPECS)) + "|"]
+    lines = [f"| workload | {' | '.join(columns)} |", "|---" * (1 + len(specs)) + "|"]
     used: list[Entry] = []
     for workload in WORKLOADS:
         cells = []
-        for kernel in SPECS:
-            own = [e for e in configs.fresh(SPECS[kernel]).values() if workload.name in e.workloads]
+        for spec in specs.values():
+            own = [e for e in configs.fresh(spec).values() if workload.name in e.workloads]
             cells.append(_gain(own[0]) if own else "-")
             used += own
         lines.append(f"| {workload.name} | " + " | ".join(cells) + " |")

@@ -126,6 +126,21 @@ SPACES = {
             ),
         },
     ),
+    "label_score": Space(
+        values={"num_warps": (2, 4, 8), "tiles": (4, 8), "runs": (1, 2, 4)},
+        limits={
+            "labels of all tiles in flight fit in a thread's registers": lambda c, s, gpu: (
+                2 * c.tiles * (s.tokens.labels.num_bytes // 8 + 2) <= 64
+            )
+        },
+        sensible={
+            "every SM has a block, or blocks are small": lambda c, s, gpu: (
+                c.num_warps * c.runs == 2
+                or s.num_rows * -(-s.max_pages * s.page_size // c.block_tokens) >= FULL_GPU
+            )
+        },
+    ),
+    "top_tokens": Space(values={"per_thread": (2, 4, 8), "turns": (1, 2, 4, 8)}),
     "estimator": _tile_space(
         lambda s: s.width,
         MANY_CANDIDATES,

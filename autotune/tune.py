@@ -74,8 +74,9 @@ def tasks_of(workloads: Sequence[Workload], stages: Sequence[str], arch: str) ->
     """What there is to settle, workload by workload; a bucket that two share comes once."""
     users: dict[tuple[str, Bucket], list[Workload]] = {}
     for workload, kernel in itertools.product(WORKLOADS, SPACES):
-        if SPECS[kernel].stage in stages:
-            bucket = Bucket.of(SPECS[kernel], shape_of_workload(workload))
+        spec, shape = SPECS[kernel], shape_of_workload(workload)
+        if spec.stage in stages and spec.applies(shape):
+            bucket = Bucket.of(spec, shape)
             users.setdefault((kernel, bucket), []).append(workload)
     tasks = []
     for workload in workloads:

@@ -140,6 +140,7 @@ def lanes_kernel(
         kv_scales: T.Tensor[(2, num_kv_heads), T.float32],
         page_table: T.Tensor[(batch_size, max_pages), T.int32],
         indices: T.Tensor[(batch_size, num_kv_heads, width), T.int32],
+        heads: T.Tensor[(batch_size, num_kv_heads, width), T.int32],
         items: T.Tensor[(max_items, 4), T.int32],
         num_items: T.Tensor[(1,), T.int32],
         num_blocks: T.int32,

@@ -8,9 +8,9 @@ import tilelang
 import tilelang.language as T
 
 from .compiling import TILE_LEVEL, start_early
-from .split_kv import LOG2E, AttentionConfig, Results, load_item, scales_of
+from .split_kv import LEAST_MAX, LOG2E, AttentionConfig, Results, load_item, scales_of
 from .strided import CHUNK_BYTES, assume_aligned, channel_at, first_chunk, strided
-from .token_list import Row, TokenList
+from .token_list import Row, TokenList, owns
 
 TILE_HEADS = 16
 # Leaves the copies of a T.Parallel loop in flight: the kernel waits for them itself.
@@ -96,6 +96,7 @@ def tiles_kernel(
         kv_scales: T.Tensor[(2, num_kv_heads), T.float32],
         page_table: T.Tensor[(batch_size, max_pages), T.int32],
         indices: T.Tensor[(batch_size, num_kv_heads, width), T.int32],
+        heads: T.Tensor[(batch_size, num_kv_heads, width), T.int32],
         items: T.Tensor[(max_items, 4), T.int32],
         num_items: T.Tensor[(1,), T.int32],
         num_blocks: T.int32,
@@ -129,7 +130,10 @@ def tiles_kernel(
             token = T.alloc_var(T.int32)
             next_token = T.alloc_var(T.int32)
             item = T.alloc_var(T.int32)
-            tokens = TokenList(source, page_size, indices)
+            tokens = TokenList(source, page_size, indices, heads=heads)
+            if tokens.by_head:
+                heads_of = T.alloc_shared((split_tokens,), T.int32, scope="shared")
+                token_heads = T.alloc_var(T.int32)
             results = Results(partial_out, partial_lse, out, lse)
 
             # A thread looks up one vector: an item's words, its token, the token's page. One after
@@ -137,9 +141,15 @@ def tiles_kernel(
             # next, and before the copies, behind which it would queue.
             own = T.min(T.get_thread_binding(), split_tokens - 1)
             words_of = lambda turn: [words[turn, w] for w in range(4)]
-            token_of = lambda batch, kv_head, split, num_tokens: tokens.token(
-                Row(batch, kv_head), T.max(split, 0) * split_tokens + T.min(own, num_tokens - 1)
+            index_of = lambda split, num_tokens: (
+                T.max(split, 0) * split_tokens + T.min(own, num_tokens - 1)
             )
+            token_of = lambda batch, kv_head, split, num_tokens: tokens.token(
+                Row(batch, kv_head), index_of(split, num_tokens)
+            )
+            find_heads = lambda batch, kv_head, split, num_tokens: heads[
+                batch, kv_head, index_of(split, num_tokens)
+            ]
             is_listed = lambda turn: item + turn * num_blocks < num_items[0]
 
             item = block
@@ -148,6 +158,8 @@ def tiles_kernel(
             if is_listed(0):
                 token = token_of(*words_of(0))
                 page = page_table[words[0, 0], token // page_size]
+                if tokens.by_head:
+                    token_heads = find_heads(*words_of(0))
             if is_listed(1):
                 next_token = token_of(*words_of(1))
             while is_listed(0):
@@ -156,9 +168,13 @@ def tiles_kernel(
                 k_scale, v_scale = scales_of(kv_scales, kv_head) if is_quantized else (1, None)
                 logit_scale = sm_scale * LOG2E * k_scale
                 vectors[own] = first_chunk(k_cache, page, token % page_size, kv_head)
+                if tokens.by_head:
+                    heads_of[own] = token_heads
                 token = next_token
                 if is_listed(1):
                     page = page_table[words[1, 0], token // page_size]
+                    if tokens.by_head:
+                        token_heads = find_heads(*words_of(1))
                 if is_listed(2):
                     next_token = token_of(*words_of(2))
                 load_item(words, 3, items, item + 3 * num_blocks)
@@ -187,10 +203,24 @@ def tiles_kernel(
                     logits[i, j] = T.if_then_else(
                         j < num_tokens, logits[i, j] * logit_scale, -T.infinity(T.float32)
                     )
+                if tokens.by_head:
+                    for i, j in T.Parallel(TILE_HEADS, split_tokens):
+                        logits[i, j] = T.if_then_else(
+                            owns(heads_of[j], T.min(i, group_size - 1)),
+                            logits[i, j], -T.infinity(T.float32),
+                        )  # fmt: skip
                 T.reduce_max(logits, head_max, dim=1, clear=True)
+                if tokens.by_head:  # a head may have none of an item's tokens
+                    for i in T.Parallel(TILE_HEADS):
+                        head_max[i] = T.max(head_max[i], LEAST_MAX)
                 for i, j in T.Parallel(TILE_HEADS, split_tokens):
                     logits[i, j] = T.exp2(logits[i, j] - head_max[i])
                 T.reduce_sum(logits, head_sum, dim=1, clear=True)
+                if tokens.by_head:  # then its result is 0, its lse -inf
+                    for i in T.Parallel(TILE_HEADS):
+                        if head_sum[i] == 0.0:
+                            head_max[i] = -T.infinity(T.float32)
+                            head_sum[i] = 1.0
                 T.copy(logits, weights_shared)
                 T.ptx_wait_group(0)
                 T.sync_threads()

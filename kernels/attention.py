@@ -129,10 +129,10 @@ def page_attention(
     sm_scale: float | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """The same over every candidate: Quest, or Double Sparsity, without a pruner.
+    """The same over every candidate, pages or tokens: Quest alone, Double Sparsity alone.
 
-    As flash_topk_attention, with candidates: pages or tokens, see CandidatePages and
-    CandidateTokens.
+    As flash_topk_attention, with candidates: see CandidatePages and CandidateTokens. A query head
+    attends to its own of them; one that has none gets out 0 and lse -inf.
     """
     check_query(q, cache)
     listed = check_candidates(candidates, cache)
@@ -199,10 +199,11 @@ def attend(
     too, and lse."""
     _, attend_items, merge_splits = planned.launches
     work, *partials, lse = workspace
+    *_, heads = tokens.tensors
     written = (*partials, out, lse)
     num_blocks = planned.config.blocks_per_sm * gpu_of(q.device).num_multiprocessors
     attend_items(
-        q, cache.k_cache, cache.v_pool, cache.kv_scales, cache.page_table, tokens.indices,
+        q, cache.k_cache, cache.v_pool, cache.kv_scales, cache.page_table, tokens.indices, heads,
         work.items, work.num_items, num_blocks, sm_scale, *written,
     )  # fmt: skip
     merge_splits(cache.seq_lens, tokens.indices, tokens.counts, *written)
@@ -218,7 +219,7 @@ def planned_attention(
 
 
 def plan_untuned(kind: str, shape: StepShape, gpu: Gpu) -> Planned[AttentionConfig]:
-    """Attention over pages, or over every token."""
+    """Attention over any other kind of list."""
     config = default_config(shape.group_size)
     config = replace(config, pdl=starts_early(shape.launch_rows, gpu.capability))
     return Planned(config, "default: tuned for kept tokens only", _launches(shape, config, kind))

@@ -1,7 +1,8 @@
-"""The paged KV cache: K and V pages, the 4-bit mirror of K and the page bounds, always written
-together."""
+"""The paged KV cache: K and V pages, the 4-bit mirror of K, the page bounds and, where asked for,
+labels of K: all of it always written together."""
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 
 from .checks import check_choice, check_count, check_tensor
 from .gpu import check_machine
+from .labels import KeyLabels, LabelFormat, check_label_format, check_label_shape
 from .pools import (
     FP8_DTYPES,
     HALF_DTYPES,
@@ -71,6 +73,8 @@ class PagedKVCache(Requests):
                         selector's queries multiplied (SmoothQuant's smoothing factor, Xiao et al.,
                         ICML 2023): logits stay what they are. It takes precision from channels that
                         hardly move a logit. `calibrate_keys` finds it and k_offset.
+    labels              what Double Sparsity scores tokens by, of K in 16 bits, or None (see
+                        `KeyLabels` and `with_labels`). No k_offset, no k_factor is in them.
 
     Physical pages may be shared between requests and come in any order. A row without a request has
     length 0 and any page ids, such as -1: every stage passes over it, its output is zeros and its
@@ -90,6 +94,7 @@ class PagedKVCache(Requests):
     kv_scales: torch.Tensor | None = None
     dtype: torch.dtype | None = None
     k_factor: torch.Tensor | None = None
+    labels: KeyLabels | None = None
 
     def __post_init__(self) -> None:
         channels = self.k_offset, self.k_factor
@@ -126,6 +131,11 @@ class PagedKVCache(Requests):
             batch_size, max_pages, num_kv_heads, head_dim, page_size, self.dtype, device,
             self.k_cache.dtype if is_fp8 else None,
         )  # fmt: skip
+        self.label_shape = self.label_words = None
+        if self.labels is not None:
+            self._check_labels(self.labels)
+            self.label_shape = self.labels.shape_in(num_kv_heads)
+            self.label_words = self.labels.words_of(self.label_shape)
         self.everyone = torch.ones(batch_size, dtype=torch.bool, device=device)
         self.arrived = torch.zeros(1, dtype=torch.int32, device=device)  # blocks of extend()
 
@@ -167,11 +177,47 @@ class PagedKVCache(Requests):
         return part
 
     def unmirrored(self) -> "PagedKVCache":
-        """The same requests on the same K and V, beside a mirror and bounds of their own, not
-        written yet."""
+        """The same requests on the same K and V, beside a mirror, bounds and labels of their own,
+        not written yet."""
         channels = self.k_offset, self.k_factor
         own = (self.k_cache, self.v_cache, self.page_table, self.seq_lens, channels)
-        return self._around(*own, self.kv_scales, self.dtype)
+        cache = self._around(*own, self.kv_scales, self.dtype)
+        if self.labels is None:
+            return cache
+        return cache._labelled(LabelFormat(self.labels.channels, self.labels.bits))
+
+    def with_labels(self, label_format: LabelFormat) -> "PagedKVCache":
+        """The same requests on the same pages and mirror, with labels: those of the tokens that
+        there are, written here in one launch, and from here on those of every token. Synchronizes.
+        What other caches write to these pages has none.
+
+        Args:
+            label_format: see `LabelFormat`; `load_channels` reads channels of published files.
+
+        Raises:
+            ValueError: the format does not fit the keys, or these are FP8.
+        """
+        if self.k_cache.dtype in FP8_DTYPES:
+            raise ValueError(f"labels: expected keys in 16 bits, got {self.k_cache.dtype}")
+        check_label_format(label_format, self.k_cache)
+        cache = self._labelled(label_format)
+        cache.mirror_pages(*cache.used_pages())
+        return cache
+
+    def _labelled(self, label_format: LabelFormat) -> "PagedKVCache":
+        """With labels, unwritten."""
+        return dataclasses.replace(self, labels=KeyLabels.allocate(label_format, self.k_cache))
+
+    def _check_labels(self, labels: KeyLabels) -> None:
+        """Raises ValueError unless they are of these pages."""
+        if self.k_cache.dtype in FP8_DTYPES:
+            raise ValueError(f"labels: expected keys in 16 bits, got {self.k_cache.dtype}")
+        channels, bits, codes, scale_zero = labels
+        check_label_shape(channels, bits, self.k_cache)
+        num_label_heads, r = channels.shape
+        device, rows = self.k_cache.device, (self.num_pages, num_label_heads, self.page_size)
+        check_tensor("labels.codes", codes, (*rows, r * bits // 8), torch.uint8, device, align=16)
+        check_tensor("labels.scale_zero", scale_zero, (*rows, 2), torch.float16, device, align=16)
 
     @classmethod
     def empty(

@@ -39,12 +39,15 @@ class EstimatePruneConfig:
 def default_config(shape: StepShape, gpu: Gpu) -> EstimatePruneConfig:
     """One kernel where many rows fill the GPU with a block each, and a multiprocessor has room for
     two: while one waits for codes, another searches. Two heads are searched side by side where
-    registers allow it; logits of one query head leave room for more blocks."""
+    registers allow it, which candidates of single heads do not; logits of one query head leave room
+    for more blocks."""
+    by_head = shape.candidates == "head_tokens"
     if shape.group_size == 1 and shape.head_dim <= 128:
-        blocks_per_sm, heads_at_once = 4 if gpu.capability < (10, 0) else 3, 1
+        blocks_per_sm, heads_at_once = (4 if gpu.capability < (10, 0) else 3) - by_head, 1
     else:
         blocks_per_sm = 2
-        heads_at_once = 2 if shape.head_dim <= 128 and shape.group_size <= 8 else 1
+        fits = shape.head_dim <= 128 and shape.group_size <= 8 and not by_head
+        heads_at_once = 2 if fits else 1
     room = blocks_that_fit(shape, gpu, heads_at_once)
     return EstimatePruneConfig(
         fused=shape.num_rows >= MANY_ROWS and room >= 2,
@@ -80,7 +83,7 @@ def estimate_and_prune(
     kept, work, _ = pruned
     planned.launches[0](
         q, cache.factor, cache.code_words, cache.k_scale_zero,
-        cache.page_table, cache.seq_lens, *candidates[1:],
+        cache.page_table, cache.seq_lens, *candidates.tensors,
         sm_scale, top_p, *always, *kept, *work,
     )  # fmt: skip
 
@@ -114,6 +117,7 @@ def estimate_prune_kernel(
         seq_lens: T.Tensor[(batch_size,), T.int32],
         candidate_entries: T.Tensor[(batch_size, num_kv_heads, num_entries), T.int32],
         candidate_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
+        candidate_heads: T.Tensor[(batch_size, num_kv_heads, num_entries), T.int32],
         sm_scale: T.float32,
         top_p: T.Tensor[(batch_size, num_kv_heads, group_size), T.float32],
         num_sink_tokens: T.int32,
@@ -132,7 +136,9 @@ def estimate_prune_kernel(
             logits = T.alloc_shared((group_size, width_bound + PADDING), T.float16)
             words = T.alloc_shared((width_bound // 32,), T.uint32)
             row = Row(batch, kv_head, seq_lens[batch])
-            candidates = TokenList(kind, page_size, candidate_entries, candidate_counts)
+            candidates = TokenList(
+                kind, page_size, candidate_entries, candidate_counts, candidate_heads
+            )
             work = Work(items, num_items, ticket, split_tokens, batch_size * num_kv_heads)
 
             num_tiles = T.ceildiv(candidates.slots(row), TILE_TOKENS)

@@ -14,7 +14,7 @@ from tvm.tirx import Buffer, PrimExpr
 
 from .mma import CODE_UNIT, TILE_HEADS, GroupQuery, codes_as_fp16, mma_m16n8k16, place_in_quad
 from .pools import TILE_TOKENS
-from .token_list import TokenList
+from .token_list import TokenList, owns
 
 MAX_LOGIT = 65504.0  # the largest number of fp16
 
@@ -40,26 +40,28 @@ class LoadedCodes(NamedTuple):
     An entry of the list names both, where it is a page, or one of them.
     """
 
-    page: Buffer  # [per_warp] i32, logical, where entries are pages
     codes: Buffer  # [per_warp, 2, words] i32
     scale_zero: Buffer  # [per_warp, 2, 2] f16
     next_entry: Buffer  # [per_warp, lookups] i32, of the tiles that come next
     next_physical: Buffer  # [per_warp, lookups] i32, their pages
+    page: Buffer = None  # [per_warp] i32, logical; where entries are pages
+    heads: Buffer = None  # [per_warp, 2] i32; where tokens are not of every query head
 
     @classmethod
-    def allocate(cls, per_warp: int, words: int, kind: str) -> "LoadedCodes":
-        lookups = 1 if kind == "pages" else 2
+    def allocate(cls, per_warp: int, words: int, candidates: TokenList) -> "LoadedCodes":
+        lookups = 1 if candidates.kind == "pages" else 2
         return cls(
-            T.alloc_local((per_warp,), T.int32),
             T.alloc_local((per_warp, 2, words), T.int32),
             T.alloc_local((per_warp, 2, 2), T.float16),
             T.alloc_local((per_warp, lookups), T.int32),
             T.alloc_local((per_warp, lookups), T.int32),
+            T.alloc_local((per_warp,), T.int32) if candidates.kind == "pages" else None,
+            T.alloc_local((per_warp, 2), T.int32) if candidates.by_head else None,
         )
 
     def first_token(self, i: int, tile: PrimExpr, candidates: TokenList) -> PrimExpr:
         """Of the i-th tile: a position where entries are pages, else a place in the list."""
-        if candidates.kind == "tokens":
+        if candidates.kind != "pages":
             return tile * TILE_TOKENS
         page_tiles = candidates.page_size // TILE_TOKENS
         return self.page[i] * candidates.page_size + tile % page_tiles * TILE_TOKENS
@@ -91,7 +93,8 @@ class LoadedCodes(NamedTuple):
     @T.macro
     def load(self, tiles, first_tile, candidates, end, mirror, row):
         """Behind the last tile or token, anything that lies in the pool."""
-        page_of, tile_codes, tile_scale_zero = self.page, self.codes, self.scale_zero
+        page_of, heads = self.page, self.heads
+        tile_codes, tile_scale_zero = self.codes, self.scale_zero
         quad, lane = place_in_quad()
         lane_words = tile_codes.shape[2]
         for i in T.unroll(tiles.per_warp):
@@ -108,6 +111,9 @@ class LoadedCodes(NamedTuple):
                     index = (first_tile + i) * TILE_TOKENS + quad + t * 8
                     page = T.if_then_else(index < end, self.next_physical[i, t], 0)
                     slot = T.cast(self.next_entry[i, t], T.uint32) % candidates.page_size
+                    slot = T.cast(slot, T.int32)  # or the address would have 32 bits
+                    if candidates.by_head:
+                        heads[i, t] = candidates.heads[row.batch, row.kv_head, index]
                 for w in T.vectorized(lane_words):
                     word = lane * lane_words + w
                     tile_codes[i, t, w] = mirror.codes[page, row.kv_head, slot, word]
@@ -138,6 +144,16 @@ def confine(logit, quad, tokens_left):
             if T.abs(logit[h, t]) > MAX_LOGIT:
                 logit[h, t] = T.copysign(T.float32(MAX_LOGIT), logit[h, t])
             if quad + t * 8 >= tokens_left:
+                logit[h, t] = -T.infinity(T.float32)
+
+
+@T.macro
+def drop_others(logit, loaded, i, n):
+    """The logits of tokens that are not the query head's own become -inf."""
+    _, lane = place_in_quad()
+    for t in T.unroll(2):
+        for h in T.unroll(logit.shape[0]):
+            if T.Not(owns(loaded.heads[i, t], n * TILE_HEADS + lane * 2 + h)):
                 logit[h, t] = -T.infinity(T.float32)
 
 
@@ -203,7 +219,7 @@ def estimate_tiles(tiles, q, k_factor, mirror, row, candidates, page_table, sm_s
     # Bound here: what a tuple holds is looked up wherever it is used.
     end = row.seq_len if candidates.kind == "pages" else candidates.slots(row)
     query = GroupQuery.allocate(group_size, head_dim)
-    loaded = LoadedCodes.allocate(tiles.per_warp, head_dim // 32, candidates.kind)
+    loaded = LoadedCodes.allocate(tiles.per_warp, head_dim // 32, candidates)
     acc = T.alloc_local((4,), T.float32)
     logit = T.alloc_local((min(group_size, 2), 2), T.float32)  # of two heads and two tokens
 
@@ -228,6 +244,8 @@ def estimate_tiles(tiles, q, k_factor, mirror, row, candidates, page_table, sm_s
                     # Hardly ever: four instructions for each logit are skipped.
                     if largest > MAX_LOGIT or first_token + TILE_TOKENS > end:
                         confine(logit, quad, end - first_token)
+                    if candidates.by_head:
+                        drop_others(logit, loaded, i, n)
                     store_logits(logit, tile, n, group_size, store)
 
 

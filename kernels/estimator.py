@@ -53,8 +53,9 @@ def estimate_logits(
     Returns:
         logits [batch_size, num_qo_heads, tokens] f16, at most 65504 in magnitude, in the
         candidates' order, with tokens = width * page_size for pages, width for tokens. They are
-        written in tiles of 16, -inf where a tile has no token: behind a request's last one, or
-        behind the last candidate. With a k_offset, all logits of a query lack the same constant.
+        written in tiles of 16, -inf where a tile has no token, behind a request's last one or the
+        last candidate, and where a token is no candidate of the query head. With a k_offset, all
+        logits of a query lack the same constant.
 
     Raises:
         ValueError: a tensor has the wrong shape, dtype, device, layout or alignment.
@@ -84,7 +85,7 @@ def estimate(
     (launch,) = planned.launches
     launch(
         q, cache.factor, cache.code_words, cache.k_scale_zero,
-        cache.page_table, cache.seq_lens, *candidates[1:], sm_scale,
+        cache.page_table, cache.seq_lens, *candidates.tensors, sm_scale,
         logits.view(*logits.shape[:3], candidates.indices.shape[2], -1),
     )  # fmt: skip
 
@@ -119,6 +120,7 @@ def estimator_kernel(
         seq_lens: T.Tensor[(batch_size,), T.int32],
         candidate_entries: T.Tensor[(batch_size, num_kv_heads, num_entries), T.int32],
         candidate_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
+        candidate_heads: T.Tensor[(batch_size, num_kv_heads, num_entries), T.int32],
         sm_scale: T.float32,
         logits: T.Tensor[(batch_size, num_kv_heads, group_size, num_entries, run), T.float16],
     ):
@@ -126,7 +128,9 @@ def estimator_kernel(
             start_early(config.pdl)
             row = Row(batch, kv_head, seq_lens[batch])
             T.assume(num_entries * run % TILE_TOKENS == 0)
-            candidates = TokenList(kind, page_size, candidate_entries, candidate_counts)
+            candidates = TokenList(
+                kind, page_size, candidate_entries, candidate_counts, candidate_heads
+            )
             num_tiles = T.ceildiv(candidates.slots(row), TILE_TOKENS)
             warp = T.get_thread_binding() // 32
             tiles = Tiles(

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .double_sparsity import TokenPlan
 from .launch import Launch
 from .plan import SparsePlan
 from .selector import SelectorPlan
@@ -56,6 +57,11 @@ def _sparse(plan: SparsePlan) -> list[str]:
 def _selector(plan: SelectorPlan) -> list[str]:
     if isinstance(plan, Launch):
         return ["selector: every page, no config"]
+    if isinstance(plan, TokenPlan):
+        return [
+            _line("selector: label scores", plan.label_score),
+            _line("selector: top tokens", plan.top_tokens),
+        ]
     return [
         _line("selector: page scores", plan.page_score),
         _line("selector: top pages", plan.top_pages),

@@ -4,6 +4,7 @@ import tilelang
 import tilelang.language as T
 
 from .compiling import EXACT_MATH
+from .labels import LabelShape, label_sizes, labels_if
 from .mirror import Mirror, Place, mirror_page, write_vector
 from .strided import assume_aligned, strided
 
@@ -42,7 +43,14 @@ def request_of(token, end_tokens):
 
 
 @tilelang.jit(pass_configs=EXACT_MATH)
-def extend_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str, smooth: bool = False):
+def extend_kernel(
+    head_dim: int,
+    page_size: int,
+    dtype: str,
+    kv_dtype: str,
+    smooth: bool = False,
+    labels: LabelShape | None = None,
+):
     """Grid: (WINDOW new tokens, NUM_WARPS KV heads), a warp for each head. It has work where a
     token is the first of its request's new ones in a page: it writes all of these, and the page's
     mirror and bounds.
@@ -56,6 +64,7 @@ def extend_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str, smoo
     num_tokens = T.dynamic("num_tokens")
     channels = head_dim // 32
     pool = strided("pool", (num_pages, page_size, num_kv_heads, head_dim), kv_dtype)
+    channel_lists, label_rows = label_sizes(labels, num_pages, page_size, head_dim)
 
     @T.prim_func
     def extend_requests(
@@ -75,6 +84,9 @@ def extend_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str, smoo
         scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
         bounds: T.Tensor[(num_pages, num_kv_heads, 2, head_dim), T.uint8],
         bounds_scale_zero: T.Tensor[(num_pages, num_kv_heads, 2), T.float32],
+        label_channels: T.Tensor[channel_lists, T.int32],
+        label_codes: T.Tensor[label_rows, T.uint8],
+        label_scale_zero: T.Tensor[(*label_rows[:3], 2), T.float16],
     ):
         with T.Kernel(
             T.ceildiv(num_tokens, WINDOW),
@@ -120,7 +132,10 @@ def extend_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str, smoo
                                 for c in T.vectorized(channels):
                                     vector[c] = v[token + row, kv_head, lane * channels + c]
                                 write_vector(v_cache, place, slot + row, vector, v_scale)
-                            mirror = Mirror(codes, scale_zero, bounds, bounds_scale_zero)
+                            written = labels_if(
+                                labels, label_channels, label_codes, label_scale_zero
+                            )
+                            mirror = Mirror(codes, scale_zero, bounds, bounds_scale_zero, written)
                             mirror_page(
                                 k_cache, k_scale, k_offset, k_factor if smooth else None, mirror,
                                 place, slot, end,

@@ -13,6 +13,7 @@ import torch
 from tilelang.jit import JITImpl
 
 from .gpu import Gpu
+from .labels import TokenRows
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -36,7 +37,9 @@ class StepShape(NamedTuple):
     kv_dtype: str = ""  # of K and V where it is not `dtype`, which is that of q and out
     logits_dtype: str = "float16"  # of the estimator's; the pruner takes float32 too
     smooth: bool = False  # keys have a k_factor
-    candidates: str = "pages"  # what candidates are listed by; or "tokens"
+    candidates: str = "pages"  # what lists them; or "tokens", or "head_tokens"
+    tokens: TokenRows | None = None  # what a row of the selector of tokens stands for
+    row_tokens: int = 0  # that each of these takes
 
     @property
     def statics(self) -> tuple[int, int, int, str]:
@@ -87,7 +90,8 @@ class KernelSpec(Generic[Config]):
         width: of a row, as tuned configs count it: pages of the selector's kernels, else tokens.
         result_fields: part of the result's definition: never tuned.
         static_width: compiled for its width, rounded up to a power of two.
-        reads_candidates: compiled for what lists them, pages or tokens.
+        applies: whether steps of a shape launch it at all.
+        reads_candidates: compiled for what lists them.
     """
 
     name: str
@@ -99,6 +103,7 @@ class KernelSpec(Generic[Config]):
     width: Callable[[StepShape], int] = lambda shape: shape.width
     result_fields: tuple[str, ...] = ()
     static_width: bool = False
+    applies: Callable[[StepShape], bool] = lambda shape: True
     reads_candidates: bool = False
 
     @property

@@ -36,15 +36,20 @@ class CandidateTokens(NamedTuple):
     tokens    [batch_size, num_kv_heads, width] i32, ascending logical positions below the request's
               length; width is a multiple of 16
     counts    [batch_size, num_kv_heads] i32, how many of them are valid
+    heads     [batch_size, num_kv_heads, width] i32: bit j is set where query head j of the group
+              chose the token, at least one in every valid entry. None where all query heads of a
+              group share its list
     """
 
     tokens: torch.Tensor
     counts: torch.Tensor
+    heads: torch.Tensor | None = None
 
     @classmethod
-    def allocate(cls, cache: PagedKVCache, width: int) -> "CandidateTokens":
-        """Unwritten, for at least `width` tokens of every row."""
-        return cls(*_lists(cache, -(-width // TILE_TOKENS) * TILE_TOKENS))
+    def allocate(cls, cache: PagedKVCache, width: int, by_head: bool = False) -> "CandidateTokens":
+        """Unwritten, for at least `width` tokens of every row; by_head: with `heads`."""
+        tokens, counts = _lists(cache, -(-width // TILE_TOKENS) * TILE_TOKENS)
+        return cls(tokens, counts, torch.empty_like(tokens) if by_head else None)
 
 
 Candidates = CandidatePages | CandidateTokens
@@ -71,17 +76,30 @@ class Kept(NamedTuple):
 
 
 class Listed(NamedTuple):
-    """What a stage reads, by `kind`: "tokens", "pages", or "all", where only counts matter."""
+    """What a stage reads, by `kind`: "tokens", "head_tokens" (not of every query head), "pages", or
+    "all", where only counts matter."""
 
     kind: str
     indices: torch.Tensor  # [batch_size, num_kv_heads, width] i32
     counts: torch.Tensor  # [batch_size, num_kv_heads] i32
+    heads: torch.Tensor | None = None  # [batch_size, num_kv_heads, width] i32, of "head_tokens"
 
     @classmethod
     def of(cls, candidates: Candidates) -> "Listed":
         """The kind goes by the type; a pair that is of neither lists pages."""
-        kind = "tokens" if isinstance(candidates, CandidateTokens) else "pages"
-        return cls(kind, *candidates)
+        if not isinstance(candidates, CandidateTokens):
+            return cls("pages", *candidates)
+        return cls("tokens" if candidates.heads is None else "head_tokens", *candidates)
+
+    @property
+    def name(self) -> str:
+        """What errors call the indices of candidates."""
+        return "candidate_pages" if self.kind == "pages" else "candidate_tokens"
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(indices, counts, heads); for the latter, where there are none, what no kernel reads."""
+        return self.indices, self.counts, self.indices if self.heads is None else self.heads
 
     def width(self, page_size: int) -> int:
         """Tokens that a row has room for."""
@@ -117,12 +135,14 @@ def check_candidates(candidates: Candidates, cache: PagedKVCache) -> Listed:
     """Candidates of either kind as a list; raises ValueError, naming the tensor, unless they are a
     cache's."""
     listed = Listed.of(candidates)
-    name = f"candidate_{listed.kind}"
-    check_lists((name, "candidate_counts"), candidates, cache)
+    check_lists((listed.name, "candidate_counts"), (listed.indices, listed.counts), cache)
+    if listed.heads is not None:
+        shape, device = listed.indices.shape, listed.indices.device
+        check_tensor("candidate_heads", listed.heads, shape, torch.int32, device)
     width = listed.indices.shape[2]
-    if listed.kind == "tokens" and width % TILE_TOKENS != 0:
+    if listed.kind != "pages" and width % TILE_TOKENS != 0:
         raise ValueError(
-            f"{name}: expected a width that is a multiple of {TILE_TOKENS}, got {width}"
+            f"{listed.name}: expected a width that is a multiple of {TILE_TOKENS}, got {width}"
         )
     return listed
 

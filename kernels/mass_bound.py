@@ -50,8 +50,8 @@ def bound_kept_mass(
 
     Returns:
         [batch_size, num_qo_heads] f32: never more than the mass that the KV head's kept tokens have
-        in the exact softmax over the candidates; 1 where none was dropped, 0 where nothing is
-        known, and for a request of no tokens.
+        in the exact softmax over the query head's candidates; 1 where none was dropped, 0 where
+        nothing is known, and for a request of no tokens.
 
     Raises:
         ValueError: a tensor has the wrong shape, dtype, device, layout or alignment.
@@ -83,7 +83,7 @@ def bound_mass(
 ) -> None:
     """One launch: the grouped query, logits by KV head and kept tokens -> bound, by KV head."""
     launch(
-        q, cache.factor, cache.k_scale_zero, cache.page_table, cache.seq_lens, *candidates[1:],
+        q, cache.factor, cache.k_scale_zero, cache.page_table, cache.seq_lens, *candidates.tensors,
         sm_scale, logits.view(*logits.shape[:3], candidates.indices.shape[2], -1), *kept, bound,
     )  # fmt: skip
 
@@ -195,6 +195,7 @@ def mass_bound_kernel(
         seq_lens: T.Tensor[(batch_size,), T.int32],
         candidate_entries: T.Tensor[(batch_size, num_kv_heads, num_entries), T.int32],
         candidate_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
+        candidate_heads: T.Tensor[(batch_size, num_kv_heads, num_entries), T.int32],
         sm_scale: T.float32,
         logits: T.Tensor[(batch_size, num_kv_heads, group_size, num_entries, run), T.float16],
         kept_tokens: T.Tensor[(batch_size, num_kv_heads, width), T.int32],
@@ -226,11 +227,16 @@ def mass_bound_kernel(
             token = T.alloc_local((TILE_TOKENS,), T.int32)
             thread = T.get_thread_binding()
             row = Row(batch, kv_head)
-            candidates = TokenList(kind, page_size, candidate_entries, candidate_counts)
+            candidates = TokenList(
+                kind, page_size, candidate_entries, candidate_counts, candidate_heads
+            )
             T.assume(num_entries * run % TILE_TOKENS == 0)
             count = kept_counts[batch, kv_head]
             num_tiles = T.ceildiv(candidates.slots(row), TILE_TOKENS)
             num_steps = T.ceildiv(num_tiles, NUM_THREADS)
+            is_candidate = lambda at, listed: (
+                T.And(listed, candidates.is_own(row, at, head)) if candidates.by_head else listed
+            )
             logit_of = lambda index: logits[batch, kv_head, head, *candidates.place(index)]
 
             size = 0.0
@@ -282,7 +288,7 @@ def mass_bound_kernel(
                         for e in T.vectorized(2):
                             pairs[j, e] = scale_zero[page, kv_head, slot, e]
                     for j in T.unroll(TILE_TOKENS):
-                        if j < left:
+                        if is_candidate(tile * TILE_TOKENS + j, j < left):
                             logit = T.cast(own[j], T.float32)
                             error = T.infinity(T.float32)
                             if T.abs(logit) < MAX_LOGIT:  # and not NaN

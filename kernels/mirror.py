@@ -1,4 +1,5 @@
-"""The kernels that write a cache: K and V, the 4-bit mirror of K, and the page bounds.
+"""The kernels that write a cache: K and V, the 4-bit mirror of K, the page bounds, and labels where
+there are any.
 
 One warp handles one key of one KV head: a lane holds head_dim / 32 neighbouring channels of it.
 Nothing is written to a page that is not one of the pool's, whatever a page table holds.
@@ -11,6 +12,15 @@ import tilelang.language as T
 from tvm.tirx import Buffer, PrimExpr
 
 from .compiling import EXACT_MATH
+from .labels import (
+    LabelRows,
+    LabelShape,
+    clear_labels,
+    label_sizes,
+    labels_if,
+    write_labels,
+)
+from .quantize import code_of, scale_and_zero
 from .strided import assume_aligned, strided
 
 MAX_CODE = 15
@@ -27,6 +37,7 @@ class Mirror(NamedTuple):
     scale_zero: Buffer  # [num_pages, num_kv_heads, page_size, 2] f16
     bounds: Buffer  # [num_pages, num_kv_heads, 2, head_dim] u8
     bounds_scale_zero: Buffer  # [num_pages, num_kv_heads, 2] f32
+    labels: LabelRows | None = None
 
 
 class Place(NamedTuple):
@@ -57,55 +68,28 @@ def load_shift(shift, k_offset, k_factor, kv_head, first_channel):
 
 @T.macro
 def quantize_key(key, shift, mirror, place, slot):
-    """Writes code = round((key - zero) / scale) for a warp's shifted key, and (scale, zero).
-
-    zero rounds down and scale rounds up, so that the fp16 pair still spans every channel. A
-    constant key has scale 0 and codes 0.
-    """
+    """Writes code = round((key - zero) / scale) for a warp's shifted key, and (scale, zero). A
+    constant key has scale 0 and codes 0."""
     page, kv_head, lane, channels = place
     shifted = T.alloc_local((channels,), T.float32)
     packed = T.alloc_local((channels // 2,), T.uint8)
-    zero = T.alloc_var(T.float32)
-    scale = T.alloc_var(T.float32)
-    bits = T.alloc_var(T.uint16)  # of an fp16, to step to its neighbour
+    low = T.alloc_var(T.float32)
+    high = T.alloc_var(T.float32)
     for c in T.unroll(channels):
         shifted[c] = shifted_by(shift, key[c], c)
-    zero = shifted[0]
-    scale = shifted[0]
+    low = shifted[0]
+    high = shifted[0]
     for c in T.unroll(channels):
-        zero = T.min(zero, shifted[c])
-        scale = T.max(scale, shifted[c])
-    zero = T.warp_reduce_min(zero)
-    scale = T.warp_reduce_max(scale)
-
-    bits = T.reinterpret(T.cast(zero, T.float16), T.uint16)
-    if T.cast(T.reinterpret(bits, T.float16), T.float32) > zero:
-        if bits == T.uint16(0):
-            bits = T.uint16(0x8001)
-        elif bits < T.uint16(0x8000):
-            bits -= T.uint16(1)
-        else:
-            bits += T.uint16(1)
-    zero = T.cast(T.reinterpret(bits, T.float16), T.float32)
+        low = T.min(low, shifted[c])
+        high = T.max(high, shifted[c])
+    scale, zero = scale_and_zero(T.warp_reduce_min(low), T.warp_reduce_max(high), MAX_CODE)
     if lane == 0:
-        mirror.scale_zero[page, kv_head, slot, 1] = T.reinterpret(bits, T.float16)
-    scale = (scale - zero) / T.float32(MAX_CODE)
-    bits = T.reinterpret(T.cast(scale, T.float16), T.uint16)
-    if T.cast(T.reinterpret(bits, T.float16), T.float32) < scale:
-        bits += T.uint16(1)
-    scale = T.cast(T.reinterpret(bits, T.float16), T.float32)
-    if lane == 0:
-        mirror.scale_zero[page, kv_head, slot, 0] = T.reinterpret(bits, T.float16)
-
-    for c in T.unroll(channels):
-        if scale > 0.0:
-            level = T.nearbyint((shifted[c] - zero) / scale)
-            shifted[c] = T.min(T.max(level, 0.0), T.float32(MAX_CODE))
-        else:
-            shifted[c] = 0.0
+        mirror.scale_zero[page, kv_head, slot, 0] = T.cast(scale, T.float16)
+        mirror.scale_zero[page, kv_head, slot, 1] = T.cast(zero, T.float16)
     for c in T.unroll(channels // 2):
-        low, high = T.cast(shifted[c * 2], T.int32), T.cast(shifted[c * 2 + 1], T.int32)
-        packed[c] = T.cast(low + high * 16, T.uint8)
+        even = code_of(shifted[c * 2], scale, zero, MAX_CODE)
+        odd = code_of(shifted[c * 2 + 1], scale, zero, MAX_CODE)
+        packed[c] = T.cast(even + odd * 16, T.uint8)
     for c in T.vectorized(channels // 2):
         mirror.codes[page, kv_head, slot, lane * (channels // 2) + c] = packed[c]
 
@@ -238,16 +222,27 @@ def mirror_page(k_cache, k_scale, k_offset, k_factor, mirror, place, first, fill
             extend_bounds(low, high, key, channels)
             if slot >= first:
                 quantize_key(key, shift, mirror, place, slot)
+                if mirror.labels is not None:
+                    write_labels(key, mirror.labels, place, slot)
         else:
             for c in T.vectorized(channels // 2):
                 mirror.codes[page, kv_head, slot, lane * (channels // 2) + c] = T.uint8(0)
             if lane < 2:
                 mirror.scale_zero[page, kv_head, slot, lane] = T.float16(0)
+            if mirror.labels is not None:
+                clear_labels(mirror.labels, place, slot)
     quantize_bounds(low, high, shift, mirror, place)
 
 
 @tilelang.jit(pass_configs=EXACT_MATH)
-def mirror_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str, smooth: bool = False):
+def mirror_kernel(
+    head_dim: int,
+    page_size: int,
+    dtype: str,
+    kv_dtype: str,
+    smooth: bool = False,
+    labels: LabelShape | None = None,
+):
     """Grid: (listed page, kv_head), one warp each: mirror and bounds of a page's first page_tokens
     keys, which are copied from another page first where `sources` names another. A page that is
     none of the pool's, or has no tokens, is left out.
@@ -256,6 +251,7 @@ def mirror_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str, smoo
     num_listed = T.dynamic("num_listed")
     channels = head_dim // 32
     pool = strided("pool", (num_pages, page_size, num_kv_heads, head_dim), kv_dtype)
+    channel_lists, label_rows = label_sizes(labels, num_pages, page_size, head_dim)
 
     @T.prim_func
     def mirror_pages(
@@ -271,6 +267,9 @@ def mirror_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str, smoo
         scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
         bounds: T.Tensor[(num_pages, num_kv_heads, 2, head_dim), T.uint8],
         bounds_scale_zero: T.Tensor[(num_pages, num_kv_heads, 2), T.float32],
+        label_channels: T.Tensor[channel_lists, T.int32],
+        label_codes: T.Tensor[label_rows, T.uint8],
+        label_scale_zero: T.Tensor[(*label_rows[:3], 2), T.float16],
     ):
         with T.Kernel(num_listed, num_kv_heads, threads=32) as (listed, kv_head):
             assume_aligned(k_cache, v_cache)
@@ -291,7 +290,8 @@ def mirror_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str, smoo
                             v_cache[page, slot, kv_head, channel] = v_cache[
                                 source, slot, kv_head, channel
                             ]
-                mirror = Mirror(codes, scale_zero, bounds, bounds_scale_zero)
+                written = labels_if(labels, label_channels, label_codes, label_scale_zero)
+                mirror = Mirror(codes, scale_zero, bounds, bounds_scale_zero, written)
                 place = Place(page, kv_head, lane, channels)
                 mirror_page(
                     k_cache, kv_scales[0, kv_head], k_offset, k_factor if smooth else None, mirror,
@@ -301,8 +301,34 @@ def mirror_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str, smoo
     return mirror_pages
 
 
+@T.macro
+def widen_by_earlier(low, high, k_cache, place, slot, scale):
+    """Takes the keys of a page's slots before this one into low and high, some loads at a time."""
+    page, kv_head, lane, channels = place
+    rows = T.alloc_local((ROWS_IN_FLIGHT, channels), k_cache.dtype)
+    for chunk in T.serial(int(k_cache.shape[1]) // ROWS_IN_FLIGHT):
+        if chunk * ROWS_IN_FLIGHT < slot:
+            for r in T.unroll(ROWS_IN_FLIGHT):
+                # Rows from the new one on repeat the last one before it.
+                row = T.min(chunk * ROWS_IN_FLIGHT + r, slot - 1)
+                for c in T.vectorized(channels):
+                    rows[r, c] = k_cache[page, row, kv_head, lane * channels + c]
+            for r in T.unroll(ROWS_IN_FLIGHT):
+                for c in T.unroll(channels):
+                    other = dequantized(rows[r, c], scale) if is_fp8(k_cache) else rows[r, c]
+                    low[c] = T.min(low[c], other)
+                    high[c] = T.max(high[c], other)
+
+
 @tilelang.jit(pass_configs=EXACT_MATH)
-def append_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str, smooth: bool = False):
+def append_kernel(
+    head_dim: int,
+    page_size: int,
+    dtype: str,
+    kv_dtype: str,
+    smooth: bool = False,
+    labels: LabelShape | None = None,
+):
     """Grid: (batch); a warp takes every eighth KV head. The length moves once all are written.
 
     A request is left out where `active` is 0, or where its next token has no page of the pool.
@@ -313,8 +339,8 @@ def append_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str, smoo
     batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
     num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
     channels = head_dim // 32
-    num_chunks = page_size // ROWS_IN_FLIGHT
     pool = strided("pool", (num_pages, page_size, num_kv_heads, head_dim), kv_dtype)
+    channel_lists, label_rows = label_sizes(labels, num_pages, page_size, head_dim)
 
     @T.prim_func
     def append_tokens(
@@ -332,6 +358,9 @@ def append_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str, smoo
         scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
         bounds: T.Tensor[(num_pages, num_kv_heads, 2, head_dim), T.uint8],
         bounds_scale_zero: T.Tensor[(num_pages, num_kv_heads, 2), T.float32],
+        label_channels: T.Tensor[channel_lists, T.int32],
+        label_codes: T.Tensor[label_rows, T.uint8],
+        label_scale_zero: T.Tensor[(*label_rows[:3], 2), T.float16],
     ):
         with T.Kernel(batch_size, threads=NUM_WARPS * 32) as batch:
             assume_aligned(k, v, k_cache, v_cache)
@@ -339,7 +368,6 @@ def append_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str, smoo
             first_channel = thread % 32 * channels
             given = T.alloc_local((channels,), dtype)
             value = T.alloc_local((channels,), dtype)
-            rows = T.alloc_local((ROWS_IN_FLIGHT, channels), kv_dtype)
             key = T.alloc_local((channels,), key_dtype(k_cache))
             low = T.alloc_local((channels,), key_dtype(k_cache))
             high = T.alloc_local((channels,), key_dtype(k_cache))
@@ -370,30 +398,18 @@ def append_kernel(head_dim: int, page_size: int, dtype: str, kv_dtype: str, smoo
                             for c in T.unroll(channels):
                                 low[c] = key[c]
                                 high[c] = key[c]
-                            for chunk in T.serial(num_chunks):
-                                if chunk * ROWS_IN_FLIGHT < slot:
-                                    for r in T.unroll(ROWS_IN_FLIGHT):
-                                        # Rows from the new one on repeat the last one before it.
-                                        row = T.min(chunk * ROWS_IN_FLIGHT + r, slot - 1)
-                                        for c in T.vectorized(channels):
-                                            rows[r, c] = k_cache[
-                                                page, row, kv_head, first_channel + c
-                                            ]
-                                    for r in T.unroll(ROWS_IN_FLIGHT):
-                                        for c in T.unroll(channels):
-                                            other = (
-                                                dequantized(rows[r, c], kv_scales[0, kv_head])
-                                                if is_fp8(k_cache)
-                                                else rows[r, c]
-                                            )
-                                            low[c] = T.min(low[c], other)
-                                            high[c] = T.max(high[c], other)
+                            widen_by_earlier(low, high, k_cache, place, slot, kv_scales[0, kv_head])
                             if not is_fp8(k_cache):
                                 write_vector(k_cache, place, slot, given, 1.0)
                             write_vector(v_cache, place, slot, value, kv_scales[1, kv_head])
-                            mirror = Mirror(codes, scale_zero, bounds, bounds_scale_zero)
+                            written = labels_if(
+                                labels, label_channels, label_codes, label_scale_zero
+                            )
+                            mirror = Mirror(codes, scale_zero, bounds, bounds_scale_zero, written)
                             quantize_bounds(low, high, shift, mirror, place)
                             quantize_key(key, shift, mirror, place, slot)
+                            if labels is not None:
+                                write_labels(key, written, place, slot)
                     T.sync_threads()
                     if thread == 0:
                         seq_lens[batch] = token + 1

@@ -12,8 +12,11 @@ class DecodeOptions:
     """The options of TwilightDecode.
 
     Attributes:
-        selector: "quest" (the pages with the largest bounds) or "full" (every page).
-        token_budget: Quest's candidates per KV head, a multiple of page_size.
+        selector: "quest" (the pages with the largest bounds), "double_sparsity" (the tokens with
+            the largest label scores, of a cache with labels) or "full" (every page).
+        token_budget: Quest's candidates per KV head, a multiple of page_size; those of
+            Double Sparsity per KV head, or per query head with group="own".
+        group: whose scores "double_sparsity" goes by, as of select_tokens.
         top_p: estimated mass to keep, in (0, 1]; float or tensor as in prune_top_p.
         sm_scale: factor of the logits, positive; head_dim ** -0.5 where None.
         num_sink_tokens, num_recent_tokens: the first and the last so many tokens are always
@@ -38,6 +41,7 @@ class DecodeOptions:
 
     selector: str = "quest"
     token_budget: int = 8192
+    group: str = "shared"
     top_p: float | torch.Tensor = 0.85
     sm_scale: float | None = None
     num_sink_tokens: int = 16

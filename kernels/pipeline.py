@@ -17,8 +17,8 @@ from .lists import MAX_FLOOR, Candidates, Kept
 from .options import DecodeOptions
 from .plan import plan_candidates, plan_dense, plan_sparse
 from .pruner import expand_top_p
-from .query import check_query, check_scale, group_size_of, step_shape
-from .selector import Selection, page_budget
+from .query import check_query, check_scale, group_size_of
+from .selector import allocate_selection, shape_of_step
 from .steps import CandidateStep, DenseStep, Settings, SparseMemory, SparseStep
 from .threshold import check_num_items
 from .tuned import Planner
@@ -56,7 +56,7 @@ class TwilightDecode:
     ) -> None:
         options = _changed(options or DecodeOptions(), changes)
         check_cache(cache)
-        check_choice("selector", options.selector, ("quest", "full"))
+        check_choice("selector", options.selector, ("quest", "full", "double_sparsity"))
         check_choice("path", options.path, ("sparse", "candidates", "dense", "auto"))
         check_count("num_qo_heads", num_qo_heads, least=1)
         group_size = group_size_of("num_qo_heads", num_qo_heads, cache)
@@ -66,23 +66,22 @@ class TwilightDecode:
         if num_parts is None:
             num_parts = parts_for(cache.batch_size, cache.num_kv_heads)
         check_count("num_parts", num_parts, least=1, most=cache.batch_size)
-        budget = page_budget(cache, options.token_budget, options.window)
-        width = budget if options.selector == "quest" else cache.max_pages
         device = cache.k_cache.device
         check_count("min_kept_tokens", options.min_kept_tokens, least=1, most=MAX_FLOOR)
         sm_scale = check_scale(options.sm_scale, cache.head_dim)
         settings = Settings(sm_scale, options.window, options.always)
         top_p = expand_top_p(options.top_p, cache.batch_size, num_qo_heads, device)
         self.options, self.selector, self.cache_shape = options, options.selector, cache.shape
-        self.shape = step_shape(cache, group_size, width * cache.page_size)
+        self.shape = shape_of_step(options, cache, group_size)
         self.expected = expected_times(self.shape, cache.k_cache.itemsize, read_bandwidth(device))
         self.path = fastest(self.expected) if options.path == "auto" else options.path
 
         planner = Planner.on(device)
-        if self.path != "dense" and width < cache.max_pages:
+        by_pages = self.shape.candidates == "pages" and self.shape.width < cache.capacity
+        if self.path != "dense" and by_pages:
             check_num_items("max_pages", cache.max_pages, planner.gpu)
         if self.path == "sparse":
-            name = "token_budget" if options.selector == "quest" else "selector 'full': tokens"
+            name = "selector 'full': tokens" if options.selector == "full" else "token_budget"
             check_num_items(name, self.shape.width, planner.gpu)
         self.parts: list[tuple[slice, SparseStep, torch.cuda.Stream]] = []
         self.stages: SparseStep | CandidateStep | DenseStep
@@ -91,10 +90,10 @@ class TwilightDecode:
             self.stages = DenseStep(plan, cache, num_qo_heads, settings)
         elif self.path == "candidates":
             chosen = plan_candidates(self.shape, planner)
-            selection = Selection.allocate(cache, width)
+            selection = allocate_selection(cache, self.shape)
             self.stages = CandidateStep(chosen, cache, num_qo_heads, selection, settings)
         else:
-            memory = SparseMemory.allocate(cache, Selection.allocate(cache, width), top_p)
+            memory = SparseMemory.allocate(cache, allocate_selection(cache, self.shape), top_p)
             plan_all = plan_sparse(self.shape, planner, options.bound_mass)
             self.stages = SparseStep(plan_all, memory, settings)
             bounds = [part * cache.batch_size // num_parts for part in range(num_parts + 1)]
@@ -158,6 +157,11 @@ class TwilightDecode:
         if cache.smooth != self.shape.smooth:
             expected, got = ("a" if each else "no" for each in (self.shape.smooth, cache.smooth))
             raise ValueError(f"cache: expected {expected} k_factor, as this step's, got {got}")
+        if self.shape.tokens is not None and cache.label_shape != self.shape.tokens.labels:
+            own = self.shape.tokens.labels
+            raise ValueError(
+                f"cache: expected labels as this step's, {own}, got {cache.label_shape}"
+            )
         out = self.out
         if not (isinstance(q, torch.Tensor) and _like(q) == _like(out) and q.is_contiguous()):
             check_query(q, cache)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from .attention import ATTENTION, plan_untuned
 from .estimate_prune import ESTIMATE_PRUNE, EstimatePruneConfig
 from .estimator import ESTIMATOR, EstimatorConfig
+from .label_scores import LABEL_SCORE
 from .launch import KernelSpec, Launch, StepShape
 from .mass_bound import mass_bound
 from .page_scores import PAGE_SCORE
@@ -15,12 +16,22 @@ from .requests import cache_launches
 from .selector import SelectorPlan, plan_selector
 from .split_kv import AttentionConfig
 from .top_pages import TOP_PAGES
+from .top_tokens import TOP_TOKENS
 from .tuned import Planned, Planner
 
 # What is tuned, in the order of a step.
 SPECS: dict[str, KernelSpec[Any]] = {
     spec.name: spec
-    for spec in (PAGE_SCORE, TOP_PAGES, ESTIMATOR, PRUNER, ESTIMATE_PRUNE, ATTENTION)
+    for spec in (
+        PAGE_SCORE,
+        TOP_PAGES,
+        LABEL_SCORE,
+        TOP_TOKENS,
+        ESTIMATOR,
+        PRUNER,
+        ESTIMATE_PRUNE,
+        ATTENTION,
+    )  # fmt: skip
 }
 
 
@@ -66,11 +77,11 @@ def plan_sparse(shape: StepShape, planner: Planner, bound_mass: bool = False) ->
 
 
 def plan_candidates(shape: StepShape, planner: Planner) -> CandidatePlan:
-    """Select, and attend to every candidate. A list of tokens is attended to as kept ones are."""
+    """Select, and attend to every candidate. Tokens of every head are attended to as kept ones."""
     if shape.candidates == "tokens":
         attention = planner.plan(ATTENTION, shape)
     else:
-        attention = plan_untuned("pages", shape, planner.gpu)
+        attention = plan_untuned(shape.candidates, shape, planner.gpu)
     return CandidatePlan(plan_selector(shape, planner), attention)
 
 
@@ -90,9 +101,12 @@ def launches_in(plan: tuple[object, ...]) -> Iterator[Launch]:
 
 def all_launches(shape: StepShape, planner: Planner) -> list[Launch]:
     """Every kernel that caches and steps of a shape launch, on each path."""
-    every_page = shape._replace(width=shape.max_pages * shape.page_size)
+    capacity = shape.max_pages * shape.page_size
+    every_page = shape._replace(width=capacity, candidates="pages", tokens=None)
     paths = (plan_sparse, plan_candidates, plan_dense)
     plans = tuple(make(own, planner) for make in paths for own in (shape, every_page))
     dtypes = (shape.dtype, shape.kv_dtype or shape.dtype)
-    cache = cache_launches(shape.head_dim, shape.page_size, *dtypes, shape.smooth)
-    return list(dict.fromkeys(launches_in((cache, plans, mass_bound(shape)))))
+    labels = None if shape.tokens is None else shape.tokens.labels
+    cache = cache_launches(shape.head_dim, shape.page_size, *dtypes, shape.smooth, labels)
+    bounds = tuple(mass_bound(own) for own in (shape, every_page))
+    return list(dict.fromkeys(launches_in((cache, plans, bounds))))

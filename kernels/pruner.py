@@ -36,10 +36,12 @@ class PrunerConfig:
 
 def default_config(shape: StepShape, gpu: Gpu) -> PrunerConfig:
     """Few rows are spread over a block per query head; many fill the GPU as they are. Code for
-    compute capability 10 needs more registers than four blocks leave it, and wide logits more."""
+    compute capability 10 needs more registers than four blocks leave it, and so do candidates of
+    single heads; wide logits need more yet."""
     blocks_per_sm = 4 if gpu.capability < (10, 0) else 3
     if shape.logits_dtype == "float32":
         blocks_per_sm = 2
+    blocks_per_sm -= shape.candidates == "head_tokens"
     return PrunerConfig(shape.group_size > 1 and shape.num_rows <= 128, blocks_per_sm)
 
 
@@ -81,7 +83,7 @@ def prune_top_p(
     Args:
         logits: [batch_size, num_qo_heads, tokens] f16 or f32, in the candidates' order, with tokens
             = width * page_size for pages, width for tokens. In tiles of 16 as estimate_logits
-            writes them: -inf where a tile has no token.
+            writes them: -inf where a tile has no token, or one that is another head's.
         cache: only page_size and seq_lens are read.
         candidates: pages or tokens, see CandidatePages and CandidateTokens.
         top_p: in (0, 1], 1 keeps all; a float, or f32 [num_qo_heads], [batch_size, 1] or
@@ -96,14 +98,14 @@ def prune_top_p(
     Returns:
         Kept, with room for as many tokens a row as `logits` has. Weights equal to one part in 10^4
         are kept or dropped together. A query head whose logits have no softmax (a NaN or +inf among
-        them, or nothing above -inf) keeps every candidate.
+        them, or nothing above -inf) keeps every candidate of its own.
 
     Raises:
         ValueError: a wrong tensor, a float top_p outside (0, 1], or a count out of range.
     """
     listed = check_candidates(candidates, cache)
     device, width = cache.seq_lens.device, listed.width(cache.page_size)
-    check_num_items(f"candidate_{listed.kind}: their tokens", width, gpu_of(device))
+    check_num_items(f"{listed.name}: their tokens", width, gpu_of(device))
     check_tensor("logits", logits, (cache.batch_size, None, width), LOGIT_DTYPES, device)
     num_qo_heads = logits.shape[1]
     group_size = group_size_of("logits", num_qo_heads, cache)
@@ -153,7 +155,7 @@ def prune(
     """One launch: logits and top_p by KV head -> kept tokens, and attention's list of work."""
     kept, work, union = pruned
     (launch,) = planned.launches
-    launch(logits, cache.seq_lens, *candidates[1:], top_p, *always, *kept, *work, *union)
+    launch(logits, cache.seq_lens, *candidates.tensors, top_p, *always, *kept, *work, *union)
 
 
 @T.macro
@@ -212,6 +214,7 @@ def pruner_kernel(
         seq_lens: T.Tensor[(batch_size,), T.int32],
         candidate_entries: T.Tensor[(batch_size, num_kv_heads, num_entries), T.int32],
         candidate_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
+        candidate_heads: T.Tensor[(batch_size, num_kv_heads, num_entries), T.int32],
         top_p: T.Tensor[(batch_size, num_kv_heads, group_size), T.float32],
         num_sink_tokens: T.int32,
         num_recent_tokens: T.int32,
@@ -232,7 +235,9 @@ def pruner_kernel(
             copy = T.alloc_shared(copied, logits_dtype) if is_held(width_bound) else None
             words = T.alloc_shared((width_bound // 32,), T.uint32)
             row = Row(batch, kv_head, seq_lens[batch])
-            candidates = TokenList(kind, page_size, candidate_entries, candidate_counts)
+            candidates = TokenList(
+                kind, page_size, candidate_entries, candidate_counts, candidate_heads
+            )
             num_rows = batch_size * num_kv_heads
             work = Work(items, num_items, ticket, split_tokens, num_rows)
 

@@ -12,6 +12,7 @@ from tilelang.jit import JITImpl
 
 from .checks import check_tensor, dtype_name
 from .extend import extend_kernel
+from .labels import KeyLabels, LabelShape
 from .launch import Launch, on_device
 from .mirror import append_kernel, mirror_kernel
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 
 class Requests:
-    """The part of `PagedKVCache` that moves its requests; its tensors are described there.
+    """The part of `PagedKVCache` that moves its requests; its tensors are described there. Labels,
+    where a cache has them, are written whenever its mirror is.
 
     A row of the batch is left out of a call by its mask, or where its page table names no page of
     the pool (an id < 0, or >= num_pages): nothing of it is written.
@@ -37,9 +39,11 @@ class Requests:
     bounds_scale_zero: torch.Tensor
     k_offset: torch.Tensor
     kv_scales: torch.Tensor | None  # never None
+    labels: KeyLabels | None
     factor: torch.Tensor  # k_factor where keys are `smooth`, else any tensor of its kind
     smooth: bool
     v_pool: torch.Tensor  # v_cache with the strides of k_cache
+    label_shape: LabelShape | None
     everyone: torch.Tensor  # [batch_size] bool, all true
     arrived: torch.Tensor  # [1] i32, 0 between calls
 
@@ -238,19 +242,28 @@ class Requests:
     def _launches(self) -> tuple[Launch, Launch, Launch]:
         sizes = self.shape.head_dim, self.shape.page_size
         dtypes = str(self.shape.dtype).removeprefix("torch."), dtype_name(self.k_cache)
-        return cache_launches(*sizes, *dtypes, self.smooth)
+        return cache_launches(*sizes, *dtypes, self.smooth, self.label_shape)
 
     def _written(self) -> tuple[torch.Tensor | None, ...]:
         """Offset, factor and what is written, in the kernels' order."""
+        if self.labels is None:
+            labels = self.page_table, self.k_int4, self.k_scale_zero
+        else:
+            labels = self.labels.channels, self.labels.codes, self.labels.scale_zero
         return (
             self.k_offset, self.factor, self.k_cache, self.v_pool, self.kv_scales,
-            self.k_int4, self.k_scale_zero, self.page_bounds, self.bounds_scale_zero,
+            self.k_int4, self.k_scale_zero, self.page_bounds, self.bounds_scale_zero, *labels,
         )  # fmt: skip
 
 
 @functools.cache
 def cache_launches(
-    head_dim: int, page_size: int, dtype: str, kv_dtype: str, smooth: bool = False
+    head_dim: int,
+    page_size: int,
+    dtype: str,
+    kv_dtype: str,
+    smooth: bool = False,
+    labels: LabelShape | None = None,
 ) -> tuple[Launch, Launch, Launch]:
     """The kernels that write a cache: append, extend, mirror. They have no config."""
     kernels: dict[str, JITImpl] = {
@@ -259,7 +272,7 @@ def cache_launches(
         "mirror": mirror_kernel,
     }
     append, extend, mirror = (
-        Launch(name, kernel, (head_dim, page_size, dtype, kv_dtype, smooth))
+        Launch(name, kernel, (head_dim, page_size, dtype, kv_dtype, smooth, labels))
         for name, kernel in kernels.items()
     )
     return append, extend, mirror

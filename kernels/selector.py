@@ -1,4 +1,5 @@
-"""Selectors: which pages are worth estimating. The top pages by Quest's bounds, or every page."""
+"""Selectors: what is worth estimating. The top pages by Quest's bounds, the top tokens by Double
+Sparsity's labels, or every page."""
 
 from typing import NamedTuple
 
@@ -9,9 +10,19 @@ import torch
 from .cache import PagedKVCache, check_cache
 from .checks import check_count
 from .compiling import THREAD_LEVEL
+from .double_sparsity import (
+    TokenPlan,
+    TokenSelection,
+    check_rows,
+    check_token_budget,
+    plan_tokens,
+    select_top_tokens,
+    token_shape,
+)
 from .gpu import gpu_of
 from .launch import Launch, StepShape, on_device
 from .lists import CandidatePages, Window
+from .options import DecodeOptions
 from .page_scores import PAGE_SCORE, PageScoreConfig, score_pages
 from .query import by_kv_head, check_query, step_shape
 from .threshold import check_num_items
@@ -26,18 +37,34 @@ class QuestPlan(NamedTuple):
     top_pages: Planned[TopPagesConfig]
 
 
-SelectorPlan = QuestPlan | Launch  # the latter where the budget has room for every page
+SelectorPlan = QuestPlan | TokenPlan | Launch  # the last where the budget has room for every page
 
 
 def plan_selector(shape: StepShape, planner: Planner) -> SelectorPlan:
-    """Quest, or every page where the budget has room for all."""
+    """What the shape's candidates are chosen by; every page where the budget has room for all."""
+    if shape.tokens is not None:
+        return plan_tokens(shape, planner)
     if shape.width >= shape.max_pages * shape.page_size:
         return all_pages(shape.page_size)
     return QuestPlan(planner.plan(PAGE_SCORE, shape), planner.plan(TOP_PAGES, shape))
 
 
+def shape_of_step(options: DecodeOptions, cache: PagedKVCache, group_size: int) -> StepShape:
+    """With the candidates that the options ask for; raises ValueError where they do not fit."""
+    if options.selector == "double_sparsity":
+        rows = check_rows(cache, options.group, group_size)
+        budget = check_token_budget(cache, options.token_budget, options.window)
+        if budget < cache.capacity:
+            return token_shape(cache, group_size, rows, budget)
+        return step_shape(cache, group_size, cache.capacity)
+    width = page_budget(cache, options.token_budget, options.window)
+    if options.selector == "full":
+        width = cache.max_pages
+    return step_shape(cache, group_size, width * cache.page_size)
+
+
 class Selection(NamedTuple):
-    """What a selector writes."""
+    """What a selector of pages writes."""
 
     scores: torch.Tensor  # [batch_size, num_kv_heads, max_pages] f32
     candidates: CandidatePages
@@ -50,10 +77,31 @@ class Selection(NamedTuple):
         return cls(scores, CandidatePages.allocate(cache, width))
 
 
+AnySelection = Selection | TokenSelection
+
+
+def allocate_selection(cache: PagedKVCache, shape: StepShape) -> AnySelection:
+    """For the candidates of a step."""
+    if shape.tokens is not None:
+        return TokenSelection.allocate(cache, shape)
+    return Selection.allocate(cache, shape.width // cache.page_size)
+
+
 def select(
-    plan: SelectorPlan, q: torch.Tensor, cache: PagedKVCache, window: Window, selection: Selection
+    plan: SelectorPlan,
+    q: torch.Tensor,
+    cache: PagedKVCache,
+    window: Window,
+    sm_scale: float,
+    selection: AnySelection,
 ) -> None:
-    """One launch, or two: the selector that a plan names -> candidates."""
+    """One to three launches: the selector that a plan names -> candidates."""
+    if isinstance(plan, TokenPlan):
+        assert isinstance(selection, TokenSelection)
+        grouped = by_kv_head(q, cache.num_kv_heads)
+        select_top_tokens(plan, grouped, cache, window, sm_scale, selection)
+        return
+    assert isinstance(selection, Selection)
     scores, candidates = selection
     if isinstance(plan, Launch):
         plan(cache.seq_lens, *candidates)
@@ -94,7 +142,7 @@ def select_pages(
     shape = step_shape(cache, group_size, token_budget)
     plan = QuestPlan(*(planned(spec, shape, q.device) for spec in (PAGE_SCORE, TOP_PAGES)))
     with on_device(q.device):
-        select(plan, q, cache, window, selection)
+        select(plan, q, cache, window, 1.0, selection)
     return selection.candidates
 
 

@@ -15,6 +15,7 @@ from .compiling import TILE_LEVEL, start_early
 from .token_list import Row, TokenList
 
 LOG2E = 1.4426950408889634
+LEAST_MAX = -1e30  # of logits: finite, where a query head has none, so that its weights are 0
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,8 @@ def merge_kernel(
             acc = T.alloc_var(T.float32)
 
             row = Row(batch, kv_head, seq_lens[batch])
-            num_tokens = TokenList(source, page_size, indices, counts).count(row)
+            tokens = TokenList(source, page_size, indices, counts)
+            num_tokens = tokens.count(row)
             num_splits = T.ceildiv(num_tokens, config.split_tokens)
             if num_splits == 0:
                 out[batch, kv_head, head, channel] = T.cast(0, dtype)
@@ -163,13 +165,20 @@ def merge_kernel(
                     split = T.min(step * 32 + lane, num_splits - 1)
                     max_log2 = T.max(max_log2, partial_lse[batch, kv_head, split, head, 0])
                 max_log2 = T.warp_reduce_max(max_log2)
+                if tokens.by_head:
+                    max_log2 = T.max(max_log2, LEAST_MAX)
                 total = 0.0
                 acc = 0.0
                 for split in T.serial(num_splits):
                     scale = T.exp2(partial_lse[batch, kv_head, split, head, 0] - max_log2)
                     total += scale * partial_lse[batch, kv_head, split, head, 1]
                     acc += scale * partial_out[batch, kv_head, split, head, channel]
-                out[batch, kv_head, head, channel] = T.cast(acc / total, dtype)
+                out[batch, kv_head, head, channel] = T.cast(
+                    T.if_then_else(total == 0.0, 0.0, acc / total)
+                    if tokens.by_head
+                    else acc / total,
+                    dtype,
+                )
                 if channel == 0:
                     lse[batch, kv_head, head] = (max_log2 + T.log2(total)) / LOG2E
 

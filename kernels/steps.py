@@ -13,7 +13,7 @@ from .mass_bound import bound_mass
 from .plan import CandidatePlan, DensePlan, SparsePlan
 from .pruner import HeadUnion, Pruned, prune
 from .query import by_kv_head
-from .selector import Selection, select
+from .selector import AnySelection, select
 
 
 class Settings(NamedTuple):
@@ -27,7 +27,7 @@ class Settings(NamedTuple):
 class SparseMemory(NamedTuple):
     """What the stages of the sparse path read and write."""
 
-    selection: Selection
+    selection: AnySelection
     top_p: torch.Tensor  # [batch_size, num_qo_heads] f32
     logits: torch.Tensor  # [batch_size, num_qo_heads, width] f16
     kept: Kept
@@ -38,7 +38,7 @@ class SparseMemory(NamedTuple):
 
     @classmethod
     def allocate(
-        cls, cache: PagedKVCache, selection: Selection, top_p: torch.Tensor
+        cls, cache: PagedKVCache, selection: AnySelection, top_p: torch.Tensor
     ) -> "SparseMemory":
         """For the candidates of a selection."""
         num_qo_heads = top_p.shape[1]
@@ -62,7 +62,9 @@ class SparseMemory(NamedTuple):
 
 
 def _part(memory: Any, requests: slice) -> Any:
-    """The share of some requests of a tensor, or of every tensor in a tuple."""
+    """The share of some requests of a tensor, of every tensor in a tuple, or of nothing."""
+    if memory is None:
+        return None
     if isinstance(memory, AttentionWorkspace):
         return memory.part(requests)
     if isinstance(memory, tuple):
@@ -103,7 +105,8 @@ class SparseStep:
 
     def select(self, q: torch.Tensor, cache: PagedKVCache) -> None:
         """-> candidates."""
-        select(self.plan.selector, q, cache, self.settings.window, self.memory.selection)
+        sm_scale, window = self.settings
+        select(self.plan.selector, q, cache, window, sm_scale, self.memory.selection)
 
     def estimate(self, q: torch.Tensor, cache: PagedKVCache) -> None:
         """Estimated logits of the candidates -> logits."""
@@ -153,7 +156,7 @@ class CandidateStep:
         plan: CandidatePlan,
         cache: PagedKVCache,
         num_qo_heads: int,
-        selection: Selection,
+        selection: AnySelection,
         settings: Settings,
     ) -> None:
         self.plan, self.selection, self.settings = plan, selection, settings
@@ -173,7 +176,8 @@ class CandidateStep:
 
     def select(self, q: torch.Tensor, cache: PagedKVCache) -> None:
         """-> candidates."""
-        select(self.plan.selector, q, cache, self.settings.window, self.selection)
+        sm_scale, window = self.settings
+        select(self.plan.selector, q, cache, window, sm_scale, self.selection)
 
     def attend(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
         """Attention over every token of the candidates -> out."""

@@ -20,14 +20,30 @@ def entry_tokens(kind: str, page_size: int) -> int:
     return page_size if kind == "pages" else 1
 
 
+def owns(heads: PrimExpr, head: PrimExpr) -> PrimExpr:
+    """Whether a query head's bit is set."""
+    return (heads >> head) & 1 == 1
+
+
 class TokenList(NamedTuple):
-    """What indices and counts hold goes by the kind: "tokens" (logical positions), "pages" (logical
-    pages, the last of which may be part-filled), or "all" (only counts matter)."""
+    """What indices and counts hold goes by the kind: "tokens" (logical positions), "head_tokens"
+    (the same, each of some of the group's query heads), "pages" (logical pages, the last of which
+    may be part-filled), or "all" (only counts matter)."""
 
     kind: str
     page_size: int
     indices: Buffer  # [batch_size, num_kv_heads, width] i32
     counts: Buffer = None  # [batch_size, num_kv_heads] i32; None where nothing asks for them
+    heads: Buffer = None  # [batch_size, num_kv_heads, width] i32, a bit for each; of "head_tokens"
+
+    @property
+    def by_head(self) -> bool:
+        """Whether tokens are not of every query head."""
+        return self.kind == "head_tokens"
+
+    def is_own(self, row: Row, index: PrimExpr, head: PrimExpr) -> PrimExpr:
+        """Whether the token at `index` is one of a query head of the group; asked by_head."""
+        return owns(self.heads[row.batch, row.kv_head, index], head)
 
     @property
     def run(self) -> int:

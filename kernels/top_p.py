@@ -74,6 +74,12 @@ class Windows(NamedTuple):
     num_sink_tokens: PrimExpr  # those before this position
     first_recent: PrimExpr  # and those from this one on
     num_recent: PrimExpr
+    # Whether one is a candidate of the query head that is searched; None where each is.
+    is_own: Callable[[PrimExpr], PrimExpr] | None = None
+
+    def keeps(self, candidate: PrimExpr, forced: PrimExpr) -> PrimExpr:
+        """Whether a candidate is kept that is forced."""
+        return forced if self.is_own is None else T.And(forced, self.is_own(candidate))
 
 
 class Team(NamedTuple):
@@ -321,8 +327,21 @@ def set_bit(words, candidate):
 
 
 @T.macro
-def mark_all(team, words, num_words, num_tokens):
+def mark_all(team, words, num_words, num_tokens, is_own):
     """Phase 4, where everything is kept."""
+    if is_own is None:
+        mark_words(team, words, num_words, num_tokens)
+    else:
+        for step in T.serial(T.ceildiv(num_tokens, NUM_THREADS)):
+            candidate = step * NUM_THREADS + team.thread
+            if candidate < num_tokens:
+                if is_own(candidate):
+                    set_bit(words, candidate)
+
+
+@T.macro
+def mark_words(team, words, num_words, num_tokens):
+    """Every bit."""
     for step in T.serial(T.ceildiv(num_words, NUM_THREADS)):
         word = step * NUM_THREADS + team.thread
         if word < num_words:
@@ -385,7 +404,7 @@ def mark_windows(team, turn, words, windows, num_tokens, weights, logit, limit):
     for step in T.serial(T.ceildiv(num_sinks, NUM_THREADS)):
         early = step * NUM_THREADS + team.thread
         if early < num_tokens:
-            if windows.position(early) < windows.num_sink_tokens:
+            if windows.keeps(early, windows.position(early) < windows.num_sink_tokens):
                 set_bit(words, early)
                 if distance(early) > limit:
                     T.atomic_add(team.kept_mass[team.number, turn], weights.mass(distance(early)))
@@ -393,7 +412,9 @@ def mark_windows(team, turn, words, windows, num_tokens, weights, logit, limit):
     for step in T.serial(T.ceildiv(num_recent, NUM_THREADS)):
         late = num_tokens - 1 - (step * NUM_THREADS + team.thread)
         if late >= 0:
-            if windows.position(late) >= T.max(windows.first_recent, windows.num_sink_tokens):
+            if windows.keeps(
+                late, windows.position(late) >= T.max(windows.first_recent, windows.num_sink_tokens)
+            ):
                 set_bit(words, late)
                 if distance(late) > limit:
                     T.atomic_add(team.kept_mass[team.number, turn], weights.mass(distance(late)))
@@ -445,6 +466,7 @@ def prune_heads(
     for turn in T.serial(heads.turns):
         head = heads.of(turn, team.number)
         logit = lambda at: logits.at(head, at)
+        is_own = (lambda at: candidates.is_own(row, at, head)) if candidates.by_head else None
         near_logit = logit if logits.copy is None else lambda at: logits.copy[at]
         asked = top_p[row.batch, row.kv_head, head]  # it arrives while the weights are summed up
         if logits.copy is not None:
@@ -483,7 +505,7 @@ def prune_heads(
         marked[0] = 0
         if limit == T.infinity(T.float32):
             marked[0] = MAX_FLOOR
-            mark_all(team, words, num_words, num_tokens)
+            mark_all(team, words, num_words, num_tokens, is_own)
         else:
             visit_near(
                 team, share, near_logit, turn,
@@ -495,7 +517,8 @@ def prune_heads(
             limit = mark_floor(
                 team, share, weights, near_logit, turn, words, marked, limit, always,
             )  # fmt: skip
-        mark_windows(team, turn, words, windows, num_tokens, weights, logit, limit)
+        forced = windows._replace(is_own=is_own)
+        mark_windows(team, turn, words, forced, num_tokens, weights, logit, limit)
         T.sync_threads()
     if team.thread < heads.turns:
         head = heads.of(team.thread, team.number)

@@ -28,8 +28,13 @@ class TopPagesConfig:
 
 
 def default_config(shape: StepShape, gpu: Gpu) -> TopPagesConfig:
-    """More threads for longer rows: a row is one block's work."""
-    return TopPagesConfig() if shape.max_pages <= 2048 else TopPagesConfig(num_threads=1024)
+    """More threads for longer rows: a row is one block's work. Code for compute capability 8 that
+    keeps scores needs more registers than 1,024 threads leave it."""
+    if shape.max_pages <= 2048:
+        return TopPagesConfig()
+    if shape.max_pages <= 8192 and gpu.capability < (9, 0):
+        return TopPagesConfig(num_threads=512, pages_per_thread=16)
+    return TopPagesConfig(num_threads=1024)
 
 
 def take_top_pages(

@@ -38,7 +38,7 @@ class Bucket:
     dtype: str
     rows: int  # batch_size * num_kv_heads
     width: int  # of a row: pages for page_score and top_pages, tokens for the others
-    candidates: str = "pages"  # or "tokens": what lists the candidates that a kernel reads
+    candidates: str = "pages"  # what lists those that a kernel reads; or another of StepShape's
 
     @classmethod
     def of(cls, spec: KernelSpec[Any], shape: StepShape) -> "Bucket":
@@ -60,12 +60,12 @@ class Bucket:
         pattern = " ".join(
             rf"{name}=({'[1-9][0-9]*' if kind is int else '[a-z0-9]+'})" for name, kind in kinds
         )
-        match = re.fullmatch(rf"{pattern}(?: candidates=(tokens))?", text)
+        match = re.fullmatch(rf"{pattern}(?: candidates=((?:head_)?tokens))?", text)
         if match is None:
             raise ValueError(f"expected a bucket like {_EXAMPLE}, got {text!r}")
         *values, candidates = match.groups()
-        given = (kind(value) for (_, kind), value in zip(kinds, values, strict=True))
-        return cls(*given, candidates or "pages")
+        bucket = cls(*(kind(value) for (_, kind), value in zip(kinds, values, strict=True)))
+        return replace(bucket, candidates=candidates or "pages")
 
     def distance(self, other: "Bucket", static_width: bool) -> float:
         """Octaves between the two in rows and in width together; infinite where none may stand for

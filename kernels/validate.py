@@ -9,15 +9,15 @@ if TYPE_CHECKING:
 
 
 def validate_cache(cache: "PagedKVCache") -> None:
-    """Checks lengths, page ids, and that mirror and bounds are those of the keys. Synchronizes, and
-    needs room for a second mirror.
+    """Checks lengths, page ids, and that mirror, bounds and labels are those of the keys.
+    Synchronizes, and needs room for a second mirror.
 
     A row of length 0 is right whatever its page ids are: it may be a row without a request.
 
     Raises:
         ValueError: a length is negative or beyond the capacity; a page id in use lies outside the
             pool; a request uses a page twice; a part-filled last page, which the next append would
-            write to, is shared; a page's mirror or bounds do not belong to its keys.
+            write to, is shared; a page's mirror, bounds or labels do not belong to its keys.
     """
     if cache.k_factor is not None and not bool((cache.k_factor > 0).all()):
         raise ValueError("k_factor: expected positive numbers, got others")
@@ -55,17 +55,16 @@ def check_indices(cache: "PagedKVCache") -> None:
 
 def check_mirror(cache: "PagedKVCache") -> None:
     """Raises ValueError for the first page, request by request, whose keys were written without
-    their mirror or bounds: these are made again, and compared bit for bit."""
+    their mirror, bounds or labels: these are made again, and compared bit for bit."""
     pages, page_tokens = cache.used_pages()
     again = cache.unmirrored()
     again.mirror_pages(pages, page_tokens)
     slots = torch.arange(cache.page_size, device=page_tokens.device)
     has_token = (slots < page_tokens[:, None])[:, None, :, None]
-    differs = {}
-    for name in ("k_int4", "k_scale_zero", "page_bounds", "bounds_scale_zero"):
-        bits = [getattr(each, name).view(torch.uint8) for each in (cache, again)]
-        unequal = bits[0] != bits[1]
-        if name.startswith("k_"):  # by the token
+    differs, expected = {}, _written(again)
+    for name, written in _written(cache).items():
+        unequal = written.view(torch.uint8) != expected[name].view(torch.uint8)
+        if "bounds" not in name:  # by the token
             unequal &= has_token
         differs[name] = unequal.flatten(1).any(1).tolist()
     page_table = cache.page_table.tolist()
@@ -77,6 +76,16 @@ def check_mirror(cache: "PagedKVCache") -> None:
                         f"{name}[{page}]: expected what belongs to the keys of page {page}, which "
                         f"request {batch} uses, got something else: mirror_pages() writes it"
                     )
+
+
+def _written(cache: "PagedKVCache") -> dict[str, torch.Tensor]:
+    """What is written beside K and V, by name."""
+    names = ("k_int4", "k_scale_zero", "page_bounds", "bounds_scale_zero")
+    written = {name: getattr(cache, name) for name in names}
+    if cache.labels is not None:
+        written |= {"labels.codes": cache.labels.codes}
+        written |= {"labels.scale_zero": cache.labels.scale_zero}
+    return written
 
 
 def check_lengths(seq_lens: torch.Tensor, most: int, k: torch.Tensor | None = None) -> None:

@@ -118,18 +118,21 @@ def memory_text(frames: Frames) -> str:
     """What the mirror and the page bounds add to the cache."""
     rows = rows_of(frames, "memory", workload=frames["memory"]["workload"].iloc[0])
     size, first = rows.set_index("part")["bytes_per_token"], rows.iloc[0]
-    cache, mirror, bounds = (
+    cache, mirror, bounds, labels = (
         size.reindex(parts).sum()
         for parts in (
             ["k_cache", "v_cache"],
             ["k_int4", "k_scale_zero"],
             ["page_bounds", "bounds_scale_zero"],
+            ["label_codes", "label_scale_zero"],
         )
     )
+    more = f", {labels:g} of labels" if labels > 0 else ""
     return _wrapped(
-        f"A token of a KV head takes {cache:g} bytes of K and V, {mirror:g} of the 4-bit mirror "
-        f"and {bounds:g} of page bounds (head_dim {first.head_dim}, page_size {first.page_size}): "
-        f"{100 * (mirror + bounds) / cache:.1f} % more memory than K and V alone."
+        f"A token of a KV head takes {cache:g} bytes of K and V, {mirror:g} of the 4-bit mirror"
+        f"{more} and {bounds:g} of page bounds (head_dim {first.head_dim}, page_size "
+        f"{first.page_size}): {100 * (mirror + bounds + labels) / cache:.1f} % more memory than K "
+        "and V alone."
     )
 
 

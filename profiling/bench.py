@@ -15,6 +15,7 @@ from .tables.rows import CPU_NOTE, TABLES
 from .tables.store import RESULTS
 from .tables.summary import write_summary
 from .workloads import models
+from .workloads.choice import Choice
 from .workloads.standard import CPU_WORKLOADS, GPU_WORKLOADS
 from .workloads.sweeps import CPU_FULL, GPU_FULL, trace_workload
 
@@ -22,18 +23,15 @@ from .workloads.sweeps import CPU_FULL, GPU_FULL, trace_workload
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; 0 if everything asked for is measured and right."""
     on_gpu = torch.cuda.is_available()
-    base, more = (GPU_WORKLOADS, GPU_FULL) if on_gpu else (CPU_WORKLOADS, CPU_FULL)
-    whole = (models.GPU_MODELS, models.GPU_MODELS_FULL) if on_gpu else (models.CPU_MODELS, ())
-    every = (*base, *more, *whole[0], *whole[1])
-    names = list(dict.fromkeys(workload.name for workload in every))
+    if on_gpu:
+        choice = Choice(GPU_WORKLOADS, GPU_FULL, models.GPU_MODELS, models.GPU_MODELS_FULL)
+    else:
+        choice = Choice(CPU_WORKLOADS, CPU_FULL, models.CPU_MODELS, ())
     parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__)
     parser.add_argument(
         "--stage", choices=tuple(TABLES), help="measure this stage only; model: whole models"
     )
-    parser.add_argument("--workload", choices=names, help="measure this workload only")
-    parser.add_argument(
-        "--full", action="store_true", help="measure the workloads of sweeps.py too"
-    )
+    choice.add_options(parser)
     parser.add_argument("--trace", type=Path, help="measure this recording only, see trace.py")
     parser.add_argument("--token-budget", type=int, help="of a recording; else a quarter")
     parser.add_argument(
@@ -47,11 +45,10 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.trace is None and (arguments.token_budget or arguments.sink_tokens):
         parser.error("--token-budget and --sink-tokens are those of a --trace")
     stages = (arguments.stage,) if arguments.stage else tuple(TABLES)
-    if arguments.stage == "model":
-        (base, more), stages = whole, models.STAGES
-    chosen = [*base, *(more if arguments.full else ())]
-    if arguments.workload:
-        chosen = [workload for workload in every if workload.name == arguments.workload]
+    of_models = arguments.stage == "model"
+    if of_models:
+        stages = models.STAGES
+    chosen = choice.chosen(arguments.workload, full=arguments.full, model=of_models)
     if arguments.trace:
         settings = arguments.token_budget, arguments.sink_tokens
         try:

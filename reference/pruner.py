@@ -7,8 +7,9 @@ weights whose sum is >= p * sum(w). Two forms of the same set:
                 every weight equal to the last one taken (ties at the threshold are all kept);
     threshold:  { w >= t } for the largest t that holds the mass, sum(w[w >= t]) >= p * sum(w).
 
-Weights enter sums as whole multiples of 2**-34 of the largest weight. Such sums are exact in
-float64 for up to 2**19 tokens: no order changes them, and the two forms agree in every bit.
+Weights enter sums as whole multiples of 2**-33 of the largest weight. Such sums are exact in
+float64 for up to 2**20 tokens, as many as the kernels take: no order changes them, and the two
+forms agree in every bit.
 """
 
 import math
@@ -25,10 +26,10 @@ NO_TOKEN = torch.iinfo(torch.int32).max
 
 
 def mass_units(weights: torch.Tensor) -> torch.Tensor:
-    """[..., n] float64: each weight in whole multiples of 2**-34 of the largest one of its row."""
+    """[..., n] float64: each weight in whole multiples of 2**-33 of the largest one of its row."""
     weights = weights.to(torch.float64)
     largest = weights.amax(dim=-1, keepdim=True)
-    return torch.round(weights / torch.where(largest > 0, largest, 1.0) * 2.0**34)
+    return torch.round(weights / torch.where(largest > 0, largest, 1.0) * 2.0**33)
 
 
 def top_p_set_sorted(weights: torch.Tensor, top_p: torch.Tensor | float) -> torch.Tensor:

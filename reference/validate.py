@@ -43,6 +43,8 @@ def check_tensor(
 
 def check_query(q: torch.Tensor, cache: "PagedKVCache") -> None:
     """q: [batch_size, num_qo_heads, head_dim], dtype and device of the cache's keys."""
+    if not hasattr(cache, "k_cache"):
+        raise ValueError(f"cache: expected a PagedKVCache, got {type(cache).__name__}")
     shape = (cache.batch_size, None, cache.head_dim)
     check_tensor("q", q, shape, (cache.query_dtype,), cache.k_cache.device)
     if q.shape[1] == 0 or q.shape[1] % cache.num_kv_heads:

@@ -15,14 +15,17 @@ from tests.inputs.stored import COMMITTED, SYNTHETIC, stored
 from twilight_tilelang.autotune.compiled import Compiled, is_fast, lower, nvcc, read
 from twilight_tilelang.autotune.space import launches_of
 from twilight_tilelang.kernels.attention import ATTENTION_KERNELS
+from twilight_tilelang.kernels.double_sparsity import plan_tokens
 from twilight_tilelang.kernels.estimate_prune import EstimatePruneConfig, estimate_prune_kernel
 from twilight_tilelang.kernels.gpu import ARCHS
+from twilight_tilelang.kernels.labels import LabelShape, token_rows
 from twilight_tilelang.kernels.launch import Launch, StepShape
 from twilight_tilelang.kernels.mass_bound import mass_bound
 from twilight_tilelang.kernels.plan import launches_in, plan_candidates, plan_dense, plan_sparse
 from twilight_tilelang.kernels.pruner import PRUNER
 from twilight_tilelang.kernels.requests import cache_launches
 from twilight_tilelang.kernels.selector import all_pages
+from twilight_tilelang.kernels.top_pages import TOP_PAGES
 from twilight_tilelang.kernels.tuned import Planner
 
 # Each shape with the GPUs that it is compiled for: one for all three, the odd ones for one.
@@ -36,7 +39,7 @@ SHAPES = {
     ),
     "mha-fp8": (
         StepShape(1, 128, 16, "bfloat16", 512, 2048, 8192, 512, kv_dtype="float8_e5m2"),
-        tuple(ARCHS),
+        ("sm_80",),
     ),
     "mha-d256": (StepShape(1, 256, 16, "float16", 64, 300, 1024, 64), ("sm_90a",)),
 }
@@ -44,7 +47,10 @@ SHAPES = {
 ENTRY = re.compile(r"(__global__ void (?:__launch_bounds__\(.*?\) )?\w+)\(")
 ENTRY_REPORT = re.compile(r"Compiling entry function '\w+_(\d+)'")
 # What a cache of more than 2**31 elements is indexed by.
-CACHE_POINTERS = ("k_cache", "v_cache", "codes", "scale_zero", "bounds", "bounds_scale_zero")
+CACHE_POINTERS = (
+    "k_cache", "v_cache", "codes", "scale_zero", "bounds", "bounds_scale_zero", "label_codes",
+    "label_scale_zero",
+)  # fmt: skip
 
 
 def default_launches(shape: StepShape, arch: str) -> list[Launch]:
@@ -84,6 +90,27 @@ SMOOTH = {
 SMOOTHED = ("page_score", "estimator", "estimate_prune", "mass_bound", "mirror", "append")
 
 
+# Candidates that are single tokens: the kernels of their selector, and those that write labels.
+LABELS = {
+    "gqa4-r64": (512, 4, "shared", LabelShape(1, 64, 2), tuple(ARCHS)),
+    "gqa4-r16": (8, 4, "shared", LabelShape(1, 16, 4), tuple(ARCHS)),
+    "mha-r64": (2048, 1, "own", LabelShape(1, 64, 2), ("sm_90a",)),
+    "own-r16": (8, 4, "own", LabelShape(4, 16, 4), ("sm_90a",)),
+    "gqa16-r128": (64, 16, "shared", LabelShape(1, 128, 4), ("sm_80", "sm_90a")),
+}
+
+
+def label_launches(name: str, arch: str) -> list[Launch]:
+    """At their default configs."""
+    rows, group_size, group, labels, _ = LABELS[name]
+    shape = StepShape(
+        group_size, 128, 16, "float16", rows, 2048, 8192, rows, candidates="tokens",
+        tokens=token_rows(group, group_size, labels), row_tokens=8192,
+    )  # fmt: skip
+    written = cache_launches(128, 16, "float16", "float16", False, labels)
+    return list(launches_in((written, plan_tokens(shape, Planner(ARCHS[arch])))))
+
+
 # Candidates that are single tokens: the kernels that read a list of them.
 TOKENS = {
     "gqa4-d128": (StepShape(4, 128, 16, "float16", 512, 2048, 8192, 512), tuple(ARCHS)),
@@ -95,7 +122,17 @@ TOKENS = {
         StepShape(4, 128, 16, "float16", 512, 2048, 8192, 512, smooth=True), ("sm_90a",),
     ),
 }  # fmt: skip
-LISTED = ("estimator", "pruner", "pruner_float32", "estimate_prune", "mass_bound")
+# The same where each is a candidate of some query heads.
+HEAD_TOKENS = {
+    "gqa4-d128": (StepShape(4, 128, 16, "float16", 512, 2048, 8192, 512), tuple(ARCHS)),
+    "gqa16-d64-p64": (StepShape(16, 64, 64, "bfloat16", 512, 512, 2048, 512), ("sm_90a",)),
+    "gqa8-d256": (StepShape(8, 256, 16, "float16", 512, 512, 2048, 512), ("sm_90a",)),
+    "mha-d128": (StepShape(1, 128, 16, "float16", 2048, 2048, 8192, 2048), ("sm_80",)),
+}
+LISTED = (
+    *("estimator", "pruner", "pruner_float32", "estimate_prune", "mass_bound"),
+    *("attention_head_tokens", "merge_head_tokens"),
+)
 
 
 class Kernel(NamedTuple):
@@ -120,11 +157,20 @@ def kernels() -> Iterator[tuple[str, Kernel]]:
         for arch in archs:
             for launch in (v for v in default_launches(shape, arch) if v.name in SMOOTHED):
                 yield f"smooth-{name}-{arch}-{launch.name}", Kernel(launch, arch, f"smooth-{arch}")
-    for name, (shape, archs) in TOKENS.items():
-        shape = shape._replace(candidates="tokens")
+    for kind, shapes in (("tokens", TOKENS), ("head_tokens", HEAD_TOKENS)):
+        for name, (shape, archs) in shapes.items():
+            shape = shape._replace(candidates=kind)
+            for arch in archs:
+                for launch in (v for v in default_launches(shape, arch) if v.name in LISTED):
+                    named = f"{kind}-{name}-{arch}-{launch.name}"
+                    yield named, Kernel(launch, arch, f"{kind}-{arch}")
+    for name, (*_, archs) in LABELS.items():
         for arch in archs:
-            for launch in (v for v in default_launches(shape, arch) if v.name in LISTED):
-                yield f"tokens-{name}-{arch}-{launch.name}", Kernel(launch, arch, f"tokens-{arch}")
+            for launch in label_launches(name, arch):
+                yield f"labels-{name}-{arch}-{launch.name}", Kernel(launch, arch, f"labels-{arch}")
+    long_rows = SHAPES["gqa4-d128"][0]._replace(max_pages=8192)  # kept in registers
+    (launch,) = Planner(ARCHS["sm_80"]).plan(TOP_PAGES, long_rows).launches
+    yield f"long-rows-sm_80-{launch.name}", Kernel(launch, "sm_80", "gqa4-solo-long-sm_80")
     for arch in ("sm_90a", "sm_100a"):
         config = EstimatePruneConfig(tiles_per_warp=4)
         arguments = (4, 128, 16, "float16", 8192, 128, config)

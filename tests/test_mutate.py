@@ -30,8 +30,8 @@ def test_faults_have_names_of_their_own():
 
 def test_a_fault_that_no_longer_applies_is_an_error(tmp_path):
     (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / "mirror.py").write_text("nothing = 1\n")
-    with pytest.raises(ValueError, match="mirror.py does not hold"):
+    (tmp_path / "kernels" / MUTANTS[0].file).write_text("nothing = 1\n")
+    with pytest.raises(ValueError, match=f"{MUTANTS[0].file} does not hold"):
         mutate.plant(MUTANTS[0], tmp_path)
 
 

@@ -148,3 +148,56 @@ def test_a_step_of_smooth_keys_plans_smooth_kernels(launched):
             for part in step.parts:
                 assert part[1].plan.mass_bound == step.stages.plan.mass_bound
         assert len(named) == 4
+
+
+LABELS = ["label_mass_kernel", "label_score_kernel", "top_tokens_kernel"]
+
+
+def labelled_cache(heads: int = 8):
+    cache = kernels.PagedKVCache.empty(CacheShape(2, 64, 8, 64))
+    channels = torch.arange(64, dtype=torch.int32, device="cuda").repeat(heads, 1)
+    return cache.with_labels(kernels.LabelFormat(channels, 2))
+
+
+@pytest.mark.parametrize("path, stages", [("sparse", STAGES[2:]), ("candidates", ["plan_kernel"])])
+def test_a_step_by_labels_launches_its_selector_first(launched, path, stages):
+    cache = labelled_cache()
+    launched.clear()
+    options = {"selector": "double_sparsity", "token_budget": 256, "path": path, "num_parts": 1}
+    step = kernels.TwilightDecode(cache, 32, **options)
+    step.run(torch.zeros(2, 32, 64, dtype=torch.float16, device="cuda"), cache)
+    assert launched == [*LABELS, *stages, *ATTENTION]
+    assert step.candidates.tokens.shape == (2, 8, 256)
+    assert "label scores" in step.explain() and "top tokens" in step.explain()
+
+
+def test_a_budget_for_every_token_reads_no_labels(launched):
+    cache = labelled_cache()
+    launched.clear()
+    step = kernels.TwilightDecode(cache, 32, selector="double_sparsity", token_budget=1024)
+    step.run(torch.zeros(2, 32, 64, dtype=torch.float16, device="cuda"), cache)
+    assert launched[0] == "all_pages_kernel" and not set(LABELS) & set(launched)
+
+
+@pytest.mark.parametrize(
+    "heads, options, match",
+    [
+        (None, {}, "cache: expected labels"),
+        (32, {}, "labels: expected channels of each KV head for group 'shared'"),
+        (8, {"group": "all"}, "group: expected one of"),
+        (8, {"num_recent_tokens": 257}, "token_budget: expected at least 257"),
+    ],
+)
+def test_a_step_by_labels_refuses(launched, heads, options, match):
+    cache = kernels.PagedKVCache.empty(CacheShape(2, 64, 8, 64))
+    cache = cache if heads is None else labelled_cache(heads)
+    with pytest.raises(ValueError, match=match):
+        kernels.TwilightDecode(cache, 32, selector="double_sparsity", token_budget=256, **options)
+
+
+def test_a_step_by_labels_refuses_a_cache_of_others(launched):
+    cache = labelled_cache()
+    step = kernels.TwilightDecode(cache, 32, selector="double_sparsity", token_budget=256)
+    q = torch.zeros(2, 32, 64, dtype=torch.float16, device="cuda")
+    with pytest.raises(ValueError, match="cache: expected labels as this step's"):
+        step.run(q, kernels.PagedKVCache.empty(CacheShape(2, 64, 8, 64)))

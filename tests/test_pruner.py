@@ -153,7 +153,7 @@ def test_prune_top_p_reports_the_mass_of_its_own_set(top_p, rng):
     problem = make_problem(normal, rng, **SIZES["mha"])
     tokens, counts, mass = problem.prune(top_p)
     position, valid = candidate_positions(problem.cache, problem.candidates)
-    weights = head_weights(problem.logits, valid)[:, :, 0]
+    weights = head_weights(problem.logits, valid[:, :, None])[:, :, 0]
     kept = as_mask(tokens, counts, problem.cache.capacity).gather(-1, position.long()) & valid
     assert ((weights * kept).sum(-1) - mass).abs().max() <= 1e-4
     lightest = weights.masked_fill(~kept, torch.inf).amin(-1)

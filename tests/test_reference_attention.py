@@ -142,6 +142,8 @@ def test_flash_topk_attention_rejects_wrong_tensors():
         flash_topk_attention(inputs.q, cache, (kept_tokens, kept_counts.long()))
     with pytest.raises(ValueError, match="q: expected a tensor, got NoneType"):
         flash_topk_attention(None, cache, (kept_tokens, kept_counts))
+    with pytest.raises(ValueError, match="cache: expected a PagedKVCache, got NoneType"):
+        flash_topk_attention(inputs.q, None, (kept_tokens, kept_counts))
     for counts in (kept_counts - 6, kept_counts + kept_tokens.shape[-1]):
         with pytest.raises(
             ValueError, match=rf"kept_counts: expected 0\.\.{kept_tokens.shape[-1]}"

@@ -19,7 +19,7 @@ from twilight_tilelang.reference import (
     top_p_threshold,
 )
 from twilight_tilelang.reference.inputs import DecodeShape, random_inputs
-from twilight_tilelang.reference.pruner import heaviest
+from twilight_tilelang.reference.pruner import heaviest, mass_units
 
 SEEDS = st.integers(0, 2**31)
 LENGTHS = st.lists(st.integers(0, 50), min_size=1, max_size=3)
@@ -246,3 +246,11 @@ def test_prune_top_p_rejects_bad_arguments():
         prune_top_p(logits, cache, (pages, counts), 0.5, min_kept_tokens=0)
     with pytest.raises(ValueError, match="num_recent_tokens: expected an int >= 0"):
         prune_top_p(logits, cache, (pages, counts), 0.5, num_recent_tokens=-2)
+
+
+def test_sums_of_masses_are_exact_at_the_kernels_limit():
+    """Of 2**20 tokens: the total and the totals next to it are numbers of float64."""
+    units = mass_units(torch.ones(2**20))
+    total = int(units[0]) * len(units)
+    assert units.sum().item() == units.cumsum(0)[-1].item() == total <= 2**53
+    assert float(total - 1) == total - 1

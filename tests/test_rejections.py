@@ -343,6 +343,29 @@ def test_every_function_rejects_sizes_that_do_not_match(name, tensor, dim, calls
     rejects(calls[name], {tensor: shorter}, rf"\b{tensor}: expected")
 
 
+@pytest.mark.parametrize(
+    "name", ["estimate_logits", "prune_top_p", "page_attention", "bound_kept_mass"]
+)
+def test_every_stage_rejects_spoiled_lists_of_tokens(name, calls, rejects):
+    given = calls[name].arguments
+    others = {key: each for key, each in given.items() if not key.startswith(("cand", "kept_"))}
+    if name == "bound_kept_mass":
+        others["kept"] = given["kept_tokens"], given["kept_counts"]
+    counts = given["candidate_counts"]
+    tokens = torch.arange(48, dtype=torch.int32, device=counts.device).expand(2, 2, 48).contiguous()
+    call = Call(getattr(kernels, name), others)
+    call.function(**others, candidates=kernels.CandidateTokens(tokens, counts))
+    for spoiled, match in (
+        ((tokens.long(), counts), "candidate_tokens: expected dtype int32, got int64"),
+        ((tokens[:, :1].contiguous(), counts), r"candidate_tokens: expected shape \[2, 2, any\]"),
+        ((tokens[..., :40].contiguous(), counts), "candidate_tokens: expected a width .* got 40"),
+        ((tokens, counts.long()), "candidate_counts: expected dtype int32, got int64"),
+        ((tokens, counts, tokens.long()), "candidate_heads: expected dtype int32, got int64"),
+        ((tokens, counts, counts), r"candidate_heads: expected shape \[2, 2, 48\]"),
+    ):
+        rejects(call, {"candidates": kernels.CandidateTokens(*spoiled)}, match)
+
+
 EMPTY = [  # function, tensor, the dimension of no size
     *(("wrap", "page_table", dim) for dim in (0, 1)),
     *(("wrap", "k_cache", dim) for dim in (0, 2)),

@@ -1,5 +1,6 @@
 """Bookkeeping of the benchmark: traffic, CSV files, resuming, a whole run on the CPU."""
 
+import argparse
 import dataclasses
 import math
 from pathlib import Path
@@ -31,6 +32,7 @@ from twilight_tilelang.profiling.tables.store import (
 )
 from twilight_tilelang.profiling.timing import Timing, time_on_host
 from twilight_tilelang.profiling.workloads import traffic
+from twilight_tilelang.profiling.workloads.choice import Choice
 from twilight_tilelang.profiling.workloads.request_sets import (
     affordable_sets,
     cold_sets,
@@ -416,3 +418,25 @@ def test_variants_share_their_inputs_and_are_measured_once(
     assert bench.main(arguments) == 0 and len(pools) == 1
     assert (tmp_path / "cpu-reference" / "summary.json").exists()
     assert bench.main(arguments) == 0 and len(pools) == 1
+
+
+def test_a_command_line_chooses_among_all_workloads() -> None:
+    every = [dataclasses.replace(SMALL, name=name) for name in ("own", "own", "llama", "own")]
+    standard, full, model, model_full = every
+    choice = Choice((standard,), (full,), (model,), (model_full,))
+    assert choice.every == tuple(every)
+    for more, of_models, expected in (
+        (False, False, [standard]),
+        (True, False, [standard, full]),
+        (False, True, [model]),
+        (True, True, [model, model_full]),
+    ):
+        chosen = choice.chosen(None, full=more, model=of_models)
+        assert [id(each) for each in chosen] == [id(each) for each in expected]
+    named = choice.chosen("own", full=False, model=False)
+    assert [id(each) for each in named] == [id(standard), id(full), id(model_full)]
+    parser = argparse.ArgumentParser()
+    choice.add_options(parser)
+    assert vars(parser.parse_args(["--workload", "llama"])) == {"workload": "llama", "full": False}
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--workload", "mamba"])

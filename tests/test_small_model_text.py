@@ -24,7 +24,8 @@ pytestmark = pytest.mark.skipif(
     not (MODEL / "config.json").is_file(), reason="no small model: `make model` fetches one"
 )
 ON_GPU = torch.cuda.is_available()
-LONGEST, NUM_TOKENS = (8000, 48) if ON_GPU else (120, 12)  # over the end of a page, and more
+# Over the end of a page, and more, in a cache that has room for them.
+LONGEST, NUM_TOKENS, MAX_TOKENS = (8000, 48, 8192) if ON_GPU else (120, 12, 144)
 SHARES = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.04}  # of the largest logit
 LENGTHS = {"one": (1,), "padded": (1, 2, 8, 100)}  # LONGEST over these
 
@@ -66,7 +67,7 @@ def test_p_1_writes_what_dense_attention_does(
     model.set_attn_implementation("sdpa")
     expected = generate(model, inputs, **length)
     model.set_attn_implementation("twilight")
-    cache = TwilightCache(model.config, 8192, DecodeOptions(selector="full", top_p=1.0))
+    cache = TwilightCache(model.config, MAX_TOKENS, DecodeOptions(selector="full", top_p=1.0))
     got = generate(model, inputs, cache=cache, **length)
     assert_same_choice(got, expected, SHARES[model.dtype])
     cache.reset()
@@ -86,7 +87,7 @@ def test_p_085_writes_what_dense_attention_finds_likely(
     model.set_attn_implementation("twilight")
     budget = max(len(tokens) // 64 * 16, 64)
     options = DecodeOptions(token_budget=budget, top_p=0.85, num_sink_tokens=16)
-    cache = TwilightCache(model.config, 8192, options, dense_layers=2, record=True)
+    cache = TwilightCache(model.config, MAX_TOKENS, options, dense_layers=2, record=True)
     texts = {"twilight": generate(model, inputs, cache=cache, **length).sequences}
     model.set_attn_implementation("sdpa")
     texts["dense"] = generate(model, inputs, **length).sequences

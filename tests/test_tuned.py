@@ -241,8 +241,8 @@ def test_files_are_sorted_and_survive_the_way_there_and_back(tmp_path: Path) -> 
 
 def test_sources_are_those_of_the_kernels() -> None:
     """An entry goes stale with the file that holds its kernel."""
-    shape = shape_of("pruner", HOME)
     for name, spec in SPECS.items():
+        shape = shape_of(name, HOME)
         for launch in launches_of(name, shape, spec.default(shape, H200), H200):
             file = Path(launch.factory.func.orig_func.__code__.co_filename).name
             assert file in spec.sources

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .kernels.attention import dense_attention, flash_topk_attention, page_attention
     from .kernels.cache import CacheShape, PagedKVCache
+    from .kernels.double_sparsity import select_tokens
     from .kernels.estimator import estimate_logits
+    from .kernels.labels import LabelFormat
     from .kernels.lists import CandidatePages, CandidateTokens, Kept
     from .kernels.mass_bound import bound_kept_mass
     from .kernels.options import DecodeOptions
@@ -21,12 +23,16 @@ if TYPE_CHECKING:
     from .kernels.pruner import prune_top_p
     from .kernels.selector import select_all, select_pages
     from .kernels.validate import validate_cache
+    from .reference.channels import calibrate_channels, load_channels
     from .reference.smoothing import KeyChannels, calibrate_keys
 
 HOMES = {
     "attention": ("dense_attention", "flash_topk_attention", "page_attention"),
     "cache": ("CacheShape", "PagedKVCache"),
+    "channels": ("calibrate_channels", "load_channels"),
+    "double_sparsity": ("select_tokens",),
     "estimator": ("estimate_logits",),
+    "labels": ("LabelFormat",),
     "lists": ("CandidatePages", "CandidateTokens", "Kept"),
     "mass_bound": ("bound_kept_mass",),
     "options": ("DecodeOptions",),
@@ -37,7 +43,7 @@ HOMES = {
     "smoothing": ("KeyChannels", "calibrate_keys"),
     "validate": ("validate_cache",),
 }
-SHARED = ("smoothing",)  # plain PyTorch in reference/, and nothing more in kernels/
+SHARED = ("channels", "smoothing")  # plain PyTorch in reference/, and nothing more in kernels/
 HOME_OF = {name: home for home, names in HOMES.items() for name in names}
 __all__ = sorted(HOME_OF)
 

@@ -1,4 +1,4 @@
-"""What the mirror and the bounds add to the cache."""
+"""What the mirror, the bounds and, where there are any, the labels add to the cache."""
 
 from ..providers.stages import StageBuilder
 from ..tables.rows import MemoryRow, Origin
@@ -14,6 +14,9 @@ def memory_rows(builder: StageBuilder, gpu: str, origin: Origin) -> list[MemoryR
     slots = cache.num_pages * cache.page_size * cache.num_kv_heads
     dense = 2 * cache.head_dim * FP16_BYTES
     sizes = {part: getattr(cache, part).nbytes / slots for part in PARTS} | builder.other_parts
+    if cache.labels is not None:
+        labels = {"label_codes": cache.labels.codes, "label_scale_zero": cache.labels.scale_zero}
+        sizes |= {part: own.nbytes / slots for part, own in labels.items()}
     return [
         MemoryRow(
             **builder.workload.labels(METHOD, gpu),

@@ -51,7 +51,7 @@ def requests_to_check(cache: Any) -> Iterator[tuple[slice, reference.PagedKVCach
 def request_cache(cache: Any, request: int) -> reference.PagedKVCache:
     """The reference's view of one request; no page is copied."""
     names = [field.name for field in dataclasses.fields(reference.PagedKVCache)]
-    fields = {name: getattr(cache, name) for name in names if hasattr(cache, name)}
+    fields = {name: getattr(cache, name) for name in names} | {"labels": None}
     rows = slice(request, request + 1)
     fields |= {"page_table": cache.page_table[rows], "seq_lens": cache.seq_lens[rows]}
     return reference.PagedKVCache(**fields)

@@ -15,16 +15,22 @@ from tests.checks.properties import (
     as_mask,
     assert_ascending,
     assert_bounds_hold,
+    assert_candidates_attended,
     assert_codes_hold,
     assert_decode_step,
+    assert_logits_close,
     assert_out_close,
+    assert_top_p,
     candidate_positions,
+    listed_columns,
     num_used_pages,
+    valid_entries,
     write_logits,
 )
 from tests.inputs.cases import NOTHING_ALWAYS, Tensors, build_cache, shuffled_pages
 from tests.inputs.hazards import poison_unused
 from tests.inputs.strategies import Step
+from tests.inputs.token_lists import random_tokens, tokens_of_pages
 
 Results = dict[str, torch.Tensor]
 SPOILS = (torch.nan, torch.inf, -torch.inf)
@@ -245,6 +251,32 @@ def promise_8_a_view_is_refused_or_right(run: Run) -> None:
                 assert_identical(actual, expected)
 
 
+def every_stage_takes_single_tokens(run: Run) -> None:
+    """Candidates that are tokens at random, of every query head or of some, each stage judged as
+    the step's own; and that all tokens of the step's pages give its bits, which only kernels must.
+    """
+    package, q, cache, windows = run.package, run.tensors.q, run.cache, run.generated.windows
+    width = 16 * (1 + run.generated.seed % (cache.capacity // 16))
+    group_size = q.shape[1] // cache.num_kv_heads if run.generated.seed % 2 else None
+    tokens = random_tokens(package, cache, width, run.rng, group_size)
+    logits = package.estimate_logits(q, cache, tokens)
+    assert_logits_close(logits, q, cache, tokens)
+    kept = package.prune_top_p(logits, cache, tokens, run.top_p, **windows)
+    assert_top_p(logits, cache, tokens, run.top_p, kept, **windows)
+    assert_out_close(package.flash_topk_attention(q, cache, kept), q, cache, *kept[:2])
+    assert_candidates_attended(package.page_attention(q, cache, tokens), q, cache, tokens)
+    if run.device.type != "cuda":
+        return
+    tokens = tokens_of_pages(package, cache, run.step.candidates)
+    logits = package.estimate_logits(q, cache, tokens)
+    kept = package.prune_top_p(logits, cache, tokens, run.top_p, **windows)
+    listed = listed_columns(logits, cache, tokens)
+    assert torch.equal(logits[listed], run.step.logits[listed])
+    valid = valid_entries(kept.tokens, kept.counts)
+    assert torch.equal(kept.tokens[valid], run.step.kept.tokens[valid])
+    assert all(map(torch.equal, kept[1:], run.step.kept[1:]))
+
+
 PROPERTIES: tuple[Callable[[Run], None], ...] = (
     promise_1_and_every_stage_is_right,
     promise_2_p_1_is_dense_over_the_candidates,
@@ -256,6 +288,7 @@ PROPERTIES: tuple[Callable[[Run], None], ...] = (
     promise_6_a_row_without_a_request_is_zeros,
     promise_7_a_graph_replays_the_step,
     promise_8_a_view_is_refused_or_right,
+    every_stage_takes_single_tokens,
 )
 
 

@@ -7,6 +7,7 @@ import torch
 
 from tests.checks.closeness import assert_close, row_errors
 from twilight_tilelang import reference
+from twilight_tilelang.reference.labels import KeyLabels
 
 MASS_TOLERANCE = 1e-4  # of one head's softmax: the "one part in 10^4" of promise 1
 SCORE_TOLERANCE = 1e-5  # of the largest score in the batch: fp32 sums over head_dim, in any order
@@ -15,8 +16,17 @@ SCORE_TOLERANCE = 1e-5  # of the largest score in the batch: fp32 sums over head
 def as_reference(cache) -> reference.PagedKVCache:
     """The same tensors as a cache of the reference: a stage is judged on identical inputs."""
     names = [field.name for field in dataclasses.fields(reference.PagedKVCache)]
-    present = [name for name in names if hasattr(cache, name)]  # the kernels have no labels yet
-    return reference.PagedKVCache(**{name: getattr(cache, name) for name in present})
+    fields = {name: getattr(cache, name) for name in names} | {"labels": None}
+    return reference.PagedKVCache(**fields)
+
+
+def with_reference_labels(cache, num_qo_heads: int) -> reference.PagedKVCache:
+    """The same, with the cache's labels as the reference has them: a row for every query head."""
+    channels, bits, codes, scale_zero = cache.labels
+    repeats = num_qo_heads // channels.shape[0]
+    codes, scale_zero = (each.repeat_interleave(repeats, 1) for each in (codes, scale_zero))
+    labels = KeyLabels(channels.repeat_interleave(repeats, 0), bits, codes, scale_zero)
+    return dataclasses.replace(as_reference(cache), labels=labels)
 
 
 def num_used_pages(cache) -> torch.Tensor:
@@ -218,15 +228,16 @@ def assert_top_p(
     kept = as_mask(kept_tokens, kept_counts, cache.capacity).gather(-1, position.long()) & valid
     assert torch.equal(kept.sum(-1), kept_counts.long()), "a kept token is no candidate"
 
-    weights = head_weights(logits, valid)
+    candidate = own_candidates(candidates, valid, logits.shape[1] // cache.num_kv_heads)
+    weights = head_weights(logits, candidate)
     must, may = (
-        _head_sets(weights, valid, top_p, slack) | heaviest(weights, min_kept_tokens, slack)
+        _head_sets(weights, candidate, top_p, slack) | heaviest(weights, min_kept_tokens, slack)
         for slack in (-MASS_TOLERANCE, MASS_TOLERANCE)
     )
-    must, may = (own & valid[:, :, None] for own in (must, may))
+    must, may = (own & candidate for own in (must, may))
     first_recent = cache.seq_lens[:, None, None] - num_recent_tokens
-    forced = valid & ((position < num_sink_tokens) | (position >= first_recent))
-    must, may = (own | forced[:, :, None] for own in (must, may))
+    forced = (position < num_sink_tokens) | (position >= first_recent)
+    must, may = (own | forced[:, :, None] & candidate for own in (must, may))
     assert kept[must.any(2)].all(), "a token that top-p needs, or a forced one, is missing"
     assert not kept[~may.any(2)].any(), "a token is kept that no head needs"
     mass = kept_mass.double().view(weights.shape[:3])[has_tokens]
@@ -236,19 +247,30 @@ def assert_top_p(
     assert (mass <= most + MASS_TOLERANCE).all(), "kept_mass is above the mass of the head's set"
 
 
-def head_weights(logits: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """fp64 [batch_size, num_kv_heads, group_size, width]: each head's softmax over candidates.
+def own_candidates(candidates, valid: torch.Tensor, group_size: int) -> torch.Tensor:
+    """bool [batch_size, num_kv_heads, group_size, columns]: those of each query head."""
+    own = valid[:, :, None].expand(-1, -1, group_size, -1)
+    heads = getattr(candidates, "heads", None)
+    if heads is None:
+        return own
+    bits = torch.arange(group_size, device=valid.device)[:, None]
+    return own & (heads[:, :, None] >> bits & 1).bool()
+
+
+def head_weights(logits: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
+    """fp64 [batch_size, num_kv_heads, group_size, width]: each head's softmax over its candidates,
+    a bool of this shape.
 
     Where there is none (NaN, +inf, nothing above -inf), all candidates weigh alike.
     """
-    grouped = logits.double().unflatten(1, (valid.shape[1], -1))
-    weights = grouped.masked_fill(~valid[:, :, None], -torch.inf).softmax(-1).nan_to_num(0.0)
-    alike = (valid / valid.sum(-1, keepdim=True).clamp(min=1))[:, :, None].double()
+    grouped = logits.double().unflatten(1, (candidate.shape[1], -1))
+    weights = grouped.masked_fill(~candidate, -torch.inf).softmax(-1).nan_to_num(0.0)
+    alike = (candidate / candidate.sum(-1, keepdim=True).clamp(min=1)).double()
     return torch.where(weights.sum(-1, keepdim=True) > 0, weights, alike)
 
 
 def _head_sets(
-    weights: torch.Tensor, valid: torch.Tensor, top_p: float | torch.Tensor, slack: float
+    weights: torch.Tensor, candidate: torch.Tensor, top_p: float | torch.Tensor, slack: float
 ) -> torch.Tensor:
     """bool, shape of weights: each head's own set at top_p + slack; everything where top_p is 1."""
     batch_size, num_kv_heads, group_size, _ = weights.shape
@@ -257,7 +279,7 @@ def _head_sets(
     target = target.reshape(batch_size, num_kv_heads, group_size)
     everything = (target >= 1)[..., None]
     tie = max(slack, 0.0)  # ties may be kept
-    return (top_p_level(weights, target + slack, tie) | everything) & valid[:, :, None]
+    return (top_p_level(weights, target + slack, tie) | everything) & candidate
 
 
 def assert_logits_close(
@@ -332,6 +354,18 @@ def assert_out_close(
         *arguments, sm_scale=sm_scale, return_lse=True, dtype=torch.float64
     )
     assert_close(out, expected, oracle, "out", slack=logit_rounding(q, cache, sm_scale))
+    return oracle_lse
+
+
+def assert_candidates_attended(
+    out: torch.Tensor, q: torch.Tensor, cache, candidates
+) -> torch.Tensor:
+    """out against exact attention of each query head over its own candidates; returns that
+    attention's lse in fp64."""
+    arguments = q, as_reference(cache), as_reference_list(candidates)
+    expected = reference.page_attention(*arguments)
+    oracle, oracle_lse = reference.page_attention(*arguments, return_lse=True, dtype=torch.float64)
+    assert_close(out, expected, oracle, "out", slack=logit_rounding(q, cache))
     return oracle_lse
 
 

@@ -9,10 +9,29 @@ from collections.abc import Sequence
 import torch
 
 from twilight_tilelang import reference
-from twilight_tilelang.reference import CacheShape, PagedKVCache, dense_attention
+from twilight_tilelang.reference import (
+    CacheShape,
+    CandidateTokens,
+    PagedKVCache,
+    dense_attention,
+    estimate_logits,
+    flash_topk_attention,
+    page_attention,
+    prune_top_p,
+)
 from twilight_tilelang.reference.pruner import broadcast_top_p
 
-__all__ = ["CacheShape", "PagedKVCache", "TwilightDecode", "dense_attention"]
+__all__ = [
+    "CacheShape",
+    "CandidateTokens",
+    "PagedKVCache",
+    "TwilightDecode",
+    "dense_attention",
+    "estimate_logits",
+    "flash_topk_attention",
+    "page_attention",
+    "prune_top_p",
+]
 
 
 class TwilightDecode:

@@ -1,5 +1,6 @@
 """What the emulated kernels are launched with and on, and stages as functions of a cache."""
 
+import dataclasses
 from collections.abc import Iterable
 
 import pytest
@@ -11,11 +12,21 @@ from tests.inputs.cases import NOTHING_ALWAYS
 from twilight_tilelang import reference
 from twilight_tilelang.kernels.estimate_prune import estimate_prune_kernel
 from twilight_tilelang.kernels.estimator import estimator_kernel
+from twilight_tilelang.kernels.label_scores import (
+    RUN_TOKENS,
+    label_mass_kernel,
+    label_score_kernel,
+)
+from twilight_tilelang.kernels.labels import TokenRows
 from twilight_tilelang.kernels.launch import static_width
+from twilight_tilelang.kernels.lists import CandidateTokens
 from twilight_tilelang.kernels.mass_bound import mass_bound_kernel
 from twilight_tilelang.kernels.pruner import HeadUnion, pruner_kernel
+from twilight_tilelang.kernels.token_keys import NUM_BINS
 from twilight_tilelang.kernels.token_list import entry_tokens
 from twilight_tilelang.kernels.top_p import NUM_THREADS
+from twilight_tilelang.kernels.top_tokens import NUM_THREADS as NUM_TOP_THREADS
+from twilight_tilelang.kernels.top_tokens import OpenKeys, top_tokens_kernel
 from twilight_tilelang.reference.inputs import DecodeShape
 
 SHAPES = {
@@ -51,13 +62,17 @@ def blank(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def kind_of(candidates) -> str:
     """What a list of either package is of; a pair is of pages."""
-    return "tokens" if isinstance(candidates, reference.CandidateTokens) else "pages"
+    if not isinstance(candidates, reference.CandidateTokens):
+        return "pages"
+    return "tokens" if candidates.heads is None else "head_tokens"
 
 
 def listing(candidates) -> dict:
     """The kernels' arguments for a list."""
     entries, counts = candidates[:2]
     names = dict(candidate_entries=entries, candidate_counts=counts)
+    if kind_of(candidates) == "head_tokens":
+        names["candidate_heads"] = candidates.heads
     return names | {"num_entries": entries.shape[2]}
 
 
@@ -79,12 +94,16 @@ def estimate_emulated(q, cache, candidates, config, folder) -> torch.Tensor:
     return logits.flatten(1, 2).flatten(2)
 
 
-def prune_emulated(logits, cache, candidates, top_p, always, config, folder):
-    """The kernel's (kept_tokens, kept_counts, kept_mass), its list of items checked."""
+def prune_emulated(
+    logits, cache, candidates, top_p, always, config, folder, width_bound: int | None = None
+):
+    """The kernel's (kept_tokens, kept_counts, kept_mass), its list of items checked. Where rows of
+    several widths are to share a kernel, it has a bound of all."""
     group_size, width = logits.shape[1] // cache.num_kv_heads, logits.shape[2]
     written = what_pruners_write(cache, group_size, width)
     dtype = str(logits.dtype).removeprefix("torch.")
-    statics = (group_size, cache.page_size, static_width(width), dtype, 128, config)
+    bound = width_bound or static_width(width)
+    statics = (group_size, cache.page_size, bound, dtype, 128, config)
     union = HeadUnion.allocate(cache, width)
     always = NOTHING_ALWAYS | always
     emulated(pruner_kernel, (*statics, kind_of(candidates)), folder)(
@@ -155,3 +174,56 @@ def bound_emulated(q, cache, candidates, logits, kept, folder, sm_scale=None) ->
         sm_scale=cache.head_dim**-0.5 if sm_scale is None else sm_scale, **sizes(cache),
     )  # fmt: skip
     return bound.flatten(1)
+
+
+def score_labels_emulated(q, cache, rows: TokenRows, windows: tuple[int, int], config, folder):
+    """The kernels' (scores, bins) of a cache of the reference with labels: by query head or, where
+    a row has several, by KV head."""
+    by_row = q.unflatten(1, (-1, rows.heads))
+    num_rows, unit = by_row.shape[1], rows.labels.lane_words[0]
+    num_runs = -(-cache.capacity // RUN_TOKENS)
+    channels, _, codes, scale_zero = dataclasses.astuple(cache.labels)
+    shared = dict(
+        q=by_row, channels=channels, codes=codes.view(getattr(torch, unit)), scale_zero=scale_zero,
+        page_table=cache.page_table, seq_lens=cache.seq_lens, sm_scale=cache.head_dim**-0.5,
+        norms=blank(cache.batch_size, num_rows, rows.heads), num_rows=num_rows,
+        head_dim=cache.head_dim, num_label_heads=channels.shape[0], num_runs=num_runs,
+        capacity=cache.capacity, **sizes(cache),
+    )  # fmt: skip
+    grid = (-(-num_runs // config.num_warps), num_rows, cache.batch_size)
+    static = (cache.page_size, "float16", rows, config)
+    if rows.heads > 1:
+        arrived = torch.zeros(cache.batch_size, num_rows, dtype=torch.int32)
+        parts = blank(cache.batch_size, num_rows, num_runs, rows.heads, 2)
+        emulated(label_mass_kernel, static, folder)(
+            grid, config.num_warps * 32, parts=parts, arrived=arrived, **shared
+        )
+        assert not arrived.any()
+    scores = blank(cache.batch_size, num_rows, cache.capacity)
+    bins = torch.zeros(cache.batch_size, num_rows, NUM_BINS, dtype=torch.int32)
+    emulated(label_score_kernel, static, folder)(
+        grid, config.num_warps * 32, scores=scores, bins=bins,
+        num_sink_tokens=windows[0], num_recent_tokens=windows[1], **shared,
+    )  # fmt: skip
+    return scores, bins
+
+
+def take_tokens_emulated(scores, bins, lengths, budget: int, windows, config, folder):
+    """The kernel's CandidateTokens [batch_size, rows, ...] of scores [batch_size, rows, capacity],
+    counted in bins; these it leaves at zero."""
+    batch_size, num_rows, capacity = scores.shape
+    width = -(-min(budget, capacity) // 16) * 16
+    tokens = blank(batch_size, num_rows, width, dtype=torch.int32)
+    counts = blank(batch_size, num_rows, dtype=torch.int32)
+    left = OpenKeys.allocate(scores)
+    emulated(top_tokens_kernel, (config,), folder)(
+        (-(-capacity // config.chunk), num_rows, batch_size), NUM_TOP_THREADS, scores=scores,
+        seq_lens=lengths, num_sink_tokens=windows[0], num_recent_tokens=windows[1],
+        need=min(budget, capacity), bins=bins, words=left.words, near=left.near,
+        near_counts=left.counts, arrived=left.arrived, candidate_tokens=tokens,
+        candidate_counts=counts, batch_size=batch_size, num_rows=num_rows, num_lists=num_rows,
+        capacity=capacity,
+        num_words=left.words.shape[2], num_chunks=left.counts.shape[2], width=width,
+    )  # fmt: skip
+    assert not bins.any() and not left.arrived.any()
+    return CandidateTokens(tokens, counts)

@@ -10,32 +10,50 @@ from tilelang.jit import JITImpl
 
 from tests.doubles import fake_gpu
 from tests.emulated.emulate import emulated
-from twilight_tilelang.kernels import extend, launch, mirror
+from twilight_tilelang.kernels import extend, launch, mirror, top_tokens
 from twilight_tilelang.kernels.requests import cache_launches
 
-# Grid and threads of the kernels that write a cache, by their symbolic sizes.
+# Grid and threads of kernels, by their symbolic sizes and what they are compiled for.
 LAUNCHED = {
-    "append_kernel": lambda n: ((n["batch_size"],), mirror.NUM_WARPS * 32),
-    "mirror_kernel": lambda n: ((n["num_listed"], n["num_kv_heads"]), 32),
-    "extend_kernel": lambda n: (
+    "append_kernel": lambda n, _: ((n["batch_size"],), mirror.NUM_WARPS * 32),
+    "mirror_kernel": lambda n, _: ((n["num_listed"], n["num_kv_heads"]), 32),
+    "extend_kernel": lambda n, _: (
         (-(-n["num_tokens"] // extend.WINDOW), -(-n["num_kv_heads"] // extend.NUM_WARPS)),
         extend.NUM_WARPS * 32,
+    ),
+    "label_mass_kernel": lambda n, static: _label_launch(n, *static),
+    "label_score_kernel": lambda n, static: _label_launch(n, *static),
+    "top_tokens_kernel": lambda n, static: (
+        (-(-n["capacity"] // static[0].chunk), n["num_rows"], n["batch_size"]),
+        top_tokens.NUM_THREADS,
+    ),
+    "token_union_kernel": lambda n, _: (
+        (n["num_kv_heads"], n["batch_size"]),
+        top_tokens.NUM_THREADS,
     ),
 }
 
 
+def _label_launch(n: dict, page_size: int, dtype: str, rows, config) -> tuple[tuple, int]:
+    blocks = -(-n["max_pages"] * page_size // config.block_tokens)
+    return (blocks, n["num_rows"], n["batch_size"]), config.num_warps * 32
+
+
 @contextmanager
 def cache_on_cpu(folder: Path) -> Iterator[None]:
-    """Until its end, tensors of "cuda" lie on the CPU, and kernels that write a cache run there."""
+    """Until its end, tensors of "cuda" lie on the CPU, and kernels of LAUNCHED run there."""
 
     def compiled(factory: JITImpl, arguments: tuple) -> Callable[..., None]:
         function = factory.get_tir(*arguments)
-        buffers = [function.buffer_map[each] for each in function.params]
+        parameters = [function.buffer_map.get(each, each) for each in function.params]
         run = emulated(factory, arguments, folder)
 
-        def launched(*tensors: torch.Tensor) -> None:
+        def launched(*given: torch.Tensor | float) -> None:
             named, sizes = {}, {}
-            for buffer, tensor in zip(buffers, tensors, strict=True):
+            for buffer, tensor in zip(parameters, given, strict=True):
+                if not isinstance(tensor, torch.Tensor):
+                    named[buffer.name] = tensor
+                    continue
                 assert len(buffer.shape) == tensor.ndim
                 named[buffer.name] = tensor
                 bound = list(zip(buffer.shape, tensor.shape, strict=True))
@@ -48,12 +66,13 @@ def cache_on_cpu(folder: Path) -> Iterator[None]:
                         assert sizes.setdefault(symbol.name, size) == size, symbol.name
                     else:
                         assert int(symbol) == size, buffer.name
-            run(*LAUNCHED[factory.func.orig_func.__name__](sizes), **named, **sizes)
+            grid, num_threads = LAUNCHED[factory.func.orig_func.__name__](sizes, arguments)
+            run(grid, num_threads, **named, **sizes)
 
         return launched
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        fake_gpu.install(monkeypatch)
+        fake_gpu.install(monkeypatch, capability=(8, 0))  # whose code is emulated
         monkeypatch.setattr(launch, "compiled", compiled)
         yield
     cache_launches.cache_clear()

@@ -9,27 +9,29 @@ from tests.emulated.emulate import emulated
 from tests.emulated.launches import SHAPES, blank, grouped, on_one_worker, sizes
 from tests.inputs.cases import FORMS, forms_for
 from tests.inputs.layouts import LAYOUTS, in_projection
+from tests.inputs.token_lists import random_tokens
 from twilight_tilelang import reference
 from twilight_tilelang.kernels.attention import ATTENTION_KERNELS
 from twilight_tilelang.kernels.split_kv import AttentionConfig, merge_kernel, plan_kernel
 
 
-@pytest.mark.parametrize("source", ["tokens", "pages", "all"])
 @pytest.mark.parametrize(
-    "inputs, form",
+    "inputs, form, source",
     [
-        (name, form)
+        pytest.param(name, form, source, marks=pytest.mark.xdist_group(f"emulated {form} {source}"))
         for name, shape in SHAPES.items()
         for form in forms_for(shape.num_qo_heads // shape.num_kv_heads)
+        for source in ("tokens", "head_tokens", "pages", "all")
     ],
     indirect=["inputs"],
 )
-def test_attention_matches_reference(inputs, form, source, folder):
+def test_attention_matches_reference(inputs, form, source, rng, folder):
     """To the same bits by any number of blocks and at any strides."""
     cache = reference.PagedKVCache.wrap(*inputs.paged())
     q = grouped(inputs.q, cache)
     rows = (cache.batch_size, cache.num_kv_heads)
     pages, counts = reference.select_pages(inputs.q, cache, cache.page_size * 12)
+    heads = None
     if source == "tokens":
         indices, counts, _ = reference.prune_top_p(
             reference.estimate_logits(inputs.q, cache, (pages, counts)), cache, (pages, counts), 0.9
@@ -38,6 +40,12 @@ def test_attention_matches_reference(inputs, form, source, folder):
             inputs.q, cache, (indices, counts), return_lse=True
         )
         width = indices.shape[2]
+    elif source == "head_tokens":
+        width = min(288, cache.capacity)
+        candidates = random_tokens(reference, cache, width, rng, q.shape[2])
+        indices, counts, heads = candidates
+        heads[..., 128:], heads[0, 0] = 1, 1  # no others there, or at all
+        expected = reference.page_attention(inputs.q, cache, candidates, return_lse=True)
     elif source == "pages":
         indices, width = pages, pages.shape[2] * cache.page_size
         expected = reference.page_attention(inputs.q, cache, (pages, counts), return_lse=True)
@@ -58,6 +66,7 @@ def test_attention_matches_reference(inputs, form, source, folder):
         num_blocks = 5 if number else 1
         shared = dict(
             seq_lens=cache.seq_lens, indices=indices, counts=counts, q=grouped(own_q, cache),
+            heads=heads,
             k_cache=k_cache, v_cache=v_cache, kv_scales=torch.full((2, rows[1]), torch.nan),
             page_table=cache.page_table,
             items=blank(max_items, 4, dtype=torch.int32),

@@ -30,12 +30,13 @@ WINDOWS = {"num_sink_tokens": 4, "num_recent_tokens": 20}
 class Problem:
     """A step's inputs, and a list of tokens for every row."""
 
-    def __init__(self, name: str, rng: torch.Generator, width: int = 96) -> None:
+    def __init__(self, name: str, rng: torch.Generator, by_head: bool = False) -> None:
         inputs = random_inputs(SHAPES[name], seed=0, spare_tokens=3)
         lose_idle_pages(inputs)
         self.q, self.cache = inputs.q, reference.PagedKVCache.wrap(*inputs.paged())
         poison_unused(self.cache)
-        self.candidates = random_tokens(reference, self.cache, width, rng)
+        group_size = self.q.shape[1] // self.cache.num_kv_heads if by_head else None
+        self.candidates = random_tokens(reference, self.cache, 96, rng, group_size)
 
     def estimate(self, config: EstimatorConfig, folder) -> torch.Tensor:
         return estimate_emulated(self.q, self.cache, self.candidates, config, folder)
@@ -49,9 +50,13 @@ class Problem:
         return fuse_emulated(self.q, self.cache, self.candidates, top_p, windows, config, folder)
 
 
-@pytest.fixture(params=on_one_worker(SHAPES))
+PROBLEMS = {name: (name, False) for name in SHAPES}
+PROBLEMS |= {f"own-{name}": (name, True) for name in ("gqa4", "gqa3-d256", "gqa16", "gqa4-padded")}
+
+
+@pytest.fixture(params=on_one_worker(PROBLEMS))
 def problem(request, rng) -> Problem:
-    return Problem(request.param, rng)
+    return Problem(PROBLEMS[request.param][0], rng, by_head=PROBLEMS[request.param][1])
 
 
 @pytest.mark.parametrize("config", [FEW, MANY], ids=["few", "many"])
@@ -113,6 +118,23 @@ def test_the_bound_matches_reference(problem, folder):
     assert torch.equal(
         bound, (every[1] > 0).repeat_interleave(bound.shape[1] // every[1].shape[1], 1).float()
     )
+
+
+@pytest.mark.xdist_group("emulated own-gqa4")
+@pytest.mark.parametrize("top_p", [0.3, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_head_without_a_softmax_keeps_what_is_its_own(dtype, top_p, rng, folder):
+    """The others of its group are as they were, and sinks are kept where they are a head's own."""
+    problem = Problem("gqa4", rng, by_head=True)
+    logits = problem.estimate(FEW, folder).to(dtype)
+    for spoiled in (NAN, torch.inf):
+        odd = logits.clone()
+        odd[1, 2] = torch.where(odd[1, 2] == -torch.inf, odd[1, 2], spoiled)
+        result = problem.prune(odd, top_p, folder, **WINDOWS)
+        assert_top_p(odd, problem.cache, problem.candidates, top_p, result, **WINDOWS)
+        assert result[2][1, 2] == 1
+        apart = problem.prune(odd, top_p, folder, apart=True, **WINDOWS)
+        assert all(map(torch.equal, apart, result))
 
 
 HAZARDS = ("nan-in-q", "no-candidates", "one-candidate")

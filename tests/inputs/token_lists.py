@@ -9,19 +9,30 @@ from tests.inputs.cases import NO_PAGE
 BEHIND = (-1, NO_PAGE, 2**31 - 1, 0, 15)  # in turn: numbers that name no token, and some that do
 
 
-def random_tokens(package: ModuleType, cache, width: int, rng: torch.Generator):
+def random_tokens(
+    package: ModuleType, cache, width: int, rng: torch.Generator, group_size: int | None = None
+):
     """The package's CandidateTokens of `width`: from one to all of a request's tokens, the first
-    row as many as there is room for. A multiple of 16 is no more likely than others."""
+    row as many as there is room for. A multiple of 16 is no more likely than others. With a group's
+    size each query head has some of them, at least the first, and each token is some head's."""
     rows, device = (cache.batch_size, cache.num_kv_heads), rng.device
     draw = torch.rand(*rows, cache.capacity, generator=rng, device=device)
     token = torch.arange(cache.capacity, device=device)
     draw = draw.masked_fill(token >= cache.seq_lens[:, None, None], 2.0)  # no token: comes last
     most = cache.seq_lens.clamp(max=width)[:, None]
     counts = (most * torch.rand(rows, generator=rng, device=device)).ceil().int()
+    counts = counts.clamp(min=1).minimum(most)
     counts[0] = most[0]
     chosen = torch.full((*rows, width), cache.capacity, device=device)
     chosen[..., : cache.capacity] = draw.sort(dim=-1).indices[..., :width]
-    return ascending_tokens(package, chosen, counts)
+    candidates = ascending_tokens(package, chosen, counts)
+    if group_size is None:
+        return candidates
+    owners = torch.rand(*rows, width, group_size, generator=rng, device=device) < 0.4
+    owners[..., 0, :] = True
+    owners[..., 0] |= ~owners.any(-1)
+    bits = torch.arange(group_size, device=device)
+    return candidates._replace(heads=(owners.int() << bits).sum(-1, dtype=torch.int32))
 
 
 def ascending_tokens(package: ModuleType, chosen: torch.Tensor, counts: torch.Tensor):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 CACHE = ("tests/test_cache.py", "-k", "not 64_bit")
 SELECTOR = ("tests/test_selector.py",)
+TOKENS = ("tests/test_double_sparsity.py",)
 ESTIMATOR = ("tests/test_estimator.py",)
 ESTIMATE_PRUNE = ("tests/test_estimate_prune.py",)
 PRUNER = ("tests/test_pruner.py",)
@@ -26,6 +27,10 @@ LISTED = ("tests/emulated/test_requests.py", "-k", "pages_of_an_engine")
 FORKED = ("tests/emulated/test_requests.py", "-k", "fork or cut_back")
 SCORED = ("tests/emulated/test_selector.py", "-k", "page_scores and gqa4 and default")
 TOPPED = ("tests/emulated/test_selector.py", "-k", "top_pages and registers")
+LABELLED = ("tests/emulated/test_labels.py", "-k", "as_it_comes and r16")
+LABEL_SCORED = ("tests/emulated/test_label_scores.py", "-k", "gqa4-r64 and not one-warp")
+TOKENS_TAKEN = ("tests/emulated/test_top_tokens.py", "-k", "default")
+UNITED = ("tests/emulated/test_double_sparsity.py", "-k", "gqa4-own-channels")
 FUSED = ("tests/emulated/test_estimate_prune.py", "-k", "fused and (gqa3 or two-at-once) and none")
 ESTIMATED = ("tests/emulated/test_estimator.py", "-k", "estimated_logits and gqa4 and default")
 RANGED = ("tests/emulated/test_estimator.py", "-k", "range_of_fp16")
@@ -49,6 +54,24 @@ MULTIPLIED = ("tests/emulated/test_smoothing.py", "-k", "page_scores and mha")
 BOUNDED = ("tests/emulated/test_smoothing.py", "-k", "bound_says_so and mha and full")
 
 
+def of_tokens(words: str) -> tuple[str, ...]:
+    return "tests/emulated/test_token_candidates.py", "-k", words
+
+
+TOKENS = ("tests/test_token_candidates.py",)
+TOKENS_ESTIMATED = of_tokens("estimated_logits and gqa4 and few and not own and not padded")
+TOKENS_PRUNED = of_tokens("both_forms and gqa4 and not own and not padded")
+TOKENS_BOUNDED = of_tokens("bound_matches and gqa4 and not own and not padded")
+OWN_ESTIMATED = of_tokens("estimated_logits and own-gqa4 and few and not padded")
+OWN_PRUNED = of_tokens("both_forms and own-gqa4 and not padded")
+OWN_UNKNOWN = of_tokens("a_head_without")
+OWN_BOUNDED = of_tokens("bound_matches and own-gqa4 and not padded")
+OWN_ATTENDED = (
+    "tests/emulated/test_attention.py",
+    *("-k", "attention_matches and gqa4 and head_tokens and not padded"),
+)
+
+
 class Mutant(NamedTuple):
     """One fault, and the arguments of pytest that select the tests to catch it."""
 
@@ -62,21 +85,20 @@ class Mutant(NamedTuple):
 
 MUTANTS = (
     Mutant(
-        "4-bit zero rounds up", "mirror.py",
-        "T.float32) > zero:", "T.float32) < zero:", CACHE, APPENDED,
+        "4-bit zero rounds up", "quantize.py",
+        "T.float32) > low:", "T.float32) < low:", CACHE, APPENDED,
     ),
     Mutant(
-        "4-bit scale rounds down", "mirror.py",
+        "4-bit scale rounds down", "quantize.py",
         "T.float32) < scale:", "T.float32) > scale:", CACHE, MIRRORED,
     ),
     Mutant(
-        "largest 4-bit code never used", "mirror.py",
-        "T.min(T.max(level, 0.0), T.float32(MAX_CODE))",
-        "T.min(T.max(level, 0.0), T.float32(MAX_CODE - 1))", CACHE, MIRRORED,
+        "largest 4-bit code never used", "quantize.py",
+        "T.float32(max_code))\n    return", "T.float32(max_code - 1))\n    return", CACHE, MIRRORED,
     ),
     Mutant(
         "nibbles swapped", "mirror.py",
-        "T.cast(low + high * 16, T.uint8)", "T.cast(high + low * 16, T.uint8)", CACHE, MIRRORED,
+        "T.cast(even + odd * 16, T.uint8)", "T.cast(odd + even * 16, T.uint8)", CACHE, MIRRORED,
     ),
     Mutant(
         "bounds' scale not widened", "mirror.py",
@@ -203,6 +225,67 @@ MUTANTS = (
         "or key > search.low", "or key >= search.low", SELECTOR, TOPPED,
     ),
     Mutant(
+        "a label's codes in reverse", "labels.py",
+        "code << (c * labels.shape.bits)", "code << ((per_byte - 1 - c) * labels.shape.bits)",
+        TOKENS, LABELLED,
+    ),
+    Mutant(
+        "a label's range is that of its first channels", "labels.py",
+        "for i in T.unroll(turns * per_byte):", "for i in T.unroll(1):", TOKENS, LABELLED,
+    ),
+    Mutant(
+        "append leaves labels out", "mirror.py",
+        "if labels is not None:", "if False:", TOKENS, LABELLED,
+    ),
+    Mutant(
+        "codes further up weigh as much as others", "label_scores.py",
+        "weight = power_of_two(-masks.up(register))", "weight = T.float32(1)",
+        TOKENS, LABEL_SCORED,
+    ),
+    Mutant(
+        "a score without its zero point", "label_scores.py",
+        '"fmaf", zero, query.sums[n, h], -offset', '"fmaf", zero, 0.0, -offset',
+        TOKENS, LABEL_SCORED,
+    ),
+    Mutant(
+        "heads are not compared by their norms", "label_scores.py",
+        "query, offsets[n, h])", "query, 0.0)", TOKENS, LABEL_SCORED,
+    ),
+    Mutant(
+        "a run's last token is not counted", "label_scores.py",
+        "loaded.lane_tokens) < seq_len", "loaded.lane_tokens) < seq_len - 1",
+        TOKENS, LABEL_SCORED,
+    ),
+    Mutant(
+        "-0 below +0", "token_keys.py",
+        "T.if_then_else(bits < 0, -size, size)", "T.if_then_else(bits < 0, -1 - size, size)",
+        TOKENS, TOKENS_TAKEN,
+    ),
+    Mutant(
+        "NaN before all", "token_keys.py",
+        "size > INFINITY_BITS, LOWEST_KEY, signed", "size > INFINITY_BITS, HIGHEST_KEY, signed",
+        TOKENS, TOKENS_TAKEN,
+    ),
+    Mutant(
+        "the first recent token not forced", "token_keys.py",
+        "position < self.end)", "position <= self.end)", TOKENS, TOKENS_TAKEN,
+    ),
+    Mutant(
+        "a tied token dropped", "top_tokens.py",
+        "and -token >= ties.low", "and -token > ties.low", TOKENS, TOKENS_TAKEN,
+    ),
+    Mutant(
+        "bins are left as they were", "top_tokens.py",
+        "bins[row, thread * BINS_PER_THREAD + j] = 0",
+        "bins[row, thread * BINS_PER_THREAD + j] += 0", TOKENS, TOKENS_TAKEN,
+    ),
+    Mutant(
+        "a union without its last head", "top_tokens.py",
+        "union = union | own[head]",
+        "union = union | T.if_then_else(head == group_size - 1, T.uint32(0), own[head])",
+        TOKENS, UNITED,
+    ),
+    Mutant(
         "odd channels weigh double", "estimate_tiles.py",
         "1.0, 0.0625)", "1.0, 0.125)", ESTIMATOR, ESTIMATED,
     ),
@@ -217,8 +300,22 @@ MUTANTS = (
     ),
     Mutant(
         "codes of a warp's first page for all its tiles", "estimate_tiles.py",
-        "next_physical[i], self.next_physical[0])", "next_physical[0], self.next_physical[0])",
-        ESTIMATOR, ESTIMATED,
+        "next_physical[i, 0], self.next_physical[0, 0])",
+        "next_physical[0, 0], self.next_physical[0, 0])", ESTIMATOR, ESTIMATED,
+    ),
+    Mutant(
+        "a tile's second token in the page of its first", "estimate_tiles.py",
+        "index < end, self.next_physical[i, t], 0)", "index < end, self.next_physical[i, 0], 0)",
+        TOKENS, TOKENS_ESTIMATED,
+    ),
+    Mutant(
+        "a listed token looked up as if it were a page", "estimate_tiles.py",
+        "page_entries = candidates.page_size // candidates.run", "page_entries = 1",
+        TOKENS, TOKENS_ESTIMATED,
+    ),
+    Mutant(
+        "logits of tokens that are another head's", "estimate_tiles.py",
+        "n * TILE_HEADS + lane * 2 + h)", "n * TILE_HEADS + lane * 2)", TOKENS, OWN_ESTIMATED,
     ),
     Mutant(
         "neighbouring quads not swapped back", "estimate_tiles.py",
@@ -268,8 +365,8 @@ MUTANTS = (
     ),
     Mutant(
         "one sink too few", "top_p.py",
-        "if windows.position(early) < windows.num_sink_tokens:",
-        "if windows.position(early) < windows.num_sink_tokens - 1:",
+        "windows.position(early) < windows.num_sink_tokens)",
+        "windows.position(early) < windows.num_sink_tokens - 1)",
         WINDOWS, PRUNED,
     ),
     Mutant(
@@ -294,6 +391,38 @@ MUTANTS = (
         "a bit behind the last token at p = 1", "top_p.py",
         "T.max(word * 32 + 32 - num_tokens, 0)", "T.max(word * 32 + 31 - num_tokens, 0)",
         PRUNER, PRUNED,
+    ),
+    Mutant(
+        "sinks forced on heads that they are no candidates of", "top_p.py",
+        "return forced if self.is_own is None else T.And(forced, self.is_own(candidate))",
+        "return forced", TOKENS, OWN_PRUNED,
+    ),
+    Mutant(
+        "a head without a softmax keeps what is another's", "top_p.py",
+        "if is_own(candidate):", "if T.bool(True):", TOKENS, OWN_UNKNOWN,
+    ),
+    Mutant(
+        "kept tokens listed as if they were neighbours", "top_p.py",
+        'neighbours = candidates.kind == "pages"', "neighbours = True", TOKENS, TOKENS_PRUNED,
+    ),
+    Mutant(
+        "the bound's kept token of a list counted once more", "mass_bound.py",
+        "                at += 1", "                at += 2", TOKENS, TOKENS_BOUNDED,
+    ),
+    Mutant(
+        "the bound counts what is another head's", "mass_bound.py",
+        "T.And(listed, candidates.is_own(row, at, head)) if candidates.by_head else listed",
+        "listed", TOKENS, OWN_BOUNDED,
+    ),
+    Mutant(
+        "attention to what is another head's candidate", "attend_tiles.py",
+        "owns(heads_of[j], T.min(i, group_size - 1))", "owns(heads_of[j], 0)",
+        TOKENS, OWN_ATTENDED,
+    ),
+    Mutant(
+        "a head without a token of an item spoils its result", "attend_tiles.py",
+        "head_max[i] = T.max(head_max[i], LEAST_MAX)", "head_max[i] = head_max[i]",
+        TOKENS, OWN_ATTENDED,
     ),
     Mutant(
         "NaN prunes everything", "top_p.py",

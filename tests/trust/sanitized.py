@@ -31,10 +31,12 @@ from tests.inputs.cases import (
 )
 from tests.inputs.hazards import poison_unused
 from tests.inputs.pinned import fused, pinned
+from tests.inputs.token_lists import random_tokens
 from twilight_tilelang.kernels import attention, tuned
 from twilight_tilelang.kernels.attention import WorkList
 from twilight_tilelang.kernels.estimator import EstimatorConfig
-from twilight_tilelang.kernels.lists import CandidatePages
+from twilight_tilelang.kernels.label_scores import TokenScores
+from twilight_tilelang.kernels.lists import CandidatePages, CandidateTokens
 from twilight_tilelang.kernels.page_scores import PageScoreConfig
 from twilight_tilelang.kernels.pruner import PrunerConfig
 from twilight_tilelang.kernels.selector import Selection
@@ -64,6 +66,15 @@ def every_stage(case: Case) -> None:
         )
         cache.append(token, token)
         step.run(q, cache)
+    channels = torch.arange(64, dtype=torch.int32, device="cuda").repeat(cache.num_kv_heads, 1)
+    labelled = cache.with_labels(kernels.LabelFormat(channels, 2))
+    poison_unused(labelled)
+    for group in ("own", "shared"):
+        by_labels = kernels.TwilightDecode(
+            labelled, q.shape[1], token_budget=64, selector="double_sparsity", group=group
+        )
+        labelled.append(token, token)
+        by_labels.run(q, labelled)
     factor = torch.full_like(cache.k_offset, 0.5)
     smooth = build_cache(kernels, tensors._replace(k_offset=(cache.k_offset, factor)))
     poison_unused(smooth)
@@ -77,6 +88,16 @@ def every_stage(case: Case) -> None:
         logits = kernels.estimate_logits(q, cache, step.candidates)
         kept = kernels.prune_top_p(logits, cache, step.candidates, top_p)
         kernels.flash_topk_attention(q, cache, kept)
+    rng = torch.Generator().manual_seed(0)
+    sizes = {name: getattr(cache, name) for name in ("batch_size", "num_kv_heads", "capacity")}
+    lengths = SimpleNamespace(seq_lens=cache.seq_lens.cpu(), **sizes)
+    for group_size in (None, q.shape[1] // cache.num_kv_heads):
+        drawn = random_tokens(kernels, lengths, 64, rng, group_size)
+        tokens = CandidateTokens(*(own if own is None else own.cuda() for own in drawn))
+        logits = kernels.estimate_logits(q, cache, tokens)
+        kept = kernels.prune_top_p(logits, cache, tokens, 0.9, **WINDOWS)
+        kernels.bound_kept_mass(q, cache, tokens, logits, kept)
+        kernels.page_attention(q, cache, tokens)
     k, v = tensors.k.nan_to_num(0.0), tensors.v.nan_to_num(0.0)
     kernels.PagedKVCache.from_contiguous(k, v, tensors.seq_lens, case.shape.page_size)
     come_and_go(cache, k[0, :21].repeat(cache.batch_size, 1, 1))
@@ -122,7 +143,10 @@ def in_one_kernel() -> None:
 def poison_what_is_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels ask for scores, pages and items before they know how many there are. What lies behind
     the last is written here, or initcheck would stop; to use it is an access that memcheck sees."""
-    for owner, name in ((Selection, "scores"), (CandidatePages, "pages"), (WorkList, "items")):
+    for owner, name in (
+        *((Selection, "scores"), (CandidatePages, "pages"), (WorkList, "items")),
+        *((CandidateTokens, "tokens"), (CandidateTokens, "heads"), (TokenScores, "scores")),
+    ):
         monkeypatch.setattr(owner, "allocate", poisoned(owner.allocate, name))
     scores = SimpleNamespace(empty=lambda *sizes, **at: torch.full(sizes, torch.nan, **at))
     monkeypatch.setattr("twilight_tilelang.kernels.selector.torch", scores)  # of select_pages
@@ -131,10 +155,11 @@ def poison_what_is_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
 def poisoned(allocate: Callable[..., NamedTuple], name: str) -> Callable[..., NamedTuple]:
     """The same, one of its tensors filled with what is no score, page or item."""
 
-    def allocated(*arguments: object) -> NamedTuple:
-        memory = allocate(*arguments)
+    def allocated(*arguments: object, **named: object) -> NamedTuple:
+        memory = allocate(*arguments, **named)
         tensor = getattr(memory, name)
-        tensor.fill_(poison(tensor.dtype))
+        if tensor is not None:
+            tensor.fill_(poison(tensor.dtype))
         return memory
 
     return allocated

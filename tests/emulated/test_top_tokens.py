@@ -1,0 +1,74 @@
+"""The tokens taken are the best, whatever the scores are."""
+
+import pytest
+import torch
+
+from tests.checks.tokens import bins_of, key_of, top_of
+from tests.emulated.launches import take_tokens_emulated
+from twilight_tilelang.kernels.top_tokens import TopTokensConfig
+
+NAN, INF = float("nan"), float("inf")
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def normal(*size: int) -> torch.Tensor:
+    return torch.randn(*size, generator=GENERATOR)
+
+
+def with_specials(length: int) -> torch.Tensor:
+    """Of every kind of number, more of each than fit."""
+    kinds = torch.tensor([NAN, INF, -INF, 0.0, -0.0, 1.0, -1.0, 1e-40, -1e-40, 3e38, -NAN])
+    return kinds[torch.randint(len(kinds), (1, 2, length), generator=GENERATOR)]
+
+
+ROWS = {  # scores [1, rows, length], budget, sink tokens, recent tokens
+    "random": (normal(1, 2, 5000) * 5, 700, 0, 0),
+    "windows": (normal(1, 2, 5000) * 5, 300, 20, 64),
+    "only-forced": (normal(1, 1, 600), 80, 16, 64),
+    "all-equal": (torch.full((1, 2, 5000), 2.5), 4100, 0, 0),
+    "zeros": (torch.tensor([0.0, -0.0]).repeat(300)[None, None], 77, 0, 0),
+    "nan": (torch.full((1, 1, 600), NAN), 100, 1, 1),
+    "specials-few": (with_specials(900), 60, 0, 0),
+    "specials-most": (with_specials(900), 800, 3, 3),
+    "specials-half": (with_specials(900), 450, 0, 7),
+    "ties-over-chunks": (torch.randint(3, (1, 2, 9000), generator=GENERATOR).float(), 4400, 0, 0),
+    "one-of-many": (normal(1, 1, 5000), 1, 0, 0),
+    "all-but-one": (normal(1, 1, 4999), 4998, 0, 0),
+    "narrow": (normal(1, 1, 5000) * 1e-3 + 1000, 1000, 0, 0),
+    "fits": (normal(1, 1, 33), 40, 0, 0),
+    "just-fits": (normal(1, 1, 48), 48, 2, 2),
+    "single": (normal(1, 1, 1), 16, 0, 0),
+}
+CONFIGS = {"small": TopTokensConfig(per_thread=4, turns=1), "default": TopTokensConfig()}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("name", ROWS)
+def test_top_tokens_are_the_best(name, config, folder):
+    scores, budget, *windows = ROWS[name]
+    length = scores.shape[2]
+    held = torch.full((*scores.shape[:2], -(-length // 16) * 16), INF)  # where no token is
+    held[..., :length] = scores
+    keys = key_of(scores[0], length, windows)
+    tokens, counts, _ = take_tokens_emulated(
+        held, bins_of(keys)[None].clone(), torch.tensor([length], dtype=torch.int32), budget,
+        windows, CONFIGS[config], folder,
+    )  # fmt: skip
+    count = min(budget, length)
+    assert counts.tolist() == [[count] * scores.shape[1]]
+    assert torch.equal(tokens[0, :, :count], top_of(keys, count))
+
+
+def test_requests_of_any_length_in_one_batch(folder):
+    """Each has the tokens that it has alone; a row without a request has none."""
+    lengths = [0, 1, 31, 32, 33, 500, 2048, 2049, 4096, 4100, 0]
+    scores = normal(len(lengths), 1, 4112)
+    keys = [key_of(row[:, :n], n, (2, 3)) for row, n in zip(scores, lengths, strict=True)]
+    bins = torch.stack([bins_of(own) for own in keys])
+    tokens, counts, _ = take_tokens_emulated(
+        scores, bins, torch.tensor(lengths, dtype=torch.int32), 50, (2, 3),
+        CONFIGS["small"], folder,
+    )  # fmt: skip
+    for row, count, own, length in zip(tokens, counts, keys, lengths, strict=True):
+        assert count.item() == min(length, 50)
+        assert torch.equal(row[:, : count.item()], top_of(own, min(length, 50)))
