@@ -105,7 +105,7 @@ class SparseStep:
 
     def select(self, q: torch.Tensor, cache: PagedKVCache) -> None:
         """-> candidates."""
-        sm_scale, window = self.settings
+        sm_scale, window, _ = self.settings
         select(self.plan.selector, q, cache, window, sm_scale, self.memory.selection)
 
     def estimate(self, q: torch.Tensor, cache: PagedKVCache) -> None:
@@ -176,7 +176,7 @@ class CandidateStep:
 
     def select(self, q: torch.Tensor, cache: PagedKVCache) -> None:
         """-> candidates."""
-        sm_scale, window = self.settings
+        sm_scale, window, _ = self.settings
         select(self.plan.selector, q, cache, window, sm_scale, self.selection)
 
     def attend(self, q: torch.Tensor, cache: PagedKVCache) -> torch.Tensor:
