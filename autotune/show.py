@@ -84,7 +84,8 @@ def _gain_table(configs: Configs) -> str:
             own = [e for e in configs.fresh(spec).values() if workload.name in e.workloads]
             cells.append(_gain(own[0]) if own else "-")
             used += own
-        lines.append(f"| {workload.name} | " + " | ".join(cells) + " |")
+        if any(cell != "-" for cell in cells):
+            lines.append(f"| {workload.name} | " + " | ".join(cells) + " |")
     dates = sorted({entry.date for entry in used})
     versions = ", ".join(sorted({entry.tilelang for entry in used}))
     span = " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "never"

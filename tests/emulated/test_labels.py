@@ -118,6 +118,7 @@ def test_labels_of_no_cache_are_refused(channels, bits, match):
 def test_keys_in_fp8_have_no_labels():
     inputs = random_inputs(DecodeShape(1, 8, 2, 128, 16, (20,)), 0)
     k, v, *rest = (each.cuda() for each in inputs.paged())
-    cache = kernels.PagedKVCache.wrap(*(x.to(torch.float8_e4m3fn) for x in (k, v)), *rest)
+    pools = (pool.to(torch.float8_e4m3fn) for pool in (k, v))
+    cache = kernels.PagedKVCache.wrap(*pools, *rest, fp8=kernels.Fp8())
     with pytest.raises(ValueError, match="labels: expected keys in 16 bits"):
         cache.with_labels(label_format("kv-r64-b2"))
