@@ -174,4 +174,4 @@ def test_a_step_is_its_stages(name, windows, rng):
     for lists, others in ((step.candidates, candidates), (step.kept, kept)):
         valid = valid_entries(lists.tokens, lists.counts)
         assert torch.equal(lists.tokens[valid], others.tokens[valid])
-    assert torch.equal(out, kernels.flash_topk_attention(q, cache, *kept[:2]))
+    assert torch.equal(out, kernels.flash_topk_attention(q, cache, kept))
