@@ -42,9 +42,7 @@ QUERY_BITS = 7  # the largest channel of a query's label lies in [2^7, 2^8) as a
 @dataclass(frozen=True)
 class LabelScoreConfig:
     num_warps: int = 4
-    tiles: int = (
-        4  # of 16 tokens, whose loads one warp issues together, ahead of the last ones' use
-    )
+    tiles: int = 4  # of 16 tokens, that a warp loads at once, while it scores the last ones
     runs: int = 2  # that a warp takes one after another
     pdl: bool = False
 

@@ -31,7 +31,7 @@ SPECS: dict[str, KernelSpec[Any]] = {
         PRUNER,
         ESTIMATE_PRUNE,
         ATTENTION,
-    )  # fmt: skip
+    )
 }
 
 
