@@ -55,9 +55,8 @@ class TwilightDecode:
         token_budget: int = 8192,
         top_p: float | torch.Tensor = 0.85,
         sm_scale: float | None = None,
-        num_sink_tokens: int = 16,
-        num_recent_tokens: int = 16,
-        min_kept_tokens: int = 32,
+        num_sink_tokens: int = 0,
+        num_recent_tokens: int = 0,
         group: str = "own",
         path: str = "sparse",
         bound_mass: bool = False,
@@ -74,7 +73,6 @@ class TwilightDecode:
             raise ValueError(f"path: expected 'sparse', 'candidates' or 'dense', got {path!r}")
         windows = Windows(num_sink_tokens=num_sink_tokens, num_recent_tokens=num_recent_tokens)
         check_windows(**windows)
-        check_positive("min_kept_tokens", min_kept_tokens)
         if selector == "quest":
             selection_width(cache, token_budget, **windows)
         elif selector == "ds":
@@ -91,7 +89,6 @@ class TwilightDecode:
         self.top_p = top_p
         self.sm_scale = resolve_sm_scale(sm_scale, cache.head_dim)
         self.windows = windows
-        self.min_kept_tokens = min_kept_tokens
 
     @classmethod
     def from_config(
@@ -101,8 +98,7 @@ class TwilightDecode:
         config: str | Path | Mapping[str, Any],
         layer: int | None = None,
     ) -> "TwilightDecode":
-        """The step that one of Twilight's JSON configurations asks for (see `read_config`), with no
-        windows and no floor, as the original has none.
+        """The step that one of Twilight's JSON configurations asks for (see `read_config`).
 
         Args:
             cache: for Double Sparsity built with the configuration's `label_format`.
@@ -110,9 +106,7 @@ class TwilightDecode:
             layer: of the model; None for one that the configuration does not skip.
         """
         read = read_config(config)
-        own = read.decode_options(cache.page_size, layer)
-        none = Windows(num_sink_tokens=0, num_recent_tokens=0)
-        step = cls(cache, num_qo_heads, **own, **none, min_kept_tokens=1)
+        step = cls(cache, num_qo_heads, **read.decode_options(cache.page_size, layer))
         if step.selector == "ds":
             read.check_labels(check_labels(cache, num_qo_heads), cache.head_dim)
         return step
@@ -174,9 +168,8 @@ class TwilightDecode:
     def prune(self, cache: PagedKVCache, *, dtype: Dtype = None) -> None:
         """What top-p keeps of them -> kept."""
         self.kept = prune_top_p(
-            self.logits, cache, self.candidates, self.top_p, **self.windows,
-            min_kept_tokens=self.min_kept_tokens, dtype=dtype,
-        )  # fmt: skip
+            self.logits, cache, self.candidates, self.top_p, **self.windows, dtype=dtype
+        )
 
     def estimate_prune(self, q: torch.Tensor, cache: PagedKVCache, *, dtype: Dtype = None) -> None:
         """estimate() and prune()."""
