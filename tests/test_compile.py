@@ -96,11 +96,11 @@ SMOOTHED = ("page_score", "estimator", "estimate_prune", "mass_bound", "mirror",
 
 # Candidates that are single tokens: the kernels of their selector, and those that write labels.
 LABELS = {
-    "gqa4-r64": (512, 4, "shared", LabelShape(1, 64, 2), tuple(ARCHS)),
-    "gqa4-r16": (8, 4, "shared", LabelShape(1, 16, 4), tuple(ARCHS)),
+    "gqa4-r64": (512, 4, "shared", LabelShape(1, 64, 2), ("sm_80", "sm_90a")),
+    "gqa4-r16": (8, 4, "shared", LabelShape(1, 16, 4), ("sm_100a",)),
     "mha-r64": (2048, 1, "own", LabelShape(1, 64, 2), ("sm_90a",)),
     "own-r16": (8, 4, "own", LabelShape(4, 16, 4), ("sm_90a",)),
-    "gqa16-r128": (64, 16, "shared", LabelShape(1, 128, 4), ("sm_80", "sm_90a")),
+    "gqa16-r128": (64, 16, "shared", LabelShape(1, 128, 4), ("sm_80",)),
 }
 
 
@@ -118,10 +118,10 @@ def label_launches(name: str, arch: str) -> list[Launch]:
 # Candidates that are single tokens: the kernels that read a list of them.
 TOKENS = {
     "gqa4-d128": (StepShape(4, 128, 16, "float16", 512, 2048, 8192, 512), tuple(ARCHS)),
-    "gqa4-solo": (StepShape(4, 128, 16, "float16", 8, 8192, 1024, 8), ("sm_90a", "sm_100a")),
-    "mha-d128": (StepShape(1, 128, 16, "float16", 2048, 2048, 8192, 2048), tuple(ARCHS)),
+    "gqa4-solo": (StepShape(4, 128, 16, "float16", 8, 8192, 1024, 8), ("sm_90a",)),
+    "mha-d128": (StepShape(1, 128, 16, "float16", 2048, 2048, 8192, 2048), ("sm_90a",)),
     "gqa8-d64-p64": (StepShape(8, 64, 64, "bfloat16", 512, 512, 2048, 512), ("sm_80",)),
-    "gqa4-d256": (StepShape(4, 256, 16, "float16", 512, 2048, 4096, 512), ("sm_90a", "sm_100a")),
+    "gqa4-d256": (StepShape(4, 256, 16, "float16", 512, 2048, 4096, 512), ("sm_100a",)),
     "gqa4-smooth": (
         StepShape(4, 128, 16, "float16", 512, 2048, 8192, 512, smooth=True), ("sm_90a",),
     ),
