@@ -51,9 +51,9 @@ class MeasuredStep:
     def __init__(self, plain: Any, cache: MeasuredCache, dense: bool, sm_scale: float) -> None:
         self.plain, self.cache, self.dense, self.sm_scale = plain, cache, dense, sm_scale
 
-    def run(self, q: torch.Tensor, pages: Any) -> torch.Tensor:
+    def run(self, q: torch.Tensor, pages: Any, out: torch.Tensor | None = None) -> torch.Tensor:
         """q, out: [1, num_qo_heads, head_dim]."""
-        out = self.plain.run(q, pages)
+        out = self.plain.run(q, pages, out)
         layers = self.cache.full_layers.items()
         number = next(number for number, layer in layers if layer.pages is pages)
         logits = exact_logits(q, pages, self.sm_scale)

@@ -133,8 +133,8 @@ def on_gpu(workload: object, monkeypatch) -> whole_model.LayerSets:
     made = whole_model.workload_sets
 
     def sets(workload, num_sets, _device, wrap):
-        def wrapped(*pools: torch.Tensor, layout: str) -> PagedKVCache:
-            return wrap(*(own.as_subclass(fake_gpu.GpuTensor) for own in pools), layout=layout)
+        def wrapped(*pools: torch.Tensor, **options: object) -> PagedKVCache:
+            return wrap(*(own.as_subclass(fake_gpu.GpuTensor) for own in pools), **options)
 
         found = made(workload, num_sets, "cpu", wrapped)
         found.queries = [own.as_subclass(fake_gpu.GpuTensor) for own in found.queries]

@@ -49,7 +49,7 @@ def test_the_report_adds_up_what_was_checked(empty_ledger):
     )
     assert "9 steps: 4,000 checks, 7 pages reused." in text
     assert f"1 of {len(MUTANTS)} planted faults caught, 2 tried." in text
-    assert f"| {MUTANTS[0].name} | mirror.py | tests/test_cache.py::test_x |" in text
+    assert f"| {MUTANTS[0].name} | {MUTANTS[0].file} | tests/test_cache.py::test_x |" in text
     assert text.count("**not caught**") == 1
     assert text.count("not run yet") == len(MUTANTS) - 2
     assert text.count("none, commit 0123456789,") == len(report.SECTIONS)
