@@ -103,7 +103,7 @@ def estimate_prune_kernel(
     """Grid: (kv_head, batch). The block's warps share out the row's tiles, then all search it."""
     batch_size, num_kv_heads, max_items = T.dynamic("batch_size, num_kv_heads, max_items")
     num_pages, max_pages = T.dynamic("num_pages, max_pages")
-    width, num_entries = T.dynamic("width, num_entries")
+    width, width_entries = T.dynamic("width, width_entries")
     num_threads = NUM_THREADS * config.heads_at_once
     step_tiles = num_threads // 32 * config.tiles_per_warp
 
@@ -115,9 +115,9 @@ def estimate_prune_kernel(
         scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
         page_table: T.Tensor[(batch_size, max_pages), T.int32],
         seq_lens: T.Tensor[(batch_size,), T.int32],
-        candidate_entries: T.Tensor[(batch_size, num_kv_heads, num_entries), T.int32],
+        candidate_entries: T.Tensor[(batch_size, num_kv_heads, width_entries), T.int32],
         candidate_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
-        candidate_heads: T.Tensor[(batch_size, num_kv_heads, num_entries), T.int32],
+        candidate_heads: T.Tensor[(batch_size, num_kv_heads, width_entries), T.int32],
         sm_scale: T.float32,
         top_p: T.Tensor[(batch_size, num_kv_heads, group_size), T.float32],
         num_sink_tokens: T.int32,

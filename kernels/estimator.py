@@ -104,11 +104,11 @@ def estimator_kernel(
     `tiles_per_warp` tiles of 16 tokens, and issues all their loads before the first product.
     """
     batch_size, num_kv_heads = T.dynamic("batch_size, num_kv_heads")
-    num_pages, max_pages, num_entries = T.dynamic("num_pages, max_pages, num_entries")
+    num_pages, max_pages, width_entries = T.dynamic("num_pages, max_pages, width_entries")
     run = entry_tokens(kind, page_size)
     step_tiles = config.num_warps * config.tiles_per_warp
     block_tiles = step_tiles * config.steps
-    grid = (T.ceildiv(num_entries * run // TILE_TOKENS, block_tiles), num_kv_heads, batch_size)
+    grid = (T.ceildiv(width_entries * run // TILE_TOKENS, block_tiles), num_kv_heads, batch_size)
 
     @T.prim_func
     def estimate_logits(
@@ -118,16 +118,16 @@ def estimator_kernel(
         scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
         page_table: T.Tensor[(batch_size, max_pages), T.int32],
         seq_lens: T.Tensor[(batch_size,), T.int32],
-        candidate_entries: T.Tensor[(batch_size, num_kv_heads, num_entries), T.int32],
+        candidate_entries: T.Tensor[(batch_size, num_kv_heads, width_entries), T.int32],
         candidate_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
-        candidate_heads: T.Tensor[(batch_size, num_kv_heads, num_entries), T.int32],
+        candidate_heads: T.Tensor[(batch_size, num_kv_heads, width_entries), T.int32],
         sm_scale: T.float32,
-        logits: T.Tensor[(batch_size, num_kv_heads, group_size, num_entries, run), T.float16],
+        logits: T.Tensor[(batch_size, num_kv_heads, group_size, width_entries, run), T.float16],
     ):
         with T.Kernel(*grid, threads=config.num_warps * 32) as (block, kv_head, batch):
             start_early(config.pdl)
             row = Row(batch, kv_head, seq_lens[batch])
-            T.assume(num_entries * run % TILE_TOKENS == 0)
+            T.assume(width_entries * run % TILE_TOKENS == 0)
             candidates = TokenList(
                 kind, page_size, candidate_entries, candidate_counts, candidate_heads
             )

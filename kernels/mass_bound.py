@@ -182,7 +182,7 @@ def mass_bound_kernel(
     """Grid: (query head of the group, kv_head, batch); a thread takes tiles of 16 candidates."""
     batch_size, num_kv_heads = T.dynamic("batch_size"), T.dynamic("num_kv_heads")
     num_pages, max_pages = T.dynamic("num_pages"), T.dynamic("max_pages")
-    num_entries, width = T.dynamic("num_entries"), T.dynamic("width")
+    width_entries, width = T.dynamic("width_entries"), T.dynamic("width")
     run = entry_tokens(kind, page_size)
     assert head_dim <= NUM_THREADS
 
@@ -193,11 +193,11 @@ def mass_bound_kernel(
         scale_zero: T.Tensor[(num_pages, num_kv_heads, page_size, 2), T.float16],
         page_table: T.Tensor[(batch_size, max_pages), T.int32],
         seq_lens: T.Tensor[(batch_size,), T.int32],
-        candidate_entries: T.Tensor[(batch_size, num_kv_heads, num_entries), T.int32],
+        candidate_entries: T.Tensor[(batch_size, num_kv_heads, width_entries), T.int32],
         candidate_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
-        candidate_heads: T.Tensor[(batch_size, num_kv_heads, num_entries), T.int32],
+        candidate_heads: T.Tensor[(batch_size, num_kv_heads, width_entries), T.int32],
         sm_scale: T.float32,
-        logits: T.Tensor[(batch_size, num_kv_heads, group_size, num_entries, run), T.float16],
+        logits: T.Tensor[(batch_size, num_kv_heads, group_size, width_entries, run), T.float16],
         kept_tokens: T.Tensor[(batch_size, num_kv_heads, width), T.int32],
         kept_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
         bound: T.Tensor[(batch_size, num_kv_heads, group_size), T.float32],
@@ -230,7 +230,7 @@ def mass_bound_kernel(
             candidates = TokenList(
                 kind, page_size, candidate_entries, candidate_counts, candidate_heads
             )
-            T.assume(num_entries * run % TILE_TOKENS == 0)
+            T.assume(width_entries * run % TILE_TOKENS == 0)
             count = kept_counts[batch, kv_head]
             num_tiles = T.ceildiv(candidates.slots(row), TILE_TOKENS)
             num_steps = T.ceildiv(num_tiles, NUM_THREADS)

@@ -37,9 +37,9 @@ class PrunerConfig:
 def default_config(shape: StepShape, gpu: Gpu) -> PrunerConfig:
     """Few rows are spread over a block per query head; many fill the GPU as they are. Code for
     compute capability 10, or for wide logits, needs more registers than four blocks leave it, and
-    more where candidates are of single heads."""
+    more where candidates are single tokens."""
     blocks_per_sm = 4 if gpu.capability < (10, 0) and shape.logits_dtype == "float16" else 3
-    blocks_per_sm -= shape.candidates == "head_tokens"
+    blocks_per_sm -= shape.candidates != "pages"
     return PrunerConfig(shape.group_size > 1 and shape.num_rows <= 128, blocks_per_sm)
 
 
@@ -196,7 +196,7 @@ def pruner_kernel(
     kv_head, batch).
     """
     batch_size, num_kv_heads, max_items = T.dynamic("batch_size, num_kv_heads, max_items")
-    width, num_entries, width_words = T.dynamic("width, num_entries, width_words")
+    width, width_entries, width_words = T.dynamic("width, width_entries, width_words")
     num_apart = group_size if config.heads_apart else 1
     grid = (num_apart, num_kv_heads, batch_size)
     copied = (max(width_bound, NUM_THREADS * VECTOR),)
@@ -205,9 +205,9 @@ def pruner_kernel(
     def prune_top_p(
         logits: T.Tensor[(batch_size, num_kv_heads, group_size, width), logits_dtype],
         seq_lens: T.Tensor[(batch_size,), T.int32],
-        candidate_entries: T.Tensor[(batch_size, num_kv_heads, num_entries), T.int32],
+        candidate_entries: T.Tensor[(batch_size, num_kv_heads, width_entries), T.int32],
         candidate_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
-        candidate_heads: T.Tensor[(batch_size, num_kv_heads, num_entries), T.int32],
+        candidate_heads: T.Tensor[(batch_size, num_kv_heads, width_entries), T.int32],
         top_p: T.Tensor[(batch_size, num_kv_heads, group_size), T.float32],
         num_sink_tokens: T.int32,
         num_recent_tokens: T.int32,

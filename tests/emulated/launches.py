@@ -75,7 +75,7 @@ def listing(candidates) -> dict:
     names = dict(candidate_entries=entries, candidate_counts=counts)
     if kind_of(candidates) == "head_tokens":
         names["candidate_heads"] = candidates.heads
-    return names | {"num_entries": entries.shape[2]}
+    return names | {"width_entries": entries.shape[2]}
 
 
 def estimate_emulated(q, cache, candidates, config, folder) -> torch.Tensor:
