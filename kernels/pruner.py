@@ -37,9 +37,12 @@ class PrunerConfig:
 def default_config(shape: StepShape, gpu: Gpu) -> PrunerConfig:
     """Few rows are spread over a block per query head; many fill the GPU as they are. Code for
     compute capability 10, or for wide logits, needs more registers than four blocks leave it, and
-    more where candidates are single tokens."""
+    more where candidates are of single heads; on 8 where they are single tokens, too."""
     blocks_per_sm = 4 if gpu.capability < (10, 0) and shape.logits_dtype == "float16" else 3
-    blocks_per_sm -= shape.candidates != "pages"
+    if shape.candidates == "head_tokens" or (
+        shape.candidates == "tokens" and gpu.capability < (9, 0)
+    ):
+        blocks_per_sm -= 1
     return PrunerConfig(shape.group_size > 1 and shape.num_rows <= 128, blocks_per_sm)
 
 
