@@ -197,10 +197,8 @@ class PagedKVCache(Requests):
         Raises:
             ValueError: the format does not fit the keys, or these are FP8.
         """
-        if self.k_cache.dtype in FP8_DTYPES:
-            raise ValueError(f"labels: expected keys in 16 bits, got {self.k_cache.dtype}")
         check_label_format(label_format, self.k_cache)
-        cache = self._labelled(label_format)
+        cache = self._labelled(label_format)  # which refuses keys in FP8
         cache.mirror_pages(*cache.used_pages())
         return cache
 
