@@ -57,3 +57,9 @@ def test_installed_memory_guards_every_allocation(allocate, monkeypatch):
 def test_other_devices_are_left_alone(monkeypatch):
     GuardedMemory().install(monkeypatch, "cuda")
     assert torch.empty(2, device="meta").is_meta
+
+
+def test_a_device_context_keeps_its_device_beside_patched_functions(monkeypatch):
+    GuardedMemory().install(monkeypatch, "cpu")
+    with torch.device("meta"):
+        assert torch.nn.Linear(2, 3).weight.device.type == "meta"

@@ -13,6 +13,9 @@ LARGE_BYTES = 1 << 30  # tensors beyond are poisoned, not guarded
 HELD_BYTES = 1 << 31  # of guarded tensors that wait for a check
 
 _empty = torch.empty
+# `with torch.device(...)` keeps a list of what it changes, made at its first use: before any patch.
+with torch.device("cpu"):
+    _empty(0)
 
 
 def poison(dtype: torch.dtype) -> float | int | bool:
