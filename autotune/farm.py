@@ -17,7 +17,7 @@ from .space import launches_of
 from .worker import CONTEXT, WorkerFailed, answer, ask
 
 COMPILE_SECONDS = 180.0
-MAX_COMPILERS = 16  # each takes about a gigabyte
+MAX_COMPILERS = 32  # each takes about a gigabyte
 
 
 def compile_fault(kernel: str, shape: StepShape, config: Any, arch: str) -> str | None:

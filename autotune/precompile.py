@@ -12,9 +12,10 @@ from collections.abc import Sequence
 
 import torch
 from pebble import ProcessPool
+from tilelang.jit import JITImpl
 from tqdm import tqdm
 
-from twilight_tilelang.kernels.launch import Launch, StepShape
+from twilight_tilelang.kernels.launch import StepShape
 from twilight_tilelang.kernels.plan import all_launches
 from twilight_tilelang.kernels.tuned import Planner
 from twilight_tilelang.profiling.workloads.choice import Choice
@@ -47,12 +48,13 @@ def jobs_of(workloads: Sequence[Workload], planner: Planner) -> list[Job]:
     shapes = (shape for workload in workloads for shape in shapes_of(workload.share()))
     every = (own for shape in shapes for own in (shape, shape._replace(launch_rows=shape.num_rows)))
     launches = (launch for shape in dict.fromkeys(every) for launch in all_launches(shape, planner))
-    return list(dict.fromkeys(map(_job_of, launches)))
+    return list(dict.fromkeys(job_of(own.factory, own.arguments) for own in launches))
 
 
-def _job_of(launch: Launch) -> Job:
-    made_by = launch.factory.func.orig_func
-    return made_by.__module__, made_by.__name__, launch.arguments
+def job_of(factory: JITImpl, arguments: tuple) -> Job:
+    """A kernel as another process can make it."""
+    made_by = factory.func.orig_func
+    return made_by.__module__, made_by.__name__, arguments
 
 
 def compile_job(job: Job) -> None:

@@ -1,16 +1,13 @@
 """What is compiled ahead is what the benchmark launches."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from tilelang.jit import JITImpl
 
 import twilight_tilelang as kernels
 from tests.doubles import fake_gpu
 from twilight_tilelang.autotune import precompile
 from twilight_tilelang.autotune.precompile import compile_all, jobs_of
-from twilight_tilelang.kernels import launch, tuned
+from twilight_tilelang.kernels import tuned
 from twilight_tilelang.kernels.cache import CacheShape
 from twilight_tilelang.profiling.providers.backends import TileLang
 from twilight_tilelang.profiling.providers.stages import Slot
@@ -27,18 +24,6 @@ def gpu(monkeypatch):
     fake_gpu.install_streams(monkeypatch)
     yield
     tuned.forget()
-
-
-def record_launches(monkeypatch: pytest.MonkeyPatch) -> set[tuple]:
-    """From now on, name and arguments of every factory called; nothing is launched."""
-    found: set[tuple] = set()
-
-    def recorded(factory: JITImpl, arguments: tuple) -> Callable[..., None]:
-        found.add((factory.func.orig_func.__name__, arguments))
-        return lambda *_: None
-
-    monkeypatch.setattr(launch, "compiled", recorded)
-    return found
 
 
 SHAPES = {
@@ -58,8 +43,8 @@ def test_every_launch_was_compiled_ahead(name, monkeypatch):
         batch_size, num_qo_heads, num_kv_heads, 64, 16, (seq_len,) * batch_size, torch.float16
     )
     workload = Workload("small", shape, token_budget=256, kept_mean=64)
-    jobs = {job[1:] for job in jobs_of([workload], tuned.Planner.on(fake_gpu.CUDA))}
-    launched = record_launches(monkeypatch)
+    jobs = set(jobs_of([workload], tuned.Planner.on(fake_gpu.CUDA)))
+    launched = fake_gpu.record_jobs(monkeypatch)
 
     max_pages = seq_len // 16
     cache = kernels.PagedKVCache.empty(CacheShape(batch_size, max_pages, num_kv_heads, 64))
@@ -78,7 +63,7 @@ def test_every_launch_was_compiled_ahead(name, monkeypatch):
     ):
         call()
     assert len(launched) >= 10
-    assert launched <= jobs, launched - jobs
+    assert launched.keys() <= jobs, launched.keys() - jobs
 
 
 def test_a_kernel_that_does_not_compile_is_named():

@@ -15,6 +15,7 @@ import torch
 from tilelang.jit import JITImpl
 from torch.utils._device import _device_constructors
 
+from twilight_tilelang.autotune.precompile import Job, job_of
 from twilight_tilelang.kernels import launch as kernels
 from twilight_tilelang.kernels.gpu import check_machine, gpu_of
 from twilight_tilelang.kernels.requests import cache_launches
@@ -106,6 +107,18 @@ def count_launches(monkeypatch: pytest.MonkeyPatch, launch: bool) -> list[str]:
 
     monkeypatch.setattr(kernels, "compiled", counted)
     return launched
+
+
+def record_jobs(monkeypatch: pytest.MonkeyPatch) -> dict[Job, None]:
+    """To which every kernel that would be launched is added, once; none is launched."""
+    jobs: dict[Job, None] = {}
+
+    def recorded(factory: JITImpl, arguments: tuple) -> Callable[..., None]:
+        jobs[job_of(factory, arguments)] = None
+        return lambda *_: None
+
+    monkeypatch.setattr(kernels, "compiled", recorded)
+    return jobs
 
 
 class CurrentGpu:
