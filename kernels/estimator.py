@@ -1,6 +1,6 @@
 """Estimator: logits of the candidate tokens from the 4-bit mirror of K, on tensor cores."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import tilelang
 import tilelang.language as T
@@ -10,7 +10,7 @@ from .cache import PagedKVCache
 from .compiling import TILE_LEVEL, start_early
 from .estimate_tiles import Mirror, estimate_tiles
 from .gpu import Gpu
-from .launch import KernelSpec, Launch, StepShape, on_device
+from .launch import KernelSpec, Launch, StepShape, filling_steps, on_device
 from .lists import Candidates, Listed, check_candidates
 from .mma import Tiles
 from .pools import TILE_TOKENS
@@ -30,9 +30,11 @@ class EstimatorConfig:
 
 def default_config(shape: StepShape, gpu: Gpu) -> EstimatorConfig:
     """Few tiles are spread over more warps; wide heads fill their registers with fewer."""
-    if shape.num_rows * shape.width // TILE_TOKENS < 16384:
-        return EstimatorConfig(tiles_per_warp=1, steps=2)
-    return EstimatorConfig(tiles_per_warp=1 if shape.head_dim > 128 else 2)
+    num_tiles = shape.num_rows * shape.width // TILE_TOKENS
+    few = num_tiles < 16384
+    config = EstimatorConfig(tiles_per_warp=1 if few or shape.head_dim > 128 else 2)
+    step_tiles = config.num_warps * config.tiles_per_warp
+    return replace(config, steps=filling_steps(num_tiles, step_tiles, gpu, most=8))
 
 
 def estimate_logits(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Config = TypeVar("Config", bound="DataclassInstance")  # a kernel's launch configuration
+FULL_BLOCKS = 4  # of a kernel that takes tiles, on each multiprocessor
 ROOM = Path(__file__).resolve().parent
 HERE = nullcontext()
 
@@ -118,6 +119,14 @@ class KernelSpec(Generic[Config]):
         """Hash of the source files."""
         text = b"\0".join((ROOM / name).read_bytes() for name in self.sources)
         return hashlib.sha256(text).hexdigest()[:12]
+
+
+def filling_steps(num_tiles: int, step_tiles: int, gpu: Gpu, most: int) -> int:
+    """Steps that the warps of a block take one after another, each of `step_tiles` tiles: a power
+    of two, as many as leave every multiprocessor its blocks, so that few tiles are spread out and
+    many share a block's start."""
+    filled = num_tiles // (step_tiles * FULL_BLOCKS * gpu.num_multiprocessors)
+    return min(1 << max(filled, 1).bit_length() - 1, most)
 
 
 def next_power_of_two(value: int) -> int:
