@@ -111,7 +111,7 @@ SPACES = {
         lambda c: 8 <= c.num_warps * c.tiles_per_warp <= 16 and c.steps >= 2,
     ),
     "top_pages": Space(
-        values={"num_threads": (128, 256, 512, 1024), "pages_per_thread": (4, 8, 16)},
+        values={"num_threads": (128, 256, 512, 1024), "pages_per_thread": (2, 4, 8, 16)},
         limits={
             "scores and some 56 other values of every thread fit in registers": lambda c, s, gpu: (
                 c.num_threads * (c.pages_per_thread + 56) <= REGISTERS
@@ -196,7 +196,7 @@ SPACES = {
                 c.heads_at_once * c.blocks_per_sm >= 3
             ),
             "no team without a head": lambda c, s, gpu: c.heads_at_once <= s.group_size,
-            "every SM has two blocks": lambda c, s, gpu: not c.fused or s.num_rows >= 2 * FULL_GPU,
+            "every SM has a block": lambda c, s, gpu: not c.fused or s.num_rows >= FULL_GPU,
         },
     ),
     "attention": Space(values={"blocks_per_sm": (1, 2, 3, 4, 6, 16)}),
