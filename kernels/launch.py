@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 import torch
 from tilelang.jit import JITImpl
 
+from .compiling import Start
 from .gpu import Gpu
 from .labels import TokenRows
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config", bound="DataclassInstance")  # a kernel's launch configuration
 FULL_BLOCKS = 4  # of a kernel that takes tiles, on each multiprocessor
+FEW_ROWS, MANY_ROWS = 16, 128  # up to which, and beyond which, all kernels start alike
 ROOM = Path(__file__).resolve().parent
 HERE = nullcontext()
 
@@ -94,6 +96,8 @@ class KernelSpec(Generic[Config]):
         static_width: compiled for its width, rounded up to a power of two.
         applies: whether steps of a shape launch it at all.
         reads_candidates: compiled for what lists them.
+        keeps_room: of the next kernel, placed early, waiting blocks would take the room that this
+            one's own need.
     """
 
     name: str
@@ -108,11 +112,20 @@ class KernelSpec(Generic[Config]):
     static_width: bool = False
     applies: Callable[[StepShape], bool] = lambda shape: True
     reads_candidates: bool = False
+    keeps_room: bool = False
 
     @property
     def tunable_fields(self) -> set[str]:
         """`pdl` follows from the number of rows, and is set after the look-up."""
         return {own.name for own in fields(self.config)} - {*self.result_fields, "pdl"}
+
+    def start(self, shape: StepShape, gpu: Gpu) -> Start:
+        """How a launch starts. Early ones hide what launches cost; of many rows that is little, and
+        blocks that wait only take room. Parts of a step fill each other's gaps."""
+        if gpu.capability < (9, 0) or shape.num_rows > MANY_ROWS:
+            return Start.LATE
+        alone = shape.launch_rows == shape.num_rows > FEW_ROWS
+        return Start.WAITING if alone and self.keeps_room else Start.LETTING
 
     @functools.cached_property
     def source(self) -> str:

@@ -11,7 +11,7 @@ import torch
 from tvm.tirx import Buffer, PrimExpr
 
 from .cache import PagedKVCache
-from .compiling import TILE_LEVEL, start_early
+from .compiling import TILE_LEVEL, Start, start_early
 from .gpu import Gpu
 from .launch import KernelSpec, Launch, StepShape, filling_steps
 from .mma import (
@@ -37,7 +37,7 @@ class PageScoreConfig:
     num_warps: int = 4
     tiles_per_warp: int = 2  # tiles of 16 pages whose loads one warp issues together
     steps: int = 4  # that a warp takes one after another
-    pdl: bool = False
+    pdl: Start = Start.LATE
 
     @property
     def block_pages(self) -> int:
