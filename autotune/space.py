@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from twilight_tilelang.kernels.compiling import starts_early
 from twilight_tilelang.kernels.estimate_prune import blocks_that_fit
 from twilight_tilelang.kernels.gpu import Gpu
 from twilight_tilelang.kernels.launch import Launch, StepShape, next_power_of_two, static_width
@@ -21,7 +20,7 @@ from twilight_tilelang.kernels.top_p import MAX_VALUES, NUM_THREADS
 
 REGISTERS = 65536  # of one SM
 FULL_GPU = 128  # blocks; fewer leave multiprocessors of a large GPU idle
-MANY_PAGES, MANY_CANDIDATES = 2**18, 2**20  # over all rows
+MANY_PAGES, MANY_CANDIDATES = 2**18, 2**19  # over all rows
 
 # What must hold of (config, shape, GPU), by its words.
 Rules = Mapping[str, Callable[[Any, StepShape, Gpu], bool]]
@@ -51,9 +50,10 @@ def candidates(kernel: str, shape: StepShape, gpu: Gpu) -> list[Any]:
 
 def launches_of(kernel: str, shape: StepShape, config: Any, gpu: Gpu) -> list[Launch]:
     """The kernels that launch with a config, in a whole step and in a part of it."""
-    early = {starts_early(rows, gpu.capability) for rows in (shape.num_rows, shape.launch_rows)}
-    configs = (replace(config, pdl=pdl) for pdl in sorted(early))
-    return [launch for own in configs for launch in SPECS[kernel].launches(shape, own)]
+    spec = SPECS[kernel]
+    starts = {spec.start(own, gpu) for own in (shape, shape._replace(launch_rows=shape.num_rows))}
+    configs = (replace(config, pdl=start) for start in sorted(starts))
+    return [launch for own in configs for launch in spec.launches(shape, own)]
 
 
 def space_id(configs: Sequence[Any]) -> str:
@@ -97,7 +97,7 @@ def _tile_space(
             "every SM has a block": lambda c, s, gpu: blocks(c, s) >= FULL_GPU,
             words: lambda c, s, gpu: not are_many(s) or are_fed(c),
             "few tiles are spread over many warps": lambda c, s, gpu: (
-                are_many(s) or (c.tiles_per_warp <= 2 and c.steps <= 2)
+                are_many(s) or (c.tiles_per_warp <= 2 and c.steps <= 4)
             ),
         },
     )
@@ -111,7 +111,7 @@ SPACES = {
         lambda c: 8 <= c.num_warps * c.tiles_per_warp <= 16 and c.steps >= 2,
     ),
     "top_pages": Space(
-        values={"num_threads": (128, 256, 512, 1024), "pages_per_thread": (4, 8, 16)},
+        values={"num_threads": (128, 256, 512, 1024), "pages_per_thread": (2, 4, 8, 16)},
         limits={
             "scores and some 56 other values of every thread fit in registers": lambda c, s, gpu: (
                 c.num_threads * (c.pages_per_thread + 56) <= REGISTERS
@@ -196,7 +196,7 @@ SPACES = {
                 c.heads_at_once * c.blocks_per_sm >= 3
             ),
             "no team without a head": lambda c, s, gpu: c.heads_at_once <= s.group_size,
-            "every SM has two blocks": lambda c, s, gpu: not c.fused or s.num_rows >= 2 * FULL_GPU,
+            "every SM has a block": lambda c, s, gpu: not c.fused or s.num_rows >= FULL_GPU,
         },
     ),
     "attention": Space(values={"blocks_per_sm": (1, 2, 3, 4, 6, 16)}),

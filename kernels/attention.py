@@ -15,7 +15,6 @@ from .attend_codes import codes_kernel
 from .attend_lanes import lanes_kernel
 from .attend_tiles import tiles_kernel
 from .cache import PagedKVCache
-from .compiling import starts_early
 from .gpu import Gpu, gpu_of
 from .launch import KernelSpec, Launch, StepShape, on_device
 from .lists import Candidates, Kept, Listed, check_candidates, check_lists
@@ -225,7 +224,7 @@ def plan_untuned(kind: str, shape: StepShape, gpu: Gpu) -> Planned[AttentionConf
     if shape.kv_dtype and kind == "head_tokens":
         raise ValueError(f"candidate_heads: expected None for {shape.kv_dtype} pools, got some")
     config = default_config(shape)
-    config = replace(config, pdl=starts_early(shape.launch_rows, gpu.capability))
+    config = replace(config, pdl=ATTENTION.start(shape, gpu))
     return Planned(config, "default: tuned for kept tokens only", _launches(shape, config, kind))
 
 
@@ -249,6 +248,7 @@ ATTENTION = KernelSpec(
     width=lambda shape: shape.width,
     reads_kv=True,
     launches=_launches,
+    keeps_room=True,
     sources=(
         "attention.py",
         "attend_codes.py",

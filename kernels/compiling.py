@@ -1,5 +1,7 @@
 """How kernels are compiled, and how they start."""
 
+from enum import IntEnum
+
 import tilelang
 import tilelang.language as T
 
@@ -17,20 +19,24 @@ THREAD_LEVEL = TILE_LEVEL | {
     PassKey.TL_DISABLE_THREAD_STORAGE_SYNC: True,
     PassKey.TL_DISABLE_SHARED_MEMORY_REUSE: True,
 }
-MAX_EARLY_ROWS = 32
+
+
+class Start(IntEnum):
+    """How a kernel starts. Programmatic dependent launch, of compute capability 9, places blocks
+    while the kernel before them in the stream still runs; then they wait for its end."""
+
+    LATE = 0  # as kernels usually do
+    WAITING = 1  # it may be placed early; the next one is placed as its blocks end
+    LETTING = 2  # and lets the next one be placed as soon as it runs itself
+
+    def __repr__(self) -> str:
+        return self.name
 
 
 @T.macro
 def start_early(pdl):
-    """Programmatic dependent launch: this kernel's blocks are placed while the kernel before it in
-    the stream finishes, and wait here for the end of it. Nothing may be read or written before.
-    """
-    if pdl:
+    """Waits, where this kernel was placed early. Nothing may be read or written before."""
+    if pdl == Start.LETTING:
         T.pdl_trigger()
+    if pdl != Start.LATE:
         T.pdl_sync()
-
-
-def starts_early(num_rows: int, capability: tuple[int, int]) -> bool:
-    """Whether a kernel of so many rows is compiled with `start_early`: it hides launches where they
-    are what costs; many rows fill the GPU, and blocks that wait would only take room."""
-    return num_rows <= MAX_EARLY_ROWS and capability >= (9, 0)

@@ -8,7 +8,7 @@ import torch
 
 from .attention import split_tokens_of
 from .cache import PagedKVCache
-from .compiling import THREAD_LEVEL, start_early
+from .compiling import THREAD_LEVEL, Start, start_early
 from .estimate_tiles import Mirror, estimate_tiles
 from .gpu import Gpu
 from .launch import KernelSpec, Launch, StepShape, static_width
@@ -23,7 +23,8 @@ from .token_list import Row, TokenList
 from .top_p import NUM_THREADS, VECTOR, Heads, Logits, is_held, list_row, prune_heads
 from .tuned import Planned
 
-MANY_ROWS = 264  # two blocks on each of 132 multiprocessors; fewer rows are spread over more blocks
+# One block, and two, on each of 132 multiprocessors. Fewer rows are spread over more blocks.
+FULL_ROWS, MANY_ROWS = 128, 264
 PADDING = 8  # logits behind each row, so that the heads' stores meet different banks
 
 
@@ -33,15 +34,19 @@ class EstimatePruneConfig:
     tiles_per_warp: int = 2  # tiles of 16 tokens whose loads one warp issues together
     blocks_per_sm: int = 2  # that registers must allow for
     heads_at_once: int = 1  # that teams of a block's threads search side by side
-    pdl: bool = False
+    pdl: Start = Start.LATE
 
 
 def default_config(shape: StepShape, gpu: Gpu) -> EstimatePruneConfig:
     """One kernel where many rows fill the GPU with a block each, and a multiprocessor has room for
     two: while one waits for codes, another searches. Two heads are searched side by side where
     registers allow it, which candidates of single heads do not; logits of one query head leave room
-    for more blocks."""
+    for more blocks. Rows of three or four heads that have a multiprocessor each have all of them
+    searched at once."""
     by_head = shape.candidates == "head_tokens"
+    if FULL_ROWS <= shape.num_rows < MANY_ROWS and 3 <= shape.group_size <= 4:
+        if shape.head_dim <= 128 and not by_head and blocks_that_fit(shape, gpu, shape.group_size):
+            return EstimatePruneConfig(blocks_per_sm=1, heads_at_once=shape.group_size)
     if shape.group_size == 1 and shape.head_dim <= 128:
         blocks_per_sm, heads_at_once = (4 if gpu.capability < (10, 0) else 3) - by_head, 1
     else:
@@ -180,5 +185,6 @@ def _launches(shape: StepShape, config: EstimatePruneConfig) -> tuple[Launch, ..
 ESTIMATE_PRUNE = KernelSpec(
     name="estimate_prune", stage="estimate_prune", config=EstimatePruneConfig,
     default=default_config, launches=_launches, static_width=True, reads_candidates=True,
+    keeps_room=True,
     sources=("estimate_prune.py", "estimate_tiles.py", "mma.py", "strided.py", *SEARCH_SOURCES),
 )  # fmt: skip

@@ -1,16 +1,16 @@
 """Estimator: logits of the candidate tokens from the 4-bit mirror of K, on tensor cores."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import tilelang
 import tilelang.language as T
 import torch
 
 from .cache import PagedKVCache
-from .compiling import TILE_LEVEL, start_early
+from .compiling import TILE_LEVEL, Start, start_early
 from .estimate_tiles import Mirror, estimate_tiles
 from .gpu import Gpu
-from .launch import KernelSpec, Launch, StepShape, on_device
+from .launch import KernelSpec, Launch, StepShape, filling_steps, on_device
 from .lists import Candidates, Listed, check_candidates
 from .mma import Tiles
 from .pools import TILE_TOKENS
@@ -25,14 +25,19 @@ class EstimatorConfig:
     num_warps: int = 4
     tiles_per_warp: int = 2  # tiles of 16 tokens whose loads one warp issues together
     steps: int = 8  # that a warp takes one after another
-    pdl: bool = False
+    pdl: Start = Start.LATE
 
 
 def default_config(shape: StepShape, gpu: Gpu) -> EstimatorConfig:
     """Few tiles are spread over more warps; wide heads fill their registers with fewer."""
-    if shape.num_rows * shape.width // TILE_TOKENS < 16384:
-        return EstimatorConfig(tiles_per_warp=1, steps=2)
-    return EstimatorConfig(tiles_per_warp=1 if shape.head_dim > 128 else 2)
+    num_tiles = shape.num_rows * shape.width // TILE_TOKENS
+    config = EstimatorConfig()
+    if num_tiles <= 16384 or shape.head_dim > 128:
+        config = EstimatorConfig(tiles_per_warp=1)
+    elif num_tiles <= 65536:
+        config = EstimatorConfig(num_warps=2, tiles_per_warp=4, steps=4)
+    step_tiles = config.num_warps * config.tiles_per_warp
+    return replace(config, steps=filling_steps(num_tiles, step_tiles, gpu, most=config.steps))
 
 
 def estimate_logits(
@@ -161,6 +166,7 @@ def _launches(shape: StepShape, config: EstimatorConfig) -> tuple[Launch, ...]:
 ESTIMATOR = KernelSpec(
     name="estimator", stage="estimator", config=EstimatorConfig, default=default_config,
     launches=_launches,
+    keeps_room=True,
     sources=(
         "estimator.py", "estimate_tiles.py", "mma.py", "strided.py", "token_list.py", "warp.py"
     ),

@@ -18,7 +18,7 @@ import torch
 from tvm.tirx import Buffer, PrimExpr
 
 from .cache import PagedKVCache
-from .compiling import THREAD_LEVEL, start_early
+from .compiling import THREAD_LEVEL, Start, start_early
 from .gpu import Gpu
 from .labels import TokenRows
 from .launch import KernelSpec, Launch, StepShape, next_power_of_two
@@ -44,7 +44,7 @@ class LabelScoreConfig:
     num_warps: int = 4
     tiles: int = 4  # of 16 tokens, that a warp loads at once, while it scores the last ones
     runs: int = 2  # that a warp takes one after another
-    pdl: bool = False
+    pdl: Start = Start.LATE
 
     @property
     def block_tokens(self) -> int:

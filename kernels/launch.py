@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 import torch
 from tilelang.jit import JITImpl
 
+from .compiling import Start
 from .gpu import Gpu
 from .labels import TokenRows
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Config = TypeVar("Config", bound="DataclassInstance")  # a kernel's launch configuration
+FULL_BLOCKS = 4  # of a kernel that takes tiles, on each multiprocessor
+FEW_ROWS, MANY_ROWS = 16, 128  # up to which, and beyond which, all kernels start alike
 ROOM = Path(__file__).resolve().parent
 HERE = nullcontext()
 
@@ -93,6 +96,8 @@ class KernelSpec(Generic[Config]):
         static_width: compiled for its width, rounded up to a power of two.
         applies: whether steps of a shape launch it at all.
         reads_candidates: compiled for what lists them.
+        keeps_room: of the next kernel, placed early, waiting blocks would take the room that this
+            one's own need.
     """
 
     name: str
@@ -107,17 +112,34 @@ class KernelSpec(Generic[Config]):
     static_width: bool = False
     applies: Callable[[StepShape], bool] = lambda shape: True
     reads_candidates: bool = False
+    keeps_room: bool = False
 
     @property
     def tunable_fields(self) -> set[str]:
         """`pdl` follows from the number of rows, and is set after the look-up."""
         return {own.name for own in fields(self.config)} - {*self.result_fields, "pdl"}
 
+    def start(self, shape: StepShape, gpu: Gpu) -> Start:
+        """How a launch starts. Early ones hide what launches cost; of many rows that is little, and
+        blocks that wait only take room. Parts of a step fill each other's gaps."""
+        if gpu.capability < (9, 0) or shape.num_rows > MANY_ROWS:
+            return Start.LATE
+        alone = shape.launch_rows == shape.num_rows > FEW_ROWS
+        return Start.WAITING if alone and self.keeps_room else Start.LETTING
+
     @functools.cached_property
     def source(self) -> str:
         """Hash of the source files."""
         text = b"\0".join((ROOM / name).read_bytes() for name in self.sources)
         return hashlib.sha256(text).hexdigest()[:12]
+
+
+def filling_steps(num_tiles: int, step_tiles: int, gpu: Gpu, most: int) -> int:
+    """Steps that the warps of a block take one after another, each of `step_tiles` tiles: a power
+    of two, as many as leave every multiprocessor its blocks, so that few tiles are spread out and
+    many share a block's start."""
+    filled = num_tiles // (step_tiles * FULL_BLOCKS * gpu.num_multiprocessors)
+    return min(1 << max(filled, 1).bit_length() - 1, most)
 
 
 def next_power_of_two(value: int) -> int:

@@ -1,7 +1,7 @@
 """Page scores: a bound on the largest logit that a page can have (Quest, section 3.2), on tensor
 cores."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partialmethod
 from typing import NamedTuple
 
@@ -11,9 +11,9 @@ import torch
 from tvm.tirx import Buffer, PrimExpr
 
 from .cache import PagedKVCache
-from .compiling import TILE_LEVEL, start_early
+from .compiling import TILE_LEVEL, Start, start_early
 from .gpu import Gpu
-from .launch import KernelSpec, Launch, StepShape
+from .launch import KernelSpec, Launch, StepShape, filling_steps
 from .mma import (
     CODE_UNIT,
     QUAD,
@@ -37,7 +37,7 @@ class PageScoreConfig:
     num_warps: int = 4
     tiles_per_warp: int = 2  # tiles of 16 pages whose loads one warp issues together
     steps: int = 4  # that a warp takes one after another
-    pdl: bool = False
+    pdl: Start = Start.LATE
 
     @property
     def block_pages(self) -> int:
@@ -47,10 +47,11 @@ class PageScoreConfig:
 def default_config(shape: StepShape, gpu: Gpu) -> PageScoreConfig:
     """Few pages (over all rows) are spread over more blocks; wide heads, or many, fill a warp's
     registers with fewer tiles."""
-    num_pages = shape.num_rows * shape.max_pages
+    num_tiles = shape.num_rows * shape.max_pages // TILE_PAGES
     wide = shape.head_dim > 128 or (shape.head_dim == 128 and shape.group_size > 8)
-    tiles_per_warp = 1 if wide or num_pages < 2**15 else 2
-    return PageScoreConfig(tiles_per_warp=tiles_per_warp, steps=4 if num_pages >= 2**18 else 1)
+    config = PageScoreConfig(tiles_per_warp=1 if wide or num_tiles < 2048 else 2)
+    step_tiles = config.num_warps * config.tiles_per_warp
+    return replace(config, steps=filling_steps(num_tiles, step_tiles, gpu, most=4))
 
 
 def score_pages(

@@ -23,8 +23,10 @@ from .steps import CandidateStep, DenseStep, Settings, SparseMemory, SparseStep
 from .threshold import check_num_items
 from .tuned import Planner
 
-# Rows (one KV head of one request) of which a part still fills the GPU, and the parts then.
-MANY_ROWS, NUM_PARTS = 128, 4
+PART_ROWS, MAX_PARTS = (
+    64,
+    4,
+)  # rows (one KV head of one request) of which a part still fills the GPU
 
 
 class TwilightDecode:
@@ -221,7 +223,7 @@ class TwilightDecode:
 
 def parts_for(batch_size: int, num_kv_heads: int) -> int:
     """Parts that a step is cut into where the caller asks for no number."""
-    return min(NUM_PARTS, batch_size) if batch_size * num_kv_heads >= MANY_ROWS else 1
+    return max(1, min(MAX_PARTS, batch_size, batch_size * num_kv_heads // PART_ROWS))
 
 
 def _like(q: torch.Tensor) -> tuple[object, ...]:

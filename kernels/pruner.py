@@ -10,7 +10,7 @@ import torch
 from .attention import WorkList, split_tokens_of
 from .cache import PagedKVCache
 from .checks import check_count, check_tensor, dtype_name
-from .compiling import THREAD_LEVEL, start_early
+from .compiling import THREAD_LEVEL, Start, start_early
 from .gpu import Gpu, gpu_of
 from .launch import KernelSpec, Launch, StepShape, on_device, static_width
 from .lists import Candidates, Kept, Listed, Window, check_candidates
@@ -31,7 +31,7 @@ SEARCH_SOURCES = ("top_p.py", "split_kv.py", "threshold.py", "token_list.py", "w
 class PrunerConfig:
     heads_apart: bool = False  # a block for each query head, not for each KV head
     blocks_per_sm: int = 4  # that registers must allow for
-    pdl: bool = False
+    pdl: Start = Start.LATE
 
 
 def default_config(shape: StepShape, gpu: Gpu) -> PrunerConfig:

@@ -11,7 +11,7 @@ import tilelang
 import tilelang.language as T
 from tvm.tirx import Buffer, PrimExpr
 
-from .compiling import TILE_LEVEL, start_early
+from .compiling import TILE_LEVEL, Start, start_early
 from .token_list import Row, TokenList
 
 LOG2E = 1.4426950408889634
@@ -25,7 +25,7 @@ class AttentionConfig:
     num_threads: int = 128
     blocks_per_sm: int = 3  # of the grid; blocks stride over the items
     lane_tokens: int = 8  # that the lanes of one team load together
-    pdl: bool = False
+    pdl: Start = Start.LATE
 
 
 class Work(NamedTuple):

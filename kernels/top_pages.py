@@ -9,9 +9,9 @@ import torch
 from tvm.tirx import Buffer, PrimExpr
 
 from .cache import PagedKVCache
-from .compiling import THREAD_LEVEL, start_early
+from .compiling import THREAD_LEVEL, Start, start_early
 from .gpu import Gpu
-from .launch import KernelSpec, Launch, StepShape, next_power_of_two
+from .launch import FEW_ROWS, MANY_ROWS, KernelSpec, Launch, StepShape, next_power_of_two
 from .lists import CandidatePages, Window
 from .threshold import Search, compact
 from .token_list import Row
@@ -24,15 +24,16 @@ LOWEST_KEY, HIGHEST_KEY = -(2**31), 2**31 - 1
 class TopPagesConfig:
     num_threads: int = 256
     pages_per_thread: int = 8  # scores that a thread keeps in registers
-    pdl: bool = False
+    pdl: Start = Start.LATE
 
 
 def default_config(shape: StepShape, gpu: Gpu) -> TopPagesConfig:
-    """More threads for longer rows: a row is one block's work. Code for compute capability 8 that
-    keeps scores needs more registers than 1,024 threads leave it."""
+    """More threads for longer rows: a row is one block's work; and for rows that have a
+    multiprocessor each."""
     if shape.max_pages <= 2048:
-        return TopPagesConfig()
-    if shape.max_pages <= 8192 and gpu.capability < (9, 0):
+        middling = FEW_ROWS < shape.num_rows <= MANY_ROWS
+        return TopPagesConfig(512, 4) if middling else TopPagesConfig()
+    if shape.max_pages <= 8192:
         return TopPagesConfig(num_threads=512, pages_per_thread=16)
     return TopPagesConfig(num_threads=1024)
 

@@ -11,7 +11,7 @@ import torch
 from tvm.tirx import Buffer, PrimExpr
 
 from .cache import PagedKVCache
-from .compiling import THREAD_LEVEL, start_early
+from .compiling import THREAD_LEVEL, Start, start_early
 from .gpu import Gpu
 from .label_scores import TokenScores
 from .launch import KernelSpec, Launch, StepShape
@@ -30,7 +30,7 @@ NEAR_AT_ONCE = 4
 class TopTokensConfig:
     per_thread: int = 8  # scores that a thread loads at once
     turns: int = 4  # and how often: a block takes a chunk of a row
-    pdl: bool = False
+    pdl: Start = Start.LATE
 
     @property
     def chunk(self) -> int:

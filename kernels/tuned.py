@@ -20,7 +20,6 @@ from typing import Any, Generic, NamedTuple, get_origin, get_type_hints
 
 import torch
 
-from .compiling import starts_early
 from .gpu import Gpu, gpu_of, gpu_slug
 from .launch import ROOM, Config, KernelSpec, Launch, StepShape
 
@@ -159,9 +158,9 @@ class Planner(NamedTuple):
         return cls(gpu_of(device), configs_of(device))
 
     def plan(self, spec: KernelSpec[Config], shape: StepShape) -> Planned[Config]:
-        """A kernel as launched: whether it starts early follows from its rows."""
+        """A kernel as launched: how it starts follows from the rows."""
         config, reason, bucket = self.choose(spec, shape)
-        config = replace(config, pdl=starts_early(shape.launch_rows, self.gpu.capability))
+        config = replace(config, pdl=spec.start(shape, self.gpu))
         return Planned(config, reason, spec.launches(shape, config), bucket)
 
     def choose(

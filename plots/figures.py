@@ -20,6 +20,7 @@ FIGURES: dict[str, Callable[[Frames], Figure]] = {
     for make in (
         latency_figures.pipeline_error,
         latency_figures.pipeline_length,
+        latency_figures.pipeline_batch,
         latency_figures.pipeline_budget,
         accuracy_figures.accuracy_top_p,
         stage_figures.pipeline_share,
@@ -33,8 +34,10 @@ FIGURES: dict[str, Callable[[Frames], Figure]] = {
         quality_figures.model_time,
     )
 }
-# Of what `make bench FULL=1` and MODEL=1 and `make evaluate` add: drawn as far as there is any.
+# Drawn as far as there is any: what `make bench FULL=1` and MODEL=1 and `make evaluate` add, and
+# numbers of requests.
 FULL = {
+    "pipeline_batch",
     *("pipeline_error", "pipeline_budget", "accuracy_top_p", "kept_heads", "pipeline_paper"),
     *("model_length", "quality_tokens", "quality_time", "model_time"),
 }

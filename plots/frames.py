@@ -10,7 +10,7 @@ import pandas as pd
 CPU = "cpu-reference"  # results of the reference on a CPU, in small
 CPU_NOTE = "CPU reference in small sizes: proves only that the benchmark runs"
 STEP_STAGES = ("selector", "estimator", "pruner", "estimate_prune", "attention")
-SWEEPS = ("budget-", "length-", "paper-", "top_p-", "trace-")
+SWEEPS = ("batch-", "budget-", "length-", "paper-", "top_p-", "trace-")
 FP8 = "-fp8"
 FORMS = ("-interleaved", FP8)  # end the names of standard workloads with other K and V
 SIZES = ["batch_size", "num_qo_heads", "num_kv_heads", "seq_len"]

@@ -105,6 +105,23 @@ def pipeline_length(frames: Frames) -> Figure:
     return _by_length(frames, "length-", "One decode step by length")
 
 
+def pipeline_batch(frames: Frames) -> Figure:
+    """One decode step against the number of requests, beside the fastest dense decode and the byte
+    floor. The numbers say how many times faster than dense."""
+    rows = steps(frames, "batch-")
+    twilight = of_method(rows, "quest+twilight", "batch_size")
+    figure, (axes,) = panels(1, 1, (9, 5.2))
+    log_axes(axes, sorted(twilight["batch_size"]))
+    axes.set(xlabel="requests", ylabel="time of one step")
+    names = " or ".join(PROVIDERS[name] for name in sorted(twilight["dense"].unique()))
+    line(axes, twilight, "batch_size", "baseline", f"dense, {names}", "dense_us")
+    _step_lines(axes, rows, "batch_size", tuple(METHODS))
+    fixed = ["seq_len", *STEP_FIXED, "token_budget", "top_p"]
+    title(figure, "One decode step by number of requests", twilight, fixed, BAND)
+    legend_below(figure, [axes], 3)
+    return figure
+
+
 def pipeline_paper(frames: Frames) -> Figure:
     """One decode step at the batch sizes and lengths of figure 7 of the Twilight paper (arXiv
     2502.02770). The paper's own numbers are not shown."""

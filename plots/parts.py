@@ -17,6 +17,7 @@ WORDS = {
     "num_kv_heads": "{} KV heads",
     "head_dim": "head_dim {}",
     "page_size": "page_size {}",
+    "token_budget": "{} candidates",
     "top_p": "p = {}",
 }
 PROVIDERS = {

@@ -9,6 +9,7 @@ from .style import legend_below, three_digits
 FIXED = ["head_dim", "page_size", "top_p"]
 SHARED_STAGES = ("selector", "estimate_prune", "attention")  # of the step; each once
 EVERY_STAGE = (*STEP_STAGES, "pipeline", "dense")
+A_LINE = 6  # workloads side by side
 
 
 def pipeline_share(frames: Frames) -> Figure:
@@ -54,20 +55,23 @@ def pipeline_share(frames: Frames) -> Figure:
 def stage_floor(frames: Frames) -> Figure:
     """How near each stage is to its byte floor: the time its bytes need over the time it takes."""
     step = by_workload(frames, "pipeline", method="quest+twilight")
-    figure, (axes,) = panels(1, 1, (10, 4.6))
+    lines = [step.index[at : at + A_LINE] for at in range(0, len(step), A_LINE)]
+    figure, every = panels(len(lines), 1, (10, 1.2 + 3.4 * len(lines)))
     width = 0.84 / len(EVERY_STAGE)
-    for place, stage in enumerate(EVERY_STAGE):
-        reached = 100 * own(frames, stage, step.index, "reached")
-        x = [index + (place - (len(EVERY_STAGE) - 1) / 2) * width for index in range(len(step))]
-        bars = axes.bar(x, reached, width * 0.92, label=stage_words(stage), **bar_look(stage))
-        texts = [f"{value:.0f}" for value in reached]
-        axes.bar_label(bars, texts, fontsize=9, padding=2, bbox=LABEL_BOX)
-    axes.axhline(100, color="#111111", lw=1.0, zorder=0.9)
-    axes.set_xticks(range(len(step)), step.index)
-    axes.set_ylim(0, max(112, axes.get_ylim()[1]))
-    axes.grid(axis="x", visible=False)
-    axes.set_ylabel("byte floor reached, %")
+    for axes, workloads in zip(every, lines, strict=True):
+        for place, stage in enumerate(EVERY_STAGE):
+            reached = 100 * own(frames, stage, workloads, "reached")
+            middle = (place - (len(EVERY_STAGE) - 1) / 2) * width
+            x = [index + middle for index in range(len(workloads))]
+            bars = axes.bar(x, reached, width * 0.92, label=stage_words(stage), **bar_look(stage))
+            texts = [f"{value:.0f}" for value in reached]
+            axes.bar_label(bars, texts, fontsize=9, padding=2, bbox=LABEL_BOX)
+        axes.axhline(100, color="#111111", lw=1.0, zorder=0.9)
+        axes.set_xticks(range(len(workloads)), workloads)
+        axes.set_ylim(0, max(112, axes.get_ylim()[1]))
+        axes.grid(axis="x", visible=False)
+        axes.set_ylabel("byte floor reached, %")
     read = f"floor at {step['read_tbps'].median():.3g} TB/s read"
     title(figure, "How near each stage is to its byte floor", step, FIXED, read, MEDIAN)
-    legend_below(figure, [axes], 4)
+    legend_below(figure, every, 4)
     return figure

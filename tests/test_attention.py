@@ -23,7 +23,9 @@ from tests.inputs.cases import (
 from tests.inputs.hazards import poison_unused
 from tests.inputs.pinned import pinned
 from twilight_tilelang import reference
-from twilight_tilelang.kernels import attention, tuned
+from twilight_tilelang.kernels import attention
+from twilight_tilelang.kernels.compiling import Start
+from twilight_tilelang.kernels.launch import KernelSpec
 from twilight_tilelang.reference.inputs import LAYER_BUDGETS
 
 pytestmark = pytest.mark.gpu
@@ -90,12 +92,12 @@ def test_every_form_matches_reference(case, rng):
         assert_attention_close(result, tensors.q, cache, *kept)
 
 
-@pytest.mark.parametrize("pdl", [False, True])
+@pytest.mark.parametrize("start", Start, ids=lambda start: start.name)
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_gives_the_same_bits_from_any_grid(form, pdl, rng, monkeypatch):
-    if pdl and torch.cuda.get_device_capability(rng.device) < (9, 0):
+def test_every_form_gives_the_same_bits_from_any_grid(form, start, rng, monkeypatch):
+    if start and torch.cuda.get_device_capability(rng.device) < (9, 0):
         pytest.skip("early starts need compute capability 9")
-    monkeypatch.setattr(tuned, "starts_early", lambda *_: pdl)
+    monkeypatch.setattr(KernelSpec, "start", lambda *_: start)
     tensors = layer_tensors(rng, 3008)
     cache = build_cache(kernels, tensors)
     if FORMS[form].form == "codes":

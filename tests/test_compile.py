@@ -15,6 +15,7 @@ from tests.inputs.stored import COMMITTED, SYNTHETIC, stored
 from twilight_tilelang.autotune.compiled import Compiled, is_fast, lower, nvcc, read
 from twilight_tilelang.autotune.space import launches_of
 from twilight_tilelang.kernels.attention import ATTENTION_KERNELS
+from twilight_tilelang.kernels.compiling import Start
 from twilight_tilelang.kernels.double_sparsity import plan_tokens
 from twilight_tilelang.kernels.estimate_prune import EstimatePruneConfig, estimate_prune_kernel
 from twilight_tilelang.kernels.gpu import ARCHS
@@ -182,7 +183,8 @@ def kernels() -> Iterator[tuple[str, Kernel]]:
         yield f"one-head-at-once-{arch}-{launch.name}", Kernel(launch, arch, f"fused-{arch}")
     for name, form in FORMS.items():
         for arch in ARCHS:
-            config = dataclasses.replace(form, pdl=arch != "sm_80")
+            start = Start.LATE if arch == "sm_80" else Start.LETTING
+            config = dataclasses.replace(form, pdl=start)
             group_size = 1 if form.form == "lanes" else 4
             kv_dtype = ("float8_e4m3fn",) if form.form == "codes" else ()
             arguments = (group_size, 128, 16, "float16", *kv_dtype, "tokens", config)

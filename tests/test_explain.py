@@ -12,6 +12,7 @@ from tests.doubles import fake_gpu
 from twilight_tilelang.autotune.store import write_configs
 from twilight_tilelang.kernels import tuned
 from twilight_tilelang.kernels.cache import CacheShape
+from twilight_tilelang.kernels.compiling import Start
 from twilight_tilelang.kernels.pruner import PRUNER, PrunerConfig
 from twilight_tilelang.kernels.tuned import Bucket, Configs, Entry
 
@@ -105,12 +106,12 @@ def test_every_config_has_its_reason(launched, tmp_path, monkeypatch):
         tuned.forget()
         text = step_of(1, 64)[0].explain()
         assert reason_of("pruner", text) == reason
-        assert "PrunerConfig(heads_apart=False, blocks_per_sm=2, pdl=True)" in text
+        assert "PrunerConfig(heads_apart=False, blocks_per_sm=2, pdl=LETTING)" in text
         assert reason_of("estimator", text) == "default: no bucket is near"
     pinned = dataclasses.replace(PrunerConfig(), blocks_per_sm=1)
     text = step.with_configs({"pruner": pinned}).explain()
     assert reason_of("pruner", text) == "pinned"
-    assert repr(dataclasses.replace(pinned, pdl=True)) in text
+    assert repr(dataclasses.replace(pinned, pdl=Start.LETTING)) in text
     assert reason_of("estimator", text) == "default: others are pinned"
     dense, _ = step_of(1, 64, path="dense")
     assert reason_of("attention", dense.explain()) == "default: tuned for kept tokens only"

@@ -10,6 +10,7 @@ from twilight_tilelang.kernels.cache import CacheShape
 from twilight_tilelang.kernels.gpu import ARCHS
 from twilight_tilelang.kernels.launch import StepShape
 from twilight_tilelang.kernels.plan import (
+    SPECS,
     launches_in,
     plan_candidates,
     plan_dense,
@@ -91,6 +92,22 @@ def test_with_configs_shares_memory_and_changes_what_is_named(launched):
 
 
 SHAPE = StepShape(4, 128, 16, "float16", 512, 2048, 8192, 512)
+
+
+@pytest.mark.parametrize("name, most", [("page_score", 4), ("estimator", 8)])
+def test_tiles_are_spread_until_every_multiprocessor_is_full(name, most):
+    """From 8 to 512 rows: a block takes more steps only where enough blocks are left."""
+    gpu, before = ARCHS["sm_90a"], 1
+    for rows in (8, 16, 24, 32, 64, 96, 128, 256, 512):
+        shape = SHAPE._replace(num_rows=rows)
+        config = SPECS[name].default(shape, gpu)
+        tiles = rows * SPECS[name].width(shape) // 16
+        blocks = tiles / (config.num_warps * config.tiles_per_warp * config.steps)
+        assert config.steps >= before and config.steps <= most
+        assert config.steps == 1 or blocks >= 4 * gpu.num_multiprocessors
+        assert config.steps == most or blocks < 8 * gpu.num_multiprocessors
+        before = config.steps if config.tiles_per_warp == 2 else 1
+    assert before == most
 
 
 def names(plan) -> list[str]:

@@ -368,7 +368,7 @@ EVERY = ((*GPU_WORKLOADS, *GPU_FULL), (*CPU_WORKLOADS, *CPU_FULL))
 
 def test_cpu_workloads_feed_every_figure() -> None:
     names = {workload.name for workload in CPU_WORKLOADS}
-    assert {"budget-gqa", "budget-mha", "length-b1"} <= names
+    assert {"budget-gqa", "budget-mha", "length-b1", "batch-1k"} <= names
     for workloads in EVERY:
         for sweep in (w for w in workloads if w.random_tokens):
             standard = (w for w in workloads if "dense" in w.stages)

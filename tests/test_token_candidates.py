@@ -19,6 +19,7 @@ from tests.inputs.pinned import pinned
 from tests.inputs.token_lists import random_tokens, tokens_of_pages
 from twilight_tilelang import reference
 from twilight_tilelang.kernels.attention import AttentionWorkspace
+from twilight_tilelang.kernels.compiling import Start
 from twilight_tilelang.kernels.estimate_prune import (
     ESTIMATE_PRUNE,
     EstimatePruneConfig,
@@ -106,7 +107,10 @@ def test_every_config_gives_the_same_bits(case, by_head, rng):
             EstimatorConfig(num_warps=1, steps=3),
             PrunerConfig(heads_apart=q.shape[1] > cache.num_kv_heads),
         ),
-        (EstimatorConfig(tiles_per_warp=1, steps=2, pdl=True), PrunerConfig(pdl=True)),
+        (
+            EstimatorConfig(tiles_per_warp=1, steps=2, pdl=Start.LETTING),
+            PrunerConfig(pdl=Start.LETTING),
+        ),
     ):
         with pinned({"estimator": estimator, "pruner": pruner}):
             logits = kernels.estimate_logits(q, cache, candidates)

@@ -19,6 +19,8 @@ from twilight_tilelang.autotune.space import launches_of
 from twilight_tilelang.autotune.store import path_of, with_entry, write_configs
 from twilight_tilelang.kernels import tuned
 from twilight_tilelang.kernels.attention import ATTENTION
+from twilight_tilelang.kernels.compiling import Start
+from twilight_tilelang.kernels.estimator import ESTIMATOR
 from twilight_tilelang.kernels.gpu import ARCHS, gpu_slug
 from twilight_tilelang.kernels.launch import ROOM, KernelSpec
 from twilight_tilelang.kernels.plan import SPECS
@@ -184,12 +186,22 @@ def test_pinned_configs_come_before_tuned_ones() -> None:
         assert (choice.config, choice.reason) == (config, reason)
 
 
-@pytest.mark.parametrize("rows, early", [(32, True), (33, False)])
-def test_few_rows_start_early_whatever_is_tuned(rows, early) -> None:
-    """By the rows of one launch, not of the whole step."""
-    shape = shape_of("pruner", HOME)._replace(launch_rows=rows)
-    assert Planner(H200).plan(PRUNER, shape).config == dataclasses.replace(DEFAULT, pdl=early)
-    assert not Planner(ARCHS["sm_80"]).plan(PRUNER, shape).config.pdl
+@pytest.mark.parametrize(
+    "rows, launch_rows, estimator, pruner",
+    [
+        (16, 16, Start.LETTING, Start.LETTING),
+        (17, 17, Start.WAITING, Start.LETTING),
+        (128, 128, Start.WAITING, Start.LETTING),
+        (128, 64, Start.LETTING, Start.LETTING),  # a part
+        (129, 129, Start.LATE, Start.LATE),
+        (512, 128, Start.LATE, Start.LATE),
+    ],
+)
+def test_how_a_kernel_starts_follows_from_the_rows(rows, launch_rows, estimator, pruner) -> None:
+    shape = shape_of("pruner", HOME)._replace(num_rows=rows, launch_rows=launch_rows)
+    planned = [Planner(H200).plan(own, shape).config.pdl for own in (ESTIMATOR, PRUNER)]
+    assert planned == [estimator, pruner]
+    assert Planner(ARCHS["sm_80"]).plan(PRUNER, shape).config.pdl == Start.LATE
 
 
 def test_without_a_file_defaults_are_taken(tmp_path: Path, monkeypatch) -> None:
@@ -353,7 +365,7 @@ def test_show_says_what_is_launched_and_why(written: Path, monkeypatch, capsys) 
     monkeypatch.setenv(tuned.VARIABLE, str(written))
     assert show.main(["--workload", "gqa-32k", "--gpu", "h200"]) == 0
     text = capsys.readouterr().out
-    config = "PrunerConfig(heads_apart=True, blocks_per_sm=2, pdl=False)"
+    config = "PrunerConfig(heads_apart=True, blocks_per_sm=2, pdl=LATE)"
     assert f"pruner: {config}\n    exact; 100.0 -> 90.0" in text
     assert "estimator: EstimatorConfig" in text and "default: no bucket is near" in text
     assert "estimate_prune: EstimatePruneConfig" in text

@@ -15,36 +15,42 @@ LOOKED_ON = ("timeline", "kept", "memory")  # tables that are filled beside the 
 EQUAL = (1,)  # every head keeps, or reads, as many
 LENGTHS = (4096, 8192, 16_384, 32_768, 65_536, 131_072, 262_144)
 LONGEST = 1_048_576  # the most candidate tokens that the pruner takes
+BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # that a GPU serves
 BUDGETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768)
 SMALL_LENGTHS, SMALL_BUDGETS = (256, 512, 1024), (64, 128, 256, 512)
 
 
-def shape_of(batch_size: int, seq_len: int, num_kv_heads: int) -> DecodeShape:
+def shape_of(
+    batch_size: int, seq_len: int, num_kv_heads: int, num_qo_heads: int = 32
+) -> DecodeShape:
     """Sizes as in models of 7 to 8 billion parameters: 32 query heads of 128 channels."""
-    return DecodeShape(batch_size, 32, num_kv_heads, 128, PAGE_SIZE, seq_len, torch.float16)
+    heads = num_qo_heads, num_kv_heads
+    return DecodeShape(batch_size, *heads, 128, PAGE_SIZE, seq_len, torch.float16)
 
 
 def kept_of(num_kv_heads: int) -> int:
     """Tokens that a KV head of `shape_of` keeps: a query head's, or the union of a group's."""
-    return 512 if num_kv_heads == 8 else 256
+    return 256 if num_kv_heads == 32 else 512
+
+
+def whole_step(name: str, batch_size: int, seq_len: int, num_kv_heads: int) -> Workload:
+    """The whole step and dense decode; a quarter is candidate, 8,192 at most."""
+    return Workload(
+        name,
+        shape_of(batch_size, seq_len, num_kv_heads),
+        token_budget=min(8192, seq_len // 4),
+        kept_mean=kept_of(num_kv_heads),
+        stages=("pipeline", "dense"),
+        dense_baselines=("flashinfer", "cudnn"),
+        max_sets=48,
+    )
 
 
 def lengths(
     name: str, batch_size: int, num_kv_heads: int, seq_lens: tuple[int, ...]
 ) -> list[Workload]:
-    """The whole step and dense decode at growing length; a quarter is candidate, 8,192 at most."""
-    return [
-        Workload(
-            name,
-            shape_of(batch_size, seq_len, num_kv_heads),
-            token_budget=min(8192, seq_len // 4),
-            kept_mean=kept_of(num_kv_heads),
-            stages=("pipeline", "dense"),
-            dense_baselines=("flashinfer", "cudnn"),
-            max_sets=48,
-        )
-        for seq_len in seq_lens
-    ]
+    """`whole_step` at growing length."""
+    return [whole_step(name, batch_size, seq_len, num_kv_heads) for seq_len in seq_lens]
 
 
 def budget_sweep(
@@ -70,8 +76,10 @@ def budget_sweep(
     )
 
 
-def _standard(name: str, batch_size: int, seq_len: int, num_kv_heads: int) -> Workload:
-    shape = shape_of(batch_size, seq_len, num_kv_heads)
+def _standard(
+    name: str, batch_size: int, seq_len: int, num_kv_heads: int, num_qo_heads: int = 32
+) -> Workload:
+    shape = shape_of(batch_size, seq_len, num_kv_heads, num_qo_heads)
     stages = (*STAGES, *LOOKED_ON)
     return Workload(name, shape, 8192, kept_of(num_kv_heads), stages=stages, host_times=True)
 
@@ -82,6 +90,10 @@ GPU_WORKLOADS: tuple[Workload, ...] = (
     _standard("gqa-128k", 16, 131_072, 8),
     _standard("solo-128k", 1, 131_072, 8),
     _standard("solo-32k", 1, 32_768, 8),
+    *(_standard(f"b{batch_size}-32k", batch_size, 32_768, 8) for batch_size in (2, 4, 8, 16, 32)),
+    _standard("b4-128k", 4, 131_072, 8),
+    _standard("tp8-b32-32k", 32, 32_768, 1, num_qo_heads=8),  # one of eight GPUs
+    *(whole_step("batch-32k", batch_size, 32_768, 8) for batch_size in BATCH_SIZES),
     budget_sweep("budget-gqa", shape_of(64, 32_768, 8), BUDGETS),
     budget_sweep("budget-mha", shape_of(64, 32_768, 32), BUDGETS),
     *lengths("length-b1", 1, 8, (*LENGTHS, LONGEST)),
@@ -110,4 +122,5 @@ CPU_WORKLOADS: tuple[Workload, ...] = (
     budget_sweep("budget-gqa", small_shape(4, 1024, 2), SMALL_BUDGETS),
     budget_sweep("budget-mha", small_shape(4, 1024, 8), SMALL_BUDGETS),
     *(small(f"length-b{b}", b, seq_len, 2) for b in (1, 2, 4) for seq_len in SMALL_LENGTHS),
+    *(small("batch-1k", batch_size, 1024, 2) for batch_size in (1, 2, 4)),
 )

@@ -32,10 +32,12 @@ from tests.inputs.cases import (
 from tests.inputs.hazards import poison_unused
 from tests.inputs.pinned import fused, pinned
 from tests.inputs.token_lists import random_tokens
-from twilight_tilelang.kernels import attention, tuned
+from twilight_tilelang.kernels import attention
 from twilight_tilelang.kernels.attention import WorkList
+from twilight_tilelang.kernels.compiling import Start
 from twilight_tilelang.kernels.estimator import EstimatorConfig
 from twilight_tilelang.kernels.label_scores import TokenScores
+from twilight_tilelang.kernels.launch import KernelSpec
 from twilight_tilelang.kernels.lists import CandidatePages, CandidateTokens
 from twilight_tilelang.kernels.page_scores import PageScoreConfig
 from twilight_tilelang.kernels.pruner import PrunerConfig
@@ -128,12 +130,12 @@ def cases(part: int) -> None:
 
 
 def without_early_starts() -> None:
-    """As where many rows fill the GPU: no kernel starts before the one ahead of it has ended."""
-    with pytest.MonkeyPatch.context() as monkeypatch, pinned({}):
-        for module in (attention, tuned):
-            monkeypatch.setattr(module, "starts_early", lambda *_: False)
-        every_stage(small(1))
-        every_stage(small(4))
+    """As where more rows share the GPU: a kernel lets no other in before its end."""
+    for start in (Start.LATE, Start.WAITING):
+        with pytest.MonkeyPatch.context() as monkeypatch, pinned({}):
+            monkeypatch.setattr(KernelSpec, "start", lambda *_, own=start: own)
+            every_stage(small(1))
+            every_stage(small(4))
 
 
 def in_one_kernel() -> None:
