@@ -58,7 +58,8 @@ class Task:
 def shape_of_workload(workload: Workload) -> StepShape:
     """The sizes of a workload's step of quest+twilight."""
     shape = workload.shape
-    num_parts = parts_for(shape.batch_size, shape.num_kv_heads)
+    max_pages = -(-shape.max_seq_len // shape.page_size)
+    num_parts = parts_for(shape.batch_size, shape.num_kv_heads, max_pages)
     return StepShape(
         group_size=shape.group_size,
         head_dim=shape.head_dim,
@@ -66,7 +67,7 @@ def shape_of_workload(workload: Workload) -> StepShape:
         dtype=str(shape.dtype).removeprefix("torch."),
         kv_dtype=str(workload.kv_dtype or "").removeprefix("torch."),
         num_rows=shape.batch_size * shape.num_kv_heads,
-        max_pages=-(-shape.max_seq_len // shape.page_size),
+        max_pages=max_pages,
         width=workload.settings("quest+twilight")[0],
         launch_rows=shape.batch_size // num_parts * shape.num_kv_heads,
     )

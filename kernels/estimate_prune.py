@@ -11,7 +11,7 @@ from .cache import PagedKVCache
 from .compiling import THREAD_LEVEL, Start, start_early
 from .estimate_tiles import Mirror, estimate_tiles
 from .gpu import Gpu
-from .launch import KernelSpec, Launch, StepShape, static_width
+from .launch import LONG_PAGES, MANY_ROWS, KernelSpec, Launch, StepShape, static_width
 from .lists import Listed, Window
 from .mma import Tiles
 from .pools import TILE_TOKENS
@@ -23,8 +23,7 @@ from .token_list import Row, TokenList
 from .top_p import NUM_THREADS, VECTOR, Heads, Logits, is_held, list_row, prune_heads
 from .tuned import Planned
 
-# One block, and two, on each of 132 multiprocessors. Fewer rows are spread over more blocks.
-FULL_ROWS, MANY_ROWS = 128, 264
+ROWS_FOR_TWO = 264  # blocks on each of 132 multiprocessors
 PADDING = 8  # logits behind each row, so that the heads' stores meet different banks
 
 
@@ -41,11 +40,12 @@ def default_config(shape: StepShape, gpu: Gpu) -> EstimatePruneConfig:
     """One kernel where many rows fill the GPU with a block each, and a multiprocessor has room for
     two: while one waits for codes, another searches. Two heads are searched side by side where
     registers allow it, which candidates of single heads do not; logits of one query head leave room
-    for more blocks. Rows of three or four heads that have a multiprocessor each have all of them
-    searched at once."""
+    for more blocks. Rows of three or four heads that have a multiprocessor each, and are not cut
+    into small parts, have all heads searched at once."""
     by_head = shape.candidates == "head_tokens"
-    if FULL_ROWS <= shape.num_rows < MANY_ROWS and 3 <= shape.group_size <= 4:
-        if shape.head_dim <= 128 and not by_head and blocks_that_fit(shape, gpu, shape.group_size):
+    if MANY_ROWS <= shape.num_rows < ROWS_FOR_TWO and shape.max_pages <= LONG_PAGES:
+        fits = shape.head_dim <= 128 and 3 <= shape.group_size <= 4 and not by_head
+        if fits and blocks_that_fit(shape, gpu, shape.group_size):
             return EstimatePruneConfig(blocks_per_sm=1, heads_at_once=shape.group_size)
     if shape.group_size == 1 and shape.head_dim <= 128:
         blocks_per_sm, heads_at_once = (4 if gpu.capability < (10, 0) else 3) - by_head, 1
@@ -55,7 +55,7 @@ def default_config(shape: StepShape, gpu: Gpu) -> EstimatePruneConfig:
         heads_at_once = 2 if fits else 1
     room = blocks_that_fit(shape, gpu, heads_at_once)
     return EstimatePruneConfig(
-        fused=shape.num_rows >= MANY_ROWS and room >= 2,
+        fused=shape.num_rows >= ROWS_FOR_TWO and room >= 2,
         blocks_per_sm=blocks_per_sm,
         heads_at_once=heads_at_once,
     )

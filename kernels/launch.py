@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Config = TypeVar("Config", bound="DataclassInstance")  # a kernel's launch configuration
 FULL_BLOCKS = 4  # of a kernel that takes tiles, on each multiprocessor
 FEW_ROWS, MANY_ROWS = 16, 128  # up to which, and beyond which, all kernels start alike
+LONG_PAGES = 4096  # of a row, beyond which page scores take longer than all other stages
 ROOM = Path(__file__).resolve().parent
 HERE = nullcontext()
 

@@ -12,7 +12,7 @@ from .cache import PagedKVCache, check_cache
 from .checks import check_choice, check_count, check_tensor
 from .crossing import expected_times, fastest, read_bandwidth
 from .explain import explain
-from .launch import on_device
+from .launch import LONG_PAGES, MANY_ROWS, on_device
 from .lists import Candidates, Kept
 from .options import DecodeOptions
 from .plan import plan_candidates, plan_dense, plan_sparse
@@ -23,10 +23,7 @@ from .steps import CandidateStep, DenseStep, Settings, SparseMemory, SparseStep
 from .threshold import check_num_items
 from .tuned import Planner
 
-PART_ROWS, MAX_PARTS = (
-    64,
-    4,
-)  # rows (one KV head of one request) of which a part still fills the GPU
+MAX_PARTS = 4
 
 
 class TwilightDecode:
@@ -66,7 +63,7 @@ class TwilightDecode:
             raise ValueError(f"bound_mass: expected the path 'sparse', got {options.path!r}")
         num_parts = options.num_parts
         if num_parts is None:
-            num_parts = parts_for(cache.batch_size, cache.num_kv_heads)
+            num_parts = parts_for(cache.batch_size, cache.num_kv_heads, cache.max_pages)
         check_count("num_parts", num_parts, least=1, most=cache.batch_size)
         device = cache.k_cache.device
         settings = Settings(check_scale(options.sm_scale, cache.head_dim), options.window)
@@ -221,9 +218,11 @@ class TwilightDecode:
             current.wait_stream(stream)
 
 
-def parts_for(batch_size: int, num_kv_heads: int) -> int:
-    """Parts that a step is cut into where the caller asks for no number."""
-    return max(1, min(MAX_PARTS, batch_size, batch_size * num_kv_heads // PART_ROWS))
+def parts_for(batch_size: int, num_kv_heads: int, max_pages: int) -> int:
+    """Parts that a step is cut into where the caller asks for no number: as many as still fill the
+    GPU. Of long rows, whose page scores fill it alone, fewer do."""
+    num_rows, part_rows = batch_size * num_kv_heads, 32 if max_pages > LONG_PAGES else 64
+    return min(MAX_PARTS, batch_size, num_rows // part_rows) if num_rows >= MANY_ROWS else 1
 
 
 def _like(q: torch.Tensor) -> tuple[object, ...]:
