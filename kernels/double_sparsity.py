@@ -7,7 +7,8 @@ import torch
 
 from .cache import PagedKVCache
 from .checks import check_choice, check_count
-from .label_scores import LABEL_SCORE, LabelScoreConfig, TokenScores, score_labels
+from .label_scores import LABEL_SCORE, TokenScores, score_labels
+from .label_tiles import LabelScoreConfig
 from .labels import LabelShape, TokenRows, token_rows
 from .launch import StepShape, on_device
 from .lists import CandidateTokens, Window
@@ -60,10 +61,29 @@ def select_top_tokens(
 ) -> None:
     """Two launches, or three where a group has several heads: q [batch_size, num_kv_heads,
     group_size, head_dim] -> candidates."""
-    scored, open_keys, candidates = selection
-    if candidates.heads is not None:  # a row is one query head
+    score_tokens(plan, q, cache, window, sm_scale, selection)
+    take_tokens(plan, cache, window, selection)
+
+
+def score_tokens(
+    plan: TokenPlan,
+    q: torch.Tensor,
+    cache: PagedKVCache,
+    window: Window,
+    sm_scale: float,
+    selection: TokenSelection,
+) -> None:
+    """-> scored."""
+    if selection.candidates.heads is not None:  # a row is one query head
         q = q.flatten(1, 2)[:, :, None]
-    score_labels(plan.label_score, q, cache, window, sm_scale, scored)
+    score_labels(plan.label_score, q, cache, window, sm_scale, selection.scored)
+
+
+def take_tokens(
+    plan: TokenPlan, cache: PagedKVCache, window: Window, selection: TokenSelection
+) -> None:
+    """scored -> candidates."""
+    scored, open_keys, candidates = selection
     take_top_tokens(
         plan.top_tokens, cache, scored, window, plan.token_budget, open_keys, candidates
     )

@@ -1,29 +1,25 @@
 """The tokens with the largest scores, of rows as long as a context: one pass over the scores that
-blocks share out, then a search among the few that it left open."""
+blocks share out, then an exact choice among the few that it left open."""
 
 from dataclasses import dataclass
-from functools import partialmethod
 from typing import Any, NamedTuple
 
 import tilelang
 import tilelang.language as T
 import torch
-from tvm.tirx import Buffer, PrimExpr
+from tvm.tirx import Buffer
 
 from .cache import PagedKVCache
 from .compiling import THREAD_LEVEL, start_early
 from .gpu import Gpu
-from .label_scores import TokenScores
+from .label_scores import TokenScores, binning_of
 from .launch import KernelSpec, Launch, StepShape
 from .lists import CandidateTokens, Window
-from .threshold import BINS_PER_THREAD, Search, compact
-from .token_keys import BIN_SHIFT, LOWEST_KEY, NUM_BINS, OpenTokens, bin_of
-from .token_list import Row
+from .near_tokens import MAX_RANKED, NUM_THREADS, NearKeys, mark_first, search_near
+from .threshold import BINS_PER_THREAD, Search
+from .token_keys import NUM_BINS, Binning, OpenTokens
 from .tuned import Planned
-from .warp import atomic_add, atomic_or, block_exclusive_sum, warp_inclusive_sum
-
-NUM_THREADS = NUM_BINS // BINS_PER_THREAD
-NEAR_AT_ONCE = 4
+from .warp import atomic_add, block_exclusive_sum, warp_inclusive_sum
 
 
 @dataclass(frozen=True)
@@ -87,58 +83,32 @@ def take_top_tokens(
         unite(open_keys.words, cache.seq_lens, *candidates)
 
 
-class NearKeys(NamedTuple):
-    """The keys of a row that lie in the bin where its tokens are cut off, in no order."""
-
-    pairs: Buffer  # [rows, capacity, 2] i32
-    counts: Buffer  # [rows, chunks] i32: those of a chunk come first in its place
-    row: PrimExpr
-    num_chunks: PrimExpr
-    chunk: int
-
-    @partialmethod
-    @T.macro
-    def each(self, visit):
-        """visit(key, token) sees every pair: a thread every NUM_THREADS-th, some loads at once."""
-        pairs = T.alloc_local((NEAR_AT_ONCE, 2), T.int32)
-        count = T.alloc_var(T.int32)
-        for own in T.serial(self.num_chunks):
-            count = self.counts[self.row, own]
-            for turn in T.serial(T.ceildiv(count, NEAR_AT_ONCE * NUM_THREADS)):
-                first = turn * (NEAR_AT_ONCE * NUM_THREADS) + T.get_thread_binding()
-                for i in T.unroll(NEAR_AT_ONCE):
-                    if first + i * NUM_THREADS < count:
-                        place = own * self.chunk + first + i * NUM_THREADS
-                        for e in T.vectorized(2):
-                            pairs[i, e] = self.pairs[self.row, place, e]
-                for i in T.unroll(NEAR_AT_ONCE):
-                    if first + i * NUM_THREADS < count:
-                        visit(pairs[i, 0], pairs[i, 1])
-
-
 @T.macro
-def add_tie(ties, search, key, token, shift, num_bins):
-    """Adds a token with the key found by its number, negated: the first is largest."""
-    if key == search.low:
-        ties.add(-token, shift, num_bins, 1)
-
-
-@T.macro
-def mark_near(words, search, ties, row, key, token):
-    """Sets a near token's bit if it is taken."""
-    if key > search.low or (key == search.low and -token >= ties.low):
-        T.evaluate(atomic_or(words[row, token // 32], 1 << (token % 32)))
-
-
-@dataclass(frozen=True)
-class RowWords:
-    """A row's words of bits, one by one."""
-
-    words: Buffer  # [rows, words] i32
-    row: PrimExpr
-
-    def __getitem__(self, word: PrimExpr) -> PrimExpr:
-        return T.cast(self.words[self.row, word], T.uint32)
+def list_bits(words, row, num_words, warp_sums, output):
+    """Writes the number of every set bit of the row's words to its output, ascending, and returns
+    how many they are. A warp takes 32 words, one after another, a lane a bit of each."""
+    thread = T.get_thread_binding()
+    lane = thread % 32
+    bits = T.alloc_var(T.uint32)
+    slot = T.alloc_var(T.int32)
+    count = T.alloc_var(T.int32)
+    count = 0
+    for turn in T.serial(T.ceildiv(num_words, NUM_THREADS)):
+        word = turn * NUM_THREADS + thread
+        bits = T.uint32(0)
+        if word < num_words:
+            bits = T.cast(words[row, word], T.uint32)
+        before, total = block_exclusive_sum(T.cast(T.popcount(bits), T.int32), warp_sums)
+        slot = count + before
+        for i in T.unroll(32):
+            own = T.shfl_sync(bits, i)
+            first = T.shfl_sync(slot, i)
+            lower = own & ((T.uint32(1) << T.cast(lane, T.uint32)) - T.uint32(1))
+            if (own >> T.cast(lane, T.uint32)) & T.uint32(1) != T.uint32(0):
+                place = first + T.cast(T.popcount(lower), T.int32)
+                output[row, place] = (word - lane + i) * 32 + lane
+        count += total
+    return count
 
 
 def by_row(tensor: Buffer) -> Buffer:
@@ -148,23 +118,22 @@ def by_row(tensor: Buffer) -> Buffer:
 
 
 @T.macro
-def load_keys(keys, scores, row, start):
-    """The scores' bits; of tokens that the row has no place for, of its last."""
+def load_scores(loaded, scores, row, start):
+    """Of tokens that the row has no place for, that of its last."""
     place = T.alloc_var(T.int32)
-    for r in T.unroll(keys.shape[0]):
+    for r in T.unroll(loaded.shape[0]):
         place = T.min(start + r * NUM_THREADS + T.get_thread_binding(), scores.shape[1] - 1)
-        keys[r] = T.reinterpret(scores[row, place], T.int32)
+        loaded[r] = scores[row, place]
 
 
 @tilelang.jit(pass_configs=THREAD_LEVEL)
-def top_tokens_kernel(config: TopTokensConfig, listed: bool = True):
-    """Grid: (chunk of a row, row, batch). Takes the min(need, length) tokens with the
-    largest keys (token_keys.py), the first of equal ones.
+def top_tokens_kernel(binning: Binning, config: TopTokensConfig, listed: bool = True):
+    """Grid: (chunk of a row, row, batch). Takes the min(need, length) tokens with the largest keys
+    (token_keys.py), the first of equal ones.
 
-    The row's bins tell every block in which bin the tokens are cut off: those of larger keys are
-    taken, those in the bin are set aside. The block that is the last of its row to be done searches
-    these, by key and, should several share the last key, by their numbers; then, if `listed`, it
-    lists what is taken. It leaves the bins at zero.
+    The row's bins tell every block in which bin the tokens are cut off: those of later bins are
+    taken, those in it are set aside. The block that is the last of its row to be done chooses among
+    these; then, if `listed`, it lists what is taken. It leaves the bins at zero.
     """
     batch_size, num_rows = T.dynamic("batch_size, num_rows")
     capacity, num_words, num_chunks = T.dynamic("capacity, num_words, num_chunks")
@@ -200,17 +169,21 @@ def top_tokens_kernel(config: TopTokensConfig, listed: bool = True):
             near, near_counts, arrived = by_row(near), by_row(near_counts), by_row(arrived)
             search = Search.allocate(NUM_THREADS)
             ties = search.again()
-            shared = T.alloc_shared((2,), T.int32, scope="shared")  # near keys; blocks before
-            keys = T.alloc_local((per_thread,), T.int32)
+            warp_sums = T.alloc_shared((NUM_THREADS // 32,), T.int32, scope="shared")
+            shared = T.alloc_shared((2,), T.int32, scope="shared")  # near tokens; blocks before
+            ahead = T.alloc_local((per_thread,), T.float32)
+            own = T.alloc_local((per_thread,), T.float32)
+            number = T.alloc_local((per_thread,), T.int32)  # of its bin
             taken_from = T.alloc_var(T.int32)  # bins above are taken
             open_bin = T.alloc_var(T.int32)
             above = T.alloc_var(T.int32)
+            num_open = T.alloc_var(T.int32)
             num_near = T.alloc_var(T.int32)
             slot = T.alloc_var(T.int32)
             seq_len = seq_lens[batch]
             start = block * chunk
             if block == 0 or start < seq_len:
-                load_keys(keys, scores, row, start)  # asked for before the bins are there
+                load_scores(ahead, scores, row, start)  # asked for before the bins are there
                 for j in T.vectorized(BINS_PER_THREAD):
                     search.bins[0, thread * BINS_PER_THREAD + j] = bins[
                         row, thread * BINS_PER_THREAD + j
@@ -221,27 +194,32 @@ def top_tokens_kernel(config: TopTokensConfig, listed: bool = True):
                 search.bracket[1] = 0
                 search.cross(0, need)
                 above = search.above
+                num_open = search.mass
                 taken_from = search.low
                 open_bin = search.low
                 if seq_len <= need:
                     taken_from = -1
                     open_bin = -1
-                elif above + search.mass == need:
+                elif above + num_open == need:
                     taken_from = search.low - 1
                     open_bin = -1
 
                 open_tokens = OpenTokens.of(seq_len, num_sink_tokens, num_recent_tokens)
                 for turn in T.serial(config.turns):
                     first = start + turn * (per_thread * NUM_THREADS) + thread
+                    for r in T.unroll(per_thread):
+                        own[r] = ahead[r]
+                    if turn + 1 < config.turns:
+                        load_scores(ahead, scores, row, first - thread + per_thread * NUM_THREADS)
                     num_near = 0
                     for r in T.unroll(per_thread):
                         token = first + r * NUM_THREADS
-                        keys[r] = open_tokens.key(token, T.reinterpret(keys[r], T.float32))
-                        is_taken = token < seq_len and bin_of(keys[r]) > taken_from
+                        number[r] = open_tokens.bin(token, own[r], binning)
+                        is_taken = token < seq_len and number[r] > taken_from
                         bits = T.cast(T.cast(T.ballot(is_taken), T.uint32), T.int32)
                         if thread % 32 == 0 and token < seq_len:
                             words[row, token // 32] = bits
-                        if token < seq_len and bin_of(keys[r]) == open_bin:
+                        if token < seq_len and number[r] == open_bin:
                             num_near += 1
                     running = warp_inclusive_sum(num_near)
                     slot = 0
@@ -251,12 +229,10 @@ def top_tokens_kernel(config: TopTokensConfig, listed: bool = True):
                     if num_near > 0:
                         for r in T.unroll(per_thread):
                             token = first + r * NUM_THREADS
-                            if token < seq_len and bin_of(keys[r]) == open_bin:
-                                near[row, start + slot, 0] = keys[r]
+                            if token < seq_len and number[r] == open_bin:
+                                near[row, start + slot, 0] = open_tokens.key(token, own[r])
                                 near[row, start + slot, 1] = token
                                 slot += 1
-                    if turn + 1 < config.turns:
-                        load_keys(keys, scores, row, first - thread + per_thread * NUM_THREADS)
 
                 T.sync_threads()
                 if thread == 0:
@@ -265,37 +241,21 @@ def top_tokens_kernel(config: TopTokensConfig, listed: bool = True):
                         arrived[row], 1, memory_order="acq_rel", return_prev=True
                     )
                 T.sync_threads()
-                if shared[1] == T.max(T.ceildiv(seq_len, chunk), 1) - 1:
+                num_chunks_used = T.ceildiv(seq_len, chunk)
+                if shared[1] == T.max(num_chunks_used, 1) - 1:
                     if open_bin >= 0:
-                        open_keys = NearKeys(
-                            near, near_counts, row, T.ceildiv(seq_len, chunk), chunk
-                        )
-                        search.find(
-                            (open_bin - NUM_BINS // 2) << BIN_SHIFT, (1 << BIN_SHIFT) - 1, above,
-                            need,
-                            lambda shift, num_bins: open_keys.each(
-                                lambda key, token: search.add(key, shift, num_bins, 1)
-                            ),
-                        )  # fmt: skip
-                        ties.bracket[0] = LOWEST_KEY  # takes every token
-                        if search.above + search.mass > need:
-                            ties.find(
-                                -seq_len, seq_len, search.above, need,
-                                lambda shift, num_bins: open_keys.each(
-                                    lambda key, token: add_tie(
-                                        ties, search, key, token, shift, num_bins
-                                    )
-                                ),
-                            )  # fmt: skip
-                        open_keys.each(
-                            lambda key, token: mark_near(words, search, ties, row, key, token)
-                        )
+                        near_keys = NearKeys(near, near_counts, row, num_chunks_used, chunk)
+                        if num_open <= MAX_RANKED:
+                            mark_first(
+                                near_keys, search.bins, shared, words, row, num_open, need - above
+                            )
+                        else:
+                            search_near(near_keys, search, ties, words, row, seq_len, above, need)
                         T.sync_threads()
                     if listed:
-                        count = compact(
-                            RowWords(words, row), T.ceildiv(seq_len, 32), lambda at: at,
-                            candidate_tokens, Row(batch, kv_head), NUM_THREADS,
-                        )  # fmt: skip
+                        count = list_bits(
+                            words, row, T.ceildiv(seq_len, 32), warp_sums, by_row(candidate_tokens)
+                        )
                         if thread == 0:
                             candidate_counts[batch, kv_head] = count
                     for j in T.vectorized(BINS_PER_THREAD):
@@ -361,7 +321,8 @@ def token_union_kernel(group_size: int):
 def _launches(shape: StepShape, config: TopTokensConfig) -> tuple[Launch, ...]:
     assert shape.tokens is not None
     listed = shape.tokens.heads == shape.group_size
-    take = Launch("top_tokens", top_tokens_kernel, (config, listed))
+    arguments = (binning_of(shape.tokens), config, listed)
+    take = Launch("top_tokens", top_tokens_kernel, arguments)
     if listed:
         return (take,)
     return (take, Launch("token_union", token_union_kernel, (shape.group_size,)))
@@ -371,5 +332,5 @@ TOP_TOKENS = KernelSpec(
     name="top_tokens", stage="selector", config=TopTokensConfig, default=default_config,
     launches=_launches, width=lambda shape: shape.max_pages,
     applies=lambda shape: shape.tokens is not None,
-    sources=("top_tokens.py", "threshold.py", "token_keys.py", "token_list.py", "warp.py"),
+    sources=("top_tokens.py", "near_tokens.py", "threshold.py", "token_keys.py", "warp.py"),
 )  # fmt: skip
