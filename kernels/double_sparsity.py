@@ -143,9 +143,10 @@ def check_rows(cache: PagedKVCache, group: str, group_size: int) -> TokenRows:
         raise ValueError("cache: expected labels (with_labels), got none")
     expected = (1, group_size) if group == "own" else (1,)
     if labels.heads not in expected:
+        why = "; its query heads score one label of a token" if group == "shared" else ""
         raise ValueError(
             f"labels: expected channels of each KV head for group {group!r} of {group_size} query "
-            f"heads, got {labels.heads} lists for each"
+            f"heads{why}, got {labels.heads} lists for each"
         )
     return token_rows(group, group_size, labels)
 

@@ -183,7 +183,7 @@ def test_a_budget_for_every_token_reads_no_labels(launched):
     "heads, options, match",
     [
         (None, {}, "cache: expected labels"),
-        (32, {}, "labels: expected channels of each KV head for group 'shared'"),
+        (32, {}, "labels: expected channels of each KV head for group 'shared'.*score one label"),
         (8, {"group": "all"}, "group: expected one of"),
         (8, {"num_recent_tokens": 257}, "token_budget: expected at least 257"),
     ],
