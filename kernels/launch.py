@@ -93,6 +93,7 @@ class KernelSpec(Generic[Config]):
         static_width: compiled for its width, rounded up to a power of two.
         applies: whether steps of a shape launch it at all.
         reads_candidates: compiled for what lists them.
+        reads_labels: compiled for their channels and bits.
     """
 
     name: str
@@ -107,6 +108,7 @@ class KernelSpec(Generic[Config]):
     static_width: bool = False
     applies: Callable[[StepShape], bool] = lambda shape: True
     reads_candidates: bool = False
+    reads_labels: bool = False
 
     @property
     def tunable_fields(self) -> set[str]:

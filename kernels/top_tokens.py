@@ -329,8 +329,8 @@ def _launches(shape: StepShape, config: TopTokensConfig) -> tuple[Launch, ...]:
 
 
 TOP_TOKENS = KernelSpec(
-    name="top_tokens", stage="selector", config=TopTokensConfig, default=default_config,
+    name="top_tokens", stage="top_tokens", config=TopTokensConfig, default=default_config,
     launches=_launches, width=lambda shape: shape.max_pages,
-    applies=lambda shape: shape.tokens is not None,
+    applies=lambda shape: shape.tokens is not None, reads_candidates=True,
     sources=("top_tokens.py", "near_tokens.py", "threshold.py", "token_keys.py", "warp.py"),
 )  # fmt: skip

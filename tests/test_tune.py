@@ -226,15 +226,19 @@ def test_every_bucket_comes_once_and_knows_its_workloads() -> None:
     tasks = tune.tasks_of(tune.WORKLOADS, tune.STAGES, "sm_90a")
     assert len({(task.kernel, task.bucket) for task in tasks}) == len(tasks)
     # Few rows leave nothing to choose where many are estimated and pruned in one kernel.
-    no_choice = ("gqa-128k", "solo-128k", "solo-32k")
-    shapes = [tune.shape_of_workload(workload) for workload in tune.WORKLOADS[:-2]]
-    launched = sum(SPECS[kernel].applies(shape) for kernel in SPACES for shape in shapes)
+    no_choice = ("gqa-128k", "solo-128k", "solo-32k", *("gqa-128k ds", "solo-32k ds"))
+    launched = sum(
+        SPECS[kernel].applies(tune.shape_of_workload(workload))
+        for workload in tune.WORKLOADS[:-2]
+        for kernel in SPACES
+        if SPECS[kernel].stage in workload.stages and workload.methods(SPECS[kernel].stage)
+    )
     expected = launched - len(no_choice) + len(FP8_WORKLOADS)
     assert sum(len(task.names) for task in tasks) == expected
     fp8 = {task.kernel: task.bucket.kv_dtype for task in tasks if task.workload in FP8_WORKLOADS}
     assert fp8 == {"attention": "float8_e4m3fn"}
     shared = [t.names for t in tasks if t.kernel == "pruner" and t.bucket.rows == 8]
-    assert shared == [("solo-128k", "solo-32k")]
+    assert shared == [("solo-128k", "solo-32k"), ("solo-32k ds+twilight",)]
     (alone,) = tune.tasks_of([tune.WORKLOADS[4]], ("pruner",), "sm_90a")
     assert alone.workload.name == "solo-32k" and alone.names == shared[0]
     for task in tasks:
@@ -246,7 +250,7 @@ def run_of(folder: Path, **options) -> tune.Run:
     return tune.Run("h200", "sm_90a", folder, **options)
 
 
-SOLO = [workload for workload in tune.WORKLOADS if workload.name == "solo-32k"]
+SOLO = [workload for workload in tune.WORKLOADS if workload.full_name == "solo-32k"]
 
 
 def test_a_run_writes_what_it_finds_and_the_next_does_nothing(tmp_path: Path) -> None:
