@@ -389,13 +389,20 @@ def assert_decode_step(
     **windows,
 ) -> None:
     """Each stage of a TwilightDecode run, judged on what the stage before it gave."""
+    if step.selector == "full":
+        assert_every_page(cache, *step.candidates)
+    else:
+        assert_pages_selected(q, cache, *step.candidates, token_budget, **windows)
+    assert_pruned_and_attended(step, out, q, cache, top_p, **windows)
+
+
+def assert_pruned_and_attended(
+    step, out: torch.Tensor, q: torch.Tensor, cache, top_p: float | torch.Tensor, **windows
+) -> None:
+    """The same of the stages after the selector."""
     write_logits(step, q, cache)
     candidates = step.candidates
     kept = step.kept.tokens, step.kept.counts
-    if step.selector == "full":
-        assert_every_page(cache, *candidates)
-    else:
-        assert_pages_selected(q, cache, *candidates, token_budget, **windows)
     assert_logits_close(step.logits, q, cache, candidates)
     assert_top_p(step.logits, cache, candidates, top_p, (*kept, step.kept.mass), **windows)
     assert_out_close(out, q, cache, *kept)
