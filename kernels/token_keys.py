@@ -19,7 +19,9 @@ from .warp import atomic_add
 LOWEST_KEY, HIGHEST_KEY = -(2**31), 2**31 - 1  # of NaN; of what is always in
 INFINITY_BITS = 0x7F800000
 NUM_BINS = 2048
-ROUNDS = 2.0**23  # added to a smaller number of at least 0, leaves the nearest whole one
+
+
+LAST_PLACE = float(NUM_BINS - 1)  # of scores beyond the bins, and of what is always in
 
 
 class Binning(NamedTuple):
@@ -27,6 +29,13 @@ class Binning(NamedTuple):
 
     per_octave: int  # bins for a factor of two of a weight
     zero: int  # bin of a score of 0
+
+    def place(self, score: PrimExpr) -> PrimExpr:
+        """Where a score lies among the bins, whose number is the whole part, as float32; NaN, of
+        which the larger of two numbers is the other, in the first."""
+        per_octave, zero = map(float, self)
+        place = T.call_extern("float32", "fmaf", score, per_octave, zero)
+        return T.min(T.max(place, 0.0), LAST_PLACE)
 
 
 SHARES = Binning(64, NUM_BINS - 1)  # log2 of shares of a softmax, which are at most 1
@@ -54,12 +63,9 @@ class OpenTokens(NamedTuple):
         return T.if_then_else(self.holds(position), ordered, HIGHEST_KEY)
 
     def bin(self, position: PrimExpr, score: PrimExpr, binning: Binning) -> PrimExpr:
-        """Of the same; of NaN, of which the larger of two numbers is the other, the first one."""
-        per_octave, zero = map(float, binning)
-        place = T.call_extern("float32", "fmaf", score, per_octave, zero)
-        place = T.min(T.max(place, 0.0), float(NUM_BINS - 1))
-        place = T.if_then_else(self.holds(position), place, float(NUM_BINS - 1))
-        return T.reinterpret(place + T.float32(ROUNDS), T.int32) & (NUM_BINS - 1)
+        """Of the same."""
+        place = T.if_then_else(self.holds(position), binning.place(score), LAST_PLACE)
+        return T.cast(place, T.int32)
 
     def holds(self, position: PrimExpr) -> PrimExpr:
         return T.And(position >= self.first, position < self.end)

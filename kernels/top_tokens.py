@@ -2,12 +2,13 @@
 blocks share out, then an exact choice among the few that it left open."""
 
 from dataclasses import dataclass
+from functools import partialmethod
 from typing import Any, NamedTuple
 
 import tilelang
 import tilelang.language as T
 import torch
-from tvm.tirx import Buffer
+from tvm.tirx import Buffer, PrimExpr
 
 from .cache import PagedKVCache
 from .compiling import THREAD_LEVEL, start_early
@@ -17,7 +18,8 @@ from .launch import KernelSpec, Launch, StepShape
 from .lists import CandidateTokens, Window
 from .near_tokens import MAX_RANKED, NUM_THREADS, NearKeys, mark_first, search_near
 from .threshold import BINS_PER_THREAD, Search
-from .token_keys import NUM_BINS, Binning, OpenTokens
+from .token_keys import LAST_PLACE, NUM_BINS, Binning, OpenTokens
+from .token_union import token_union_kernel
 from .tuned import Planned
 from .warp import atomic_add, block_exclusive_sum, warp_inclusive_sum
 
@@ -118,12 +120,109 @@ def by_row(tensor: Buffer) -> Buffer:
 
 
 @T.macro
-def load_scores(loaded, scores, row, start):
-    """Of tokens that the row has no place for, that of its last."""
-    place = T.alloc_var(T.int32)
-    for r in T.unroll(loaded.shape[0]):
-        place = T.min(start + r * NUM_THREADS + T.get_thread_binding(), scores.shape[1] - 1)
-        loaded[r] = scores[row, place]
+def load_scores(loaded, scores, row, first):
+    """Of a warp's tokens from its first on, 32 at a time; of those that the row has no place for,
+    that of its last."""
+    own = first + T.get_thread_binding() % 32
+    if first + int(loaded.shape[0]) * 32 <= scores.shape[1]:
+        for r in T.unroll(loaded.shape[0]):
+            loaded[r] = scores[row, own + r * 32]
+    else:
+        for r in T.unroll(loaded.shape[0]):
+            loaded[r] = scores[row, T.min(own + r * 32, scores.shape[1] - 1)]
+
+
+class Cut(NamedTuple):
+    """Where the tokens of a row are cut off, as places among the bins."""
+
+    taken: Buffer  # [1] f32, in registers: from there on they are taken
+    near: Buffer  # [1] f32: before that, from here on they lie in the bin left open
+
+    @classmethod
+    def allocate(cls) -> "Cut":
+        return cls(T.alloc_local((1,), T.float32), T.alloc_local((1,), T.float32))
+
+    @partialmethod
+    @T.macro
+    def at(self, search, seq_len, need):
+        """From the search among the bins; whether one is left open."""
+        taken, near = self.taken, self.near
+        is_open = T.alloc_var(T.bool)
+        is_open = False
+        near[0] = float(NUM_BINS)
+        taken[0] = T.cast(search.low, T.float32)
+        if seq_len <= need:
+            taken[0] = 0.0
+        elif search.above + search.mass > need:
+            is_open = True
+            near[0] = taken[0]
+            taken[0] = taken[0] + 1.0
+        return is_open
+
+
+class RowNear(NamedTuple):
+    """Where a block sets near tokens aside."""
+
+    pairs: Buffer  # [rows, capacity, 2] i32
+    row: PrimExpr
+    start: PrimExpr  # of the block's chunk, and of its pairs
+    count: Buffer  # [1] i32, in shared memory
+
+
+@T.macro
+def set_aside(near, near_bits, first, scores, open_tokens):
+    """Of this lane's tokens, 32 apart from `first` + lane on, those whose bits are set."""
+    bits = T.alloc_var(T.uint32)
+    slot = T.alloc_var(T.int32)
+    bits = near_bits
+    lane = T.get_thread_binding() % 32
+    number = T.cast(T.popcount(bits), T.int32)
+    running = warp_inclusive_sum(number)
+    slot = 0
+    if lane == 31:
+        slot = atomic_add(near.count[0], running)
+    slot = near.start + T.shfl_sync(slot, 31) + running - number
+    while bits != T.uint32(0):
+        nth = 31 - T.cast(T.clz(bits & (T.uint32(0) - bits)), T.int32)
+        token = first + nth * 32 + lane
+        near.pairs[near.row, slot, 0] = open_tokens.key(token, scores[near.row, token])
+        near.pairs[near.row, slot, 1] = token
+        slot += 1
+        bits = bits & (bits - T.uint32(1))
+
+
+@T.macro
+def take_tokens_of_warp(cut, loaded, first, words, near, scores, open_tokens, binning, seq_len):
+    """Sets the bits of a warp's loaded tokens that are taken, a lane stores a word of them, and
+    sets aside those that are near."""
+    per_thread = int(loaded.shape[0])
+    places = T.alloc_local((per_thread,), T.float32)
+    taken = T.alloc_var(T.uint32)
+    near_bits = T.alloc_var(T.uint32)
+    lane = T.get_thread_binding() % 32
+    for r in T.unroll(per_thread):
+        places[r] = binning.place(loaded[r])
+    # Hardly ever: four instructions for each score are skipped.
+    if first < open_tokens.first or first + per_thread * 32 > T.min(open_tokens.end, seq_len):
+        for r in T.unroll(per_thread):
+            token = first + r * 32 + lane
+            if T.Not(open_tokens.holds(token)):
+                places[r] = LAST_PLACE
+            if token >= seq_len:
+                places[r] = -1.0
+    taken = T.uint32(0)
+    near_bits = T.uint32(0)
+    for r in T.unroll(per_thread):
+        is_taken = places[r] >= cut.taken[0]
+        bits = T.cast(T.ballot(is_taken), T.uint32)
+        if lane == r:
+            taken = bits
+        if places[r] >= cut.near[0] and places[r] < cut.taken[0]:
+            near_bits = near_bits | T.uint32(1 << r)
+    if lane < per_thread and first + lane * 32 < seq_len:
+        words[near.row, first // 32 + lane] = T.cast(taken, T.int32)
+    if T.cast(T.ballot(near_bits != T.uint32(0)), T.uint32) != T.uint32(0):
+        set_aside(near, near_bits, first, scores, open_tokens)
 
 
 @tilelang.jit(pass_configs=THREAD_LEVEL)
@@ -172,18 +271,16 @@ def top_tokens_kernel(binning: Binning, config: TopTokensConfig, listed: bool = 
             warp_sums = T.alloc_shared((NUM_THREADS // 32,), T.int32, scope="shared")
             shared = T.alloc_shared((2,), T.int32, scope="shared")  # near tokens; blocks before
             ahead = T.alloc_local((per_thread,), T.float32)
-            own = T.alloc_local((per_thread,), T.float32)
-            number = T.alloc_local((per_thread,), T.int32)  # of its bin
-            taken_from = T.alloc_var(T.int32)  # bins above are taken
-            open_bin = T.alloc_var(T.int32)
+            loaded = T.alloc_local((per_thread,), T.float32)
+            is_open = T.alloc_var(T.bool)
             above = T.alloc_var(T.int32)
-            num_open = T.alloc_var(T.int32)
             num_near = T.alloc_var(T.int32)
-            slot = T.alloc_var(T.int32)
+            cut = Cut.allocate()
             seq_len = seq_lens[batch]
             start = block * chunk
             if block == 0 or start < seq_len:
-                load_scores(ahead, scores, row, start)  # asked for before the bins are there
+                first_of_warp = start + thread // 32 * (32 * per_thread)
+                load_scores(ahead, scores, row, first_of_warp)  # before the bins are there
                 for j in T.vectorized(BINS_PER_THREAD):
                     search.bins[0, thread * BINS_PER_THREAD + j] = bins[
                         row, thread * BINS_PER_THREAD + j
@@ -194,45 +291,20 @@ def top_tokens_kernel(binning: Binning, config: TopTokensConfig, listed: bool = 
                 search.bracket[1] = 0
                 search.cross(0, need)
                 above = search.above
-                num_open = search.mass
-                taken_from = search.low
-                open_bin = search.low
-                if seq_len <= need:
-                    taken_from = -1
-                    open_bin = -1
-                elif above + num_open == need:
-                    taken_from = search.low - 1
-                    open_bin = -1
+                num_near = search.mass
+                is_open = cut.at(search, seq_len, need)
 
                 open_tokens = OpenTokens.of(seq_len, num_sink_tokens, num_recent_tokens)
+                aside = RowNear(near, row, start, shared)
                 for turn in T.serial(config.turns):
-                    first = start + turn * (per_thread * NUM_THREADS) + thread
+                    first = first_of_warp + turn * (per_thread * NUM_THREADS)
                     for r in T.unroll(per_thread):
-                        own[r] = ahead[r]
+                        loaded[r] = ahead[r]
                     if turn + 1 < config.turns:
-                        load_scores(ahead, scores, row, first - thread + per_thread * NUM_THREADS)
-                    num_near = 0
-                    for r in T.unroll(per_thread):
-                        token = first + r * NUM_THREADS
-                        number[r] = open_tokens.bin(token, own[r], binning)
-                        is_taken = token < seq_len and number[r] > taken_from
-                        bits = T.cast(T.cast(T.ballot(is_taken), T.uint32), T.int32)
-                        if thread % 32 == 0 and token < seq_len:
-                            words[row, token // 32] = bits
-                        if token < seq_len and number[r] == open_bin:
-                            num_near += 1
-                    running = warp_inclusive_sum(num_near)
-                    slot = 0
-                    if thread % 32 == 31 and running > 0:
-                        slot = atomic_add(shared[0], running)
-                    slot = T.shfl_sync(slot, 31) + running - num_near
-                    if num_near > 0:
-                        for r in T.unroll(per_thread):
-                            token = first + r * NUM_THREADS
-                            if token < seq_len and number[r] == open_bin:
-                                near[row, start + slot, 0] = open_tokens.key(token, own[r])
-                                near[row, start + slot, 1] = token
-                                slot += 1
+                        load_scores(ahead, scores, row, first + per_thread * NUM_THREADS)
+                    take_tokens_of_warp(
+                        cut, loaded, first, words, aside, scores, open_tokens, binning, seq_len
+                    )
 
                 T.sync_threads()
                 if thread == 0:
@@ -243,11 +315,11 @@ def top_tokens_kernel(binning: Binning, config: TopTokensConfig, listed: bool = 
                 T.sync_threads()
                 num_chunks_used = T.ceildiv(seq_len, chunk)
                 if shared[1] == T.max(num_chunks_used, 1) - 1:
-                    if open_bin >= 0:
+                    if is_open:
                         near_keys = NearKeys(near, near_counts, row, num_chunks_used, chunk)
-                        if num_open <= MAX_RANKED:
+                        if num_near <= MAX_RANKED:
                             mark_first(
-                                near_keys, search.bins, shared, words, row, num_open, need - above
+                                near_keys, search.bins, shared, words, row, num_near, need - above
                             )
                         else:
                             search_near(near_keys, search, ties, words, row, seq_len, above, need)
@@ -266,58 +338,6 @@ def top_tokens_kernel(binning: Binning, config: TopTokensConfig, listed: bool = 
     return top_tokens
 
 
-@tilelang.jit(pass_configs=THREAD_LEVEL)
-def token_union_kernel(group_size: int):
-    """Grid: (kv_head, batch). Lists the tokens that any query head of a group took, with a bit for
-    each that did; a thread takes a word of bits, of every head."""
-    batch_size, num_rows, num_words = T.dynamic("batch_size, num_rows, num_words")
-    num_kv_heads, width = T.dynamic("num_kv_heads, width")
-
-    @T.prim_func
-    def unite_tokens(
-        words: T.Tensor[(batch_size, num_rows, num_words), T.int32],
-        seq_lens: T.Tensor[(batch_size,), T.int32],
-        candidate_tokens: T.Tensor[(batch_size, num_kv_heads, width), T.int32],
-        candidate_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
-        candidate_heads: T.Tensor[(batch_size, num_kv_heads, width), T.int32],
-    ):
-        with T.Kernel(num_kv_heads, batch_size, threads=NUM_THREADS) as (kv_head, batch):
-            warp_sums = T.alloc_shared((NUM_THREADS // 32,), T.int32, scope="shared")
-            own = T.alloc_local((group_size,), T.uint32)
-            union = T.alloc_var(T.uint32)
-            count = T.alloc_var(T.int32)
-            slot = T.alloc_var(T.int32)
-            heads = T.alloc_var(T.uint32)
-            used_words = T.ceildiv(seq_lens[batch], 32)
-            count = 0
-            for turn in T.serial(T.ceildiv(used_words, NUM_THREADS)):
-                word = turn * NUM_THREADS + T.get_thread_binding()
-                union = T.uint32(0)
-                for head in T.unroll(group_size):
-                    own[head] = T.uint32(0)
-                    if word < used_words:
-                        bits = words[batch, kv_head * group_size + head, word]
-                        own[head] = T.cast(bits, T.uint32)
-                    union = union | own[head]
-                before, total = block_exclusive_sum(T.cast(T.popcount(union), T.int32), warp_sums)
-                slot = count + before
-                while union != T.uint32(0):
-                    lowest = union & (T.uint32(0) - union)
-                    bit = 31 - T.cast(T.clz(lowest), T.int32)
-                    heads = T.uint32(0)
-                    for head in T.unroll(group_size):
-                        heads |= ((own[head] >> T.cast(bit, T.uint32)) & T.uint32(1)) << head
-                    candidate_tokens[batch, kv_head, slot] = word * 32 + bit
-                    candidate_heads[batch, kv_head, slot] = T.cast(heads, T.int32)
-                    slot += 1
-                    union = union ^ lowest
-                count += total
-            if T.get_thread_binding() == 0:
-                candidate_counts[batch, kv_head] = count
-
-    return unite_tokens
-
-
 def _launches(shape: StepShape, config: TopTokensConfig) -> tuple[Launch, ...]:
     assert shape.tokens is not None
     listed = shape.tokens.heads == shape.group_size
@@ -332,5 +352,8 @@ TOP_TOKENS = KernelSpec(
     name="top_tokens", stage="top_tokens", config=TopTokensConfig, default=default_config,
     launches=_launches, width=lambda shape: shape.max_pages,
     applies=lambda shape: shape.tokens is not None, reads_candidates=True,
-    sources=("top_tokens.py", "near_tokens.py", "threshold.py", "token_keys.py", "warp.py"),
+    sources=(
+        "top_tokens.py", "near_tokens.py", "token_union.py", "threshold.py", "token_keys.py",
+        "warp.py",
+    ),
 )  # fmt: skip

@@ -34,7 +34,7 @@ def bins_of(
 ) -> torch.Tensor:
     """[rows, NUM_BINS] i32: how many tokens of each row lie in each bin."""
     place = scores.double().nan_to_num(-torch.inf) * binning.per_octave + binning.zero
-    bins = place.float().clamp(0, NUM_BINS - 1).round().long()
+    bins = place.float().clamp(0, NUM_BINS - 1).long()
     bins[key_of(scores, length, windows) == HIGHEST_KEY] = NUM_BINS - 1
     counts = torch.zeros(len(scores), NUM_BINS, dtype=torch.int64, device=scores.device)
     return counts.scatter_add_(1, bins, torch.ones_like(bins)).int()

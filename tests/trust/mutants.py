@@ -284,9 +284,9 @@ MUTANTS = (
         DOUBLE_SPARSITY, TOKENS_TAKEN,
     ),
     Mutant(
-        "scores below all bins are in any", "token_keys.py",
-        "T.min(T.max(place, 0.0), float(NUM_BINS - 1))", "T.min(place, float(NUM_BINS - 1))",
-        DOUBLE_SPARSITY, TOKENS_TAKEN,
+        "tokens are counted in the nearest bin", "token_keys.py",
+        "return T.cast(place, T.int32)", "return T.cast(place + 0.5, T.int32)",
+        DOUBLE_SPARSITY, LABEL_SCORED,
     ),
     Mutant(
         "the first recent token not forced", "token_keys.py",
@@ -305,6 +305,14 @@ MUTANTS = (
         "if before < left:", "if before <= left:", DOUBLE_SPARSITY, TOKENS_TAKEN,
     ),
     Mutant(
+        "tokens of the bin left open are taken", "top_tokens.py",
+        "taken[0] = taken[0] + 1.0", "taken[0] = taken[0] + 0.0", DOUBLE_SPARSITY, TOKENS_TAKEN,
+    ),
+    Mutant(
+        "a word of bits for the next lane's tokens", "top_tokens.py",
+        "if lane == r:", "if lane == r + 1:", DOUBLE_SPARSITY, TOKENS_TAKEN,
+    ),
+    Mutant(
         "every word lists a warp's first tokens", "top_tokens.py",
         "(word - lane + i) * 32", "(word - lane) * 32", DOUBLE_SPARSITY, TOKENS_TAKEN,
     ),
@@ -314,7 +322,7 @@ MUTANTS = (
         "bins[row, thread * BINS_PER_THREAD + j] += 0", DOUBLE_SPARSITY, TOKENS_TAKEN,
     ),
     Mutant(
-        "a union without its last head", "top_tokens.py",
+        "a union without its last head", "token_union.py",
         "union = union | own[head]",
         "union = union | T.if_then_else(head == group_size - 1, T.uint32(0), own[head])",
         DOUBLE_SPARSITY, UNITED,
