@@ -13,7 +13,6 @@ allocated when the call is made, not when it runs.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import cache as once
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -75,14 +74,13 @@ class TileLang:
             score_tokens(plan, grouped, cache, window, sm_scale, selection)
             bins.zero_()
 
-        @once
-        def counted() -> torch.Tensor:
-            score_tokens(plan, grouped, cache, window, sm_scale, selection)
-            return bins.clone()
-
         def take() -> None:
-            bins.copy_(counted())
+            bins.copy_(counted)
             take_tokens(plan, cache, window, selection)
+
+        score_tokens(plan, grouped, cache, window, sm_scale, selection)
+        counted = bins.clone()
+        bins.zero_()
 
         return {"label_scores": score, "top_tokens": take}
 

@@ -176,7 +176,8 @@ class StageBuilder:
                 num_sink_tokens=workload.num_sink_tokens,
                 **GROUP,
             )
-            by_labels = cache.labels is not None and self.backend.device == "cuda"
+            by_labels = workload.work(method).scores_tokens(method)
+            by_labels = by_labels and self.backend.device == "cuda"
             slots.append(Slot(q, cache, step, self.backend.label_calls if by_labels else None))
             for call in slots[-1].calls.values():
                 call()
