@@ -8,6 +8,7 @@ from .parts import LABEL_BOX, MEDIAN, METHODS, bar_look, on_cpu, panels, stage_w
 from .style import legend_below, three_digits
 
 FIXED = ["head_dim", "page_size", "top_p"]
+ROOM = 16  # for the sum beside a bar, in %
 REST = ("estimate_prune", "attention")
 SHARED_STAGES = {  # of a method's step; each once
     "quest+twilight": ("selector", *REST),
@@ -27,6 +28,7 @@ def pipeline_share(frames: Frames) -> Figure:
     profiled = "" if on_cpu(step) else " profiled"
     figure, (axes,) = panels(1, 1, (9, 1.8 + 0.95 * len(step)))
     axes.axvline(100, color="#111111", lw=1.4, zorder=0.9)
+    widest = 0.0
     for place, (workload, whole) in enumerate(step.iterrows()):
         own_steps = (timeline["workload"] == workload) & (timeline["method"] == whole["method"])
         within = require(timeline[own_steps], "timeline", f"{workload}, {whole['method']}")
@@ -43,6 +45,7 @@ def pipeline_share(frames: Frames) -> Figure:
                 text = three_digits(us) if share > 5 else ""
                 axes.bar_label(bar, [text], label_type="center", fontsize=9, bbox=LABEL_BOX)
                 left += share
+            widest = max(widest, left)
             text = f" {three_digits(sum(parts.values()))} {note}"
             axes.text(left, place + offset, text, va="center", fontsize=9)
     several = step["method"].nunique() > 1
@@ -52,7 +55,7 @@ def pipeline_share(frames: Frames) -> Figure:
     ]
     axes.set_yticks(range(len(step)), names)
     axes.invert_yaxis()
-    axes.set_xlim(0, 128)
+    axes.set_xlim(0, max(128, widest + ROOM))
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("% of the step's time (stages overlap in the step: alone they add up to more)")
     said = "above: each stage alone, cold", f"below: within one step{profiled and ', profiled'}"
