@@ -241,6 +241,12 @@ def fold_parts(parts, num_parts, row, num_warps, norms):
                 )
 
 
+def blocks_at_least(rows: TokenRows, config: LabelScoreConfig) -> int:
+    """Of an SM: five of four warps, which leave a thread 96 registers, where these are enough."""
+    few = rows.heads <= 4 and rows.labels.num_bytes * config.tiles <= 64
+    return 5 if few and config.num_warps <= 4 else 1
+
+
 @tilelang.jit(pass_configs=THREAD_LEVEL)
 def label_mass_kernel(page_size: int, dtype: str, rows: TokenRows, config: LabelScoreConfig):
     """Grid: (chunk of a row, row, batch); a warp takes a run, `tiles` tiles at a time.
@@ -277,7 +283,7 @@ def label_mass_kernel(page_size: int, dtype: str, rows: TokenRows, config: Label
         parts: T.Tensor[(batch_size, num_rows, num_runs, num_heads, 2), T.float32],
     ):
         with T.Kernel(*grid, threads=num_threads) as (chunk, kv_head, batch):
-            T.annotate_min_blocks_per_sm(5 if num_heads <= 4 and config.num_warps <= 4 else 1)
+            T.annotate_min_blocks_per_sm(blocks_at_least(rows, config))
             start_early(config.pdl)
             thread = T.get_thread_binding()
             row = Row(batch, kv_head, seq_lens[batch])
