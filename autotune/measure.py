@@ -18,7 +18,7 @@ from twilight_tilelang.profiling.plan import prepare
 from twilight_tilelang.profiling.providers.backends import TileLang
 from twilight_tilelang.profiling.providers.stages import Slot, Target
 from twilight_tilelang.profiling.timing import Calls, Timing, time_providers
-from twilight_tilelang.profiling.workloads.workload import METHODS, Workload
+from twilight_tilelang.profiling.workloads.workload import Workload
 
 from .search import Measured
 
@@ -27,6 +27,8 @@ CALM, MAX_TIMES = 0.01, 3
 # What a stage writes; but for the pruner's list of items, which has no fixed order.
 OUTPUTS: dict[str, Callable[[Any], tuple[torch.Tensor, ...]]] = {
     "selector": lambda step: (step.stages.memory.selection.scores, *step.candidates),
+    "label_scores": lambda step: (step.stages.memory.selection.scored.scores,),
+    "top_tokens": lambda step: step.candidates[:2],
     "estimator": lambda step: (step.logits,),
     "pruner": lambda step: step.kept,
     "estimate_prune": lambda step: step.kept,
@@ -42,7 +44,9 @@ class Bench:
     """One workload's inputs and workspaces; answers the calls of search.py."""
 
     def __init__(self, workload: Workload) -> None:
-        workload = dataclasses.replace(workload, stages=tuple(OUTPUTS))
+        stages = tuple(stage for stage in OUTPUTS if workload.methods(stage))
+        workload = dataclasses.replace(workload, stages=stages)
+        self._method = workload.method
         notices: list[str] = []
         target = Target(TileLang(), device.gpu_label(), device.l2_bytes(), notices.append)
         self._builder = prepare(workload, target)
@@ -79,7 +83,7 @@ class Bench:
 
     def _slots(self, stage: str, pins: Mapping[str, Any]) -> list[Slot]:
         """The inputs and workspaces of a stage, planned with some configs."""
-        return [slot.with_configs(pins) for slot in self._builder.slots(stage, METHODS[0])]
+        return [slot.with_configs(pins) for slot in self._builder.slots(stage, self._method)]
 
     def _bits_of_default(self, stage: str) -> list[torch.Tensor]:
         """What the default configs write, once they were compared with the reference."""

@@ -81,11 +81,11 @@ def _gain_table(configs: Configs) -> str:
     for workload in WORKLOADS:
         cells = []
         for spec in specs.values():
-            own = [e for e in configs.fresh(spec).values() if workload.name in e.workloads]
+            own = [e for e in configs.fresh(spec).values() if workload.full_name in e.workloads]
             cells.append(_gain(own[0]) if own else "-")
             used += own
         if any(cell != "-" for cell in cells):
-            lines.append(f"| {workload.name} | " + " | ".join(cells) + " |")
+            lines.append(f"| {workload.full_name} | " + " | ".join(cells) + " |")
     dates = sorted({entry.date for entry in used})
     versions = ", ".join(sorted({entry.tilelang for entry in used}))
     span = " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "never"
@@ -106,7 +106,7 @@ def _gain(entry: Entry) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Print what a step of a workload, or of given sizes, launches with."""
     parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__)
-    by_name = {workload.name: workload for workload in WORKLOADS}
+    by_name = {workload.full_name: workload for workload in WORKLOADS}
     parser.add_argument("--workload", choices=by_name, help="sizes of a standard workload")
     for name, value in SIZES.items():
         only = {"head_dim": HEAD_DIMS, "dtype": ("float16", "bfloat16")}.get(name)

@@ -131,13 +131,19 @@ SPACES = {
         limits={
             "labels of all tiles in flight fit in a thread's registers": lambda c, s, gpu: (
                 2 * c.tiles * (s.tokens.labels.num_bytes // 8 + 2) <= 64
-            )
+            ),
+            "logits of a block, of rows of several heads, leave room for others": (
+                lambda c, s, gpu: (
+                    s.tokens.heads == 1 or 4 * s.tokens.heads * c.block_tokens <= 2**16
+                )
+            ),
         },
         sensible={
             "every SM has a block, or blocks are small": lambda c, s, gpu: (
                 c.num_warps * c.runs == 2
                 or s.num_rows * -(-s.max_pages * s.page_size // c.block_tokens) >= FULL_GPU
-            )
+            ),
+            "not all of many runs end at once": lambda c, s, gpu: c.num_warps * c.runs <= 16,
         },
     ),
     "top_tokens": Space(values={"per_thread": (2, 4, 8), "turns": (1, 2, 4, 8)}),

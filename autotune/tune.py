@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from twilight_tilelang.kernels.gpu import ARCHS, gpu_of
+from twilight_tilelang.kernels.labels import LabelShape, token_rows
 from twilight_tilelang.kernels.launch import StepShape
 from twilight_tilelang.kernels.pipeline import parts_for
 from twilight_tilelang.kernels.plan import SPECS
@@ -29,6 +30,7 @@ from twilight_tilelang.kernels.tuned import CONFIGS, Bucket, Entry
 from twilight_tilelang.profiling import device
 from twilight_tilelang.profiling.workloads.standard import GPU_WORKLOADS
 from twilight_tilelang.profiling.workloads.sweeps import FP8_WORKLOADS
+from twilight_tilelang.profiling.workloads.traffic import label_size
 from twilight_tilelang.profiling.workloads.workload import Workload
 
 from .farm import Farm, compile_fault
@@ -40,7 +42,10 @@ from .worker import SetupFailed, Worker, WorkerFailed
 
 STAGES = tuple(dict.fromkeys(spec.stage for spec in SPECS.values()))
 # Those whose stages the benchmark times one by one, and K and V in FP8, whose attention it times.
-WORKLOADS = (*(w for w in GPU_WORKLOADS if set(STAGES) <= set(w.stages)), *FP8_WORKLOADS)
+WORKLOADS = (
+    *(w for w in GPU_WORKLOADS if len(set(STAGES) & set(w.stages)) > 1),
+    *FP8_WORKLOADS,
+)
 
 
 @dataclass(frozen=True)
@@ -56,10 +61,15 @@ class Task:
 
 
 def shape_of_workload(workload: Workload) -> StepShape:
-    """The sizes of a workload's step of quest+twilight."""
-    shape = workload.shape
+    """The sizes of a step of a workload's method."""
+    shape, labels = workload.shape, label_size(workload.method)
     max_pages = -(-shape.max_seq_len // shape.page_size)
     num_parts = parts_for(shape.batch_size, shape.num_kv_heads, max_pages)
+    width = workload.settings(workload.method)[0]
+    by_tokens = {}
+    if labels is not None and width < shape.max_seq_len:
+        rows = token_rows("shared", shape.group_size, LabelShape(1, *labels))
+        by_tokens = dict(candidates="tokens", tokens=rows, row_tokens=width)
     return StepShape(
         group_size=shape.group_size,
         head_dim=shape.head_dim,
@@ -68,8 +78,9 @@ def shape_of_workload(workload: Workload) -> StepShape:
         kv_dtype=str(workload.kv_dtype or "").removeprefix("torch."),
         num_rows=shape.batch_size * shape.num_kv_heads,
         max_pages=max_pages,
-        width=workload.settings("quest+twilight")[0],
+        width=width,
         launch_rows=shape.batch_size // num_parts * shape.num_kv_heads,
+        **by_tokens,
     )
 
 
@@ -78,7 +89,8 @@ def tasks_of(workloads: Sequence[Workload], stages: Sequence[str], arch: str) ->
     users: dict[tuple[str, Bucket], list[Workload]] = {}
     for workload, kernel in itertools.product(WORKLOADS, SPACES):
         spec, shape = SPECS[kernel], shape_of_workload(workload)
-        if spec.stage in set(stages) & set(workload.stages) and spec.applies(shape):
+        timed = spec.stage in set(stages) & set(workload.stages) and workload.methods(spec.stage)
+        if timed and spec.applies(shape):
             bucket = Bucket.of(spec, shape)
             users.setdefault((kernel, bucket), []).append(workload)
     tasks = []
@@ -87,7 +99,7 @@ def tasks_of(workloads: Sequence[Workload], stages: Sequence[str], arch: str) ->
             if workload == next((user for user in own if user in workloads), None):
                 shape = shape_of_workload(workload)
                 configs = tuple(candidates(kernel, shape, ARCHS[arch]))
-                names = tuple(user.name for user in own)
+                names = tuple(user.full_name for user in own)
                 if len(configs) > 1:  # else nothing is to choose
                     tasks.append(Task(kernel, bucket, shape, workload, names, configs))
     return tasks
@@ -142,7 +154,7 @@ class Run:
                     worker.close()
 
     def _settle(self, task: Task, worker: Worker, farm: Farm, progress: tqdm) -> None:
-        name = f"{task.workload.name} {task.kernel}"
+        name = f"{task.workload.full_name} {task.kernel}"
         progress.set_description(name)
         end = progress.n + len(task.configs)
         try:
@@ -207,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the tuner; 0 if everything asked for is settled."""
     parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__)
     parser.add_argument("--stage", choices=STAGES, help="kernels of this stage only")
-    names = [workload.name for workload in WORKLOADS]
+    names = [workload.full_name for workload in WORKLOADS]
     parser.add_argument("--workload", choices=names, help="buckets of this workload only")
     parser.add_argument("--minutes", type=float, default=60.0, help="start nothing after these")
     parser.add_argument("--force", action="store_true", help="settle again what is settled")
@@ -218,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     gpu, arch = device.gpu_label(), gpu_of(torch.device("cuda", torch.cuda.current_device())).arch
     run = Run(gpu, arch, arguments.configs, arguments.minutes, arguments.force)
-    chosen = [w for w in WORKLOADS if arguments.workload in (None, w.name)]
+    chosen = [w for w in WORKLOADS if arguments.workload in (None, w.full_name)]
     stages = (arguments.stage,) if arguments.stage else STAGES
     try:
         run.settle(tasks_of(chosen, stages, arch))

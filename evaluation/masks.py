@@ -71,10 +71,10 @@ class Sets(NamedTuple):
 class Rule:
     """How the sets are chosen.
 
-    selector: "full", "quest" or "ds".
+    selector: "full", "quest" or "double_sparsity".
     token_budget: as in `reference.TwilightDecode`.
     top_p: None where every candidate is read.
-    labels: of "ds", for every layer that is not dense.
+    labels: of "double_sparsity", for every layer that is not dense.
     dense_layers: the first so many read everything.
     """
 

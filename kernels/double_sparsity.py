@@ -7,7 +7,8 @@ import torch
 
 from .cache import PagedKVCache
 from .checks import check_choice, check_count
-from .label_scores import LABEL_SCORE, LabelScoreConfig, TokenScores, score_labels
+from .label_scores import LABEL_SCORE, TokenScores, score_labels
+from .label_tiles import LabelScoreConfig
 from .labels import LabelShape, TokenRows, token_rows
 from .launch import StepShape, on_device
 from .lists import CandidateTokens, Window
@@ -60,10 +61,29 @@ def select_top_tokens(
 ) -> None:
     """Two launches, or three where a group has several heads: q [batch_size, num_kv_heads,
     group_size, head_dim] -> candidates."""
-    scored, open_keys, candidates = selection
-    if candidates.heads is not None:  # a row is one query head
+    score_tokens(plan, q, cache, window, sm_scale, selection)
+    take_tokens(plan, cache, window, selection)
+
+
+def score_tokens(
+    plan: TokenPlan,
+    q: torch.Tensor,
+    cache: PagedKVCache,
+    window: Window,
+    sm_scale: float,
+    selection: TokenSelection,
+) -> None:
+    """-> scored."""
+    if selection.candidates.heads is not None:  # a row is one query head
         q = q.flatten(1, 2)[:, :, None]
-    score_labels(plan.label_score, q, cache, window, sm_scale, scored)
+    score_labels(plan.label_score, q, cache, window, sm_scale, selection.scored)
+
+
+def take_tokens(
+    plan: TokenPlan, cache: PagedKVCache, window: Window, selection: TokenSelection
+) -> None:
+    """scored -> candidates."""
+    scored, open_keys, candidates = selection
     take_top_tokens(
         plan.top_tokens, cache, scored, window, plan.token_budget, open_keys, candidates
     )
@@ -123,9 +143,10 @@ def check_rows(cache: PagedKVCache, group: str, group_size: int) -> TokenRows:
         raise ValueError("cache: expected labels (with_labels), got none")
     expected = (1, group_size) if group == "own" else (1,)
     if labels.heads not in expected:
+        why = "; its query heads score one label of a token" if group == "shared" else ""
         raise ValueError(
             f"labels: expected channels of each KV head for group {group!r} of {group_size} query "
-            f"heads, got {labels.heads} lists for each"
+            f"heads{why}, got {labels.heads} lists for each"
         )
     return token_rows(group, group_size, labels)
 

@@ -43,7 +43,7 @@ def default_config(shape: StepShape, gpu: Gpu) -> EstimatePruneConfig:
     for more blocks. Rows of three or four heads that have a multiprocessor each, and are not cut
     into small parts, have all heads searched at once."""
     by_head = shape.candidates == "head_tokens"
-    if MANY_ROWS <= shape.num_rows < ROWS_FOR_TWO and shape.max_pages <= LONG_PAGES:
+    if MANY_ROWS <= shape.num_rows <= gpu.num_multiprocessors and shape.max_pages <= LONG_PAGES:
         fits = shape.head_dim <= 128 and 3 <= shape.group_size <= 4 and not by_head
         if fits and blocks_that_fit(shape, gpu, shape.group_size):
             return EstimatePruneConfig(blocks_per_sm=1, heads_at_once=shape.group_size)

@@ -11,14 +11,13 @@ from .checks import check_choice, check_tensor
 from .quantize import code_of, scale_and_zero
 
 LABEL_BITS = (2, 4)
-CHANNEL_STEP = 16  # channels that the tensor cores multiply at once
 
 
 class LabelFormat(NamedTuple):
     """Which channels of a key are its label, and in how many bits a channel is stored.
 
-    channels  [num_label_heads, r] i32: a list for each KV head, or for each query head; r a
-              multiple of 16, a label of 8 bytes at least
+    channels  [num_label_heads, r] i32: a list for each KV head, or for each query head; r a power
+              of two, a label of 8 bytes at least
     bits      2 or 4
     """
 
@@ -135,10 +134,10 @@ def check_label_shape(channels: torch.Tensor, bits: int, k_cache: torch.Tensor) 
             f"channels: expected lists for {num_kv_heads} KV heads or a multiple of them, "
             f"got {num_rows}"
         )
-    if r % CHANNEL_STEP or not 64 <= r * bits <= head_dim * bits:
+    if r & (r - 1) or not 64 // bits <= r <= head_dim:
         raise ValueError(
-            f"channels: expected a multiple of {CHANNEL_STEP} of them, from {64 // bits} to "
-            f"{head_dim} (head_dim) with {bits} bits, got {r}"
+            f"channels: expected a power of two of them, from {64 // bits} to {head_dim} "
+            f"(head_dim) with {bits} bits, got {r}"
         )
 
 

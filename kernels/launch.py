@@ -97,6 +97,7 @@ class KernelSpec(Generic[Config]):
         static_width: compiled for its width, rounded up to a power of two.
         applies: whether steps of a shape launch it at all.
         reads_candidates: compiled for what lists them.
+        reads_labels: compiled for their channels and bits.
         keeps_room: of the next kernel, placed early, waiting blocks would take the room that this
             one's own need.
     """
@@ -113,6 +114,7 @@ class KernelSpec(Generic[Config]):
     static_width: bool = False
     applies: Callable[[StepShape], bool] = lambda shape: True
     reads_candidates: bool = False
+    reads_labels: bool = False
     keeps_room: bool = False
 
     @property

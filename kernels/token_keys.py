@@ -2,9 +2,9 @@
 the one that takes the top ones have in common.
 
 A key is a signed integer in the order of the scores: +0 and -0 are equal, NaN comes after -inf, and
-what is always a candidate comes before everything. Its leading bits are its bin. Whoever scores a
-row counts its keys by the bin, so that whoever takes the top ones knows at once, but for the keys
-of one bin, which they are.
+what is always a candidate comes before everything. Whoever scores a row counts its tokens by bins
+in the same order, so that whoever takes the top ones knows at once, but for the tokens of one bin,
+which they are. Scores are log2 of a weight, up to a constant of the row, and bins equally wide.
 """
 
 from functools import partialmethod
@@ -13,13 +13,33 @@ from typing import NamedTuple
 import tilelang.language as T
 from tvm.tirx import Buffer, PrimExpr
 
+from .token_list import Row
 from .warp import atomic_add
 
 LOWEST_KEY, HIGHEST_KEY = -(2**31), 2**31 - 1  # of NaN; of what is always in
 INFINITY_BITS = 0x7F800000
-BIN_BITS = 11  # sign, exponent and two bits of the mantissa
-BIN_SHIFT = 32 - BIN_BITS
-NUM_BINS = 1 << BIN_BITS
+NUM_BINS = 2048
+
+
+LAST_PLACE = float(NUM_BINS - 1)  # of scores beyond the bins, and of what is always in
+
+
+class Binning(NamedTuple):
+    """Which scores the bins tell apart. Kernels are compiled for it."""
+
+    per_octave: int  # bins for a factor of two of a weight
+    zero: int  # bin of a score of 0
+
+    def place(self, score: PrimExpr) -> PrimExpr:
+        """Where a score lies among the bins, whose number is the whole part, as float32; NaN, of
+        which the larger of two numbers is the other, in the first."""
+        per_octave, zero = map(float, self)
+        place = T.call_extern("float32", "fmaf", score, per_octave, zero)
+        return T.min(T.max(place, 0.0), LAST_PLACE)
+
+
+SHARES = Binning(64, NUM_BINS - 1)  # log2 of shares of a softmax, which are at most 1
+LOGITS = Binning(32, NUM_BINS // 2)  # log2 of weights, up to any constant
 
 
 class OpenTokens(NamedTuple):
@@ -40,24 +60,39 @@ class OpenTokens(NamedTuple):
         size = bits & HIGHEST_KEY
         signed = T.if_then_else(bits < 0, -size, size)
         ordered = T.if_then_else(size > INFINITY_BITS, LOWEST_KEY, signed)
-        is_open = T.And(position >= self.first, position < self.end)
-        return T.if_then_else(is_open, ordered, HIGHEST_KEY)
+        return T.if_then_else(self.holds(position), ordered, HIGHEST_KEY)
+
+    def bin(self, position: PrimExpr, score: PrimExpr, binning: Binning) -> PrimExpr:
+        """Of the same."""
+        place = T.if_then_else(self.holds(position), binning.place(score), LAST_PLACE)
+        return T.cast(place, T.int32)
+
+    def holds(self, position: PrimExpr) -> PrimExpr:
+        return T.And(position >= self.first, position < self.end)
 
 
-def bin_of(key: PrimExpr) -> PrimExpr:
-    return (key >> BIN_SHIFT) + NUM_BINS // 2
+class RowScores(NamedTuple):
+    """What a block writes of the tokens of a row: their scores, and how many lie in each bin."""
 
-
-class RowBins(NamedTuple):
-    """How many keys of a row lie in each bin."""
-
+    scores: Buffer  # [batch_size, rows, capacity] f32
+    row: Row
+    open_tokens: OpenTokens
+    binning: Binning
     counts: Buffer  # [NUM_BINS] i32, in shared memory: of this block's tokens
     num_threads: int
 
     @classmethod
-    def allocate(cls, num_threads: int) -> "RowBins":
+    def allocate(
+        cls,
+        scores: Buffer,
+        row: Row,
+        open_tokens: OpenTokens,
+        binning: Binning,
+        num_threads: int,
+    ) -> "RowScores":
         # Static scope: atomics in the dynamic pool are taken to alias every other buffer there.
-        return cls(T.alloc_shared((NUM_BINS,), T.int32, scope="shared"), num_threads)
+        counts = T.alloc_shared((NUM_BINS,), T.int32, scope="shared")
+        return cls(scores, row, open_tokens, binning, counts, num_threads)
 
     @partialmethod
     @T.macro
@@ -67,16 +102,18 @@ class RowBins(NamedTuple):
 
     @partialmethod
     @T.macro
-    def add(self, key):
-        T.atomic_add(self.counts[bin_of(key)], 1)
+    def write(self, token, score):
+        scores, row = self.scores, self.row
+        scores[row.batch, row.kv_head, token] = score
+        T.atomic_add(self.counts[self.open_tokens.bin(token, score, self.binning)], 1)
 
     @partialmethod
     @T.macro
-    def add_to(self, bins, batch, row):
+    def count_in(self, bins):
         """Adds this block's counts to those of the row, bins [batch_size, rows, NUM_BINS] i32."""
         count = T.alloc_var(T.int32)
         for turn in T.unroll(NUM_BINS // self.num_threads):
             place = turn * self.num_threads + T.get_thread_binding()
             count = self.counts[place]
             if count != 0:
-                T.evaluate(atomic_add(bins[batch, row, place], count))
+                T.evaluate(atomic_add(bins[self.row.batch, self.row.kv_head, place], count))

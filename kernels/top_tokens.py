@@ -1,5 +1,5 @@
 """The tokens with the largest scores, of rows as long as a context: one pass over the scores that
-blocks share out, then a search among the few that it left open."""
+blocks share out, then an exact choice among the few that it left open."""
 
 from dataclasses import dataclass
 from functools import partialmethod
@@ -13,17 +13,15 @@ from tvm.tirx import Buffer, PrimExpr
 from .cache import PagedKVCache
 from .compiling import THREAD_LEVEL, Start, start_early
 from .gpu import Gpu
-from .label_scores import TokenScores
+from .label_scores import TokenScores, binning_of
 from .launch import KernelSpec, Launch, StepShape
 from .lists import CandidateTokens, Window
-from .threshold import BINS_PER_THREAD, Search, compact
-from .token_keys import BIN_SHIFT, LOWEST_KEY, NUM_BINS, OpenTokens, bin_of
-from .token_list import Row
+from .near_tokens import MAX_RANKED, NUM_THREADS, NearKeys, mark_first, search_near
+from .threshold import BINS_PER_THREAD, Search
+from .token_keys import LAST_PLACE, NUM_BINS, Binning, OpenTokens
+from .token_union import token_union_kernel
 from .tuned import Planned
-from .warp import atomic_add, atomic_or, block_exclusive_sum, warp_inclusive_sum
-
-NUM_THREADS = NUM_BINS // BINS_PER_THREAD
-NEAR_AT_ONCE = 4
+from .warp import atomic_add, block_exclusive_sum, warp_inclusive_sum
 
 
 @dataclass(frozen=True)
@@ -87,58 +85,32 @@ def take_top_tokens(
         unite(open_keys.words, cache.seq_lens, *candidates)
 
 
-class NearKeys(NamedTuple):
-    """The keys of a row that lie in the bin where its tokens are cut off, in no order."""
-
-    pairs: Buffer  # [rows, capacity, 2] i32
-    counts: Buffer  # [rows, chunks] i32: those of a chunk come first in its place
-    row: PrimExpr
-    num_chunks: PrimExpr
-    chunk: int
-
-    @partialmethod
-    @T.macro
-    def each(self, visit):
-        """visit(key, token) sees every pair: a thread every NUM_THREADS-th, some loads at once."""
-        pairs = T.alloc_local((NEAR_AT_ONCE, 2), T.int32)
-        count = T.alloc_var(T.int32)
-        for own in T.serial(self.num_chunks):
-            count = self.counts[self.row, own]
-            for turn in T.serial(T.ceildiv(count, NEAR_AT_ONCE * NUM_THREADS)):
-                first = turn * (NEAR_AT_ONCE * NUM_THREADS) + T.get_thread_binding()
-                for i in T.unroll(NEAR_AT_ONCE):
-                    if first + i * NUM_THREADS < count:
-                        place = own * self.chunk + first + i * NUM_THREADS
-                        for e in T.vectorized(2):
-                            pairs[i, e] = self.pairs[self.row, place, e]
-                for i in T.unroll(NEAR_AT_ONCE):
-                    if first + i * NUM_THREADS < count:
-                        visit(pairs[i, 0], pairs[i, 1])
-
-
 @T.macro
-def add_tie(ties, search, key, token, shift, num_bins):
-    """Adds a token with the key found by its number, negated: the first is largest."""
-    if key == search.low:
-        ties.add(-token, shift, num_bins, 1)
-
-
-@T.macro
-def mark_near(words, search, ties, row, key, token):
-    """Sets a near token's bit if it is taken."""
-    if key > search.low or (key == search.low and -token >= ties.low):
-        T.evaluate(atomic_or(words[row, token // 32], 1 << (token % 32)))
-
-
-@dataclass(frozen=True)
-class RowWords:
-    """A row's words of bits, one by one."""
-
-    words: Buffer  # [rows, words] i32
-    row: PrimExpr
-
-    def __getitem__(self, word: PrimExpr) -> PrimExpr:
-        return T.cast(self.words[self.row, word], T.uint32)
+def list_bits(words, row, num_words, warp_sums, output):
+    """Writes the number of every set bit of the row's words to its output, ascending, and returns
+    how many they are. A warp takes 32 words, one after another, a lane a bit of each."""
+    thread = T.get_thread_binding()
+    lane = thread % 32
+    bits = T.alloc_var(T.uint32)
+    slot = T.alloc_var(T.int32)
+    count = T.alloc_var(T.int32)
+    count = 0
+    for turn in T.serial(T.ceildiv(num_words, NUM_THREADS)):
+        word = turn * NUM_THREADS + thread
+        bits = T.uint32(0)
+        if word < num_words:
+            bits = T.cast(words[row, word], T.uint32)
+        before, total = block_exclusive_sum(T.cast(T.popcount(bits), T.int32), warp_sums)
+        slot = count + before
+        for i in T.unroll(32):
+            own = T.shfl_sync(bits, i)
+            first = T.shfl_sync(slot, i)
+            lower = own & ((T.uint32(1) << T.cast(lane, T.uint32)) - T.uint32(1))
+            if (own >> T.cast(lane, T.uint32)) & T.uint32(1) != T.uint32(0):
+                place = first + T.cast(T.popcount(lower), T.int32)
+                output[row, place] = (word - lane + i) * 32 + lane
+        count += total
+    return count
 
 
 def by_row(tensor: Buffer) -> Buffer:
@@ -148,23 +120,119 @@ def by_row(tensor: Buffer) -> Buffer:
 
 
 @T.macro
-def load_keys(keys, scores, row, start):
-    """The scores' bits; of tokens that the row has no place for, of its last."""
-    place = T.alloc_var(T.int32)
-    for r in T.unroll(keys.shape[0]):
-        place = T.min(start + r * NUM_THREADS + T.get_thread_binding(), scores.shape[1] - 1)
-        keys[r] = T.reinterpret(scores[row, place], T.int32)
+def load_scores(loaded, scores, row, first):
+    """Of a warp's tokens from its first on, 32 at a time; of those that the row has no place for,
+    that of its last."""
+    own = first + T.get_thread_binding() % 32
+    if first + int(loaded.shape[0]) * 32 <= scores.shape[1]:
+        for r in T.unroll(loaded.shape[0]):
+            loaded[r] = scores[row, own + r * 32]
+    else:
+        for r in T.unroll(loaded.shape[0]):
+            loaded[r] = scores[row, T.min(own + r * 32, scores.shape[1] - 1)]
+
+
+class Cut(NamedTuple):
+    """Where the tokens of a row are cut off, as places among the bins."""
+
+    taken: Buffer  # [1] f32, in registers: from there on they are taken
+    near: Buffer  # [1] f32: before that, from here on they lie in the bin left open
+
+    @classmethod
+    def allocate(cls) -> "Cut":
+        return cls(T.alloc_local((1,), T.float32), T.alloc_local((1,), T.float32))
+
+    @partialmethod
+    @T.macro
+    def at(self, search, seq_len, need):
+        """From the search among the bins; whether one is left open."""
+        taken, near = self.taken, self.near
+        is_open = T.alloc_var(T.bool)
+        is_open = False
+        near[0] = float(NUM_BINS)
+        taken[0] = T.cast(search.low, T.float32)
+        if seq_len <= need:
+            taken[0] = 0.0
+        elif search.above + search.mass > need:
+            is_open = True
+            near[0] = taken[0]
+            taken[0] = taken[0] + 1.0
+        return is_open
+
+
+class RowNear(NamedTuple):
+    """Where a block sets near tokens aside."""
+
+    pairs: Buffer  # [rows, capacity, 2] i32
+    row: PrimExpr
+    start: PrimExpr  # of the block's chunk, and of its pairs
+    count: Buffer  # [1] i32, in shared memory
+
+
+@T.macro
+def set_aside(near, near_bits, first, scores, open_tokens):
+    """Of this lane's tokens, 32 apart from `first` + lane on, those whose bits are set."""
+    bits = T.alloc_var(T.uint32)
+    slot = T.alloc_var(T.int32)
+    bits = near_bits
+    lane = T.get_thread_binding() % 32
+    number = T.cast(T.popcount(bits), T.int32)
+    running = warp_inclusive_sum(number)
+    slot = 0
+    if lane == 31:
+        slot = atomic_add(near.count[0], running)
+    slot = near.start + T.shfl_sync(slot, 31) + running - number
+    while bits != T.uint32(0):
+        nth = 31 - T.cast(T.clz(bits & (T.uint32(0) - bits)), T.int32)
+        token = first + nth * 32 + lane
+        near.pairs[near.row, slot, 0] = open_tokens.key(token, scores[near.row, token])
+        near.pairs[near.row, slot, 1] = token
+        slot += 1
+        bits = bits & (bits - T.uint32(1))
+
+
+@T.macro
+def take_tokens_of_warp(cut, loaded, first, words, near, scores, open_tokens, binning, seq_len):
+    """Sets the bits of a warp's loaded tokens that are taken, a lane stores a word of them, and
+    sets aside those that are near."""
+    per_thread = int(loaded.shape[0])
+    places = T.alloc_local((per_thread,), T.float32)
+    taken = T.alloc_var(T.uint32)
+    near_bits = T.alloc_var(T.uint32)
+    lane = T.get_thread_binding() % 32
+    for r in T.unroll(per_thread):
+        places[r] = binning.place(loaded[r])
+    # Hardly ever: four instructions for each score are skipped.
+    if first < open_tokens.first or first + per_thread * 32 > T.min(open_tokens.end, seq_len):
+        for r in T.unroll(per_thread):
+            token = first + r * 32 + lane
+            if T.Not(open_tokens.holds(token)):
+                places[r] = LAST_PLACE
+            if token >= seq_len:
+                places[r] = -1.0
+    taken = T.uint32(0)
+    near_bits = T.uint32(0)
+    for r in T.unroll(per_thread):
+        is_taken = places[r] >= cut.taken[0]
+        bits = T.cast(T.ballot(is_taken), T.uint32)
+        if lane == r:
+            taken = bits
+        if places[r] >= cut.near[0] and places[r] < cut.taken[0]:
+            near_bits = near_bits | T.uint32(1 << r)
+    if lane < per_thread and first + lane * 32 < seq_len:
+        words[near.row, first // 32 + lane] = T.cast(taken, T.int32)
+    if T.cast(T.ballot(near_bits != T.uint32(0)), T.uint32) != T.uint32(0):
+        set_aside(near, near_bits, first, scores, open_tokens)
 
 
 @tilelang.jit(pass_configs=THREAD_LEVEL)
-def top_tokens_kernel(config: TopTokensConfig, listed: bool = True):
-    """Grid: (chunk of a row, row, batch). Takes the min(need, length) tokens with the
-    largest keys (token_keys.py), the first of equal ones.
+def top_tokens_kernel(binning: Binning, config: TopTokensConfig, listed: bool = True):
+    """Grid: (chunk of a row, row, batch). Takes the min(need, length) tokens with the largest keys
+    (token_keys.py), the first of equal ones.
 
-    The row's bins tell every block in which bin the tokens are cut off: those of larger keys are
-    taken, those in the bin are set aside. The block that is the last of its row to be done searches
-    these, by key and, should several share the last key, by their numbers; then, if `listed`, it
-    lists what is taken. It leaves the bins at zero.
+    The row's bins tell every block in which bin the tokens are cut off: those of later bins are
+    taken, those in it are set aside. The block that is the last of its row to be done chooses among
+    these; then, if `listed`, it lists what is taken. It leaves the bins at zero.
     """
     batch_size, num_rows = T.dynamic("batch_size, num_rows")
     capacity, num_words, num_chunks = T.dynamic("capacity, num_words, num_chunks")
@@ -200,17 +268,19 @@ def top_tokens_kernel(config: TopTokensConfig, listed: bool = True):
             near, near_counts, arrived = by_row(near), by_row(near_counts), by_row(arrived)
             search = Search.allocate(NUM_THREADS)
             ties = search.again()
-            shared = T.alloc_shared((2,), T.int32, scope="shared")  # near keys; blocks before
-            keys = T.alloc_local((per_thread,), T.int32)
-            taken_from = T.alloc_var(T.int32)  # bins above are taken
-            open_bin = T.alloc_var(T.int32)
+            warp_sums = T.alloc_shared((NUM_THREADS // 32,), T.int32, scope="shared")
+            shared = T.alloc_shared((2,), T.int32, scope="shared")  # near tokens; blocks before
+            ahead = T.alloc_local((per_thread,), T.float32)
+            loaded = T.alloc_local((per_thread,), T.float32)
+            is_open = T.alloc_var(T.bool)
             above = T.alloc_var(T.int32)
             num_near = T.alloc_var(T.int32)
-            slot = T.alloc_var(T.int32)
+            cut = Cut.allocate()
             seq_len = seq_lens[batch]
             start = block * chunk
             if block == 0 or start < seq_len:
-                load_keys(keys, scores, row, start)  # asked for before the bins are there
+                first_of_warp = start + thread // 32 * (32 * per_thread)
+                load_scores(ahead, scores, row, first_of_warp)  # before the bins are there
                 for j in T.vectorized(BINS_PER_THREAD):
                     search.bins[0, thread * BINS_PER_THREAD + j] = bins[
                         row, thread * BINS_PER_THREAD + j
@@ -221,42 +291,20 @@ def top_tokens_kernel(config: TopTokensConfig, listed: bool = True):
                 search.bracket[1] = 0
                 search.cross(0, need)
                 above = search.above
-                taken_from = search.low
-                open_bin = search.low
-                if seq_len <= need:
-                    taken_from = -1
-                    open_bin = -1
-                elif above + search.mass == need:
-                    taken_from = search.low - 1
-                    open_bin = -1
+                num_near = search.mass
+                is_open = cut.at(search, seq_len, need)
 
                 open_tokens = OpenTokens.of(seq_len, num_sink_tokens, num_recent_tokens)
+                aside = RowNear(near, row, start, shared)
                 for turn in T.serial(config.turns):
-                    first = start + turn * (per_thread * NUM_THREADS) + thread
-                    num_near = 0
+                    first = first_of_warp + turn * (per_thread * NUM_THREADS)
                     for r in T.unroll(per_thread):
-                        token = first + r * NUM_THREADS
-                        keys[r] = open_tokens.key(token, T.reinterpret(keys[r], T.float32))
-                        is_taken = token < seq_len and bin_of(keys[r]) > taken_from
-                        bits = T.cast(T.cast(T.ballot(is_taken), T.uint32), T.int32)
-                        if thread % 32 == 0 and token < seq_len:
-                            words[row, token // 32] = bits
-                        if token < seq_len and bin_of(keys[r]) == open_bin:
-                            num_near += 1
-                    running = warp_inclusive_sum(num_near)
-                    slot = 0
-                    if thread % 32 == 31 and running > 0:
-                        slot = atomic_add(shared[0], running)
-                    slot = T.shfl_sync(slot, 31) + running - num_near
-                    if num_near > 0:
-                        for r in T.unroll(per_thread):
-                            token = first + r * NUM_THREADS
-                            if token < seq_len and bin_of(keys[r]) == open_bin:
-                                near[row, start + slot, 0] = keys[r]
-                                near[row, start + slot, 1] = token
-                                slot += 1
+                        loaded[r] = ahead[r]
                     if turn + 1 < config.turns:
-                        load_keys(keys, scores, row, first - thread + per_thread * NUM_THREADS)
+                        load_scores(ahead, scores, row, first + per_thread * NUM_THREADS)
+                    take_tokens_of_warp(
+                        cut, loaded, first, words, aside, scores, open_tokens, binning, seq_len
+                    )
 
                 T.sync_threads()
                 if thread == 0:
@@ -265,37 +313,21 @@ def top_tokens_kernel(config: TopTokensConfig, listed: bool = True):
                         arrived[row], 1, memory_order="acq_rel", return_prev=True
                     )
                 T.sync_threads()
-                if shared[1] == T.max(T.ceildiv(seq_len, chunk), 1) - 1:
-                    if open_bin >= 0:
-                        open_keys = NearKeys(
-                            near, near_counts, row, T.ceildiv(seq_len, chunk), chunk
-                        )
-                        search.find(
-                            (open_bin - NUM_BINS // 2) << BIN_SHIFT, (1 << BIN_SHIFT) - 1, above,
-                            need,
-                            lambda shift, num_bins: open_keys.each(
-                                lambda key, token: search.add(key, shift, num_bins, 1)
-                            ),
-                        )  # fmt: skip
-                        ties.bracket[0] = LOWEST_KEY  # takes every token
-                        if search.above + search.mass > need:
-                            ties.find(
-                                -seq_len, seq_len, search.above, need,
-                                lambda shift, num_bins: open_keys.each(
-                                    lambda key, token: add_tie(
-                                        ties, search, key, token, shift, num_bins
-                                    )
-                                ),
-                            )  # fmt: skip
-                        open_keys.each(
-                            lambda key, token: mark_near(words, search, ties, row, key, token)
-                        )
+                num_chunks_used = T.ceildiv(seq_len, chunk)
+                if shared[1] == T.max(num_chunks_used, 1) - 1:
+                    if is_open:
+                        near_keys = NearKeys(near, near_counts, row, num_chunks_used, chunk)
+                        if num_near <= MAX_RANKED:
+                            mark_first(
+                                near_keys, search.bins, shared, words, row, num_near, need - above
+                            )
+                        else:
+                            search_near(near_keys, search, ties, words, row, seq_len, above, need)
                         T.sync_threads()
                     if listed:
-                        count = compact(
-                            RowWords(words, row), T.ceildiv(seq_len, 32), lambda at: at,
-                            candidate_tokens, Row(batch, kv_head), NUM_THREADS,
-                        )  # fmt: skip
+                        count = list_bits(
+                            words, row, T.ceildiv(seq_len, 32), warp_sums, by_row(candidate_tokens)
+                        )
                         if thread == 0:
                             candidate_counts[batch, kv_head] = count
                     for j in T.vectorized(BINS_PER_THREAD):
@@ -306,70 +338,22 @@ def top_tokens_kernel(config: TopTokensConfig, listed: bool = True):
     return top_tokens
 
 
-@tilelang.jit(pass_configs=THREAD_LEVEL)
-def token_union_kernel(group_size: int):
-    """Grid: (kv_head, batch). Lists the tokens that any query head of a group took, with a bit for
-    each that did; a thread takes a word of bits, of every head."""
-    batch_size, num_rows, num_words = T.dynamic("batch_size, num_rows, num_words")
-    num_kv_heads, width = T.dynamic("num_kv_heads, width")
-
-    @T.prim_func
-    def unite_tokens(
-        words: T.Tensor[(batch_size, num_rows, num_words), T.int32],
-        seq_lens: T.Tensor[(batch_size,), T.int32],
-        candidate_tokens: T.Tensor[(batch_size, num_kv_heads, width), T.int32],
-        candidate_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
-        candidate_heads: T.Tensor[(batch_size, num_kv_heads, width), T.int32],
-    ):
-        with T.Kernel(num_kv_heads, batch_size, threads=NUM_THREADS) as (kv_head, batch):
-            warp_sums = T.alloc_shared((NUM_THREADS // 32,), T.int32, scope="shared")
-            own = T.alloc_local((group_size,), T.uint32)
-            union = T.alloc_var(T.uint32)
-            count = T.alloc_var(T.int32)
-            slot = T.alloc_var(T.int32)
-            heads = T.alloc_var(T.uint32)
-            used_words = T.ceildiv(seq_lens[batch], 32)
-            count = 0
-            for turn in T.serial(T.ceildiv(used_words, NUM_THREADS)):
-                word = turn * NUM_THREADS + T.get_thread_binding()
-                union = T.uint32(0)
-                for head in T.unroll(group_size):
-                    own[head] = T.uint32(0)
-                    if word < used_words:
-                        bits = words[batch, kv_head * group_size + head, word]
-                        own[head] = T.cast(bits, T.uint32)
-                    union = union | own[head]
-                before, total = block_exclusive_sum(T.cast(T.popcount(union), T.int32), warp_sums)
-                slot = count + before
-                while union != T.uint32(0):
-                    lowest = union & (T.uint32(0) - union)
-                    bit = 31 - T.cast(T.clz(lowest), T.int32)
-                    heads = T.uint32(0)
-                    for head in T.unroll(group_size):
-                        heads |= ((own[head] >> T.cast(bit, T.uint32)) & T.uint32(1)) << head
-                    candidate_tokens[batch, kv_head, slot] = word * 32 + bit
-                    candidate_heads[batch, kv_head, slot] = T.cast(heads, T.int32)
-                    slot += 1
-                    union = union ^ lowest
-                count += total
-            if T.get_thread_binding() == 0:
-                candidate_counts[batch, kv_head] = count
-
-    return unite_tokens
-
-
 def _launches(shape: StepShape, config: TopTokensConfig) -> tuple[Launch, ...]:
     assert shape.tokens is not None
     listed = shape.tokens.heads == shape.group_size
-    take = Launch("top_tokens", top_tokens_kernel, (config, listed))
+    arguments = (binning_of(shape.tokens), config, listed)
+    take = Launch("top_tokens", top_tokens_kernel, arguments)
     if listed:
         return (take,)
     return (take, Launch("token_union", token_union_kernel, (shape.group_size,)))
 
 
 TOP_TOKENS = KernelSpec(
-    name="top_tokens", stage="selector", config=TopTokensConfig, default=default_config,
+    name="top_tokens", stage="top_tokens", config=TopTokensConfig, default=default_config,
     launches=_launches, width=lambda shape: shape.max_pages,
-    applies=lambda shape: shape.tokens is not None,
-    sources=("top_tokens.py", "threshold.py", "token_keys.py", "token_list.py", "warp.py"),
+    applies=lambda shape: shape.tokens is not None, reads_candidates=True,
+    sources=(
+        "top_tokens.py", "near_tokens.py", "token_union.py", "threshold.py", "token_keys.py",
+        "warp.py",
+    ),
 )  # fmt: skip

@@ -39,39 +39,54 @@ class Bucket:
     width: int  # of a row: pages for page_score and top_pages, tokens for the others
     candidates: str = "pages"  # what lists those that a kernel reads; or another of StepShape's
     kv_dtype: str = ""  # of K and V in FP8, where the kernel reads them
+    labels: str = ""  # channels and bits of one, and heads of a row, where the kernel reads labels
 
     @classmethod
     def of(cls, spec: KernelSpec[Any], shape: StepShape) -> "Bucket":
         """Where a kernel's launch of this shape belongs."""
         candidates = shape.candidates if spec.reads_candidates else "pages"
         kv_dtype = shape.kv_dtype if spec.reads_kv else ""
-        return cls(*shape.statics, shape.num_rows, spec.width(shape), candidates, kv_dtype)
+        size = spec.width(shape)
+        labels = ""
+        if spec.reads_labels and shape.tokens is not None:
+            labels = f"r{shape.tokens.labels.r}b{shape.tokens.labels.bits}h{shape.tokens.heads}"
+        return cls(*shape.statics, shape.num_rows, size, candidates, kv_dtype, labels)
 
     def __str__(self) -> str:
-        """The fields by name; of the last two those that are not as usual."""
-        usual = {"candidates": "pages", "kv_dtype": ""}
+        """The fields by name; of the last three those that are not as usual."""
+        usual = {"candidates": "pages", "kv_dtype": "", "labels": ""}
         named = asdict(self).items()
         return " ".join(f"{name}={value}" for name, value in named if value != usual.get(name))
 
     @classmethod
     def parse(cls, text: str) -> "Bucket":
         """The inverse of str(); ValueError where it is none."""
-        *kinds, _, _ = get_type_hints(cls).items()
+        *kinds, _, _, _ = get_type_hints(cls).items()
         pattern = " ".join(
             rf"{name}=({'[1-9][0-9]*' if kind is int else '[a-z0-9]+'})" for name, kind in kinds
         )
         pattern += r"(?: candidates=((?:head_)?tokens))?(?: kv_dtype=([a-z0-9_]+))?"
+        pattern += r"(?: labels=(r\d+b\d+h\d+))?"
         match = re.fullmatch(pattern, text)
         if match is None:
             raise ValueError(f"expected a bucket like {_EXAMPLE}, got {text!r}")
-        *values, candidates, kv_dtype = match.groups()
+        *values, candidates, kv_dtype, labels = match.groups()
         bucket = cls(*(kind(value) for (_, kind), value in zip(kinds, values, strict=True)))
-        return replace(bucket, candidates=candidates or "pages", kv_dtype=kv_dtype or "")
+        bucket = replace(bucket, candidates=candidates or "pages", kv_dtype=kv_dtype or "")
+        return replace(bucket, labels=labels or "")
 
     def distance(self, other: "Bucket", static_width: bool) -> float:
         """Octaves between the two in rows and in width together; infinite where none may stand for
         the other. With static_width both widths round up to the same power of two."""
-        statics = ("group_size", "head_dim", "page_size", "dtype", "candidates", "kv_dtype")
+        statics = (
+            "group_size",
+            "head_dim",
+            "page_size",
+            "dtype",
+            "candidates",
+            "kv_dtype",
+            "labels",
+        )
         if any(getattr(self, name) != getattr(other, name) for name in statics):
             return math.inf
         if static_width and (self.width - 1).bit_length() != (other.width - 1).bit_length():

@@ -74,10 +74,15 @@ def by_workload(frames: Frames, name: str, **wanted: object) -> pd.DataFrame:
     return standard_rows(frames, name, **wanted).set_index("workload")
 
 
-def own(frames: Frames, stage: str, workloads: pd.Index, column: str = "median_us") -> pd.Series:
+def own(
+    frames: Frames,
+    stage: str,
+    workloads: pd.Index,
+    column: str = "median_us",
+    method: str = "quest+twilight",
+) -> pd.Series:
     """Our own rows of a stage, one per standard workload."""
-    method = "dense" if stage == "dense" else "quest+twilight"
-    rows = by_workload(frames, stage, method=method)
+    rows = by_workload(frames, stage, method="dense" if stage == "dense" else method)
     values = rows[rows["provider"].isin(OURS)][column]
     for name in workloads.difference(values.index):
         raise MissingData(f"{stage}.csv: no row with workload {name}")

@@ -26,6 +26,7 @@ from .parts import (
 from .style import LOOKS, count, legend_below, log_axes, microseconds, ticks_at
 
 STEP_FIXED = ["num_qo_heads", "num_kv_heads", "head_dim", "page_size"]
+BY_LABELS = ("ds", "ds+twilight")
 SPEEDUPS = (1, 2, 4, 8, 16, 32)
 
 
@@ -88,7 +89,7 @@ def pipeline_budget(frames: Frames) -> Figure:
         axes.set_title(heads(rows.iloc[0]), loc="left")
         axes.set_xlabel("token budget of the selector")
         _dense_level(axes, twilight)
-        _step_lines(axes, rows, "token_budget", ("quest", "quest+twilight"))
+        _step_lines(axes, rows, "token_budget", ("quest", *BY_LABELS, "quest+twilight"))
         shown.append(twilight)
     every[0].set_ylabel("time of one step")
     every[0].set_ylim(top=2 * max(rows["dense_us"].max() for rows in shown))
@@ -189,9 +190,12 @@ def _by_length(frames: Frames, prefix: str, what: str) -> Figure:
 
 
 def _step_lines(axes: Axes, rows: pd.DataFrame, x: str, methods: tuple[str, ...]) -> None:
-    """A line per method, ours last, with the floor and the speedups of Quest + Twilight."""
+    """A line per method, ours last, with the floor and the speedups of Quest + Twilight. Those by
+    labels are drawn where they are measured."""
     twilight = of_method(rows, "quest+twilight", x)
     line(axes, twilight, x, "floor", f"floor of {METHODS['quest+twilight']}", "floor_us")
+    measured = set(rows["method"])
+    methods = tuple(each for each in methods if each in measured or each not in BY_LABELS)
     for method in methods:
         line(axes, of_method(rows, method, x), x, method, METHODS[method])
     for _, row in twilight.iterrows():

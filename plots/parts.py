@@ -26,15 +26,20 @@ PROVIDERS = {
     "flashinfer": "FlashInfer",
     "cudnn": "cuDNN",
     "flash": "flash SDPA",
+    "doublesparse": "Double Sparsity's authors",
 }
 STAGE_WORDS = {
     "estimate_prune": "estimator + pruner",
+    "label_scores": "label scores",
+    "top_tokens": "top tokens",
     "pipeline": "whole step",
     "dense": "dense (ours)",
 }
 METHODS = {
     "quest": "Quest alone",
     "full+twilight": "Full + Twilight",
+    "ds": "Double Sparsity alone",
+    "ds+twilight": "Double Sparsity + Twilight",
     "quest+twilight": "Quest + Twilight",
 }
 

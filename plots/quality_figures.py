@@ -18,8 +18,6 @@ METRICS = {  # column: task, words
 BACK_ENDS = ("kernels", "torch")  # whose rows are shown, the first that has any
 WORDS = METHODS | {
     "dense": "dense attention",
-    "ds": "Double Sparsity alone",
-    "ds+twilight": "Double Sparsity + Twilight",
 }
 ORDER = ("full+twilight", "quest", "quest+twilight", "ds", "ds+twilight")
 SMALLEST_KL = 1e-5  # a zero has no place on a logarithmic axis

@@ -1,34 +1,42 @@
 """Where the step's time goes, and how near each stage is to what its bytes need."""
 
+import pandas as pd
 from matplotlib.figure import Figure
 
-from .frames import STEP_STAGES, Frames, by_workload, own, require
-from .parts import LABEL_BOX, MEDIAN, bar_look, on_cpu, panels, stage_words, title
+from .frames import STEP_STAGES, Frames, MissingData, by_workload, own, require
+from .parts import LABEL_BOX, MEDIAN, METHODS, bar_look, on_cpu, panels, stage_words, title
 from .style import legend_below, three_digits
 
 FIXED = ["head_dim", "page_size", "top_p"]
-SHARED_STAGES = ("selector", "estimate_prune", "attention")  # of the step; each once
+ROOM = 16  # for the sum beside a bar, in %
+REST = ("estimate_prune", "attention")
+SHARED_STAGES = {  # of a method's step; each once
+    "quest+twilight": ("selector", *REST),
+    "ds+twilight": ("label_scores", "top_tokens", *REST),
+}
 EVERY_STAGE = (*STEP_STAGES, "pipeline", "dense")
 A_LINE = 6  # workloads side by side
 
 
 def pipeline_share(frames: Frames) -> Figure:
-    """Where the step's time goes. Upper bars: each stage timed alone and cold. Lower bars: the
-    stages within one step under a profiler, which slows it a little; where launches overlap, the
-    earlier one counts. In a step the parts of the batch run side by side and launches start early,
-    so that the stages alone add up to more than the step, which is 100 %."""
-    step = by_workload(frames, "pipeline", method="quest+twilight")
-    alone = {stage: own(frames, stage, step.index) for stage in SHARED_STAGES}
+    """Where the step's time goes, by Quest and, where it is measured, by Double Sparsity. Upper
+    bars: each stage timed alone and cold. Lower bars: the stages within one step under a profiler,
+    which slows it a little; where launches overlap, the earlier one counts. In a step the parts of
+    the batch run side by side and launches start early, so that the stages alone add up to more
+    than the step, which is 100 %."""
     timeline = frames["timeline"]
+    step, alone = _steps_and_stages(frames)
     profiled = "" if on_cpu(step) else " profiled"
     figure, (axes,) = panels(1, 1, (9, 1.8 + 0.95 * len(step)))
     axes.axvline(100, color="#111111", lw=1.4, zorder=0.9)
+    widest = 0.0
     for place, (workload, whole) in enumerate(step.iterrows()):
-        within = require(timeline[timeline["workload"] == workload], "timeline", workload)
+        own_steps = (timeline["workload"] == workload) & (timeline["method"] == whole["method"])
+        within = require(timeline[own_steps], "timeline", f"{workload}, {whole['method']}")
         within = within.set_index("stage")
         inside = within["busy_us"].reindex(STEP_STAGES).dropna().to_dict()
         inside["gap"] = within.loc["pipeline", "gap_us"]
-        apart = {stage: values[workload] for stage, values in alone.items()}
+        apart = alone[workload, whole["method"]]
         for offset, parts, note in ((-0.2, apart, "us"), (0.2, inside, f"us{profiled}")):
             left = 0.0
             for stage, us in parts.items():
@@ -38,18 +46,45 @@ def pipeline_share(frames: Frames) -> Figure:
                 text = three_digits(us) if share > 5 else ""
                 axes.bar_label(bar, [text], label_type="center", fontsize=9, bbox=LABEL_BOX)
                 left += share
+            widest = max(widest, left)
             text = f" {three_digits(sum(parts.values()))} {note}"
             axes.text(left, place + offset, text, va="center", fontsize=9)
-    names = [f"{name}\nstep {us:,.1f} us" for name, us in step["median_us"].items()]
+    several = step["method"].nunique() > 1
+    names = [
+        f"{name}{', ' + METHODS[method].split(' +')[0] if several else ''}\nstep {us:,.1f} us"
+        for name, method, us in step[["method", "median_us"]].itertuples()
+    ]
     axes.set_yticks(range(len(step)), names)
     axes.invert_yaxis()
-    axes.set_xlim(0, 128)
+    axes.set_xlim(0, max(128, widest + ROOM))
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("% of the step's time (stages overlap in the step: alone they add up to more)")
     said = "above: each stage alone, cold", f"below: within one step{profiled and ', profiled'}"
     title(figure, "Where the step's time goes", step, FIXED, *said)
     legend_below(figure, [axes], 6)
     return figure
+
+
+def _steps_and_stages(
+    frames: Frames,
+) -> tuple[pd.DataFrame, dict[tuple[str, str], dict[str, float]]]:
+    """Steps by workload, those of Quest first, and the times of their stages by workload and
+    method."""
+    steps, alone = [], {}
+    for method, stages in SHARED_STAGES.items():
+        try:
+            own_steps = by_workload(frames, "pipeline", method=method)
+        except MissingData:
+            if method == "quest+twilight":
+                raise
+            continue
+        for stage in stages:
+            for workload, us in own(frames, stage, own_steps.index, method=method).items():
+                alone.setdefault((workload, method), {})[stage] = us
+        steps.append(own_steps)
+    every = pd.concat(steps)
+    order = {name: place for place, name in enumerate(steps[0].index)}
+    return every.sort_index(key=lambda names: names.map(order), kind="stable"), alone
 
 
 def stage_floor(frames: Frames) -> Figure:

@@ -60,6 +60,8 @@ LOOKS = {
 }
 STAGE_COLORS = {
     "selector": "#1d3557",
+    "label_scores": "#1d3557",
+    "top_tokens": "#7d8fb3",
     "estimator": "#6a97c4",
     "pruner": "#f2c14e",
     "estimate_prune": "#9bb56b",

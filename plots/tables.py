@@ -25,6 +25,7 @@ from .frames import (
 from .model_figures import PLACE, SIZES, model_rows
 from .parts import METHODS, PROVIDERS, budget_rule, speedup, stage_words
 
+LABELS = {"ds": "64 x 2 bits", "ds-r16-b4": "16 x 4 bits"}
 QUEST, OURS = "quest", "quest+twilight"
 
 
@@ -112,6 +113,41 @@ def stage_table(frames: Frames) -> str:
     header = " | ".join(["workload", "tokens kept per KV head", *map(stage_words, STEP_STAGES)])
     gpu = whole["gpu"].iloc[0].upper()
     caption = f"Each stage alone on {gpu}: time, bytes / time, share of the byte floor reached."
+    return _table(header, lines, caption)
+
+
+def labels_table(frames: Frames) -> str:
+    """Double Sparsity: its selector's kernels beside its authors' in PyTorch, and the whole step
+    beside Quest's."""
+    lines = []
+    rows = {
+        stage: standard_rows(frames, stage).set_index(["workload", "method", "provider"])
+        for stage in ("label_scores", "top_tokens", "pipeline")
+    }
+    scores, tokens, steps_of = rows.values()
+    for workload, method, provider in scores.index:
+        if provider == "doublesparse":
+            continue
+        cells = [f"{workload} | {LABELS[method.removesuffix('+twilight')]}"]
+        for own_rows in (scores, tokens):
+            ours = own_rows.loc[workload, method, provider]
+            theirs = own_rows["median_us"].get((workload, method, "doublesparse"))
+            beside = "-" if theirs is None else f"{theirs:,.1f}"
+            cells.append(f"{ours.median_us:,.1f}, {100 * ours.reached:.0f} % | {beside}")
+        for name in (method.removesuffix("+twilight"), method, OURS):
+            cells.append(f"{steps_of.loc[(workload, name, provider), 'median_us']:,.1f}")
+        lines.append(" | ".join(cells))
+    header = (
+        "workload | labels | label scores, us and byte floor reached | authors' gather and matmul "
+        "| top tokens, us and byte floor reached | torch.topk | Double Sparsity alone "
+        "| + Twilight | Quest + Twilight"
+    )
+    first = scores.iloc[0]
+    caption = (
+        f"Microseconds on {first.gpu.upper()}, {first['dtype']}, {first.token_budget:,} candidates "
+        "of a KV head for all of its query heads, p as above; the authors choose them for each "
+        "query head, by channels of keys in 16 bits."
+    )
     return _table(header, lines, caption)
 
 
@@ -224,6 +260,7 @@ TABLES: dict[str, Callable[[Frames], str]] = {
     "top_p": top_p_table,
     "length": length_table,
     "stage": stage_table,
+    "labels": labels_table,
     "fp8": fp8_table,
     "model": model_table,
     "memory": memory_text,

@@ -13,7 +13,7 @@ from .providers.stages import Provider, StageBuilder, Target, sets_wanted
 from .providers.whole_model import WholeModel, prepare_model
 from .tables.rows import TABLES, AnyRow, Origin
 from .workloads.request_sets import affordable_sets, pool_bytes, workload_sets
-from .workloads.workload import METHOD, Workload
+from .workloads.workload import Workload
 
 
 class Timed(NamedTuple):
@@ -45,7 +45,7 @@ class Observed(NamedTuple):
 
     def marks(self, target: Target) -> list[tuple]:
         """The inputs and the budget that all rows share, which are written at once."""
-        labels = self.workload.labels(METHOD, target.gpu)
+        labels = self.workload.labels(self.workload.method, target.gpu)
         return [tuple(labels[name] for name in TABLES[self.stage].mark)]
 
 

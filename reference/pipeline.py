@@ -17,6 +17,7 @@ from .selector import select_all, select_pages, selection_width
 from .twilight_config import read_config
 from .validate import check_positive, check_query, check_windows, resolve_sm_scale
 
+SELECTORS = ("quest", "full", "double_sparsity")
 Dtype = torch.dtype | None  # of the arithmetic; None for float32
 
 
@@ -33,10 +34,10 @@ class TwilightDecode:
     Args:
         cache: gives the shapes that `run` will see.
         num_qo_heads: query heads, a multiple of the cache's num_kv_heads.
-        selector: "quest", "full", or "ds" (Double Sparsity: tokens by label, of a cache that has
-            labels).
-        token_budget: of "ds" any number of tokens; with group="own" per query head.
-        group: of "ds": "own" or "shared", see `select_tokens`.
+        selector: "quest", "double_sparsity" (tokens by label, of a cache that has labels) or
+            "full".
+        token_budget: of "double_sparsity" any number of tokens; with group="own" per query head.
+        group: of "double_sparsity": "own" or "shared", see `select_tokens`.
         path: "sparse", "candidates" (each query head over its own) or "dense".
 
     The other options, and what there is after `run`, as the kernels'. The stages can be called one
@@ -57,7 +58,7 @@ class TwilightDecode:
         sm_scale: float | None = None,
         num_sink_tokens: int = 0,
         num_recent_tokens: int = 0,
-        group: str = "own",
+        group: str = "shared",
         path: str = "sparse",
         bound_mass: bool = False,
     ) -> None:
@@ -67,15 +68,15 @@ class TwilightDecode:
                 f"num_qo_heads: expected a multiple of {cache.num_kv_heads} (num_kv_heads), "
                 f"got {num_qo_heads}"
             )
-        if selector not in ("quest", "ds", "full"):
-            raise ValueError(f"selector: expected 'quest', 'ds' or 'full', got {selector!r}")
+        if selector not in SELECTORS:
+            raise ValueError(f"selector: expected one of {', '.join(SELECTORS)}, got {selector!r}")
         if path not in ("sparse", "candidates", "dense"):
             raise ValueError(f"path: expected 'sparse', 'candidates' or 'dense', got {path!r}")
         windows = Windows(num_sink_tokens=num_sink_tokens, num_recent_tokens=num_recent_tokens)
         check_windows(**windows)
         if selector == "quest":
             selection_width(cache, token_budget, **windows)
-        elif selector == "ds":
+        elif selector == "double_sparsity":
             token_selection_width(cache, num_qo_heads, token_budget, group, **windows)
         broadcast_top_p(top_p, cache.batch_size, num_qo_heads, cache.k_cache.device)
         self.num_qo_heads = num_qo_heads
@@ -107,7 +108,7 @@ class TwilightDecode:
         """
         read = read_config(config)
         step = cls(cache, num_qo_heads, **read.decode_options(cache.page_size, layer))
-        if step.selector == "ds":
+        if step.selector == "double_sparsity":
             read.check_labels(check_labels(cache, num_qo_heads), cache.head_dim)
         return step
 

@@ -174,7 +174,8 @@ class TwilightConfig:
             num_pages = -(-arguments["token_budget"] // page_size)
             options = {"selector": "quest", "token_budget": num_pages * page_size}
         elif kind != "none":
-            options = {"selector": "ds", "token_budget": arguments["token_budget"], "group": "own"}
+            budget = arguments["token_budget"]
+            options = {"selector": "double_sparsity", "token_budget": budget, "group": "own"}
         if self.weight_pruner.type == "top_p":
             return options | {"path": "sparse", "top_p": self.weight_pruner.arguments["threshold"]}
         return options | {"path": "dense" if kind == "none" else "candidates"}

@@ -24,8 +24,10 @@ from twilight_tilelang.reference.inputs import DecodeShape
     "rows, group_size, width, gpu, expected",
     [
         pytest.param(512, 4, 8192, "sm_90a", True, id="gqa-32k"),
+        pytest.param(128, 4, 8192, "sm_90a", True, id="a-multiprocessor-each"),
+        pytest.param(136, 4, 8192, "sm_90a", False, id="not-two-each"),
         pytest.param(2048, 1, 8192, "sm_90a", True, id="mha-32k"),
-        pytest.param(128, 4, 8192, "sm_90a", False, id="gqa-128k"),
+        pytest.param(120, 4, 8192, "sm_90a", False, id="multiprocessors-left"),
         pytest.param(8, 4, 8192, "sm_90a", False, id="solo-32k"),
         pytest.param(512, 8, 8192, "sm_90a", False, id="logits-do-not-fit"),
         pytest.param(512, 4, 8192, "sm_80", False, id="less-shared-memory"),
@@ -36,6 +38,11 @@ from twilight_tilelang.reference.inputs import DecodeShape
 def test_many_rows_whose_logits_fit_are_fused(rows, group_size, width, gpu, expected):
     shape = StepShape(group_size, 128, 16, "float16", rows, 2048, width, rows)
     assert default_config(shape, ARCHS[gpu]).fused == expected
+
+
+def test_rows_that_are_cut_into_small_parts_are_not_fused():
+    shape = StepShape(4, 128, 16, "float16", 128, 8192, 8192, 32)
+    assert not default_config(shape, ARCHS["sm_90a"]).fused
 
 
 @pytest.mark.parametrize("rows", [263, 264])

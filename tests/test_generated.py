@@ -140,9 +140,25 @@ def read_the_neighbour(step, out, q, cache):
     return out + 0 * q.roll(1, 0)
 
 
+def leave_out_a_single_token(step, out, q, cache):
+    """Of those that labels choose; the others move up."""
+    if isinstance(step.candidates, stand_in.CandidateTokens):
+        tokens, counts = step.candidates[:2]
+        moved = torch.cat([tokens[..., 1:], tokens[..., :1]], dim=-1)
+        counts = (counts - 1).clamp(min=1)
+        step.candidates = step.candidates._replace(tokens=moved, counts=counts)
+    return out
+
+
 FAULTS = (
     *(drop_last_kept, keep_too_little, skip_newest_page, shift_logits, lose_a_channel),
-    *(depend_on_the_batch, depend_on_the_pages, read_an_unused_slot, read_the_neighbour),
+    *(
+        leave_out_a_single_token,
+        depend_on_the_batch,
+        depend_on_the_pages,
+        read_an_unused_slot,
+        read_the_neighbour,
+    ),
 )
 
 

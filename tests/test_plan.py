@@ -94,20 +94,20 @@ def test_with_configs_shares_memory_and_changes_what_is_named(launched):
 SHAPE = StepShape(4, 128, 16, "float16", 512, 2048, 8192, 512)
 
 
-@pytest.mark.parametrize("name, most", [("page_score", 4), ("estimator", 8)])
-def test_tiles_are_spread_until_every_multiprocessor_is_full(name, most):
-    """From 8 to 512 rows: a block takes more steps only where enough blocks are left."""
-    gpu, before = ARCHS["sm_90a"], 1
+@pytest.mark.parametrize("name", ["page_score", "estimator"])
+def test_tiles_are_spread_until_every_multiprocessor_is_full(name):
+    """A block takes more steps only where enough blocks are left."""
+    gpu = ARCHS["sm_90a"]
     for rows in (8, 16, 24, 32, 64, 96, 128, 256, 512):
         shape = SHAPE._replace(num_rows=rows)
         config = SPECS[name].default(shape, gpu)
         tiles = rows * SPECS[name].width(shape) // 16
         blocks = tiles / (config.num_warps * config.tiles_per_warp * config.steps)
-        assert config.steps >= before and config.steps <= most
+        most = 4 if name == "page_score" or config.tiles_per_warp == 4 else 8
+        assert config.steps <= most
         assert config.steps == 1 or blocks >= 4 * gpu.num_multiprocessors
         assert config.steps == most or blocks < 8 * gpu.num_multiprocessors
-        before = config.steps if config.tiles_per_warp == 2 else 1
-    assert before == most
+    assert config.steps == most
 
 
 def names(plan) -> list[str]:
@@ -141,7 +141,7 @@ def test_a_step_that_bounds_its_mass_launches_one_kernel_more_and_no_fused_one(l
         launched.clear()
         step.run(q, cache)
         assert launched == [*STAGES, "mass_bound_kernel", *ATTENTION]
-        assert step.kept_mass_bound.shape == (cache.batch_size, 32)
+        assert step.kept_mass_bound.shape == (cache.batch_size, 40)
         assert "bound of the kept mass" in step.explain()
     step, _, _ = step_and_inputs()
     with pytest.raises(AttributeError, match="bound_mass"):
@@ -200,7 +200,7 @@ def test_a_budget_for_every_token_reads_no_labels(launched):
     "heads, options, match",
     [
         (None, {}, "cache: expected labels"),
-        (32, {}, "labels: expected channels of each KV head for group 'shared'"),
+        (32, {}, "labels: expected channels of each KV head for group 'shared'.*score one label"),
         (8, {"group": "all"}, "group: expected one of"),
         (8, {"num_recent_tokens": 257}, "token_budget: expected at least 257"),
     ],

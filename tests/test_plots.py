@@ -13,7 +13,15 @@ from tests.doubles.made_up_quality import write_quality
 from tests.doubles.made_up_results import made_up_rows, write_frames
 from twilight_tilelang.plots import draw, tables
 from twilight_tilelang.plots.figures import FIGURES, FULL
-from twilight_tilelang.plots.frames import CPU, CPU_NOTE, SIZES, Frames, MissingData, steps
+from twilight_tilelang.plots.frames import (
+    CPU,
+    CPU_NOTE,
+    SIZES,
+    Frames,
+    MissingData,
+    rows_of,
+    steps,
+)
 from twilight_tilelang.plots.parts import budget_rule
 from twilight_tilelang.profiling.tables.rows import AnyRow, table_of
 
@@ -88,11 +96,30 @@ def test_every_figure_of_a_step_says_at_which_p_and_error(rows: list[AnyRow]) ->
     assert tables.speed_table(MEASURED).count("**0.") == 5  # an error for each workload
 
 
+def test_double_sparsity_stands_beside_quest(rows: list[AnyRow], tmp_path: Path) -> None:
+    frames = frames_of(rows, tmp_path)
+    for name in ("pipeline_length", "pipeline_budget"):
+        assert {"Double Sparsity alone", "Double Sparsity + Twilight"} <= set(words(name, frames))
+    shown = words("pipeline_share", frames)
+    assert {"label scores", "top tokens"} <= set(shown)
+    for workload in ("gqa-32k", "mha-32k", "gqa-128k", "solo-32k"):
+        own = (text.split("\n")[0] for text in shown if text.startswith(f"{workload}, "))
+        assert list(dict.fromkeys(own)) == [
+            f"{workload}, Quest", f"{workload}, Double Sparsity",
+        ]  # fmt: skip
+    lines = tables.labels_table(frames).splitlines()[2:10]
+    assert [line.split(" | ")[:2] for line in lines[:2]] == [
+        ["| mha-32k", "64 x 2 bits"], ["| mha-32k", "16 x 4 bits"],
+    ]  # fmt: skip
+    assert all(line.count(" | ") == 8 and " - " not in line for line in lines)
+
+
 def test_fp8_stands_beside_16_bits(rows: list[AnyRow], tmp_path: Path) -> None:
     frames = frames_of(rows, tmp_path)
     table = tables.fp8_table(frames)
     assert [line.split(" | ")[0] for line in table.splitlines()[2:4]] == ["| gqa-32k", "| mha-32k"]
-    attention = frames["attention"].set_index("workload")["median_us"]
+    attention = rows_of(frames, "attention", method="quest+twilight")
+    attention = attention.set_index("workload")["median_us"]
     both = f"{attention['gqa-32k']:,.1f} / **{attention['gqa-32k-fp8']:,.1f}**"
     assert f"| gqa-32k | {both}, " in table
     gqa = [row for row in rows if row.workload != "mha-32k-fp8"]

@@ -57,7 +57,7 @@ def test_every_launch_was_compiled_ahead(name, monkeypatch):
         for call in Slot(q, cache, step).calls.values():
             call()
     for call in (
-        backend.quest(q, cache, 256),
+        backend.alone(q, cache, "quest", 256),
         backend.dense(q, cache),
         backend.attend_tokens(q, cache, step.kept),
     ):

@@ -241,7 +241,7 @@ def test_twilight_decode_rejects_bad_arguments():
     cache = PagedKVCache.wrap(*inputs.paged())
     with pytest.raises(ValueError, match="num_qo_heads: expected a multiple of 2"):
         TwilightDecode(cache, 3)
-    with pytest.raises(ValueError, match="selector: expected 'quest', 'ds' or 'full', got 'dense'"):
+    with pytest.raises(ValueError, match="selector: expected one of quest, full, double_sparsity"):
         TwilightDecode(cache, 4, selector="dense")
     with pytest.raises(ValueError, match="token_budget: expected a multiple of 4"):
         TwilightDecode(cache, 4, token_budget=6)

@@ -69,11 +69,19 @@ def channel_file(path: Path, layers: int = 3) -> list[list[int]]:
             "quest_twilight",
             {"selector": "quest", "token_budget": 8192, "path": "sparse", "top_p": 0.85},
         ),
-        ("ds", {"selector": "ds", "token_budget": 8192, "group": "own", "path": "candidates"}),
+        (
+            "ds",
+            {
+                "selector": "double_sparsity",
+                "token_budget": 8192,
+                "group": "own",
+                "path": "candidates",
+            },
+        ),
         (
             "ds_twilight",
             {
-                "selector": "ds",
+                "selector": "double_sparsity",
                 "token_budget": 8192,
                 "group": "own",
                 "path": "sparse",

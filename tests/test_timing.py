@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from twilight_tilelang.profiling import bench, run, timing
-from twilight_tilelang.profiling.tables.rows import STAGES
+from twilight_tilelang.profiling.tables.rows import STAGES, TOKEN_STAGES
 from twilight_tilelang.profiling.tables.store import read_rows
 from twilight_tilelang.profiling.workloads.standard import EQUAL, LOOKED_ON, budget_sweep
 from twilight_tilelang.profiling.workloads.sweeps import COPY_TASK, trace_workload
@@ -202,9 +202,11 @@ def test_gpu_timer_captures_what_it_can() -> None:
 def test_bench_runs_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = DecodeShape(4, 8, 2, 128, seq_lens=4096)
     stages = (*STAGES, *LOOKED_ON, "accuracy")
+    by_labels = (*(stage for stage in STAGES if stage != "dense"), "timeline")
     base = (
         Workload("tiny", shape, 1024, 64, max_sets=3, stages=stages, host_times=True),
         budget_sweep("budget-tiny", shape, (64,)),
+        Workload("tiny", shape, 1024, 64, max_sets=3, stages=by_labels, method="ds+twilight"),
     )
     step = {"stages": ("pipeline",), "token_budgets": (64, 4096), "head_budgets": EQUAL}
     full = (
@@ -219,15 +221,20 @@ def test_bench_runs_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     frames = {path.stem: read_rows(path) for path in tmp_path.glob("*/*.csv")}
     assert {"accuracy", "kept", "memory", "timeline"} < frames.keys()
     assert set(frames["timeline"]["timeline"]) == {"graph"}
+    for stage in TOKEN_STAGES:
+        assert set(frames[stage]["provider"]) == {"tilelang", "doublesparse"}
     ours = {stage: frames[stage][frames[stage]["provider"] == "tilelang"] for stage in STAGES}
     assert {stage: len(rows) for stage, rows in ours.items()} == {
-        **dict.fromkeys(("selector", "estimator", "pruner", "estimate_prune", "dense"), 1),
-        "attention": 3,
-        "pipeline": 3 + 5 + 17,  # the sweep's two budgets, and Full once; 8 p twice, and Quest once
+        **dict.fromkeys(("selector", *TOKEN_STAGES, "dense"), 1),
+        **dict.fromkeys(("estimator", "pruner", "estimate_prune"), 2),
+        "attention": 4,
+        # By labels; the sweep's two budgets, and Full once; 8 p twice, and Quest once.
+        "pipeline": 2 + 3 + 5 + 17,
     }
     for rows in ours.values():
         assert set(rows["timer"]) == {"graph-rotate"}
         assert (rows["sm_mhz"] > 100).all() and (rows["reached"] <= 1).all()
     for stage in ("pipeline", "dense"):
-        hosts = frames[stage].set_index("workload")["host_us"]
+        rows = frames[stage][~frames[stage]["method"].str.startswith("ds")]
+        hosts = rows.set_index("workload")["host_us"]
         assert (hosts["tiny"] > 1).all() and hosts.drop("tiny").isna().all()

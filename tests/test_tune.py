@@ -212,7 +212,7 @@ def test_spaces_vary_only_what_cannot_change_a_result() -> None:
 def test_candidates_are_few_legal_and_begin_with_the_default(arch: str) -> None:
     for task in tune.tasks_of(tune.WORKLOADS, tune.STAGES, arch):
         assert task.configs[0] == SPECS[task.kernel].default(task.shape, ARCHS[arch])
-        assert 2 <= len(set(task.configs)) == len(task.configs) <= 16
+        assert 2 <= len(set(task.configs)) == len(task.configs) <= 24
         for config in task.configs:
             assert broken_limit(task.kernel, config, task.shape, ARCHS[arch]) is None, config
 
@@ -227,15 +227,21 @@ def test_every_bucket_comes_once_and_knows_its_workloads() -> None:
     tasks = tune.tasks_of(tune.WORKLOADS, tune.STAGES, "sm_90a")
     assert len({(task.kernel, task.bucket) for task in tasks}) == len(tasks)
     # Few rows leave nothing to choose where many are estimated and pruned in one kernel.
-    shapes = [tune.shape_of_workload(workload) for workload in tune.WORKLOADS[:-2]]
+    fusing = [workload for workload in tune.WORKLOADS[:-2] if "estimate_prune" in workload.stages]
+    shapes = map(tune.shape_of_workload, fusing)
     no_choice = [shape for shape in shapes if shape.num_rows < FULL_GPU]
-    launched = sum(SPECS[kernel].applies(shape) for kernel in SPACES for shape in shapes)
+    launched = sum(
+        SPECS[kernel].applies(tune.shape_of_workload(workload))
+        for workload in tune.WORKLOADS[:-2]
+        for kernel in SPACES
+        if SPECS[kernel].stage in workload.stages and workload.methods(SPECS[kernel].stage)
+    )
     expected = launched - len(no_choice) + len(FP8_WORKLOADS)
     assert sum(len(task.names) for task in tasks) == expected
     fp8 = {task.kernel: task.bucket.kv_dtype for task in tasks if task.workload in FP8_WORKLOADS}
     assert fp8 == {"attention": "float8_e4m3fn"}
     shared = [t.names for t in tasks if t.kernel == "pruner" and t.bucket.rows == 8]
-    assert shared == [("solo-128k", "solo-32k")]
+    assert shared == [("solo-128k", "solo-32k"), ("solo-32k ds+twilight",)]
     (alone,) = tune.tasks_of([tune.WORKLOADS[4]], ("pruner",), "sm_90a")
     assert alone.workload.name == "solo-32k" and alone.names == shared[0]
     for task in tasks:
@@ -247,7 +253,7 @@ def run_of(folder: Path, **options) -> tune.Run:
     return tune.Run("h200", "sm_90a", folder, **options)
 
 
-SOLO = [workload for workload in tune.WORKLOADS if workload.name == "solo-32k"]
+SOLO = [workload for workload in tune.WORKLOADS if workload.full_name == "solo-32k"]
 
 
 def test_a_run_writes_what_it_finds_and_the_next_does_nothing(tmp_path: Path) -> None:

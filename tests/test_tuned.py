@@ -100,6 +100,16 @@ def test_a_kernel_that_is_not_compiled_for_its_width_takes_any_near_one() -> Non
         assert choose("attention", bucket, configs).config.blocks_per_sm == blocks
 
 
+def test_labels_have_buckets_of_their_own() -> None:
+    """By their channels and bits, and the heads that a row has."""
+    home = dataclasses.replace(HOME, width=2048, labels="r64b2h4")
+    configs = configs_of("label_score", {home: entry_of("label_score", {"num_warps": 8})})
+    for labels, warps in (("r64b2h4", 8), ("r16b4h4", 4), ("r64b4h4", 4), ("r64b2h1", 4)):
+        bucket = dataclasses.replace(home, labels=labels)
+        assert choose("label_score", bucket, configs).config.num_warps == warps
+        assert Bucket.parse(str(bucket)) == bucket
+
+
 def test_fp8_has_buckets_of_its_own_where_k_and_v_are_read() -> None:
     fp8 = dataclasses.replace(HOME, kv_dtype="float8_e4m3fn")
     assert Bucket.parse(str(fp8)) == fp8 and str(fp8) == f"{HOME} kv_dtype=float8_e4m3fn"
@@ -398,7 +408,7 @@ def test_table_is_written_between_its_markers(written: Path, tmp_path: Path) -> 
     show.write_table(readme, written.parent)
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "| gqa-32k | - | - | - | 100.0 -> 90.0 | - |" in text
+    assert "| gqa-32k | - | - | - | - | - | 100.0 -> 90.0 | - |" in text
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="markers"):
         show.write_table(readme, written.parent)

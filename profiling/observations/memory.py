@@ -2,7 +2,6 @@
 
 from ..providers.stages import StageBuilder
 from ..tables.rows import MemoryRow, Origin
-from ..workloads.workload import METHOD
 
 PARTS = ("k_cache", "v_cache", "k_int4", "k_scale_zero", "page_bounds", "bounds_scale_zero")
 FP16_BYTES = 2
@@ -19,7 +18,7 @@ def memory_rows(builder: StageBuilder, gpu: str, origin: Origin) -> list[MemoryR
         sizes |= {part: own.nbytes / slots for part, own in labels.items()}
     return [
         MemoryRow(
-            **builder.workload.labels(METHOD, gpu),
+            **builder.workload.labels(builder.workload.method, gpu),
             part=part,
             bytes_per_token=size,
             share=size / dense,

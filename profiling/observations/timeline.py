@@ -17,7 +17,6 @@ from torch.profiler import ProfilerActivity, profile
 from ..providers.stages import StageBuilder
 from ..tables.rows import Origin, TimelineRow
 from ..timing import capture
-from ..workloads.workload import METHOD
 
 STEPS = 12  # at least; the first does not count, as nothing runs before it
 
@@ -69,7 +68,7 @@ def shares(
 
 def timeline_rows(builder: StageBuilder, gpu: str, origin: Origin) -> list[TimelineRow]:
     """Rows for each stage, and for the whole step as `pipeline`."""
-    slots = builder.slots("pipeline", METHOD)
+    slots = builder.slots("pipeline", builder.workload.method)
     steps = -(-STEPS // len(slots)) * len(slots)
     order = [slots[index % len(slots)] for index in range(steps)]
     if builder.backend.device == "cuda":
@@ -87,7 +86,7 @@ def timeline_rows(builder: StageBuilder, gpu: str, origin: Origin) -> list[Timel
     whole = Share(*map(sum, zip(*found.values(), strict=True)))
     return [
         TimelineRow(
-            **builder.workload.labels(METHOD, gpu),
+            **builder.workload.labels(builder.workload.method, gpu),
             timeline=timeline,
             stage=stage,
             **share._asdict(),

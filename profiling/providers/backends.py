@@ -6,11 +6,13 @@ the step's own workspace and can be repeated any number of times; `run` and `att
 `estimate_prune(q, cache)` stands for two of them, in one launch where the step is `fused`.
 After `run` the step shows `candidates`, `logits` and `kept`.
 
-`attend_tokens`, `quest` and `dense` make a call that returns out. As in a decode loop, memory is
+`labelled` gives caches of one pool labels; `label_calls` are the two kernels of their selector.
+`attend_tokens`, `alone` and `dense` make a call that returns out. As in a decode loop, memory is
 allocated when the call is made, not when it runs.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -19,6 +21,8 @@ import torch
 
 from twilight_tilelang import reference
 
+GROUP = {"group": "shared"}  # whose tokens Double Sparsity takes: a KV head's
+DOUBLE_SPARSITY = "double_sparsity"
 Call = Callable[[], torch.Tensor]
 Lists = tuple[torch.Tensor, ...]  # indices and counts; what follows them is passed over
 
@@ -44,9 +48,48 @@ class TileLang:
 
         return self._attention(q, cache, Listed("tokens", *kept[:2]), kept[0].shape[2])
 
-    def quest(self, q: torch.Tensor, cache: Any, token_budget: int, **sinks: int) -> Call:
-        """Quest alone: exact attention over every token of the pages chosen."""
-        step = self.step(cache, q.shape[1], token_budget=token_budget, path="candidates", **sinks)
+    def labelled(
+        self, caches: Sequence[Any], num_qo_heads: int, channels: torch.Tensor, bits: int
+    ) -> list[Any]:
+        """The same caches, which share their pages, with labels; channels [num_kv_heads, r]."""
+        first, *others = caches
+        every = [first.with_labels(self.package.LabelFormat(channels, bits))]
+        for other in others:
+            every.append(dataclasses.replace(other, labels=every[0].labels))
+            every[-1].mirror_pages(*every[-1].used_pages())
+        return every
+
+    def label_calls(self, step: Any, q: torch.Tensor, cache: Any) -> dict[str, Callable[[], None]]:
+        """Label scores and top tokens of a step, one by one. The second empties the counts that the
+        first has left: here each leaves none, and a copy of them comes before the second."""
+        from twilight_tilelang.kernels.double_sparsity import score_tokens, take_tokens
+        from twilight_tilelang.kernels.query import by_kv_head
+
+        stages = step.stages
+        plan, (sm_scale, window) = stages.plan.selector, stages.settings
+        selection, grouped = stages.memory.selection, by_kv_head(q, cache.num_kv_heads)
+        bins = selection.scored.bins
+
+        def score() -> None:
+            score_tokens(plan, grouped, cache, window, sm_scale, selection)
+            bins.zero_()
+
+        def take() -> None:
+            bins.copy_(counted)
+            take_tokens(plan, cache, window, selection)
+
+        score_tokens(plan, grouped, cache, window, sm_scale, selection)
+        counted = bins.clone()
+        bins.zero_()
+
+        return {"label_scores": score, "top_tokens": take}
+
+    def alone(
+        self, q: torch.Tensor, cache: Any, selector: str, token_budget: int, **sinks: int
+    ) -> Call:
+        """A selector alone: exact attention over every token that it chooses."""
+        options = dict(selector=selector, token_budget=token_budget, path="candidates", **sinks)
+        step = self.step(cache, q.shape[1], **options, **GROUP)
         return partial(step.run, q, cache)
 
     def dense(self, q: torch.Tensor, cache: Any) -> Call:
@@ -89,10 +132,22 @@ class Torch:
     def attend_tokens(self, q: torch.Tensor, cache: Any, kept: Lists) -> Call:
         return partial(reference.flash_topk_attention, q, cache, kept)
 
-    def quest(self, q: torch.Tensor, cache: Any, token_budget: int, **sinks: int) -> Call:
-        return lambda: reference.page_attention(
-            q, cache, reference.select_pages(q, cache, token_budget, **sinks)
-        )
+    def labelled(
+        self, caches: Sequence[Any], num_qo_heads: int, channels: torch.Tensor, bits: int
+    ) -> list[Any]:
+        first, repeats = caches[0], num_qo_heads // len(channels)
+        label_format = reference.LabelFormat(channels.repeat_interleave(repeats, 0), bits)
+        labels = reference.KeyLabels.empty(label_format, first.k_cache)
+        pages = torch.arange(first.num_pages)
+        used = torch.ones(first.num_pages, first.page_size, 1, 1, dtype=torch.bool)
+        labels.write_pages(pages, used, first.k_cache)
+        return [dataclasses.replace(cache, labels=labels) for cache in caches]
+
+    def alone(
+        self, q: torch.Tensor, cache: Any, selector: str, token_budget: int, **sinks: int
+    ) -> Call:
+        options = dict(selector=selector, token_budget=token_budget, path="candidates", **sinks)
+        return partial(self.step(cache, q.shape[1], **options, **GROUP).run, q, cache)
 
     def dense(self, q: torch.Tensor, cache: Any) -> Call:
         return partial(reference.dense_attention, q, cache)

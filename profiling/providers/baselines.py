@@ -1,4 +1,5 @@
-"""What others offer for the same work on a GPU: FlashInfer, and PyTorch's cuDNN and flash SDPA.
+"""What others offer for the same work on a GPU: FlashInfer, PyTorch's cuDNN and flash SDPA, and the
+selector of Double Sparsity's authors in PyTorch.
 
 Each function returns calls, one per input set, that return `out` in any shape that reshapes to
 [batch_size, num_qo_heads, head_dim]; `Unavailable` says why there are none.
@@ -101,6 +102,41 @@ def sdpa_dense(
         ]
         for provider in providers
     }
+
+
+def doublesparse(
+    stage: str, queries: Sequence[torch.Tensor], caches: Sequence[Any], token_budget: int
+) -> list[Call]:
+    """The tokens of every query head by the channels of keys as they are, in 16 bits and
+    contiguous: gather and matmul, then topk.
+
+    stage: "label_scores" or "top_tokens".
+    """
+
+    def score(q: torch.Tensor, keys: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
+        grouped = q.unflatten(1, (keys.shape[1], -1))
+        index = channels.long()[None, :, None].expand(*grouped.shape[:3], -1)
+        return torch.matmul(grouped.gather(3, index), keys.transpose(2, 3))
+
+    calls: list[Call] = []
+    for q, cache in zip(queries, caches, strict=True):
+        channels = cache.labels.channels
+        keys = _channels_of(cache, channels)
+        if stage == "label_scores":
+            calls.append(partial(score, q, keys, channels))
+        else:
+            scores = score(q, keys, channels)
+            calls.append(partial(torch.topk, scores, token_budget, dim=-1, sorted=False))
+    return calls
+
+
+def _channels_of(cache: Any, channels: torch.Tensor) -> torch.Tensor:
+    """[batch_size, num_kv_heads, seq_len, r]: the keys' channels of each KV head."""
+    seq_len, keys = int(cache.seq_lens.max()), []
+    for pages in cache.page_table:
+        own = cache.k_cache[pages.long()].flatten(0, 1)[:seq_len].transpose(0, 1)
+        keys.append(own.gather(2, channels.long()[:, None].expand(-1, seq_len, -1)))
+    return torch.stack(keys)
 
 
 def _contiguous(cache: Any, pool: torch.Tensor) -> torch.Tensor:

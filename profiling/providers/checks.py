@@ -4,6 +4,8 @@ A check returns the `error` column of its rows and raises `CheckFailed` beyond i
 
     selector   how far below the reference's last chosen page the worst chosen page scores, over
                the largest score
+    label_scores, top_tokens
+               the same of tokens and their ranks
     estimator  |logits - reference| / |reference|, Euclidean norm
     pruner     largest estimated mass, over query heads, of the tokens on which the sets differ
     attention, dense
@@ -22,6 +24,7 @@ from typing import Any
 import torch
 
 from twilight_tilelang import reference
+from twilight_tilelang.reference.double_sparsity import shared_ranks
 
 from .backends import Lists
 
@@ -84,6 +87,47 @@ def check_selector(q: torch.Tensor, cache: Any, step: Any, num_sink_tokens: int 
         deficit = last - scores.gather(-1, chosen).amin(dim=-1)
         errors.append(float((deficit / largest).nan_to_num(nan=0.0).clamp(min=0).amax()))
     return _within("candidate_pages", max(errors), SCORE_TOLERANCE)
+
+
+def check_tokens(q: torch.Tensor, cache: Any, step: Any) -> float:
+    """Chosen tokens, a KV head's for all of its query heads: as many as asked for, none worse than
+    the reference's last."""
+    errors, scale = [], cache.head_dim**-0.5
+    for rows, one in requests_to_check(cache):
+        one = dataclasses.replace(one, labels=labels_by_query_head(cache.labels, q.shape[1]))
+        length, (tokens, counts, _) = int(one.seq_lens), step.candidates
+        expected = min(length, tokens.shape[-1])
+        if counts[rows][0].tolist() != [expected] * one.num_kv_heads:
+            got = counts[rows][0].tolist()
+            raise CheckFailed(f"candidate_counts: expected {expected}, got {got}")
+        chosen = _membership(tokens[rows], counts[rows], length)
+        scores = reference.label_scores(q[rows], one, dtype=ORACLE)[0, :, :length]
+        ranks = shared_ranks(scores, one.num_kv_heads, scale)
+        last = ranks.sort(dim=-1, descending=True).values[:, expected - 1]
+        worst = torch.where(chosen, ranks, math.inf).amin(dim=-1)
+        errors.append(float(((last - worst) / ranks.abs().amax()).clamp(min=0).amax()))
+    return _within("candidate_tokens", max(errors), SCORE_TOLERANCE)
+
+
+def check_channel_scores(call: Callable[[], torch.Tensor], q: torch.Tensor, cache: Any) -> float:
+    """Scores [batch_size, num_kv_heads, group_size, seq_len] by channels of keys as they are."""
+    got, (rows, one) = call(), next(requests_to_check(cache))
+    channels = cache.labels.channels.repeat_interleave(q.shape[1] // one.num_kv_heads, 0)
+    whole = reference.LabelFormat(channels, None)
+    one = dataclasses.replace(one, labels=reference.KeyLabels.empty(whole, one.k_cache))
+    oracle = reference.label_scores(q[rows], one, dtype=ORACLE)[0, :, : int(one.seq_lens)]
+    return _within("scores", relative_error(got[0].flatten(0, 1), oracle), 1e-2)
+
+
+def labels_by_query_head(labels: Any, num_qo_heads: int) -> reference.KeyLabels:
+    """A cache's labels as the reference has them: a row for every query head."""
+    repeats = num_qo_heads // labels.channels.shape[0]
+    return reference.KeyLabels(
+        labels.channels.repeat_interleave(repeats, 0),
+        labels.bits,
+        labels.codes.repeat_interleave(repeats, 1),
+        labels.scale_zero.repeat_interleave(repeats, 1),
+    )
 
 
 def check_estimator(q: torch.Tensor, cache: Any, step: Any) -> float:

@@ -11,12 +11,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..tables.rows import STAGES
+from ..tables.rows import STAGES, TOKEN_STAGES
 from ..timing import Calls
 from ..workloads.request_sets import SEED, RequestSets, cold_sets, random_tokens
-from ..workloads.traffic import INDEX_BYTES, LOGIT_BYTES, Work, bytes_moved
-from ..workloads.workload import METHOD, METHODS, RANDOM, Workload
+from ..workloads.traffic import (
+    INDEX_BYTES,
+    LOGIT_BYTES,
+    TWILIGHT,
+    Work,
+    bytes_moved,
+    label_size,
+    prunes,
+)
+from ..workloads.workload import RANDOM, Workload
 from . import baselines, checks
+from .backends import DOUBLE_SPARSITY, GROUP
 
 WORKSPACE_BYTES = 8 << 30  # of all steps of one method together, about
 MAX_SLOTS = 4 * 72
@@ -71,6 +80,7 @@ class Slot(NamedTuple):
     q: torch.Tensor
     cache: Any
     step: Any
+    label_calls: Callable[..., dict[str, Callable[[], object]]] | None = None  # by labels
 
     def with_configs(self, configs: Mapping[str, Any]) -> "Slot":
         """The same with launch configs by kernel, and the defaults of the others."""
@@ -80,10 +90,13 @@ class Slot(NamedTuple):
     def calls(self) -> dict[str, Callable[[], object]]:
         """Each stage of the step, in order, and the whole; one stage needs what those before it
         left in the step. Estimator and pruner come alone, and together in the form that the step
-        launches."""
-        stages = self.step.stages
+        launches; so do the two kernels of a selector of tokens."""
+        stages, by_labels = self.step.stages, {}
+        if self.label_calls is not None:
+            by_labels = self.label_calls(self.step, self.q, self.cache)
         return {
             "selector": partial(stages.select, self.q, self.cache),
+            **by_labels,
             "estimator": partial(stages.estimate, self.q, self.cache),
             "pruner": partial(stages.prune, self.cache),
             "estimate_prune": partial(stages.estimate_prune, self.q, self.cache),
@@ -95,7 +108,7 @@ class Slot(NamedTuple):
     def launched(self) -> dict[str, Callable[[], object]]:
         """The stages as the step launches them."""
         others = ("estimator", "pruner") if self.step.fused else ("estimate_prune",)
-        left_out = (*others, "pipeline")
+        left_out = (*others, *TOKEN_STAGES, "pipeline")
         return {name: call for name, call in self.calls.items() if name not in left_out}
 
 
@@ -108,6 +121,20 @@ class StageBuilder:
         self.workload, self.sets, self.target = workload, sets, target
         self.backend = target.backend
         self._slots: dict[str, list[Slot]] = {}
+        if label_size(workload.method) is not None:
+            self.sets = self._labelled(workload, sets)
+
+    def _labelled(self, workload: Workload, sets: RequestSets) -> RequestSets:
+        """The same requests with the labels of the workload's method, unless they have them: of the
+        channels that are largest in the queries, as in published files."""
+        if sets.caches[0].labels is not None:
+            return sets
+        shape, (num_channels, bits) = workload.shape, label_size(workload.method)
+        sizes = torch.stack(sets.queries).abs().double().mean(dim=(0, 1))
+        sizes = sizes.unflatten(0, (shape.num_kv_heads, -1)).sum(dim=1)
+        channels = sizes.argsort(dim=-1, descending=True)[:, :num_channels].int().contiguous()
+        caches = self.backend.labelled(sets.caches, shape.num_qo_heads, channels, bits)
+        return RequestSets(sets.queries, caches)
 
     def variant(self, workload: Workload) -> "StageBuilder":
         """A builder for other settings of this workload, on the same inputs."""
@@ -115,13 +142,15 @@ class StageBuilder:
             return self
         return StageBuilder(workload, self.sets, self.target)
 
-    def providers(self, stage: str, methods: Sequence[str] = METHODS) -> list[Provider]:
+    def providers(self, stage: str, methods: Sequence[str] = ()) -> list[Provider]:
         """The providers of one stage, to be timed together; `methods` are those of the pipeline."""
         if stage == "dense":
             return self._dense()
         if stage == "pipeline":
-            return [self._quest() if m == "quest" else self._twilight(m) for m in methods]
-        return self._random() if self.workload.random_tokens else [self._stage(stage)]
+            return [self._twilight(m) if prunes(m) else self._alone(m) for m in methods]
+        if self.workload.random_tokens:
+            return self._random()
+        return [self._stage(stage), *self._token_baselines(stage)]
 
     def slots(self, stage: str, method: str) -> list[Slot]:
         """Slots that keep a stage cold, their steps run once, as far as their workspaces allow.
@@ -141,25 +170,46 @@ class StageBuilder:
             step = self.backend.step(
                 cache,
                 q.shape[1],
-                selector="full" if method == "full+twilight" else "quest",
+                selector=selector_of(method),
                 token_budget=workload.token_budget,
                 top_p=workload.top_p,
                 num_sink_tokens=workload.num_sink_tokens,
+                **GROUP,
             )
-            slots.append(Slot(q, cache, step))
+            by_labels = workload.work(method).scores_tokens(method)
+            by_labels = by_labels and self.backend.device == "cuda"
+            slots.append(Slot(q, cache, step, self.backend.label_calls if by_labels else None))
             for call in slots[-1].calls.values():
                 call()
         return slots[:wanted]
 
     def _stage(self, stage: str) -> Provider:
-        """One stage of quest+twilight, on what the stages before it left in the workspaces."""
-        slots = self.slots(stage, METHOD)
+        """One stage of the workload's method, on what those before it left in the workspaces."""
+        slots, method = self.slots(stage, self.workload.method), self.workload.method
         calls, check = [slot.calls[stage] for slot in slots], partial(self.check, stage, slots[0])
-        return self._provider(stage, METHOD, slots, calls, check)
+        return self._provider(stage, method, slots, calls, check)
+
+    def _token_baselines(self, stage: str) -> list[Provider]:
+        """Double Sparsity's selector as its authors have it, a query head at a time."""
+        method, found = self.workload.method, list[Provider]()
+        if stage in TOKEN_STAGES and self.backend.device == "cuda":
+            queries, caches = self._cold_sets(stage, method)
+            kept, work = Kept.same(self.workload.settings(method)[0]), self.workload.work(method)
+            with optional(f"doublesparse, {stage}", self.target.notice):
+                name, budget = "doublesparse", self.workload.token_budget
+                calls = baselines.doublesparse(stage, queries, caches, budget)
+                check = partial(checks.check_channel_scores, calls[0], queries[0], caches[0])
+                if stage == "top_tokens":  # of those scores, by definition
+                    check = partial(float, 0.0)
+                found.append(Provider(stage, method, name, calls, check, kept, work))
+        return found
 
     def check(self, stage: str, slot: Slot) -> float:
         """The error of one stage; raises CheckFailed where it is too large."""
-        out, (q, cache, step) = slot.calls[stage](), slot
+        out, (q, cache, step) = slot.calls[stage](), slot[:3]
+        if stage in TOKEN_STAGES:
+            step.stages.select(q, cache)
+            return checks.check_tokens(q, cache, step)
         if stage == "selector":
             return checks.check_selector(q, cache, step, self.workload.num_sink_tokens)
         if stage == "estimator":
@@ -171,7 +221,7 @@ class StageBuilder:
 
     def _twilight(self, method: str) -> Provider:
         slots = self.slots("pipeline", method)
-        calls, (q, cache, step) = [slot.calls["pipeline"] for slot in slots], slots[0]
+        calls, (q, cache, step) = [slot.calls["pipeline"] for slot in slots], slots[0][:3]
 
         def check() -> float:
             out = calls[0]()
@@ -180,25 +230,29 @@ class StageBuilder:
 
         return self._provider("pipeline", method, slots, calls, check)
 
-    def _quest(self) -> Provider:
-        """Quest alone: attention reads every candidate."""
+    def _alone(self, method: str) -> Provider:
+        """A selector alone: attention reads every candidate."""
         workload, backend = self.workload, self.backend
-        queries, caches = self._cold_sets("pipeline", "quest")
+        queries, caches = self._cold_sets("pipeline", method)
         q, cache, token_budget = queries[0], caches[0], workload.token_budget
         sinks = {"num_sink_tokens": workload.num_sink_tokens}
         calls = [
-            backend.quest(*inputs, token_budget, **sinks)
+            backend.alone(*inputs, selector_of(method), token_budget, **sinks)
             for inputs in zip(queries, caches, strict=True)
         ]
 
         def check() -> float:
             out = calls[0]()
-            candidates = backend.package.select_pages(q, cache, token_budget, **sinks)
-            checks.check_pages(out, q, cache, candidates)
+            if label_size(method) is None:
+                candidates = backend.package.select_pages(q, cache, token_budget, **sinks)
+                checks.check_pages(out, q, cache, candidates)
+            else:
+                candidates = backend.package.select_tokens(q, cache, token_budget, **sinks, **GROUP)
+                checks.check_attention(out, q, cache, candidates[:2])
             return checks.dense_error(out, q, cache)
 
-        kept, work = Kept.same(workload.settings("quest")[0]), workload.work("quest")
-        return Provider("pipeline", "quest", backend.provider, calls, check, kept, work)
+        kept, work = Kept.same(workload.settings(method)[0]), workload.work(method)
+        return Provider("pipeline", method, backend.provider, calls, check, kept, work)
 
     def _dense(self) -> list[Provider]:
         queries, caches = self._cold_sets("dense", "dense")
@@ -265,6 +319,11 @@ class StageBuilder:
     def _cold_sets(self, stage: str, method: str) -> tuple[list[torch.Tensor], list[Any]]:
         wanted = _num_cold(self.workload, stage, method, self.target.l2_bytes)
         return self.sets.queries[:wanted], self.sets.caches[:wanted]
+
+
+def selector_of(method: str) -> str:
+    """As TwilightDecode names it."""
+    return DOUBLE_SPARSITY if label_size(method) else method.removesuffix(TWILIGHT)
 
 
 def sets_wanted(workload: Workload, l2_bytes: int) -> int:

@@ -7,11 +7,12 @@ import torch
 
 from twilight_tilelang.reference.inputs import DecodeShape
 
-from ..tables.rows import STAGES
-from .workload import Workload
+from ..tables.rows import STAGES, TOKEN_STAGES
+from .workload import METHOD, Workload
 
 PAGE_SIZE = 16
 LOOKED_ON = ("timeline", "kept", "memory")  # tables that are filled beside the timed stages
+DOUBLE_SPARSITY = "ds+twilight"
 EQUAL = (1,)  # every head keeps, or reads, as many
 LENGTHS = (4096, 8192, 16_384, 32_768, 65_536, 131_072, 262_144)
 LONGEST = 1_048_576  # the most candidate tokens that the pruner takes
@@ -33,24 +34,32 @@ def kept_of(num_kv_heads: int) -> int:
     return 256 if num_kv_heads == 32 else 512
 
 
-def whole_step(name: str, batch_size: int, seq_len: int, num_kv_heads: int) -> Workload:
-    """The whole step and dense decode; a quarter is candidate, 8,192 at most."""
+def whole_step(
+    name: str, batch_size: int, seq_len: int, num_kv_heads: int, method: str = METHOD
+) -> Workload:
+    """The whole step, and beside that of METHOD dense decode; a quarter is candidate, 8,192 at
+    most."""
     return Workload(
         name,
         shape_of(batch_size, seq_len, num_kv_heads),
         token_budget=min(8192, seq_len // 4),
         kept_mean=kept_of(num_kv_heads),
-        stages=("pipeline", "dense"),
+        stages=("pipeline", "dense") if method == METHOD else ("pipeline",),
         dense_baselines=("flashinfer", "cudnn"),
         max_sets=48,
+        method=method,
     )
 
 
 def lengths(
-    name: str, batch_size: int, num_kv_heads: int, seq_lens: tuple[int, ...]
+    name: str,
+    batch_size: int,
+    num_kv_heads: int,
+    seq_lens: tuple[int, ...],
+    method: str = METHOD,
 ) -> list[Workload]:
     """`whole_step` at growing length."""
-    return [whole_step(name, batch_size, seq_len, num_kv_heads) for seq_len in seq_lens]
+    return [whole_step(name, batch_size, seq_len, num_kv_heads, method) for seq_len in seq_lens]
 
 
 def budget_sweep(
@@ -84,6 +93,20 @@ def _standard(
     return Workload(name, shape, 8192, kept_of(num_kv_heads), stages=stages, host_times=True)
 
 
+def _by_labels(name: str, batch_size: int, seq_len: int, num_kv_heads: int) -> list[Workload]:
+    """The same by Double Sparsity: every stage with the labels of the published configurations,
+    the selector and the whole step with others."""
+    shape, kept_mean = shape_of(batch_size, seq_len, num_kv_heads), kept_of(num_kv_heads)
+    every = (*(stage for stage in STAGES if stage != "dense"), "timeline")
+    return [
+        Workload(name, shape, 8192, kept_mean, stages=stages, method=method)
+        for method, stages in (
+            (DOUBLE_SPARSITY, every),
+            ("ds-r16-b4+twilight", (*TOKEN_STAGES, "pipeline")),
+        )
+    ]
+
+
 GPU_WORKLOADS: tuple[Workload, ...] = (
     _standard("gqa-32k", 64, 32_768, 8),
     _standard("mha-32k", 64, 32_768, 32),
@@ -94,11 +117,16 @@ GPU_WORKLOADS: tuple[Workload, ...] = (
     _standard("b4-128k", 4, 131_072, 8),
     _standard("tp8-b32-32k", 32, 32_768, 1, num_qo_heads=8),  # one of eight GPUs
     *(whole_step("batch-32k", batch_size, 32_768, 8) for batch_size in BATCH_SIZES),
+    *_by_labels("gqa-32k", 64, 32_768, 8),
+    *_by_labels("mha-32k", 64, 32_768, 32),
+    *_by_labels("gqa-128k", 16, 131_072, 8),
+    *_by_labels("solo-32k", 1, 32_768, 8),
     budget_sweep("budget-gqa", shape_of(64, 32_768, 8), BUDGETS),
     budget_sweep("budget-mha", shape_of(64, 32_768, 32), BUDGETS),
     *lengths("length-b1", 1, 8, (*LENGTHS, LONGEST)),
     *lengths("length-b8", 8, 8, LENGTHS),
     *lengths("length-b64", 64, 8, LENGTHS),
+    *(own for b in (1, 8, 64) for own in lengths(f"length-b{b}", b, 8, LENGTHS, DOUBLE_SPARSITY)),
 )
 
 
@@ -123,4 +151,5 @@ CPU_WORKLOADS: tuple[Workload, ...] = (
     budget_sweep("budget-mha", small_shape(4, 1024, 8), SMALL_BUDGETS),
     *(small(f"length-b{b}", b, seq_len, 2) for b in (1, 2, 4) for seq_len in SMALL_LENGTHS),
     *(small("batch-1k", batch_size, 1024, 2) for batch_size in (1, 2, 4)),
+    small("gqa-1k", 4, 1024, 2, stages=("pipeline",), method=DOUBLE_SPARSITY),
 )

@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 
-from twilight_tilelang.reference.inputs import LAYER_BUDGETS
+from twilight_tilelang.reference.inputs import LAYER_BUDGETS, DecodeShape
 
 from ..recordings.trace import TRACES, read_trace
 from .standard import (
     BUDGETS,
+    DOUBLE_SPARSITY,
     EQUAL,
     LENGTHS,
     PAGE_SIZE,
@@ -76,7 +77,14 @@ def _budgets(kind: str, batch_size: int, num_kv_heads: int) -> list[Workload]:
         budget_sweep(f"budget-{kind}-skewed", shape, SKEWED_BUDGETS, LAYER_BUDGETS),
         Workload(f"budget-{kind}", shape, **step, stages=stages, head_budgets=EQUAL),
         Workload(f"budget-{kind}-skewed", shape, **step, stages=("pipeline",)),
+        *([_budgets_by_labels(kind, shape, **step)] if not new else []),
     ]
+
+
+def _budgets_by_labels(kind: str, shape: DecodeShape, **step: Any) -> Workload:
+    """The whole step by Double Sparsity, where the figures show it."""
+    name = f"budget-{kind}-skewed"
+    return Workload(name, shape, **step, stages=("pipeline",), method=DOUBLE_SPARSITY)
 
 
 STEP_STAGES = ("attention", "pipeline", "dense")

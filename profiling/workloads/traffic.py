@@ -5,6 +5,7 @@ no q and no output. `pipeline` leaves out everything that one stage hands to the
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from twilight_tilelang.reference.inputs import DecodeShape
 
@@ -14,8 +15,34 @@ BOUNDS_SCALE_ZERO_BYTES = 8  # fp32 scale and zero of each page and KV head
 LOGIT_BYTES = 2
 INDEX_BYTES = 4
 
+SCORE_BYTES = 4
+TWILIGHT = "+twilight"
+
 USES_BOUNDS = ("quest+twilight", "quest")
-USES_ESTIMATE = ("quest+twilight", "full+twilight")
+
+
+class LabelSize(NamedTuple):
+    """The label of a key."""
+
+    num_channels: int
+    bits: int  # of one
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_channels * self.bits // 8 + SCALE_ZERO_BYTES
+
+
+LABELS = {"ds": LabelSize(64, 2), "ds-r16-b4": LabelSize(16, 4)}
+
+
+def label_size(method: str) -> LabelSize | None:
+    """What Double Sparsity scores tokens by; None where a method has another selector."""
+    return LABELS.get(method.removesuffix(TWILIGHT))
+
+
+def prunes(method: str) -> bool:
+    """Whether a method estimates logits and keeps what top-p does."""
+    return method.endswith(TWILIGHT)
 
 
 @dataclass(frozen=True)
@@ -35,8 +62,16 @@ class Work:
 
     def chooses_pages(self, method: str) -> bool:
         """Whether the method must read the bounds: not where every page is a candidate."""
-        every = self.num_layers * self.shape.num_kv_heads * sum(self.shape.lengths)
-        return method in USES_BOUNDS and self.candidate_tokens < every
+        return method in USES_BOUNDS and self.candidate_tokens < self.every_token
+
+    def scores_tokens(self, method: str) -> bool:
+        """Whether the method must read labels: not where every token is a candidate."""
+        return label_size(method) is not None and self.candidate_tokens < self.every_token
+
+    @property
+    def every_token(self) -> int:
+        """Summed over requests, KV heads and layers."""
+        return self.num_layers * self.shape.num_kv_heads * sum(self.shape.lengths)
 
     @property
     def num_bounds(self) -> int:
@@ -53,17 +88,22 @@ def bytes_moved(stage: str, method: str, work: Work) -> int:
     logits = LOGIT_BYTES * work.shape.group_size * work.candidate_tokens
     indices = INDEX_BYTES * work.kept_tokens
     rows = 2 * head_dim * work.kv_bytes * work.kept_tokens
-    read_bounds = bounds if work.chooses_pages(method) else 0
-    read_mirror = mirror if method in USES_ESTIMATE else 0
+    size, scores = label_size(method), SCORE_BYTES * work.every_token
+    labels = size.num_bytes * work.every_token if size is not None else 0
+    selected = bounds if work.chooses_pages(method) else 0
+    selected += labels if work.scores_tokens(method) else 0
+    read_mirror = mirror if prunes(method) else 0
     moved = {
         "selector": bounds,
+        "label_scores": labels + scores,
+        "top_tokens": scores + INDEX_BYTES * work.candidate_tokens,
         "estimator": mirror + logits,
         "pruner": logits + indices,
         "estimate_prune": mirror + indices,
         "attention": rows + indices,
         "dense": rows,
-        "pipeline": read_bounds + read_mirror + rows,
-        "model": read_bounds + read_mirror + rows + work.num_weights * work.shape.dtype.itemsize,
+        "pipeline": selected + read_mirror + rows,
+        "model": selected + read_mirror + rows + work.num_weights * work.shape.dtype.itemsize,
     }
     return _of_stage(moved, stage)
 
@@ -71,25 +111,30 @@ def bytes_moved(stage: str, method: str, work: Work) -> int:
 def flops(stage: str, method: str, work: Work) -> int:
     """Floating-point operations of one call, a multiply-add counting two.
 
-    The selector's bound is two dot products per page and query head; the pruner is one
-    exponential and one sum per logit, its search left out.
+    The selector's bound is two dot products per page and query head, a label's score one per token;
+    the pruner is one exponential and one sum per logit, its search left out.
     """
     group_size, head_dim = work.shape.group_size, work.shape.head_dim
     bounds = 4 * head_dim * group_size * work.num_bounds
     estimate = 2 * head_dim * group_size * work.candidate_tokens
     softmax = 2 * group_size * work.candidate_tokens
     exact = 4 * head_dim * group_size * work.kept_tokens
-    bounds_too = bounds if work.chooses_pages(method) else 0
-    estimate_too = estimate + softmax if method in USES_ESTIMATE else 0
+    size = label_size(method)
+    labels = 0 if size is None else 2 * size.num_channels * group_size * work.every_token
+    selected = bounds if work.chooses_pages(method) else 0
+    selected += labels if work.scores_tokens(method) else 0
+    estimate_too = estimate + softmax if prunes(method) else 0
     computed = {
         "selector": bounds,
+        "label_scores": labels,
+        "top_tokens": 0,
         "estimator": estimate,
         "pruner": softmax,
         "estimate_prune": estimate + softmax,
         "attention": exact,
         "dense": exact,
-        "pipeline": bounds_too + estimate_too + exact,
-        "model": bounds_too + estimate_too + exact + 2 * work.shape.batch_size * work.num_weights,
+        "pipeline": selected + estimate_too + exact,
+        "model": selected + estimate_too + exact + 2 * work.shape.batch_size * work.num_weights,
     }
     return _of_stage(computed, stage)
 

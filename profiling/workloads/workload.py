@@ -10,8 +10,8 @@ import torch
 
 from twilight_tilelang.reference.inputs import LAYER_BUDGETS, DecodeShape
 
-from ..tables.rows import STAGES
-from .traffic import Work
+from ..tables.rows import STAGES, TOKEN_STAGES
+from .traffic import TWILIGHT, Work, label_size, prunes
 
 METHODS = ("quest+twilight", "full+twilight", "quest")
 METHOD = METHODS[0]
@@ -28,6 +28,8 @@ class Workload:
 
     Attributes:
         name: the `workload` column of the results.
+        method: whose stages are timed one by one. Its whole step is timed with and without
+            Twilight; beside that of METHOD, Full's is.
         shape: the requests of one input set.
         token_budget: candidates of the Quest selector.
         kept_mean: tokens per KV head, after the group's union, that the inputs are made to keep.
@@ -74,6 +76,12 @@ class Workload:
     compiled: bool = False
     both_forms: bool = False
     num_gpus: int = 1
+    method: str = METHOD
+
+    @property
+    def full_name(self) -> str:
+        """With the method, where that is not the usual one."""
+        return self.name if self.method == METHOD else f"{self.name} {self.method}"
 
     def variants(self) -> "list[Workload]":
         """This workload once for every setting; the inputs are the same."""
@@ -85,12 +93,16 @@ class Workload:
         ]
 
     def methods(self, stage: str) -> tuple[str, ...]:
-        """Methods that a stage is timed for."""
+        """Methods that a stage is timed for; a selector of tokens is timed as its two kernels."""
         if self.random_tokens:
             return (RANDOM,)
+        if stage in (("selector",) if label_size(self.method) else TOKEN_STAGES):
+            return ()
         of_model = (METHOD, "quest", "dense", NONE)
-        several = {"pipeline": METHODS, "dense": ("dense",), "model": of_model}
-        return several.get(stage, (METHOD,))
+        alone = self.method.removesuffix(TWILIGHT)
+        steps = METHODS if self.method == METHOD else (self.method, alone)
+        several = {"pipeline": steps, "dense": ("dense",), "model": of_model}
+        return several.get(stage, (self.method,))
 
     def settings(self, method: str) -> tuple[int, float]:
         """(token_budget, top_p) of a method: what it does not limit is the whole sequence, or 1."""
@@ -99,7 +111,7 @@ class Workload:
             return 0, 1.0
         reads_all = method in ("full+twilight", "dense")
         token_budget = seq_len if reads_all else min(self.token_budget, seq_len)
-        return token_budget, self.top_p if method.endswith("twilight") else 1.0
+        return token_budget, self.top_p if prunes(method) else 1.0
 
     def labels(self, method: str, gpu: str) -> dict[str, Any]:
         """The fields of `rows.Setting`."""

@@ -1,5 +1,6 @@
 """A bucket of the tuner, and what may run on it."""
 
+import re
 from typing import Any
 
 from twilight_tilelang.autotune.space import SPACES
@@ -8,18 +9,21 @@ from twilight_tilelang.kernels.labels import LabelShape, token_rows
 from twilight_tilelang.kernels.launch import StepShape
 from twilight_tilelang.kernels.plan import SPECS
 from twilight_tilelang.kernels.tuned import Bucket
+from twilight_tilelang.profiling.tables.rows import TOKEN_STAGES
 
 
 def shape_of(kernel: str, bucket: Bucket) -> StepShape:
     """A shape whose launch of this kernel belongs to the bucket."""
     max_pages, width = -(-bucket.width // bucket.page_size), bucket.width
-    if SPECS[kernel].stage == "selector":
+    if SPECS[kernel].stage in ("selector", *TOKEN_STAGES):
         max_pages, width = bucket.width, bucket.width * bucket.page_size
     statics = (bucket.group_size, bucket.head_dim, bucket.page_size, bucket.dtype)
     shape = StepShape(*statics, bucket.rows, max_pages, width, bucket.rows, bucket.kv_dtype)
     if SPECS[kernel].applies(shape):
         return shape._replace(candidates=bucket.candidates)
-    tokens = token_rows("shared", bucket.group_size, LabelShape(1, 64, 2))
+    r, bits, heads = map(int, re.findall(r"\d+", bucket.labels or f"r64b2h{bucket.group_size}"))
+    group = "own" if heads < bucket.group_size else "shared"
+    tokens = token_rows(group, bucket.group_size, LabelShape(1, r, bits))
     return shape._replace(candidates="tokens", tokens=tokens, row_tokens=width)
 
 

@@ -12,21 +12,27 @@ from types import ModuleType
 import torch
 
 from tests.checks.properties import (
+    TOKEN_LISTS,
     as_mask,
     assert_ascending,
     assert_bounds_hold,
     assert_candidates_attended,
     assert_codes_hold,
     assert_decode_step,
+    assert_every_page,
     assert_logits_close,
     assert_out_close,
+    assert_pruned_and_attended,
     assert_top_p,
     candidate_positions,
     listed_columns,
     num_used_pages,
+    tokens_of_an_entry,
     valid_entries,
+    with_reference_labels,
     write_logits,
 )
+from tests.checks.tokens import assert_tokens_selected
 from tests.inputs.cases import Tensors, build_cache, shuffled_pages
 from tests.inputs.hazards import poison_unused
 from tests.inputs.strategies import Step
@@ -46,15 +52,18 @@ def decode(package: ModuleType, tensors: Tensors, cache, token_budget: int, **op
 
 def results_of(step, out: torch.Tensor, cache) -> list[Results]:
     """Per request: every defined result of a run, by name."""
-    page_counts, kept_counts = step.candidates.counts.tolist(), step.kept.counts.tolist()
+    unit = tokens_of_an_entry(cache, step.candidates)
+    counts, kept_counts = step.candidates.counts.tolist(), step.kept.counts.tolist()
     logits = step.logits.unflatten(1, (cache.num_kv_heads, -1))
     results = []
     for request in range(cache.batch_size):
         named = {"out": out[request].clone(), "kept_mass": step.kept.mass[request].clone()}
         for head in range(cache.num_kv_heads):
-            num_pages, num_kept = page_counts[request][head], kept_counts[request][head]
-            columns = num_pages * cache.page_size
-            named[f"pages of {head}"] = step.candidates.pages[request, head, :num_pages].clone()
+            count, num_kept = counts[request][head], kept_counts[request][head]
+            columns = count * unit
+            for name, entries in zip(("candidates", "_", "heads"), step.candidates, strict=False):
+                if name != "_" and entries is not None:
+                    named[f"{name} of {head}"] = entries[request, head, :count].clone()
             named[f"logits of {head}"] = logits[request, head, :, :columns].clone()
             named[f"kept_tokens of {head}"] = step.kept.tokens[request, head, :num_kept].clone()
         results.append(named)
@@ -120,6 +129,7 @@ class Run:
             "selector": generated.selector,
             "top_p": self.top_p,
             **generated.windows,
+            **({"group": generated.bucket.labels.group} if generated.by_labels else {}),
         }
 
     @property
@@ -130,10 +140,20 @@ class Run:
 
 def promise_1_and_every_stage_is_right(run: Run) -> None:
     """Each judged on what the stage before it gave, the pruner by promise 1."""
-    assert_decode_step(
-        run.step, run.out, run.tensors.q, run.cache, run.generated.case.token_budget, run.top_p,
-        **run.generated.windows,
-    )  # fmt: skip
+    step, q, cache, windows = run.step, run.tensors.q, run.cache, run.generated.windows
+    token_budget = run.generated.case.token_budget
+    if not run.generated.by_labels:
+        assert_decode_step(step, run.out, q, cache, token_budget, run.top_p, **windows)
+        return
+    if isinstance(step.candidates, TOKEN_LISTS):
+        group, labelled = (
+            run.generated.bucket.labels.group,
+            with_reference_labels(cache, q.shape[1]),
+        )
+        assert_tokens_selected(q, labelled, step.candidates, token_budget, group, windows)
+    else:  # the budget has room for all
+        assert_every_page(cache, *step.candidates)
+    assert_pruned_and_attended(step, run.out, q, cache, run.top_p, **windows)
 
 
 def promise_2_p_1_is_dense_over_the_candidates(run: Run) -> None:
@@ -198,7 +218,10 @@ def promise_6_no_request_reads_another(run: Run) -> None:
     cache = build_cache(run.package, spoiled)
     step, out = decode(run.package, spoiled, cache, **run.options)
     assert (step.kept.counts >= (cache.seq_lens > 0)[:, None]).all()
-    assert_ascending(step.candidates.pages, step.candidates.counts, num_used_pages(cache))
+    limit = cache.seq_lens
+    if tokens_of_an_entry(cache, step.candidates) > 1:
+        limit = num_used_pages(cache)
+    assert_ascending(*step.candidates[:2], limit)
     assert_ascending(step.kept.tokens, step.kept.counts, cache.seq_lens)
     results = results_of(step, out, cache)
     for actual, expected in zip(results[1:], run.results[1:], strict=True):
@@ -263,7 +286,7 @@ def every_stage_takes_single_tokens(run: Run) -> None:
     assert_top_p(logits, cache, tokens, run.top_p, kept, **windows)
     assert_out_close(package.flash_topk_attention(q, cache, kept), q, cache, *kept[:2])
     assert_candidates_attended(package.page_attention(q, cache, tokens), q, cache, tokens)
-    if run.device.type != "cuda":
+    if run.device.type != "cuda" or isinstance(run.step.candidates, TOKEN_LISTS):
         return
     tokens = tokens_of_pages(package, cache, run.step.candidates)
     logits = package.estimate_logits(q, cache, tokens)

@@ -6,8 +6,10 @@ import torch
 
 from tests.checks.closeness import assert_close, row_errors
 from twilight_tilelang import reference
-from twilight_tilelang.reference.labels import KeyLabels
+from twilight_tilelang.kernels.lists import CandidateTokens
+from twilight_tilelang.profiling.providers.checks import labels_by_query_head
 
+TOKEN_LISTS = (CandidateTokens, reference.CandidateTokens)
 MASS_TOLERANCE = 1e-4  # of one head's softmax: the "one part in 10^4" of promise 1
 SCORE_TOLERANCE = 1e-5  # of the largest score in the batch: fp32 sums over head_dim, in any order
 
@@ -21,11 +23,9 @@ def as_reference(cache) -> reference.PagedKVCache:
 
 def with_reference_labels(cache, num_qo_heads: int) -> reference.PagedKVCache:
     """The same, with the cache's labels as the reference has them: a row for every query head."""
-    channels, bits, codes, scale_zero = cache.labels
-    repeats = num_qo_heads // channels.shape[0]
-    codes, scale_zero = (each.repeat_interleave(repeats, 1) for each in (codes, scale_zero))
-    labels = KeyLabels(channels.repeat_interleave(repeats, 0), bits, codes, scale_zero)
-    return dataclasses.replace(as_reference(cache), labels=labels)
+    return dataclasses.replace(
+        as_reference(cache), labels=labels_by_query_head(cache.labels, num_qo_heads)
+    )
 
 
 def num_used_pages(cache) -> torch.Tensor:
@@ -158,13 +158,13 @@ def assert_every_page(cache, candidate_pages: torch.Tensor, candidate_counts: to
 
 def as_reference_list(candidates) -> reference.lists.Candidates:
     """The same tensors as a list of the reference: tokens where they are named so, else pages."""
-    if hasattr(candidates, "tokens"):
+    if isinstance(candidates, TOKEN_LISTS):
         return reference.CandidateTokens(*candidates)
     return reference.CandidatePages(*candidates)
 
 
 def tokens_of_an_entry(cache, candidates) -> int:
-    return 1 if hasattr(candidates, "tokens") else cache.page_size
+    return 1 if isinstance(candidates, TOKEN_LISTS) else cache.page_size
 
 
 def candidate_positions(cache, candidates) -> tuple[torch.Tensor, torch.Tensor]:
@@ -389,13 +389,20 @@ def assert_decode_step(
     **windows,
 ) -> None:
     """Each stage of a TwilightDecode run, judged on what the stage before it gave."""
+    if step.selector == "full":
+        assert_every_page(cache, *step.candidates)
+    else:
+        assert_pages_selected(q, cache, *step.candidates, token_budget, **windows)
+    assert_pruned_and_attended(step, out, q, cache, top_p, **windows)
+
+
+def assert_pruned_and_attended(
+    step, out: torch.Tensor, q: torch.Tensor, cache, top_p: float | torch.Tensor, **windows
+) -> None:
+    """The same of the stages after the selector."""
     write_logits(step, q, cache)
     candidates = step.candidates
     kept = step.kept.tokens, step.kept.counts
-    if step.selector == "full":
-        assert_every_page(cache, *candidates)
-    else:
-        assert_pages_selected(q, cache, *candidates, token_budget, **windows)
     assert_logits_close(step.logits, q, cache, candidates)
     assert_top_p(step.logits, cache, candidates, top_p, (*kept, step.kept.mass), **windows)
     assert_out_close(out, q, cache, *kept)

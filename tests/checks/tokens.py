@@ -6,11 +6,11 @@ from tests.checks.properties import as_mask, assert_ascending, valid_entries
 from twilight_tilelang import reference
 from twilight_tilelang.kernels.lists import CandidateTokens
 from twilight_tilelang.kernels.token_keys import (
-    BIN_SHIFT,
     HIGHEST_KEY,
     INFINITY_BITS,
     LOWEST_KEY,
     NUM_BINS,
+    Binning,
 )
 from twilight_tilelang.reference.double_sparsity import label_scores, shared_ranks
 
@@ -29,10 +29,14 @@ def key_of(scores: torch.Tensor, length: int, windows: tuple[int, int]) -> torch
     return torch.where(forced, HIGHEST_KEY, keys).int()
 
 
-def bins_of(keys: torch.Tensor) -> torch.Tensor:
-    """[rows, NUM_BINS] i32: how many keys of each row lie in each bin."""
-    bins = (keys.long() >> BIN_SHIFT) + NUM_BINS // 2
-    counts = torch.zeros(len(keys), NUM_BINS, dtype=torch.int64, device=keys.device)
+def bins_of(
+    scores: torch.Tensor, length: int, windows: tuple[int, int], binning: Binning
+) -> torch.Tensor:
+    """[rows, NUM_BINS] i32: how many tokens of each row lie in each bin."""
+    place = scores.double().nan_to_num(-torch.inf) * binning.per_octave + binning.zero
+    bins = place.float().clamp(0, NUM_BINS - 1).long()
+    bins[key_of(scores, length, windows) == HIGHEST_KEY] = NUM_BINS - 1
+    counts = torch.zeros(len(scores), NUM_BINS, dtype=torch.int64, device=scores.device)
     return counts.scatter_add_(1, bins, torch.ones_like(bins)).int()
 
 

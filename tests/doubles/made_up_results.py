@@ -8,6 +8,7 @@ from twilight_tilelang.profiling.observations.memory import PARTS
 from twilight_tilelang.profiling.tables.rows import (
     OBSERVED,
     TABLES,
+    TOKEN_STAGES,
     AccuracyRow,
     AnyRow,
     KeptRow,
@@ -26,6 +27,7 @@ from twilight_tilelang.reference.inputs import LAYER_BUDGETS
 
 ORIGIN = {"torch": "2.13.0", "commit": "0123456789", "date": "2026-01-31"}
 READ_TBPS = 4.4
+BASELINES = dict.fromkeys(TOKEN_STAGES, ("doublesparse",))
 EVERY = (*GPU_WORKLOADS, *GPU_FULL, *GPU_MODELS, *GPU_MODELS_FULL)
 
 
@@ -85,9 +87,9 @@ def _rows_of(workload: Workload) -> list[AnyRow]:
         for variant, method, (place, provider) in itertools.product(
             workload.variants(),
             workload.methods(stage),
-            enumerate(("tilelang", *workload.dense_baselines)),
+            enumerate(("tilelang", *(BASELINES.get(stage) or workload.dense_baselines))),
         ):
-            if place > 0 and method != "dense":
+            if place > 0 and stage not in BASELINES and method != "dense":
                 continue
             slowness = 1.02 + 0.3 * (place == 3) if stage == "dense" else 1.25
             work = variant.work(method)
@@ -163,7 +165,7 @@ def _memory_rows(workload: Workload) -> list[MemoryRow]:
 
 
 def _timeline_rows(workload: Workload) -> list[TimelineRow]:
-    method = "quest+twilight"
+    method = workload.method
     launches = {"selector": 2, "estimator": 1, "pruner": 1, "attention": 2}
     busy = {
         stage: 1.2e-6 * traffic.bytes_moved(stage, method, workload.work(method)) / READ_TBPS

@@ -55,16 +55,24 @@ class TwilightDecode:
             top_p = self.top_p[request : request + 1].float()
             steps.append(reference.TwilightDecode(alone, q.shape[1], top_p=top_p, **self.options))
             outs.append(steps[-1].run(q[request : request + 1].contiguous(), alone))
-        width = cache.max_pages
+        chosen = [step.candidates for step in steps]
+        width, unit = cache.max_pages, cache.page_size
         if self.selector == "quest":
             width = min(self.whole.token_budget // cache.page_size, width)
-        tokens = width * cache.page_size
+        elif self.selector == "double_sparsity":
+            width, unit = max(each.tokens.shape[-1] for each in chosen), 1
+        tokens = width * unit
         self.logits = padded([step.logits for step in steps], tokens, -torch.inf)
-        pages, counts = zip(*(step.candidates for step in steps), strict=True)
-        self.candidates = reference.CandidatePages(padded(pages, width, -1), torch.cat(counts))
+        entries, counts, *heads = zip(*chosen, strict=True)
+        listed = padded(entries, width, -1), torch.cat(counts)
+        self.candidates = type(chosen[0])(*listed, *(_heads(each, width) for each in heads))
         kept, *others = zip(*(step.kept for step in steps), strict=True)
         self.kept = reference.Kept(padded(kept, tokens, -1), *map(torch.cat, others))
         return torch.cat(outs)
+
+
+def _heads(rows: Sequence[torch.Tensor | None], width: int) -> torch.Tensor | None:
+    return None if rows[0] is None else padded(rows, width, 0)
 
 
 def padded(rows: Sequence[torch.Tensor], width: int, value: float) -> torch.Tensor:

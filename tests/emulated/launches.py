@@ -13,18 +13,16 @@ from twilight_tilelang.kernels.attention import ATTENTION_KERNELS
 from twilight_tilelang.kernels.checks import dtype_name
 from twilight_tilelang.kernels.estimate_prune import estimate_prune_kernel
 from twilight_tilelang.kernels.estimator import estimator_kernel
-from twilight_tilelang.kernels.label_scores import (
-    RUN_TOKENS,
-    label_mass_kernel,
-    label_score_kernel,
-)
+from twilight_tilelang.kernels.label_mass import label_mass_kernel
+from twilight_tilelang.kernels.label_scores import LOOK_CHUNKS, label_score_kernel
+from twilight_tilelang.kernels.label_tiles import RUN_TOKENS
 from twilight_tilelang.kernels.labels import TokenRows
 from twilight_tilelang.kernels.launch import static_width
 from twilight_tilelang.kernels.lists import CandidateTokens
 from twilight_tilelang.kernels.mass_bound import mass_bound_kernel
 from twilight_tilelang.kernels.pruner import HeadUnion, pruner_kernel
 from twilight_tilelang.kernels.split_kv import merge_kernel, plan_kernel
-from twilight_tilelang.kernels.token_keys import NUM_BINS
+from twilight_tilelang.kernels.token_keys import LOGITS, NUM_BINS
 from twilight_tilelang.kernels.token_list import entry_tokens
 from twilight_tilelang.kernels.top_p import NUM_THREADS
 from twilight_tilelang.kernels.top_tokens import NUM_THREADS as NUM_TOP_THREADS
@@ -216,29 +214,39 @@ def score_labels_emulated(q, cache, rows: TokenRows, windows: tuple[int, int], c
     num_rows, unit = by_row.shape[1], rows.labels.lane_words[0]
     num_runs = -(-cache.capacity // RUN_TOKENS)
     channels, _, codes, scale_zero = dataclasses.astuple(cache.labels)
+    scores = blank(cache.batch_size, num_rows, cache.capacity)
+    bins = torch.zeros(cache.batch_size, num_rows, NUM_BINS, dtype=torch.int32)
+    arrived = torch.zeros(cache.batch_size, num_rows, dtype=torch.int32)
+    scored = blank(cache.batch_size, num_rows, num_runs, dtype=torch.int32)
     shared = dict(
         q=by_row, channels=channels, codes=codes.view(getattr(torch, unit)), scale_zero=scale_zero,
         page_table=cache.page_table, seq_lens=cache.seq_lens, sm_scale=cache.head_dim**-0.5,
-        norms=blank(cache.batch_size, num_rows, rows.heads), num_rows=num_rows,
-        head_dim=cache.head_dim, num_label_heads=channels.shape[0], num_runs=num_runs,
-        capacity=cache.capacity, **sizes(cache),
+        num_sink_tokens=windows[0], num_recent_tokens=windows[1],
+        norms=blank(cache.batch_size, num_rows, rows.heads), arrived=arrived, scored=scored,
+        scores=scores, bins=bins, num_rows=num_rows, head_dim=cache.head_dim,
+        num_label_heads=channels.shape[0], num_runs=num_runs, capacity=cache.capacity,
+        **sizes(cache),
     )  # fmt: skip
-    grid = (-(-num_runs // config.num_warps), num_rows, cache.batch_size)
+    chunks, threads = -(-cache.capacity // config.block_tokens), config.num_warps * 32
     static = (cache.page_size, "float16", rows, config)
     if rows.heads > 1:
-        arrived = torch.zeros(cache.batch_size, num_rows, dtype=torch.int32)
         parts = blank(cache.batch_size, num_rows, num_runs, rows.heads, 2)
-        emulated(label_mass_kernel, static, folder)(
-            grid, config.num_warps * 32, parts=parts, arrived=arrived, **shared
-        )
-        assert not arrived.any()
-    scores = blank(cache.batch_size, num_rows, cache.capacity)
-    bins = torch.zeros(cache.batch_size, num_rows, NUM_BINS, dtype=torch.int32)
-    emulated(label_score_kernel, static, folder)(
-        grid, config.num_warps * 32, scores=scores, bins=bins,
-        num_sink_tokens=windows[0], num_recent_tokens=windows[1], **shared,
-    )  # fmt: skip
+        grid = (chunks, num_rows, cache.batch_size)
+        emulated(label_mass_kernel, static, folder)(grid, threads, parts=parts, **shared)
+        assert_last_chunks_scored(scored, cache.seq_lens, config.block_tokens)
+        chunks = -(-chunks // LOOK_CHUNKS)
+    grid = (chunks, num_rows, cache.batch_size)
+    emulated(label_score_kernel, static, folder)(grid, threads, **shared)
+    assert not arrived.any()
     return scores, bins
+
+
+def assert_last_chunks_scored(scored, seq_lens, chunk_tokens: int) -> None:
+    """Blocks run one after another: the last of a row alone finds its norms."""
+    for request, length in enumerate(seq_lens.tolist()):
+        chunks = -(-length // chunk_tokens)
+        last = (torch.arange(chunks) == chunks - 1).int()
+        assert torch.equal(scored[request, :, :chunks], last.expand(scored.shape[1], -1))
 
 
 def take_tokens_emulated(scores, bins, lengths, budget: int, windows, config, folder):
@@ -249,7 +257,7 @@ def take_tokens_emulated(scores, bins, lengths, budget: int, windows, config, fo
     tokens = blank(batch_size, num_rows, width, dtype=torch.int32)
     counts = blank(batch_size, num_rows, dtype=torch.int32)
     left = OpenKeys.allocate(scores)
-    emulated(top_tokens_kernel, (config,), folder)(
+    emulated(top_tokens_kernel, (LOGITS, config), folder)(
         (-(-capacity // config.chunk), num_rows, batch_size), NUM_TOP_THREADS, scores=scores,
         seq_lens=lengths, num_sink_tokens=windows[0], num_recent_tokens=windows[1],
         need=min(budget, capacity), bins=bins, words=left.words, near=left.near,

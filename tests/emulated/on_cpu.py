@@ -10,7 +10,7 @@ from tilelang.jit import JITImpl
 
 from tests.doubles import fake_gpu
 from tests.emulated.emulate import emulated
-from twilight_tilelang.kernels import extend, launch, mirror, top_tokens
+from twilight_tilelang.kernels import extend, label_scores, launch, mirror, top_tokens
 from twilight_tilelang.kernels.requests import cache_launches
 
 # Grid and threads of kernels, by their symbolic sizes and what they are compiled for.
@@ -21,10 +21,12 @@ LAUNCHED = {
         (-(-n["num_tokens"] // extend.WINDOW), -(-n["num_kv_heads"] // extend.NUM_WARPS)),
         extend.NUM_WARPS * 32,
     ),
-    "label_mass_kernel": lambda n, static: _label_launch(n, *static),
-    "label_score_kernel": lambda n, static: _label_launch(n, *static),
+    "label_mass_kernel": lambda n, static: _label_launch(n, 1, *static),
+    "label_score_kernel": lambda n, static: _label_launch(
+        n, label_scores.LOOK_CHUNKS if static[2].heads > 1 else 1, *static
+    ),
     "top_tokens_kernel": lambda n, static: (
-        (-(-n["capacity"] // static[0].chunk), n["num_rows"], n["batch_size"]),
+        (-(-n["capacity"] // static[1].chunk), n["num_rows"], n["batch_size"]),
         top_tokens.NUM_THREADS,
     ),
     "token_union_kernel": lambda n, _: (
@@ -34,8 +36,10 @@ LAUNCHED = {
 }
 
 
-def _label_launch(n: dict, page_size: int, dtype: str, rows, config) -> tuple[tuple, int]:
-    blocks = -(-n["max_pages"] * page_size // config.block_tokens)
+def _label_launch(
+    n: dict, block_chunks: int, page_size: int, dtype: str, rows, config
+) -> tuple[tuple, int]:
+    blocks = -(-n["max_pages"] * page_size // (config.block_tokens * block_chunks))
     return (blocks, n["num_rows"], n["batch_size"]), config.num_warps * 32
 
 

@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from tests.checks.tokens import bins_of, key_of
+from tests.checks.tokens import bins_of
 from tests.emulated.launches import score_labels_emulated
 from tests.inputs.hazards import lose_idle_pages, poisoned_cache
-from twilight_tilelang.kernels.label_scores import LabelScoreConfig
+from twilight_tilelang.kernels.label_scores import binning_of
+from twilight_tilelang.kernels.label_tiles import LOG2_E, LabelScoreConfig
 from twilight_tilelang.kernels.labels import LabelShape, token_rows
 from twilight_tilelang.reference.double_sparsity import label_scores, shared_ranks
 from twilight_tilelang.reference.inputs import DecodeShape, random_inputs
@@ -51,10 +52,11 @@ def by_query_head(cache, num_qo_heads: int):
     return dataclasses.replace(cache, labels=labels)
 
 
-def assert_counted(bins, scores, cache, windows) -> None:
+def assert_counted(bins, scores, cache, rows, windows) -> None:
     for request, length in enumerate(cache.seq_lens.tolist()):
-        keys = key_of(scores[request, :, :length], length, windows)
-        assert torch.equal(bins[request], bins_of(keys))
+        own = scores[request, :, :length]
+        wanted = bins_of(own, length, windows, binning_of(rows))
+        assert torch.equal(bins[request], wanted)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -66,17 +68,17 @@ def test_label_scores_are_the_references(name, config, folder):
     rows = token_rows("own", group_size, LabelShape(label_heads // shape.num_kv_heads, r, bits))
     windows = (5, 20)
     scores, bins = score_labels_emulated(q, cache, rows, windows, CONFIGS[config], folder)
-    expected = label_scores(q, wanted, dtype=torch.float64)
+    expected = label_scores(q, wanted, dtype=torch.float64) * (shape.head_dim**-0.5 * LOG2_E)
     for request, length in enumerate(cache.seq_lens.tolist()):
         got = scores[request, :, :length].double()
         torch.testing.assert_close(got, expected[request, :, :length], rtol=1e-5, atol=1e-4)
         assert scores[request, :, length:].isnan().all()
-    assert_counted(bins, scores, cache, windows)
+    assert_counted(bins, scores, cache, rows, windows)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "own-channels"])
 def test_shared_scores_are_in_the_order_of_the_references_ranks(name, folder):
-    """But for a constant of the row, and at every config the same bits."""
+    """Where there are several heads, these; at every config the same bits."""
     q, cache, wanted = labelled(name)
     shape, r, bits, _ = CASES[name]
     group_size = shape.num_qo_heads // shape.num_kv_heads
@@ -88,7 +90,7 @@ def test_shared_scores_are_in_the_order_of_the_references_ranks(name, folder):
     assert torch.equal(scores.view(torch.int32), results[1][0].view(torch.int32))
     assert torch.equal(bins, results[1][1])
     expected = label_scores(q, wanted, dtype=torch.float64)
-    scale = 1.0 if group_size == 1 else torch.log2(torch.tensor(torch.e)).item()
+    scale = LOG2_E * (shape.head_dim**-0.5 if group_size == 1 else 1.0)
     for request, length in enumerate(cache.seq_lens.tolist()):
         if length == 0:
             continue
@@ -96,6 +98,5 @@ def test_shared_scores_are_in_the_order_of_the_references_ranks(name, folder):
         if group_size > 1:
             ranks = shared_ranks(ranks, shape.num_kv_heads, shape.head_dim**-0.5)
         got = scores[request, :, :length].double()
-        off = got - ranks * scale
-        assert (off - off.mean(-1, keepdim=True)).abs().max() < 2e-4
-    assert_counted(bins, scores, cache, (0, 0))
+        assert (got - ranks * scale).abs().max() < 2e-4
+    assert_counted(bins, scores, cache, rows, (0, 0))

@@ -5,6 +5,7 @@ import torch
 
 from tests.checks.tokens import bins_of, key_of, top_of
 from tests.emulated.launches import take_tokens_emulated
+from twilight_tilelang.kernels.token_keys import LOGITS
 from twilight_tilelang.kernels.top_tokens import TopTokensConfig
 
 NAN, INF = float("nan"), float("inf")
@@ -51,8 +52,8 @@ def test_top_tokens_are_the_best(name, config, folder):
     held[..., :length] = scores
     keys = key_of(scores[0], length, windows)
     tokens, counts, _ = take_tokens_emulated(
-        held, bins_of(keys)[None].clone(), torch.tensor([length], dtype=torch.int32), budget,
-        windows, CONFIGS[config], folder,
+        held, bins_of(scores[0], length, windows, LOGITS)[None],
+        torch.tensor([length], dtype=torch.int32), budget, windows, CONFIGS[config], folder,
     )  # fmt: skip
     count = min(budget, length)
     assert counts.tolist() == [[count] * scores.shape[1]]
@@ -64,9 +65,12 @@ def test_requests_of_any_length_in_one_batch(folder):
     lengths = [0, 1, 31, 32, 33, 500, 2048, 2049, 4096, 4100, 0]
     scores = normal(len(lengths), 1, 4112)
     keys = [key_of(row[:, :n], n, (2, 3)) for row, n in zip(scores, lengths, strict=True)]
-    bins = torch.stack([bins_of(own) for own in keys])
+    bins = [
+        bins_of(row[:, :length], length, (2, 3), LOGITS)
+        for row, length in zip(scores, lengths, strict=True)
+    ]
     tokens, counts, _ = take_tokens_emulated(
-        scores, bins, torch.tensor(lengths, dtype=torch.int32), 50, (2, 3),
+        scores, torch.stack(bins), torch.tensor(lengths, dtype=torch.int32), 50, (2, 3),
         CONFIGS["small"], folder,
     )  # fmt: skip
     for row, count, own, length in zip(tokens, counts, keys, lengths, strict=True):

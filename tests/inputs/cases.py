@@ -7,7 +7,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from twilight_tilelang import reference
 from twilight_tilelang.kernels.attention import default_config
+from twilight_tilelang.kernels.labels import LabelFormat
 from twilight_tilelang.kernels.launch import StepShape
 from twilight_tilelang.kernels.pools import Fp8
 from twilight_tilelang.kernels.split_kv import AttentionConfig
@@ -89,6 +91,7 @@ class Tensors(NamedTuple):
     num_pages: int  # a few more than the table names
     page_size: int
     k_offset: torch.Tensor | None  # [num_kv_heads, head_dim] fp32
+    label_format: LabelFormat | None = None
 
 
 def make_tensors(case: Case, rng: torch.Generator) -> Tensors:
@@ -165,9 +168,20 @@ def page_pool(tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
 
 def build_cache(package: ModuleType, tensors: Tensors):
     """The PagedKVCache of either package, around an engine's pool whose unused slots hold NaN."""
+    lists, label_format = (
+        (tensors.page_table.clone(), tensors.seq_lens.clone()),
+        tensors.label_format,
+    )
+    build, options = package.PagedKVCache.wrap, {"k_offset": tensors.k_offset}
     pool = page_pool(tensors)
-    table, seq_lens = tensors.page_table.clone(), tensors.seq_lens.clone()
-    return package.PagedKVCache.wrap(*pool, table, seq_lens, k_offset=tensors.k_offset)
+    if label_format is None:
+        return build(*pool, *lists, **options)
+    if package.PagedKVCache is not reference.PagedKVCache:
+        return build(*pool, *lists, **options).with_labels(label_format)
+    repeats = tensors.q.shape[1] // len(label_format.channels)
+    channels = label_format.channels.repeat_interleave(repeats, 0)
+    own = reference.LabelFormat(channels, label_format.bits)
+    return build(*pool, *lists, **options, label_format=own)
 
 
 def in_fp8(cache):

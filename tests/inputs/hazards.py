@@ -35,7 +35,7 @@ def poison_unused(cache: PagedKVCache) -> None:
     page, slot = unused.nonzero(as_tuple=True)
     cache.k_int4[page, :, slot] = 255
     cache.k_scale_zero[page, :, slot] = float("nan")
-    labels = getattr(cache, "labels", None)
+    labels = cache.labels
     if labels is not None and labels.bits is not None:
         labels.codes[page, :, slot] = 255
         labels.scale_zero[page, :, slot] = float("nan")

@@ -6,12 +6,29 @@ top_p, windows, layout and data are drawn.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from hypothesis import strategies as st
 
 from tests.inputs.cases import Case, Tensors, make_tensors
+from twilight_tilelang.kernels.labels import LabelFormat
 from twilight_tilelang.reference.inputs import DecodeShape
+
+
+class Labels(NamedTuple):
+    """How Double Sparsity scores the tokens of a step."""
+
+    r: int
+    bits: int
+    group: str = "shared"
+    by_head: bool = False  # channels of every query head
+
+    def draw_format(self, bucket: "Bucket", rng: torch.Generator) -> LabelFormat:
+        """Any channels."""
+        heads = bucket.num_kv_heads * (bucket.group_size if self.by_head else 1)
+        order = torch.rand(heads, bucket.head_dim, generator=rng, device=rng.device).argsort(-1)
+        return LabelFormat(order[:, : self.r].int().contiguous(), self.bits)
 
 
 @dataclass(frozen=True)
@@ -26,6 +43,7 @@ class Bucket:
     dtype: torch.dtype
     max_batch: int
     max_pages: int  # width of the page table
+    labels: Labels
     max_tokens: int = 2**17  # batch_size * longest request
 
     def __str__(self) -> str:
@@ -40,26 +58,26 @@ class Bucket:
 
 _FP16, _BF16 = torch.float16, torch.bfloat16
 BUCKETS = (
-    Bucket("mha-d64", 1, 3, 64, 16, _FP16, 8, 65),
-    Bucket("mha-d128", 1, 4, 128, 16, _FP16, 16, 257),
-    Bucket("mha-d64-bf16-many", 1, 2, 64, 16, _BF16, 96, 33),
-    Bucket("gqa2-p32-bf16", 2, 2, 128, 32, _BF16, 8, 65),
-    Bucket("gqa3", 3, 2, 128, 16, _FP16, 8, 65),
-    Bucket("gqa4", 4, 2, 128, 16, _FP16, 32, 257),
-    Bucket("gqa4-many", 4, 2, 128, 16, _FP16, 96, 65),
-    Bucket("gqa4-long", 4, 2, 128, 16, _FP16, 3, 4376, 2**18),
-    Bucket("gqa4-p64-bf16-long", 4, 1, 128, 64, _BF16, 2, 1094, 2**18),
-    Bucket("gqa5-d64-p48", 5, 2, 64, 48, _FP16, 8, 43),
-    Bucket("gqa7-bf16", 7, 1, 128, 16, _BF16, 8, 65),
-    Bucket("gqa8-p64", 8, 2, 128, 64, _FP16, 16, 65),
-    Bucket("gqa8-d256", 8, 1, 256, 16, _FP16, 4, 65),
-    Bucket("gqa12-d64-p128-bf16", 12, 1, 64, 128, _BF16, 8, 33),
-    Bucket("gqa16", 16, 1, 128, 16, _FP16, 8, 129),
-    Bucket("gqa16-d256-p32-bf16", 16, 1, 256, 32, _BF16, 4, 33),
+    Bucket("mha-d64", 1, 3, 64, 16, _FP16, 8, 65, Labels(32, 2, "own")),
+    Bucket("mha-d128", 1, 4, 128, 16, _FP16, 16, 257, Labels(64, 2, "own")),
+    Bucket("mha-d64-bf16-many", 1, 2, 64, 16, _BF16, 96, 33, Labels(16, 4)),
+    Bucket("gqa2-p32-bf16", 2, 2, 128, 32, _BF16, 8, 65, Labels(64, 2)),
+    Bucket("gqa3", 3, 2, 128, 16, _FP16, 8, 65, Labels(16, 4, "own")),
+    Bucket("gqa4", 4, 2, 128, 16, _FP16, 32, 257, Labels(64, 2)),
+    Bucket("gqa4-many", 4, 2, 128, 16, _FP16, 96, 65, Labels(16, 4, "own", True)),
+    Bucket("gqa4-long", 4, 2, 128, 16, _FP16, 3, 4376, Labels(64, 2), 2**18),
+    Bucket("gqa4-p64-bf16-long", 4, 1, 128, 64, _BF16, 2, 1094, Labels(32, 4, "own"), 2**18),
+    Bucket("gqa5-d64-p48", 5, 2, 64, 48, _FP16, 8, 43, Labels(32, 2)),
+    Bucket("gqa7-bf16", 7, 1, 128, 16, _BF16, 8, 65, Labels(128, 2, "own")),
+    Bucket("gqa8-p64", 8, 2, 128, 64, _FP16, 16, 65, Labels(128, 4)),
+    Bucket("gqa8-d256", 8, 1, 256, 16, _FP16, 4, 65, Labels(64, 4, "own", True)),
+    Bucket("gqa12-d64-p128-bf16", 12, 1, 64, 128, _BF16, 8, 33, Labels(64, 2)),
+    Bucket("gqa16", 16, 1, 128, 16, _FP16, 8, 129, Labels(16, 4)),
+    Bucket("gqa16-d256-p32-bf16", 16, 1, 256, 32, _BF16, 4, 33, Labels(128, 2, "own")),
 )
 SMALL_BUCKETS = (  # for the CPU
-    Bucket("small-gqa2", 2, 2, 64, 16, _FP16, 3, 12),
-    Bucket("small-gqa4-p32-bf16", 4, 1, 128, 32, _BF16, 2, 5),
+    Bucket("small-gqa2", 2, 2, 64, 16, _FP16, 3, 12, Labels(32, 2)),
+    Bucket("small-gqa4-p32-bf16", 4, 1, 128, 32, _BF16, 2, 5, Labels(16, 4, "own", True)),
 )
 
 
@@ -70,6 +88,7 @@ class Step:
     case: Case
     data: str  # of DATA
     selector: str
+    bucket: Bucket
     top_p: float | tuple[float, ...]  # one for all, or one per query head
     num_sink_tokens: int
     num_recent_tokens: int
@@ -82,12 +101,20 @@ class Step:
             "num_recent_tokens": self.num_recent_tokens,
         }
 
+    @property
+    def by_labels(self) -> bool:
+        return self.selector == "double_sparsity"
+
     def tensors(self, device: torch.device | str) -> Tensors:
         rng = torch.Generator(device=device).manual_seed(self.seed)
         tensors = make_tensors(self.case, rng)
         q, k = DATA[self.data](tensors, rng)
         dtype = self.case.shape.dtype
         tensors = tensors._replace(q=q.to(dtype), k=k.to(dtype).contiguous())
+        if self.by_labels:
+            tensors = tensors._replace(
+                label_format=self.bucket.labels.draw_format(self.bucket, rng)
+            )
         shared = self.case.shared_pages * self.case.shape.page_size
         tensors.k[1:, :shared] = tensors.k[0, :shared]
         for request, length in enumerate(self.case.shape.lengths):
@@ -136,7 +163,8 @@ def decode_steps(draw, bucket: Bucket, first_data: int = 0) -> Step:
     return Step(
         case,
         data=draw(st.sampled_from(kinds[first_data:] + kinds[:first_data])),
-        selector=draw(st.sampled_from(("quest", "quest", "full"))),
+        selector=draw(st.sampled_from(("quest", "double_sparsity", "quest", "full"))),
+        bucket=bucket,
         top_p=draw(st.one_of(p, p, per_head)),
         num_sink_tokens=draw(window),
         num_recent_tokens=draw(window),

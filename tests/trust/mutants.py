@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 CACHE = ("tests/test_cache.py", "-k", "not 64_bit")
 SELECTOR = ("tests/test_selector.py",)
-TOKENS = ("tests/test_double_sparsity.py",)
+DOUBLE_SPARSITY = ("tests/test_double_sparsity.py",)
 ESTIMATOR = ("tests/test_estimator.py",)
 ESTIMATE_PRUNE = ("tests/test_estimate_prune.py",)
 PRUNER = ("tests/test_pruner.py",)
@@ -224,63 +224,108 @@ MUTANTS = (
     Mutant(
         "a label's codes in reverse", "labels.py",
         "code << (c * labels.shape.bits)", "code << ((per_byte - 1 - c) * labels.shape.bits)",
-        TOKENS, LABELLED,
+        DOUBLE_SPARSITY, LABELLED,
     ),
     Mutant(
         "a label's range is that of its first channels", "labels.py",
-        "for i in T.unroll(turns * per_byte):", "for i in T.unroll(1):", TOKENS, LABELLED,
+        "for i in T.unroll(turns * per_byte):", "for i in T.unroll(1):", DOUBLE_SPARSITY, LABELLED,
     ),
     Mutant(
         "append leaves labels out", "mirror.py",
-        "if labels is not None:", "if False:", TOKENS, LABELLED,
+        "if labels is not None:", "if False:", DOUBLE_SPARSITY, LABELLED,
     ),
     Mutant(
-        "codes further up weigh as much as others", "label_scores.py",
+        "codes further up weigh as much as others", "label_query.py",
         "weight = power_of_two(-masks.up(register))", "weight = T.float32(1)",
-        TOKENS, LABEL_SCORED,
+        DOUBLE_SPARSITY, LABEL_SCORED,
     ),
     Mutant(
-        "a score without its zero point", "label_scores.py",
-        '"fmaf", zero, query.sums[n, h], -offset', '"fmaf", zero, 0.0, -offset',
-        TOKENS, LABEL_SCORED,
+        "a logit without its zero point", "label_tiles.py",
+        "scale, product, zero * query.sums[n, h])", "scale, product, T.float32(0))",
+        DOUBLE_SPARSITY, LABEL_SCORED,
     ),
     Mutant(
-        "heads are not compared by their norms", "label_scores.py",
-        "query, offsets[n, h])", "query, 0.0)", TOKENS, LABEL_SCORED,
+        "heads are not compared by their norms", "label_mass.py",
+        "own[head + 1] - own_norms[head + 1]", "own[head + 1] - own_norms[0]",
+        DOUBLE_SPARSITY, LABEL_SCORED,
     ),
     Mutant(
-        "a run's last token is not counted", "label_scores.py",
-        "loaded.lane_tokens) < seq_len", "loaded.lane_tokens) < seq_len - 1",
-        TOKENS, LABEL_SCORED,
+        "nor where a block has not waited for them", "label_scores.py",
+        "other - norms[n, h]", "other - norms[0, 0]", DOUBLE_SPARSITY, LABEL_SCORED,
+    ),
+    Mutant(
+        "a row's last token has no weight", "label_mass.py",
+        "loaded.lane_tokens) >= seq_len:", "loaded.lane_tokens) >= seq_len - 1:",
+        DOUBLE_SPARSITY, LABEL_SCORED,
+    ),
+    Mutant(
+        "scores by norms that are not there", "label_mass.py",
+        "has_norms[0] = before >= DONE", "has_norms[0] = before >= 0",
+        DOUBLE_SPARSITY, LABEL_SCORED,
+    ),
+    Mutant(
+        "chunks that have not waited are never scored", "label_scores.py",
+        "scored[batch, kv_head, own] == 0", "scored[batch, kv_head, own] == 2",
+        DOUBLE_SPARSITY, LABEL_SCORED,
+    ),
+    Mutant(
+        "norms are taken to be there the next time", "label_scores.py",
+        "arrived[batch, kv_head] = 0", "arrived[batch, kv_head] = 1",
+        DOUBLE_SPARSITY, LABEL_SCORED,
     ),
     Mutant(
         "-0 below +0", "token_keys.py",
         "T.if_then_else(bits < 0, -size, size)", "T.if_then_else(bits < 0, -1 - size, size)",
-        TOKENS, TOKENS_TAKEN,
+        DOUBLE_SPARSITY, TOKENS_TAKEN,
     ),
     Mutant(
         "NaN before all", "token_keys.py",
         "size > INFINITY_BITS, LOWEST_KEY, signed", "size > INFINITY_BITS, HIGHEST_KEY, signed",
-        TOKENS, TOKENS_TAKEN,
+        DOUBLE_SPARSITY, TOKENS_TAKEN,
+    ),
+    Mutant(
+        "tokens are counted in the nearest bin", "token_keys.py",
+        "return T.cast(place, T.int32)", "return T.cast(place + 0.5, T.int32)",
+        DOUBLE_SPARSITY, LABEL_SCORED,
     ),
     Mutant(
         "the first recent token not forced", "token_keys.py",
-        "position < self.end)", "position <= self.end)", TOKENS, TOKENS_TAKEN,
+        "position < self.end)", "position <= self.end)", DOUBLE_SPARSITY, TOKENS_TAKEN,
     ),
     Mutant(
-        "a tied token dropped", "top_tokens.py",
-        "and -token >= ties.low", "and -token > ties.low", TOKENS, TOKENS_TAKEN,
+        "a tied token dropped", "near_tokens.py",
+        "and -token >= ties.low", "and -token > ties.low", DOUBLE_SPARSITY, TOKENS_TAKEN,
+    ),
+    Mutant(
+        "of a few equal tokens the last", "near_tokens.py",
+        "other[1] < own[1]", "other[1] > own[1]", DOUBLE_SPARSITY, TOKENS_TAKEN,
+    ),
+    Mutant(
+        "one near token too many", "near_tokens.py",
+        "if before < left:", "if before <= left:", DOUBLE_SPARSITY, TOKENS_TAKEN,
+    ),
+    Mutant(
+        "tokens of the bin left open are taken", "top_tokens.py",
+        "taken[0] = taken[0] + 1.0", "taken[0] = taken[0] + 0.0", DOUBLE_SPARSITY, TOKENS_TAKEN,
+    ),
+    Mutant(
+        "a word of bits for the next lane's tokens", "top_tokens.py",
+        "if lane == r:", "if lane == r + 1:", DOUBLE_SPARSITY, TOKENS_TAKEN,
+    ),
+    Mutant(
+        "every word lists a warp's first tokens", "top_tokens.py",
+        "(word - lane + i) * 32", "(word - lane) * 32", DOUBLE_SPARSITY, TOKENS_TAKEN,
     ),
     Mutant(
         "bins are left as they were", "top_tokens.py",
         "bins[row, thread * BINS_PER_THREAD + j] = 0",
-        "bins[row, thread * BINS_PER_THREAD + j] += 0", TOKENS, TOKENS_TAKEN,
+        "bins[row, thread * BINS_PER_THREAD + j] += 0", DOUBLE_SPARSITY, TOKENS_TAKEN,
     ),
     Mutant(
-        "a union without its last head", "top_tokens.py",
+        "a union without its last head", "token_union.py",
         "union = union | own[head]",
         "union = union | T.if_then_else(head == group_size - 1, T.uint32(0), own[head])",
-        TOKENS, UNITED,
+        DOUBLE_SPARSITY, UNITED,
     ),
     Mutant(
         "odd channels weigh double", "estimate_tiles.py",
