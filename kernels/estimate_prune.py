@@ -12,7 +12,7 @@ from .compiling import THREAD_LEVEL, start_early
 from .estimate_tiles import Mirror, estimate_tiles
 from .gpu import Gpu
 from .launch import KernelSpec, Launch, StepShape, static_width
-from .lists import Listed, Window
+from .lists import AlwaysKept, Listed
 from .mma import Tiles
 from .pools import TILE_TOKENS
 from .pruner import SEARCH_SOURCES, Pruned
@@ -74,7 +74,7 @@ def estimate_and_prune(
     cache: PagedKVCache,
     candidates: Listed,
     top_p: torch.Tensor,
-    window: Window,
+    always: AlwaysKept,
     sm_scale: float,
     pruned: Pruned,
 ) -> None:
@@ -84,7 +84,7 @@ def estimate_and_prune(
     planned.launches[0](
         q, cache.factor, cache.code_words, cache.k_scale_zero,
         cache.page_table, cache.seq_lens, *candidates.tensors,
-        sm_scale, top_p, *window, *kept, *work,
+        sm_scale, top_p, *always, *kept, *work,
     )  # fmt: skip
 
 
@@ -122,6 +122,7 @@ def estimate_prune_kernel(
         top_p: T.Tensor[(batch_size, num_kv_heads, group_size), T.float32],
         num_sink_tokens: T.int32,
         num_recent_tokens: T.int32,
+        min_kept_tokens: T.int32,
         kept_tokens: T.Tensor[(batch_size, num_kv_heads, width), T.int32],
         kept_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
         kept_mass: T.Tensor[(batch_size, num_kv_heads, group_size), T.float32],
@@ -159,7 +160,8 @@ def estimate_prune_kernel(
             num_tokens = prune_heads(
                 Heads(0, group_size, config.heads_at_once),
                 Logits(lambda head, at: logits[head, at], "float16", width_bound),
-                row, candidates, top_p, num_sink_tokens, num_recent_tokens, kept_mass, words,
+                row, candidates, top_p,
+                AlwaysKept(num_sink_tokens, num_recent_tokens, min_kept_tokens), kept_mass, words,
             )  # fmt: skip
             list_row(
                 words, num_tokens, row, candidates, kept_tokens, kept_counts, work, num_threads

@@ -11,6 +11,8 @@ from .cache import PagedKVCache, check_cache
 from .checks import check_tensor
 from .pools import TILE_TOKENS
 
+MAX_FLOOR = 32  # tokens of a query head that can be kept at any p, beside its windows
+
 
 class CandidatePages(NamedTuple):
     """The pages that a selector chose.
@@ -109,6 +111,14 @@ class Window(NamedTuple):
 
     num_sink_tokens: int  # at the start of a request
     num_recent_tokens: int  # at its end
+
+
+class AlwaysKept(NamedTuple):
+    """What is kept of the candidates at any p."""
+
+    num_sink_tokens: int
+    num_recent_tokens: int
+    min_kept_tokens: int  # of each query head, its heaviest; 1 to MAX_FLOOR
 
 
 def check_lists(

@@ -13,7 +13,7 @@ from .checks import check_count, check_tensor, dtype_name
 from .compiling import THREAD_LEVEL, start_early
 from .gpu import Gpu, gpu_of
 from .launch import KernelSpec, Launch, StepShape, on_device, static_width
-from .lists import Candidates, Kept, Listed, Window, check_candidates
+from .lists import MAX_FLOOR, AlwaysKept, Candidates, Kept, Listed, check_candidates
 from .pools import TILE_TOKENS
 from .query import by_kv_head, group_size_of, step_shape
 from .split_kv import Work
@@ -76,6 +76,7 @@ def prune_top_p(
     *,
     num_sink_tokens: int = 0,
     num_recent_tokens: int = 0,
+    min_kept_tokens: int = 1,
 ) -> Kept:
     """Per query head the smallest set of candidates whose estimated mass reaches p; per KV head the
     union over its group (Twilight, sections 3 and 4.2).
@@ -91,6 +92,9 @@ def prune_top_p(
             1, less than 0 as 0, which keeps the heaviest token.
         num_sink_tokens, num_recent_tokens: candidates among the first and the last so many tokens
             are always kept.
+        min_kept_tokens: each query head keeps at least so many of its heaviest candidates, 1 to 32,
+            for 4 bits blur a head whose mass lies in a few. Those further than 64 nats below the
+            heaviest do not count.
 
     Returns:
         Kept, with room for as many tokens a row as `logits` has. Weights equal to one part in 10^4
@@ -98,7 +102,7 @@ def prune_top_p(
         them, or nothing above -inf) keeps every candidate of its own.
 
     Raises:
-        ValueError: a wrong tensor, or a float top_p outside (0, 1].
+        ValueError: a wrong tensor, a float top_p outside (0, 1], or a count out of range.
     """
     listed = check_candidates(candidates, cache)
     device, width = cache.seq_lens.device, listed.width(cache.page_size)
@@ -108,6 +112,7 @@ def prune_top_p(
     group_size = group_size_of("logits", num_qo_heads, cache)
     check_count("num_sink_tokens", num_sink_tokens, least=0)
     check_count("num_recent_tokens", num_recent_tokens, least=0)
+    check_count("min_kept_tokens", min_kept_tokens, least=1, most=MAX_FLOOR)
     top_p = expand_top_p(top_p, cache.batch_size, num_qo_heads, device)
     shape = step_shape(cache, group_size, width)
     shape = shape._replace(logits_dtype=dtype_name(logits), candidates=listed.kind)
@@ -116,10 +121,10 @@ def prune_top_p(
     grouped = [by_kv_head(each, cache.num_kv_heads) for each in (logits, top_p, kept.mass)]
     logits, top_p, mass = grouped
     union = HeadUnion.allocate(cache, width)
-    window = Window(num_sink_tokens, num_recent_tokens)
+    always = AlwaysKept(num_sink_tokens, num_recent_tokens, min_kept_tokens)
     pruned = Pruned(kept._replace(mass=mass), work, union)
     with on_device(device):
-        prune(planned(PRUNER, shape, device), logits, cache, listed, top_p, window, pruned)
+        prune(planned(PRUNER, shape, device), logits, cache, listed, top_p, always, pruned)
     return kept
 
 
@@ -145,13 +150,13 @@ def prune(
     cache: PagedKVCache,
     candidates: Listed,
     top_p: torch.Tensor,
-    window: Window,
+    always: AlwaysKept,
     pruned: Pruned,
 ) -> None:
     """One launch: logits and top_p by KV head -> kept tokens, and attention's list of work."""
     kept, work, union = pruned
     (launch,) = planned.launches
-    launch(logits, cache.seq_lens, *candidates.tensors, top_p, *window, *kept, *work, *union)
+    launch(logits, cache.seq_lens, *candidates.tensors, top_p, *always, *kept, *work, *union)
 
 
 @T.macro
@@ -214,6 +219,7 @@ def pruner_kernel(
         top_p: T.Tensor[(batch_size, num_kv_heads, group_size), T.float32],
         num_sink_tokens: T.int32,
         num_recent_tokens: T.int32,
+        min_kept_tokens: T.int32,
         kept_tokens: T.Tensor[(batch_size, num_kv_heads, width), T.int32],
         kept_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
         kept_mass: T.Tensor[(batch_size, num_kv_heads, group_size), T.float32],
@@ -242,7 +248,8 @@ def pruner_kernel(
                     lambda head, at: logits[batch, kv_head, head, at],
                     logits_dtype, width_bound, copy,
                 ),
-                row, candidates, top_p, num_sink_tokens, num_recent_tokens, kept_mass, words,
+                row, candidates, top_p,
+                AlwaysKept(num_sink_tokens, num_recent_tokens, min_kept_tokens), kept_mass, words,
             )  # fmt: skip
             if config.heads_apart:
                 num_words = T.ceildiv(num_tokens, 32)

@@ -55,8 +55,9 @@ class TwilightDecode:
         token_budget: int = 8192,
         top_p: float | torch.Tensor = 0.85,
         sm_scale: float | None = None,
-        num_sink_tokens: int = 0,
-        num_recent_tokens: int = 0,
+        num_sink_tokens: int = 16,
+        num_recent_tokens: int = 16,
+        min_kept_tokens: int = 32,
         group: str = "own",
         path: str = "sparse",
         bound_mass: bool = False,
@@ -73,6 +74,7 @@ class TwilightDecode:
             raise ValueError(f"path: expected 'sparse', 'candidates' or 'dense', got {path!r}")
         windows = Windows(num_sink_tokens=num_sink_tokens, num_recent_tokens=num_recent_tokens)
         check_windows(**windows)
+        check_positive("min_kept_tokens", min_kept_tokens)
         if selector == "quest":
             selection_width(cache, token_budget, **windows)
         elif selector == "ds":
@@ -89,6 +91,7 @@ class TwilightDecode:
         self.top_p = top_p
         self.sm_scale = resolve_sm_scale(sm_scale, cache.head_dim)
         self.windows = windows
+        self.min_kept_tokens = min_kept_tokens
 
     @classmethod
     def from_config(
@@ -98,7 +101,8 @@ class TwilightDecode:
         config: str | Path | Mapping[str, Any],
         layer: int | None = None,
     ) -> "TwilightDecode":
-        """The step that one of Twilight's JSON configurations asks for (see `read_config`).
+        """The step that one of Twilight's JSON configurations asks for (see `read_config`), with no
+        windows and no floor, as the original has none.
 
         Args:
             cache: for Double Sparsity built with the configuration's `label_format`.
@@ -106,7 +110,9 @@ class TwilightDecode:
             layer: of the model; None for one that the configuration does not skip.
         """
         read = read_config(config)
-        step = cls(cache, num_qo_heads, **read.decode_options(cache.page_size, layer))
+        own = read.decode_options(cache.page_size, layer)
+        none = Windows(num_sink_tokens=0, num_recent_tokens=0)
+        step = cls(cache, num_qo_heads, **own, **none, min_kept_tokens=1)
         if step.selector == "ds":
             read.check_labels(check_labels(cache, num_qo_heads), cache.head_dim)
         return step
@@ -168,8 +174,9 @@ class TwilightDecode:
     def prune(self, cache: PagedKVCache, *, dtype: Dtype = None) -> None:
         """What top-p keeps of them -> kept."""
         self.kept = prune_top_p(
-            self.logits, cache, self.candidates, self.top_p, **self.windows, dtype=dtype
-        )
+            self.logits, cache, self.candidates, self.top_p, **self.windows,
+            min_kept_tokens=self.min_kept_tokens, dtype=dtype,
+        )  # fmt: skip
 
     def estimate_prune(self, q: torch.Tensor, cache: PagedKVCache, *, dtype: Dtype = None) -> None:
         """estimate() and prune()."""

@@ -185,7 +185,7 @@ def test_a_budget_for_every_token_reads_no_labels(launched):
         (None, {}, "cache: expected labels"),
         (32, {}, "labels: expected channels of each KV head for group 'shared'"),
         (8, {"group": "all"}, "group: expected one of"),
-        (8, {"num_recent_tokens": 257}, "token_budget: expected at least 257"),
+        (8, {"num_recent_tokens": 257}, "token_budget: expected at least 273"),
     ],
 )
 def test_a_step_by_labels_refuses(launched, heads, options, match):

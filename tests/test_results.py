@@ -282,7 +282,7 @@ def test_timing_orders_its_quantiles() -> None:
 def step() -> tuple[torch.Tensor, PagedKVCache, TwilightDecode]:
     sets = workload_sets(SMALL, 1, "cpu", PagedKVCache.wrap)
     q, cache = sets.queries[0], sets.caches[0]
-    step = TwilightDecode(cache, q.shape[1], token_budget=SMALL.token_budget)
+    step = TwilightDecode(cache, q.shape[1], token_budget=SMALL.token_budget, **SMALL.always)
     step.out = step.run(q, cache)
     return q, cache, step
 
@@ -399,7 +399,7 @@ def test_head_budgets_shape_what_the_inputs_keep() -> None:
     equal = dataclasses.replace(SMALL, head_budgets=(1,), shape=DecodeShape(2, 8, 8, 32, 16, 1024))
     for workload, largest in ((equal, 1.5), (dataclasses.replace(equal, head_budgets=(1, 8)), 9)):
         sets = workload_sets(workload, 1, "cpu", PagedKVCache.wrap)
-        step = TwilightDecode(sets.caches[0], 8, selector="full")
+        step = TwilightDecode(sets.caches[0], 8, selector="full", **workload.always)
         step.run(sets.queries[0], sets.caches[0])
         ratio = float(step.kept.counts.max() / step.kept.counts.min())
         assert 2 / 3 * largest <= ratio <= 1.5 * largest

@@ -44,9 +44,9 @@ class TileLang:
 
         return self._attention(q, cache, Listed("tokens", *kept[:2]), kept[0].shape[2])
 
-    def quest(self, q: torch.Tensor, cache: Any, token_budget: int, **sinks: int) -> Call:
+    def quest(self, q: torch.Tensor, cache: Any, token_budget: int, **windows: int) -> Call:
         """Quest alone: exact attention over every token of the pages chosen."""
-        step = self.step(cache, q.shape[1], token_budget=token_budget, path="candidates", **sinks)
+        step = self.step(cache, q.shape[1], token_budget=token_budget, path="candidates", **windows)
         return partial(step.run, q, cache)
 
     def dense(self, q: torch.Tensor, cache: Any) -> Call:
@@ -89,9 +89,9 @@ class Torch:
     def attend_tokens(self, q: torch.Tensor, cache: Any, kept: Lists) -> Call:
         return partial(reference.flash_topk_attention, q, cache, kept)
 
-    def quest(self, q: torch.Tensor, cache: Any, token_budget: int, **sinks: int) -> Call:
+    def quest(self, q: torch.Tensor, cache: Any, token_budget: int, **windows: int) -> Call:
         return lambda: reference.page_attention(
-            q, cache, reference.select_pages(q, cache, token_budget, **sinks)
+            q, cache, reference.select_pages(q, cache, token_budget, **windows)
         )
 
     def dense(self, q: torch.Tensor, cache: Any) -> Call:

@@ -144,7 +144,7 @@ class StageBuilder:
                 selector="full" if method == "full+twilight" else "quest",
                 token_budget=workload.token_budget,
                 top_p=workload.top_p,
-                num_sink_tokens=workload.num_sink_tokens,
+                **workload.always,
             )
             slots.append(Slot(q, cache, step))
             for call in slots[-1].calls.values():
@@ -185,15 +185,14 @@ class StageBuilder:
         workload, backend = self.workload, self.backend
         queries, caches = self._cold_sets("pipeline", "quest")
         q, cache, token_budget = queries[0], caches[0], workload.token_budget
-        sinks = {"num_sink_tokens": workload.num_sink_tokens}
         calls = [
-            backend.quest(*inputs, token_budget, **sinks)
+            backend.quest(*inputs, token_budget, **workload.windows)
             for inputs in zip(queries, caches, strict=True)
         ]
 
         def check() -> float:
             out = calls[0]()
-            candidates = backend.package.select_pages(q, cache, token_budget, **sinks)
+            candidates = backend.package.select_pages(q, cache, token_budget, **workload.windows)
             checks.check_pages(out, q, cache, candidates)
             return checks.dense_error(out, q, cache)
 

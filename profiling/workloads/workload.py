@@ -84,6 +84,16 @@ class Workload:
             for top_p in self.top_ps or (self.top_p,)
         ]
 
+    @property
+    def windows(self) -> dict[str, int]:
+        """What is always a candidate: the sinks alone, whatever a step's defaults are."""
+        return {"num_sink_tokens": self.num_sink_tokens, "num_recent_tokens": 0}
+
+    @property
+    def always(self) -> dict[str, int]:
+        """What a step keeps at any p: with the defaults, rows of all dates would not compare."""
+        return self.windows | {"min_kept_tokens": 1}
+
     def methods(self, stage: str) -> tuple[str, ...]:
         """Methods that a stage is timed for."""
         if self.random_tokens:

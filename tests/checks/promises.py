@@ -27,7 +27,7 @@ from tests.checks.properties import (
     valid_entries,
     write_logits,
 )
-from tests.inputs.cases import Tensors, build_cache, shuffled_pages
+from tests.inputs.cases import NOTHING_ALWAYS, Tensors, build_cache, shuffled_pages
 from tests.inputs.hazards import poison_unused
 from tests.inputs.strategies import Step
 from tests.inputs.token_lists import random_tokens, tokens_of_pages
@@ -37,8 +37,10 @@ SPOILS = (torch.nan, torch.inf, -torch.inf)
 
 
 def decode(package: ModuleType, tensors: Tensors, cache, token_budget: int, **options):
-    """(step, out) of one run; the step's results and out are its workspace."""
-    step = package.TwilightDecode(cache, tensors.q.shape[1], token_budget=token_budget, **options)
+    """(step, out) of one run, which keeps nothing that the options do not ask for; the step's
+    results and out are its workspace."""
+    options = NOTHING_ALWAYS | {"token_budget": token_budget} | options
+    step = package.TwilightDecode(cache, tensors.q.shape[1], **options)
     out = step.run(tensors.q, cache)
     write_logits(step, tensors.q, cache)
     return step, out
@@ -119,7 +121,7 @@ class Run:
             "token_budget": generated.case.token_budget,
             "selector": generated.selector,
             "top_p": self.top_p,
-            **generated.windows,
+            **generated.always,
         }
 
     @property
@@ -132,7 +134,7 @@ def promise_1_and_every_stage_is_right(run: Run) -> None:
     """Each judged on what the stage before it gave, the pruner by promise 1."""
     assert_decode_step(
         run.step, run.out, run.tensors.q, run.cache, run.generated.case.token_budget, run.top_p,
-        **run.generated.windows,
+        **run.generated.always,
     )  # fmt: skip
 
 
