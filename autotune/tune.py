@@ -69,6 +69,7 @@ def shape_of_workload(workload: Workload) -> StepShape:
         max_pages=-(-shape.max_seq_len // shape.page_size),
         width=workload.settings("quest+twilight")[0],
         launch_rows=shape.batch_size // num_parts * shape.num_kv_heads,
+        min_kept_tokens=workload.min_kept_tokens,
     )
 
 

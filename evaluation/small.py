@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from twilight_tilelang.kernels.lists import AlwaysKept
 from twilight_tilelang.kernels.options import DecodeOptions
 
 from .configurations import DENSE, Configuration, dense_first, make_configuration
@@ -59,12 +58,12 @@ class Plan:
     top_p: tuple[float, ...]
     budgets: tuple[int, ...]
     pruned_budgets: tuple[int, ...]  # with Twilight
-    always: tuple[AlwaysKept, ...]
+    always: tuple[tuple[int, int, int], ...]  # sink tokens, recent ones, each head's heaviest
     minutes: float | None = None
 
 
 MEASURE_EVERY = 8  # of the kernels' tokens
-NOTHING, DEFAULT = AlwaysKept(0, 0, 1), DecodeOptions().always
+NOTHING, DEFAULT = (0, 0, 1), (*DecodeOptions().window, DecodeOptions().min_kept_tokens)
 FULL = Plan(
     lengths=(2048, 4096, 8192),
     passkeys=10,

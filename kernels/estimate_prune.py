@@ -12,7 +12,7 @@ from .compiling import THREAD_LEVEL, start_early
 from .estimate_tiles import Mirror, estimate_tiles
 from .gpu import Gpu
 from .launch import KernelSpec, Launch, StepShape, static_width
-from .lists import AlwaysKept, Listed
+from .lists import Listed, Window
 from .mma import Tiles
 from .pools import TILE_TOKENS
 from .pruner import SEARCH_SOURCES, Pruned
@@ -63,7 +63,7 @@ def blocks_that_fit(shape: StepShape, gpu: Gpu, heads_at_once: int) -> int:
         return 0
     near = 2 * max(width_bound, VECTOR * NUM_THREADS) * heads_at_once
     logits = 2 * shape.group_size * (width_bound + PADDING)
-    bins = 4 * BINS_PER_THREAD * NUM_THREADS * heads_at_once
+    bins = (6 if shape.min_kept_tokens > 1 else 4) * BINS_PER_THREAD * NUM_THREADS * heads_at_once
     others = 2048  # the part that CUDA keeps of each block's, and alignment
     return gpu.shared_memory // (logits + near + width_bound // 8 + bins + others)
 
@@ -74,7 +74,7 @@ def estimate_and_prune(
     cache: PagedKVCache,
     candidates: Listed,
     top_p: torch.Tensor,
-    always: AlwaysKept,
+    window: Window,
     sm_scale: float,
     pruned: Pruned,
 ) -> None:
@@ -84,7 +84,7 @@ def estimate_and_prune(
     planned.launches[0](
         q, cache.factor, cache.code_words, cache.k_scale_zero,
         cache.page_table, cache.seq_lens, *candidates.tensors,
-        sm_scale, top_p, *always, *kept, *work,
+        sm_scale, top_p, *window, *kept, *work,
     )  # fmt: skip
 
 
@@ -99,6 +99,7 @@ def estimate_prune_kernel(
     config: EstimatePruneConfig,
     smooth: bool = False,
     kind: str = "pages",
+    min_kept_tokens: int = 1,
 ):
     """Grid: (kv_head, batch). The block's warps share out the row's tiles, then all search it."""
     batch_size, num_kv_heads, max_items = T.dynamic("batch_size, num_kv_heads, max_items")
@@ -122,7 +123,6 @@ def estimate_prune_kernel(
         top_p: T.Tensor[(batch_size, num_kv_heads, group_size), T.float32],
         num_sink_tokens: T.int32,
         num_recent_tokens: T.int32,
-        min_kept_tokens: T.int32,
         kept_tokens: T.Tensor[(batch_size, num_kv_heads, width), T.int32],
         kept_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
         kept_mass: T.Tensor[(batch_size, num_kv_heads, group_size), T.float32],
@@ -160,8 +160,8 @@ def estimate_prune_kernel(
             num_tokens = prune_heads(
                 Heads(0, group_size, config.heads_at_once),
                 Logits(lambda head, at: logits[head, at], "float16", width_bound),
-                row, candidates, top_p,
-                AlwaysKept(num_sink_tokens, num_recent_tokens, min_kept_tokens), kept_mass, words,
+                row, candidates, top_p, Window(num_sink_tokens, num_recent_tokens),
+                min_kept_tokens, kept_mass, words,
             )  # fmt: skip
             list_row(
                 words, num_tokens, row, candidates, kept_tokens, kept_counts, work, num_threads
@@ -175,7 +175,7 @@ def _launches(shape: StepShape, config: EstimatePruneConfig) -> tuple[Launch, ..
     if not config.fused:
         return ()
     sizes = (*shape.statics, static_width(shape.width), split_tokens_of(shape))
-    arguments = (*sizes, config, shape.smooth, shape.candidates)
+    arguments = (*sizes, config, shape.smooth, shape.candidates, shape.min_kept_tokens)
     return (Launch("estimate_prune", estimate_prune_kernel, arguments),)
 
 

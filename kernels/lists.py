@@ -113,14 +113,6 @@ class Window(NamedTuple):
     num_recent_tokens: int  # at its end
 
 
-class AlwaysKept(NamedTuple):
-    """What is kept of the candidates at any p."""
-
-    num_sink_tokens: int
-    num_recent_tokens: int
-    min_kept_tokens: int  # of each query head, its heaviest; 1 to MAX_FLOOR
-
-
 def check_lists(
     names: tuple[str, str], lists: tuple[torch.Tensor, ...], cache: PagedKVCache
 ) -> None:

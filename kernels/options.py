@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .lists import AlwaysKept, Window
+from .lists import Window
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,3 @@ class DecodeOptions:
     @property
     def window(self) -> Window:
         return Window(self.num_sink_tokens, self.num_recent_tokens)
-
-    @property
-    def always(self) -> AlwaysKept:
-        return AlwaysKept(*self.window, self.min_kept_tokens)

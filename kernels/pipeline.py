@@ -66,13 +66,13 @@ class TwilightDecode:
         if num_parts is None:
             num_parts = parts_for(cache.batch_size, cache.num_kv_heads)
         check_count("num_parts", num_parts, least=1, most=cache.batch_size)
-        device = cache.k_cache.device
         check_count("min_kept_tokens", options.min_kept_tokens, least=1, most=MAX_FLOOR)
-        sm_scale = check_scale(options.sm_scale, cache.head_dim)
-        settings = Settings(sm_scale, options.window, options.always)
+        device = cache.k_cache.device
+        settings = Settings(check_scale(options.sm_scale, cache.head_dim), options.window)
         top_p = expand_top_p(options.top_p, cache.batch_size, num_qo_heads, device)
         self.options, self.selector, self.cache_shape = options, options.selector, cache.shape
-        self.shape = shape_of_step(options, cache, group_size)
+        shape = shape_of_step(options, cache, group_size)
+        self.shape = shape._replace(min_kept_tokens=options.min_kept_tokens)
         self.expected = expected_times(self.shape, cache.k_cache.itemsize, read_bandwidth(device))
         self.path = fastest(self.expected) if options.path == "auto" else options.path
 

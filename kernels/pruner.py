@@ -13,7 +13,7 @@ from .checks import check_count, check_tensor, dtype_name
 from .compiling import THREAD_LEVEL, start_early
 from .gpu import Gpu, gpu_of
 from .launch import KernelSpec, Launch, StepShape, on_device, static_width
-from .lists import MAX_FLOOR, AlwaysKept, Candidates, Kept, Listed, check_candidates
+from .lists import MAX_FLOOR, Candidates, Kept, Listed, Window, check_candidates
 from .pools import TILE_TOKENS
 from .query import by_kv_head, group_size_of, step_shape
 from .split_kv import Work
@@ -37,11 +37,11 @@ class PrunerConfig:
 def default_config(shape: StepShape, gpu: Gpu) -> PrunerConfig:
     """Few rows are spread over a block per query head; many fill the GPU as they are. Code for
     compute capability 10, or for wide logits, needs more registers than four blocks leave it, and
-    more where candidates are of single heads; on 8 where they are single tokens, too."""
+    more where candidates are of single heads; where they are single tokens, too, on 8 or with a
+    floor."""
     blocks_per_sm = 4 if gpu.capability < (10, 0) and shape.logits_dtype == "float16" else 3
-    if shape.candidates == "head_tokens" or (
-        shape.candidates == "tokens" and gpu.capability < (9, 0)
-    ):
+    short = gpu.capability < (9, 0) or shape.min_kept_tokens > 1
+    if shape.candidates == "head_tokens" or (shape.candidates == "tokens" and short):
         blocks_per_sm -= 1
     return PrunerConfig(shape.group_size > 1 and shape.num_rows <= 128, blocks_per_sm)
 
@@ -94,7 +94,7 @@ def prune_top_p(
             are always kept.
         min_kept_tokens: each query head keeps at least so many of its heaviest candidates, 1 to 32,
             for 4 bits blur a head whose mass lies in a few. Those further than 64 nats below the
-            heaviest do not count.
+            heaviest do not count. Kernels are compiled for it; 1 is no work.
 
     Returns:
         Kept, with room for as many tokens a row as `logits` has. Weights equal to one part in 10^4
@@ -115,16 +115,18 @@ def prune_top_p(
     check_count("min_kept_tokens", min_kept_tokens, least=1, most=MAX_FLOOR)
     top_p = expand_top_p(top_p, cache.batch_size, num_qo_heads, device)
     shape = step_shape(cache, group_size, width)
-    shape = shape._replace(logits_dtype=dtype_name(logits), candidates=listed.kind)
+    shape = shape._replace(
+        logits_dtype=dtype_name(logits), candidates=listed.kind, min_kept_tokens=min_kept_tokens
+    )
     kept = Kept.allocate(cache, width, num_qo_heads)
     work = WorkList.allocate(shape.num_rows, width, split_tokens_of(shape), device)
     grouped = [by_kv_head(each, cache.num_kv_heads) for each in (logits, top_p, kept.mass)]
     logits, top_p, mass = grouped
     union = HeadUnion.allocate(cache, width)
-    always = AlwaysKept(num_sink_tokens, num_recent_tokens, min_kept_tokens)
+    window = Window(num_sink_tokens, num_recent_tokens)
     pruned = Pruned(kept._replace(mass=mass), work, union)
     with on_device(device):
-        prune(planned(PRUNER, shape, device), logits, cache, listed, top_p, always, pruned)
+        prune(planned(PRUNER, shape, device), logits, cache, listed, top_p, window, pruned)
     return kept
 
 
@@ -150,13 +152,13 @@ def prune(
     cache: PagedKVCache,
     candidates: Listed,
     top_p: torch.Tensor,
-    always: AlwaysKept,
+    window: Window,
     pruned: Pruned,
 ) -> None:
     """One launch: logits and top_p by KV head -> kept tokens, and attention's list of work."""
     kept, work, union = pruned
     (launch,) = planned.launches
-    launch(logits, cache.seq_lens, *candidates.tensors, top_p, *always, *kept, *work, *union)
+    launch(logits, cache.seq_lens, *candidates.tensors, top_p, *window, *kept, *work, *union)
 
 
 @T.macro
@@ -198,6 +200,7 @@ def pruner_kernel(
     split_tokens: int,
     config: PrunerConfig,
     kind: str = "pages",
+    min_kept_tokens: int = 1,
 ):
     """A block walks the query heads of a KV head, or there is one for each: then their sets meet in
     `union_words`, and the last of them goes on with the union. Grid: (1 or query head of the group,
@@ -219,7 +222,6 @@ def pruner_kernel(
         top_p: T.Tensor[(batch_size, num_kv_heads, group_size), T.float32],
         num_sink_tokens: T.int32,
         num_recent_tokens: T.int32,
-        min_kept_tokens: T.int32,
         kept_tokens: T.Tensor[(batch_size, num_kv_heads, width), T.int32],
         kept_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
         kept_mass: T.Tensor[(batch_size, num_kv_heads, group_size), T.float32],
@@ -248,8 +250,8 @@ def pruner_kernel(
                     lambda head, at: logits[batch, kv_head, head, at],
                     logits_dtype, width_bound, copy,
                 ),
-                row, candidates, top_p,
-                AlwaysKept(num_sink_tokens, num_recent_tokens, min_kept_tokens), kept_mass, words,
+                row, candidates, top_p, Window(num_sink_tokens, num_recent_tokens),
+                min_kept_tokens, kept_mass, words,
             )  # fmt: skip
             if config.heads_apart:
                 num_words = T.ceildiv(num_tokens, 32)
@@ -265,7 +267,8 @@ def pruner_kernel(
 def _launches(shape: StepShape, config: PrunerConfig) -> tuple[Launch, ...]:
     sizes = (shape.group_size, shape.page_size, static_width(shape.width))
     split_tokens = split_tokens_of(shape)
-    arguments = (*sizes, shape.logits_dtype, split_tokens, config, shape.candidates)
+    logits_dtype, kind = shape.logits_dtype, shape.candidates
+    arguments = (*sizes, logits_dtype, split_tokens, config, kind, shape.min_kept_tokens)
     return (Launch("pruner", pruner_kernel, arguments),)
 
 

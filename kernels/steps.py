@@ -8,7 +8,7 @@ from .attention import AttentionWorkspace, attend, every_token, list_items
 from .cache import PagedKVCache
 from .estimate_prune import estimate_and_prune
 from .estimator import estimate
-from .lists import AlwaysKept, Kept, Listed, Window
+from .lists import Kept, Listed, Window
 from .mass_bound import bound_mass
 from .plan import CandidatePlan, DensePlan, SparsePlan
 from .pruner import HeadUnion, Pruned, prune
@@ -21,7 +21,6 @@ class Settings(NamedTuple):
 
     sm_scale: float
     window: Window
-    always: AlwaysKept
 
 
 class SparseMemory(NamedTuple):
@@ -122,7 +121,7 @@ class SparseStep(WritingStep):
 
     def select(self, q: torch.Tensor, cache: PagedKVCache) -> None:
         """-> candidates."""
-        sm_scale, window, _ = self.settings
+        sm_scale, window = self.settings
         select(self.plan.selector, q, cache, window, sm_scale, self.memory.selection)
 
     def estimate(self, q: torch.Tensor, cache: PagedKVCache) -> None:
@@ -133,8 +132,8 @@ class SparseStep(WritingStep):
 
     def prune(self, cache: PagedKVCache) -> None:
         """What top-p keeps of them -> kept, and attention's list of work."""
-        logits, always = self.grouped_logits, self.settings.always
-        prune(self.plan.pruner, logits, cache, self.listed, self.top_p, always, self.pruned)
+        logits, window = self.grouped_logits, self.settings.window
+        prune(self.plan.pruner, logits, cache, self.listed, self.top_p, window, self.pruned)
 
     def estimate_prune(self, q: torch.Tensor, cache: PagedKVCache) -> None:
         """estimate() and prune(), or one kernel for both, to the same bits."""
@@ -142,10 +141,10 @@ class SparseStep(WritingStep):
             self.estimate(q, cache)
             self.prune(cache)
             return
-        sm_scale, always = self.settings.sm_scale, self.settings.always
+        sm_scale, window = self.settings
         estimate_and_prune(
             self.plan.estimate_prune, by_kv_head(q, cache.num_kv_heads), cache, self.listed,
-            self.top_p, always, sm_scale, self.pruned,
+            self.top_p, window, sm_scale, self.pruned,
         )  # fmt: skip
 
     def bound(self, q: torch.Tensor, cache: PagedKVCache) -> None:
@@ -197,7 +196,7 @@ class CandidateStep(WritingStep):
 
     def select(self, q: torch.Tensor, cache: PagedKVCache) -> None:
         """-> candidates."""
-        sm_scale, window, _ = self.settings
+        sm_scale, window = self.settings
         select(self.plan.selector, q, cache, window, sm_scale, self.selection)
 
     def attend(

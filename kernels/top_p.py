@@ -3,8 +3,7 @@
 weight = exp(logit - max). A weight is searched by its logit's distance from the largest, in whole
 steps. Weights below (1 - p) * total / n may all go, whatever they are: only the few that are nearer
 are searched. The mass of a weight is the nearest integer to weight * 2^30 / total, so that no order
-of summation can change the set. Where the set so found is smaller than it may be, the same search
-over the same weights, of mass one each, enlarges it.
+of summation can change the set. A floor of kept tokens is a second need of the same search.
 
 Where a row has at most NUM_THREADS * MAX_VALUES candidates, a head's logits are read once, and the
 near ones are listed in shared memory. More are read again by every pass. Sums run in the same
@@ -88,49 +87,58 @@ class Team(NamedTuple):
     number: PrimExpr
     thread: PrimExpr  # number of this thread in the team
     search: Search
-    warp_values: Buffer  # [num_teams, 3, warps of a team] f32
+    warp_values: Buffer  # [num_teams, 2, warps of a team] f32; [., 3, .] with a floor
     near: Buffer  # [num_teams, candidates] u16: those near enough to matter
     num_near: Buffer  # [num_teams, 2] i32, of this head and of the next
-    limits: Buffer  # [num_teams] f32, the largest distance that its mass keeps
-    reach: Buffer  # [num_teams] f32, a distance within which MAX_FLOOR candidates lie
-    kept_mass: Buffer  # [num_teams, turns] i32, of each head
-    num_kept: Buffer  # [num_teams] i32, of this head by its mass
+    forced_mass: Buffer  # [num_teams] i32, of what only a window keeps
 
     @classmethod
-    def allocate(cls, num_teams: int, turns: int, num_near: int) -> "Team":
-        search = Search.allocate(NUM_THREADS, num_teams)
+    def allocate(cls, num_teams: int, num_near: int, counted: int) -> "Team":
+        """counted: candidates at most, where there is a floor."""
+        search = Search.allocate(NUM_THREADS, num_teams, counted)
         return cls(
             search.team,
             search.thread,
             search,
-            T.alloc_shared((num_teams, 3, NUM_THREADS // 32), T.float32, scope="shared"),
+            T.alloc_shared(
+                (num_teams, 3 if counted else 2, NUM_THREADS // 32), T.float32, scope="shared"
+            ),
             T.alloc_shared((num_teams, num_near), T.uint16),
             T.alloc_shared((num_teams, 2), T.int32, scope="shared"),
-            T.alloc_shared((num_teams,), T.float32, scope="shared"),
-            T.alloc_shared((num_teams,), T.float32, scope="shared"),
-            T.alloc_shared((num_teams, turns), T.int32, scope="shared"),
             T.alloc_shared((num_teams,), T.int32, scope="shared"),
         )
+
+    @property
+    def has_floor(self) -> bool:
+        """Whether a head keeps a number of tokens whatever they weigh."""
+        return self.search.counts is not None
 
     @partialmethod
     @T.macro
     def join_warps(self, value, join, part):
         """The values of the team's warps joined in a fixed order."""
-        warp_values = self.warp_values
-        joined = T.alloc_var(T.float32)
         self.publish(value, part)
         T.sync_threads()
-        joined = warp_values[self.number, part, 0]
-        for warp in T.unroll(1, NUM_THREADS // 32):
-            joined = join(joined, warp_values[self.number, part, warp])
-        return joined
+        return self.joined(join, part)
 
     @partialmethod
     @T.macro
     def publish(self, value, part):
-        """A warp's value, which the others may read behind the next barrier."""
+        """A warp's value, for the others behind the next barrier."""
+        warp_values = self.warp_values
         if self.thread % 32 == 0:
-            self.warp_values[self.number, part, self.thread // 32] = value
+            warp_values[self.number, part, self.thread // 32] = value
+
+    @partialmethod
+    @T.macro
+    def joined(self, join, part):
+        """What the warps published before the last barrier, in a fixed order."""
+        warp_values = self.warp_values
+        joined = T.alloc_var(T.float32)
+        joined = warp_values[self.number, part, 0]
+        for warp in T.unroll(1, NUM_THREADS // 32):
+            joined = join(joined, warp_values[self.number, part, warp])
+        return joined
 
     @partialmethod
     @T.macro
@@ -204,21 +212,14 @@ class Weights(NamedTuple):
         return T.cast(weight(distance) * self.scale + 0.5, T.int32)
 
 
-class Counts(Weights):
-    """The same candidates at the same distances, of mass one each."""
-
-    def mass(self, distance: PrimExpr) -> PrimExpr:
-        return 1
-
-
 def weight(distance: PrimExpr) -> PrimExpr:
     return T.exp2(distance * (-LOG2E / STEPS))
 
 
 @T.macro
 def sum_weights(team, share, values, logit):
-    """Phase 1: (the largest logit, the softmax's denominator); values = the share's distances. Part
-    2 of the warps' values are logits that a candidate of each lane reaches."""
+    """Phase 1: (the largest logit, the softmax's denominator); values = the share's distances. With
+    a floor, part 2 of the warps' values are logits that MAX_FLOOR candidates of each reach."""
     largest = T.alloc_local((2,), share.own.dtype)
     partial = T.alloc_var(T.float32)
     for e in T.vectorized(2):
@@ -229,14 +230,10 @@ def sum_weights(team, share, values, logit):
             for e in T.vectorized(2):
                 largest[e] = T.max(largest[e], share.own[k * 2 + e])
     partial = T.cast(T.max(largest[0], largest[1]), T.float32)
-    team.publish(T.warp_reduce_min(partial), 2)
+    if team.has_floor:
+        team.publish(T.warp_reduce_min(partial), 2)  # a candidate of each lane reaches it
     max_logit = team.join_warps(T.warp_reduce_max(partial), T.max, 0)
     distance = Weights(max_logit).distance
-    # Each lane of a warp has a candidate that reaches the warp's value.
-    partial = team.warp_values[team.number, 2, team.thread % (NUM_THREADS // 32)]
-    partial = T.min(T.ceil(distance(T.warp_reduce_max(partial))), FARTHEST)
-    if team.thread == 0:
-        team.reach[team.number] = partial
     partial = 0.0
     for chunk in T.serial(share.num_chunks):
         share.load_again(logit, chunk)
@@ -284,15 +281,20 @@ def visit_near(team, share, logit, turn, visit):
 
 
 @T.macro
-def find_limit(team, share, weights, logit, farthest, need, turn):
-    """Phase 3: the largest distance at which the mass reaches the need."""
-    search = team.search
+def find_limit(team, share, weights, logit, farthest, need, least, turn):
+    """Phase 3: the largest distance that is kept."""
+    search, forced_mass, num_near = team.search, team.forced_mass, team.num_near
     shift = T.alloc_var(T.int32)
     num_bins = T.alloc_var(T.int32)
     search.bracket[0] = -T.cast(T.max(farthest, 0.0), T.int32)  # keys are distances, negated
     search.bracket[1] = 0
+    if team.has_floor:
+        search.counts.above[search.team] = 0
     shift = T.max(32 - search.round_bits - T.clz(-search.low), 0)
     num_bins = 1 << search.round_bits
+    if team.thread == 0:
+        num_near[team.number, (turn + 1) % 2] = 0
+        forced_mass[team.number] = 0
     for _ in T.unroll(-(-DISTANCE_BITS // search.round_bits)):
         visit_near(
             team, share, logit, turn,
@@ -301,7 +303,7 @@ def find_limit(team, share, weights, logit, farthest, need, turn):
                 None if share.held else farthest,
             ),
         )  # fmt: skip
-        search.cross(shift, need)
+        search.cross(shift, need, least)
         num_bins = 1 << T.min(shift, search.round_bits)  # only the chosen bin is open
         shift = T.max(shift - search.round_bits, 0)
     return T.cast(-search.low, T.float32)
@@ -309,7 +311,8 @@ def find_limit(team, share, weights, logit, farthest, need, turn):
 
 @T.macro
 def add_distance(search, weights, distance, shift, num_bins, farthest):
-    """Adds the mass at a distance to its bin of 2^shift steps, unless it lies outside the bins."""
+    """Adds the mass at a distance to its bin of 2^shift steps, unless it lies outside the bins; and
+    counts it where the search does."""
     # Variables: an expression would be computed again in the index, and with 64 bits.
     steps = T.alloc_var(T.float32)
     bin_index = T.alloc_var(T.int32)
@@ -319,6 +322,8 @@ def add_distance(search, weights, distance, shift, num_bins, farthest):
         bin_index = inside >> shift
         if inside >= 0 and bin_index < num_bins:
             T.atomic_add(search.bins[search.team, bin_index], weights.mass(steps))
+            if search.counts is not None:
+                search.counts.add(search.team, bin_index)
 
 
 @T.macro
@@ -350,55 +355,15 @@ def mark_words(team, words, num_words, num_tokens):
 
 
 @T.macro
-def mark_near(words, marked, candidate, distance, limit):
-    """Phase 4, of one candidate; counts it."""
+def mark_near(words, candidate, distance, limit):
+    """Phase 4, of one candidate."""
     if distance <= limit:
         set_bit(words, candidate)
-        marked[0] += 1
 
 
 @T.macro
-def mark_floor(team, share, weights, logit, turn, words, marked, limit, always):
-    """Phase 5: marks the nearest of those that phase 4 left, until min_kept_tokens are marked; the
-    mass of what only it keeps is added up. Returns the largest distance that is kept."""
-    num_kept, limits = team.num_kept, team.limits  # shared: registers are short
-    reached = T.alloc_var(T.float32)
-    fewest = T.alloc_var(T.int32)
-    least = T.alloc_var(T.int32)
-    reached = limit
-    least = always.min_kept_tokens
-    fewest = T.warp_reduce_sum(marked[0])
-    if team.thread % 32 == 0:
-        T.atomic_add(num_kept[team.number], fewest)
-    if team.thread == 0:
-        limits[team.number] = limit
-    T.sync_threads()
-    fewest = num_kept[0]
-    for other in T.unroll(1, num_kept.shape[0]):
-        fewest = T.min(fewest, num_kept[other])
-    if fewest < least:  # of any team: searches have barriers of the whole block
-        floor = find_limit(team, share, Counts(*weights), logit, FARTHEST, least, turn)
-        visit_near(
-            team, share, logit, turn,
-            lambda candidate, value: mark_forced(
-                team, turn, words, weights, candidate, weights.distance(value), floor
-            ),
-        )  # fmt: skip
-        reached = T.max(floor, limits[team.number])
-    return reached
-
-
-@T.macro
-def mark_forced(team, turn, words, weights, candidate, distance, floor):
-    """Phase 5, of one candidate."""
-    if distance > team.limits[team.number] and distance <= floor:
-        set_bit(words, candidate)
-        T.atomic_add(team.kept_mass[team.number, turn], weights.mass(distance))
-
-
-@T.macro
-def mark_windows(team, turn, words, windows, num_tokens, weights, logit, limit):
-    """Phase 6: sinks and recent tokens; the mass of what only they keep is added up."""
+def mark_windows(team, words, windows, num_tokens, weights, logit, limit):
+    """Phase 5: sinks and recent tokens; the mass of what only they keep is added up."""
     distance = lambda candidate: weights.distance(logit(candidate))
     num_sinks = T.min(windows.num_sink_tokens, num_tokens)
     for step in T.serial(T.ceildiv(num_sinks, NUM_THREADS)):
@@ -407,7 +372,7 @@ def mark_windows(team, turn, words, windows, num_tokens, weights, logit, limit):
             if windows.keeps(early, windows.position(early) < windows.num_sink_tokens):
                 set_bit(words, early)
                 if distance(early) > limit:
-                    T.atomic_add(team.kept_mass[team.number, turn], weights.mass(distance(early)))
+                    T.atomic_add(team.forced_mass[team.number], weights.mass(distance(early)))
     num_recent = T.max(T.min(windows.num_recent, num_tokens), 0)
     for step in T.serial(T.ceildiv(num_recent, NUM_THREADS)):
         late = num_tokens - 1 - (step * NUM_THREADS + team.thread)
@@ -417,18 +382,20 @@ def mark_windows(team, turn, words, windows, num_tokens, weights, logit, limit):
             ):
                 set_bit(words, late)
                 if distance(late) > limit:
-                    T.atomic_add(team.kept_mass[team.number, turn], weights.mass(distance(late)))
+                    T.atomic_add(team.forced_mass[team.number], weights.mass(distance(late)))
 
 
 @T.macro
 def prune_heads(
-    heads, logits, row, candidates, top_p, always, kept_mass, words
+    heads, logits, row, candidates, top_p, window, min_kept_tokens, kept_mass, words
 ):  # fmt: skip
     """words = a bit for each candidate that any of the heads keeps; returns how many candidates
-    there are. All threads of the block take part."""
+    there are. All threads of the block take part. A floor of one token is none, at compile time."""
     held = is_held(logits.width_bound)
     size = min(MAX_VALUES, max(logits.width_bound // NUM_THREADS, VECTOR))
-    team = Team.allocate(heads.at_once, heads.turns, NUM_THREADS * size if held else 1)
+    has_floor = min_kept_tokens > 1
+    counted = logits.width_bound if has_floor else 0
+    team = Team.allocate(heads.at_once, NUM_THREADS * size if held else 1, counted)
     own = T.alloc_local((size,), logits.dtype)
     # Distances take the place of logits as wide as they: registers are short.
     values = own if logits.dtype == "float32" else T.alloc_local((size,), T.float32)
@@ -436,23 +403,24 @@ def prune_heads(
     scale = T.alloc_var(T.float32)
     farthest = T.alloc_var(T.float32)
     limit = T.alloc_var(T.float32)
-    marked = T.alloc_local((1,), T.int32)
     num_tokens = T.alloc_var(T.int32)
     num_recent = T.alloc_var(T.int32)  # no more candidates than these are recent
 
+    # Registers are short, and shorter with a floor; shared memory is near.
+    asks_ahead = held and not (has_floor and logits.copy is None)
     num_listed = candidates.slots(row)
     share = Share(own, team.thread, num_listed, held)
-    if held:  # asked for first: the number of tokens takes two more look-ups
+    if asks_ahead:  # asked for first: the number of tokens takes two more look-ups
         share.load(lambda at: logits.at(heads.of(0, team.number), at))
     num_tokens = candidates.count(row)
     if not held:
         share = share._replace(num_chunks=T.ceildiv(num_tokens, NUM_THREADS * size))
     position = lambda candidate: candidates.token(row, candidate, beyond=True)
-    first_recent = row.seq_len - always.num_recent_tokens
+    first_recent = row.seq_len - window.num_recent_tokens
     num_recent = 0
     if num_tokens > 0:
         num_recent = position(num_tokens - 1) + 1 - first_recent
-    windows = Windows(position, always.num_sink_tokens, first_recent, num_recent)
+    windows = Windows(position, window.num_sink_tokens, first_recent, num_recent)
 
     team.search.clear()
     num_words = T.ceildiv(num_tokens, 32)
@@ -471,59 +439,47 @@ def prune_heads(
         asked = top_p[row.batch, row.kv_head, head]  # it arrives while the weights are summed up
         if logits.copy is not None:
             share.store(logits.copy)
-        if team.thread == 0:
-            team.num_near[team.number, (turn + 1) % 2] = 0
-            team.kept_mass[team.number, turn] = 0
-            team.num_kept[team.number] = 0
+        if held and not asks_ahead:
+            share.load(logit)
 
         max_logit, total = sum_weights(team, share, values, logit)
         scale = UNITY / total
         weights = Weights(max_logit, scale)
         # The total is NaN where the head has no softmax: then nothing may be dropped.
         p = T.if_then_else(T.And(total >= 1.0, asked < 1.0), T.max(asked, 0.0), 1.0)
-        # All that its mass keeps are heavier than the cut.
+        # All that their mass keeps are heavier than the cut.
         cut = (1.0 - p) / T.cast(num_tokens, T.float32) * total * 0.9999
         farthest = T.if_then_else(p < 1.0, T.ceil(-T.log2(cut) * (STEPS / LOG2E)), -1.0)
-        if always.min_kept_tokens > 1 and p < 1.0:
-            farthest = T.max(farthest, team.reach[team.number])
+        if has_floor:
+            reach = T.min(T.ceil(weights.distance(team.joined(T.max, 2))), FARTHEST)
+            farthest = T.if_then_else(p < 1.0, T.max(farthest, reach), farthest)
         if held:
             list_near(team, share, values, farthest, turn)
+        if asks_ahead:
             if turn + 1 < heads.turns:
                 # The next head's logits arrive while this one's are searched.
                 share.load(lambda at: logits.at(heads.of(turn + 1, team.number), at))
 
         need = T.max(T.cast(T.ceil(p * UNITY), T.int32), 1)
-        limit = find_limit(team, share, weights, near_logit, farthest, need, turn)
+        limit = find_limit(team, share, weights, near_logit, farthest, need, min_kept_tokens, turn)
         if p >= 1.0:
-            limit = T.infinity(T.float32)
-        if team.thread == 0:
-            mass = team.search.above + team.search.mass
-            everything = T.if_then_else(num_tokens > 0, T.int32(UNITY), 0)
-            T.atomic_add(
-                team.kept_mass[team.number, turn], T.if_then_else(p < 1.0, mass, everything)
-            )
-        marked[0] = 0
-        if limit == T.infinity(T.float32):
-            marked[0] = MAX_FLOOR
             mark_all(team, words, num_words, num_tokens, is_own)
         else:
             visit_near(
                 team, share, near_logit, turn,
                 lambda candidate, value: mark_near(
-                    words, marked, candidate, weights.distance(value), limit
+                    words, candidate, weights.distance(value), limit
                 ),
             )  # fmt: skip
-        if always.min_kept_tokens > 1:
-            limit = mark_floor(
-                team, share, weights, near_logit, turn, words, marked, limit, always,
-            )  # fmt: skip
         forced = windows._replace(is_own=is_own)
-        mark_windows(team, turn, words, forced, num_tokens, weights, logit, limit)
+        mark_windows(team, words, forced, num_tokens, weights, logit, limit)
         T.sync_threads()
-    if team.thread < heads.turns:
-        head = heads.of(team.thread, team.number)
-        kept = T.cast(team.kept_mass[team.number, team.thread], T.float32) / UNITY
-        kept_mass[row.batch, row.kv_head, head] = T.min(kept, 1.0)
+        if team.thread == 0:
+            mass = team.search.above + team.search.mass + team.forced_mass[team.number]
+            kept = T.cast(mass, T.float32) / UNITY
+            kept_mass[row.batch, row.kv_head, head] = T.if_then_else(
+                p < 1.0, T.min(kept, 1.0), T.if_then_else(num_tokens > 0, 1.0, 0.0)
+            )
     return num_tokens
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.doubles.made_up_results import made_up_rows, write_frames
+from twilight_tilelang.kernels.options import DecodeOptions
 from twilight_tilelang.profiling import bench, run
 from twilight_tilelang.profiling.plan import groups_of, prepare
 from twilight_tilelang.profiling.providers.backends import Torch
@@ -244,6 +245,19 @@ def test_sets_exceed_the_cache_and_fit_the_memory() -> None:
 def test_a_million_tokens_are_measured() -> None:
     (longest,) = (own for own in GPU_WORKLOADS if own.shape.max_seq_len == 1_048_576)
     assert longest.name == "length-b1" and longest.stages == ("pipeline", "dense")
+
+
+def test_rows_with_defaults_are_of_what_users_get() -> None:
+    options, changed = DecodeOptions(), []
+    for workload in GPU_WORKLOADS:
+        if workload.name.endswith("-defaults"):
+            changed.append(workload)
+            assert workload.always == {name: getattr(options, name) for name in workload.always}
+            assert workload.token_budget == options.token_budget
+            assert workload.top_p == options.top_p
+        else:
+            assert set(workload.always.values()) == {0, 1}
+    assert [own.name for own in changed] == ["gqa-32k-defaults", "solo-32k-defaults"]
 
 
 def test_request_sets_are_different_requests_of_one_pool() -> None:

@@ -40,7 +40,8 @@ class Workload:
             empty for token_budget and top_p.
         host_times: the host's time of an eager step, or of dense decode, is measured too.
         random_tokens: attention alone is measured, over token_budget random tokens of a KV head.
-        num_sink_tokens: first tokens that are always kept.
+        num_sink_tokens, num_recent_tokens, min_kept_tokens: what is kept at any p; none but where a
+            workload says so, whatever a step's defaults are, or rows of two dates would not compare
         interleaved: made-up K and V are views of one tensor [num_pages, 2, ...].
         kv_dtype: of K and V in FP8, at scales of 1; None for the shape's.
         trace: file of recorded inputs (see trace.py); None for made-up ones. What is timed are all
@@ -66,6 +67,8 @@ class Workload:
     host_times: bool = False
     random_tokens: bool = False
     num_sink_tokens: int = 0
+    num_recent_tokens: int = 0
+    min_kept_tokens: int = 1
     interleaved: bool = False
     kv_dtype: torch.dtype | None = None
     trace: Path | None = None
@@ -86,13 +89,14 @@ class Workload:
 
     @property
     def windows(self) -> dict[str, int]:
-        """What is always a candidate: the sinks alone, whatever a step's defaults are."""
-        return {"num_sink_tokens": self.num_sink_tokens, "num_recent_tokens": 0}
+        """What is always a candidate."""
+        names = ("num_sink_tokens", "num_recent_tokens")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def always(self) -> dict[str, int]:
-        """What a step keeps at any p: with the defaults, rows of all dates would not compare."""
-        return self.windows | {"min_kept_tokens": 1}
+        """What a step keeps at any p."""
+        return self.windows | {"min_kept_tokens": self.min_kept_tokens}
 
     def methods(self, stage: str) -> tuple[str, ...]:
         """Methods that a stage is timed for."""

@@ -108,11 +108,12 @@ def prune_emulated(
     bound = width_bound or static_width(width)
     statics = (group_size, cache.page_size, bound, dtype, 128, config)
     union = HeadUnion.allocate(cache, width)
-    always = NOTHING_ALWAYS | always
-    emulated(pruner_kernel, (*statics, kind_of(candidates)), folder)(
+    windows = NOTHING_ALWAYS | always
+    statics += (kind_of(candidates), windows.pop("min_kept_tokens"))
+    emulated(pruner_kernel, statics, folder)(
         (group_size if config.heads_apart else 1, cache.num_kv_heads, cache.batch_size),
         NUM_THREADS, logits=logits, seq_lens=cache.seq_lens, **listing(candidates),
-        top_p=torch.full_like(written["kept_mass"], top_p), **always, **written, width=width,
+        top_p=torch.full_like(written["kept_mass"], top_p), **windows, **written, width=width,
         union_words=union.words, arrived=union.arrived, width_words=union.words.shape[2],
         **sizes(cache),
     )  # fmt: skip
@@ -157,13 +158,14 @@ def fuse_emulated(q, cache, candidates, top_p, always, config, folder):
     width = candidates[0].shape[2] * entry_tokens(kind_of(candidates), cache.page_size)
     written = what_pruners_write(cache, q.shape[2], width)
     statics = (q.shape[2], cache.head_dim, cache.page_size, "float16", static_width(width), 128)
-    always = NOTHING_ALWAYS | always
-    emulated(estimate_prune_kernel, (*statics, config, smooth, kind_of(candidates)), folder)(
+    windows = NOTHING_ALWAYS | always
+    statics += (config, smooth, kind_of(candidates), windows.pop("min_kept_tokens"))
+    emulated(estimate_prune_kernel, statics, folder)(
         (cache.num_kv_heads, cache.batch_size), NUM_THREADS * config.heads_at_once,
         q=q, k_factor=cache.k_factor, codes=cache.k_int4, scale_zero=cache.k_scale_zero,
         page_table=cache.page_table, seq_lens=cache.seq_lens, **listing(candidates),
         sm_scale=cache.head_dim**-0.5, top_p=torch.full_like(written["kept_mass"], top_p),
-        **always, **written, width=width, **sizes(cache),
+        **windows, **written, width=width, **sizes(cache),
     )  # fmt: skip
     return checked_items(**written)
 

@@ -377,17 +377,20 @@ MUTANTS = (
     ),
     Mutant(
         "one token fewer than the floor", "top_p.py",
-        "least = always.min_kept_tokens", "least = always.min_kept_tokens - 1", FLOOR, FLOORED,
-    ),
-    Mutant(
-        "the floor looked for among the weights that matter alone", "top_p.py",
-        "farthest = T.max(farthest, team.reach[team.number])", "farthest = farthest",
+        "farthest, need, min_kept_tokens, turn", "farthest, need, min_kept_tokens - 1, turn",
         FLOOR, FLOORED,
     ),
     Mutant(
-        "mass that only the floor keeps is forgotten", "top_p.py",
-        "T.atomic_add(team.kept_mass[team.number, turn], weights.mass(distance))",
-        "T.atomic_add(team.kept_mass[team.number, turn], 0)", FLOOR, FLOORED,
+        "the floor looked for among the weights that matter alone", "top_p.py",
+        "T.max(farthest, reach)", "farthest", FLOOR, FLOORED,
+    ),
+    Mutant(
+        "the number above the chosen bin is forgotten", "threshold.py",
+        "counts.above[team] = counts.running[0]", "counts.above[team] = 0", FLOOR, FLOORED,
+    ),
+    Mutant(
+        "two bins' numbers in one half of a word", "threshold.py",
+        "1 << (bin_index % per_word * HALF_WORD)", "1", FLOOR, FLOORED,
     ),
     Mutant(
         "a bit behind the last token at p = 1", "top_p.py",
