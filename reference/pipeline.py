@@ -6,6 +6,7 @@ from typing import Any, TypedDict
 
 import torch
 
+from .all_mass import NUM_SAMPLES, CandidateMass, estimate_candidate_mass, top_p_of_candidates
 from .attention import dense_attention, flash_topk_attention, page_attention
 from .cache import PagedKVCache
 from .double_sparsity import check_labels, select_tokens, token_selection_width
@@ -38,6 +39,10 @@ class TwilightDecode:
         token_budget: of "ds" any number of tokens; with group="own" per query head.
         group: of "ds": "own" or "shared", see `select_tokens`.
         path: "sparse", "candidates" (each query head over its own) or "dense".
+        top_p_of: what top_p is a share of: the mass of the "candidates", or of "all" tokens as far
+            as `estimate_candidate_mass` knows it. Then `candidate_mass` is what they hold; where
+            that is less than top_p, every candidate is kept.
+        num_samples: tokens of a KV head that this estimate reads.
 
     The other options, and what there is after `run`, as the kernels'. The stages can be called one
     by one; each reads what the one before left.
@@ -45,6 +50,7 @@ class TwilightDecode:
 
     fused = False  # estimator and pruner are two stages, as `kernels` has a step that joins them
     candidates: Candidates  # of the last select
+    candidate_mass: CandidateMass  # of the last estimate_mass
 
     def __init__(
         self,
@@ -61,6 +67,8 @@ class TwilightDecode:
         group: str = "own",
         path: str = "sparse",
         bound_mass: bool = False,
+        top_p_of: str = "candidates",
+        num_samples: int = NUM_SAMPLES,
     ) -> None:
         check_positive("num_qo_heads", num_qo_heads)
         if num_qo_heads % cache.num_kv_heads:
@@ -72,6 +80,9 @@ class TwilightDecode:
             raise ValueError(f"selector: expected 'quest', 'ds' or 'full', got {selector!r}")
         if path not in ("sparse", "candidates", "dense"):
             raise ValueError(f"path: expected 'sparse', 'candidates' or 'dense', got {path!r}")
+        if top_p_of not in ("candidates", "all"):
+            raise ValueError(f"top_p_of: expected 'candidates' or 'all', got {top_p_of!r}")
+        check_positive("num_samples", num_samples)
         windows = Windows(num_sink_tokens=num_sink_tokens, num_recent_tokens=num_recent_tokens)
         check_windows(**windows)
         check_positive("min_kept_tokens", min_kept_tokens)
@@ -86,6 +97,7 @@ class TwilightDecode:
         if bound_mass and path != "sparse":
             raise ValueError(f"bound_mass: expected the path 'sparse', got {path!r}")
         self.bound_mass = bound_mass
+        self.top_p_of, self.num_samples = top_p_of, num_samples
         self.token_budget = token_budget
         self.group = group
         self.top_p = top_p
@@ -173,15 +185,27 @@ class TwilightDecode:
 
     def prune(self, cache: PagedKVCache, *, dtype: Dtype = None) -> None:
         """What top-p keeps of them -> kept."""
+        top_p = self.top_p
+        if self.top_p_of == "all":
+            top_p = top_p_of_candidates(top_p, self.candidate_mass)
         self.kept = prune_top_p(
-            self.logits, cache, self.candidates, self.top_p, **self.windows,
+            self.logits, cache, self.candidates, top_p, **self.windows,
             min_kept_tokens=self.min_kept_tokens, dtype=dtype,
         )  # fmt: skip
 
     def estimate_prune(self, q: torch.Tensor, cache: PagedKVCache, *, dtype: Dtype = None) -> None:
         """estimate() and prune()."""
         self.estimate(q, cache, dtype=dtype)
+        if self.top_p_of == "all":
+            self.estimate_mass(q, cache, dtype=dtype)
         self.prune(cache, dtype=dtype)
+
+    def estimate_mass(self, q: torch.Tensor, cache: PagedKVCache, *, dtype: Dtype = None) -> None:
+        """What the candidates hold of all tokens' mass -> candidate_mass."""
+        self.candidate_mass = estimate_candidate_mass(
+            q, cache, self.candidates, self.logits, num_samples=self.num_samples,
+            sm_scale=self.sm_scale, dtype=dtype,
+        )  # fmt: skip
 
     def bound(self, q: torch.Tensor, cache: PagedKVCache, *, dtype: Dtype = None) -> None:
         """How much of the candidates' mass is surely kept -> kept_mass_bound."""
