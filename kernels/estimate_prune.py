@@ -39,16 +39,15 @@ class EstimatePruneConfig:
 def default_config(shape: StepShape, gpu: Gpu) -> EstimatePruneConfig:
     """One kernel where many rows fill the GPU with a block each, and a multiprocessor has room for
     two: while one waits for codes, another searches. Two heads are searched side by side where
-    registers allow it, which candidates of single heads do not, nor, with a floor, single tokens on
-    compute capability 10; logits of one query head leave room for more blocks."""
+    registers allow it, which candidates of single heads do not, nor, with a floor, single tokens;
+    logits of one query head leave room for more blocks."""
     by_head = shape.candidates == "head_tokens"
     short = shape.candidates == "tokens" and shape.min_kept_tokens > 1
     if shape.group_size == 1 and shape.head_dim <= 128:
         blocks_per_sm, heads_at_once = (4 if gpu.capability < (10, 0) else 3) - by_head, 1
     else:
         blocks_per_sm = 2
-        fits = shape.head_dim <= 128 and shape.group_size <= 8 and not by_head
-        fits = fits and not (short and gpu.capability >= (10, 0))
+        fits = shape.head_dim <= 128 and shape.group_size <= 8 and not (by_head or short)
         heads_at_once = 2 if fits else 1
     room = blocks_that_fit(shape, gpu, heads_at_once)
     return EstimatePruneConfig(

@@ -142,6 +142,13 @@ class Team(NamedTuple):
 
     @partialmethod
     @T.macro
+    def reach(self, weights):
+        """A distance within which MAX_FLOOR candidates lie, or all that count towards a floor."""
+        distance = weights.distance(self.joined(T.max, 2))
+        return T.min(T.ceil(distance), FARTHEST)
+
+    @partialmethod
+    @T.macro
     def reserve_near(self, count, parity):
         """The first of `count` slots of this thread's own, in no order that matters."""
         num_near = self.num_near
@@ -246,13 +253,15 @@ def sum_weights(team, share, values, logit):
 
 
 @T.macro
-def list_near(team, share, values, farthest, turn):
-    """Phase 2: lists the candidates that are no farther than what can matter."""
+def list_near(team, share, values, farthest, turn, beyond=None):
+    """Phase 2: lists the candidates that are no farther than what can matter, and farther than
+    those that are listed already."""
+    is_near = lambda value: value <= farthest if beyond is None else beyond < value <= farthest
     alive = T.alloc_var(T.uint32)  # bit k: this thread's k-th value is near
     slot = T.alloc_var(T.int32)
     alive = T.uint32(0)
     for k in T.unroll(share.size):
-        if values[k] <= farthest:
+        if is_near(values[k]):
             alive |= T.uint32(1 << k)
     slot = team.reserve_near(T.cast(T.popcount(alive), T.int32), turn % 2)
     while alive != T.uint32(0):
@@ -261,6 +270,27 @@ def list_near(team, share, values, farthest, turn):
         slot += 1
         alive = alive ^ (T.uint32(1) << T.cast(k_near, T.uint32))
     T.sync_threads()
+
+
+@T.macro
+def list_floor(team, share, weights, values, logit, farthest, least, turn):
+    """Lists more where fewer than a floor are near; returns how far. It reads the logits again:
+    their distances would have no registers to wait in."""
+    num_near = team.num_near
+    fewest = T.alloc_var(T.int32)
+    reached = T.alloc_var(T.float32)
+    reached = farthest
+    fewest = num_near[0, turn % 2]
+    for other in T.unroll(1, num_near.shape[0]):
+        fewest = T.min(fewest, num_near[other, turn % 2])
+    if fewest < least:  # in any team: there are barriers of the whole block
+        T.sync_threads()  # all have read it
+        reached = T.max(farthest, team.reach(weights))
+        share.load(logit)
+        for k in T.unroll(share.size):
+            values[k] = weights.distance(share.own[k])
+        list_near(team, share, values, reached, turn, farthest)
+    return reached
 
 
 @T.macro
@@ -450,11 +480,14 @@ def prune_heads(
         # All that their mass keeps are heavier than the cut.
         cut = (1.0 - p) / T.cast(num_tokens, T.float32) * total * 0.9999
         farthest = T.if_then_else(p < 1.0, T.ceil(-T.log2(cut) * (STEPS / LOG2E)), -1.0)
-        if has_floor:
-            reach = T.min(T.ceil(weights.distance(team.joined(T.max, 2))), FARTHEST)
-            farthest = T.if_then_else(p < 1.0, T.max(farthest, reach), farthest)
         if held:
             list_near(team, share, values, farthest, turn)
+            if has_floor:
+                farthest = list_floor(
+                    team, share, weights, values, near_logit, farthest, min_kept_tokens, turn
+                )
+        elif has_floor:
+            farthest = T.max(farthest, team.reach(weights))
         if asks_ahead:
             if turn + 1 < heads.turns:
                 # The next head's logits arrive while this one's are searched.

@@ -382,7 +382,7 @@ MUTANTS = (
     ),
     Mutant(
         "the floor looked for among the weights that matter alone", "top_p.py",
-        "T.max(farthest, reach)", "farthest", FLOOR, FLOORED,
+        "reached = T.max(farthest, team.reach(weights))", "reached = farthest", FLOOR, FLOORED,
     ),
     Mutant(
         "the number above the chosen bin is forgotten", "threshold.py",
