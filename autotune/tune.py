@@ -80,6 +80,7 @@ def shape_of_workload(workload: Workload) -> StepShape:
         max_pages=max_pages,
         width=width,
         launch_rows=shape.batch_size // num_parts * shape.num_kv_heads,
+        min_kept_tokens=workload.min_kept_tokens,
         **by_tokens,
     )
 

@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     add("--decoded", type=int, default=DECODED, help="perplexity: tokens of a stretch")
     add("--sink-tokens", type=int, default=0, help="first tokens that are always read")
     add("--recent-tokens", type=int, default=0, help="last tokens that are always read")
+    add("--min-kept-tokens", type=int, default=1, help="of each query head, at any p")
     add("--chat", choices=CHATS, help="by default what the model's name says")
     add("--dtype", choices=DTYPES, help="by default fp16 for the passkey, else bf16; fp32 on a CPU")
     add("--seed", type=int, default=42)
@@ -61,10 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     start = time.monotonic()
     arguments.samples = SAMPLES[arguments.task] if arguments.samples is None else arguments.samples
     try:
-        windows = (arguments.sink_tokens, arguments.recent_tokens)
-        configurations = dense_first(
-            read_configuration(path, *windows) for path in arguments.config
-        )
+        always = (arguments.sink_tokens, arguments.recent_tokens, arguments.min_kept_tokens)
+        configurations = dense_first(read_configuration(path, *always) for path in arguments.config)
         for each in configurations:
             each.check_channels()
         dtype = arguments.dtype or default_dtype(arguments.task)

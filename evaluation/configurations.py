@@ -1,4 +1,5 @@
-"""What is evaluated: Twilight's JSON configurations, and the two windows that they do not know."""
+"""What is evaluated: Twilight's JSON configurations, and what they do not know: tokens that are
+kept at any p."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -23,6 +24,7 @@ class Configuration:
     content: what is in the file, unchanged.
     config: the same, read and checked.
     num_sink_tokens, num_recent_tokens: always kept; 0 in the original.
+    min_kept_tokens: of each query head, its heaviest; 1 in the original.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Configuration:
     config: TwilightConfig
     num_sink_tokens: int = 0
     num_recent_tokens: int = 0
+    min_kept_tokens: int = 1
 
     @property
     def method(self) -> str:
@@ -66,14 +69,15 @@ class Configuration:
     @property
     def text(self) -> str:
         """The configuration in a file's name, as the original writes it: without blanks, quotes and
-        the channel file's path. The windows stand before it, where there are any."""
+        the channel file's path. What is always kept stands before it, where it is anything."""
         content = {
             key: dict(value) if isinstance(value, Mapping) else value
             for key, value in self.content.items()
         }
         content["selector"].pop("config_path", None)
-        windows = {"sinks": self.num_sink_tokens, "recent": self.num_recent_tokens}
-        before = "".join(f"{name}{count}-" for name, count in windows.items() if count)
+        always = {"sinks": self.num_sink_tokens, "recent": self.num_recent_tokens}
+        always |= {"floor": self.min_kept_tokens - 1 and self.min_kept_tokens}
+        before = "".join(f"{name}{count}-" for name, count in always.items() if count)
         return before + str(content).replace(" ", "").replace("'", "")
 
     def check_channels(self) -> None:
@@ -90,7 +94,7 @@ class Configuration:
 
 
 def read_configuration(
-    path: Path, num_sink_tokens: int = 0, num_recent_tokens: int = 0
+    path: Path, num_sink_tokens: int = 0, num_recent_tokens: int = 0, min_kept_tokens: int = 1
 ) -> Configuration:
     """A file of Twilight's own JSON.
 
@@ -99,11 +103,16 @@ def read_configuration(
     """
     config = read_config(path)
     content = json.loads(path.read_text())
-    return Configuration(path.stem, content, config, num_sink_tokens, num_recent_tokens)
+    always = (num_sink_tokens, num_recent_tokens, min_kept_tokens)
+    return Configuration(path.stem, content, config, *always)
 
 
 def make_configuration(
-    selector: Mapping[str, Any], top_p: float | None = None, num_sink_tokens: int = 0
+    selector: Mapping[str, Any],
+    top_p: float | None = None,
+    num_sink_tokens: int = 0,
+    num_recent_tokens: int = 0,
+    min_kept_tokens: int = 1,
 ) -> Configuration:
     """One made here, under a name that says what it is, such as "quest-1024-p0.85-sink16"."""
     none, pruned = {"type": "none"}, top_p is not None
@@ -120,7 +129,10 @@ def make_configuration(
     parts += [str(budget)] if budget else []
     parts += [f"p{top_p}"] if pruned else []
     parts += [f"sink{num_sink_tokens}"] if num_sink_tokens else []
-    return Configuration("-".join(parts), content, read_config(content), num_sink_tokens)
+    parts += [f"recent{num_recent_tokens}"] if num_recent_tokens else []
+    parts += [f"floor{min_kept_tokens}"] if min_kept_tokens > 1 else []
+    always = (num_sink_tokens, num_recent_tokens, min_kept_tokens)
+    return Configuration("-".join(parts), content, read_config(content), *always)
 
 
 DENSE = make_configuration({"type": "none"})

@@ -17,7 +17,7 @@ from twilight_tilelang.integrations.transformers import NAME, TwilightCache
 from twilight_tilelang.integrations.transformers_graph import CapturedDecode
 from twilight_tilelang.kernels.options import DecodeOptions
 from twilight_tilelang.reference.estimator import candidate_tokens
-from twilight_tilelang.reference.pruner import candidate_weights, top_p_set_sorted
+from twilight_tilelang.reference.pruner import candidate_weights, heaviest, top_p_set_sorted
 
 from .configurations import Configuration
 from .masks import Sets
@@ -93,7 +93,9 @@ class MeasuredStep:
         weights, known = candidate_weights(estimates[0].float(), valid)
         recent = columns >= pages.seq_lens[0] - options.num_recent_tokens
         forced = (columns < options.num_sink_tokens) | recent
-        return (top_p_set_sorted(weights, options.top_p) | forced | ~known) & valid
+        own = top_p_set_sorted(weights, options.top_p)
+        own = own | heaviest(weights, options.min_kept_tokens)
+        return (own | forced | ~known) & valid
 
 
 def rounded_up(num_tokens: int) -> int:
@@ -202,5 +204,6 @@ def decode_options(configuration: Configuration, page_size: int) -> DecodeOption
     options = DecodeOptions(
         num_sink_tokens=configuration.num_sink_tokens,
         num_recent_tokens=configuration.num_recent_tokens,
+        min_kept_tokens=configuration.min_kept_tokens,
     )
     return dataclasses.replace(options, **chosen)

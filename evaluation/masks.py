@@ -14,7 +14,12 @@ from twilight_tilelang.reference.cache import pages_of
 from twilight_tilelang.reference.double_sparsity import top_tokens
 from twilight_tilelang.reference.estimator import LARGEST
 from twilight_tilelang.reference.labels import LabelFormat, take_channels
-from twilight_tilelang.reference.pruner import candidate_weights, group_union, top_p_set_sorted
+from twilight_tilelang.reference.pruner import (
+    candidate_weights,
+    group_union,
+    heaviest,
+    top_p_set_sorted,
+)
 from twilight_tilelang.reference.quantize import (
     dequantize_bounds,
     dequantize_int4,
@@ -71,10 +76,11 @@ class Sets(NamedTuple):
 class Rule:
     """How the sets are chosen.
 
-    selector: "full", "quest" or "double_sparsity".
+    selector: "full", "quest" or "ds".
     token_budget: as in `reference.TwilightDecode`.
     top_p: None where every candidate is read.
-    labels: of "double_sparsity", for every layer that is not dense.
+    min_kept_tokens: of each query head, at any p.
+    labels: of "ds", for every layer that is not dense.
     dense_layers: the first so many read everything.
     """
 
@@ -83,6 +89,7 @@ class Rule:
     top_p: float | None = None
     num_sink_tokens: int = 0
     num_recent_tokens: int = 0
+    min_kept_tokens: int = 1
     page_size: int = 16
     dense_layers: int = 0
     labels: dict[int, LabelFormat] = field(default_factory=dict)
@@ -104,7 +111,8 @@ def choose(rule: Rule, layer: int, chunk: Chunk) -> Sets:
     places = torch.arange(past.shape[1], device=past.device)
     forced = places < rule.num_sink_tokens
     forced = forced | (places >= chunk.lengths[:, None] - rule.num_recent_tokens)
-    own = (top_p_set_sorted(weights, rule.top_p) | forced | ~known) & candidates
+    own = top_p_set_sorted(weights, rule.top_p) | heaviest(weights, rule.min_kept_tokens)
+    own = (own | forced | ~known) & candidates
     mass = torch.where(own, weights, 0.0).sum(-1) / weights.sum(-1)
     union = group_union(own.transpose(0, 1), num_kv_heads).transpose(0, 1)
     return Sets(own, union.repeat_interleave(len(own) // num_kv_heads, dim=0), mass)

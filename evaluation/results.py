@@ -29,6 +29,7 @@ KEY = ("model", "back_end", "dtype", "gpu", "task", "length", "configuration")
 COLUMNS = (
     *KEY,
     *("method", "token_budget", "top_p", "num_sink_tokens", "num_recent_tokens"),
+    "min_kept_tokens",
     *("samples", "score", "score_error", "loss", "loss_error", "loss_change", "loss_change_error"),
     *("kl", "kl_error", "top1", "top1_error", "budget", "kept", "kept_share"),
     *("estimated_mass", "estimated_mass_min", "true_mass", "true_mass_min"),

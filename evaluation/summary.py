@@ -36,6 +36,7 @@ def summarize(
         "top_p": blank(configuration.top_p),
         "num_sink_tokens": configuration.num_sink_tokens,
         "num_recent_tokens": configuration.num_recent_tokens,
+        "min_kept_tokens": configuration.min_kept_tokens,
         "samples": len(lines),
     }
     if task.score is None:

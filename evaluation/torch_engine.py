@@ -145,6 +145,7 @@ def make_rule(configuration: Configuration, config: Any, page_size: int) -> Rule
         options.get("top_p"),
         configuration.num_sink_tokens,
         configuration.num_recent_tokens,
+        configuration.min_kept_tokens,
         configuration.page_size or page_size,
         config.num_hidden_layers if configuration.is_dense else configuration.dense_layers,
         {layer: each for layer, each in labels.items() if each is not None},

@@ -39,19 +39,20 @@ class EstimatePruneConfig:
 def default_config(shape: StepShape, gpu: Gpu) -> EstimatePruneConfig:
     """One kernel where many rows fill the GPU with a block each, and a multiprocessor has room for
     two: while one waits for codes, another searches. Two heads are searched side by side where
-    registers allow it, which candidates of single heads do not; logits of one query head leave room
-    for more blocks. Rows of three or four heads that have a multiprocessor each, and are not cut
-    into small parts, have all heads searched at once."""
+    registers allow it, which candidates of single heads do not, nor, with a floor, single tokens;
+    logits of one query head leave room for more blocks. Rows of three or four heads that have a
+    multiprocessor each, and are not cut into small parts, have all heads searched at once."""
     by_head = shape.candidates == "head_tokens"
+    short = shape.candidates == "tokens" and shape.min_kept_tokens > 1
     if MANY_ROWS <= shape.num_rows <= gpu.num_multiprocessors and shape.max_pages <= LONG_PAGES:
         fits = shape.head_dim <= 128 and 3 <= shape.group_size <= 4 and not by_head
-        if fits and blocks_that_fit(shape, gpu, shape.group_size):
+        if fits and not short and blocks_that_fit(shape, gpu, shape.group_size):
             return EstimatePruneConfig(blocks_per_sm=1, heads_at_once=shape.group_size)
     if shape.group_size == 1 and shape.head_dim <= 128:
         blocks_per_sm, heads_at_once = (4 if gpu.capability < (10, 0) else 3) - by_head, 1
     else:
         blocks_per_sm = 2
-        fits = shape.head_dim <= 128 and shape.group_size <= 8 and not by_head
+        fits = shape.head_dim <= 128 and shape.group_size <= 8 and not (by_head or short)
         heads_at_once = 2 if fits else 1
     room = blocks_that_fit(shape, gpu, heads_at_once)
     return EstimatePruneConfig(
@@ -68,7 +69,7 @@ def blocks_that_fit(shape: StepShape, gpu: Gpu, heads_at_once: int) -> int:
         return 0
     near = 2 * max(width_bound, VECTOR * NUM_THREADS) * heads_at_once
     logits = 2 * shape.group_size * (width_bound + PADDING)
-    bins = 4 * BINS_PER_THREAD * NUM_THREADS * heads_at_once
+    bins = (6 if shape.min_kept_tokens > 1 else 4) * BINS_PER_THREAD * NUM_THREADS * heads_at_once
     others = 2048  # the part that CUDA keeps of each block's, and alignment
     return gpu.shared_memory // (logits + near + width_bound // 8 + bins + others)
 
@@ -104,6 +105,7 @@ def estimate_prune_kernel(
     config: EstimatePruneConfig,
     smooth: bool = False,
     kind: str = "pages",
+    min_kept_tokens: int = 1,
 ):
     """Grid: (kv_head, batch). The block's warps share out the row's tiles, then all search it."""
     batch_size, num_kv_heads, max_items = T.dynamic("batch_size, num_kv_heads, max_items")
@@ -164,7 +166,8 @@ def estimate_prune_kernel(
             num_tokens = prune_heads(
                 Heads(0, group_size, config.heads_at_once),
                 Logits(lambda head, at: logits[head, at], "float16", width_bound),
-                row, candidates, top_p, num_sink_tokens, num_recent_tokens, kept_mass, words,
+                row, candidates, top_p, Window(num_sink_tokens, num_recent_tokens),
+                min_kept_tokens, kept_mass, words,
             )  # fmt: skip
             list_row(
                 words, num_tokens, row, candidates, kept_tokens, kept_counts, work, num_threads
@@ -178,7 +181,7 @@ def _launches(shape: StepShape, config: EstimatePruneConfig) -> tuple[Launch, ..
     if not config.fused:
         return ()
     sizes = (*shape.statics, static_width(shape.width), split_tokens_of(shape))
-    arguments = (*sizes, config, shape.smooth, shape.candidates)
+    arguments = (*sizes, config, shape.smooth, shape.candidates, shape.min_kept_tokens)
     return (Launch("estimate_prune", estimate_prune_kernel, arguments),)
 
 

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from .double_sparsity import TokenPlan
 from .launch import Launch
+from .options import DecodeOptions
 from .plan import SparsePlan
 from .selector import SelectorPlan
 from .split_kv import AttentionConfig
@@ -29,16 +30,26 @@ def explain(step: "TwilightDecode") -> str:
         lines += _selector(stages.plan.selector)
         lines.append(_attention("every candidate", stages.plan.attention))
     elif not step.parts:
-        lines += ["parts: 1", *_sparse(stages.plan)]
+        lines += [_always(step.options), "parts: 1", *_sparse(stages.plan)]
     else:
         sizes = [part.out.shape[0] for _, part, _ in step.parts]
-        lines += ["launched from Python, in one part:", *_sparse(stages.plan)]
+        lines += [_always(step.options), "launched from Python, in one part:"]
+        lines += _sparse(stages.plan)
         lines.append(f"captured, in {len(sizes)} parts on a stream each; requests: {sizes}")
         by_size = {part.out.shape[0]: part for _, part, _ in step.parts}  # equal ones are the same
         for size, part in sorted(by_size.items()):
             lines += [f"part of {size}:"] if len(by_size) > 1 else []
             lines += _sparse(part.plan)
     return "\n".join(lines)
+
+
+def _always(options: DecodeOptions) -> str:
+    """What the pruner keeps whatever it weighs."""
+    (sinks, recent), floor = options.window, options.min_kept_tokens
+    return (
+        f"kept at any p: the first {sinks} and the last {recent} tokens, and of each query head "
+        f"the heaviest {floor}"
+    )
 
 
 def _sparse(plan: SparsePlan) -> list[str]:

@@ -44,6 +44,7 @@ class StepShape(NamedTuple):
     candidates: str = "pages"  # what lists them; or "tokens", or "head_tokens"
     tokens: TokenRows | None = None  # what a row of the selector of tokens stands for
     row_tokens: int = 0  # that each of these takes
+    min_kept_tokens: int = 1  # by a query head, at any p
 
     @property
     def statics(self) -> tuple[int, int, int, str]:

@@ -11,6 +11,8 @@ from .cache import PagedKVCache, check_cache
 from .checks import check_tensor
 from .pools import TILE_TOKENS
 
+MAX_FLOOR = 32  # tokens of a query head that can be kept at any p, beside its windows
+
 
 class CandidatePages(NamedTuple):
     """The pages that a selector chose.

@@ -19,7 +19,11 @@ class DecodeOptions:
         group: whose scores "double_sparsity" goes by, as of select_tokens.
         top_p: estimated mass to keep, in (0, 1]; float or tensor as in prune_top_p.
         sm_scale: factor of the logits, positive; head_dim ** -0.5 where None.
-        num_sink_tokens, num_recent_tokens: always kept.
+        num_sink_tokens, num_recent_tokens: the first and the last so many tokens are always
+            candidates, and always kept. The defaults, and that of min_kept_tokens, are what a model
+            of 135M parameters needs to answer as with dense attention (profiling/NOTES.md).
+        min_kept_tokens: each query head keeps at least so many of its heaviest candidates, 1 to 32
+            (see prune_top_p).
         num_parts: a captured batch is cut into so many, each on a stream of its own. Their stages
             overlap: while the bytes of one arrive, the weights of another are searched. No result
             depends on it. Where None, 4 for many rows (KV heads of all requests), else 1. Only the
@@ -40,8 +44,9 @@ class DecodeOptions:
     group: str = "shared"
     top_p: float | torch.Tensor = 0.85
     sm_scale: float | None = None
-    num_sink_tokens: int = 0
-    num_recent_tokens: int = 0
+    num_sink_tokens: int = 16
+    num_recent_tokens: int = 16
+    min_kept_tokens: int = 32
     num_parts: int | None = None
     bound_mass: bool = False
     path: str = "sparse"

@@ -13,7 +13,7 @@ from .checks import check_choice, check_count, check_tensor
 from .crossing import expected_times, fastest, read_bandwidth
 from .explain import explain
 from .launch import LONG_PAGES, MANY_ROWS, on_device
-from .lists import Candidates, Kept
+from .lists import MAX_FLOOR, Candidates, Kept
 from .options import DecodeOptions
 from .plan import plan_candidates, plan_dense, plan_sparse
 from .pruner import expand_top_p
@@ -65,11 +65,13 @@ class TwilightDecode:
         if num_parts is None:
             num_parts = parts_for(cache.batch_size, cache.num_kv_heads, cache.max_pages)
         check_count("num_parts", num_parts, least=1, most=cache.batch_size)
+        check_count("min_kept_tokens", options.min_kept_tokens, least=1, most=MAX_FLOOR)
         device = cache.k_cache.device
         settings = Settings(check_scale(options.sm_scale, cache.head_dim), options.window)
         top_p = expand_top_p(options.top_p, cache.batch_size, num_qo_heads, device)
         self.options, self.selector, self.cache_shape = options, options.selector, cache.shape
-        self.shape = shape_of_step(options, cache, group_size)
+        shape = shape_of_step(options, cache, group_size)
+        self.shape = shape._replace(min_kept_tokens=options.min_kept_tokens)
         self.expected = expected_times(self.shape, cache.k_cache.itemsize, read_bandwidth(device))
         self.path = fastest(self.expected) if options.path == "auto" else options.path
 

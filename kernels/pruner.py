@@ -13,7 +13,7 @@ from .checks import check_count, check_tensor, dtype_name
 from .compiling import THREAD_LEVEL, Start, start_early
 from .gpu import Gpu, gpu_of
 from .launch import KernelSpec, Launch, StepShape, on_device, static_width
-from .lists import Candidates, Kept, Listed, Window, check_candidates
+from .lists import MAX_FLOOR, Candidates, Kept, Listed, Window, check_candidates
 from .pools import TILE_TOKENS
 from .query import by_kv_head, group_size_of, step_shape
 from .split_kv import Work
@@ -37,11 +37,11 @@ class PrunerConfig:
 def default_config(shape: StepShape, gpu: Gpu) -> PrunerConfig:
     """Few rows are spread over a block per query head; many fill the GPU as they are. Code for
     compute capability 10, or for wide logits, needs more registers than four blocks leave it, and
-    more where candidates are of single heads; on 8 where they are single tokens, too."""
+    more where candidates are of single heads; where they are single tokens, too, on 8 or with a
+    floor."""
     blocks_per_sm = 4 if gpu.capability < (10, 0) and shape.logits_dtype == "float16" else 3
-    if shape.candidates == "head_tokens" or (
-        shape.candidates == "tokens" and gpu.capability < (9, 0)
-    ):
+    short = gpu.capability < (9, 0) or shape.min_kept_tokens > 1
+    if shape.candidates == "head_tokens" or (shape.candidates == "tokens" and short):
         blocks_per_sm -= 1
     return PrunerConfig(shape.group_size > 1 and shape.num_rows <= 128, blocks_per_sm)
 
@@ -76,6 +76,7 @@ def prune_top_p(
     *,
     num_sink_tokens: int = 0,
     num_recent_tokens: int = 0,
+    min_kept_tokens: int = 1,
 ) -> Kept:
     """Per query head the smallest set of candidates whose estimated mass reaches p; per KV head the
     union over its group (Twilight, sections 3 and 4.2).
@@ -91,6 +92,9 @@ def prune_top_p(
             1, less than 0 as 0, which keeps the heaviest token.
         num_sink_tokens, num_recent_tokens: candidates among the first and the last so many tokens
             are always kept.
+        min_kept_tokens: each query head keeps at least so many of its heaviest candidates, 1 to 32,
+            for 4 bits blur a head whose mass lies in a few. Those further than 64 nats below the
+            heaviest do not count. Kernels are compiled for it; 1 is no work.
 
     Returns:
         Kept, with room for as many tokens a row as `logits` has. Weights equal to one part in 10^4
@@ -98,7 +102,7 @@ def prune_top_p(
         them, or nothing above -inf) keeps every candidate of its own.
 
     Raises:
-        ValueError: a wrong tensor, or a float top_p outside (0, 1].
+        ValueError: a wrong tensor, a float top_p outside (0, 1], or a count out of range.
     """
     listed = check_candidates(candidates, cache)
     device, width = cache.seq_lens.device, listed.width(cache.page_size)
@@ -108,9 +112,12 @@ def prune_top_p(
     group_size = group_size_of("logits", num_qo_heads, cache)
     check_count("num_sink_tokens", num_sink_tokens, least=0)
     check_count("num_recent_tokens", num_recent_tokens, least=0)
+    check_count("min_kept_tokens", min_kept_tokens, least=1, most=MAX_FLOOR)
     top_p = expand_top_p(top_p, cache.batch_size, num_qo_heads, device)
     shape = step_shape(cache, group_size, width)
-    shape = shape._replace(logits_dtype=dtype_name(logits), candidates=listed.kind)
+    shape = shape._replace(
+        logits_dtype=dtype_name(logits), candidates=listed.kind, min_kept_tokens=min_kept_tokens
+    )
     kept = Kept.allocate(cache, width, num_qo_heads)
     work = WorkList.allocate(shape.num_rows, width, split_tokens_of(shape), device)
     grouped = [by_kv_head(each, cache.num_kv_heads) for each in (logits, top_p, kept.mass)]
@@ -193,6 +200,7 @@ def pruner_kernel(
     split_tokens: int,
     config: PrunerConfig,
     kind: str = "pages",
+    min_kept_tokens: int = 1,
 ):
     """A block walks the query heads of a KV head, or there is one for each: then their sets meet in
     `union_words`, and the last of them goes on with the union. Grid: (1 or query head of the group,
@@ -242,7 +250,8 @@ def pruner_kernel(
                     lambda head, at: logits[batch, kv_head, head, at],
                     logits_dtype, width_bound, copy,
                 ),
-                row, candidates, top_p, num_sink_tokens, num_recent_tokens, kept_mass, words,
+                row, candidates, top_p, Window(num_sink_tokens, num_recent_tokens),
+                min_kept_tokens, kept_mass, words,
             )  # fmt: skip
             if config.heads_apart:
                 num_words = T.ceildiv(num_tokens, 32)
@@ -258,7 +267,8 @@ def pruner_kernel(
 def _launches(shape: StepShape, config: PrunerConfig) -> tuple[Launch, ...]:
     sizes = (shape.group_size, shape.page_size, static_width(shape.width))
     split_tokens = split_tokens_of(shape)
-    arguments = (*sizes, shape.logits_dtype, split_tokens, config, shape.candidates)
+    logits_dtype, kind = shape.logits_dtype, shape.candidates
+    arguments = (*sizes, logits_dtype, split_tokens, config, kind, shape.min_kept_tokens)
     return (Launch("pruner", pruner_kernel, arguments),)
 
 

@@ -7,7 +7,8 @@ change a result.
 
 One round cuts the undecided range of keys into 4 * num_threads equal bins, adds up the mass of each
 bin with shared memory atomics, and keeps the one bin in which the running sum from the top crosses
-the need.
+the need. A search that counts needs at least so many items, too: its rounds add up both, and keep
+the bin in which the second of the two is crossed.
 """
 
 from functools import partialmethod
@@ -36,6 +37,78 @@ def check_num_items(name: str, num_items: int, gpu: Gpu) -> None:
         )
 
 
+class Counts(NamedTuple):
+    """The number of items in each bin of a search that counts."""
+
+    words: Buffer  # [num_teams, bins / per_word] i32
+    per_word: int  # bins
+    warp_sums: Buffer  # [num_teams, warps of a team] i32
+    above: Buffer  # [num_teams] i32: the number of all larger keys than the bracket's
+    own: Buffer  # in registers: the words of a thread's bins
+    running: Buffer  # [1] i32, in registers: the number of all above its bins
+
+    @classmethod
+    def allocate(cls, num_threads: int, num_teams: int, most: int) -> "Counts":
+        """For at most so many items: two bins share a word where it is wide enough."""
+        per_word = 2 if most < 1 << HALF_WORD else 1
+        size = BINS_PER_THREAD // per_word
+        return cls(
+            T.alloc_shared((num_teams, num_threads * size), T.int32, scope="shared"),
+            per_word,
+            T.alloc_shared((num_teams, num_threads // 32), T.int32, scope="shared"),
+            T.alloc_shared((num_teams,), T.int32, scope="shared"),
+            T.alloc_local((size,), T.int32),
+            T.alloc_local((1,), T.int32),
+        )
+
+    def of(self, k: PrimExpr) -> PrimExpr:
+        """The number of a thread's k-th bin."""
+        if self.per_word == 1:
+            return self.own[k]
+        # Not k // 2: TileLang 0.1.15 simplifies it to another number where k counts down.
+        return self.own[k >> 1] >> ((k & 1) * HALF_WORD) & ((1 << HALF_WORD) - 1)
+
+    @property
+    def number(self) -> PrimExpr:
+        """That of all of a thread's bins."""
+        return sum(self.of(k) for k in range(BINS_PER_THREAD))
+
+    @partialmethod
+    @T.macro
+    def add(self, team, bin_index):
+        """Counts one item."""
+        words, per_word = self.words, self.per_word
+        T.atomic_add(words[team, bin_index // per_word], 1 << (bin_index % per_word * HALF_WORD))
+
+    @partialmethod
+    @T.macro
+    def take(self, team, thread):
+        """A thread's own bins; their sums over its warp, for the others behind a barrier."""
+        words, _, warp_sums, above, own, running = self
+        for j in T.vectorized(own.shape[0]):
+            own[j] = words[team, thread * own.shape[0] + j]
+        running[0] = warp_inclusive_sum(self.number, downward=True)
+        if thread % 32 == 0:
+            warp_sums[team, thread // 32] = running[0]
+        running[0] += above[team] - self.number
+
+    @partialmethod
+    @T.macro
+    def clear(self, team, thread):
+        words, own = self.words, self.own
+        for j in T.vectorized(own.shape[0]):
+            words[team, thread * own.shape[0] + j] = 0
+
+    @partialmethod
+    @T.macro
+    def join(self, team, thread):
+        """Behind that barrier: adds what the warps above counted."""
+        warp_sums, running = self.warp_sums, self.running
+        for warp in T.serial(warp_sums.shape[1]):
+            if warp > thread // 32:
+                running[0] += warp_sums[team, warp]
+
+
 class Search(NamedTuple):
     """A search that a team of threads makes, beside those of the block's other teams."""
 
@@ -45,10 +118,11 @@ class Search(NamedTuple):
     team: PrimExpr  # number of this thread's team
     thread: PrimExpr  # and its own in it
     bracket: Buffer  # [3] i32, in registers: where the search is; see `low`, `above` and `mass`
+    counts: Counts | None = None
 
     @classmethod
-    def allocate(cls, num_threads: int, num_teams: int = 1) -> "Search":
-        """For teams of num_threads."""
+    def allocate(cls, num_threads: int, num_teams: int = 1, counted: int = 0) -> "Search":
+        """For teams of num_threads; counted: items at most, where it counts them."""
         thread = T.get_thread_binding()
         team = thread // num_threads if num_teams > 1 else 0
         thread = thread % num_threads if num_teams > 1 else thread
@@ -56,7 +130,9 @@ class Search(NamedTuple):
         bins = T.alloc_shared((num_teams, num_threads * BINS_PER_THREAD), T.int32, scope="shared")
         warp_sums = T.alloc_shared((num_teams, num_threads // 32), T.int32, scope="shared")
         found = T.alloc_shared((num_teams, 3), T.int32, scope="shared")
-        return cls(bins, warp_sums, found, team, thread, T.alloc_local((3,), T.int32))
+        counts = Counts.allocate(num_threads, num_teams, counted) if counted else None
+        bracket = T.alloc_local((3,), T.int32)
+        return cls(bins, warp_sums, found, team, thread, bracket, counts)
 
     def again(self) -> "Search":
         """Another search, with a bracket of its own."""
@@ -88,6 +164,8 @@ class Search(NamedTuple):
         bins = self.bins
         for j in T.vectorized(BINS_PER_THREAD):
             bins[self.team, self.thread * BINS_PER_THREAD + j] = 0
+        if self.counts is not None:
+            self.counts.clear(self.team, self.thread)
 
     @partialmethod
     @T.macro
@@ -102,13 +180,14 @@ class Search(NamedTuple):
 
     @partialmethod
     @T.macro
-    def cross(self, shift, need):
+    def cross(self, shift, need, least=None):
         """Moves the bracket, which the bins cut up, to the bin where the sum from the top reaches
-        the need; to the lowest where all bins together do not. Clears the bins.
+        the need and, where the search counts, the number of items the least; to the lowest where
+        all bins together do not. Clears the bins.
 
         All threads of the block take part.
         """
-        bins, warp_sums, found, team, thread, bracket = self
+        bins, warp_sums, found, team, thread, bracket, counts = self
         first = thread * BINS_PER_THREAD
         own = T.alloc_local((BINS_PER_THREAD,), T.int32)
         thread_mass = T.alloc_var(T.int32)
@@ -124,6 +203,8 @@ class Search(NamedTuple):
         running = warp_inclusive_sum(thread_mass, downward=True)
         if thread % 32 == 0:
             warp_sums[team, thread // 32] = running
+        if counts is not None:
+            counts.take(team, thread)
         self.clear()
         T.sync_threads()
         for warp in T.serial(warp_sums.shape[1]):
@@ -131,20 +212,33 @@ class Search(NamedTuple):
                 running += warp_sums[team, warp]
 
         running += self.above - thread_mass  # the mass above this thread's bins
-        if (running < need and running + thread_mass >= need) or thread == 0:
+        if counts is None:
+            lacks = lambda mass: mass < need
+            has = lambda mass, more: mass >= need
+        else:
+            counts.join(team, thread)
+            lacks = lambda mass: T.Or(mass < need, counts.running[0] < least)
+            has = lambda mass, more: T.And(mass >= need, counts.running[0] + more() >= least)
+        if (lacks(running) and has(running + thread_mass, lambda: counts.number)) or thread == 0:
             is_found = 0
             for j in T.unroll(BINS_PER_THREAD):
                 k = BINS_PER_THREAD - 1 - j
                 if is_found == 0:
                     is_lowest = first + k == 0
-                    if running < need and (running + own[k] >= need or is_lowest):
+                    if lacks(running) and (
+                        has(running + own[k], lambda: counts.of(k)) or is_lowest
+                    ):
                         is_found = 1
                         below = T.cast(first + k, T.int64) << T.cast(shift, T.int64)
                         found[team, 0] = T.cast(T.cast(self.low, T.int64) + below, T.int32)
                         found[team, 1] = running
                         found[team, 2] = own[k]
+                        if counts is not None:
+                            counts.above[team] = counts.running[0]
                     else:
                         running += own[k]
+                        if counts is not None:
+                            counts.running[0] += counts.of(k)
         T.sync_threads()
         for j in T.unroll(3):
             bracket[j] = found[team, j]

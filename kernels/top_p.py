@@ -3,7 +3,7 @@
 weight = exp(logit - max). A weight is searched by its logit's distance from the largest, in whole
 steps. Weights below (1 - p) * total / n may all go, whatever they are: only the few that are nearer
 are searched. The mass of a weight is the nearest integer to weight * 2^30 / total, so that no order
-of summation can change the set.
+of summation can change the set. A floor of kept tokens is a second need of the same search.
 
 Where a row has at most NUM_THREADS * MAX_VALUES candidates, a head's logits are read once, and the
 near ones are listed in shared memory. More are read again by every pass. Sums run in the same
@@ -18,16 +18,19 @@ from typing import NamedTuple
 import tilelang.language as T
 from tvm.tirx import Buffer, PrimExpr
 
+from .lists import MAX_FLOOR
 from .split_kv import LOG2E
 from .threshold import Search, compact
 from .warp import atomic_add, atomic_or, warp_inclusive_sum
 
 STEPS = 16384.0  # of a distance per nat: weights that share a step are equal to 1 part in 10^4
 DISTANCE_BITS = 20  # of the farthest distance that can matter: ln(tokens / (1 - p)) nats
+FARTHEST = 2.0**DISTANCE_BITS - 1  # 64 nats: lighter tokens do not count towards a floor
 UNITY = 1073741824.0  # 2^30, the mass of all weights
 NUM_THREADS = 256  # that search a query head's logits; part of the order of their sums
 MAX_VALUES = 32  # that a thread keeps in registers
 VECTOR = 4  # neighbours among them
+assert MAX_FLOOR <= 32  # a candidate of each lane of a warp
 
 
 def is_held(width_bound: int) -> bool:
@@ -84,37 +87,65 @@ class Team(NamedTuple):
     number: PrimExpr
     thread: PrimExpr  # number of this thread in the team
     search: Search
-    warp_values: Buffer  # [num_teams, 2, warps of a team] f32
+    warp_values: Buffer  # [num_teams, 2, warps of a team] f32; [., 3, .] with a floor
     near: Buffer  # [num_teams, candidates] u16: those near enough to matter
     num_near: Buffer  # [num_teams, 2] i32, of this head and of the next
     forced_mass: Buffer  # [num_teams] i32, of what only a window keeps
 
     @classmethod
-    def allocate(cls, num_teams: int, num_near: int) -> "Team":
-        search = Search.allocate(NUM_THREADS, num_teams)
+    def allocate(cls, num_teams: int, num_near: int, counted: int) -> "Team":
+        """counted: candidates at most, where there is a floor."""
+        search = Search.allocate(NUM_THREADS, num_teams, counted)
         return cls(
             search.team,
             search.thread,
             search,
-            T.alloc_shared((num_teams, 2, NUM_THREADS // 32), T.float32, scope="shared"),
+            T.alloc_shared(
+                (num_teams, 3 if counted else 2, NUM_THREADS // 32), T.float32, scope="shared"
+            ),
             T.alloc_shared((num_teams, num_near), T.uint16),
             T.alloc_shared((num_teams, 2), T.int32, scope="shared"),
             T.alloc_shared((num_teams,), T.int32, scope="shared"),
         )
 
+    @property
+    def has_floor(self) -> bool:
+        """Whether a head keeps a number of tokens whatever they weigh."""
+        return self.search.counts is not None
+
     @partialmethod
     @T.macro
     def join_warps(self, value, join, part):
         """The values of the team's warps joined in a fixed order."""
+        self.publish(value, part)
+        T.sync_threads()
+        return self.joined(join, part)
+
+    @partialmethod
+    @T.macro
+    def publish(self, value, part):
+        """A warp's value, for the others behind the next barrier."""
         warp_values = self.warp_values
-        joined = T.alloc_var(T.float32)
         if self.thread % 32 == 0:
             warp_values[self.number, part, self.thread // 32] = value
-        T.sync_threads()
+
+    @partialmethod
+    @T.macro
+    def joined(self, join, part):
+        """What the warps published before the last barrier, in a fixed order."""
+        warp_values = self.warp_values
+        joined = T.alloc_var(T.float32)
         joined = warp_values[self.number, part, 0]
         for warp in T.unroll(1, NUM_THREADS // 32):
             joined = join(joined, warp_values[self.number, part, warp])
         return joined
+
+    @partialmethod
+    @T.macro
+    def reach(self, weights):
+        """A distance within which MAX_FLOOR candidates lie, or all that count towards a floor."""
+        distance = weights.distance(self.joined(T.max, 2))
+        return T.min(T.ceil(distance), FARTHEST)
 
     @partialmethod
     @T.macro
@@ -194,7 +225,8 @@ def weight(distance: PrimExpr) -> PrimExpr:
 
 @T.macro
 def sum_weights(team, share, values, logit):
-    """Phase 1: (the largest logit, the softmax's denominator); values = the share's distances."""
+    """Phase 1: (the largest logit, the softmax's denominator); values = the share's distances. With
+    a floor, part 2 of the warps' values are logits that MAX_FLOOR candidates of each reach."""
     largest = T.alloc_local((2,), share.own.dtype)
     partial = T.alloc_var(T.float32)
     for e in T.vectorized(2):
@@ -205,6 +237,8 @@ def sum_weights(team, share, values, logit):
             for e in T.vectorized(2):
                 largest[e] = T.max(largest[e], share.own[k * 2 + e])
     partial = T.cast(T.max(largest[0], largest[1]), T.float32)
+    if team.has_floor:
+        team.publish(T.warp_reduce_min(partial), 2)  # a candidate of each lane reaches it
     max_logit = team.join_warps(T.warp_reduce_max(partial), T.max, 0)
     distance = Weights(max_logit).distance
     partial = 0.0
@@ -219,13 +253,15 @@ def sum_weights(team, share, values, logit):
 
 
 @T.macro
-def list_near(team, share, values, farthest, turn):
-    """Phase 2: lists the candidates that are no farther than what can matter."""
+def list_near(team, share, values, farthest, turn, beyond=None):
+    """Phase 2: lists the candidates that are no farther than what can matter, and farther than
+    those that are listed already."""
+    is_near = lambda value: value <= farthest if beyond is None else beyond < value <= farthest
     alive = T.alloc_var(T.uint32)  # bit k: this thread's k-th value is near
     slot = T.alloc_var(T.int32)
     alive = T.uint32(0)
     for k in T.unroll(share.size):
-        if values[k] <= farthest:
+        if is_near(values[k]):
             alive |= T.uint32(1 << k)
     slot = team.reserve_near(T.cast(T.popcount(alive), T.int32), turn % 2)
     while alive != T.uint32(0):
@@ -234,6 +270,27 @@ def list_near(team, share, values, farthest, turn):
         slot += 1
         alive = alive ^ (T.uint32(1) << T.cast(k_near, T.uint32))
     T.sync_threads()
+
+
+@T.macro
+def list_floor(team, share, weights, values, logit, farthest, least, turn):
+    """Lists more where fewer than a floor are near; returns how far. It reads the logits again:
+    their distances would have no registers to wait in."""
+    num_near = team.num_near
+    fewest = T.alloc_var(T.int32)
+    reached = T.alloc_var(T.float32)
+    reached = farthest
+    fewest = num_near[0, turn % 2]
+    for other in T.unroll(1, num_near.shape[0]):
+        fewest = T.min(fewest, num_near[other, turn % 2])
+    if fewest < least:  # in any team: there are barriers of the whole block
+        T.sync_threads()  # all have read it
+        reached = T.max(farthest, team.reach(weights))
+        share.load(logit)
+        for k in T.unroll(share.size):
+            values[k] = weights.distance(share.own[k])
+        list_near(team, share, values, reached, turn, farthest)
+    return reached
 
 
 @T.macro
@@ -254,13 +311,15 @@ def visit_near(team, share, logit, turn, visit):
 
 
 @T.macro
-def find_limit(team, share, weights, logit, farthest, need, turn):
+def find_limit(team, share, weights, logit, farthest, need, least, turn):
     """Phase 3: the largest distance that is kept."""
     search, forced_mass, num_near = team.search, team.forced_mass, team.num_near
     shift = T.alloc_var(T.int32)
     num_bins = T.alloc_var(T.int32)
     search.bracket[0] = -T.cast(T.max(farthest, 0.0), T.int32)  # keys are distances, negated
     search.bracket[1] = 0
+    if team.has_floor:
+        search.counts.above[search.team] = 0
     shift = T.max(32 - search.round_bits - T.clz(-search.low), 0)
     num_bins = 1 << search.round_bits
     if team.thread == 0:
@@ -274,7 +333,7 @@ def find_limit(team, share, weights, logit, farthest, need, turn):
                 None if share.held else farthest,
             ),
         )  # fmt: skip
-        search.cross(shift, need)
+        search.cross(shift, need, least)
         num_bins = 1 << T.min(shift, search.round_bits)  # only the chosen bin is open
         shift = T.max(shift - search.round_bits, 0)
     return T.cast(-search.low, T.float32)
@@ -282,7 +341,8 @@ def find_limit(team, share, weights, logit, farthest, need, turn):
 
 @T.macro
 def add_distance(search, weights, distance, shift, num_bins, farthest):
-    """Adds the mass at a distance to its bin of 2^shift steps, unless it lies outside the bins."""
+    """Adds the mass at a distance to its bin of 2^shift steps, unless it lies outside the bins; and
+    counts it where the search does."""
     # Variables: an expression would be computed again in the index, and with 64 bits.
     steps = T.alloc_var(T.float32)
     bin_index = T.alloc_var(T.int32)
@@ -292,6 +352,8 @@ def add_distance(search, weights, distance, shift, num_bins, farthest):
         bin_index = inside >> shift
         if inside >= 0 and bin_index < num_bins:
             T.atomic_add(search.bins[search.team, bin_index], weights.mass(steps))
+            if search.counts is not None:
+                search.counts.add(search.team, bin_index)
 
 
 @T.macro
@@ -355,13 +417,15 @@ def mark_windows(team, words, windows, num_tokens, weights, logit, limit):
 
 @T.macro
 def prune_heads(
-    heads, logits, row, candidates, top_p, num_sink_tokens, num_recent_tokens, kept_mass, words
+    heads, logits, row, candidates, top_p, window, min_kept_tokens, kept_mass, words
 ):  # fmt: skip
     """words = a bit for each candidate that any of the heads keeps; returns how many candidates
-    there are. All threads of the block take part."""
+    there are. All threads of the block take part. A floor of one token is none, at compile time."""
     held = is_held(logits.width_bound)
     size = min(MAX_VALUES, max(logits.width_bound // NUM_THREADS, VECTOR))
-    team = Team.allocate(heads.at_once, NUM_THREADS * size if held else 1)
+    has_floor = min_kept_tokens > 1
+    counted = logits.width_bound if has_floor else 0
+    team = Team.allocate(heads.at_once, NUM_THREADS * size if held else 1, counted)
     own = T.alloc_local((size,), logits.dtype)
     # Distances take the place of logits as wide as they: registers are short.
     values = own if logits.dtype == "float32" else T.alloc_local((size,), T.float32)
@@ -372,19 +436,21 @@ def prune_heads(
     num_tokens = T.alloc_var(T.int32)
     num_recent = T.alloc_var(T.int32)  # no more candidates than these are recent
 
+    # Registers are short, and shorter with a floor; shared memory is near.
+    asks_ahead = held and not (has_floor and logits.copy is None)
     num_listed = candidates.slots(row)
     share = Share(own, team.thread, num_listed, held)
-    if held:  # asked for first: the number of tokens takes two more look-ups
+    if asks_ahead:  # asked for first: the number of tokens takes two more look-ups
         share.load(lambda at: logits.at(heads.of(0, team.number), at))
     num_tokens = candidates.count(row)
     if not held:
         share = share._replace(num_chunks=T.ceildiv(num_tokens, NUM_THREADS * size))
     position = lambda candidate: candidates.token(row, candidate, beyond=True)
-    first_recent = row.seq_len - num_recent_tokens
+    first_recent = row.seq_len - window.num_recent_tokens
     num_recent = 0
     if num_tokens > 0:
         num_recent = position(num_tokens - 1) + 1 - first_recent
-    windows = Windows(position, num_sink_tokens, first_recent, num_recent)
+    windows = Windows(position, window.num_sink_tokens, first_recent, num_recent)
 
     team.search.clear()
     num_words = T.ceildiv(num_tokens, 32)
@@ -403,23 +469,32 @@ def prune_heads(
         asked = top_p[row.batch, row.kv_head, head]  # it arrives while the weights are summed up
         if logits.copy is not None:
             share.store(logits.copy)
+        if held and not asks_ahead:
+            share.load(logit)
 
         max_logit, total = sum_weights(team, share, values, logit)
         scale = UNITY / total
         weights = Weights(max_logit, scale)
         # The total is NaN where the head has no softmax: then nothing may be dropped.
         p = T.if_then_else(T.And(total >= 1.0, asked < 1.0), T.max(asked, 0.0), 1.0)
-        # All that are kept are heavier than the cut.
+        # All that their mass keeps are heavier than the cut.
         cut = (1.0 - p) / T.cast(num_tokens, T.float32) * total * 0.9999
         farthest = T.if_then_else(p < 1.0, T.ceil(-T.log2(cut) * (STEPS / LOG2E)), -1.0)
         if held:
             list_near(team, share, values, farthest, turn)
+            if has_floor:
+                farthest = list_floor(
+                    team, share, weights, values, near_logit, farthest, min_kept_tokens, turn
+                )
+        elif has_floor:
+            farthest = T.max(farthest, team.reach(weights))
+        if asks_ahead:
             if turn + 1 < heads.turns:
                 # The next head's logits arrive while this one's are searched.
                 share.load(lambda at: logits.at(heads.of(turn + 1, team.number), at))
 
         need = T.max(T.cast(T.ceil(p * UNITY), T.int32), 1)
-        limit = find_limit(team, share, weights, near_logit, farthest, need, turn)
+        limit = find_limit(team, share, weights, near_logit, farthest, need, min_kept_tokens, turn)
         if p >= 1.0:
             mark_all(team, words, num_words, num_tokens, is_own)
         else:

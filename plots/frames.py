@@ -12,7 +12,8 @@ CPU_NOTE = "CPU reference in small sizes: proves only that the benchmark runs"
 STEP_STAGES = ("selector", "estimator", "pruner", "estimate_prune", "attention")
 SWEEPS = ("batch-", "budget-", "length-", "paper-", "top_p-", "trace-")
 FP8 = "-fp8"
-FORMS = ("-interleaved", FP8)  # end the names of standard workloads with other K and V
+# End the names of standard workloads with other K and V, or with a step's own defaults.
+FORMS = ("-interleaved", FP8, "-defaults")
 SIZES = ["batch_size", "num_qo_heads", "num_kv_heads", "seq_len"]
 SAME = [*SIZES, "token_budget", "top_p", "method", "provider"]  # the same measurement
 OURS = ("tilelang", "torch")

@@ -20,6 +20,7 @@ WORDS = METHODS | {
     "dense": "dense attention",
 }
 ORDER = ("full+twilight", "quest", "quest+twilight", "ds", "ds+twilight")
+ALWAYS = ["num_sink_tokens", "num_recent_tokens", "min_kept_tokens"]  # kept at any p
 SMALLEST_KL = 1e-5  # a zero has no place on a logarithmic axis
 
 
@@ -60,14 +61,12 @@ def model_time(frames: Frames) -> Figure:
 
 
 def rows_of_model(frames: Frames) -> pd.DataFrame:
-    """The rows of the first model, with the first back end of BACK_ENDS that has any; rows without
-    a window of their own, or with sinks alone."""
+    """The rows of the first model, with the first back end of BACK_ENDS that has any."""
     rows = frames["quality"]
     rows = rows[rows["model"] == rows["model"].iloc[0]]
     back_end = next((each for each in BACK_ENDS if (rows["back_end"] == each).any()), "")
     shown = (rows["back_end"] == back_end) | rows["method"].str.startswith("ds")
-    rows = rows[shown & (rows["num_recent_tokens"].fillna(0) == 0)]
-    return require(rows, "quality", f"back_end {' or '.join(BACK_ENDS)}")
+    return require(rows[shown], "quality", f"back_end {' or '.join(BACK_ENDS)}")
 
 
 def timed(rows: pd.DataFrame) -> pd.DataFrame:
@@ -103,7 +102,8 @@ def quality(rows: pd.DataFrame, x: str, words: str) -> Figure:
 
 
 def draw_lines(axes: Axes, rows: pd.DataFrame, x: str, column: str) -> None:
-    """A line for every method, budget and number of sink tokens; dense attention's place."""
+    """A line for every method, budget and number of tokens that are always kept; dense attention's
+    place."""
     dense = rows[rows["method"] == "dense"]
     if len(dense) and column != "kl":  # which is 0 there
         axes.axhline(dense[column].iloc[0], **rule("baseline"), label="dense attention")
@@ -111,7 +111,7 @@ def draw_lines(axes: Axes, rows: pd.DataFrame, x: str, column: str) -> None:
         axes.axvline(dense[x].iloc[0], **rule("baseline"), label="dense attention")
     for method in ORDER:
         own = rows[rows["method"] == method]
-        parts = ["num_sink_tokens", *(["token_budget"] if method.endswith("+twilight") else [])]
+        parts = [*ALWAYS, *(["token_budget"] if method.endswith("+twilight") else [])]
         for key, line in own.groupby(parts, dropna=False):
             look = LOOKS[f"{method}, sinks" if key[0] and f"{method}, sinks" in LOOKS else method]
             line = line.sort_values("top_p" if method.endswith("+twilight") else "token_budget")
@@ -133,10 +133,14 @@ def rule(look: str) -> dict[str, object]:
 
 
 def words_of(method: str, key: tuple[float, ...]) -> str:
-    """A line of the legend: the method, the budget that its points share, and the sinks."""
+    """A line of the legend: the method, the budget that its points share, and what is always kept:
+    sinks, recent tokens, and each head's heaviest."""
+    sinks, recent, floor, *budget = key
     parts = [WORDS[method]]
-    parts += [f"budget {count(key[1])}"] if len(key) > 1 and key[1] == key[1] else []
-    parts += [f"{key[0]:.0f} sink tokens"] if key[0] else []
+    parts += [f"budget {count(each)}" for each in budget if each == each]
+    parts += [f"{sinks:.0f} sink tokens"] if sinks else []
+    parts += [f"{recent:.0f} recent"] if recent else []
+    parts += [f"{floor:.0f} heaviest"] if floor > 1 else []
     return ", ".join(parts)
 
 

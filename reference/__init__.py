@@ -6,6 +6,12 @@ A function that the kernels have too takes and returns what theirs does; its doc
 what is more or different.
 """
 
+from .all_mass import (
+    CandidateMass,
+    estimate_candidate_mass,
+    sample_left_out,
+    top_p_of_candidates,
+)
 from .attention import dense_attention, flash_topk_attention, gather_tokens, page_attention
 from .cache import CacheShape, PagedKVCache
 from .channels import CalibrationBlock, calibrate_channels, interleaved_channels, load_channels

@@ -6,6 +6,7 @@ from typing import Any, TypedDict
 
 import torch
 
+from .all_mass import NUM_SAMPLES, CandidateMass, estimate_candidate_mass, top_p_of_candidates
 from .attention import dense_attention, flash_topk_attention, page_attention
 from .cache import PagedKVCache
 from .double_sparsity import check_labels, select_tokens, token_selection_width
@@ -39,6 +40,10 @@ class TwilightDecode:
         token_budget: of "double_sparsity" any number of tokens; with group="own" per query head.
         group: of "double_sparsity": "own" or "shared", see `select_tokens`.
         path: "sparse", "candidates" (each query head over its own) or "dense".
+        top_p_of: what top_p is a share of: the mass of the "candidates", or of "all" tokens as far
+            as `estimate_candidate_mass` knows it. Then `candidate_mass` is what they hold; where
+            that is less than top_p, every candidate is kept.
+        num_samples: tokens of a KV head that this estimate reads.
 
     The other options, and what there is after `run`, as the kernels'. The stages can be called one
     by one; each reads what the one before left.
@@ -46,6 +51,7 @@ class TwilightDecode:
 
     fused = False  # estimator and pruner are two stages, as `kernels` has a step that joins them
     candidates: Candidates  # of the last select
+    candidate_mass: CandidateMass  # of the last estimate_mass
 
     def __init__(
         self,
@@ -56,11 +62,14 @@ class TwilightDecode:
         token_budget: int = 8192,
         top_p: float | torch.Tensor = 0.85,
         sm_scale: float | None = None,
-        num_sink_tokens: int = 0,
-        num_recent_tokens: int = 0,
+        num_sink_tokens: int = 16,
+        num_recent_tokens: int = 16,
+        min_kept_tokens: int = 32,
         group: str = "shared",
         path: str = "sparse",
         bound_mass: bool = False,
+        top_p_of: str = "candidates",
+        num_samples: int = NUM_SAMPLES,
     ) -> None:
         check_positive("num_qo_heads", num_qo_heads)
         if num_qo_heads % cache.num_kv_heads:
@@ -72,8 +81,12 @@ class TwilightDecode:
             raise ValueError(f"selector: expected one of {', '.join(SELECTORS)}, got {selector!r}")
         if path not in ("sparse", "candidates", "dense"):
             raise ValueError(f"path: expected 'sparse', 'candidates' or 'dense', got {path!r}")
+        if top_p_of not in ("candidates", "all"):
+            raise ValueError(f"top_p_of: expected 'candidates' or 'all', got {top_p_of!r}")
+        check_positive("num_samples", num_samples)
         windows = Windows(num_sink_tokens=num_sink_tokens, num_recent_tokens=num_recent_tokens)
         check_windows(**windows)
+        check_positive("min_kept_tokens", min_kept_tokens)
         if selector == "quest":
             selection_width(cache, token_budget, **windows)
         elif selector == "double_sparsity":
@@ -85,11 +98,13 @@ class TwilightDecode:
         if bound_mass and path != "sparse":
             raise ValueError(f"bound_mass: expected the path 'sparse', got {path!r}")
         self.bound_mass = bound_mass
+        self.top_p_of, self.num_samples = top_p_of, num_samples
         self.token_budget = token_budget
         self.group = group
         self.top_p = top_p
         self.sm_scale = resolve_sm_scale(sm_scale, cache.head_dim)
         self.windows = windows
+        self.min_kept_tokens = min_kept_tokens
 
     @classmethod
     def from_config(
@@ -99,7 +114,8 @@ class TwilightDecode:
         config: str | Path | Mapping[str, Any],
         layer: int | None = None,
     ) -> "TwilightDecode":
-        """The step that one of Twilight's JSON configurations asks for (see `read_config`).
+        """The step that one of Twilight's JSON configurations asks for (see `read_config`), with no
+        windows and no floor, as the original has none.
 
         Args:
             cache: for Double Sparsity built with the configuration's `label_format`.
@@ -107,7 +123,9 @@ class TwilightDecode:
             layer: of the model; None for one that the configuration does not skip.
         """
         read = read_config(config)
-        step = cls(cache, num_qo_heads, **read.decode_options(cache.page_size, layer))
+        own = read.decode_options(cache.page_size, layer)
+        none = Windows(num_sink_tokens=0, num_recent_tokens=0)
+        step = cls(cache, num_qo_heads, **own, **none, min_kept_tokens=1)
         if step.selector == "double_sparsity":
             read.check_labels(check_labels(cache, num_qo_heads), cache.head_dim)
         return step
@@ -168,14 +186,27 @@ class TwilightDecode:
 
     def prune(self, cache: PagedKVCache, *, dtype: Dtype = None) -> None:
         """What top-p keeps of them -> kept."""
+        top_p = self.top_p
+        if self.top_p_of == "all":
+            top_p = top_p_of_candidates(top_p, self.candidate_mass)
         self.kept = prune_top_p(
-            self.logits, cache, self.candidates, self.top_p, **self.windows, dtype=dtype
-        )
+            self.logits, cache, self.candidates, top_p, **self.windows,
+            min_kept_tokens=self.min_kept_tokens, dtype=dtype,
+        )  # fmt: skip
 
     def estimate_prune(self, q: torch.Tensor, cache: PagedKVCache, *, dtype: Dtype = None) -> None:
         """estimate() and prune()."""
         self.estimate(q, cache, dtype=dtype)
+        if self.top_p_of == "all":
+            self.estimate_mass(q, cache, dtype=dtype)
         self.prune(cache, dtype=dtype)
+
+    def estimate_mass(self, q: torch.Tensor, cache: PagedKVCache, *, dtype: Dtype = None) -> None:
+        """What the candidates hold of all tokens' mass -> candidate_mass."""
+        self.candidate_mass = estimate_candidate_mass(
+            q, cache, self.candidates, self.logits, num_samples=self.num_samples,
+            sm_scale=self.sm_scale, dtype=dtype,
+        )  # fmt: skip
 
     def bound(self, q: torch.Tensor, cache: PagedKVCache, *, dtype: Dtype = None) -> None:
         """How much of the candidates' mass is surely kept -> kept_mass_bound."""

@@ -12,13 +12,16 @@ float64 for up to 2**20 tokens, as many as the kernels take: no order changes th
 forms agree in every bit.
 """
 
+import math
+
 import torch
 
 from .cache import PagedKVCache
 from .estimator import candidate_tokens, own_columns
 from .lists import Candidates, Kept
-from .validate import FLOAT_DTYPES, check_candidates, check_tensor, check_windows
+from .validate import FLOAT_DTYPES, check_candidates, check_positive, check_tensor, check_windows
 
+NEGLIGIBLE = math.exp(-64)
 NO_TOKEN = torch.iinfo(torch.int32).max
 
 
@@ -66,6 +69,19 @@ def top_p_threshold(weights: torch.Tensor, top_p: torch.Tensor | float) -> torch
     return (bits >= low) | (top_p >= 1)
 
 
+def heaviest(weights: torch.Tensor, count: int) -> torch.Tensor:
+    """[..., n] bool: the `count` largest weights and those equal to the last of them; but none that
+    is NEGLIGIBLE or less of the largest one, as what ties there are many.
+
+    Args:
+        weights: [..., n] >= 0; n > 0.
+        count: at least 1; more than n is n.
+    """
+    descending = weights.sort(dim=-1, descending=True).values
+    last = descending[..., min(count, weights.shape[-1]) - 1, None]
+    return weights >= torch.maximum(last, NEGLIGIBLE * descending[..., :1])
+
+
 def group_union(keep: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     """A KV head keeps what any query head of its group keeps: [..., num_qo_heads, n] bool ->
     [..., num_kv_heads, n]."""
@@ -81,6 +97,7 @@ def prune_top_p(
     *,
     num_sink_tokens: int = 0,
     num_recent_tokens: int = 0,
+    min_kept_tokens: int = 1,
     dtype: torch.dtype | None = None,
 ) -> Kept:
     """Softmax over its own candidates and top-p per query head, union per KV head.
@@ -93,6 +110,7 @@ def prune_top_p(
         logits: [batch_size, num_qo_heads, columns] float, columns as in `candidate_tokens`; read
             where a candidate of the query head is.
         candidates: pages or tokens.
+        min_kept_tokens: of each query head, any number from 1 on (see `heaviest`).
 
     Returns:
         Kept, of `columns` tokens a row, -1 behind the counted ones; its mass float32 (or `dtype`),
@@ -103,6 +121,7 @@ def prune_top_p(
     tokens = candidate_tokens(cache, candidates)
     check_tensor("logits", logits, (cache.batch_size, None, tokens.shape[-1]), FLOAT_DTYPES)
     check_windows(num_sink_tokens, num_recent_tokens)
+    check_positive("min_kept_tokens", min_kept_tokens)
     dtype = torch.float32 if dtype is None else dtype
     num_qo_heads = logits.shape[1]
     if num_qo_heads == 0 or num_qo_heads % cache.num_kv_heads:
@@ -121,6 +140,7 @@ def prune_top_p(
         forced = forced.repeat_interleave(num_qo_heads // cache.num_kv_heads, dim=0)
         weights, known = candidate_weights(logits[batch].to(dtype), valid)
         keep = top_p_threshold(weights, top_p[batch, :, None])
+        keep = keep | heaviest(weights, min_kept_tokens)
         keep = (keep | forced | ~known) & valid
         total = weights.sum(dim=-1)
         kept = torch.where(keep, weights, 0.0).sum(dim=-1)

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from tests.inputs.cases import NOTHING_ALWAYS
 from twilight_tilelang import reference
 from twilight_tilelang.profiling.observations import accuracy
 from twilight_tilelang.profiling.observations.accuracy import Request, accuracy_rows, prune
@@ -84,7 +85,7 @@ def test_four_bits_are_those_of_the_reference_step(
     row = pick(rows, method, "4")[1]
     selector = method.split("+")[0]
     step = reference.TwilightDecode(
-        cache, q.shape[1], selector=selector, token_budget=128, top_p=row.top_p
+        cache, q.shape[1], selector=selector, token_budget=128, top_p=row.top_p, **NOTHING_ALWAYS
     )
     out = step.run(q, cache, dtype=torch.float64)
     dense = reference.dense_attention(q, cache, dtype=torch.float64)

@@ -6,7 +6,15 @@ import torch
 import twilight_tilelang as kernels
 from tests.checks.properties import as_reference, valid_entries
 from tests.checks.requests import EACH_SCENARIO, MIRROR, World
-from tests.inputs.cases import BASE, CASES, NAMED, Tensors, build_cache, make_tensors
+from tests.inputs.cases import (
+    BASE,
+    CASES,
+    NAMED,
+    NOTHING_ALWAYS,
+    Tensors,
+    build_cache,
+    make_tensors,
+)
 from tests.inputs.hazards import poison_unused
 from twilight_tilelang import CacheShape, reference
 
@@ -293,16 +301,15 @@ def test_rows_without_a_request_decode_to_zeros(device, rng):
     """With page ids of -1 and of a live page; the others have the bits that they have alone."""
     tensors = make_tensors(BASE, rng)
     full = build_cache(kernels, tensors)
-    step = kernels.TwilightDecode(full, 8, token_budget=BASE.token_budget, top_p=0.9)
+    options = {"token_budget": BASE.token_budget, "top_p": 0.9} | NOTHING_ALWAYS
+    step = kernels.TwilightDecode(full, 8, **options)
     expected = step.run(tensors.q, full).clone()
     for spare in (-1, int(tensors.page_table[0, 0])):
         cache = build_cache(kernels, tensors)
         cache.leave(torch.tensor([True, False, False, True], device=device))
         cache.page_table[[0, 3]] = spare
         for selector in ("quest", "full"):
-            step = kernels.TwilightDecode(
-                cache, 8, token_budget=BASE.token_budget, top_p=0.9, selector=selector
-            )
+            step = kernels.TwilightDecode(cache, 8, selector=selector, **options)
             out = step.run(tensors.q, cache)
             assert not out[[0, 3]].any() and not step.kept.counts[[0, 3]].any()
             assert not step.candidates.counts[[0, 3]].any()

@@ -140,6 +140,26 @@ LISTED = (
 )
 
 
+# With a floor of kept tokens: the kernels that prune.
+FLOOR = {
+    "gqa4-d128": (StepShape(4, 128, 16, "float16", 512, 2048, 8192, 512), tuple(ARCHS)),
+    "gqa4-solo": (StepShape(4, 128, 16, "float16", 8, 2048, 8192, 8), ("sm_90a",)),
+    "gqa4-solo-long": (StepShape(4, 128, 16, "float16", 8, 16384, 262144, 8), ("sm_80", "sm_90a")),
+    "mha-d128": (StepShape(1, 128, 16, "float16", 2048, 2048, 8192, 2048), tuple(ARCHS)),
+    "gqa4-d256": (StepShape(4, 256, 16, "float16", 512, 2048, 4096, 512), ("sm_90a", "sm_100a")),
+    "gqa8-d128": (StepShape(8, 128, 16, "float16", 512, 2048, 4096, 512), ("sm_90a",)),
+    "gqa16-d64": (StepShape(16, 64, 16, "float16", 512, 2048, 2048, 512), ("sm_90a",)),
+    "tokens": (
+        StepShape(4, 128, 16, "float16", 512, 2048, 8192, 512, candidates="tokens"), tuple(ARCHS),
+    ),
+    "head-tokens": (
+        StepShape(4, 128, 16, "float16", 512, 2048, 8192, 512, candidates="head_tokens"),
+        ("sm_90a", "sm_100a"),
+    ),
+}  # fmt: skip
+PRUNING = ("pruner", "pruner_float32", "estimate_prune")
+
+
 class Kernel(NamedTuple):
     """One kernel for one GPU, and those that it is compiled with."""
 
@@ -169,6 +189,11 @@ def kernels() -> Iterator[tuple[str, Kernel]]:
                 for launch in (v for v in default_launches(shape, arch) if v.name in LISTED):
                     named = f"{kind}-{name}-{arch}-{launch.name}"
                     yield named, Kernel(launch, arch, f"{kind}-{arch}")
+    for name, (shape, archs) in FLOOR.items():
+        shape = shape._replace(min_kept_tokens=32)
+        for arch in archs:
+            for launch in (v for v in default_launches(shape, arch) if v.name in PRUNING):
+                yield f"floor-{name}-{arch}-{launch.name}", Kernel(launch, arch, f"floor-{arch}")
     for name, (*_, archs) in LABELS.items():
         for arch in archs:
             for launch in label_launches(name, arch):
@@ -193,9 +218,12 @@ def kernels() -> Iterator[tuple[str, Kernel]]:
 
     for configs in (SYNTHETIC, *COMMITTED):
         for kernel, shape, config in stored(configs):
-            for launch in launches_of(kernel, shape, config, ARCHS[configs.arch]):
-                name = f"stored-{configs.gpu}-{launch.name}-{shape.num_rows}-{shape.width}"
-                yield name, Kernel(launch, configs.arch, f"stored-{configs.gpu}")
+            shapes = (shape, shape._replace(min_kept_tokens=32))  # their bucket is the same
+            for own in shapes if kernel in PRUNING else shapes[:1]:
+                for launch in launches_of(kernel, own, config, ARCHS[configs.arch]):
+                    name = f"stored-{configs.gpu}-{launch.name}-{own.num_rows}-{own.width}"
+                    name += "-floor" if own.min_kept_tokens > 1 else ""
+                    yield name, Kernel(launch, configs.arch, f"stored-{configs.gpu}")
 
 
 def each_once() -> list:

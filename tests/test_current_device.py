@@ -5,7 +5,7 @@ import torch
 
 import twilight_tilelang as kernels
 from tests.doubles import fake_gpu
-from tests.inputs.cases import BASE, build_cache, make_tensors
+from tests.inputs.cases import BASE, NOTHING_ALWAYS, build_cache, make_tensors
 from tests.test_rejections import NAMES, small_cache, valid_calls
 
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -33,7 +33,8 @@ def test_a_call_keeps_the_current_gpu(name, on_a_fake_gpu):
 def test_a_run_enters_a_gpu_once_and_the_current_one_never(path, on_a_fake_gpu):
     cache = small_cache_of(on_a_fake_gpu)
     q = torch.zeros(2, 8, 128, dtype=torch.float16, device="cuda")
-    step = kernels.TwilightDecode(cache, 8, token_budget=32, num_parts=2, path=path)
+    options = {"token_budget": 32, "num_parts": 2, "path": path} | NOTHING_ALWAYS
+    step = kernels.TwilightDecode(cache, 8, **options)
     for current, entered in ((0, []), (1, [0])):
         gpu = fake_gpu.launch_as_tilelang(on_a_fake_gpu, current)
         step.run(q, cache)

@@ -6,7 +6,7 @@ import torch
 import twilight_tilelang as kernels
 from tests.checks.properties import valid_entries, with_reference_labels
 from tests.checks.tokens import assert_tokens_selected
-from tests.inputs.cases import CASES, NAMED, Case, build_cache, make_tensors
+from tests.inputs.cases import CASES, NAMED, NOTHING_ALWAYS, Case, build_cache, make_tensors
 from tests.inputs.hazards import poison_unused
 from twilight_tilelang.kernels.labels import LabelFormat
 
@@ -162,9 +162,8 @@ def test_a_step_is_its_stages(name, windows, rng):
     """Its lists and its output have the bits of the functions, one by one."""
     case = NAMED[name]
     q, cache = labelled(case, "r64-b2", rng)
-    step = kernels.TwilightDecode(
-        cache, q.shape[1], selector="double_sparsity", token_budget=128, top_p=0.9, **windows
-    )
+    options = {"selector": "double_sparsity", "token_budget": 128} | NOTHING_ALWAYS | windows
+    step = kernels.TwilightDecode(cache, q.shape[1], top_p=0.9, **options)
     out = step.run(q, cache)
     candidates = kernels.select_tokens(q, cache, 128, group="shared", **windows)
     logits = kernels.estimate_logits(q, cache, candidates)

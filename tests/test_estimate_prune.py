@@ -10,7 +10,7 @@ import twilight_tilelang as kernels
 from tests.checks.promises import assert_identical, decode, decoded, results_of, take
 from tests.checks.properties import assert_decode_step
 from tests.doubles import fake_gpu
-from tests.inputs.cases import BASE, CASES, NAMED, Case, build_cache, make_tensors
+from tests.inputs.cases import BASE, CASES, NAMED, NOTHING_ALWAYS, Case, build_cache, make_tensors
 from tests.inputs.hazards import poison_unused
 from tests.inputs.pinned import fused
 from twilight_tilelang.kernels.cache import CacheShape
@@ -50,7 +50,7 @@ def test_a_fused_step_launches_one_kernel_for_two(rows, monkeypatch):
     fake_gpu.install(monkeypatch)
     launched = fake_gpu.count_launches(monkeypatch, launch=False)
     cache = kernels.PagedKVCache.empty(CacheShape(rows, 4, 1, 64))
-    step = kernels.TwilightDecode(cache, 4, token_budget=32, num_parts=1)
+    step = kernels.TwilightDecode(cache, 4, token_budget=32, num_parts=1, **NOTHING_ALWAYS)
     step.run(torch.zeros(rows, 4, 64, dtype=torch.float16, device="cuda"), cache)
     assert step.fused == (rows == 264)
     middle = ["estimate_prune_kernel"] if step.fused else ["estimator_kernel", "pruner_kernel"]
@@ -60,6 +60,7 @@ def test_a_fused_step_launches_one_kernel_for_two(rows, monkeypatch):
 OPTIONS = {
     "plain": {"top_p": 0.85},
     "windows": {"top_p": 0.95, "num_sink_tokens": 4, "num_recent_tokens": 24},
+    "floor": {"top_p": 0.3, "min_kept_tokens": 32},
     "everything": {"top_p": 1.0, "selector": "full"},
 }
 

@@ -34,17 +34,20 @@ PROMPT, TAIL = 90, 13  # tokens: over the end of a page
 QUEST = {"type": "quest", "chunk_size": 16, "token_budget": 48}
 
 
-def everywhere(selector: dict, top_p: float | None = None, sinks: int = 0, recent: int = 0):
+def everywhere(
+    selector: dict, top_p: float | None = None, sinks: int = 0, recent: int = 0, floor: int = 1
+):
     """A configuration that skips no layer."""
     made = make_configuration(selector, top_p, sinks)
     content = dict(made.content) | {"skip_first_two_layers": False}
-    return Configuration(made.name, content, read_config(content), sinks, recent)
+    return Configuration(made.name, content, read_config(content), sinks, recent, floor)
 
 
 CONFIGURATIONS = {
     "full": everywhere({"type": "none"}, 0.7),
     "quest": everywhere(QUEST, 0.8),
     "windows": everywhere(QUEST, 0.6, sinks=3, recent=5),
+    "floor": everywhere(QUEST, 0.2, sinks=1, recent=2, floor=20),
     "small": everywhere(QUEST | {"token_budget": 16}, 0.9),
     "quest alone": everywhere(QUEST),
 }
@@ -215,6 +218,9 @@ def test_the_kernels_refuse_double_sparsity() -> None:
         decode_options(configuration, 16)
     options = decode_options(CONFIGURATIONS["windows"], 16)
     assert (options.num_sink_tokens, options.num_recent_tokens, options.top_p) == (3, 5, 0.6)
+    assert options.min_kept_tokens == 1
+    floored = decode_options(CONFIGURATIONS["floor"], 16)
+    assert (*floored.window, floored.min_kept_tokens) == (1, 2, 20)
     assert (options.selector, options.token_budget, options.path) == ("quest", 48, "sparse")
     assert decode_options(everywhere(QUEST), 16).path == "candidates"
     assert decode_options(DENSE, 16).path == "dense"

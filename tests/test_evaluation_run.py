@@ -219,6 +219,7 @@ def test_published_configurations_have_the_names_of_the_original(path: Path) -> 
     assert not set(" '\"") & set(text) and "config_path" not in text
     assert len(cut(f"passage_retrieval_en-{text}-01011200").encode()) <= 255
     assert read_configuration(path, 16, 4).text == "sinks16-recent4-" + text
+    assert read_configuration(path, 0, 4, 32).text == "recent4-floor32-" + text
 
 
 @pytest.mark.parametrize("task", ["qasper", "passage_retrieval_en", "repobench-p"])
@@ -307,7 +308,7 @@ def test_dense_comes_first_and_names_are_unique() -> None:
         dense_first([quest, other])
 
 
-TINY_PLAN = small.Plan((700,), 1, 1, 2, 8, (0.8,), (64,), (64,), (0, 16))
+TINY_PLAN = small.Plan((700,), 1, 1, 2, 8, (0.8,), (64,), (64,), small.FULL.always)
 
 
 def test_make_evaluate_from_end_to_end(model: Path, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -323,13 +324,17 @@ def test_make_evaluate_from_end_to_end(model: Path, tmp_path: Path, monkeypatch,
     printed = capsys.readouterr().out
     for text in ("lengths 2048, 4096, 8192", "passkeys: 1 of 10", "stretches: 2 of 8"):
         assert f"left out: {text}" in printed
-    assert "left out: configurations: 8 of 38" in printed
+    assert "left out: configurations: 9 of 42" in printed
     path = tmp_path / "results" / "cpu-reference" / "quality.csv"
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     names = {row["configuration"] for row in rows}
-    quest = {f"quest-64{p}{sinks}" for p in ("", "-p0.8") for sinks in ("", "-sink16")}
-    assert names == {"dense", "full-p0.8", "ds-64", "ds-64-p0.8"} | quest
+    windows = "-sink16-recent16"
+    pruned = {
+        f"{base}-p0.8{own}" for base in ("full", "quest-64") for own in ("", f"{windows}-floor32")
+    }
+    alone = {"dense", "quest-64", f"quest-64{windows}", "ds-64", "ds-64-p0.8"}
+    assert names == pruned | alone
     assert {row["task"] for row in rows} == {"perplexity", "passkey", "niah_single_1"}
     figure = FIGURES["quality_tokens"](Frames(path.parent))
     assert len(figure.axes) == 3
@@ -344,14 +349,15 @@ def test_make_evaluate_ends_in_time_and_says_so(model: Path, tmp_path: Path, mon
     folders = ["--output", str(tmp_path / "out"), "--rows", str(tmp_path / "results")]
     arguments = ["--model", str(model), "--text", str(tmp_path / "text.txt"), *folders]
     assert small.main([*arguments, "--minutes", "0"]) == 0
-    late = "left out: perplexity 700: 16 of 16 runs of a sample, for want of time"
+    late = "left out: perplexity 700: 18 of 18 runs of a sample, for want of time"
     assert late in capsys.readouterr().out
 
 
 def test_the_grid_of_make_evaluate() -> None:
     names = [each.name for each in small.configurations(small.FULL, Path("channels.json"))]
     assert names[0] == "dense" and len(names) == len(set(names))
-    assert {"full-p0.85", "quest-1024", "quest-2048-p0.95-sink16", "ds-1024-p0.85"} <= set(names)
+    default = "quest-2048-p0.95-sink16-recent16-floor32"
+    assert {"full-p0.85", "quest-1024", default, "ds-1024-p0.85"} <= set(names)
     others = small.configurations(small.FULL, None)
     assert not any(each.name.startswith("ds") for each in others) and len(others) < len(names)
 

@@ -64,6 +64,15 @@ def test_a_fused_step_is_explained_as_one_kernel(launched):
     assert "EstimatorConfig" not in step.explain()
 
 
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_what_is_kept_at_any_p_is_said(num_parts, launched):
+    always = {"num_sink_tokens": 4, "num_recent_tokens": 8, "min_kept_tokens": 3}
+    step, _ = step_of(2, 64, num_parts=num_parts, **always)
+    said = "kept at any p: the first 4 and the last 8 tokens, and of each query head the heaviest 3"
+    assert said in step.explain().splitlines()
+    assert "kept at any p" not in step_of(2, 64, path="dense")[0].explain()
+
+
 def test_the_path_is_explained_by_the_times_expected(launched):
     for path, first in (("sparse", "path: sparse, asked for"), ("auto", 'path: dense, by "auto",')):
         step, _ = step_of(1, 64, path=path)

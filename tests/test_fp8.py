@@ -8,7 +8,7 @@ import torch
 import twilight_tilelang as kernels
 from tests.checks.properties import as_reference
 from tests.doubles import fake_gpu
-from tests.inputs.cases import BASE, NAMED, make_tensors, page_pool
+from tests.inputs.cases import BASE, NAMED, NOTHING_ALWAYS, make_tensors, page_pool
 from tests.inputs.layouts import LAYOUTS
 from twilight_tilelang import reference
 from twilight_tilelang.profiling.workloads import traffic
@@ -77,7 +77,8 @@ def test_every_stage_reads_what_the_codes_mean(case, kv_dtype, package, rng):
         for own_logits, own in ((logits, cache), (wanted, meant))
     )
     assert torch.equal(kept.counts, expected.counts) and torch.equal(kept.mass, expected.mass)
-    step = package.TwilightDecode(cache, q.shape[1], top_p=0.9, token_budget=budget)
+    options = {"top_p": 0.9, "token_budget": budget} | NOTHING_ALWAYS
+    step = package.TwilightDecode(cache, q.shape[1], **options)
     outs = {
         "step": step.run(q, cache),
         "topk": package.flash_topk_attention(q, cache, kept),

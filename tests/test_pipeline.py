@@ -13,6 +13,7 @@ from tests.inputs.cases import (
     BASE,
     CASES,
     NAMED,
+    NOTHING_ALWAYS,
     Case,
     Tensors,
     build_cache,
@@ -31,7 +32,7 @@ def results_of(step) -> dict[str, torch.Tensor]:
 
 
 def make_step(cache, case: Case, **options) -> kernels.TwilightDecode:
-    options = {"token_budget": case.token_budget, **options}
+    options = {"token_budget": case.token_budget} | NOTHING_ALWAYS | options
     return kernels.TwilightDecode(cache, case.shape.num_qo_heads, **options)
 
 

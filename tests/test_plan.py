@@ -7,6 +7,11 @@ import twilight_tilelang as kernels
 from tests.doubles import fake_gpu
 from tests.inputs.pinned import fused as fused_kernels
 from twilight_tilelang.kernels.cache import CacheShape
+from twilight_tilelang.kernels.estimate_prune import (
+    ESTIMATE_PRUNE,
+    EstimatePruneConfig,
+    blocks_that_fit,
+)
 from twilight_tilelang.kernels.gpu import ARCHS
 from twilight_tilelang.kernels.launch import StepShape
 from twilight_tilelang.kernels.plan import (
@@ -133,6 +138,22 @@ def test_a_plan_names_the_kernels_of_its_path():
     assert few.pruner.config.pdl and not fused.pruner.config.pdl
 
 
+def test_a_floor_is_compiled_into_the_kernels_that_prune(launched):
+    step, _, _ = step_and_inputs(min_kept_tokens=5, num_parts=1)
+    plan = step.stages.plan
+    compiled = [*plan.pruner.launches, *ESTIMATE_PRUNE.launches(step.shape, EstimatePruneConfig())]
+    assert [launch.arguments[-1] for launch in compiled] == [5, 5]
+    others = [own for own in launches_in(plan) if own not in compiled]
+    free = step_and_inputs(min_kept_tokens=1, num_parts=1)[0].stages.plan
+    assert set(others) < set(launches_in(free))
+
+
+def test_a_floor_takes_room_in_shared_memory():
+    shape, gpu = SHAPE._replace(group_size=8, width=2048), ARCHS["sm_90a"]
+    assert blocks_that_fit(shape, gpu, heads_at_once=8) == 2
+    assert blocks_that_fit(shape._replace(min_kept_tokens=32), gpu, heads_at_once=8) == 1
+
+
 def test_a_step_that_bounds_its_mass_launches_one_kernel_more_and_no_fused_one(launched):
     for fused in (False, True):
         with fused_kernels(fused):
@@ -202,7 +223,7 @@ def test_a_budget_for_every_token_reads_no_labels(launched):
         (None, {}, "cache: expected labels"),
         (32, {}, "labels: expected channels of each KV head for group 'shared'.*score one label"),
         (8, {"group": "all"}, "group: expected one of"),
-        (8, {"num_recent_tokens": 257}, "token_budget: expected at least 257"),
+        (8, {"num_recent_tokens": 257}, "token_budget: expected at least 273"),
     ],
 )
 def test_a_step_by_labels_refuses(launched, heads, options, match):

@@ -171,9 +171,9 @@ def test_quality_names_every_line_and_its_sinks(tmp_path: Path) -> None:
     lines = {
         "Full + Twilight",
         "Quest alone",
-        "Quest alone, 16 sink tokens",
+        "Quest alone, 16 sink tokens, 16 recent",
         "Quest + Twilight, budget 1k",
-        "Quest + Twilight, budget 1k, 16 sink tokens",
+        "Quest + Twilight, budget 1k, 16 sink tokens, 16 recent, 32 heaviest",
         "dense attention",
     }
     assert lines <= set(texts)

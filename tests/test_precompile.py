@@ -42,7 +42,7 @@ def test_every_launch_was_compiled_ahead(name, monkeypatch):
     shape = DecodeShape(
         batch_size, num_qo_heads, num_kv_heads, 64, 16, (seq_len,) * batch_size, torch.float16
     )
-    workload = Workload("small", shape, token_budget=256, kept_mean=64)
+    workload = Workload("small", shape, token_budget=256, kept_mean=64, min_kept_tokens=8)
     jobs = set(jobs_of([workload], tuned.Planner.on(fake_gpu.CUDA)))
     launched = fake_gpu.record_jobs(monkeypatch)
 
@@ -52,7 +52,8 @@ def test_every_launch_was_compiled_ahead(name, monkeypatch):
     q = torch.zeros(batch_size, num_qo_heads, 64, dtype=torch.float16, device="cuda")
     backend = TileLang()
     for selector in ("quest", "full"):
-        step = backend.step(cache, num_qo_heads, selector=selector, token_budget=256)
+        options = workload.always | {"selector": selector, "token_budget": 256}
+        step = backend.step(cache, num_qo_heads, **options)
         step.run(q, cache)
         for call in Slot(q, cache, step).calls.values():
             call()

@@ -27,12 +27,13 @@ from tests.inputs.cases import BASE, CASES, NAMED, Case, Tensors, build_cache, m
 from tests.inputs.strategies import Step
 from twilight_tilelang.reference.inputs import DecodeShape
 
-# Data, selector, top_p, sinks and recent tokens: a usual step, one whose candidates are all pages,
-# and one whose heads need one token each, so that what is kept beside them is forced.
+# Data, selector, top_p, sinks, recent tokens and floor: a usual step, one whose candidates are all
+# pages, and two whose heads need one token each, so that what is kept beside them is forced.
 SETTINGS = {
-    "quest": ("heavy", "quest", 0.85, 0, 0),
-    "full": ("outliers", "full", 0.95, 0, 0),
-    "forced": ("heavy", "quest", 1e-6, 5, 19),
+    "quest": ("heavy", "quest", 0.85, 0, 0, 1),
+    "full": ("outliers", "full", 0.95, 0, 0, 1),
+    "forced": ("heavy", "quest", 1e-6, 5, 19, 1),
+    "floor": ("heavy", "full", 1e-6, 0, 0, 20),
 }
 
 

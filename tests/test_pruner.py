@@ -17,7 +17,7 @@ from tests.checks.properties import (
     valid_entries,
 )
 from tests.inputs.cases import NAN
-from tests.inputs.logits import LOGITS, NO_SOFTMAX, normal, rounded, skewed
+from tests.inputs.logits import LOGITS, NO_SOFTMAX, geometric, normal, rounded, skewed
 from tests.inputs.pinned import pinned
 from twilight_tilelang import reference
 from twilight_tilelang.kernels.cache import CacheShape
@@ -160,12 +160,6 @@ def test_prune_top_p_reports_the_mass_of_its_own_set(top_p, rng):
     assert (mass - lightest < top_p + 1e-4).all() and (mass >= top_p - 1e-4).all()
 
 
-def geometric(num_tokens: int, rng: torch.Generator) -> torch.Tensor:
-    """Weights 1/2, 1/4, 1/8, ... in random places: cumulative masses far from every top_p below."""
-    rank = torch.randperm(num_tokens, generator=rng, device=rng.device)
-    return -0.6931471805599453 * rank.float()
-
-
 @pytest.mark.parametrize("top_p", [0.4, 0.7, 0.85, 0.95])
 def test_prune_top_p_matches_reference_where_weights_differ(top_p, rng):
     problem = make_problem(geometric, rng)
@@ -225,6 +219,17 @@ def test_prune_top_p_keeps_only_candidates_of_the_windows(rng):
     problem = make_problem(skewed, rng, first_page=2, seq_lens=(700, 60, 1000))
     windows = {"num_sink_tokens": 40, "num_recent_tokens": 20}
     problem.check(problem.prune(0.7, **windows), 0.7, **windows)
+
+
+@pytest.mark.parametrize("floor", [2, 32])
+@pytest.mark.parametrize("draw", ["normal", "one-hot", "last-token", "all-equal"])
+@pytest.mark.parametrize("width", [1, 32, 600])
+def test_prune_top_p_keeps_the_heaviest_at_any_p(width, draw, floor, rng):
+    problem = make_problem(LOGITS[draw], rng, seq_lens=(9_700, 37, 1), width=width, group_size=3)
+    for apart in (False, True):
+        with pinned({"pruner": PrunerConfig(heads_apart=apart)}):
+            result = problem.prune(1e-6, min_kept_tokens=floor)
+        problem.check(result, 1e-6, min_kept_tokens=floor)
 
 
 @pytest.mark.parametrize("draw", ["normal", "one-hot"])

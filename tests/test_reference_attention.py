@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.checks.closeness import assert_close
+from tests.inputs.cases import NOTHING_ALWAYS
 from tests.inputs.hazards import contiguous, poisoned_cache, share_prefix
 from twilight_tilelang.reference import (
     PagedKVCache,
@@ -155,7 +156,7 @@ def test_flash_topk_attention_rejects_wrong_tensors():
 
 
 def run_step(inputs: DecodeInputs, cache: PagedKVCache, **options):
-    step = TwilightDecode(cache, inputs.q.shape[1], **options)
+    step = TwilightDecode(cache, inputs.q.shape[1], **NOTHING_ALWAYS | options)
     return step.run(inputs.q, cache), step
 
 
@@ -229,7 +230,7 @@ def test_twilight_decode_does_not_depend_on_where_pages_lie(seed, lengths, heads
 def test_twilight_decode_is_an_oracle_in_float64():
     inputs = small_inputs(0, [50, 21], (4, 2), torch.float16)
     cache = PagedKVCache.wrap(*inputs.paged())
-    step = TwilightDecode(cache, 4, token_budget=32)
+    step = TwilightDecode(cache, 4, token_budget=32, **NOTHING_ALWAYS)
     assert step.run(inputs.q, cache).dtype == torch.float16
     assert step.kept.mass.dtype == torch.float32
     assert step.run(inputs.q, cache, dtype=torch.float64).dtype == torch.float64

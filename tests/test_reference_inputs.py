@@ -5,6 +5,7 @@ import torch
 
 from tests.checks.budgets import measure_budgets
 from tests.checks.closeness import assert_close, row_errors
+from tests.inputs.cases import NOTHING_ALWAYS
 from tests.inputs.hazards import poison_unused, share_prefix, unused_slots
 from twilight_tilelang.profiling.providers.checks import relative_error
 from twilight_tilelang.reference import PagedKVCache, TwilightDecode, validate_cache
@@ -27,7 +28,8 @@ def test_make_inputs_keeps_the_asked_budget(shape, selector):
     kept_mean = 8192 / 64
     inputs = make_inputs(shape, seed=0, kept_mean=kept_mean)
     cache = PagedKVCache.wrap(*inputs.paged())
-    step = TwilightDecode(cache, shape.num_qo_heads, selector=selector, token_budget=8192 // 4)
+    options = {"selector": selector, "token_budget": 8192 // 4} | NOTHING_ALWAYS
+    step = TwilightDecode(cache, shape.num_qo_heads, **options)
     step.run(inputs.q, cache)
     budgets = measure_budgets(inputs.q, cache, step.kept)
     assert budgets.kept_mean == pytest.approx(kept_mean, rel=0.15)

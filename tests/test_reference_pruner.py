@@ -19,7 +19,7 @@ from twilight_tilelang.reference import (
     top_p_threshold,
 )
 from twilight_tilelang.reference.inputs import DecodeShape, random_inputs
-from twilight_tilelang.reference.pruner import mass_units
+from twilight_tilelang.reference.pruner import heaviest, mass_units
 
 SEEDS = st.integers(0, 2**31)
 LENGTHS = st.lists(st.integers(0, 50), min_size=1, max_size=3)
@@ -109,13 +109,15 @@ def test_group_union_matches_loops(seed, heads, count):
 
 
 def head_set(
-    logits: torch.Tensor, tokens: dict[int, int], top_p: float, forced: set[int]
+    logits: torch.Tensor, tokens: dict[int, int], top_p: float, forced: set[int], floor: int
 ) -> tuple[set[int], float]:
-    """One query head's kept positions and their mass. tokens: column -> position."""
+    """One query head's kept positions and their mass. tokens: column -> position; floor: how many
+    are kept at least."""
     if not tokens:
         return set(), 0.0
     weights = torch.softmax(logits[list(tokens)].double(), dim=0)
-    keep = top_p_set_sorted(weights, top_p)
+    lightest = sorted(weights.tolist(), reverse=True)[:floor][-1]
+    keep = top_p_set_sorted(weights, top_p) | (weights >= lightest)
     own = {
         token
         for token, kept in zip(tokens.values(), keep.tolist(), strict=True)
@@ -133,9 +135,10 @@ def head_set(
     per=st.sampled_from(["all", "head", "request", "both"]),
     num_sink_tokens=st.integers(0, 4),
     num_recent_tokens=st.integers(0, 4),
+    min_kept_tokens=st.sampled_from([1, 1, 2, 9, 70]),
 )
 def test_prune_top_p_matches_head_by_head(
-    seed, lengths, heads, per, num_sink_tokens, num_recent_tokens
+    seed, lengths, heads, per, num_sink_tokens, num_recent_tokens, min_kept_tokens
 ):
     q, cache = small_step(seed, lengths, heads)
     windows = {"num_sink_tokens": num_sink_tokens, "num_recent_tokens": num_recent_tokens}
@@ -147,8 +150,9 @@ def test_prune_top_p_matches_head_by_head(
     top_p = torch.rand(size, generator=torch.Generator().manual_seed(seed)) * 0.9 + 0.1
     top_p = float(top_p) if per == "all" else top_p
     kept_tokens, kept_counts, kept_mass = prune_top_p(
-        logits, cache, (pages, counts), top_p, **windows, dtype=torch.float64
-    )
+        logits, cache, (pages, counts), top_p, **windows, min_kept_tokens=min_kept_tokens,
+        dtype=torch.float64,
+    )  # fmt: skip
     assert kept_tokens.dtype == kept_counts.dtype == torch.int32
     each_p = torch.as_tensor(top_p, dtype=torch.float64).expand(len(lengths), heads[0])
     group_size = heads[0] // heads[1]
@@ -164,14 +168,22 @@ def test_prune_top_p_matches_head_by_head(
             }
             union: set[int] = set()
             for head in range(kv_head * group_size, (kv_head + 1) * group_size):
-                own, mass = head_set(
-                    logits[batch, head], tokens, float(each_p[batch, head]), forced
-                )
+                p = float(each_p[batch, head])
+                own, mass = head_set(logits[batch, head], tokens, p, forced, min_kept_tokens)
                 union |= own
                 assert kept_mass[batch, head] == pytest.approx(mass, abs=1e-9)
             assert kept_counts[batch, kv_head] == len(union)
             padded = sorted(union) + [-1] * (kept_tokens.shape[-1] - len(union))
             assert kept_tokens[batch, kv_head].tolist() == padded
+
+
+def test_the_heaviest_are_kept_with_their_ties_but_nothing_negligible():
+    weights = torch.tensor([[0.1, 0.4, 0.2, 0.2, 0.0], [1.0, 1e-27, 1e-28, 0.0, 0.0]])
+    assert heaviest(weights, 1).tolist() == [[False, True, *[False] * 3], [True, *[False] * 4]]
+    assert heaviest(weights, 2)[0].tolist() == [False, True, True, True, False]
+    for count in (3, 5, 99):
+        assert heaviest(weights, count)[1].tolist() == [True, True, False, False, False]
+    assert heaviest(weights, 4)[0].tolist() == [True, True, True, True, False]
 
 
 def test_prune_top_p_keeps_every_candidate_at_one():
@@ -230,6 +242,8 @@ def test_prune_top_p_rejects_bad_arguments():
         prune_top_p(logits[..., :36], cache, (pages, counts), 0.5)
     with pytest.raises(ValueError, match="logits: expected num_qo_heads a multiple of 2"):
         prune_top_p(logits[:, :3], cache, (pages, counts), 0.5)
+    with pytest.raises(ValueError, match="min_kept_tokens: expected a positive int, got 0"):
+        prune_top_p(logits, cache, (pages, counts), 0.5, min_kept_tokens=0)
     with pytest.raises(ValueError, match="num_recent_tokens: expected an int >= 0"):
         prune_top_p(logits, cache, (pages, counts), 0.5, num_recent_tokens=-2)
 

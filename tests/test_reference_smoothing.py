@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.inputs.cases import NOTHING_ALWAYS
 from tests.inputs.hazards import poison_unused
 from tests.inputs.massive import CHANNEL, captured_mass, massive_inputs, used_keys
 from twilight_tilelang.reference import (
@@ -42,14 +43,15 @@ def test_a_massive_channel_is_pruned_by_its_mass_with_both_and_not_with_an_offse
     least = {}
     for names in ((), ("k_offset",), ("k_offset", "k_factor")):
         cache = cache_of(inputs, **{name: channels[name] for name in names})
-        step = TwilightDecode(cache, 8, selector="full", top_p=0.9, bound_mass=True)
+        options = {"selector": "full", "bound_mass": True} | NOTHING_ALWAYS
+        step = TwilightDecode(cache, 8, top_p=0.9, **options)
         step.run(inputs.q, cache)
         captured = captured_mass(inputs.q, cache, step.candidates, step.kept)
         least[names] = float(captured.min())
         assert (step.kept_mass_bound <= captured).all()
     assert least["k_offset",] < 0.5
     assert least["k_offset", "k_factor"] >= 0.8
-    step = TwilightDecode(cache, 8, selector="full", top_p=0.99, bound_mass=True)
+    step = TwilightDecode(cache, 8, top_p=0.99, **options)
     step.run(inputs.q, cache)
     assert step.kept_mass_bound.min() > 0.8, "the bound is idle"
 

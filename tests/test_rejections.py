@@ -403,6 +403,7 @@ GROUPS = [Fresh((2, 7, 128)), Fresh((2, 0, 128)), Fresh((2, 8, 128), torch.bfloa
 TOP_P = [0.0, -0.5, 1.0001, NAN, Fresh((8,)), Fresh((7,), FP32), Fresh((2, 8, 1), FP32)]
 SCALES = [NAN, INF, 0, -1.0, "1"]
 WINDOWS = {"num_sink_tokens": [-1], "num_recent_tokens": [-1]}
+ALWAYS = WINDOWS | {"min_kept_tokens": [0, 33, 1.5]}
 VALUES = {  # function -> argument, which the message must name -> what it may not be
     "empty": {
         "head_dim": [96],
@@ -415,7 +416,7 @@ VALUES = {  # function -> argument, which the message must name -> what it may n
     "wrap": {"layout": ["HNDX", "nhd", 16]},
     "select_pages": {"q": GROUPS, "token_budget": [0, -16, 24], **WINDOWS},
     "estimate_logits": {"q": GROUPS, "sm_scale": SCALES},
-    "prune_top_p": {"logits": [Fresh((2, 7, 48), FP32)], "top_p": TOP_P, **WINDOWS},
+    "prune_top_p": {"logits": [Fresh((2, 7, 48), FP32)], "top_p": TOP_P, **ALWAYS},
     "flash_topk_attention": {"q": GROUPS, "sm_scale": SCALES},
     "page_attention": {"q": GROUPS, "sm_scale": SCALES},
     "bound_kept_mass": {"q": GROUPS, "sm_scale": SCALES, "logits": [Fresh((2, 8, 48), FP32)]},
@@ -428,7 +429,7 @@ VALUES = {  # function -> argument, which the message must name -> what it may n
         "sm_scale": SCALES,
         "num_parts": [0, -1, 3],
         "path": ["fast", None],
-        **WINDOWS,
+        **ALWAYS,
     },
     "run": {"q": [Fresh((2, 4, 128)), Fresh((3, 8, 128))]},
 }

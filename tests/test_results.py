@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.doubles.made_up_results import made_up_rows, write_frames
+from twilight_tilelang.kernels.options import DecodeOptions
 from twilight_tilelang.profiling import bench, run
 from twilight_tilelang.profiling.plan import groups_of, prepare
 from twilight_tilelang.profiling.providers.backends import Torch
@@ -246,6 +247,19 @@ def test_a_million_tokens_are_measured() -> None:
     assert longest.name == "length-b1" and longest.stages == ("pipeline", "dense")
 
 
+def test_rows_with_defaults_are_of_what_users_get() -> None:
+    options, changed = DecodeOptions(), []
+    for workload in GPU_WORKLOADS:
+        if workload.name.endswith("-defaults"):
+            changed.append(workload)
+            assert workload.always == {name: getattr(options, name) for name in workload.always}
+            assert workload.token_budget == options.token_budget
+            assert workload.top_p == options.top_p
+        else:
+            assert set(workload.always.values()) == {0, 1}
+    assert [own.name for own in changed] == ["gqa-32k-defaults", "solo-32k-defaults"]
+
+
 def test_request_sets_are_different_requests_of_one_pool() -> None:
     sets = workload_sets(SMALL, 3, "cpu", PagedKVCache.wrap)
     assert sets.num_sets == 3
@@ -282,7 +296,7 @@ def test_timing_orders_its_quantiles() -> None:
 def step() -> tuple[torch.Tensor, PagedKVCache, TwilightDecode]:
     sets = workload_sets(SMALL, 1, "cpu", PagedKVCache.wrap)
     q, cache = sets.queries[0], sets.caches[0]
-    step = TwilightDecode(cache, q.shape[1], token_budget=SMALL.token_budget)
+    step = TwilightDecode(cache, q.shape[1], token_budget=SMALL.token_budget, **SMALL.always)
     step.out = step.run(q, cache)
     return q, cache, step
 
@@ -399,7 +413,7 @@ def test_head_budgets_shape_what_the_inputs_keep() -> None:
     equal = dataclasses.replace(SMALL, head_budgets=(1,), shape=DecodeShape(2, 8, 8, 32, 16, 1024))
     for workload, largest in ((equal, 1.5), (dataclasses.replace(equal, head_budgets=(1, 8)), 9)):
         sets = workload_sets(workload, 1, "cpu", PagedKVCache.wrap)
-        step = TwilightDecode(sets.caches[0], 8, selector="full")
+        step = TwilightDecode(sets.caches[0], 8, selector="full", **workload.always)
         step.run(sets.queries[0], sets.caches[0])
         ratio = float(step.kept.counts.max() / step.kept.counts.min())
         assert 2 / 3 * largest <= ratio <= 1.5 * largest

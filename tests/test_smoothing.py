@@ -5,6 +5,7 @@ import torch
 
 import twilight_tilelang as kernels
 from tests.checks.requests import MIRROR
+from tests.inputs.cases import NOTHING_ALWAYS
 from tests.inputs.hazards import contiguous, poison_unused
 from tests.inputs.massive import captured_mass, massive_inputs, used_keys
 from tests.inputs.pinned import fused
@@ -36,7 +37,7 @@ def on_gpu(inputs, channels) -> kernels.PagedKVCache:
 
 
 def step_of(cache, inputs, **options) -> kernels.TwilightDecode:
-    return kernels.TwilightDecode(cache, inputs.q.shape[1], **options)
+    return kernels.TwilightDecode(cache, inputs.q.shape[1], **NOTHING_ALWAYS | options)
 
 
 def test_every_writer_divides_as_the_reference(massive):

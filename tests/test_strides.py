@@ -5,7 +5,7 @@ import torch
 
 import twilight_tilelang as kernels
 from tests.doubles import fake_gpu
-from tests.inputs.cases import BASE, NAMED, build_cache, make_tensors, page_pool
+from tests.inputs.cases import BASE, NAMED, NOTHING_ALWAYS, build_cache, make_tensors, page_pool
 from tests.inputs.layouts import LAYOUTS, in_projection
 from twilight_tilelang import reference
 from twilight_tilelang.kernels import query
@@ -44,10 +44,9 @@ def stages(package, q, cache, token_budget: int) -> dict[str, torch.Tensor]:
         "dense": package.dense_attention(q, cache),
     }
     paths = ("sparse", "candidates", "dense") if package is kernels else ()
+    asked = {"top_p": 0.9, "token_budget": token_budget} | NOTHING_ALWAYS
     for options in ({}, *({"path": path} for path in paths)):
-        step = package.TwilightDecode(
-            cache, q.shape[1], top_p=0.9, token_budget=token_budget, **options
-        )
+        step = package.TwilightDecode(cache, q.shape[1], **asked, **options)
         results[f"step {options}"] = step.run(q, cache).clone()
     return results
 
@@ -173,7 +172,7 @@ def test_a_pool_of_one_page_may_have_any_page_stride(fake):
 def test_a_query_is_taken_at_strides_of_whole_chunks(call, gap, match, fake):
     cache = wrap(*pools(*PACKED))
     q = torch.zeros(2, 8, 128 + gap, dtype=torch.float16, device="cuda")[..., :128]
-    step = kernels.TwilightDecode(cache, 8, token_budget=16)
+    step = kernels.TwilightDecode(cache, 8, token_budget=16, **NOTHING_ALWAYS)
     calls = {
         "select_pages": lambda: kernels.select_pages(q, cache, 16),
         "dense_attention": lambda: kernels.dense_attention(q, cache),

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from tests.checks.budgets import measure_budgets
 from tests.inputs import copy_model
+from tests.inputs.cases import NOTHING_ALWAYS
 from twilight_tilelang import reference
 from twilight_tilelang.profiling import bench, run
 from twilight_tilelang.profiling.providers.checks import relative_error
@@ -97,7 +98,7 @@ def test_the_committed_recording_is_of_learnt_attention(capsys) -> None:
     assert said in capsys.readouterr().out
     inputs = read_trace(COPY_TASK).inputs(16, 1, 0, "cpu")
     cache = reference.PagedKVCache.wrap(*inputs.paged())
-    step = reference.TwilightDecode(cache, 4, selector="full", top_p=0.9)
+    step = reference.TwilightDecode(cache, 4, selector="full", top_p=0.9, **NOTHING_ALWAYS)
     step.run(inputs.q, cache)
     budgets = measure_budgets(inputs.q, cache, step.kept)
     assert budgets.kept_mean < 51 and budgets.kept_max > 5 * budgets.kept_min

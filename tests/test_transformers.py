@@ -8,6 +8,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
+from tests.inputs.cases import NOTHING_ALWAYS  # noqa: E402
 from tests.inputs.hazards import poison_unused  # noqa: E402
 from twilight_tilelang.integrations.transformers import TwilightCache  # noqa: E402
 from twilight_tilelang.integrations.transformers_graph import CapturedDecode  # noqa: E402
@@ -101,7 +102,8 @@ def test_p_1_generates_what_sdpa_does(
 def test_p_085_reads_fewer_tokens(family: str, device: torch.device, rng: torch.Generator) -> None:
     model, inputs = make_model(family, device), prompts(rng, [50, 30])
     model.set_attn_implementation("twilight")
-    options = DecodeOptions(token_budget=96, top_p=0.85, num_sink_tokens=1)
+    always = NOTHING_ALWAYS | {"num_sink_tokens": 1}
+    options = DecodeOptions(token_budget=96, top_p=0.85, **always)
     cache = TwilightCache(model.config, MAX_TOKENS, options, record=True)
     tokens = generate(model, inputs, cache=cache, max_new_tokens=NUM_STEPS + 1).sequences
     record = cache.kept()

@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 pytest.importorskip("transformers", minversion="5.24")
 
+from tests.inputs.cases import NOTHING_ALWAYS
 from twilight_tilelang import reference  # noqa: E402
 from twilight_tilelang.profiling import bench, run  # noqa: E402
 from twilight_tilelang.profiling.observations.model_timeline import (  # noqa: E402
@@ -74,7 +75,8 @@ def test_every_method_decodes_a_token_by_its_attention(builder: whole_model.Whol
                 continue
             method = "dense" if layer < 1 else provider.method
             path = {"dense": "dense", "quest": "candidates"}.get(method, "sparse")
-            step = reference.TwilightDecode(pages, 4, token_budget=64, top_p=0.85, path=path)
+            options = {"token_budget": 64, "top_p": 0.85, "path": path} | NOTHING_ALWAYS
+            step = reference.TwilightDecode(pages, 4, **options)
             torch.testing.assert_close(seen[layer].view(q.shape), step.run(q, pages))
 
 

@@ -149,8 +149,8 @@ def _candidates(
     chosen = torch.zeros(one.num_kv_heads, seq_len + 1, dtype=torch.bool, device=q.device)
     if method == "full+twilight":
         return ~chosen[:, :seq_len]
-    sinks = {"num_sink_tokens": workload.num_sink_tokens}
-    pages = reference.select_pages(q[None], one, workload.token_budget, **sinks, dtype=ORACLE)
+    options = workload.windows | {"dtype": ORACLE}
+    pages = reference.select_pages(q[None], one, workload.token_budget, **options)
     tokens = reference.candidate_tokens(one, pages)[0]
     chosen.scatter_(-1, torch.where(tokens < 0, seq_len, tokens), True)
     return chosen[:, :seq_len]

@@ -85,10 +85,10 @@ class TileLang:
         return {"label_scores": score, "top_tokens": take}
 
     def alone(
-        self, q: torch.Tensor, cache: Any, selector: str, token_budget: int, **sinks: int
+        self, q: torch.Tensor, cache: Any, selector: str, token_budget: int, **windows: int
     ) -> Call:
         """A selector alone: exact attention over every token that it chooses."""
-        options = dict(selector=selector, token_budget=token_budget, path="candidates", **sinks)
+        options = dict(selector=selector, token_budget=token_budget, path="candidates", **windows)
         step = self.step(cache, q.shape[1], **options, **GROUP)
         return partial(step.run, q, cache)
 
@@ -144,9 +144,9 @@ class Torch:
         return [dataclasses.replace(cache, labels=labels) for cache in caches]
 
     def alone(
-        self, q: torch.Tensor, cache: Any, selector: str, token_budget: int, **sinks: int
+        self, q: torch.Tensor, cache: Any, selector: str, token_budget: int, **windows: int
     ) -> Call:
-        options = dict(selector=selector, token_budget=token_budget, path="candidates", **sinks)
+        options = dict(selector=selector, token_budget=token_budget, path="candidates", **windows)
         return partial(self.step(cache, q.shape[1], **options, **GROUP).run, q, cache)
 
     def dense(self, q: torch.Tensor, cache: Any) -> Call:

@@ -173,7 +173,7 @@ class StageBuilder:
                 selector=selector_of(method),
                 token_budget=workload.token_budget,
                 top_p=workload.top_p,
-                num_sink_tokens=workload.num_sink_tokens,
+                **workload.always,
                 **GROUP,
             )
             by_labels = workload.work(method).scores_tokens(method)
@@ -235,19 +235,21 @@ class StageBuilder:
         workload, backend = self.workload, self.backend
         queries, caches = self._cold_sets("pipeline", method)
         q, cache, token_budget = queries[0], caches[0], workload.token_budget
-        sinks = {"num_sink_tokens": workload.num_sink_tokens}
         calls = [
-            backend.alone(*inputs, selector_of(method), token_budget, **sinks)
+            backend.alone(*inputs, selector_of(method), token_budget, **workload.windows)
             for inputs in zip(queries, caches, strict=True)
         ]
 
         def check() -> float:
             out = calls[0]()
+            windows = workload.windows
             if label_size(method) is None:
-                candidates = backend.package.select_pages(q, cache, token_budget, **sinks)
+                candidates = backend.package.select_pages(q, cache, token_budget, **windows)
                 checks.check_pages(out, q, cache, candidates)
             else:
-                candidates = backend.package.select_tokens(q, cache, token_budget, **sinks, **GROUP)
+                candidates = backend.package.select_tokens(
+                    q, cache, token_budget, **windows, **GROUP
+                )
                 checks.check_attention(out, q, cache, candidates[:2])
             return checks.dense_error(out, q, cache)
 

@@ -273,7 +273,7 @@ class WholeModel:
         from .model_layers import MadeUpQueries
 
         workload = self.workload
-        options = dict(path=PATHS[method], token_budget=workload.token_budget)
+        options = dict(path=PATHS[method], token_budget=workload.token_budget, **workload.always)
         if method == METHOD:
             options["top_p"] = workload.top_p
         dense = self.num_dense(method)

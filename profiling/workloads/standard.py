@@ -3,6 +3,8 @@
 FULL=1 adds those of sweeps.py. What does not fit the GPU's memory is left out, and the run says so.
 """
 
+import dataclasses
+
 import torch
 
 from twilight_tilelang.reference.inputs import DecodeShape
@@ -107,6 +109,19 @@ def _by_labels(name: str, batch_size: int, seq_len: int, num_kv_heads: int) -> l
     ]
 
 
+def with_defaults(workload: Workload) -> Workload:
+    """Its whole step as TwilightDecode makes it where no option is given but budget and p."""
+    return dataclasses.replace(
+        workload,
+        name=f"{workload.name}-defaults",
+        stages=("pipeline",),
+        host_times=False,
+        num_sink_tokens=16,
+        num_recent_tokens=16,
+        min_kept_tokens=32,
+    )
+
+
 GPU_WORKLOADS: tuple[Workload, ...] = (
     _standard("gqa-32k", 64, 32_768, 8),
     _standard("mha-32k", 64, 32_768, 32),
@@ -121,6 +136,8 @@ GPU_WORKLOADS: tuple[Workload, ...] = (
     *_by_labels("mha-32k", 64, 32_768, 32),
     *_by_labels("gqa-128k", 16, 131_072, 8),
     *_by_labels("solo-32k", 1, 32_768, 8),
+    with_defaults(_standard("gqa-32k", 64, 32_768, 8)),
+    with_defaults(_standard("solo-32k", 1, 32_768, 8)),
     budget_sweep("budget-gqa", shape_of(64, 32_768, 8), BUDGETS),
     budget_sweep("budget-mha", shape_of(64, 32_768, 32), BUDGETS),
     *lengths("length-b1", 1, 8, (*LENGTHS, LONGEST)),

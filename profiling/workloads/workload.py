@@ -42,7 +42,8 @@ class Workload:
             empty for token_budget and top_p.
         host_times: the host's time of an eager step, or of dense decode, is measured too.
         random_tokens: attention alone is measured, over token_budget random tokens of a KV head.
-        num_sink_tokens: first tokens that are always kept.
+        num_sink_tokens, num_recent_tokens, min_kept_tokens: what is kept at any p; none but where a
+            workload says so, whatever a step's defaults are, or rows of two dates would not compare
         interleaved: made-up K and V are views of one tensor [num_pages, 2, ...].
         kv_dtype: of K and V in FP8, at scales of 1; None for the shape's.
         trace: file of recorded inputs (see trace.py); None for made-up ones. What is timed are all
@@ -68,6 +69,8 @@ class Workload:
     host_times: bool = False
     random_tokens: bool = False
     num_sink_tokens: int = 0
+    num_recent_tokens: int = 0
+    min_kept_tokens: int = 1
     interleaved: bool = False
     kv_dtype: torch.dtype | None = None
     trace: Path | None = None
@@ -91,6 +94,17 @@ class Workload:
             for token_budget in self.token_budgets or (self.token_budget,)
             for top_p in self.top_ps or (self.top_p,)
         ]
+
+    @property
+    def windows(self) -> dict[str, int]:
+        """What is always a candidate."""
+        names = ("num_sink_tokens", "num_recent_tokens")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def always(self) -> dict[str, int]:
+        """What a step keeps at any p."""
+        return self.windows | {"min_kept_tokens": self.min_kept_tokens}
 
     def methods(self, stage: str) -> tuple[str, ...]:
         """Methods that a stage is timed for; a selector of tokens is timed as its two kernels."""

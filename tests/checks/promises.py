@@ -33,7 +33,7 @@ from tests.checks.properties import (
     write_logits,
 )
 from tests.checks.tokens import assert_tokens_selected
-from tests.inputs.cases import Tensors, build_cache, shuffled_pages
+from tests.inputs.cases import NOTHING_ALWAYS, Tensors, build_cache, shuffled_pages
 from tests.inputs.hazards import poison_unused
 from tests.inputs.strategies import Step
 from tests.inputs.token_lists import random_tokens, tokens_of_pages
@@ -43,8 +43,10 @@ SPOILS = (torch.nan, torch.inf, -torch.inf)
 
 
 def decode(package: ModuleType, tensors: Tensors, cache, token_budget: int, **options):
-    """(step, out) of one run; the step's results and out are its workspace."""
-    step = package.TwilightDecode(cache, tensors.q.shape[1], token_budget=token_budget, **options)
+    """(step, out) of one run, which keeps nothing that the options do not ask for; the step's
+    results and out are its workspace."""
+    options = NOTHING_ALWAYS | {"token_budget": token_budget} | options
+    step = package.TwilightDecode(cache, tensors.q.shape[1], **options)
     out = step.run(tensors.q, cache)
     write_logits(step, tensors.q, cache)
     return step, out
@@ -128,7 +130,7 @@ class Run:
             "token_budget": generated.case.token_budget,
             "selector": generated.selector,
             "top_p": self.top_p,
-            **generated.windows,
+            **generated.always,
             **({"group": generated.bucket.labels.group} if generated.by_labels else {}),
         }
 
@@ -140,20 +142,22 @@ class Run:
 
 def promise_1_and_every_stage_is_right(run: Run) -> None:
     """Each judged on what the stage before it gave, the pruner by promise 1."""
-    step, q, cache, windows = run.step, run.tensors.q, run.cache, run.generated.windows
+    step, q, cache, always = run.step, run.tensors.q, run.cache, run.generated.always
     token_budget = run.generated.case.token_budget
     if not run.generated.by_labels:
-        assert_decode_step(step, run.out, q, cache, token_budget, run.top_p, **windows)
+        assert_decode_step(step, run.out, q, cache, token_budget, run.top_p, **always)
         return
     if isinstance(step.candidates, TOKEN_LISTS):
         group, labelled = (
             run.generated.bucket.labels.group,
             with_reference_labels(cache, q.shape[1]),
         )
-        assert_tokens_selected(q, labelled, step.candidates, token_budget, group, windows)
+        assert_tokens_selected(
+            q, labelled, step.candidates, token_budget, group, run.generated.windows
+        )
     else:  # the budget has room for all
         assert_every_page(cache, *step.candidates)
-    assert_pruned_and_attended(step, run.out, q, cache, run.top_p, **windows)
+    assert_pruned_and_attended(step, run.out, q, cache, run.top_p, **always)
 
 
 def promise_2_p_1_is_dense_over_the_candidates(run: Run) -> None:

@@ -1,6 +1,7 @@
 """What the results of each stage must satisfy, whichever implementation made them."""
 
 import dataclasses
+import math
 
 import torch
 
@@ -191,6 +192,14 @@ def top_p_level(weights: torch.Tensor, top_p: torch.Tensor, tie: float = 0.0) ->
     return weights >= descending.gather(-1, first[..., None]) * (1 - tie)
 
 
+def heaviest(weights: torch.Tensor, count: int, slack: float) -> torch.Tensor:
+    """bool, shape of weights: the `count` largest within 64 nats of the largest one; with a slack
+    above 0 the ties too, and a little further."""
+    descending = weights.sort(dim=-1, descending=True).values
+    last = descending[..., min(count, weights.shape[-1]) - 1, None] * (1 - max(slack, 0.0))
+    return weights >= torch.maximum(last, descending[..., :1] * math.exp(-64 * (1 + slack)))
+
+
 def assert_top_p(
     logits: torch.Tensor,
     cache,
@@ -199,14 +208,15 @@ def assert_top_p(
     result: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     num_sink_tokens: int = 0,
     num_recent_tokens: int = 0,
+    min_kept_tokens: int = 1,
 ) -> None:
     """Promise 1, 4 and the list's form, by an fp64 softmax of the same logits.
 
-    A head's own set is a level set of its weights. It has mass >= top_p if and only if it contains
-    the smallest such level set, and falls below without its lightest token (ties aside) if and only
-    if it is contained in it. So the group's union lies between the unions of those sets at top_p
-    -/+ the tolerance, the larger one with its ties, and the mass that each head reports between
-    theirs.
+    A head's own set is a level set of its weights. It has mass >= top_p, and min_kept_tokens, if
+    and only if it contains the smallest such level set, and falls below without its lightest token
+    (ties aside) if and only if it is contained in it. So the group's union lies between the unions
+    of those sets at top_p -/+ the tolerance, the larger one with its ties, and the mass that each
+    head reports between theirs.
     """
     kept_tokens, kept_counts, kept_mass = result
     position, valid = candidate_positions(cache, candidates)
@@ -221,8 +231,10 @@ def assert_top_p(
     candidate = own_candidates(candidates, valid, logits.shape[1] // cache.num_kv_heads)
     weights = head_weights(logits, candidate)
     must, may = (
-        _head_sets(weights, candidate, top_p, slack) for slack in (-MASS_TOLERANCE, MASS_TOLERANCE)
+        _head_sets(weights, candidate, top_p, slack) | heaviest(weights, min_kept_tokens, slack)
+        for slack in (-MASS_TOLERANCE, MASS_TOLERANCE)
     )
+    must, may = (own & candidate for own in (must, may))
     first_recent = cache.seq_lens[:, None, None] - num_recent_tokens
     forced = (position < num_sink_tokens) | (position >= first_recent)
     must, may = (own | forced[:, :, None] & candidate for own in (must, may))
@@ -386,6 +398,7 @@ def assert_decode_step(
     cache,
     token_budget: int,
     top_p: float | torch.Tensor,
+    min_kept_tokens: int = 1,
     **windows,
 ) -> None:
     """Each stage of a TwilightDecode run, judged on what the stage before it gave."""
@@ -393,16 +406,17 @@ def assert_decode_step(
         assert_every_page(cache, *step.candidates)
     else:
         assert_pages_selected(q, cache, *step.candidates, token_budget, **windows)
-    assert_pruned_and_attended(step, out, q, cache, top_p, **windows)
+    always = {"min_kept_tokens": min_kept_tokens} | windows
+    assert_pruned_and_attended(step, out, q, cache, top_p, **always)
 
 
 def assert_pruned_and_attended(
-    step, out: torch.Tensor, q: torch.Tensor, cache, top_p: float | torch.Tensor, **windows
+    step, out: torch.Tensor, q: torch.Tensor, cache, top_p: float | torch.Tensor, **always
 ) -> None:
     """The same of the stages after the selector."""
     write_logits(step, q, cache)
     candidates = step.candidates
     kept = step.kept.tokens, step.kept.counts
     assert_logits_close(step.logits, q, cache, candidates)
-    assert_top_p(step.logits, cache, candidates, top_p, (*kept, step.kept.mass), **windows)
+    assert_top_p(step.logits, cache, candidates, top_p, (*kept, step.kept.mass), **always)
     assert_out_close(out, q, cache, *kept)

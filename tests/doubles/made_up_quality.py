@@ -33,7 +33,8 @@ def quality_rows(gpu: str, back_end: str) -> list[dict[str, object]]:
                 "token_budget": budget,
                 "top_p": p,
                 "num_sink_tokens": sinks,
-                "num_recent_tokens": 0,
+                "num_recent_tokens": sinks,
+                "min_kept_tokens": 32 if sinks and p else 1,
                 "kept": kept or length,
                 "ms_per_token": 3 + length / 4096 + 0.1 * number,
             }

@@ -42,6 +42,7 @@ using half2 = __half2;
 inline half2 __float22half2_rn(float2 v) {
   return {static_cast<half_t>(v.x), static_cast<half_t>(v.y)};
 }
+inline int2 make_int2(int x, int y) { return {x, y}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uchar2 make_uchar2(uchar x, uchar y) { return {x, y}; }
 inline uint1 make_uint1(uint x) { return {x}; }

@@ -8,6 +8,7 @@ import torch
 
 from tests.checks.guards import GuardedMemory
 from tests.emulated.emulate import emulated
+from tests.inputs.cases import NOTHING_ALWAYS
 from twilight_tilelang import reference
 from twilight_tilelang.kernels.attention import ATTENTION_KERNELS
 from twilight_tilelang.kernels.checks import dtype_name
@@ -95,7 +96,7 @@ def estimate_emulated(q, cache, candidates, config, folder) -> torch.Tensor:
 
 
 def prune_emulated(
-    logits, cache, candidates, top_p, windows, config, folder, width_bound: int | None = None
+    logits, cache, candidates, top_p, always, config, folder, width_bound: int | None = None
 ):
     """The kernel's (kept_tokens, kept_counts, kept_mass), its list of items checked. Where rows of
     several widths are to share a kernel, it has a bound of all."""
@@ -105,8 +106,9 @@ def prune_emulated(
     bound = width_bound or static_width(width)
     statics = (group_size, cache.page_size, bound, dtype, 128, config)
     union = HeadUnion.allocate(cache, width)
-    windows = {"num_sink_tokens": 0, "num_recent_tokens": 0} | windows
-    emulated(pruner_kernel, (*statics, kind_of(candidates)), folder)(
+    windows = NOTHING_ALWAYS | always
+    statics += (kind_of(candidates), windows.pop("min_kept_tokens"))
+    emulated(pruner_kernel, statics, folder)(
         (group_size if config.heads_apart else 1, cache.num_kv_heads, cache.batch_size),
         NUM_THREADS, logits=logits, seq_lens=cache.seq_lens, **listing(candidates),
         top_p=torch.full_like(written["kept_mass"], top_p), **windows, **written, width=width,
@@ -148,14 +150,15 @@ def attend_emulated(q, cache, pools, tokens, width, config, folder, num_blocks):
     return shared["out"].flatten(1, 2), shared["lse"].flatten(1, 2)
 
 
-def fuse_emulated(q, cache, candidates, top_p, windows, config, folder):
+def fuse_emulated(q, cache, candidates, top_p, always, config, folder):
     """What prune_emulated gives, of the one kernel that estimates too."""
     q, smooth = grouped(q, cache), cache.k_factor is not None
     width = candidates[0].shape[2] * entry_tokens(kind_of(candidates), cache.page_size)
     written = what_pruners_write(cache, q.shape[2], width)
     statics = (q.shape[2], cache.head_dim, cache.page_size, "float16", static_width(width), 128)
-    windows = {"num_sink_tokens": 0, "num_recent_tokens": 0} | windows
-    emulated(estimate_prune_kernel, (*statics, config, smooth, kind_of(candidates)), folder)(
+    windows = NOTHING_ALWAYS | always
+    statics += (config, smooth, kind_of(candidates), windows.pop("min_kept_tokens"))
+    emulated(estimate_prune_kernel, statics, folder)(
         (cache.num_kv_heads, cache.batch_size), NUM_THREADS * config.heads_at_once,
         q=q, k_factor=cache.k_factor, codes=cache.k_int4, scale_zero=cache.k_scale_zero,
         page_table=cache.page_table, seq_lens=cache.seq_lens, **listing(candidates),

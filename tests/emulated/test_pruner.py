@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from tests.checks.properties import assert_top_p
 from tests.emulated.launches import on_one_worker, prune_emulated
-from tests.inputs.cases import NAN
-from tests.inputs.logits import LOGITS, NO_SOFTMAX, normal, rounded
+from tests.inputs.cases import NAN, NOTHING_ALWAYS
+from tests.inputs.logits import LOGITS, NO_SOFTMAX, geometric, normal, rounded
 from twilight_tilelang import reference
 from twilight_tilelang.kernels.pruner import PrunerConfig
 
@@ -42,6 +42,26 @@ def test_pruned_sets_match_reference(row, draw, top_p, rng, folder):
     torch.testing.assert_close(mass, expected[2], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("draw", ["normal", "one-hot", "geometric", "all-equal", "within-2e4"])
+@pytest.mark.parametrize("row", on_one_worker(ROWS))
+def test_a_head_keeps_its_heaviest_at_any_p(row, draw, rng, folder):
+    """Also where its mass lies in one token, and all others are negligible."""
+    floor = 20 if row == "gqa3-windows" else 32
+    seq_len, group_size, *_, dtype, config = ROWS[row]
+    draws = LOGITS | {"geometric": geometric}
+    logits = [draws[draw](seq_len, rng) for _ in range(group_size)]
+    problem = one_row(logits, dtype)
+    always = {"min_kept_tokens": floor}
+    result = prune_emulated(*problem, 1e-6, always, config, folder)
+    assert_top_p(*problem, 1e-6, result, **always)
+    if draw == "geometric":
+        expected = reference.prune_top_p(*problem, 1e-6, **always)
+        kept = int(expected[1])
+        assert int(result[1]) == kept >= min(floor, seq_len)
+        assert torch.equal(result[0][..., :kept], expected[0][..., :kept])
+        torch.testing.assert_close(result[2], expected[2], rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("draw", NO_SOFTMAX)
 @pytest.mark.parametrize("row", on_one_worker(["gqa3-windows", "heads-apart", "wide", "one-page"]))
 def test_a_row_without_a_softmax_keeps_every_candidate(row, draw, rng, folder):
@@ -71,18 +91,18 @@ def test_a_top_p_out_of_range_keeps_all_or_one(top_p, kept, rng, folder):
     seq_len=st.integers(1, 1024),
     draws=st.lists(st.sampled_from([*LOGITS, *NO_SOFTMAX]), min_size=4, max_size=4),
     top_p=st.floats(1e-6, 1.0),
-    windows=st.sampled_from([(0, 0), (1, 0), (5, 33)]),
+    always=st.sampled_from([(0, 0, 1), (1, 0, 1), (5, 33, 1), (5, 33, 32), (0, 0, 32)]),
     dtype=st.sampled_from([torch.float16, torch.float32]),
     seed=st.integers(0, 2**31),
 )
-def test_generated_rows_keep_promise_1(folder, row, seq_len, draws, top_p, windows, dtype, seed):
+def test_generated_rows_keep_promise_1(folder, row, seq_len, draws, top_p, always, dtype, seed):
     """Any mixture of rows in one group, at any length up to the width."""
-    windows = dict(zip(("num_sink_tokens", "num_recent_tokens"), windows, strict=True))
+    always = dict(zip(NOTHING_ALWAYS, always, strict=True))
     rng = torch.Generator().manual_seed(seed)
     rows = [(LOGITS | NO_SOFTMAX)[draw](seq_len, rng) for draw in draws]
     problem = one_row(rows, dtype, max_pages=64)
-    result = prune_emulated(*problem, top_p, windows, ROWS[row][-1], folder)
-    assert_top_p(*problem, top_p, result, **windows)
+    result = prune_emulated(*problem, top_p, always, ROWS[row][-1], folder)
+    assert_top_p(*problem, top_p, result, **always)
 
 
 def one_row(logits: list[torch.Tensor], dtype: torch.dtype, max_pages: int | None = None):

@@ -15,6 +15,8 @@ from twilight_tilelang.kernels.pools import Fp8
 from twilight_tilelang.kernels.split_kv import AttentionConfig
 from twilight_tilelang.reference.inputs import DecodeShape
 
+# Options of a step that is smaller than the defaults are for, or judged by top-p alone.
+NOTHING_ALWAYS = {"num_sink_tokens": 0, "num_recent_tokens": 0, "min_kept_tokens": 1}
 NAN = float("nan")
 NO_PAGE = -(2**30)
 

@@ -29,6 +29,12 @@ def last_token(num_tokens: int, rng: torch.Generator) -> torch.Tensor:
     return logits
 
 
+def geometric(num_tokens: int, rng: torch.Generator) -> torch.Tensor:
+    """Weights 1/2, 1/4, 1/8, ... in random places: cumulative masses far from round numbers."""
+    rank = torch.randperm(num_tokens, generator=rng, device=rng.device)
+    return -0.6931471805599453 * rank.float()
+
+
 # name -> (num_tokens, rng) -> fp32 logits of one query head
 LOGITS = {
     "normal": normal,

@@ -92,6 +92,7 @@ class Step:
     top_p: float | tuple[float, ...]  # one for all, or one per query head
     num_sink_tokens: int
     num_recent_tokens: int
+    min_kept_tokens: int
     seed: int
 
     @property
@@ -104,6 +105,11 @@ class Step:
     @property
     def by_labels(self) -> bool:
         return self.selector == "double_sparsity"
+
+    @property
+    def always(self) -> dict[str, int]:
+        """What is kept at any p."""
+        return self.windows | {"min_kept_tokens": self.min_kept_tokens}
 
     def tensors(self, device: torch.device | str) -> Tensors:
         rng = torch.Generator(device=device).manual_seed(self.seed)
@@ -168,6 +174,7 @@ def decode_steps(draw, bucket: Bucket, first_data: int = 0) -> Step:
         top_p=draw(st.one_of(p, p, per_head)),
         num_sink_tokens=draw(window),
         num_recent_tokens=draw(window),
+        min_kept_tokens=draw(st.sampled_from((1, 2, 32))),
         seed=draw(st.integers(0, 2**31 - 1)),
     )
 

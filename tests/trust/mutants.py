@@ -14,6 +14,7 @@ PRUNER = ("tests/test_pruner.py",)
 ATTENTION = ("tests/test_attention.py",)
 FP8 = ("tests/test_fp8.py",)
 WINDOWS = ("tests/test_pruner.py", "-k", "sinks")
+FLOOR = ("tests/test_pruner.py", "-k", "heaviest")
 REPEATED = ("tests/test_pipeline.py", "-k", "counters or replays")
 SMOOTH = ("tests/test_smoothing.py",)
 COMPILED = ("tests/test_compile.py", "-k", "gqa4-d128-sm_90a")
@@ -37,6 +38,10 @@ RANGED = ("tests/emulated/test_estimator.py", "-k", "range_of_fp16")
 PRUNED = (
     "tests/emulated/test_pruner.py",
     *("-k", "pruned_sets and (gqa4 or gqa3 or heads-apart) and (normal or skewed)"),
+)
+FLOORED = (
+    "tests/emulated/test_pruner.py",
+    *("-k", "heaviest and (gqa4 or gqa3) and (normal or geometric)"),
 )
 PRUNED_APART = ("tests/emulated/test_pruner.py", "-k", "pruned_sets and heads-apart and normal")
 PRUNED_WIDE = ("tests/emulated/test_pruner.py", "-k", "pruned_sets and wide and skewed")
@@ -414,6 +419,23 @@ MUTANTS = (
     Mutant(
         "newest token not among the recent ones", "top_p.py",
         "late = num_tokens - 1 - (step", "late = num_tokens - 2 - (step", WINDOWS, PRUNED,
+    ),
+    Mutant(
+        "one token fewer than the floor", "top_p.py",
+        "farthest, need, min_kept_tokens, turn", "farthest, need, min_kept_tokens - 1, turn",
+        FLOOR, FLOORED,
+    ),
+    Mutant(
+        "the floor looked for among the weights that matter alone", "top_p.py",
+        "reached = T.max(farthest, team.reach(weights))", "reached = farthest", FLOOR, FLOORED,
+    ),
+    Mutant(
+        "the number above the chosen bin is forgotten", "threshold.py",
+        "counts.above[team] = counts.running[0]", "counts.above[team] = 0", FLOOR, FLOORED,
+    ),
+    Mutant(
+        "two bins' numbers in one half of a word", "threshold.py",
+        "1 << (bin_index % per_word * HALF_WORD)", "1", FLOOR, FLOORED,
     ),
     Mutant(
         "a bit behind the last token at p = 1", "top_p.py",

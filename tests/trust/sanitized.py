@@ -22,6 +22,7 @@ from tests.doubles.fake_gpu import count_launches
 from tests.inputs.cases import (
     FORMS,
     NAMED,
+    NOTHING_ALWAYS,
     Case,
     Tensors,
     build_cache,
@@ -45,7 +46,7 @@ from twilight_tilelang.kernels.selector import Selection
 from twilight_tilelang.kernels.top_pages import TopPagesConfig
 from twilight_tilelang.reference.inputs import DecodeShape
 
-WINDOWS = {"num_sink_tokens": 4, "num_recent_tokens": 20}
+WINDOWS = {"num_sink_tokens": 4, "num_recent_tokens": 20, "min_kept_tokens": 32}
 
 
 def small(group_size: int, lengths: tuple[int, ...] = (77, 300), head_dim: int = 128) -> Case:
@@ -65,7 +66,7 @@ def every_stage(case: Case) -> None:
     poison_unused(cache)
     q, token = tensors.q, tensors.k[:, 0].nan_to_num(0.0)
     for selector in ("quest", "full"):
-        windows = WINDOWS if case.token_budget >= 128 else {}
+        windows = NOTHING_ALWAYS | (WINDOWS if case.token_budget >= 128 else {})
         step = kernels.TwilightDecode(
             cache, q.shape[1], token_budget=case.token_budget, selector=selector, **windows
         )
@@ -84,7 +85,7 @@ def every_stage(case: Case) -> None:
     smooth = build_cache(kernels, tensors._replace(k_offset=(cache.k_offset, factor)))
     poison_unused(smooth)
     bounded = kernels.TwilightDecode(
-        smooth, q.shape[1], token_budget=case.token_budget, bound_mass=True
+        smooth, q.shape[1], token_budget=case.token_budget, bound_mass=True, **NOTHING_ALWAYS
     )
     bounded.run(q, smooth)
     kernels.page_attention(q, cache, step.candidates)

@@ -24,6 +24,7 @@ from twilight_tilelang import reference
 
 NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE = 8, 2, 128, 16
 DECODE = {"token_budget": 512, "top_p": 0.9, "num_sink_tokens": 4, "num_recent_tokens": 8}
+DECODE["min_kept_tokens"] = 32
 # Chances: of a request in a step, twice; of a join; of an empty row in a step; of a page.
 LEAVES, IS_CUT, FORKS, JOINS, POISONS = 0.02, 0.02, 0.4, 0.3, 0.5
 
