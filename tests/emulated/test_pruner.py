@@ -42,13 +42,20 @@ def test_pruned_sets_match_reference(row, draw, top_p, rng, folder):
     torch.testing.assert_close(mass, expected[2], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("draw", ["normal", "one-hot", "geometric", "all-equal", "within-2e4"])
+def below_one(num_tokens: int, rng: torch.Generator) -> torch.Tensor:
+    """Normal ones, 40 nats below one that holds all mass: the search's bins are coarse."""
+    logits = normal(num_tokens, rng)
+    logits[num_tokens // 2] += 40
+    return logits
+
+
+@pytest.mark.parametrize("draw", ["below-one", "one-hot", "geometric", "all-equal", "within-2e4"])
 @pytest.mark.parametrize("row", on_one_worker(ROWS))
 def test_a_head_keeps_its_heaviest_at_any_p(row, draw, rng, folder):
     """Also where its mass lies in one token, and all others are negligible."""
     floor = 20 if row == "gqa3-windows" else 32
     seq_len, group_size, *_, dtype, config = ROWS[row]
-    draws = LOGITS | {"geometric": geometric}
+    draws = LOGITS | {"geometric": geometric, "below-one": below_one}
     logits = [draws[draw](seq_len, rng) for _ in range(group_size)]
     problem = one_row(logits, dtype)
     always = {"min_kept_tokens": floor}

@@ -41,7 +41,7 @@ PRUNED = (
 )
 FLOORED = (
     "tests/emulated/test_pruner.py",
-    *("-k", "heaviest and (gqa4 or gqa3) and (normal or geometric)"),
+    *("-k", "heaviest and (gqa4 or gqa3) and (below-one or geometric)"),
 )
 PRUNED_APART = ("tests/emulated/test_pruner.py", "-k", "pruned_sets and heads-apart and normal")
 PRUNED_WIDE = ("tests/emulated/test_pruner.py", "-k", "pruned_sets and wide and skewed")
