@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.inputs.cases import NOTHING_ALWAYS
 from twilight_tilelang import reference
 from twilight_tilelang.profiling.plan import prepare
 from twilight_tilelang.profiling.providers.backends import Torch
@@ -42,7 +43,7 @@ def test_the_check_of_tokens_finds_a_worse_one() -> None:
     channels = torch.arange(32, dtype=torch.int32).expand(4, -1).contiguous()
     label_format = reference.LabelFormat(channels, 4)
     cache = reference.PagedKVCache.wrap(*inputs.paged(), label_format=label_format)
-    options = {"selector": "double_sparsity", "token_budget": 48, "group": "shared"}
+    options = {"selector": "double_sparsity", "token_budget": 48, **NOTHING_ALWAYS}
     step = reference.TwilightDecode(cache, 4, **options)
     step.select(inputs.q, cache)
     assert check_tokens(inputs.q, cache, step) < 1e-6

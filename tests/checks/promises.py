@@ -131,7 +131,7 @@ class Run:
             "selector": generated.selector,
             "top_p": self.top_p,
             **generated.always,
-            **({"group": generated.bucket.labels.group} if generated.by_labels else {}),
+            **({"group": generated.labels.group} if generated.by_labels else {}),
         }
 
     @property
@@ -149,7 +149,7 @@ def promise_1_and_every_stage_is_right(run: Run) -> None:
         return
     if isinstance(step.candidates, TOKEN_LISTS):
         group, labelled = (
-            run.generated.bucket.labels.group,
+            run.generated.labels.group,
             with_reference_labels(cache, q.shape[1]),
         )
         assert_tokens_selected(

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.inputs.cases import NOTHING_ALWAYS
 from twilight_tilelang import DecodeOptions
 from twilight_tilelang.integrations.transformers import TwilightCache
 from twilight_tilelang.integrations.transformers_graph import CapturedDecode
@@ -23,7 +24,7 @@ PROMPT, NEW_TOKENS = 50, 40
 SETTINGS = {
     "dense": (DecodeOptions(selector="full", top_p=1.0), 2),
     "everything": (DecodeOptions(selector="full", top_p=1.0), 0),
-    "pruned": (DecodeOptions(selector="full", top_p=0.85), 1),
+    "pruned": (DecodeOptions(selector="full", top_p=0.85, **NOTHING_ALWAYS), 1),
     "compiled": (DecodeOptions(selector="full", top_p=1.0), 1),
 }
 

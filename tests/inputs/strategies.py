@@ -24,10 +24,10 @@ class Labels(NamedTuple):
     group: str = "shared"
     by_head: bool = False  # channels of every query head
 
-    def draw_format(self, bucket: "Bucket", rng: torch.Generator) -> LabelFormat:
+    def draw_format(self, shape: DecodeShape, rng: torch.Generator) -> LabelFormat:
         """Any channels."""
-        heads = bucket.num_kv_heads * (bucket.group_size if self.by_head else 1)
-        order = torch.rand(heads, bucket.head_dim, generator=rng, device=rng.device).argsort(-1)
+        heads = shape.num_qo_heads if self.by_head else shape.num_kv_heads
+        order = torch.rand(heads, shape.head_dim, generator=rng, device=rng.device).argsort(-1)
         return LabelFormat(order[:, : self.r].int().contiguous(), self.bits)
 
 
@@ -88,12 +88,12 @@ class Step:
     case: Case
     data: str  # of DATA
     selector: str
-    bucket: Bucket
     top_p: float | tuple[float, ...]  # one for all, or one per query head
     num_sink_tokens: int
     num_recent_tokens: int
     min_kept_tokens: int
     seed: int
+    labels: Labels | None = None  # of a step that selects by them
 
     @property
     def windows(self) -> dict[str, int]:
@@ -118,9 +118,7 @@ class Step:
         dtype = self.case.shape.dtype
         tensors = tensors._replace(q=q.to(dtype), k=k.to(dtype).contiguous())
         if self.by_labels:
-            tensors = tensors._replace(
-                label_format=self.bucket.labels.draw_format(self.bucket, rng)
-            )
+            tensors = tensors._replace(label_format=self.labels.draw_format(self.case.shape, rng))
         shared = self.case.shared_pages * self.case.shape.page_size
         tensors.k[1:, :shared] = tensors.k[0, :shared]
         for request, length in enumerate(self.case.shape.lengths):
@@ -170,12 +168,12 @@ def decode_steps(draw, bucket: Bucket, first_data: int = 0) -> Step:
         case,
         data=draw(st.sampled_from(kinds[first_data:] + kinds[:first_data])),
         selector=draw(st.sampled_from(("quest", "double_sparsity", "quest", "full"))),
-        bucket=bucket,
         top_p=draw(st.one_of(p, p, per_head)),
         num_sink_tokens=draw(window),
         num_recent_tokens=draw(window),
         min_kept_tokens=draw(st.sampled_from((1, 2, 32))),
         seed=draw(st.integers(0, 2**31 - 1)),
+        labels=bucket.labels,
     )
 
 
