@@ -23,7 +23,7 @@ from .token_list import Row, TokenList
 from .top_p import NUM_THREADS, VECTOR, Heads, Logits, is_held, list_row, prune_heads
 from .tuned import Planned
 
-ROWS_FOR_TWO = 264  # blocks on each of 132 multiprocessors
+ROWS_FOR_TWO = 256  # blocks on nearly each of 132 multiprocessors
 PADDING = 8  # logits behind each row, so that the heads' stores meet different banks
 
 

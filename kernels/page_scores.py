@@ -49,7 +49,7 @@ def default_config(shape: StepShape, gpu: Gpu) -> PageScoreConfig:
     registers with fewer tiles."""
     num_tiles = shape.num_rows * shape.max_pages // TILE_PAGES
     wide = shape.head_dim > 128 or (shape.head_dim == 128 and shape.group_size > 8)
-    config = PageScoreConfig(tiles_per_warp=1 if wide or num_tiles < 2048 else 2)
+    config = PageScoreConfig(tiles_per_warp=1 if wide or num_tiles <= 2048 else 2)
     step_tiles = config.num_warps * config.tiles_per_warp
     return replace(config, steps=filling_steps(num_tiles, step_tiles, gpu, most=4))
 

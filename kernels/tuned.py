@@ -2,9 +2,9 @@
 
 A launch belongs to a bucket: its static sizes, and how much work it is. It takes the entry of its
 own bucket; else of the nearest one with the same static sizes, rows and width both within a factor
-of 2; else the kernel's default. Entries hold only what cannot change a result, so that a request's
-bits never depend on which entry its batch happens to take. Nothing is compiled or measured to
-choose, and a file is read once.
+of 2, if something was faster there than the default; else the kernel's default. Entries hold only
+what cannot change a result, so that a request's bits never depend on which entry its batch happens
+to take. Nothing is compiled or measured to choose, and a file is read once.
 """
 
 import functools
@@ -115,6 +115,11 @@ class Entry:
     torch: str
     tilelang: str
 
+    @property
+    def is_faster(self) -> bool:
+        """Whether a config was found that is faster than the default of its bucket."""
+        return self.time_us < self.default_us
+
 
 @dataclass(frozen=True)
 class Configs:
@@ -197,8 +202,10 @@ class Planner(NamedTuple):
                 reason += ", and entries measured with other sources do not count"
             return default, reason, None
         where = f"nearest: rows={nearest.rows} width={nearest.width}"
-        config = replace(default, **entries[nearest].config)
-        return config, "exact" if nearest == bucket else where, nearest
+        entry = entries[nearest]
+        if nearest != bucket and not entry.is_faster:  # that bucket's default may be another
+            return default, f"default, as {where}", None
+        return replace(default, **entry.config), "exact" if nearest == bucket else where, nearest
 
 
 @functools.cache

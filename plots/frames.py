@@ -1,8 +1,10 @@
 """Rows for the figures and tables: `frames[name]` holds those of one result file.
 
-What is missing raises `MissingData` with the name of the file; nothing is guessed.
+What is missing raises `MissingData` with the name of the file; nothing is guessed. A workload of
+which only some is measured, as after a run of one stage, stays out of what needs the rest.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -90,6 +92,17 @@ def own(
     return values.loc[workloads]
 
 
+def whole_and_alone(
+    frames: Frames, stages: Sequence[str], method: str = "quest+twilight"
+) -> pd.DataFrame:
+    """Steps of the standard workloads whose stages were measured alone too, by workload."""
+    rows = by_workload(frames, "pipeline", method=method)
+    for stage in stages:
+        alone = by_workload(frames, stage, method="dense" if stage == "dense" else method)
+        rows = rows[rows.index.isin(alone.index)]
+    return require(rows, "pipeline", f"method {method} and all its stages")
+
+
 def steps(frames: Frames, *prefixes: str) -> pd.DataFrame:
     """Whole steps of sweeps at the sizes of the first, with the fastest dense decode beside them:
     its time as dense_us, its name as dense.
@@ -112,10 +125,8 @@ def beside_dense(frames: Frames, rows: pd.DataFrame) -> pd.DataFrame:
     dense = pd.concat([standard_rows(frames, "dense"), own_dense, dense]).drop_duplicates(SAME)
     best = dense.sort_values("median_us").drop_duplicates(SIZES).set_index(SIZES)
     rows = rows.join(best[["median_us", "provider"]].set_axis(["dense_us", "dense"], axis=1), SIZES)
-    lacking = rows[rows["dense_us"].isna()]
-    what = "the sizes of workload " + ", ".join(lacking["workload"].unique())
-    require(rows if lacking.empty else rows[:0], "dense", what)
-    return rows
+    what = "the sizes of workload " + ", ".join(rows["workload"].unique())
+    return require(rows[rows["dense_us"].notna()], "dense", what)
 
 
 def of_method(rows: pd.DataFrame, method: str, by: str) -> pd.DataFrame:

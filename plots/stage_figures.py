@@ -3,7 +3,7 @@
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .frames import STEP_STAGES, Frames, MissingData, by_workload, own, require
+from .frames import STEP_STAGES, Frames, MissingData, own, require, whole_and_alone
 from .parts import LABEL_BOX, MEDIAN, METHODS, bar_look, on_cpu, panels, stage_words, title
 from .style import legend_below, three_digits
 
@@ -73,7 +73,7 @@ def _steps_and_stages(
     steps, alone = [], {}
     for method, stages in SHARED_STAGES.items():
         try:
-            own_steps = by_workload(frames, "pipeline", method=method)
+            own_steps = whole_and_alone(frames, stages, method)
         except MissingData:
             if method == "quest+twilight":
                 raise
@@ -89,7 +89,7 @@ def _steps_and_stages(
 
 def stage_floor(frames: Frames) -> Figure:
     """How near each stage is to its byte floor: the time its bytes need over the time it takes."""
-    step = by_workload(frames, "pipeline", method="quest+twilight")
+    step = whole_and_alone(frames, EVERY_STAGE)
     lines = [step.index[at : at + A_LINE] for at in range(0, len(step), A_LINE)]
     figure, every = panels(len(lines), 1, (10, 1.2 + 3.4 * len(lines)))
     width = 0.84 / len(EVERY_STAGE)

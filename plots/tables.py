@@ -21,6 +21,8 @@ from .frames import (
     rows_of,
     standard_rows,
     steps,
+    sweep,
+    whole_and_alone,
 )
 from .model_figures import PLACE, SIZES, model_rows
 from .parts import METHODS, PROVIDERS, budget_rule, speedup, stage_words
@@ -97,9 +99,28 @@ def length_table(frames: Frames) -> str:
     return _table(header, lines, caption)
 
 
+def batch_table(frames: Frames) -> str:
+    """Steps of 1 to 32 requests, with their byte floor."""
+    rows = sweep(frames, "pipeline", "batch-")
+    ours, quest = (of_method(rows, name, "batch_size") for name in (OURS, QUEST))
+    lines = [
+        f"{row.batch_size} | {beside.median_us:,.1f} | **{row.median_us:,.1f}** "
+        f"| {row.floor_us:,.1f} | {100 * row.reached:.0f} %"
+        for row, beside in zip(ours.itertuples(), quest.itertuples(), strict=True)
+    ]
+    first = ours.iloc[0]
+    caption = (
+        f"One step of requests of {first.seq_len:,} tokens on {first.gpu.upper()}; "
+        f"{first.num_qo_heads} query and {first.num_kv_heads} KV heads, {first.token_budget:,} "
+        f"candidates. Measured at commit {first.commit}."
+    )
+    header = "requests | Quest alone, us | **Quest + Twilight, us** | byte floor, us | reached"
+    return _table(header, lines, caption)
+
+
 def stage_table(frames: Frames) -> str:
     """Each stage alone: its time, its bytes over time, and the share of its byte floor."""
-    whole = standard_rows(frames, "pipeline", method=OURS).set_index("workload")
+    whole = whole_and_alone(frames, STEP_STAGES)
     columns = [own(frames, "attention", whole.index, "kept_mean").map("{:.0f}".format)]
     for stage in STEP_STAGES:
         us, size, reached = (
@@ -119,36 +140,46 @@ def stage_table(frames: Frames) -> str:
 def labels_table(frames: Frames) -> str:
     """Double Sparsity: its selector's kernels beside its authors' in PyTorch, and the whole step
     beside Quest's."""
+    keys = ["workload", "method", "provider"]
+    whole = standard_rows(frames, "pipeline").set_index(keys)["median_us"]
+    alone = {stage: _by_label(frames, stage, keys) for stage in ("label_scores", "top_tokens")}
     lines = []
-    rows = {
-        stage: standard_rows(frames, stage).set_index(["workload", "method", "provider"])
-        for stage in ("label_scores", "top_tokens", "pipeline")
-    }
-    scores, tokens, steps_of = rows.values()
-    for workload, method, provider in scores.index:
-        if provider == "doublesparse":
+    for workload, method, provider in whole.index:
+        name = method.removesuffix("+twilight")
+        if name not in LABELS or method == name:
             continue
-        cells = [f"{workload} | {LABELS[method.removesuffix('+twilight')]}"]
-        for own_rows in (scores, tokens):
-            ours = own_rows.loc[workload, method, provider]
-            theirs = own_rows["median_us"].get((workload, method, "doublesparse"))
-            beside = "-" if theirs is None else f"{theirs:,.1f}"
-            cells.append(f"{ours.median_us:,.1f}, {100 * ours.reached:.0f} % | {beside}")
-        for name in (method.removesuffix("+twilight"), method, OURS):
-            cells.append(f"{steps_of.loc[(workload, name, provider), 'median_us']:,.1f}")
+        cells = [f"{workload} | {LABELS[name]}"]
+        for us, reached in alone.values():
+            own_us = us.get((workload, method, provider))
+            theirs = us.get((workload, method, "doublesparse"))
+            share = reached.get((workload, method, provider))
+            cells.append("-" if own_us is None else f"{own_us:,.1f}, {100 * share:.0f} %")
+            cells.append("-" if theirs is None else f"{theirs:,.1f}")
+        cells += [f"{whole[workload, each, provider]:,.1f}" for each in (name, method, OURS)]
         lines.append(" | ".join(cells))
+    if not lines:
+        raise MissingData("pipeline.csv: no row with a method of Double Sparsity")
     header = (
         "workload | labels | label scores, us and byte floor reached | authors' gather and matmul "
         "| top tokens, us and byte floor reached | torch.topk | Double Sparsity alone "
         "| + Twilight | Quest + Twilight"
     )
-    first = scores.iloc[0]
+    first = standard_rows(frames, "pipeline").iloc[0]
     caption = (
         f"Microseconds on {first.gpu.upper()}, {first['dtype']}, {first.token_budget:,} candidates "
         "of a KV head for all of its query heads, p as above; the authors choose them for each "
         "query head, by channels of keys in 16 bits."
     )
     return _table(header, lines, caption)
+
+
+def _by_label(frames: Frames, stage: str, keys: list[str]) -> tuple[pd.Series, pd.Series]:
+    """Times of a stage, and the shares of its byte floor; none where it is not measured."""
+    try:
+        rows = standard_rows(frames, stage).set_index(keys)
+    except MissingData:
+        rows = pd.DataFrame(columns=["median_us", "reached"])
+    return rows["median_us"], rows["reached"]
 
 
 def fp8_table(frames: Frames) -> str:
@@ -259,6 +290,7 @@ TABLES: dict[str, Callable[[Frames], str]] = {
     "speed": speed_table,
     "top_p": top_p_table,
     "length": length_table,
+    "batch": batch_table,
     "stage": stage_table,
     "labels": labels_table,
     "fp8": fp8_table,

@@ -141,6 +141,15 @@ def test_of_several_the_nearest_is_taken() -> None:
     assert choose("pruner", HOME, configs_of("pruner", entries)).bucket == at[1]
 
 
+def test_a_bucket_that_kept_its_default_says_nothing_of_its_neighbours() -> None:
+    entry = entry_of("pruner", FASTER)
+    kept = configs_of("pruner", {HOME: dataclasses.replace(entry, time_us=entry.default_us)})
+    assert choose("pruner", HOME, kept).config == PrunerConfig(True, 2)
+    near = choose("pruner", dataclasses.replace(HOME, rows=HOME.rows // 2), kept)
+    assert (near.config, near.bucket) == (DEFAULT, None)
+    assert near.reason.startswith("default, as nearest")
+
+
 def test_fields_of_the_result_come_from_the_default() -> None:
     configs = configs_of("attention", {HOME: entry_of("attention", {"blocks_per_sm": 6})})
     default = AttentionConfig(split_tokens=64, num_threads=256)

@@ -280,21 +280,21 @@ def every_stage_takes_single_tokens(run: Run) -> None:
     """Candidates that are tokens at random, of every query head or of some, each stage judged as
     the step's own; and that all tokens of the step's pages give its bits, which only kernels must.
     """
-    package, q, cache, windows = run.package, run.tensors.q, run.cache, run.generated.windows
+    package, q, cache, always = run.package, run.tensors.q, run.cache, run.generated.always
     width = 16 * (1 + run.generated.seed % (cache.capacity // 16))
     group_size = q.shape[1] // cache.num_kv_heads if run.generated.seed % 2 else None
     tokens = random_tokens(package, cache, width, run.rng, group_size)
     logits = package.estimate_logits(q, cache, tokens)
     assert_logits_close(logits, q, cache, tokens)
-    kept = package.prune_top_p(logits, cache, tokens, run.top_p, **windows)
-    assert_top_p(logits, cache, tokens, run.top_p, kept, **windows)
+    kept = package.prune_top_p(logits, cache, tokens, run.top_p, **always)
+    assert_top_p(logits, cache, tokens, run.top_p, kept, **always)
     assert_out_close(package.flash_topk_attention(q, cache, kept), q, cache, *kept[:2])
     assert_candidates_attended(package.page_attention(q, cache, tokens), q, cache, tokens)
     if run.device.type != "cuda" or isinstance(run.step.candidates, TOKEN_LISTS):
         return
     tokens = tokens_of_pages(package, cache, run.step.candidates)
     logits = package.estimate_logits(q, cache, tokens)
-    kept = package.prune_top_p(logits, cache, tokens, run.top_p, **windows)
+    kept = package.prune_top_p(logits, cache, tokens, run.top_p, **always)
     listed = listed_columns(logits, cache, tokens)
     assert torch.equal(logits[listed], run.step.logits[listed])
     valid = valid_entries(kept.tokens, kept.counts)
