@@ -104,8 +104,12 @@ def whole_and_alone(
 
 
 def steps(frames: Frames, *prefixes: str) -> pd.DataFrame:
-    """Whole steps of sweeps at the sizes of the first, with the fastest dense decode beside them:
-    its time as dense_us, its name as dense.
+    """Whole steps of sweeps at the sizes of the first that have dense decode beside them."""
+    return beside_dense(frames, all_steps(frames, *prefixes))
+
+
+def all_steps(frames: Frames, *prefixes: str) -> pd.DataFrame:
+    """Whole steps of sweeps at the sizes of the first.
 
     Where a standard workload measured the same, its row stands in for the sweep's: figures and
     tables show one number.
@@ -113,20 +117,24 @@ def steps(frames: Frames, *prefixes: str) -> pd.DataFrame:
     standard, every = standard_rows(frames, "pipeline"), [sweep(frames, "pipeline", prefixes[0])]
     sizes = every[0][SIZES].drop_duplicates()
     every += [sweep(frames, "pipeline", prefix) for prefix in prefixes[1:]]
-    rows = pd.concat([standard, *every]).merge(sizes, on=SIZES)
-    return beside_dense(frames, rows.drop_duplicates(SAME))
+    return pd.concat([standard, *every]).merge(sizes, on=SIZES).drop_duplicates(SAME)
 
 
 def beside_dense(frames: Frames, rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows with the fastest dense decode of their sizes as dense_us and dense: of a standard
-    workload, else of the rows' own, else of any."""
+    """The rows that have dense decode of their sizes, see `with_dense`."""
+    what = "the sizes of workload " + ", ".join(rows["workload"].unique())
+    rows = with_dense(frames, rows)
+    return require(rows[rows["dense_us"].notna()], "dense", what)
+
+
+def with_dense(frames: Frames, rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with the fastest dense decode of their sizes as dense_us and dense, NaN where there
+    is none: of a standard workload, else of the rows' own, else of any."""
     dense = frames["dense"]
     own_dense = dense[dense["workload"].isin(rows["workload"])]
     dense = pd.concat([standard_rows(frames, "dense"), own_dense, dense]).drop_duplicates(SAME)
     best = dense.sort_values("median_us").drop_duplicates(SIZES).set_index(SIZES)
-    rows = rows.join(best[["median_us", "provider"]].set_axis(["dense_us", "dense"], axis=1), SIZES)
-    what = "the sizes of workload " + ", ".join(rows["workload"].unique())
-    return require(rows[rows["dense_us"].notna()], "dense", what)
+    return rows.join(best[["median_us", "provider"]].set_axis(["dense_us", "dense"], axis=1), SIZES)
 
 
 def of_method(rows: pd.DataFrame, method: str, by: str) -> pd.DataFrame:

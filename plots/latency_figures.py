@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .frames import OURS, Frames, of_method, require, steps, sweep
+from .frames import OURS, Frames, all_steps, of_method, require, steps, sweep, with_dense
 from .parts import (
     BAND,
     MEDIAN,
@@ -109,13 +109,14 @@ def pipeline_length(frames: Frames) -> Figure:
 def pipeline_batch(frames: Frames) -> Figure:
     """One decode step against the number of requests, beside the fastest dense decode and the byte
     floor. The numbers say how many times faster than dense."""
-    rows = steps(frames, "batch-")
+    rows = with_dense(frames, all_steps(frames, "batch-"))
     twilight = of_method(rows, "quest+twilight", "batch_size")
     figure, (axes,) = panels(1, 1, (9, 5.2))
     log_axes(axes, sorted(twilight["batch_size"]))
     axes.set(xlabel="requests", ylabel="time of one step")
-    names = " or ".join(PROVIDERS[name] for name in sorted(twilight["dense"].unique()))
-    line(axes, twilight, "batch_size", "baseline", f"dense, {names}", "dense_us")
+    dense = twilight.dropna(subset="dense_us")
+    names = " or ".join(PROVIDERS[name] for name in sorted(dense["dense"].unique()))
+    line(axes, dense, "batch_size", "baseline", f"dense, {names}", "dense_us")
     _step_lines(axes, rows, "batch_size", tuple(METHODS))
     fixed = ["seq_len", *STEP_FIXED, "token_budget", "top_p"]
     title(figure, "One decode step by number of requests", twilight, fixed, BAND)
@@ -191,14 +192,14 @@ def _by_length(frames: Frames, prefix: str, what: str) -> Figure:
 
 def _step_lines(axes: Axes, rows: pd.DataFrame, x: str, methods: tuple[str, ...]) -> None:
     """A line per method, ours last, with the floor and the speedups of Quest + Twilight. Those by
-    labels are drawn where they are measured."""
+    labels are drawn where there is a line of them."""
     twilight = of_method(rows, "quest+twilight", x)
     line(axes, twilight, x, "floor", f"floor of {METHODS['quest+twilight']}", "floor_us")
-    measured = set(rows["method"])
-    methods = tuple(each for each in methods if each in measured or each not in BY_LABELS)
+    measured = rows["method"].value_counts()
+    methods = tuple(each for each in methods if measured.get(each, 0) > 1 or each not in BY_LABELS)
     for method in methods:
         line(axes, of_method(rows, method, x), x, method, METHODS[method])
-    for _, row in twilight.iterrows():
+    for _, row in twilight.dropna(subset="dense_us").iterrows():
         others = rows[(rows[x] == row[x]) & rows["method"].isin(methods)]["median_us"]
         others = np.array([*others, row["floor_us"], row["dense_us"]]) / row["median_us"]
         room = others[others > 1.15].min(initial=np.inf) * others[others < 0.87].max(initial=0)

@@ -93,7 +93,8 @@ def test_every_figure_of_a_step_says_at_which_p_and_error(rows: list[AnyRow]) ->
     for name in ("pipeline_length", "pipeline_budget", "pipeline_share", "pipeline_paper"):
         assert any("p = 0.85" in text for text in words(name, MEASURED)), name
     assert {"0.85", "0.95", "output error"} <= set(words("pipeline_error", MEASURED))
-    assert tables.speed_table(MEASURED).count("**0.") == 5  # an error for each workload
+    _, _, *lines = tables.speed_table(MEASURED).split("\n\n")[0].splitlines()
+    assert len(lines) >= 5 and all("**0." in line for line in lines)  # an error for each workload
 
 
 def test_double_sparsity_stands_beside_quest(rows: list[AnyRow], tmp_path: Path) -> None:
@@ -202,14 +203,16 @@ def test_missing_data_is_an_error_that_names_the_file(
     assert "pipeline_share" not in (tmp_path / "figures" / "h200" / "index.md").read_text()
 
 
-def test_steps_without_dense_decode_of_their_size_are_an_error(
+def test_steps_without_dense_decode_of_their_size_are_left_out(
     rows: list[AnyRow], tmp_path: Path
 ) -> None:
-    frames = frames_of(
-        [r for r in rows if r.workload != "length-b8" or r.stage != "dense"], tmp_path
-    )
-    with pytest.raises(MissingData, match=r"dense\.csv: no row with the sizes of .*length-b8"):
-        FIGURES["pipeline_length"](frames)
+    kept = [r for r in rows if r.batch_size != 8 or getattr(r, "stage", "") != "dense"]
+    drawn = words("pipeline_length", frames_of(kept, tmp_path / "some"))
+    assert "batch 8" not in drawn and "batch 64" in drawn
+    kept = [r for r in rows if r.batch_size != 64 or getattr(r, "stage", "") != "dense"]
+    frames = frames_of(kept, tmp_path / "none")
+    with pytest.raises(MissingData, match=r"dense\.csv: no row with the sizes of .*top_p-"):
+        FIGURES["pipeline_error"](frames)
 
 
 def test_figures_and_tables_of_a_full_run_wait_for_one(
