@@ -13,7 +13,17 @@ from pathlib import Path
 
 from .configurations import DENSE, Configuration, dense_first, make_configuration
 from .origin import ROOT
-from .small import DEFAULT, KINDS, MODEL, NOTHING, Plan, default_text, fetched_model, run_back_end
+from .small import (
+    DEFAULT,
+    KINDS,
+    MODEL,
+    NOTHING,
+    Plan,
+    default_text,
+    fetched_model,
+    parser_of,
+    run_back_end,
+)
 
 TOP_P, BUDGET = 0.85, 2048
 QUEST = {"type": "quest", "chunk_size": 16, "token_budget": BUDGET}
@@ -38,20 +48,13 @@ def configurations() -> list[Configuration]:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs what is asked for; prints the rows, and what there was no time for."""
-    parser = argparse.ArgumentParser(
-        prog="python -m twilight_tilelang.evaluation.defaults",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("defaults", str(__doc__))
     add = parser.add_argument
-    add("--model", type=Path, help="folder of another model; nothing is fetched then")
-    add("--text", type=Path, help="text file; by default Python's language reference")
     add("--output", type=Path, default=ROOT / "evaluation-results" / "defaults")
     add("--lengths", type=int, nargs="+", default=[8192])
     add("--stretches", type=int, default=4, help="of the text")
     add("--decoded", type=int, default=32, help="tokens of a stretch")
     add("--passkeys", type=int, default=4)
-    add("--minutes", type=float, help="no configuration begins after these")
     arguments = parser.parse_args(argv)
     arguments.start = time.monotonic()
     plan = Plan(

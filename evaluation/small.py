@@ -190,20 +190,27 @@ def run_back_end(
     return late
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the plan that this machine is for; prints the rows, and what was left out."""
+def parser_of(command: str, description: str) -> argparse.ArgumentParser:
+    """What every command of the small model understands."""
     parser = argparse.ArgumentParser(
-        prog="python -m twilight_tilelang.evaluation.small",
-        description=__doc__,
+        prog=f"python -m twilight_tilelang.evaluation.{command}",
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--model", type=Path, help="folder of another model; nothing is fetched then")
-    add("--text", type=Path, help="text file for the perplexity")
+    add("--text", type=Path, help="text file; by default Python's language reference")
+    add("--minutes", type=float, help="no configuration begins after these")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the plan that this machine is for; prints the rows, and what was left out."""
+    parser = parser_of("small", str(__doc__))
+    add = parser.add_argument
     add("--channels", type=Path, help="channel file of the model, for Double Sparsity")
     add("--output", type=Path, default=ROOT / "evaluation-results")
     add("--rows", type=Path, default=ROOT / "profiling" / "results", help="where rows join")
-    add("--minutes", type=float, help="no configuration begins after these")
     arguments = parser.parse_args(argv)
     arguments.start = time.monotonic()
     on_gpu = torch.cuda.is_available()
