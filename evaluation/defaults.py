@@ -7,7 +7,6 @@ Full + Twilight with more and more that is kept at any p, in PyTorch. Prints the
 was cut off goes on.
 """
 
-import argparse
 import time
 from pathlib import Path
 
