@@ -17,6 +17,13 @@ class CompileError(Exception):
     """A kernel does not compile, with what the compiler says."""
 
 
+class Lowered(NamedTuple):
+    """A kernel in CUDA."""
+
+    source: str
+    dynamic_memory: int  # bytes of a block's shared memory that the launch asks for
+
+
 class Compiled(NamedTuple):
     """A kernel for one GPU generation."""
 
@@ -34,20 +41,22 @@ class Compiled(NamedTuple):
         return None
 
 
-def lower(launch: Launch, arch: str):
+def lower(launch: Launch, arch: str) -> Lowered:
     """A kernel lowered to CUDA."""
     target = tvm.target.Target({"kind": "cuda", "arch": arch})
     configs = {key.value: value for key, value in launch.factory.pass_configs.items()}
     with tvm.transform.PassContext(opt_level=3, config=configs), target:
-        return tilelang.lower(launch.factory.get_tir(*launch.arguments), target=target)
+        artifact = tilelang.lower(launch.factory.get_tir(*launch.arguments), target=target)
+    sizes = [f.attrs.get("dyn_shared_memory_buf") for f in artifact.device_mod.functions.values()]
+    return Lowered(artifact.kernel_source, sum(int(size) for size in sizes if size is not None))
 
 
 def compile_for(launch: Launch, arch: str, folder: Path) -> Compiled:
     """Compile one kernel into `folder`; CompileError where nvcc fails."""
-    artifact = lower(launch, arch)
+    lowered = lower(launch, arch)
     source = folder / f"{launch.name}.cu"
-    source.write_text(artifact.kernel_source)
-    return read(artifact, nvcc(source, arch, is_fast(launch)))
+    source.write_text(lowered.source)
+    return read(lowered, nvcc(source, arch, is_fast(launch)))
 
 
 def is_fast(launch: Launch) -> bool:
@@ -67,10 +76,9 @@ def nvcc(source: Path, arch: str, fast_math: bool) -> str:
     return report
 
 
-def read(artifact, report: str) -> Compiled:
+def read(lowered: Lowered, report: str) -> Compiled:
     """A lowered kernel and what ptxas reports of it."""
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", report)
-    dynamic = [f.attrs.get("dyn_shared_memory_buf") for f in artifact.device_mod.functions.values()]
     static = re.findall(r"(\d+) bytes smem", report)
-    shared_memory = sum(int(size) for size in dynamic if size is not None) + sum(map(int, static))
-    return Compiled(artifact.kernel_source, report, sum(map(int, spills)), shared_memory)
+    shared_memory = lowered.dynamic_memory + sum(map(int, static))
+    return Compiled(lowered.source, report, sum(map(int, spills)), shared_memory)

@@ -3,6 +3,7 @@
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,6 +42,15 @@ def rng(request: pytest.FixtureRequest, device: torch.device) -> torch.Generator
     """A generator on the device, seeded by the test's name: the same in every run and worker."""
     seed = zlib.crc32(request.node.name.encode())
     return torch.Generator(device=device).manual_seed(seed)
+
+
+@pytest.fixture(scope="session")
+def kernel_folder(request: pytest.FixtureRequest, tmp_path_factory) -> Path:
+    """Where tests leave the kernels that they have lowered, for all workers of this run."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if hasattr(request.config, "workerinput") else own) / "kernels"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(autouse=True)

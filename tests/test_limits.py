@@ -90,7 +90,7 @@ def test_the_widest_row_fits_a_block_and_twice_as_many_do_not(spec):
     items = 2**20
     shape = StepShape(4, 128, 16, "float16", 8, items, items, 8)
     (launch,) = Planner(ARCHS["sm_80"]).plan(spec, shape).launches
-    source = lower(launch, "sm_80").kernel_source
+    source = lower(launch, "sm_80").source
     others = sum(
         int(count) * {"int": 4, "float": 4, "ushort": 2}[kind]
         for kind, count in re.findall(r"__shared__ __align__\(\d+\) (\w+) \w+\[(\d+)\]", source)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import twilight_tilelang as kernels
-from tests.doubles import fake_gpu
+from tests.doubles import fake_gpu, quick_processes
 from twilight_tilelang.autotune import precompile
 from twilight_tilelang.autotune.precompile import compile_all, jobs_of
 from twilight_tilelang.kernels import tuned
@@ -67,7 +67,8 @@ def test_every_launch_was_compiled_ahead(name, monkeypatch):
     assert launched.keys() <= jobs, launched.keys() - jobs
 
 
-def test_a_kernel_that_does_not_compile_is_named():
+def test_a_kernel_that_does_not_compile_is_named(monkeypatch):
+    quick_processes.install(monkeypatch)
     module = "twilight_tilelang.kernels.selector"
     jobs = [(module, "all_pages_kernel", ("sixteen", 1)), ("os", "_exit", (13,))]
     wrong, dead = compile_all(jobs)

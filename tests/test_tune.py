@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.checks.buckets import broken_limit, shape_of
+from tests.doubles import quick_processes
 from tests.doubles.fake_bench import (
     FakeBench,
     bench_of_workload,
@@ -39,6 +40,11 @@ from twilight_tilelang.profiling.timing import Timing
 from twilight_tilelang.profiling.workloads.sweeps import FP8_WORKLOADS
 from twilight_tilelang.profiling.workloads.workload import Workload
 from twilight_tilelang.reference.inputs import DecodeShape
+
+
+@pytest.fixture(autouse=True)
+def processes(monkeypatch) -> None:
+    quick_processes.install(monkeypatch)
 
 
 @pytest.fixture

@@ -18,8 +18,9 @@ def compiler() -> None:
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("emulated")
+def folder(kernel_folder: Path) -> Path:
+    """Where kernels are built."""
+    return kernel_folder
 
 
 @pytest.fixture(params=SHAPES)

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
-from twilight_tilelang.autotune.compiled import lower
+from tests.inputs.lowered import lowered, written_whole
 from twilight_tilelang.kernels.launch import Launch
 
 HEADER = Path(__file__).parent / "cuda_on_cpu.h"
+COMPILE = ["g++", "-O1", "-std=c++20", "-fPIC", "-fno-strict-aliasing", "-w", "-U_FORTIFY_SOURCE"]
 _built: dict[tuple, Callable[..., None]] = {}
 
 
@@ -28,7 +29,7 @@ def emulated(factory, arguments: tuple, folder: Path) -> Callable[..., None]:
 
 
 def _build(factory, arguments: tuple, folder: Path) -> Callable[..., None]:
-    source = lower(Launch("", factory, arguments), "sm_80").kernel_source
+    source = lowered(Launch("", factory, arguments), "sm_80", folder).source
     name, parameters = re.search(r'extern "C" __global__ void (\w+)\((.*?)\);', source).groups()
     parameters = [parameter.replace("__restrict__", "") for parameter in parameters.split(",")]
     names = [parameter.split()[-1].lstrip("*") for parameter in parameters]
@@ -43,15 +44,7 @@ def _build(factory, arguments: tuple, folder: Path) -> Callable[..., None]:
         f'extern "C" bool launch(int x, int y, int z, int threads, {", ".join(parameters)}) {{\n'
         f"  return run_grid(x, y, z, threads, [=] {{ {name}({', '.join(names)}); }});\n}}\n"
     )
-    text = f'#include "{HEADER}"\n{body}\n{launch}'
-    path = folder / f"{name}_{hashlib.sha1(text.encode()).hexdigest()[:12]}.cpp"
-    library = path.with_suffix(".so")
-    path.write_text(text)
-    flags = ["-O1", "-std=c++20", "-shared", "-fPIC", "-fno-strict-aliasing"]
-    subprocess.run(
-        ["g++", *flags, "-w", "-U_FORTIFY_SOURCE", str(path), "-o", str(library)], check=True
-    )
-    function = ctypes.CDLL(str(library)).launch
+    function = ctypes.CDLL(str(_library(name, f"{body}\n{launch}", folder))).launch
     function.restype = ctypes.c_bool
 
     def run(grid: tuple[int, ...], num_threads: int, **values) -> None:
@@ -69,6 +62,21 @@ def _build(factory, arguments: tuple, folder: Path) -> Callable[..., None]:
         assert ended, f"the threads of {name} wait for each other"
 
     return run
+
+
+def _library(name: str, code: str, folder: Path) -> Path:
+    """The code compiled, where no test has compiled the same before."""
+    header = folder / f"{HEADER.name}.gch"
+    if not header.exists():
+        with written_whole(header) as part:
+            subprocess.run([*COMPILE, "-x", "c++-header", HEADER, "-o", part], check=True)
+    library = folder / f"{name}_{hashlib.sha1(code.encode()).hexdigest()}.so"
+    if not library.exists():
+        with written_whole(library) as part:
+            source = part.with_suffix(".cpp")
+            source.write_text(f'#include "{HEADER.name}"\n{code}')
+            subprocess.run([*COMPILE, "-shared", "-I", folder, source, "-o", part], check=True)
+    return library
 
 
 def strides_of(values: dict) -> dict[str, int]:

@@ -37,6 +37,7 @@ SHAPES = {
     "gqa16": DecodeShape(1, 16, 1, 64, 16, (90,), torch.float16),
     "gqa4-padded": DecodeShape(3, 8, 2, 128, 16, (0, 300, 0), torch.float16),
 }
+WIDTH_BOUND = 1024  # of most rows of tokens, so that they share kernels
 MEMORY = GuardedMemory()
 
 
@@ -95,16 +96,17 @@ def estimate_emulated(q, cache, candidates, config, folder) -> torch.Tensor:
     return logits.flatten(1, 2).flatten(2)
 
 
-def prune_emulated(
-    logits, cache, candidates, top_p, always, config, folder, width_bound: int | None = None
-):
-    """The kernel's (kept_tokens, kept_counts, kept_mass), its list of items checked. Where rows of
-    several widths are to share a kernel, it has a bound of all."""
+def width_bound(width: int) -> int:
+    """The static width of the kernels of a row."""
+    return static_width(max(width, WIDTH_BOUND))
+
+
+def prune_emulated(logits, cache, candidates, top_p, always, config, folder):
+    """The kernel's (kept_tokens, kept_counts, kept_mass), its list of items checked."""
     group_size, width = logits.shape[1] // cache.num_kv_heads, logits.shape[2]
     written = what_pruners_write(cache, group_size, width)
     dtype = str(logits.dtype).removeprefix("torch.")
-    bound = width_bound or static_width(width)
-    statics = (group_size, cache.page_size, bound, dtype, 128, config)
+    statics = (group_size, cache.page_size, width_bound(width), dtype, 128, config)
     union = HeadUnion.allocate(cache, width)
     windows = NOTHING_ALWAYS | always
     statics += (kind_of(candidates), windows.pop("min_kept_tokens"))
@@ -155,7 +157,7 @@ def fuse_emulated(q, cache, candidates, top_p, always, config, folder):
     q, smooth = grouped(q, cache), cache.k_factor is not None
     width = candidates[0].shape[2] * entry_tokens(kind_of(candidates), cache.page_size)
     written = what_pruners_write(cache, q.shape[2], width)
-    statics = (q.shape[2], cache.head_dim, cache.page_size, "float16", static_width(width), 128)
+    statics = (q.shape[2], cache.head_dim, cache.page_size, "float16", width_bound(width), 128)
     windows = NOTHING_ALWAYS | always
     statics += (config, smooth, kind_of(candidates), windows.pop("min_kept_tokens"))
     emulated(estimate_prune_kernel, statics, folder)(

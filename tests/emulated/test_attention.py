@@ -14,12 +14,18 @@ from twilight_tilelang import reference
 from twilight_tilelang.kernels.split_kv import AttentionConfig, merge_kernel
 
 
+def forms_of(name: str) -> list[str]:
+    """Of attention; tiles are cut up short for one kind of heads."""
+    forms = forms_for(SHAPES[name].num_qo_heads // SHAPES[name].num_kv_heads)
+    return [form for form in forms if form != "tiles-short" or name.startswith("gqa4")]
+
+
 @pytest.mark.parametrize(
     "inputs, form, source",
     [
         pytest.param(name, form, source, marks=pytest.mark.xdist_group(f"emulated {form} {source}"))
-        for name, shape in SHAPES.items()
-        for form in forms_for(shape.num_qo_heads // shape.num_kv_heads)
+        for name in SHAPES
+        for form in forms_of(name)
         for source in ("tokens", "head_tokens", "pages", "all")
     ],
     indirect=["inputs"],

@@ -21,7 +21,7 @@ TWO_AT_ONCE, WIDE_STEPS = (
 FUSED = {  # seq_lens, (query heads, KV heads), head_dim, page_size, pages, top_p, always, config
     "part-filled": ((77, 700), (8, 2), 128, 16, 30, 0.85, (0, 0), WIDE_STEPS),
     "short-of-budget": ((77, 1, 20), (8, 2), 128, 16, 30, 0.9, (0, 0), EstimatePruneConfig()),
-    "mha-p64": ((200, 130), (2, 2), 64, 64, 3, 0.85, (0, 0), EstimatePruneConfig(blocks_per_sm=4)),
+    "mha-p64": ((200, 130), (2, 2), 64, 64, 3, 0.85, (0, 0), EstimatePruneConfig()),
     "gqa3-d256": ((150, 300), (6, 2), 256, 16, 9, 0.7, (5, 33), EstimatePruneConfig()),
     "gqa9-d64": ((90,), (9, 1), 64, 16, 6, 0.5, (0, 0), EstimatePruneConfig()),
     "everything": ((333,), (4, 1), 128, 16, 21, 1.0, (0, 0), EstimatePruneConfig()),
@@ -29,16 +29,7 @@ FUSED = {  # seq_lens, (query heads, KV heads), head_dim, page_size, pages, top_
     "two-at-once": ((77, 700), (8, 2), 128, 16, 30, 0.85, (0, 0, 20), TWO_AT_ONCE),
     "padded": ((0, 77, 0), (8, 2), 128, 16, 30, 0.9, (4, 20), EstimatePruneConfig()),
     "two-of-three": ((333,), (3, 1), 64, 16, 21, 0.9, (4, 20, 32), TWO_AT_ONCE),
-    "several-steps": (
-        (2100,),
-        (4, 1),
-        64,
-        16,
-        132,
-        0.95,
-        (4, 20),
-        EstimatePruneConfig(blocks_per_sm=4),
-    ),
+    "several-steps": ((2100,), (4, 1), 64, 16, 132, 0.95, (4, 20), EstimatePruneConfig()),
 }
 HAZARDS = ("nan-in-q", "without-token-0", "no-candidates")
 CASES = [

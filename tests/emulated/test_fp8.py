@@ -43,8 +43,10 @@ def scales(num_kv_heads: int) -> kernels.Fp8:
 
 
 @pytest.mark.parametrize("kv_dtype", FP8_DTYPES, ids=str)
-@pytest.mark.parametrize("form", ["codes", "codes-short"])
-@pytest.mark.parametrize("name", ATTENDED)
+@pytest.mark.parametrize(
+    "name, form",
+    [*((name, "codes") for name in ATTENDED), ("gqa4", "codes-short"), ("mha", "codes-short")],
+)
 def test_attention_reads_fp8(name, form, kv_dtype, folder):
     """At any strides and by any number of blocks to the same bits; within twice the error of an
     oracle in float64."""

@@ -1,12 +1,10 @@
 """Page scores are Quest's bounds, and the pages taken are the best."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from tests.emulated.emulate import emulated
-from tests.emulated.launches import blank, grouped, sizes
+from tests.emulated.launches import blank, grouped, on_one_worker, sizes
 from tests.inputs.layouts import in_projection
 from twilight_tilelang import reference
 from twilight_tilelang.kernels.page_scores import PageScoreConfig, page_score_kernel
@@ -67,30 +65,22 @@ SCORES = {  # scores [1, heads, pages], pages that fit, sink tokens, recent toke
 }
 
 
-def width_of(num_pages: int) -> int:
-    """Of a row's kernel: two of them take every row."""
-    return 128 if num_pages <= 128 else 2048
+MAX_PAGES = 2048  # of every row
+FORMS = {  # scores in registers, and of a row too long for that read again by every pass
+    "registers": TopPagesConfig(pages_per_thread=8),
+    "wide": TopPagesConfig(pages_per_thread=1),
+}
 
 
-def rows_of_scores() -> Iterator:
-    """Each row of scores in registers, and one too long for that read again by every pass."""
-    for name, (scores, *_) in SCORES.items():
-        bound = width_of(scores.shape[-1])
-        for form in (
-            ("registers", "wide") if bound > TopPagesConfig().num_threads else ("registers",)
-        ):
-            kernel = pytest.mark.xdist_group(f"emulated top pages {bound} {form}")
-            yield pytest.param(name, form, marks=kernel)
-
-
-@pytest.mark.parametrize("name, form", list(rows_of_scores()))
+@pytest.mark.parametrize("form", on_one_worker(FORMS))
+@pytest.mark.parametrize("name", SCORES)
 def test_top_pages_are_the_best(name, form, folder):
     scores, width, num_sink_tokens, num_recent_tokens = SCORES[name]
     _, num_kv_heads, num_pages = scores.shape
-    config = TopPagesConfig(pages_per_thread=8 if form == "registers" else 1)
+    config = FORMS[form]
     pages = blank(1, num_kv_heads, width, dtype=torch.int32)
     counts = blank(1, num_kv_heads, dtype=torch.int32)
-    emulated(top_pages_kernel, (16, width_of(num_pages), config), folder)(
+    emulated(top_pages_kernel, (16, MAX_PAGES, config), folder)(
         (num_kv_heads, 1), config.num_threads, scores=scores,
         seq_lens=torch.tensor([num_pages * 16], dtype=torch.int32),
         num_sink_tokens=num_sink_tokens, num_recent_tokens=num_recent_tokens,
@@ -107,14 +97,14 @@ def test_top_pages_are_the_best(name, form, folder):
     assert torch.equal(pages[0, :, :count].long(), best)
 
 
-@pytest.mark.xdist_group("emulated top pages 128 registers")
+@pytest.mark.xdist_group("emulated registers")
 def test_a_row_without_a_request_has_no_candidates(folder):
     """Nor does it read scores, which nobody wrote; windows find nothing there."""
-    config = TopPagesConfig(pages_per_thread=8)
+    config = FORMS["registers"]
     pages, counts = blank(2, 1, 4, dtype=torch.int32), blank(2, 1, dtype=torch.int32)
     scores = blank(2, 1, 40)
     scores[1] = torch.arange(40)
-    emulated(top_pages_kernel, (16, width_of(40), config), folder)(
+    emulated(top_pages_kernel, (16, MAX_PAGES, config), folder)(
         (1, 2), config.num_threads, scores=scores,
         seq_lens=torch.tensor([0, 640], dtype=torch.int32),
         num_sink_tokens=16, num_recent_tokens=16,

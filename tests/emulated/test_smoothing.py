@@ -106,7 +106,7 @@ def test_massive_channels_keep_their_mass_and_the_bound_says_so(massive, selecto
         logits[valid].double(), expected[valid], rtol=2**-11 + 1e-5, atol=1e-4
     )
     apart = PrunerConfig(heads_apart=q.shape[1] > cache.num_kv_heads)
-    tokens, counts, _ = prune_emulated(logits, cache, candidates, top_p, {}, apart, folder, 512)
+    tokens, counts, _ = prune_emulated(logits, cache, candidates, top_p, {}, apart, folder)
     kept = tokens, counts
     alive = cache.seq_lens > 0
     captured = captured_mass(q, cache, candidates, kept)

@@ -27,15 +27,18 @@ MANY = EstimatorConfig(num_warps=2, tiles_per_warp=2, steps=3)
 WINDOWS = {"num_sink_tokens": 4, "num_recent_tokens": 20}
 
 
-class Problem:
-    """A step's inputs, and a list of tokens for every row."""
+OWN = [f"own-{name}" for name in ("gqa4", "gqa3-d256", "gqa16", "gqa4-padded")]
 
-    def __init__(self, name: str, rng: torch.Generator, by_head: bool = False) -> None:
-        inputs = random_inputs(SHAPES[name], seed=0, spare_tokens=3)
+
+class Problem:
+    """A step's inputs, and a list of tokens for every row: of its own for each head in OWN."""
+
+    def __init__(self, name: str, rng: torch.Generator) -> None:
+        inputs = random_inputs(SHAPES[name.removeprefix("own-")], seed=0, spare_tokens=3)
         lose_idle_pages(inputs)
         self.q, self.cache = inputs.q, reference.PagedKVCache.wrap(*inputs.paged())
         poison_unused(self.cache)
-        group_size = self.q.shape[1] // self.cache.num_kv_heads if by_head else None
+        group_size = self.q.shape[1] // self.cache.num_kv_heads if name in OWN else None
         self.candidates = random_tokens(reference, self.cache, 96, rng, group_size)
 
     def estimate(self, config: EstimatorConfig, folder) -> torch.Tensor:
@@ -50,19 +53,14 @@ class Problem:
         return fuse_emulated(self.q, self.cache, self.candidates, top_p, windows, config, folder)
 
 
-PROBLEMS = {name: (name, False) for name in SHAPES}
-PROBLEMS |= {f"own-{name}": (name, True) for name in ("gqa4", "gqa3-d256", "gqa16", "gqa4-padded")}
-
-
-@pytest.fixture(params=on_one_worker(PROBLEMS))
+@pytest.fixture(params=on_one_worker([*SHAPES, *OWN]))
 def problem(request, rng) -> Problem:
-    return Problem(PROBLEMS[request.param][0], rng, by_head=PROBLEMS[request.param][1])
+    return Problem(request.param, rng)
 
 
-@pytest.mark.parametrize("config", [FEW, MANY], ids=["few", "many"])
-def test_estimated_logits_match_reference(config, problem, folder):
+def test_estimated_logits_match_reference(problem, folder):
     """Whole tiles are written, and nothing behind them."""
-    logits = problem.estimate(config, folder)
+    logits = problem.estimate(FEW, folder)
     assert_logits_close(logits, problem.q, problem.cache, problem.candidates)
     listed = listed_columns(logits, problem.cache, problem.candidates)
     assert logits[~listed].isnan().all()
@@ -81,9 +79,22 @@ def test_both_forms_keep_the_sets_of_the_reference(top_p, problem, folder):
     listed = torch.arange(result[0].shape[-1]) < expected.counts[..., None]
     assert torch.equal(result[0][listed], expected.tokens[listed])
     assert all(map(torch.equal, problem.fuse(top_p, folder, **WINDOWS), result))
-    if logits.shape[1] > problem.cache.num_kv_heads:
-        apart = problem.prune(logits, top_p, folder, apart=True, **WINDOWS)
-        assert all(map(torch.equal, apart, result))
+
+
+@pytest.mark.parametrize("top_p", [0.85, 1.0])
+@pytest.mark.parametrize(
+    "name", on_one_worker(["gqa4", "own-gqa4", "own-gqa16", "own-gqa4-padded"])
+)
+def test_launches_do_not_change_a_bit(name, top_p, rng, folder):
+    """More tiles for a warp of the estimator, a block of the pruner for each query head."""
+    problem = Problem(name, rng)
+    logits = problem.estimate(FEW, folder)
+    many = problem.estimate(MANY, folder)
+    assert torch.equal(many.view(torch.int16), logits.view(torch.int16))
+    result, apart = (
+        problem.prune(logits, top_p, folder, each, **WINDOWS) for each in (False, True)
+    )
+    assert all(map(torch.equal, apart, result))
 
 
 @pytest.mark.parametrize("name", on_one_worker(["gqa4", "mha-d64-p64"]))
@@ -125,7 +136,7 @@ def test_the_bound_matches_reference(problem, folder):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_a_head_without_a_softmax_keeps_what_is_its_own(dtype, top_p, rng, folder):
     """The others of its group are as they were, and sinks are kept where they are a head's own."""
-    problem = Problem("gqa4", rng, by_head=True)
+    problem = Problem("own-gqa4", rng)
     logits = problem.estimate(FEW, folder).to(dtype)
     for spoiled in (NAN, torch.inf):
         odd = logits.clone()

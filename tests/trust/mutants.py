@@ -61,10 +61,10 @@ def of_tokens(words: str) -> tuple[str, ...]:
 
 
 TOKENS = ("tests/test_token_candidates.py",)
-TOKENS_ESTIMATED = of_tokens("estimated_logits and gqa4 and few and not own and not padded")
+TOKENS_ESTIMATED = of_tokens("estimated_logits and gqa4 and not own and not padded")
 TOKENS_PRUNED = of_tokens("both_forms and gqa4 and not own and not padded")
 TOKENS_BOUNDED = of_tokens("bound_matches and gqa4 and not own and not padded")
-OWN_ESTIMATED = of_tokens("estimated_logits and own-gqa4 and few and not padded")
+OWN_ESTIMATED = of_tokens("estimated_logits and own-gqa4 and not padded")
 OWN_PRUNED = of_tokens("both_forms and own-gqa4 and not padded")
 OWN_UNKNOWN = of_tokens("a_head_without")
 OWN_BOUNDED = of_tokens("bound_matches and own-gqa4 and not padded")
