@@ -1,9 +1,10 @@
 """Sign codes of keys: one bit a channel, one factor a token, one mean of every 128 tokens.
 
-This is RaBitQ (arXiv 2405.12497) on the keys of a cache, as RaBitQCache (arXiv 2606.31519) has it:
-a vector less its centroid is rotated, and of the residual remain its signs, the quantization code,
-and one number, the rescaling factor. Here, with x[t] the key of token t, less k_offset and over
-k_factor as the mirror's, after `rotate`, and every operation rounded once to float32:
+This is RaBitQ (arXiv 2405.12497) on the keys of a cache: a vector less its centroid is rotated, and
+of the residual remain its signs, the quantization code, and one number, the rescaling factor.
+RaBitQCache (arXiv 2606.31519) did so, with one centroid for a whole request. Here, with x[t] the
+key of token t, less k_offset and over k_factor as the mirror's, after `rotate`, and every operation
+rounded once to float32:
 
     mean[b]   = the mean of x over the 128 tokens of block b, in the 8 bits of `quantize_rows`
     r[t]      = x[t] - mean[t // 128 - 1],      x[t] in the first block
@@ -14,7 +15,7 @@ so that x[t] is about mean + factor * (+-1). The mean is as it is stored: that i
 error. One that is not finite, of a key that is not, counts as 0.
 
 The mean is that of the block before, a whole one, and never of a token's own. So the codes of a
-token follow from the tokens before it: none is written twice as a request grows, they are the same
+token follow from it and those before: none is written twice as a request grows, they are the same
 prefilled, appended or cut back, and requests that share pages share their codes. With its own
 block's mean, by which an append rewrites up to 128 tokens, a selection holds up to a hundredth more
 mass (profiling/NOTES.md, as for what follows).

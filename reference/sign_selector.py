@@ -19,8 +19,8 @@ Two ways to choose, both of single tokens that a group's query heads share, in t
     top-p        every query head's smallest set of largest weights exp(logit) that holds
                  candidate_p of their sum, and its min_candidates heaviest tokens; a KV head lists
                  what any of them has. As heavy tokens are underestimated, it holds more than it
-                 says. Half the variance added to the logit, the mean of exp of a Gaussian, made no
-                 set better (profiling/NOTES.md).
+                 says in the mean. Half the variance added to the logit, the mean of exp of a
+                 Gaussian, made no set better (profiling/NOTES.md).
 
 So the paper's top-p (arXiv 2502.02770) can run twice, over every token by its signs and over what
 is left by 4 bits, with no fixed number of candidates. RaBitQCache (arXiv 2606.31519) runs it over
@@ -173,8 +173,8 @@ def select_top_p_by_signs(
     position = torch.arange(cache.capacity, device=q.device)
     length = cache.seq_lens[:, None, None]
     valid = (position < length).expand_as(logits)
-    weights, known = candidate_weights(logits, valid)
+    weights, _ = candidate_weights(logits, valid)  # all equal, and so all kept, without a softmax
     keep = top_p_threshold(weights, share[..., None]) | heaviest(weights, min_candidates)
     forced = (position < num_sink_tokens) | (position >= length - num_recent_tokens)
-    union = group_union((keep | forced | ~known) & valid, cache.num_kv_heads)
+    union = group_union((keep | forced) & valid, cache.num_kv_heads)
     return list_tokens(union[:, :, None].unbind(), cache, cache.capacity)
