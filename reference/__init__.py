@@ -35,6 +35,8 @@ from .quantize import (
 )
 from .requests import exact_page_bounds
 from .selector import quest_bounds, select_all, select_pages
+from .sign_codes import SignCodes, sign_codes
+from .sign_selector import SignScores, select_by_signs, select_top_p_by_signs, sign_scores
 from .smoothing import KeyChannels, calibrate_keys
 from .twilight_config import TwilightConfig, read_config
 from .validate import validate_cache

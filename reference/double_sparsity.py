@@ -21,6 +21,8 @@ Two ways to treat the query heads of a group, which read the same keys:
                     the other heads of the group.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from .cache import PagedKVCache, pages_of
@@ -107,28 +109,49 @@ def select_tokens(
     )
     sm_scale = resolve_sm_scale(sm_scale, cache.head_dim)
     scores = label_scores(q, cache, quant_query=quant_query, dtype=dtype)
-    rows = (cache.batch_size, cache.num_kv_heads)
-    tokens = torch.full((*rows, width), -1, dtype=torch.int32, device=q.device)
-    counts = torch.zeros(rows, dtype=torch.int32, device=q.device)
-    heads = torch.zeros_like(tokens)
-    positions = torch.arange(cache.capacity, device=q.device)
+    chosen = []
     for batch, length in enumerate(cache.seq_lens.tolist()):
         ranks = scores[batch, :, :length]
         if group == "shared":
             ranks = shared_ranks(ranks, cache.num_kv_heads, sm_scale)
-        position = positions[:length]
-        forced = (position < num_sink_tokens) | (position >= length - num_recent_tokens)
-        chosen = top_tokens(ranks, min(token_budget, length), forced)
-        chosen = chosen.unflatten(0, (cache.num_kv_heads, -1))  # kv head, its lists, token
-        listed = chosen.any(dim=1)
-        bits = torch.arange(chosen.shape[1], device=q.device)[:, None]
-        masks = (chosen.int() << bits).sum(dim=1, dtype=torch.int32)
+        forced = forced_tokens(length, num_sink_tokens, num_recent_tokens, q.device)
+        own = top_tokens(ranks, min(token_budget, length), forced)
+        chosen.append(own.unflatten(0, (cache.num_kv_heads, -1)))
+    return list_tokens(chosen, cache, width)
+
+
+def forced_tokens(
+    length: int, num_sink_tokens: int, num_recent_tokens: int, device: torch.device
+) -> torch.Tensor:
+    """[length] bool: the first and the last tokens of a request, which always are candidates."""
+    position = torch.arange(length, device=device)
+    return (position < num_sink_tokens) | (position >= length - num_recent_tokens)
+
+
+def list_tokens(chosen: Sequence[torch.Tensor], cache: PagedKVCache, width: int) -> CandidateTokens:
+    """The tokens that any set of a KV head chose, in `width` entries a row.
+
+    Args:
+        chosen: of every request [num_kv_heads, sets, n] bool, of its first n tokens.
+
+    Returns:
+        CandidateTokens, bit j of whose heads stands for set j; heads are None where there is one.
+    """
+    device = cache.k_cache.device
+    rows = (cache.batch_size, cache.num_kv_heads)
+    tokens = torch.full((*rows, width), -1, dtype=torch.int32, device=device)
+    counts = torch.zeros(rows, dtype=torch.int32, device=device)
+    heads = torch.zeros_like(tokens)
+    for batch, own in enumerate(chosen):
+        listed = own.any(dim=1)
+        bits = torch.arange(own.shape[1], device=device)[:, None]
+        masks = (own.int() << bits).sum(dim=1, dtype=torch.int32)
         counts[batch] = listed.sum(dim=-1)
         for kv_head, mask in enumerate(listed):
-            token = position[mask]
+            token = mask.nonzero()[:, 0]
             tokens[batch, kv_head, : len(token)] = token.int()
             heads[batch, kv_head, : len(token)] = masks[kv_head, mask]
-    alone = group == "shared" or q.shape[1] == cache.num_kv_heads
+    alone = all(own.shape[1] == 1 for own in chosen)
     return CandidateTokens(tokens, counts, None if alone else heads)
 
 
@@ -192,15 +215,22 @@ def token_selection_width(
 ) -> int:
     """Entries per row of the token list; ValueError where the budget cannot hold what is forced."""
     check_labels(cache, num_qo_heads)
-    check_positive("token_budget", token_budget)
-    check_windows(num_sink_tokens, num_recent_tokens)
+    check_token_budget(cache, token_budget, num_sink_tokens, num_recent_tokens)
     if group not in GROUPS:
         raise ValueError(f"group: expected 'own' or 'shared', got {group!r}")
+    lists = num_qo_heads // cache.num_kv_heads if group == "own" else 1
+    return min(lists * token_budget, cache.capacity)
+
+
+def check_token_budget(
+    cache: PagedKVCache, token_budget: int, num_sink_tokens: int, num_recent_tokens: int
+) -> None:
+    """Raise ValueError where a budget of single tokens cannot hold what is forced."""
+    check_positive("token_budget", token_budget)
+    check_windows(num_sink_tokens, num_recent_tokens)
     forced = num_sink_tokens + num_recent_tokens
     if forced > token_budget and token_budget < cache.capacity:
         raise ValueError(
             f"token_budget: expected at least {forced} tokens for sinks and recent tokens, "
             f"got {token_budget}"
         )
-    lists = num_qo_heads // cache.num_kv_heads if group == "own" else 1
-    return min(lists * token_budget, cache.capacity)

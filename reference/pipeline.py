@@ -9,16 +9,23 @@ import torch
 from .all_mass import NUM_SAMPLES, CandidateMass, estimate_candidate_mass, top_p_of_candidates
 from .attention import dense_attention, flash_topk_attention, page_attention
 from .cache import PagedKVCache
-from .double_sparsity import check_labels, select_tokens, token_selection_width
+from .double_sparsity import (
+    check_labels,
+    check_token_budget,
+    select_tokens,
+    token_selection_width,
+)
 from .estimator import estimate_logits
 from .lists import Candidates
 from .mass_bound import bound_kept_mass
 from .pruner import broadcast_top_p, prune_top_p
 from .selector import select_all, select_pages, selection_width
+from .sign_codes import check_head_dim
+from .sign_selector import select_by_signs, select_top_p_by_signs
 from .twilight_config import read_config
 from .validate import check_positive, check_query, check_windows, resolve_sm_scale
 
-SELECTORS = ("quest", "full", "double_sparsity")
+SELECTORS = ("quest", "full", "double_sparsity", "signs")
 Dtype = torch.dtype | None  # of the arithmetic; None for float32
 
 
@@ -35,9 +42,11 @@ class TwilightDecode:
     Args:
         cache: gives the shapes that `run` will see.
         num_qo_heads: query heads, a multiple of the cache's num_kv_heads.
-        selector: "quest", "double_sparsity" (tokens by label, of a cache that has labels) or
-            "full".
-        token_budget: of "double_sparsity" any number of tokens; with group="own" per query head.
+        selector: "quest", "double_sparsity" (tokens by label, of a cache that has labels), "full"
+            or, here alone, "signs" (tokens by the signs of their keys).
+        token_budget: of "double_sparsity" and "signs" any number of tokens; of the first with
+            group="own" per query head.
+        candidate_p: of "signs", in place of a budget: see `select_top_p_by_signs`.
         group: of "double_sparsity": "own" or "shared", see `select_tokens`.
         path: "sparse", "candidates" (each query head over its own) or "dense".
         top_p_of: what top_p is a share of: the mass of the "candidates", or of "all" tokens as far
@@ -70,6 +79,7 @@ class TwilightDecode:
         bound_mass: bool = False,
         top_p_of: str = "candidates",
         num_samples: int = NUM_SAMPLES,
+        candidate_p: float | torch.Tensor | None = None,
     ) -> None:
         check_positive("num_qo_heads", num_qo_heads)
         if num_qo_heads % cache.num_kv_heads:
@@ -91,6 +101,14 @@ class TwilightDecode:
             selection_width(cache, token_budget, **windows)
         elif selector == "double_sparsity":
             token_selection_width(cache, num_qo_heads, token_budget, group, **windows)
+        elif selector == "signs":
+            check_head_dim(cache.head_dim)
+            check_token_budget(cache, token_budget, **windows)
+        if candidate_p is not None:
+            if selector != "signs":
+                raise ValueError(f"candidate_p: expected the selector 'signs', got {selector!r}")
+            rows = cache.batch_size, num_qo_heads
+            broadcast_top_p(candidate_p, *rows, cache.k_cache.device, "candidate_p")
         broadcast_top_p(top_p, cache.batch_size, num_qo_heads, cache.k_cache.device)
         self.num_qo_heads = num_qo_heads
         self.selector = selector
@@ -99,7 +117,7 @@ class TwilightDecode:
             raise ValueError(f"bound_mass: expected the path 'sparse', got {path!r}")
         self.bound_mass = bound_mass
         self.top_p_of, self.num_samples = top_p_of, num_samples
-        self.token_budget = token_budget
+        self.token_budget, self.candidate_p = token_budget, candidate_p
         self.group = group
         self.top_p = top_p
         self.sm_scale = resolve_sm_scale(sm_scale, cache.head_dim)
@@ -172,11 +190,19 @@ class TwilightDecode:
             self.candidates = select_all(cache)
         elif self.selector == "quest":
             self.candidates = select_pages(q, cache, self.token_budget, **self.windows, dtype=dtype)
-        else:
+        elif self.selector == "double_sparsity":
             self.candidates = select_tokens(
                 q, cache, self.token_budget, group=self.group, sm_scale=self.sm_scale,
                 **self.windows, dtype=dtype,
             )  # fmt: skip
+        elif self.candidate_p is None:
+            self.candidates = select_by_signs(
+                q, cache, self.token_budget, sm_scale=self.sm_scale, **self.windows, dtype=dtype
+            )
+        else:
+            self.candidates = select_top_p_by_signs(
+                q, cache, self.candidate_p, sm_scale=self.sm_scale, **self.windows, dtype=dtype
+            )
 
     def estimate(self, q: torch.Tensor, cache: PagedKVCache, *, dtype: Dtype = None) -> None:
         """Estimated logits of the candidates -> logits."""

@@ -168,24 +168,30 @@ def candidate_weights(
 
 
 def broadcast_top_p(
-    top_p: float | torch.Tensor, batch_size: int, num_qo_heads: int, device: torch.device
+    top_p: float | torch.Tensor,
+    batch_size: int,
+    num_qo_heads: int,
+    device: torch.device,
+    name: str = "top_p",
 ) -> torch.Tensor:
     """[batch_size, num_qo_heads] float64; ValueError outside (0, 1] or of another shape."""
     if isinstance(top_p, torch.Tensor):
         shapes = ((num_qo_heads,), (batch_size, 1), (batch_size, num_qo_heads))
         if top_p.dtype != torch.float32:
-            check_tensor("top_p", top_p, shapes[-1], (torch.float32,), device)
+            check_tensor(name, top_p, shapes[-1], (torch.float32,), device)
         if tuple(top_p.shape) not in shapes:
             expected = " or ".join(str(list(shape)) for shape in shapes)
-            raise ValueError(f"top_p: expected shape {expected}, got {list(top_p.shape)}")
-    return top_p_values(top_p, device).expand(batch_size, num_qo_heads)
+            raise ValueError(f"{name}: expected shape {expected}, got {list(top_p.shape)}")
+    return top_p_values(top_p, device, name).expand(batch_size, num_qo_heads)
 
 
-def top_p_values(top_p: float | torch.Tensor, device: torch.device) -> torch.Tensor:
+def top_p_values(
+    top_p: float | torch.Tensor, device: torch.device, name: str = "top_p"
+) -> torch.Tensor:
     """A number or a tensor in float64; ValueError where it is neither, or outside (0, 1]."""
     if not isinstance(top_p, float | int | torch.Tensor):
-        raise ValueError(f"top_p: expected a number or a tensor, got {top_p!r}")
+        raise ValueError(f"{name}: expected a number or a tensor, got {top_p!r}")
     values = torch.as_tensor(top_p, dtype=torch.float64, device=device)
     if not bool(((values > 0) & (values <= 1)).all()):
-        raise ValueError(f"top_p: expected values in (0, 1], got {top_p}")
+        raise ValueError(f"{name}: expected values in (0, 1], got {top_p}")
     return values

@@ -267,6 +267,11 @@ class Requests:
         smoothed: torch.Tensor = (grouped * self.k_factor[:, None]).to(q.dtype).flatten(1, 2)
         return smoothed
 
+    def mirrored_keys(self, pages: torch.Tensor) -> torch.Tensor:
+        """[n, page_size, num_kv_heads, head_dim] float32: what the mirror of physical pages is made
+        of, the keys less k_offset and over k_factor."""
+        return self._shift(self._keys(pages))
+
     def _keys(self, pages: torch.Tensor) -> torch.Tensor:
         """Those of physical pages; in FP8, float32 times their scale."""
         if self.k_cache.dtype not in FP8_DTYPES or self.kv_scales is None:
