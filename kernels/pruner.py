@@ -38,11 +38,11 @@ def default_config(shape: StepShape, gpu: Gpu) -> PrunerConfig:
     """Few rows are spread over a block per query head; many fill the GPU as they are. Code for
     compute capability 10, or for wide logits, needs more registers than four blocks leave it, and
     more where candidates are of single heads; where they are single tokens, too, on 8 or with a
-    floor."""
-    blocks_per_sm = 4 if gpu.capability < (10, 0) and shape.logits_dtype == "float16" else 3
-    short = gpu.capability < (9, 0) or shape.min_kept_tokens > 1
-    if shape.candidates == "head_tokens" or (shape.candidates == "tokens" and short):
-        blocks_per_sm -= 1
+    floor, which wide logits leave no registers either."""
+    wide, tokens = shape.logits_dtype != "float16", shape.candidates == "tokens"
+    short = (tokens or wide) if shape.min_kept_tokens > 1 else tokens and gpu.capability < (9, 0)
+    blocks_per_sm = 3 if wide or gpu.capability >= (10, 0) else 4
+    blocks_per_sm -= short or shape.candidates == "head_tokens"
     return PrunerConfig(shape.group_size > 1 and shape.num_rows <= 128, blocks_per_sm)
 
 

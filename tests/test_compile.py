@@ -79,6 +79,7 @@ def default_launches(shape: StepShape, arch: str) -> list[Launch]:
 # Where a step estimates and prunes in one kernel; "gqa4-d128" does so, too, where there is room.
 FUSED = {
     "gqa4-d128-4k": (StepShape(4, 128, 16, "float16", 512, 2048, 4096, 512), ("sm_80",)),
+    "gqa4-b16": (StepShape(4, 128, 16, "float16", 128, 2048, 8192, 128), ("sm_90a", "sm_100a")),
     "mha-d128": (StepShape(1, 128, 16, "float16", 2048, 2048, 8192, 2048), tuple(ARCHS)),
     "mha-d256-p64": (StepShape(1, 256, 64, "bfloat16", 512, 512, 8192, 512), ("sm_90a",)),
     "gqa4-d256": (StepShape(4, 256, 16, "float16", 512, 2048, 4096, 512), ("sm_100a",)),
