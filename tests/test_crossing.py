@@ -23,14 +23,17 @@ STANDARD = "length-|solo-|gqa-|mha-"
 
 
 def measured() -> list:
-    """The committed steps of an H200, each with the times of the paths it could take."""
+    """The committed steps of an H200 that have dense decode beside them, each with the times of the
+    paths it could take."""
     steps, dense = (read_rows(path_of(stage, "h200")) for stage in ("pipeline", "dense"))
     steps = steps[steps["workload"].str.match(STANDARD)]
     dense = dense[dense["provider"] == "tilelang"].set_index(KEYS)["median_us"]
     quest = steps[steps["method"] == "quest"].set_index(KEYS)["median_us"]
     found = []
-    for row in steps[steps["method"].str.endswith("twilight")].itertuples():
+    for row in steps[steps["method"].isin(("quest+twilight", "full+twilight"))].itertuples():
         key = tuple(getattr(row, name) for name in KEYS)
+        if key not in dense.index:
+            continue
         times = {"sparse": row.median_us, "dense": dense[key] + crossing.COPY_US}
         if row.method == "quest+twilight":
             times["candidates"] = quest[key]
