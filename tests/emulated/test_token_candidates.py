@@ -97,6 +97,17 @@ def test_launches_do_not_change_a_bit(name, top_p, rng, folder):
     assert all(map(torch.equal, apart, result))
 
 
+@pytest.mark.xdist_group("emulated own-gqa4")
+def test_a_sink_that_is_a_candidate_of_no_head_is_not_kept(rng, folder):
+    problem = Problem("own-gqa4", rng)
+    problem.candidates.tokens[..., 0] = 0
+    problem.candidates.heads[..., 0] = 0
+    logits = problem.estimate(FEW, folder)
+    tokens, counts, _ = problem.prune(logits, 0.85, folder, **WINDOWS)
+    listed = torch.arange(tokens.shape[-1]) < counts[..., None]
+    assert (counts > 0).all() and (tokens[listed] > 0).all()
+
+
 @pytest.mark.parametrize("name", on_one_worker(["gqa4", "mha-d64-p64"]))
 def test_tokens_of_pages_give_the_bits_of_pages(name, rng, folder):
     problem = Problem(name, rng)

@@ -65,7 +65,7 @@ TOKENS_ESTIMATED = of_tokens("estimated_logits and gqa4 and not own and not padd
 TOKENS_PRUNED = of_tokens("both_forms and gqa4 and not own and not padded")
 TOKENS_BOUNDED = of_tokens("bound_matches and gqa4 and not own and not padded")
 OWN_ESTIMATED = of_tokens("estimated_logits and own-gqa4 and not padded")
-OWN_PRUNED = of_tokens("both_forms and own-gqa4 and not padded")
+OWN_FORCED = of_tokens("no_head")
 OWN_UNKNOWN = of_tokens("a_head_without")
 OWN_BOUNDED = of_tokens("bound_matches and own-gqa4 and not padded")
 OWN_ATTENDED = (
@@ -445,7 +445,7 @@ MUTANTS = (
     Mutant(
         "sinks forced on heads that they are no candidates of", "top_p.py",
         "return forced if self.is_own is None else T.And(forced, self.is_own(candidate))",
-        "return forced", TOKENS, OWN_PRUNED,
+        "return forced", TOKENS, OWN_FORCED,
     ),
     Mutant(
         "a head without a softmax keeps what is another's", "top_p.py",
