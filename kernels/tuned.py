@@ -14,7 +14,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, get_origin, get_type_hints
 
@@ -46,48 +46,36 @@ class Bucket:
         """Where a kernel's launch of this shape belongs."""
         candidates = shape.candidates if spec.reads_candidates else "pages"
         kv_dtype = shape.kv_dtype if spec.reads_kv else ""
-        size = spec.width(shape)
-        labels = ""
+        width, labels = spec.width(shape), ""
         if spec.reads_labels and shape.tokens is not None:
             labels = f"r{shape.tokens.labels.r}b{shape.tokens.labels.bits}h{shape.tokens.heads}"
-        return cls(*shape.statics, shape.num_rows, size, candidates, kv_dtype, labels)
+        return cls(*shape.statics, shape.num_rows, width, candidates, kv_dtype, labels)
 
     def __str__(self) -> str:
-        """The fields by name; of the last three those that are not as usual."""
-        usual = {"candidates": "pages", "kv_dtype": "", "labels": ""}
-        named = asdict(self).items()
-        return " ".join(f"{name}={value}" for name, value in named if value != usual.get(name))
+        """The fields by name, but for those that are as usual."""
+        named = ((own.name, own.default, getattr(self, own.name)) for own in fields(self))
+        return " ".join(f"{name}={value}" for name, usual, value in named if value != usual)
 
     @classmethod
     def parse(cls, text: str) -> "Bucket":
         """The inverse of str(); ValueError where it is none."""
-        *kinds, _, _, _ = get_type_hints(cls).items()
-        pattern = " ".join(
-            rf"{name}=({'[1-9][0-9]*' if kind is int else '[a-z0-9]+'})" for name, kind in kinds
-        )
-        pattern += r"(?: candidates=((?:head_)?tokens))?(?: kv_dtype=([a-z0-9_]+))?"
-        pattern += r"(?: labels=(r\d+b\d+h\d+))?"
+        kinds = get_type_hints(cls)
+        values = {kind: "[1-9][0-9]*" if kind is int else "[a-z0-9]+" for kind in kinds.values()}
+        always = [own.name for own in fields(cls) if own.default is MISSING]
+        pattern = " ".join(f"{name}=(?P<{name}>{values[kinds[name]]})" for name in always)
+        pattern += "(?: candidates=(?P<candidates>(?:head_)?tokens))?"
+        pattern += "(?: kv_dtype=(?P<kv_dtype>[a-z0-9_]+))?"
+        pattern += r"(?: labels=(?P<labels>r\d+b\d+h\d+))?"
         match = re.fullmatch(pattern, text)
         if match is None:
             raise ValueError(f"expected a bucket like {_EXAMPLE}, got {text!r}")
-        *values, candidates, kv_dtype, labels = match.groups()
-        bucket = cls(*(kind(value) for (_, kind), value in zip(kinds, values, strict=True)))
-        bucket = replace(bucket, candidates=candidates or "pages", kv_dtype=kv_dtype or "")
-        return replace(bucket, labels=labels or "")
+        named = ((name, value) for name, value in match.groupdict().items() if value is not None)
+        return cls(**{name: kinds[name](value) for name, value in named})
 
     def distance(self, other: "Bucket", static_width: bool) -> float:
         """Octaves between the two in rows and in width together; infinite where none may stand for
         the other. With static_width both widths round up to the same power of two."""
-        statics = (
-            "group_size",
-            "head_dim",
-            "page_size",
-            "dtype",
-            "candidates",
-            "kv_dtype",
-            "labels",
-        )
-        if any(getattr(self, name) != getattr(other, name) for name in statics):
+        if replace(self, rows=other.rows, width=other.width) != other:
             return math.inf
         if static_width and (self.width - 1).bit_length() != (other.width - 1).bit_length():
             return math.inf

@@ -85,7 +85,7 @@ def own(
     method: str = "quest+twilight",
 ) -> pd.Series:
     """Our own rows of a stage, one per standard workload."""
-    rows = by_workload(frames, stage, method="dense" if stage == "dense" else method)
+    rows = _alone(frames, stage, method)
     values = rows[rows["provider"].isin(OURS)][column]
     for name in workloads.difference(values.index):
         raise MissingData(f"{stage}.csv: no row with workload {name}")
@@ -98,9 +98,13 @@ def whole_and_alone(
     """Steps of the standard workloads whose stages were measured alone too, by workload."""
     rows = by_workload(frames, "pipeline", method=method)
     for stage in stages:
-        alone = by_workload(frames, stage, method="dense" if stage == "dense" else method)
-        rows = rows[rows.index.isin(alone.index)]
+        rows = rows[rows.index.isin(_alone(frames, stage, method).index)]
     return require(rows, "pipeline", f"method {method} and all its stages")
+
+
+def _alone(frames: Frames, stage: str, method: str) -> pd.DataFrame:
+    """The stage of a method by standard workload; dense decode is of none."""
+    return by_workload(frames, stage, method="dense" if stage == "dense" else method)
 
 
 def steps(frames: Frames, *prefixes: str) -> pd.DataFrame:

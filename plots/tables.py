@@ -141,7 +141,8 @@ def labels_table(frames: Frames) -> str:
     """Double Sparsity: its selector's kernels beside its authors' in PyTorch, and the whole step
     beside Quest's."""
     keys = ["workload", "method", "provider"]
-    whole = standard_rows(frames, "pipeline").set_index(keys)["median_us"]
+    steps_of_all = standard_rows(frames, "pipeline")
+    whole, first = steps_of_all.set_index(keys)["median_us"], steps_of_all.iloc[0]
     alone = {stage: _by_label(frames, stage, keys) for stage in ("label_scores", "top_tokens")}
     lines = []
     for workload, method, provider in whole.index:
@@ -164,7 +165,6 @@ def labels_table(frames: Frames) -> str:
         "| top tokens, us and byte floor reached | torch.topk | Double Sparsity alone "
         "| + Twilight | Quest + Twilight"
     )
-    first = standard_rows(frames, "pipeline").iloc[0]
     caption = (
         f"Microseconds on {first.gpu.upper()}, {first['dtype']}, {first.token_budget:,} candidates "
         "of a KV head for all of its query heads, p as above; the authors choose them for each "
