@@ -1,7 +1,8 @@
 """Attention to the listed items on tensor cores: for groups of query heads.
 
 A tile holds 16 query heads: those beyond the group repeat its last head and are not written. Tokens
-beyond an item's repeat its last one and weigh nothing.
+beyond an item's repeat its last one and weigh nothing. An item of several tiles, of a list that
+names every token, takes them one after another by online softmax.
 """
 
 import tilelang
@@ -45,6 +46,13 @@ def write_result(results, row, split, acc, head_max, head_sum):
                 results.partial_lse[row.batch, row.kv_head, split, i, 1] = head_sum[i]
 
 
+@T.macro
+def load_query(q_shared, q, row):
+    """The group's query heads, 16 of them."""
+    for i, j in T.Parallel(*q_shared.shape, **IN_FLIGHT):
+        q_shared[i, j] = q[row.batch, row.kv_head, T.min(i, q.shape[2] - 1), j]
+
+
 @tilelang.jit(pass_configs=TILE_LEVEL)
 def tiles_kernel(
     group_size: int, head_dim: int, page_size: int, dtype: str, source: str, config: AttentionConfig
@@ -59,6 +67,7 @@ def tiles_kernel(
     max_splits = T.dynamic("max_splits")
     split_tokens = config.split_tokens
     assert config.num_threads >= split_tokens
+    assert source == "all" or not config.row_splits  # their tokens are not listed
     # A vector is copied by vector_threads threads, 16 bytes each; the block copies step_vectors at
     # once.
     vector_threads = head_dim // 8
@@ -122,6 +131,10 @@ def tiles_kernel(
                 items, num_items, num_blocks, tokens, page_table, split_tokens, (1, lambda i: own)
             )
             heads_at = lambda ahead: heads[(*listed.words_of(ahead)[:2], listed.index_of(ahead, 0))]
+            several = config.row_splits > 0
+            if several:
+                shrink = T.alloc_fragment((TILE_HEADS,), T.float32)
+                position, page = T.alloc_var(T.int32), T.alloc_var(T.int32)
 
             item = block
             listed.start(item)
@@ -137,54 +150,78 @@ def tiles_kernel(
                     heads_of[own] = token_heads
                     if listed.is_listed(item, 1):
                         token_heads = heads_at(1)
+                if several:
+                    position = listed.later_index(1, own, config.row_splits)
+                    page = page_table[batch, position // page_size]
+                    T.fill(acc, 0.0)
+                    T.fill(head_sum, 0.0)
+                    T.fill(head_max, -T.infinity(T.float32))
                 listed.ask_ahead(item)
                 T.sync_threads()
 
-                for i in T.Parallel(split_tokens):
-                    vector_of[i] = vectors[i]
-                for i, j in T.Parallel(TILE_HEADS, head_dim, **IN_FLIGHT):
-                    q_shared[i, j] = q[batch, kv_head, T.min(i, group_size - 1), j]
-                for i, j in T.Parallel(split_tokens, head_dim, loop_layout=copies, **IN_FLIGHT):
-                    k_shared[i, j] = channel_at(k_cache, vector_of[i], j)
-                T.ptx_commit_group()
-                for i, j in T.Parallel(split_tokens, head_dim, loop_layout=copies, **IN_FLIGHT):
-                    v_shared[i, j] = channel_at(v_cache, vector_of[i], j)
-                T.ptx_commit_group()
-                T.ptx_wait_group(1)
-                T.sync_threads()
-                T.gemm(
-                    q_shared, k_shared, logits,
-                    transpose_B=True, policy=T.GemmWarpPolicy.FullCol, clear_accum=True,
-                )  # fmt: skip
-                for i, j in T.Parallel(TILE_HEADS, split_tokens):
-                    logits[i, j] = T.if_then_else(
-                        j < num_tokens, logits[i, j] * (sm_scale * LOG2E), -T.infinity(T.float32)
-                    )
-                if tokens.by_head:
+                for tile in T.serial(T.ceildiv(num_tokens, split_tokens) if several else 1):
+                    for i in T.Parallel(split_tokens):
+                        vector_of[i] = vectors[i]
+                    if several:
+                        if tile == 0:
+                            load_query(q_shared, q, row)
+                    else:
+                        load_query(q_shared, q, row)
+                    for i, j in T.Parallel(split_tokens, head_dim, loop_layout=copies, **IN_FLIGHT):
+                        k_shared[i, j] = channel_at(k_cache, vector_of[i], j)
+                    T.ptx_commit_group()
+                    for i, j in T.Parallel(split_tokens, head_dim, loop_layout=copies, **IN_FLIGHT):
+                        v_shared[i, j] = channel_at(v_cache, vector_of[i], j)
+                    T.ptx_commit_group()
+                    T.ptx_wait_group(1)
+                    T.sync_threads()
+                    T.gemm(
+                        q_shared, k_shared, logits,
+                        transpose_B=True, policy=T.GemmWarpPolicy.FullCol, clear_accum=True,
+                    )  # fmt: skip
                     for i, j in T.Parallel(TILE_HEADS, split_tokens):
                         logits[i, j] = T.if_then_else(
-                            owns(heads_of[j], T.min(i, group_size - 1)),
-                            logits[i, j], -T.infinity(T.float32),
+                            tile * split_tokens + j < num_tokens,
+                            logits[i, j] * (sm_scale * LOG2E), -T.infinity(T.float32),
                         )  # fmt: skip
-                T.reduce_max(logits, head_max, dim=1, clear=True)
-                if tokens.by_head:  # a head may have none of an item's tokens
-                    for i in T.Parallel(TILE_HEADS):
-                        head_max[i] = T.max(head_max[i], LEAST_MAX)
-                for i, j in T.Parallel(TILE_HEADS, split_tokens):
-                    logits[i, j] = T.exp2(logits[i, j] - head_max[i])
-                T.reduce_sum(logits, head_sum, dim=1, clear=True)
-                if tokens.by_head:  # then its result is 0, its lse -inf
-                    for i in T.Parallel(TILE_HEADS):
-                        if head_sum[i] == 0.0:
-                            head_max[i] = -T.infinity(T.float32)
-                            head_sum[i] = 1.0
-                T.copy(logits, weights_shared)
-                T.ptx_wait_group(0)
-                T.sync_threads()
-                T.gemm(
-                    weights_shared, v_shared, acc,
-                    policy=T.GemmWarpPolicy.FullCol, clear_accum=True,
-                )  # fmt: skip
+                    if tokens.by_head:
+                        for i, j in T.Parallel(TILE_HEADS, split_tokens):
+                            logits[i, j] = T.if_then_else(
+                                owns(heads_of[j], T.min(i, group_size - 1)),
+                                logits[i, j], -T.infinity(T.float32),
+                            )  # fmt: skip
+                    if several:
+                        T.copy(head_max, shrink)
+                    T.reduce_max(logits, head_max, dim=1, clear=not several)
+                    if several:
+                        for i in T.Parallel(TILE_HEADS):
+                            shrink[i] = T.exp2(shrink[i] - head_max[i])
+                            head_sum[i] *= shrink[i]
+                        for i, j in T.Parallel(TILE_HEADS, head_dim):
+                            acc[i, j] *= shrink[i]
+                    if tokens.by_head:  # a head may have none of an item's tokens
+                        for i in T.Parallel(TILE_HEADS):
+                            head_max[i] = T.max(head_max[i], LEAST_MAX)
+                    for i, j in T.Parallel(TILE_HEADS, split_tokens):
+                        logits[i, j] = T.exp2(logits[i, j] - head_max[i])
+                    T.reduce_sum(logits, head_sum, dim=1, clear=not several)
+                    if tokens.by_head:  # then its result is 0, its lse -inf
+                        for i in T.Parallel(TILE_HEADS):
+                            if head_sum[i] == 0.0:
+                                head_max[i] = -T.infinity(T.float32)
+                                head_sum[i] = 1.0
+                    T.copy(logits, weights_shared)
+                    T.ptx_wait_group(0)
+                    T.sync_threads()
+                    T.gemm(
+                        weights_shared, v_shared, acc,
+                        policy=T.GemmWarpPolicy.FullCol, clear_accum=not several,
+                    )  # fmt: skip
+                    if several:
+                        vectors[own] = first_chunk(k_cache, page, position % page_size, kv_head)
+                        position = listed.later_index(tile + 2, own, config.row_splits)
+                        page = page_table[batch, position // page_size]
+                        T.sync_threads()
 
                 write_result(results, row, split, acc, head_max, head_sum)
                 listed.take_next()

@@ -22,6 +22,7 @@ from .query import by_kv_head, check_query, check_scale, step_shape
 from .split_kv import AttentionConfig, merge_kernel, plan_kernel
 from .tuned import Planned, planned
 
+DENSE_SPLITS = 48  # of a row whose every token is attended to: 8 rows fill the SMs
 ATTENTION_KERNELS = {"tiles": tiles_kernel, "lanes": lanes_kernel, "codes": codes_kernel}
 
 
@@ -223,8 +224,9 @@ def plan_untuned(kind: str, shape: StepShape, gpu: Gpu) -> Planned[AttentionConf
     """Attention over any other kind of list; of FP8 not over one that is by query head."""
     if shape.kv_dtype and kind == "head_tokens":
         raise ValueError(f"candidate_heads: expected None for {shape.kv_dtype} pools, got some")
-    config = default_config(shape)
-    config = replace(config, pdl=ATTENTION.start(shape, gpu))
+    config = replace(default_config(shape), pdl=ATTENTION.start(shape, gpu))
+    if kind == "all" and config.form == "tiles":
+        config = replace(config, row_splits=DENSE_SPLITS)
     return Planned(config, "default: tuned for kept tokens only", _launches(shape, config, kind))
 
 
@@ -261,5 +263,5 @@ ATTENTION = KernelSpec(
         "token_list.py",
         "warp.py",
     ),
-    result_fields=("form", "split_tokens", "num_threads", "lane_tokens"),
+    result_fields=("form", "split_tokens", "row_splits", "num_threads", "lane_tokens"),
 )

@@ -61,6 +61,13 @@ class BlockItems(NamedTuple):
         _, _, split, num_tokens = self.words_of(ahead)
         return T.max(split, 0) * self.split_tokens + T.min(self.place(i), num_tokens - 1)
 
+    def later_index(self, tile: PrimExpr, nth: PrimExpr, row_splits: int) -> PrimExpr:
+        """Where the row's list has the nth token of a tile of this item; its last, beyond it."""
+        _, _, split, num_tokens = self.words_of()
+        place = T.min(tile * self.split_tokens + nth, num_tokens - 1)
+        tile = T.max(split, 0) + place // self.split_tokens * row_splits
+        return tile * self.split_tokens + place % self.split_tokens
+
     def token_of(self, ahead: int, i: int) -> PrimExpr:
         """The thread's i-th token of it."""
         batch, kv_head, _, _ = self.words_of(ahead)

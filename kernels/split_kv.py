@@ -1,6 +1,7 @@
 """Split-KV attention over listed tokens: what its kernels share, the list of items, and the merge.
 
-An item is at most `split_tokens` of a row's tokens, in the order of its list.
+An item is at most `split_tokens` of a row's tokens, in the order of its list: a tile. Where a row
+has a most of splits, split s of n holds its tiles s, s + n, s + 2 n and so on.
 """
 
 from dataclasses import dataclass
@@ -22,10 +23,17 @@ LEAST_MAX = -1e30  # of logits: finite, where a query head has none, so that its
 class AttentionConfig:
     form: str = "tiles"  # "tiles" (tensor cores, any group) or "lanes" (CUDA cores, group of 1)
     split_tokens: int = 128  # tokens of one work item; part of the result's definition
+    row_splits: int = 0  # items of a row at most, each of several tiles then; 0: an item a tile
     num_threads: int = 128
     blocks_per_sm: int = 3  # of the grid; blocks stride over the items
     lane_tokens: int = 8  # that the lanes of one team load together
     pdl: Start = Start.LATE
+
+
+def num_splits_of(num_tokens: PrimExpr, split_tokens: int, row_splits: int) -> PrimExpr:
+    """Items of a row."""
+    num_tiles = T.ceildiv(num_tokens, split_tokens)
+    return T.min(num_tiles, row_splits) if row_splits else num_tiles
 
 
 class Work(NamedTuple):
@@ -41,6 +49,17 @@ class Work(NamedTuple):
     ticket: Buffer  # [1] u64
     split_tokens: int
     num_rows: PrimExpr  # that append to it
+    row_splits: int = 0  # of a row at most, where not 0
+
+    def tokens_of(self, split: PrimExpr, num_tokens: PrimExpr) -> PrimExpr:
+        """Tokens of a row's split."""
+        if not self.row_splits:
+            return T.min(self.split_tokens, num_tokens - split * self.split_tokens)
+        num_tiles = T.ceildiv(num_tokens, self.split_tokens)
+        own_tiles = (num_tiles - 1 - split) // self.row_splits + 1
+        lacking = num_tiles * self.split_tokens - num_tokens  # in the row's last tile
+        has_last = (num_tiles - 1) % self.row_splits == split
+        return own_tiles * self.split_tokens - T.if_then_else(has_last, lacking, 0)
 
     @partialmethod
     @T.macro
@@ -48,7 +67,7 @@ class Work(NamedTuple):
         """Appends a row's items, in no order that matters. All threads of the block take part."""
         thread = T.get_thread_binding()
         first_item = T.alloc_shared((1,), T.int32, scope="shared")
-        num_splits = T.ceildiv(num_tokens, self.split_tokens)
+        num_splits = num_splits_of(num_tokens, self.split_tokens, self.row_splits)
         if thread == 0:
             taken = T.uint64(1 << 32) + T.cast(num_splits, T.uint64)
             before = T.atomic_add(self.ticket[0], taken, return_prev=True)
@@ -64,9 +83,7 @@ class Work(NamedTuple):
                 self.items[item, 0] = row.batch
                 self.items[item, 1] = row.kv_head
                 self.items[item, 2] = T.if_then_else(num_splits == 1, -1, split)
-                self.items[item, 3] = T.min(
-                    self.split_tokens, num_tokens - split * self.split_tokens
-                )
+                self.items[item, 3] = self.tokens_of(split, num_tokens)
 
 
 class Results(NamedTuple):
@@ -150,7 +167,8 @@ def plan_kernel(page_size: int, source: str, config: AttentionConfig):
             row = Row(batch, kv_head, seq_lens[batch])
             num_tokens = TokenList(source, page_size, indices, counts).count(row)
             num_rows = batch_size * num_kv_heads
-            work = Work(items, num_items, ticket, config.split_tokens, num_rows)
+            splits = config.split_tokens, num_rows, config.row_splits
+            work = Work(items, num_items, ticket, *splits)
             work.append(row, num_tokens, num_threads)
 
     return plan_items
@@ -193,7 +211,7 @@ def merge_kernel(
             row = Row(batch, kv_head, seq_lens[batch])
             tokens = TokenList(source, page_size, indices, counts)
             num_tokens = tokens.count(row)
-            num_splits = T.ceildiv(num_tokens, config.split_tokens)
+            num_splits = num_splits_of(num_tokens, config.split_tokens, config.row_splits)
             if num_splits == 0:
                 out[batch, kv_head, head, channel] = T.cast(0, dtype)
                 if channel == 0:
