@@ -12,6 +12,7 @@ ESTIMATOR = ("tests/test_estimator.py",)
 ESTIMATE_PRUNE = ("tests/test_estimate_prune.py",)
 PRUNER = ("tests/test_pruner.py",)
 ATTENTION = ("tests/test_attention.py",)
+DENSE = ("tests/test_attention.py", "-k", "dense")
 FP8 = ("tests/test_fp8.py",)
 WINDOWS = ("tests/test_pruner.py", "-k", "sinks")
 FLOOR = ("tests/test_pruner.py", "-k", "heaviest")
@@ -51,6 +52,9 @@ ATTENDED = (
     "tests/emulated/test_attention.py",
     *("-k", "attention_matches and (gqa4 or mha) and (tokens or pages)"),
 )
+ATTENDED_TO_ALL = (
+    "tests/emulated/test_attention.py", "-k", "attention_matches and gqa4 and all and not short",
+)  # fmt: skip
 DIVIDED = ("tests/emulated/test_smoothing.py", "-k", "every_writer and mha")
 MULTIPLIED = ("tests/emulated/test_smoothing.py", "-k", "page_scores and mha")
 BOUNDED = ("tests/emulated/test_smoothing.py", "-k", "bound_says_so and mha and full")
@@ -499,8 +503,21 @@ MUTANTS = (
     ),
     Mutant(
         "an item one token too long", "split_kv.py",
-        "self.split_tokens, num_tokens - split * self.split_tokens\n",
-        "self.split_tokens, num_tokens - split * self.split_tokens + 1\n", ATTENTION, ATTENDED,
+        "num_tokens - split * self.split_tokens)", "num_tokens - split * self.split_tokens + 1)",
+        ATTENTION, ATTENDED,
+    ),
+    Mutant(
+        "a row's last tile taken for a full one", "split_kv.py",
+        "T.if_then_else(has_last, lacking, 0)", "0", DENSE, ATTENDED_TO_ALL,
+    ),
+    Mutant(
+        "a split's next tile taken from the next split", "block_items.py",
+        "place // self.split_tokens * row_splits", "place // self.split_tokens",
+        DENSE, ATTENDED_TO_ALL,
+    ),
+    Mutant(
+        "a split's sum not shrunk by a larger logit", "attend_tiles.py",
+        "head_sum[i] *= shrink[i]", "head_sum[i] *= 1.0", DENSE, ATTENDED_TO_ALL,
     ),
     Mutant(
         "splits merged with a wrong scale", "split_kv.py",
@@ -512,7 +529,7 @@ MUTANTS = (
     ),
     Mutant(
         "last token counted twice on tensor cores", "attend_tiles.py",
-        "j < num_tokens, logits", "j <= num_tokens, logits", ATTENTION, ATTENDED,
+        "+ j < num_tokens", "+ j <= num_tokens", ATTENTION, ATTENDED,
     ),
     Mutant(
         "next item's page looked up for this item's request", "block_items.py",
