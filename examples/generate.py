@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from twilight_tilelang import DecodeOptions
 from twilight_tilelang.integrations.merged_linear import merge_projections
@@ -42,6 +42,10 @@ def main() -> None:
             parser.error(f"{path}: expected a file, got none")
 
     local = {"local_files_only": True}
+    num_kv_heads = AutoConfig.from_pretrained(arguments.model, **local).num_key_value_heads
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_kv_heads % ranks:
+        parser.error(f"expected GPUs that divide {num_kv_heads} KV heads, got {ranks}")
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, **local)
     how = {"dtype": DTYPE, "tp_plan": "auto" if SHARDED else None}
     model = AutoModelForCausalLM.from_pretrained(arguments.model, **how, **local)

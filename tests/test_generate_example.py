@@ -83,6 +83,10 @@ def test_it_refuses_what_does_not_fit(example, tmp_path: Path, monkeypatch, caps
     with pytest.raises(SystemExit):
         run(example, tmp_path, monkeypatch, "--tokens", "89")
     assert "expected a prompt of 1 to 39 tokens" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        run(example, tmp_path, monkeypatch)
+    assert "expected GPUs that divide 1 KV heads, got 2" in capsys.readouterr().err
     (tmp_path / "prompt.txt").unlink()
     with pytest.raises(SystemExit):
         run(example, tmp_path, monkeypatch)

@@ -141,19 +141,23 @@ def test_padded_heads_give_the_narrow_ones_attention(head_dim, padded, device):
 
 
 @pytest.mark.gpu
-def test_the_most_requests_of_a_grid_are_attended_to():
-    shape = (65535, 16, 1, 64)
+@pytest.mark.parametrize("num_requests, num_kv_heads", [(65535, 1), (10_000, 8)])
+def test_more_rows_than_a_grid_has_places_are_attended_to(num_requests, num_kv_heads):
+    """As many requests as one side of a grid takes, or more KV heads in all."""
+    shape = (num_requests, 16, num_kv_heads, 64)
     rng = torch.Generator("cuda").manual_seed(0)
     k, v = (torch.randn(shape, generator=rng, device="cuda").half() for _ in "kv")
-    q = torch.randn(shape[0], 2, 64, generator=rng, device="cuda").half()
-    table = torch.arange(shape[0], dtype=torch.int32, device="cuda")[:, None].contiguous()
-    lengths = torch.full((shape[0],), 3, dtype=torch.int32, device="cuda")
+    q = torch.randn(num_requests, 2 * num_kv_heads, 64, generator=rng, device="cuda").half()
+    table = torch.arange(num_requests, dtype=torch.int32, device="cuda")[:, None].contiguous()
+    lengths = torch.full((num_requests,), 3, dtype=torch.int32, device="cuda")
     cache = kernels.PagedKVCache.wrap(k, v, table, lengths)
-    step = kernels.TwilightDecode(cache, 2, selector="full", top_p=1.0)
+    step = kernels.TwilightDecode(cache, q.shape[1], selector="full", top_p=1.0)
     for out in (kernels.dense_attention(q, cache), step.run(q, cache)):
         for own in (slice(0, 4), slice(-4, None)):
-            logits = torch.einsum("bhd,btd->bht", q[own].double(), k[own, :3, 0].double()) / 8
-            expected = torch.softmax(logits, -1) @ v[own, :3, 0].double()
+            heads = q[own].double().unflatten(1, (num_kv_heads, 2))
+            logits = torch.einsum("bhgd,bthd->bhgt", heads, k[own, :3].double()) / 8
+            weights = torch.softmax(logits, -1)
+            expected = torch.einsum("bhgt,bthd->bhgd", weights, v[own, :3].double()).flatten(1, 2)
             torch.testing.assert_close(out[own].double(), expected, rtol=5e-3, atol=5e-3)
 
 
