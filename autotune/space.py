@@ -15,8 +15,8 @@ from twilight_tilelang.kernels.gpu import Gpu
 from twilight_tilelang.kernels.launch import Launch, StepShape, next_power_of_two, static_width
 from twilight_tilelang.kernels.plan import SPECS
 from twilight_tilelang.kernels.pools import TILE_TOKENS
+from twilight_tilelang.kernels.search_team import MAX_VALUES, NUM_THREADS
 from twilight_tilelang.kernels.threshold import BINS_PER_THREAD
-from twilight_tilelang.kernels.top_p import MAX_VALUES, NUM_THREADS
 
 REGISTERS = 65536  # of one SM
 FULL_GPU = 128  # blocks; fewer leave multiprocessors of a large GPU idle

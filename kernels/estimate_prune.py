@@ -11,16 +11,18 @@ from .cache import PagedKVCache
 from .compiling import THREAD_LEVEL, Start, start_early
 from .estimate_tiles import Mirror, estimate_tiles
 from .gpu import Gpu
+from .keep_mask import list_row
 from .launch import LONG_PAGES, MANY_ROWS, KernelSpec, Launch, StepShape, static_width
 from .lists import Listed, Window
 from .mma import Tiles
 from .pools import TILE_TOKENS
 from .pruner import SEARCH_SOURCES, Pruned
+from .search_team import NUM_THREADS, VECTOR, Heads, Logits, is_held
 from .split_kv import Work
 from .strided import strided
 from .threshold import BINS_PER_THREAD
 from .token_list import Row, TokenList
-from .top_p import NUM_THREADS, VECTOR, Heads, Logits, is_held, list_row, prune_heads
+from .top_p import prune_heads
 from .tuned import Planned
 
 ROWS_FOR_TWO = 256  # blocks on nearly each of 132 multiprocessors

@@ -12,19 +12,24 @@ from .cache import PagedKVCache
 from .checks import check_count, check_tensor, dtype_name
 from .compiling import THREAD_LEVEL, Start, start_early
 from .gpu import Gpu, gpu_of
+from .keep_mask import list_row
 from .launch import KernelSpec, Launch, StepShape, on_device, static_width
 from .lists import MAX_FLOOR, Candidates, Kept, Listed, Window, check_candidates
 from .pools import TILE_TOKENS
 from .query import by_kv_head, group_size_of, step_shape
+from .search_team import NUM_THREADS, VECTOR, Heads, Logits, is_held
 from .split_kv import Work
 from .threshold import check_num_items
 from .token_list import Row, TokenList
-from .top_p import NUM_THREADS, VECTOR, Heads, Logits, is_held, list_row, prune_heads
+from .top_p import prune_heads
 from .tuned import Planned, planned
 from .warp import atomic_exchange, atomic_or
 
 LOGIT_DTYPES = (torch.float16, torch.float32)
-SEARCH_SOURCES = ("top_p.py", "split_kv.py", "threshold.py", "token_list.py", "warp.py")
+SEARCH_SOURCES = (
+    *("top_p.py", "keep_mask.py", "search_team.py", "softmax_weights.py"),
+    *("split_kv.py", "threshold.py", "token_list.py", "warp.py"),
+)
 
 
 @dataclass(frozen=True)

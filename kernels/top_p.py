@@ -1,226 +1,20 @@
 """Top-p within one block: what a KV head keeps of rows of logits, wherever these lie.
 
-weight = exp(logit - max). A weight is searched by its logit's distance from the largest, in whole
-steps. Weights below (1 - p) * total / n may all go, whatever they are: only the few that are nearer
-are searched. The mass of a weight is the nearest integer to weight * 2^30 / total, so that no order
-of summation can change the set. A floor of kept tokens is a second need of the same search.
-
-Where a row has at most NUM_THREADS * MAX_VALUES candidates, a head's logits are read once, and the
-near ones are listed in shared memory. More are read again by every pass. Sums run in the same
-order, so that both forms give the same bits.
+A search in phases, below in their order: the softmax's denominator; a list of the few candidates
+that can matter; the distance from the largest logit at which their mass reaches p; and, in
+keep_mask.py, the bits of what lies within it, of sinks and of recent tokens. Weights below
+(1 - p) * total / n may all go, whatever they are: only the few that are nearer are searched. A
+floor of kept tokens is a second need of the same search.
 """
 
 import operator
-from collections.abc import Callable
-from functools import partialmethod
-from typing import NamedTuple
 
 import tilelang.language as T
-from tvm.tirx import Buffer, PrimExpr
 
-from .lists import MAX_FLOOR
+from .keep_mask import Windows, mark_all, mark_near, mark_windows
+from .search_team import MAX_VALUES, NUM_THREADS, VECTOR, Share, Team, is_held
+from .softmax_weights import DISTANCE_BITS, STEPS, UNITY, Weights, weight
 from .split_kv import LOG2E
-from .threshold import Search, compact
-from .warp import atomic_add, atomic_or, warp_inclusive_sum
-
-STEPS = 16384.0  # of a distance per nat: weights that share a step are equal to 1 part in 10^4
-DISTANCE_BITS = 20  # of the farthest distance that can matter: ln(tokens / (1 - p)) nats
-FARTHEST = 2.0**DISTANCE_BITS - 1  # 64 nats: lighter tokens do not count towards a floor
-UNITY = 1073741824.0  # 2^30, the mass of all weights
-NUM_THREADS = 256  # that search a query head's logits; part of the order of their sums
-MAX_VALUES = 32  # that a thread keeps in registers
-VECTOR = 4  # neighbours among them
-assert MAX_FLOOR <= 32  # a candidate of each lane of a warp
-
-
-def is_held(width_bound: int) -> bool:
-    """Whether a head's logits, of up to so many candidates, are read once."""
-    return width_bound <= NUM_THREADS * MAX_VALUES
-
-
-class Logits(NamedTuple):
-    """The logits of a row's candidates, wherever they lie."""
-
-    at: Callable[[PrimExpr, PrimExpr], PrimExpr]  # (query head, candidate) -> logit
-    dtype: str
-    width_bound: int  # of candidates
-    # Shared memory for the logits of the head that is searched, where they are read once and at()
-    # does not read shared memory itself.
-    copy: Buffer | None = None
-
-
-class Heads(NamedTuple):
-    """The query heads that a block searches, `at_once` of them side by side, a team each."""
-
-    first: PrimExpr
-    number: int
-    at_once: int = 1
-
-    @property
-    def turns(self) -> int:
-        return -(-self.number // self.at_once)
-
-    def of(self, turn: PrimExpr, team: PrimExpr) -> PrimExpr:
-        """A team that is left without a head repeats the last."""
-        return self.first + T.min(turn * self.at_once + team, self.number - 1)
-
-
-class Windows(NamedTuple):
-    """Candidates that are kept whatever they weigh. Candidates ascend, so the sinks come first in
-    the list, and the recent tokens are among its last num_recent."""
-
-    position: Callable[[PrimExpr], PrimExpr]  # of a candidate
-    num_sink_tokens: PrimExpr  # those before this position
-    first_recent: PrimExpr  # and those from this one on
-    num_recent: PrimExpr
-    # Whether one is a candidate of the query head that is searched; None where each is.
-    is_own: Callable[[PrimExpr], PrimExpr] | None = None
-
-    def keeps(self, candidate: PrimExpr, forced: PrimExpr) -> PrimExpr:
-        """Whether a candidate is kept that is forced."""
-        return forced if self.is_own is None else T.And(forced, self.is_own(candidate))
-
-
-class Team(NamedTuple):
-    """NUM_THREADS threads that search one head; several teams of a block do so side by side."""
-
-    number: PrimExpr
-    thread: PrimExpr  # number of this thread in the team
-    search: Search
-    warp_values: Buffer  # [num_teams, 2, warps of a team] f32; [., 3, .] with a floor
-    near: Buffer  # [num_teams, candidates] u16: those near enough to matter
-    num_near: Buffer  # [num_teams, 2] i32, of this head and of the next
-    forced_mass: Buffer  # [num_teams] i32, of what only a window keeps
-
-    @classmethod
-    def allocate(cls, num_teams: int, num_near: int, counted: int) -> "Team":
-        """counted: candidates at most, where there is a floor."""
-        search = Search.allocate(NUM_THREADS, num_teams, counted)
-        return cls(
-            search.team,
-            search.thread,
-            search,
-            T.alloc_shared(
-                (num_teams, 3 if counted else 2, NUM_THREADS // 32), T.float32, scope="shared"
-            ),
-            T.alloc_shared((num_teams, num_near), T.uint16),
-            T.alloc_shared((num_teams, 2), T.int32, scope="shared"),
-            T.alloc_shared((num_teams,), T.int32, scope="shared"),
-        )
-
-    @property
-    def has_floor(self) -> bool:
-        """Whether a head keeps a number of tokens whatever they weigh."""
-        return self.search.counts is not None
-
-    @partialmethod
-    @T.macro
-    def join_warps(self, value, join, part):
-        """The values of the team's warps joined in a fixed order."""
-        self.publish(value, part)
-        T.sync_threads()
-        return self.joined(join, part)
-
-    @partialmethod
-    @T.macro
-    def publish(self, value, part):
-        """A warp's value, for the others behind the next barrier."""
-        warp_values = self.warp_values
-        if self.thread % 32 == 0:
-            warp_values[self.number, part, self.thread // 32] = value
-
-    @partialmethod
-    @T.macro
-    def joined(self, join, part):
-        """What the warps published before the last barrier, in a fixed order."""
-        warp_values = self.warp_values
-        joined = T.alloc_var(T.float32)
-        joined = warp_values[self.number, part, 0]
-        for warp in T.unroll(1, NUM_THREADS // 32):
-            joined = join(joined, warp_values[self.number, part, warp])
-        return joined
-
-    @partialmethod
-    @T.macro
-    def reach(self, weights):
-        """A distance within which MAX_FLOOR candidates lie, or all that count towards a floor."""
-        distance = weights.distance(self.joined(T.max, 2))
-        return T.min(T.ceil(distance), FARTHEST)
-
-    @partialmethod
-    @T.macro
-    def reserve_near(self, count, parity):
-        """The first of `count` slots of this thread's own, in no order that matters."""
-        num_near = self.num_near
-        first = T.alloc_var(T.int32)
-        inclusive = warp_inclusive_sum(count)
-        first = 0
-        if self.thread % 32 == 31:
-            first = atomic_add(num_near[self.number, parity], inclusive)
-        return T.shfl_sync(first, 31) + inclusive - count
-
-
-class Share(NamedTuple):
-    """A thread's share of a head's logits: of every chunk so many as `own` holds."""
-
-    own: Buffer  # registers
-    thread: PrimExpr
-    num_listed: PrimExpr  # candidates that have a logit, if only -inf
-    held: bool  # one chunk is all, and read once
-    num_chunks: PrimExpr = 1
-
-    @property
-    def size(self) -> int:
-        return int(self.own.shape[0])
-
-    def candidate(self, chunk: PrimExpr, nth: PrimExpr) -> PrimExpr:
-        group = (chunk * self.size + nth) // VECTOR
-        return (group * NUM_THREADS + self.thread) * VECTOR + nth % VECTOR
-
-    @partialmethod
-    @T.macro
-    def load(self, logit, chunk=0):
-        """own[k] = logit(candidate(chunk, k)), -inf beyond the listed pages: in them, the logits
-        themselves are -inf where no token is."""
-        for g in T.unroll(self.size // VECTOR):
-            if self.candidate(chunk, g * VECTOR) < self.num_listed:
-                for e in T.vectorized(VECTOR):
-                    self.own[g * VECTOR + e] = logit(self.candidate(chunk, g * VECTOR) + e)
-            else:
-                for e in T.unroll(VECTOR):
-                    self.own[g * VECTOR + e] = T.cast(-T.infinity(T.float32), self.own.dtype)
-
-    @partialmethod
-    @T.macro
-    def store(self, copy):
-        for g in T.unroll(self.size // VECTOR):
-            for e in T.vectorized(VECTOR):
-                copy[self.candidate(0, g * VECTOR) + e] = self.own[g * VECTOR + e]
-
-    @partialmethod
-    @T.macro
-    def load_again(self, logit, chunk):
-        """load(), where `own` does not hold that chunk already."""
-        if not self.held:
-            self.load(logit, chunk)
-
-
-class Weights(NamedTuple):
-    """The weights of a head's candidates, as distances and masses."""
-
-    max_logit: PrimExpr
-    scale: PrimExpr = None  # from weight to mass
-
-    def distance(self, logit: PrimExpr) -> PrimExpr:
-        """How far a logit lies below the largest one, in steps."""
-        return self.max_logit * STEPS - T.cast(logit, T.float32) * STEPS
-
-    def mass(self, distance: PrimExpr) -> PrimExpr:
-        return T.cast(weight(distance) * self.scale + 0.5, T.int32)
-
-
-def weight(distance: PrimExpr) -> PrimExpr:
-    return T.exp2(distance * (-LOG2E / STEPS))
 
 
 @T.macro
@@ -357,65 +151,6 @@ def add_distance(search, weights, distance, shift, num_bins, farthest):
 
 
 @T.macro
-def set_bit(words, candidate):
-    atomic_or(words[candidate // 32], T.uint32(1) << T.cast(candidate % 32, T.uint32))
-
-
-@T.macro
-def mark_all(team, words, num_words, num_tokens, is_own):
-    """Phase 4, where everything is kept."""
-    if is_own is None:
-        mark_words(team, words, num_words, num_tokens)
-    else:
-        for step in T.serial(T.ceildiv(num_tokens, NUM_THREADS)):
-            candidate = step * NUM_THREADS + team.thread
-            if candidate < num_tokens:
-                if is_own(candidate):
-                    set_bit(words, candidate)
-
-
-@T.macro
-def mark_words(team, words, num_words, num_tokens):
-    """Every bit."""
-    for step in T.serial(T.ceildiv(num_words, NUM_THREADS)):
-        word = step * NUM_THREADS + team.thread
-        if word < num_words:
-            excess = T.cast(T.max(word * 32 + 32 - num_tokens, 0), T.uint32)
-            atomic_or(words[word], T.uint32(0xFFFFFFFF) >> excess)
-
-
-@T.macro
-def mark_near(words, candidate, distance, limit):
-    """Phase 4, of one candidate."""
-    if distance <= limit:
-        set_bit(words, candidate)
-
-
-@T.macro
-def mark_windows(team, words, windows, num_tokens, weights, logit, limit):
-    """Phase 5: sinks and recent tokens; the mass of what only they keep is added up."""
-    distance = lambda candidate: weights.distance(logit(candidate))
-    num_sinks = T.min(windows.num_sink_tokens, num_tokens)
-    for step in T.serial(T.ceildiv(num_sinks, NUM_THREADS)):
-        early = step * NUM_THREADS + team.thread
-        if early < num_tokens:
-            if windows.keeps(early, windows.position(early) < windows.num_sink_tokens):
-                set_bit(words, early)
-                if distance(early) > limit:
-                    T.atomic_add(team.forced_mass[team.number], weights.mass(distance(early)))
-    num_recent = T.max(T.min(windows.num_recent, num_tokens), 0)
-    for step in T.serial(T.ceildiv(num_recent, NUM_THREADS)):
-        late = num_tokens - 1 - (step * NUM_THREADS + team.thread)
-        if late >= 0:
-            if windows.keeps(
-                late, windows.position(late) >= T.max(windows.first_recent, windows.num_sink_tokens)
-            ):
-                set_bit(words, late)
-                if distance(late) > limit:
-                    T.atomic_add(team.forced_mass[team.number], weights.mass(distance(late)))
-
-
-@T.macro
 def prune_heads(
     heads, logits, row, candidates, top_p, window, min_kept_tokens, kept_mass, words
 ):  # fmt: skip
@@ -514,15 +249,3 @@ def prune_heads(
                 p < 1.0, T.min(kept, 1.0), T.if_then_else(num_tokens > 0, 1.0, 0.0)
             )
     return num_tokens
-
-
-@T.macro
-def list_row(words, num_tokens, row, candidates, kept_tokens, kept_counts, work, num_threads):
-    """The tokens whose bits are set, and attention's items of them."""
-    num_words = T.ceildiv(num_tokens, 32)
-    position = lambda candidate: candidates.token(row, candidate, beyond=True)
-    neighbours = candidates.kind == "pages"
-    count = compact(words, num_words, position, kept_tokens, row, num_threads, neighbours)
-    work.append(row, count, num_threads)
-    if T.get_thread_binding() == 0:
-        kept_counts[row.batch, row.kv_head] = count

@@ -22,10 +22,10 @@ from twilight_tilelang.kernels.launch import static_width
 from twilight_tilelang.kernels.lists import CandidateTokens
 from twilight_tilelang.kernels.mass_bound import mass_bound_kernel
 from twilight_tilelang.kernels.pruner import HeadUnion, pruner_kernel
+from twilight_tilelang.kernels.search_team import NUM_THREADS
 from twilight_tilelang.kernels.split_kv import merge_kernel, plan_kernel
 from twilight_tilelang.kernels.token_keys import LOGITS, NUM_BINS
 from twilight_tilelang.kernels.token_list import entry_tokens
-from twilight_tilelang.kernels.top_p import NUM_THREADS
 from twilight_tilelang.kernels.top_tokens import NUM_THREADS as NUM_TOP_THREADS
 from twilight_tilelang.kernels.top_tokens import OpenKeys, top_tokens_kernel
 from twilight_tilelang.reference.inputs import DecodeShape

@@ -388,7 +388,7 @@ MUTANTS = (
         ESTIMATE_PRUNE, FUSED,
     ),
     Mutant(
-        "last query head of a group dropped from the union", "top_p.py",
+        "last query head of a group dropped from the union", "search_team.py",
         "T.min(turn * self.at_once + team, self.number - 1)",
         "T.min(turn * self.at_once + team, T.max(self.number - 2, 0))", PRUNER, PRUNED,
     ),
@@ -397,7 +397,7 @@ MUTANTS = (
         "T.ceil(p * UNITY)", "T.ceil(p * UNITY * 0.999)", PRUNER, PRUNED,
     ),
     Mutant(
-        "masses a little too small", "top_p.py",
+        "masses a little too small", "softmax_weights.py",
         "weight(distance) * self.scale + 0.5", "weight(distance) * self.scale * 0.999",
         PRUNER, PRUNED,
     ),
@@ -406,7 +406,7 @@ MUTANTS = (
         "* total * 0.9999", "* total * 20.0", PRUNER, PRUNED,
     ),
     Mutant(
-        "softmax summed over half of the warps", "top_p.py",
+        "softmax summed over half of the warps", "search_team.py",
         "T.unroll(1, NUM_THREADS // 32)", "T.unroll(1, NUM_THREADS // 64)", PRUNER, PRUNED,
     ),
     Mutant(
@@ -415,13 +415,13 @@ MUTANTS = (
         REPEATED, PRUNED_APART,
     ),
     Mutant(
-        "one sink too few", "top_p.py",
+        "one sink too few", "keep_mask.py",
         "windows.position(early) < windows.num_sink_tokens)",
         "windows.position(early) < windows.num_sink_tokens - 1)",
         WINDOWS, PRUNED,
     ),
     Mutant(
-        "newest token not among the recent ones", "top_p.py",
+        "newest token not among the recent ones", "keep_mask.py",
         "late = num_tokens - 1 - (step", "late = num_tokens - 2 - (step", WINDOWS, PRUNED,
     ),
     Mutant(
@@ -442,21 +442,21 @@ MUTANTS = (
         "1 << (bin_index % per_word * HALF_WORD)", "1", FLOOR, FLOORED,
     ),
     Mutant(
-        "a bit behind the last token at p = 1", "top_p.py",
+        "a bit behind the last token at p = 1", "keep_mask.py",
         "T.max(word * 32 + 32 - num_tokens, 0)", "T.max(word * 32 + 31 - num_tokens, 0)",
         PRUNER, PRUNED,
     ),
     Mutant(
-        "sinks forced on heads that they are no candidates of", "top_p.py",
+        "sinks forced on heads that they are no candidates of", "keep_mask.py",
         "return forced if self.is_own is None else T.And(forced, self.is_own(candidate))",
         "return forced", TOKENS, OWN_FORCED,
     ),
     Mutant(
-        "a head without a softmax keeps what is another's", "top_p.py",
+        "a head without a softmax keeps what is another's", "keep_mask.py",
         "if is_own(candidate):", "if T.bool(True):", TOKENS, OWN_UNKNOWN,
     ),
     Mutant(
-        "kept tokens listed as if they were neighbours", "top_p.py",
+        "kept tokens listed as if they were neighbours", "keep_mask.py",
         'neighbours = candidates.kind == "pages"', "neighbours = True", TOKENS, TOKENS_PRUNED,
     ),
     Mutant(
