@@ -237,6 +237,18 @@ def captured(work) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def test_run_inside_a_compiled_function(rng):
+    """Dynamo leaves it out, and what it compiled holds while the cache grows."""
+    tensors = make_tensors(BASE, rng)
+    q, cache = tensors.q, growing_cache(tensors)
+    step, eager = (make_step(cache, BASE) for _ in range(2))
+    compiled = torch.compile(lambda query: step.run(query * 1.0, cache) * 2.0, backend="eager")
+    for _ in range(BASE.shape.page_size + 2):
+        assert torch.equal(compiled(q), eager.run(q, cache) * 2.0)
+        q, k, v = next_token(BASE, rng)
+        cache.append(k, v)
+
+
 @pytest.mark.parametrize("case", [BASE, NAMED["mha-ragged"], NAMED["gqa8-p64"]], ids=str)
 def test_graph_of_run_replays_after_the_cache_has_grown(case, rng):
     tensors = make_tensors(case, rng)
