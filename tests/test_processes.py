@@ -1,4 +1,4 @@
-"""Processes that start together, or find nothing compiled, or a broken cache of compiled kernels."""
+"""Processes that start together, that find nothing compiled, or a broken cache of kernels."""
 
 import os
 import subprocess

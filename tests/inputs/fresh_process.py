@@ -15,10 +15,10 @@ LENGTHS, NUM_KV_HEADS, HEAD_DIM = (50, 33), 2, 128
 def made() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k, v and lengths of two requests."""
     rng = torch.Generator("cuda").manual_seed(1)
-    normal = lambda *size: torch.randn(*size, generator=rng, device="cuda").half()
-    k, v = (normal(len(LENGTHS), max(LENGTHS), NUM_KV_HEADS, HEAD_DIM) for _ in "kv")
-    lengths = torch.tensor(LENGTHS, dtype=torch.int32, device="cuda")
-    return normal(len(LENGTHS), 4 * NUM_KV_HEADS, HEAD_DIM), k, v, lengths
+    new = (len(LENGTHS), max(LENGTHS), NUM_KV_HEADS, HEAD_DIM)
+    sizes = (len(LENGTHS), 4 * NUM_KV_HEADS, HEAD_DIM), new, new
+    tensors = (torch.randn(*size, generator=rng, device="cuda").half() for size in sizes)
+    return *tensors, torch.tensor(LENGTHS, dtype=torch.int32, device="cuda")
 
 
 def mirror() -> None:
@@ -31,7 +31,7 @@ def mirror() -> None:
 
 
 def capture() -> None:
-    """The first run of a step, while a graph is captured: its replay has the bits of a later run."""
+    """A step first runs while a graph is captured: the replay has the bits of a later run."""
     q, *given = made()
     cache = PagedKVCache.from_contiguous(*given)
     step = TwilightDecode(cache, q.shape[1], path="dense")
