@@ -12,13 +12,13 @@ import operator
 
 import tilelang
 import tilelang.language as T
-from tvm.tirx import PrimExpr
+from tvm.tirx import Buffer, PrimExpr
 
 from .block_items import BlockItems
 from .compiling import THREAD_LEVEL, start_early
-from .mma import QUAD, TILE_HEADS, mma_m16n8k16, place_in_quad
+from .mma import QUAD, TILE_HEADS, GroupQuery, mma_m16n8k16, place_in_quad
 from .split_kv import LOG2E, AttentionConfig, Results, Teams, scales_of
-from .strided import CHUNK_BYTES, assume_aligned, channel_at, first_chunk, strided
+from .strided import CHUNK_BYTES, channel_at, first_chunk, strided
 from .token_list import Row, TokenList
 
 STEP_TOKENS = 16  # that a warp multiplies at once
@@ -52,21 +52,9 @@ def copy_tokens(copied, pool, cache, vectors, num_tokens):
                 )
 
 
-@T.macro
-def load_query(operand, q, row):
-    """operand [head_tiles, head_dim / 4] f16: lane c takes every fourth run of 16 channels of head
-    r; heads beyond the group repeat its last."""
-    group_size, (head_tiles, lane_channels) = int(q.shape[2]), operand.shape
-    quad, lane = place_in_quad()
-    words = T.alloc_local((8,), q.dtype)
-    for n in T.unroll(head_tiles):
-        head = T.min(n * TILE_HEADS + quad, group_size - 1)
-        for i in T.unroll(lane_channels // 8):
-            for j in T.vectorized(8):
-                channel = (i // 2 * QUAD + lane) * CHUNK_BYTES + i % 2 * 8 + j
-                words[j] = q[row.batch, row.kv_head, head, channel]
-            for j in T.vectorized(8):
-                operand[n, i * 8 + j] = T.cast(words[j], T.float16)
+def in_order(words: Buffer, s: PrimExpr, e: PrimExpr) -> PrimExpr:
+    """The channels of a run as they come."""
+    return words[s * 4 + e]
 
 
 @T.macro
@@ -271,7 +259,6 @@ def codes_kernel(
     ):
         with T.Kernel(num_blocks, threads=num_threads) as block:
             T.annotate_min_blocks_per_sm(3 if head_tiles * head_dim <= 128 else 2)
-            assume_aligned(q)
             start_early(config.pdl)
             warp, lane = T.get_thread_binding() // 32, T.get_thread_binding() % 32
             # A warp's keys and values; then its sums, in the same place.
@@ -279,7 +266,7 @@ def codes_kernel(
             team_acc = T.view(copied, (num_warps, num_steps * 8, head_dim), T.float32)
             team_max = T.alloc_shared((num_warps, group_size), T.float32, scope="shared")
             team_sum = T.alloc_shared((num_warps, group_size), T.float32, scope="shared")
-            query = T.alloc_local((head_tiles, head_dim // 4), T.float16)
+            query = GroupQuery.allocate(group_size, head_dim, summed=False)
             logits = T.alloc_local((num_steps, head_tiles, 4), T.float32)
             weights = T.alloc_local((num_steps, head_tiles, 2), T.uint32)
             acc = T.alloc_local((row_tiles, head_tiles, 4), T.float32)
@@ -304,7 +291,7 @@ def codes_kernel(
                     slot = listed.token[i] % page_size
                     vectors[i] = first_chunk(k_cache, listed.page[i], slot, kv_head)
                 listed.ask_ahead(item)
-                load_query(query, q, row)
+                query.load(q, row, CHUNK_BYTES, in_order)
                 copy_tokens(copied, KEYS, k_cache, vectors, num_tokens)
                 T.ptx_commit_group()
                 copy_tokens(copied, VALUES, v_cache, vectors, num_tokens)
@@ -313,7 +300,7 @@ def codes_kernel(
                 T.sync_warp()
                 for s in T.unroll(num_steps):
                     if position(s, 0) < num_tokens:
-                        multiply_keys(logits, query, copied, s)
+                        multiply_keys(logits, query.operand, copied, s)
                 weigh_tokens(
                     weights, logits, teams, lambda s, offset: position(s, offset) < num_tokens,
                     sm_scale * LOG2E * k_scale,
