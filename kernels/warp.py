@@ -66,6 +66,18 @@ def atomic_add(cell: PrimExpr, value: PrimExpr) -> PrimExpr:
     return T.call_extern("int32", "atomicAdd", T.access_ptr(cell, "rw"), value)
 
 
+@T.macro
+def reserve(cell, count):
+    """The first of `count` slots that are this lane's own: its warp takes those of all its lanes at
+    once from an int32 that counts what is taken."""
+    first = T.alloc_var(T.int32)
+    running = warp_inclusive_sum(count)
+    first = 0
+    if T.get_thread_binding() % 32 == 31:
+        first = atomic_add(cell, running)
+    return T.shfl_sync(first, 31) + running - count
+
+
 def atomic_or(cell: PrimExpr, bits: PrimExpr) -> PrimExpr:
     """Sets bits of a 32-bit word; what was there."""
     return T.call_extern(cell.dtype, "atomicOr", T.access_ptr(cell, "rw"), bits)
