@@ -8,8 +8,6 @@ Of the instruction's rows, keys and then channels of values are the 16, query he
 quad r gets rows r and r + 8 of columns 2c and 2c + 1 (see mma.py).
 """
 
-import operator
-
 import tilelang
 import tilelang.language as T
 from tvm.tirx import Buffer, PrimExpr
@@ -20,6 +18,7 @@ from .mma import QUAD, TILE_HEADS, GroupQuery, mma_m16n8k16, place_in_quad
 from .split_kv import LOG2E, AttentionConfig, Results, Teams, scales_of
 from .strided import CHUNK_BYTES, channel_at, first_chunk, strided
 from .token_list import Row, TokenList
+from .warp import join_lanes
 
 STEP_TOKENS = 16  # that a warp multiplies at once
 KEYS, VALUES = range(2)
@@ -86,16 +85,6 @@ def multiply_keys(logits, operand, copied, s):
 
 
 @T.macro
-def join_quads(value, join=operator.add):
-    """A float32 joined over a warp's lanes of the same place in their quads."""
-    joined = T.alloc_var(T.float32)
-    joined = value
-    for bit in T.unroll(3):
-        joined = join(joined, T.shfl_xor(joined, QUAD << bit))
-    return joined
-
-
-@T.macro
 def turned(word):
     """Of 8 rows of 8 fp16, two neighbours of which each lane holds, those of the columns."""
     quad, lane = place_in_quad()
@@ -128,7 +117,7 @@ def weigh_tokens(weights, logits, teams, is_token, scale):
                         T.max(largest, logits[s, n, t * 2 + x]),
                         largest,
                     )
-            largest = join_quads(largest, T.max)
+            largest = join_lanes(largest, 8, T.max, apart=QUAD)
             total = 0.0
             for s in T.unroll(num_steps):
                 for t in T.unroll(2):
@@ -137,7 +126,7 @@ def weigh_tokens(weights, logits, teams, is_token, scale):
                     )
                     total += weight
                     rounded[s, t, x] = T.cast(weight, T.float16)
-            total = join_quads(total)
+            total = join_lanes(total, 8, apart=QUAD)
             head = n * TILE_HEADS + lane * 2 + x
             if quad == 0:
                 if head < group_size:
