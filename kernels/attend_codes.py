@@ -4,8 +4,9 @@ Codes cross shared memory as they are, and are widened in the registers that are
 fp16, which holds every one of them. Their scales are those of logits and result. A product adds up
 channels in any order, and a result may have them in any order: lanes read whole runs of them.
 
-Of the instruction's rows, keys and then channels of values are the 16, query heads the 8. Lane c of
-quad r gets rows r and r + 8 of columns 2c and 2c + 1 (see mma.py).
+Of the instruction's 16 x 8 products, keys and then channels of values are the 16, query heads the
+8. Lane c of quad r gets those of the r-th and the (r + 8)-th of the 16 with heads 2c and 2c + 1
+(see mma.py).
 """
 
 import tilelang
@@ -36,12 +37,12 @@ def copy_tokens(copied, pool, cache, vectors, num_tokens):
     """Asks for the keys or the values of a warp's tokens, whose vectors its lanes hold."""
     num_warps, _, num_steps, _, head_dim = (int(size) for size in copied.shape)
     num_chunks = head_dim // CHUNK_BYTES
-    rows = 32 // num_chunks  # that a warp copies at once
+    at_once = 32 // num_chunks  # tokens that a warp copies at once
     warp, lane = T.get_thread_binding() // 32, T.get_thread_binding() % 32
     for s in T.unroll(num_steps):
         if (s * num_warps + warp) * STEP_TOKENS < num_tokens:
-            for i in T.unroll(STEP_TOKENS // rows):
-                token, chunk = i * rows + lane // num_chunks, lane % num_chunks
+            for i in T.unroll(STEP_TOKENS // at_once):
+                token, chunk = i * at_once + lane // num_chunks, lane % num_chunks
                 vector = T.shfl_sync(vectors[s // 2], s % 2 * STEP_TOKENS + token)
                 place = place_of(pool, token, chunk, num_chunks)
                 T.ptx_cp_async(
@@ -86,7 +87,7 @@ def multiply_keys(logits, operand, copied, s):
 
 @T.macro
 def turned(word):
-    """Of 8 rows of 8 fp16, two neighbours of which each lane holds, those of the columns."""
+    """The transpose of 8 x 8 fp16, of whose r-th line quad r holds two neighbours in each lane."""
     quad, lane = place_in_quad()
     source = lane * 2 * QUAD + quad // 2
     first, second = T.shfl_sync(word, source), T.shfl_sync(word, source + QUAD)
