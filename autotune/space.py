@@ -12,11 +12,11 @@ from typing import Any
 
 from twilight_tilelang.kernels.estimate_prune import blocks_that_fit
 from twilight_tilelang.kernels.gpu import Gpu
-from twilight_tilelang.kernels.launch import Launch, StepShape, next_power_of_two, static_width
+from twilight_tilelang.kernels.launch import Launch, StepShape, next_power_of_two
 from twilight_tilelang.kernels.plan import SPECS
 from twilight_tilelang.kernels.pools import TILE_TOKENS
-from twilight_tilelang.kernels.search_team import MAX_VALUES, NUM_THREADS
-from twilight_tilelang.kernels.threshold import BINS_PER_THREAD
+from twilight_tilelang.kernels.pruner import block_memory
+from twilight_tilelang.kernels.search_team import NUM_THREADS
 
 REGISTERS = 65536  # of one SM
 FULL_GPU = 128  # blocks; fewer leave multiprocessors of a large GPU idle
@@ -59,14 +59,6 @@ def launches_of(kernel: str, shape: StepShape, config: Any, gpu: Gpu) -> list[La
 def space_id(configs: Sequence[Any]) -> str:
     """Hash of what was tried: another list of candidates is another search."""
     return hashlib.sha256(repr(tuple(configs)).encode()).hexdigest()[:12]
-
-
-def _pruner_shared(shape: StepShape) -> int:
-    """Bytes of a block: its bins and, of a row that is read once, its logits and the list of the
-    near ones; one mask; a little more."""
-    width = static_width(shape.width)
-    row = 4 * max(width, 4 * NUM_THREADS) if width <= MAX_VALUES * NUM_THREADS else 0
-    return 4 * BINS_PER_THREAD * NUM_THREADS + row + width // 8 + 1024
 
 
 THREADS_FIT = "threads of all blocks fit on a multiprocessor, each with 56 registers"
@@ -162,12 +154,12 @@ SPACES = {
             ),
             THREADS_FIT: lambda c, s, gpu: NUM_THREADS * c.blocks_per_sm <= REGISTERS // 56,
             "a block's shared memory fits": lambda c, s, gpu: (
-                _pruner_shared(s) <= gpu.block_shared_memory
+                block_memory(s) <= gpu.block_shared_memory
             ),
         },
         sensible={
             "shared memory of all blocks fits on a multiprocessor": lambda c, s, gpu: (
-                c.blocks_per_sm * _pruner_shared(s) <= gpu.block_shared_memory
+                c.blocks_per_sm * block_memory(s) <= gpu.block_shared_memory
             ),
             "many rows fill the GPU with a block each": lambda c, s, gpu: (
                 not c.heads_apart or s.num_rows < 512

@@ -4,22 +4,22 @@ Codes cross shared memory as they are, and are widened in the registers that are
 fp16, which holds every one of them. Their scales are those of logits and result. A product adds up
 channels in any order, and a result may have them in any order: lanes read whole runs of them.
 
-Of the instruction's rows, keys and then channels of values are the 16, query heads the 8. Lane c of
-quad r gets rows r and r + 8 of columns 2c and 2c + 1 (see mma.py).
+Of the instruction's 16 x 8 products, keys and then channels of values are the 16, query heads the
+8. Lane c of quad r gets those of the r-th and the (r + 8)-th of the 16 with heads 2c and 2c + 1
+(see mma.py).
 """
-
-import operator
 
 import tilelang
 import tilelang.language as T
-from tvm.tirx import PrimExpr
+from tvm.tirx import Buffer, PrimExpr
 
 from .block_items import BlockItems
 from .compiling import THREAD_LEVEL, start_early
-from .mma import QUAD, TILE_HEADS, mma_m16n8k16, place_in_quad
+from .mma import QUAD, TILE_HEADS, GroupQuery, mma_m16n8k16, place_in_quad
 from .split_kv import LOG2E, AttentionConfig, Results, Teams, scales_of
-from .strided import CHUNK_BYTES, assume_aligned, channel_at, first_chunk, strided
+from .strided import CHUNK_BYTES, channel_at, first_chunk, strided
 from .token_list import Row, TokenList
+from .warp import join_lanes
 
 STEP_TOKENS = 16  # that a warp multiplies at once
 KEYS, VALUES = range(2)
@@ -37,12 +37,12 @@ def copy_tokens(copied, pool, cache, vectors, num_tokens):
     """Asks for the keys or the values of a warp's tokens, whose vectors its lanes hold."""
     num_warps, _, num_steps, _, head_dim = (int(size) for size in copied.shape)
     num_chunks = head_dim // CHUNK_BYTES
-    rows = 32 // num_chunks  # that a warp copies at once
+    at_once = 32 // num_chunks  # tokens that a warp copies at once
     warp, lane = T.get_thread_binding() // 32, T.get_thread_binding() % 32
     for s in T.unroll(num_steps):
         if (s * num_warps + warp) * STEP_TOKENS < num_tokens:
-            for i in T.unroll(STEP_TOKENS // rows):
-                token, chunk = i * rows + lane // num_chunks, lane % num_chunks
+            for i in T.unroll(STEP_TOKENS // at_once):
+                token, chunk = i * at_once + lane // num_chunks, lane % num_chunks
                 vector = T.shfl_sync(vectors[s // 2], s % 2 * STEP_TOKENS + token)
                 place = place_of(pool, token, chunk, num_chunks)
                 T.ptx_cp_async(
@@ -52,21 +52,9 @@ def copy_tokens(copied, pool, cache, vectors, num_tokens):
                 )
 
 
-@T.macro
-def load_query(operand, q, row):
-    """operand [head_tiles, head_dim / 4] f16: lane c takes every fourth run of 16 channels of head
-    r; heads beyond the group repeat its last."""
-    group_size, (head_tiles, lane_channels) = int(q.shape[2]), operand.shape
-    quad, lane = place_in_quad()
-    words = T.alloc_local((8,), q.dtype)
-    for n in T.unroll(head_tiles):
-        head = T.min(n * TILE_HEADS + quad, group_size - 1)
-        for i in T.unroll(lane_channels // 8):
-            for j in T.vectorized(8):
-                channel = (i // 2 * QUAD + lane) * CHUNK_BYTES + i % 2 * 8 + j
-                words[j] = q[row.batch, row.kv_head, head, channel]
-            for j in T.vectorized(8):
-                operand[n, i * 8 + j] = T.cast(words[j], T.float16)
+def in_order(words: Buffer, s: PrimExpr, e: PrimExpr) -> PrimExpr:
+    """The channels of a run as they come."""
+    return words[s * 4 + e]
 
 
 @T.macro
@@ -98,18 +86,8 @@ def multiply_keys(logits, operand, copied, s):
 
 
 @T.macro
-def join_quads(value, join=operator.add):
-    """A float32 joined over a warp's lanes of the same place in their quads."""
-    joined = T.alloc_var(T.float32)
-    joined = value
-    for bit in T.unroll(3):
-        joined = join(joined, T.shfl_xor(joined, QUAD << bit))
-    return joined
-
-
-@T.macro
 def turned(word):
-    """Of 8 rows of 8 fp16, two neighbours of which each lane holds, those of the columns."""
+    """The transpose of 8 x 8 fp16, of whose r-th line quad r holds two neighbours in each lane."""
     quad, lane = place_in_quad()
     source = lane * 2 * QUAD + quad // 2
     first, second = T.shfl_sync(word, source), T.shfl_sync(word, source + QUAD)
@@ -140,7 +118,7 @@ def weigh_tokens(weights, logits, teams, is_token, scale):
                         T.max(largest, logits[s, n, t * 2 + x]),
                         largest,
                     )
-            largest = join_quads(largest, T.max)
+            largest = join_lanes(largest, 8, T.max, apart=QUAD)
             total = 0.0
             for s in T.unroll(num_steps):
                 for t in T.unroll(2):
@@ -149,7 +127,7 @@ def weigh_tokens(weights, logits, teams, is_token, scale):
                     )
                     total += weight
                     rounded[s, t, x] = T.cast(weight, T.float16)
-            total = join_quads(total)
+            total = join_lanes(total, 8, apart=QUAD)
             head = n * TILE_HEADS + lane * 2 + x
             if quad == 0:
                 if head < group_size:
@@ -271,7 +249,6 @@ def codes_kernel(
     ):
         with T.Kernel(num_blocks, threads=num_threads) as block:
             T.annotate_min_blocks_per_sm(3 if head_tiles * head_dim <= 128 else 2)
-            assume_aligned(q)
             start_early(config.pdl)
             warp, lane = T.get_thread_binding() // 32, T.get_thread_binding() % 32
             # A warp's keys and values; then its sums, in the same place.
@@ -279,7 +256,7 @@ def codes_kernel(
             team_acc = T.view(copied, (num_warps, num_steps * 8, head_dim), T.float32)
             team_max = T.alloc_shared((num_warps, group_size), T.float32, scope="shared")
             team_sum = T.alloc_shared((num_warps, group_size), T.float32, scope="shared")
-            query = T.alloc_local((head_tiles, head_dim // 4), T.float16)
+            query = GroupQuery.allocate(group_size, head_dim, summed=False)
             logits = T.alloc_local((num_steps, head_tiles, 4), T.float32)
             weights = T.alloc_local((num_steps, head_tiles, 2), T.uint32)
             acc = T.alloc_local((row_tiles, head_tiles, 4), T.float32)
@@ -304,7 +281,7 @@ def codes_kernel(
                     slot = listed.token[i] % page_size
                     vectors[i] = first_chunk(k_cache, listed.page[i], slot, kv_head)
                 listed.ask_ahead(item)
-                load_query(query, q, row)
+                query.load(q, row, CHUNK_BYTES, in_order)
                 copy_tokens(copied, KEYS, k_cache, vectors, num_tokens)
                 T.ptx_commit_group()
                 copy_tokens(copied, VALUES, v_cache, vectors, num_tokens)
@@ -313,7 +290,7 @@ def codes_kernel(
                 T.sync_warp()
                 for s in T.unroll(num_steps):
                     if position(s, 0) < num_tokens:
-                        multiply_keys(logits, query, copied, s)
+                        multiply_keys(logits, query.operand, copied, s)
                 weigh_tokens(
                     weights, logits, teams, lambda s, offset: position(s, offset) < num_tokens,
                     sm_scale * LOG2E * k_scale,

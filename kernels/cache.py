@@ -76,10 +76,10 @@ class PagedKVCache(Requests):
     labels              what Double Sparsity scores tokens by, of K in 16 bits, or None (see
                         `KeyLabels` and `with_labels`). No k_offset, no k_factor is in them.
 
-    Physical pages may be shared between requests and come in any order. A row without a request has
-    length 0 and any page ids, such as -1: every stage passes over it, its output is zeros and its
-    counts are 0. Page ids and lengths lie on the device: they are the caller's promise, and
-    `validate_cache` checks them on request.
+    Physical pages may be shared between requests and come in any order. A place in the batch
+    without a request has length 0 and any page ids, such as -1: every stage passes over it, its
+    output is zeros and its counts are 0. Page ids and lengths lie on the device: they are the
+    caller's promise, and `validate_cache` checks them on request.
     """
 
     k_cache: torch.Tensor
@@ -101,10 +101,12 @@ class PagedKVCache(Requests):
         check_pages(self.k_cache, self.v_cache, self.page_table, self.seq_lens, channels)
         num_pages, page_size, num_kv_heads, head_dim = self.k_cache.shape
         device = self.k_cache.device
-        rows = (num_pages, num_kv_heads, page_size)
+        slots = (num_pages, num_kv_heads, page_size)
         pairs = (num_pages, num_kv_heads, 2)
-        check_tensor("k_int4", self.k_int4, (*rows, head_dim // 2), torch.uint8, device, align=16)
-        check_tensor("k_scale_zero", self.k_scale_zero, (*rows, 2), torch.float16, device, align=16)
+        check_tensor("k_int4", self.k_int4, (*slots, head_dim // 2), torch.uint8, device, align=16)
+        check_tensor(
+            "k_scale_zero", self.k_scale_zero, (*slots, 2), torch.float16, device, align=16
+        )
         check_tensor(
             "page_bounds", self.page_bounds, (*pairs, head_dim), torch.uint8, device, align=16
         )
@@ -213,9 +215,9 @@ class PagedKVCache(Requests):
         channels, bits, codes, scale_zero = labels
         check_label_shape(channels, bits, self.k_cache)
         num_label_heads, r = channels.shape
-        device, rows = self.k_cache.device, (self.num_pages, num_label_heads, self.page_size)
-        check_tensor("labels.codes", codes, (*rows, r * bits // 8), torch.uint8, device, align=16)
-        check_tensor("labels.scale_zero", scale_zero, (*rows, 2), torch.float16, device, align=16)
+        device, slots = self.k_cache.device, (self.num_pages, num_label_heads, self.page_size)
+        check_tensor("labels.codes", codes, (*slots, r * bits // 8), torch.uint8, device, align=16)
+        check_tensor("labels.scale_zero", scale_zero, (*slots, 2), torch.float16, device, align=16)
 
     @classmethod
     def empty(
@@ -376,7 +378,7 @@ class PagedKVCache(Requests):
         """Allocates mirror and bounds for K and V pages, unwritten."""
         num_pages, page_size, num_kv_heads, head_dim = k_cache.shape
         device = k_cache.device
-        pages, rows = (num_pages, num_kv_heads), (num_pages, num_kv_heads, page_size)
+        pages, slots = (num_pages, num_kv_heads), (num_pages, num_kv_heads, page_size)
         k_offset, k_factor = offset_and_factor(k_offset)
         if k_offset is None:
             k_offset = torch.zeros(num_kv_heads, head_dim, device=device)
@@ -385,8 +387,8 @@ class PagedKVCache(Requests):
             v_cache,
             page_table,
             seq_lens,
-            k_int4=torch.empty(*rows, head_dim // 2, dtype=torch.uint8, device=device),
-            k_scale_zero=torch.empty(*rows, 2, dtype=torch.float16, device=device),
+            k_int4=torch.empty(*slots, head_dim // 2, dtype=torch.uint8, device=device),
+            k_scale_zero=torch.empty(*slots, 2, dtype=torch.float16, device=device),
             page_bounds=torch.empty(*pages, 2, head_dim, dtype=torch.uint8, device=device),
             bounds_scale_zero=torch.empty(*pages, 2, dtype=torch.float32, device=device),
             k_offset=k_offset,

@@ -125,13 +125,13 @@ def extend_kernel(
                             end = T.min(page_size, slot + end)
                             place = Place(page, kv_head, lane, channels)
                             k_scale, v_scale = kv_scales[0, kv_head], kv_scales[1, kv_head]
-                            for row in T.serial(end - slot):
+                            for ahead in T.serial(end - slot):
                                 for c in T.vectorized(channels):
-                                    vector[c] = k[token + row, kv_head, lane * channels + c]
-                                write_vector(k_cache, place, slot + row, vector, k_scale)
+                                    vector[c] = k[token + ahead, kv_head, lane * channels + c]
+                                write_vector(k_cache, place, slot + ahead, vector, k_scale)
                                 for c in T.vectorized(channels):
-                                    vector[c] = v[token + row, kv_head, lane * channels + c]
-                                write_vector(v_cache, place, slot + row, vector, v_scale)
+                                    vector[c] = v[token + ahead, kv_head, lane * channels + c]
+                                write_vector(v_cache, place, slot + ahead, vector, v_scale)
                             written = labels_if(
                                 labels, label_channels, label_codes, label_scale_zero
                             )

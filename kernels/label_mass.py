@@ -38,6 +38,19 @@ def join_masses(largest, mass, other_largest, other_mass):
     return joined, T.call_extern("float32", "fmaf", mass, T.exp2(largest - joined), other)
 
 
+@T.macro
+def join_masses_of_lanes(largest, mass, num_lanes, apart=1):
+    """The same over every `num_lanes` lanes that are `apart`: the first has the result."""
+    top = T.alloc_var(T.float32)
+    total = T.alloc_var(T.float32)
+    top = largest
+    total = mass
+    for bit in T.unroll(num_lanes.bit_length() - 1):
+        other, other_mass = T.shfl_xor(top, apart << bit), T.shfl_xor(total, apart << bit)
+        top, total = join_masses(top, total, other, other_mass)
+    return top, total
+
+
 class Masses(NamedTuple):
     """The softmax's weights of a lane's tokens of a run, added up for each of its heads."""
 
@@ -102,17 +115,12 @@ class Masses(NamedTuple):
     def join(self):
         """Over the lanes with the same heads: the first have the result."""
         largest, mass = self.largest, self.mass
-        nearest = 1 if int(self.logits.shape[1]) == 1 else 2  # bit in which they differ
-        top = T.alloc_var(T.float32)
-        total = T.alloc_var(T.float32)
+        apart = 2 if int(self.logits.shape[1]) == 1 else QUAD
         for n in T.unroll(largest.shape[0]):
             for h in T.unroll(2):
-                for bit in T.unroll(5 - nearest):
-                    other = T.shfl_xor(largest[n, h], 1 << (nearest + bit))
-                    other_mass = T.shfl_xor(mass[n, h], 1 << (nearest + bit))
-                    top, total = join_masses(largest[n, h], mass[n, h], other, other_mass)
-                    largest[n, h] = top
-                    mass[n, h] = total
+                top, total = join_masses_of_lanes(largest[n, h], mass[n, h], 32 // apart, apart)
+                largest[n, h] = top
+                mass[n, h] = total
 
 
 class KeptLogits(NamedTuple):
@@ -231,10 +239,7 @@ def fold_parts(parts, num_parts, row, num_warps, norms):
                         top, total, parts[row.batch, row.kv_head, part, head, 0],
                         parts[row.batch, row.kv_head, part, head, 1],
                     )  # fmt: skip
-            for bit in T.unroll(5):
-                other = T.shfl_xor(top, 1 << bit)
-                other_mass = T.shfl_xor(total, 1 << bit)
-                top, total = join_masses(top, total, other, other_mass)
+            top, total = join_masses_of_lanes(top, total, 32)
             if in_warp == 0:
                 norms[row.batch, row.kv_head, head] = T.if_then_else(
                     total > 0.0, top + T.log2(total), 0.0

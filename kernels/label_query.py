@@ -11,7 +11,7 @@ from tvm.tirx import Buffer, PrimExpr
 
 from .labels import TokenRows
 from .launch import next_power_of_two
-from .mma import CODE_UNIT, QUAD, TILE_HEADS, place_in_quad
+from .mma import CODE_UNIT, QUAD, TILE_HEADS, of_own_head, place_in_quad
 from .warp import join_lanes
 
 QUERY_BITS = 7  # the largest channel of a query's label lies in [2^7, 2^8) as an operand
@@ -95,8 +95,8 @@ class LabelQuery(NamedTuple):
             up = power_of_two(QUERY_BITS + 127 - exponent)
             down = power_of_two(exponent - 127 - QUERY_BITS)
             for h in T.unroll(2):
-                self.sums[n, h] = T.shfl_sync(total, (lane * 2 + h) * QUAD) * factor
-                self.units[n, h] = T.shfl_sync(down, (lane * 2 + h) * QUAD) * (factor * CODE_UNIT)
+                self.sums[n, h] = of_own_head(total, h) * factor
+                self.units[n, h] = of_own_head(down, h) * (factor * CODE_UNIT)
             for register in T.unroll(lane_channels // 2):
                 for high in T.unroll(2):
                     weight = power_of_two(-masks.up(register))

@@ -92,10 +92,10 @@ class KeyLabels(NamedTuple):
     def allocate(cls, label_format: LabelFormat, k_cache: torch.Tensor) -> "KeyLabels":
         """For these pages, unwritten."""
         channels, bits = label_format
-        rows = (k_cache.shape[0], channels.shape[0], k_cache.shape[1])
+        slots = (k_cache.shape[0], channels.shape[0], k_cache.shape[1])
         num_bytes = channels.shape[1] * bits // 8
-        codes = torch.empty(*rows, num_bytes, dtype=torch.uint8, device=k_cache.device)
-        scale_zero = torch.empty(*rows, 2, dtype=torch.float16, device=k_cache.device)
+        codes = torch.empty(*slots, num_bytes, dtype=torch.uint8, device=k_cache.device)
+        scale_zero = torch.empty(*slots, 2, dtype=torch.float16, device=k_cache.device)
         return cls(channels, bits, codes, scale_zero)
 
     def words_of(self, shape: LabelShape) -> torch.Tensor:
@@ -113,13 +113,13 @@ def check_label_format(label_format: LabelFormat, k_cache: torch.Tensor) -> None
     kernels read. Synchronizes."""
     channels, bits = label_format
     check_label_shape(channels, bits, k_cache)
-    num_rows, r = channels.shape
+    num_label_heads, r = channels.shape
     head_dim = k_cache.shape[3]
-    for head, row in enumerate(channels.tolist()):
-        if len(set(row)) < r or min(row) < 0 or max(row) >= head_dim:
+    for head, own in enumerate(channels.tolist()):
+        if len(set(own)) < r or min(own) < 0 or max(own) >= head_dim:
             raise ValueError(
-                f"channels: expected distinct ones in 0..{head_dim - 1}, got {row} (head {head} of "
-                f"{num_rows})"
+                f"channels: expected distinct ones in 0..{head_dim - 1}, got {own} (head {head} of "
+                f"{num_label_heads})"
             )
 
 

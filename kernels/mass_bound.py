@@ -7,8 +7,6 @@ It costs a kernel that reads the candidates' logits twice and their scales once 
 that is asked for it estimates and prunes in two kernels.
 """
 
-import operator
-
 import tilelang
 import tilelang.language as T
 import torch
@@ -23,6 +21,7 @@ from .pools import TILE_TOKENS
 from .query import by_kv_head, check_query, check_scale, step_shape
 from .strided import channel_at, first_chunk, strided
 from .token_list import Row, TokenList, entry_tokens
+from .warp import join_block
 
 NUM_THREADS = 256  # at least head_dim
 UP, DOWN = 1 + 2.0**-9, 1 - 2.0**-22
@@ -92,22 +91,6 @@ def mass_bound(shape: StepShape) -> Launch:
     """The kernel; it has no config."""
     arguments = (*shape.statics, shape.smooth, shape.candidates)
     return Launch("mass_bound", mass_bound_kernel, arguments)
-
-
-@T.macro
-def join_block(value, of_warps, join, reduce):
-    """A float32 joined over the block, in a fixed order: all threads get the result."""
-    thread = T.get_thread_binding()
-    joined = T.alloc_var(T.float32)
-    joined = reduce(value)
-    if thread % 32 == 0:
-        of_warps[thread // 32] = joined
-    T.sync_threads()
-    joined = of_warps[0]
-    for warp in T.unroll(1, NUM_THREADS // 32):
-        joined = join(joined, of_warps[warp])
-    T.sync_threads()
-    return joined
 
 
 @T.macro
@@ -243,8 +226,8 @@ def mass_bound_kernel(
             dev = 0.0
             if thread < head_dim:
                 size, dev = query_error(q, k_factor if smooth else None, row, head, thread)
-            size = join_block(size, of_warps, operator.add, T.warp_reduce_sum)
-            dev = join_block(dev, of_warps, operator.add, T.warp_reduce_sum)
+            size = join_block(size, of_warps)
+            dev = join_block(dev, of_warps)
             per_scale = sm_scale * (size * (0.5 + 2.0**-9) + 15.0 * dev)
             per_zero = sm_scale * (size * 2.0**-17 + dev)
 
@@ -256,7 +239,7 @@ def mass_bound_kernel(
                         own[j] = logit_of(tile * TILE_TOKENS + j)
                     for j in T.unroll(TILE_TOKENS):
                         largest = T.max(largest, T.cast(own[j], T.float32))
-            largest = join_block(largest, of_warps, T.max, T.warp_reduce_max)
+            largest = join_block(largest, of_warps, T.max)
 
             low = 0.0
             high = 0.0
@@ -301,10 +284,10 @@ def mass_bound_kernel(
                             else:
                                 high += T.exp(logit + error - largest)
                                 num_dropped += 1.0
-            low = join_block(low, of_warps, operator.add, T.warp_reduce_sum)
-            high = join_block(high, of_warps, operator.add, T.warp_reduce_sum)
-            num_held = join_block(num_held, of_warps, operator.add, T.warp_reduce_sum)
-            num_dropped = join_block(num_dropped, of_warps, operator.add, T.warp_reduce_sum)
+            low = join_block(low, of_warps)
+            high = join_block(high, of_warps)
+            num_held = join_block(num_held, of_warps)
+            num_dropped = join_block(num_dropped, of_warps)
             if thread == 0:
                 share = 0.0
                 if num_dropped == 0.0:

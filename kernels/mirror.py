@@ -26,7 +26,7 @@ from .strided import assume_aligned, strided
 MAX_CODE = 15
 MAX_BOUND_CODE = 255
 SCALE_UP = 1 + 2**-20  # so that 255 rounded steps still reach the largest bound
-ROWS_IN_FLIGHT = 16  # rows of a page whose loads append issues together
+SLOTS_IN_FLIGHT = 16  # of a page, whose loads append issues together
 NUM_WARPS = 8  # of append
 
 
@@ -305,17 +305,17 @@ def mirror_kernel(
 def widen_by_earlier(low, high, k_cache, place, slot, scale):
     """Takes the keys of a page's slots before this one into low and high, some loads at a time."""
     page, kv_head, lane, channels = place
-    rows = T.alloc_local((ROWS_IN_FLIGHT, channels), k_cache.dtype)
-    for chunk in T.serial(int(k_cache.shape[1]) // ROWS_IN_FLIGHT):
-        if chunk * ROWS_IN_FLIGHT < slot:
-            for r in T.unroll(ROWS_IN_FLIGHT):
-                # Rows from the new one on repeat the last one before it.
-                row = T.min(chunk * ROWS_IN_FLIGHT + r, slot - 1)
+    keys = T.alloc_local((SLOTS_IN_FLIGHT, channels), k_cache.dtype)
+    for chunk in T.serial(int(k_cache.shape[1]) // SLOTS_IN_FLIGHT):
+        if chunk * SLOTS_IN_FLIGHT < slot:
+            for s in T.unroll(SLOTS_IN_FLIGHT):
+                # Slots from the new one on repeat the last one before it.
+                earlier = T.min(chunk * SLOTS_IN_FLIGHT + s, slot - 1)
                 for c in T.vectorized(channels):
-                    rows[r, c] = k_cache[page, row, kv_head, lane * channels + c]
-            for r in T.unroll(ROWS_IN_FLIGHT):
+                    keys[s, c] = k_cache[page, earlier, kv_head, lane * channels + c]
+            for s in T.unroll(SLOTS_IN_FLIGHT):
                 for c in T.unroll(channels):
-                    other = dequantized(rows[r, c], scale) if is_fp8(k_cache) else rows[r, c]
+                    other = dequantized(keys[s, c], scale) if is_fp8(k_cache) else keys[s, c]
                     low[c] = T.min(low[c], other)
                     high[c] = T.max(high[c], other)
 

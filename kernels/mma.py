@@ -38,27 +38,34 @@ class Tiles(NamedTuple):
     count: PrimExpr
 
 
+def of_own_head(value: PrimExpr, h: PrimExpr) -> PrimExpr:
+    """Of a value that quad r has of query head r, what it is of this lane's head 2c + h."""
+    _, lane = place_in_quad()
+    return T.shfl_sync(value, (lane * 2 + h) * QUAD)
+
+
 class GroupQuery(NamedTuple):
     """The group's queries as the products' second operand, in registers."""
 
     operand: Buffer  # [head_tiles, head_dim / 4] f16
-    sums: Buffer  # [head_tiles, 2] f32: sm_scale * sum(q) of this lane's heads
+    sums: Buffer | None  # [head_tiles, 2] f32: sm_scale * sum(q) of this lane's heads
 
     @classmethod
-    def allocate(cls, group_size: int, head_dim: int) -> "GroupQuery":
+    def allocate(cls, group_size: int, head_dim: int, summed: bool = True) -> "GroupQuery":
+        """summed: with `sums`, which only codes that have a zero need."""
         head_tiles = -(-group_size // TILE_HEADS)
         operand = T.alloc_local((head_tiles, head_dim // 4), T.float16)
-        return cls(operand, T.alloc_local((head_tiles, 2), T.float32))
+        return cls(operand, T.alloc_local((head_tiles, 2), T.float32) if summed else None)
 
     @partialmethod
     @T.macro
-    def load(self, q, row, run, order, sm_scale, k_factor):
+    def load(self, q, row, run, order, sm_scale=None, k_factor=None):
         """Lane c of a quad takes every fourth run of `run` channels, of every eighth head; heads
-        beyond the group repeat its last. order(words, s, e) is element e of step s, as float32.
-        k_factor [num_kv_heads, head_dim] f32, or None where keys have none.
+        beyond the group repeat its last. order(words, s, e) is element e of step s. sm_scale: of
+        the sums. k_factor [num_kv_heads, head_dim] f32, or None where keys have none.
         """
-        group_size, head_tiles = int(q.shape[2]), int(self.sums.shape[0])
-        lane_channels = int(self.operand.shape[1])
+        group_size = int(q.shape[2])
+        head_tiles, lane_channels = (int(size) for size in self.operand.shape)
         quad, lane = place_in_quad()
         words = T.alloc_local((lane_channels,), q.dtype)
         partial = T.alloc_var(T.float32)
@@ -76,12 +83,13 @@ class GroupQuery(NamedTuple):
                         factor = k_factor[row.kv_head, (i * QUAD + lane) * run + j]
                         smoothed = T.cast(words[i * run + j], T.float32) * factor
                         words[i * run + j] = T.cast(smoothed, q.dtype)
-            partial = 0.0
-            for j in T.unroll(lane_channels):
-                partial += T.cast(words[j], T.float32)
-            total = join_lanes(partial, QUAD)
-            for h in T.unroll(2):
-                self.sums[n, h] = T.shfl_sync(total, (lane * 2 + h) * QUAD) * sm_scale
+            if self.sums is not None:
+                partial = 0.0
+                for j in T.unroll(lane_channels):
+                    partial += T.cast(words[j], T.float32)
+                total = join_lanes(partial, QUAD)
+                for h in T.unroll(2):
+                    self.sums[n, h] = of_own_head(total, h) * sm_scale
             for s in T.unroll(lane_channels // 4):
                 for e in T.unroll(4):
                     self.operand[n, s * 4 + e] = T.cast(order(words, s, e), T.float16)

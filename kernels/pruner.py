@@ -19,7 +19,7 @@ from .pools import TILE_TOKENS
 from .query import by_kv_head, group_size_of, step_shape
 from .search_team import NUM_THREADS, VECTOR, Heads, Logits, is_held
 from .split_kv import Work
-from .threshold import check_num_items
+from .threshold import BINS_PER_THREAD, check_num_items
 from .token_list import Row, TokenList
 from .top_p import prune_heads
 from .tuned import Planned, planned
@@ -49,6 +49,14 @@ def default_config(shape: StepShape, gpu: Gpu) -> PrunerConfig:
     blocks_per_sm = 3 if wide or gpu.capability >= (10, 0) else 4
     blocks_per_sm -= short or shape.candidates == "head_tokens"
     return PrunerConfig(shape.group_size > 1 and shape.num_rows <= 128, blocks_per_sm)
+
+
+def block_memory(shape: StepShape) -> int:
+    """Bytes of shared memory of a block: its bins and, of a row that is read once, its logits and
+    the list of the near ones; one mask; a little more."""
+    width_bound = static_width(shape.width)
+    row = 4 * max(width_bound, VECTOR * NUM_THREADS) if is_held(width_bound) else 0
+    return 4 * BINS_PER_THREAD * NUM_THREADS + row + width_bound // 8 + 1024
 
 
 class HeadUnion(NamedTuple):

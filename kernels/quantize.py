@@ -1,4 +1,4 @@
-"""How a row of numbers becomes codes of a few bits, a scale and a zero: what mirror and labels have
+"""How a run of numbers becomes codes of a few bits, a scale and a zero: what mirror and labels have
 in common. `reference/quantize.py` defines it."""
 
 import tilelang.language as T
@@ -7,8 +7,8 @@ from tvm.tirx import PrimExpr
 
 @T.macro
 def scale_and_zero(low, high, max_code):
-    """(scale, zero) of a row from low to high, as float32 that fp16 holds: zero rounds down and
-    scale rounds up, so that the fp16 pair still spans the row."""
+    """(scale, zero) of a run from low to high, as float32 that fp16 holds: zero rounds down and
+    scale rounds up, so that the fp16 pair still spans the run."""
     zero = T.alloc_var(T.float32)
     scale = T.alloc_var(T.float32)
     bits = T.alloc_var(T.uint16)  # of an fp16, to step to its neighbour

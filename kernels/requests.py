@@ -24,8 +24,8 @@ class Requests:
     """The part of `PagedKVCache` that moves its requests; its tensors are described there. Labels,
     where a cache has them, are written whenever its mirror is.
 
-    A row of the batch is left out of a call by its mask, or where its page table names no page of
-    the pool (an id < 0, or >= num_pages): nothing of it is written.
+    A request has a place in the batch. It is left out of a call by its mask, or where its page
+    table names no page of the pool (an id < 0, or >= num_pages): nothing of it is written.
     """
 
     shape: "CacheShape"
@@ -55,7 +55,7 @@ class Requests:
         Args:
             k, v: [batch_size, num_kv_heads, head_dim] in the dtype of q, of any strides where
                 channels are contiguous. The page that a request writes to must not be shared.
-            active: [batch_size] bool, which rows get their token; all where None.
+            active: [batch_size] bool, which requests get their token; all where None.
 
         Raises:
             ValueError: a tensor does not fit.
@@ -67,7 +67,7 @@ class Requests:
         if active is None:
             active = self.everyone
         else:
-            self._check_rows("active", active)
+            self._check_mask("active", active)
         append, _, _ = self._launches()
         with on_device(device):
             append(k, v, self.page_table, self.seq_lens, active.view(torch.uint8), *self._written())
@@ -127,18 +127,18 @@ class Requests:
         return torch.arange(num_pages, dtype=torch.int32, device=device), page_tokens
 
     def join(self, joining: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
-        """Requests take rows of the batch, with the pages that they are given.
+        """Requests take places in the batch, with the pages that they are given.
 
         Args:
-            joining: [batch_size] bool, the rows that are taken.
-            page_table: [batch_size, max_pages] i32, their pages; other rows are not looked at.
+            joining: [batch_size] bool, the places that are taken.
+            page_table: [batch_size, max_pages] i32, their pages; others' are not looked at.
             seq_lens: [batch_size] i32, the tokens that these pages hold already, with their mirror:
                 none, or a prefix. A part-filled last page must be this request's alone.
 
         Raises:
             ValueError: a tensor does not fit.
         """
-        self._check_rows("joining", joining)
+        self._check_mask("joining", joining)
         device = self.k_cache.device
         check_tensor("page_table", page_table, self.page_table.shape, torch.int32, device)
         check_tensor("seq_lens", seq_lens, self.seq_lens.shape, torch.int32, device)
@@ -146,7 +146,7 @@ class Requests:
         self.seq_lens.copy_(torch.where(joining, seq_lens, self.seq_lens))
 
     def leave(self, leaving: torch.Tensor) -> None:
-        """These rows have no request any more: length 0, page ids -1.
+        """These places have no request any more: length 0, page ids -1.
 
         Args:
             leaving: [batch_size] bool.
@@ -154,20 +154,20 @@ class Requests:
         Raises:
             ValueError: a tensor does not fit.
         """
-        self._check_rows("leaving", leaving)
+        self._check_mask("leaving", leaving)
         self.page_table.masked_fill_(leaving[:, None], -1)
         self.seq_lens.masked_fill_(leaving, 0)
 
     def fork(
         self, parents: torch.Tensor, pages: torch.Tensor, seq_lens: torch.Tensor | None = None
     ) -> None:
-        """Rows become children of other rows: full pages are shared, the part-filled last page is
+        """Requests become children of others: full pages are shared, the part-filled last page is
         copied, with its mirror, so that parent and child append to pages of their own.
 
         Args:
-            parents: [batch_size] i32, the row whose tokens each row takes over; one < 0 leaves it
-                as it is. A row may be its own parent: that cuts it back inside a page that it
-                shares.
+            parents: [batch_size] i32, the place of the request whose tokens each one takes over; if
+                < 0, it stays as it is. A request may be its own parent: that cuts it back inside a
+                page that it shares.
             pages: [batch_size] i32, for each child a page of its own, which takes the place of the
                 parent's part-filled page; unused where the last page is full. A child without a
                 page, of an id < 0, ends with its last full page.
@@ -182,8 +182,8 @@ class Requests:
         if seq_lens is not None:
             check_tensor("seq_lens", seq_lens, shape, torch.int32, device)
         is_child = (parents >= 0) & (parents < shape[0])
-        rows = torch.where(is_child, parents, 0).long()
-        table, lengths = self.page_table[rows], self.seq_lens[rows]
+        places = torch.where(is_child, parents, 0).long()
+        table, lengths = self.page_table[places], self.seq_lens[places]
         if seq_lens is not None:
             lengths = torch.minimum(lengths, seq_lens).clamp(min=0)
         in_last = lengths % self.shape.page_size
@@ -199,7 +199,7 @@ class Requests:
 
     def truncate(self, seq_lens: torch.Tensor) -> None:
         """Cuts requests back to their first tokens, and bounds their last pages anew. The page that
-        a request ends in then must not be shared: `fork` a row from itself where it is.
+        a request ends in then must not be shared: `fork` a request from itself where it is.
 
         Args:
             seq_lens: [batch_size] i32; a request that has no more tokens stays as it is.
@@ -216,9 +216,9 @@ class Requests:
         pages = torch.where(is_cut, pages, -1)
         self._mirror(pages, pages, in_last)
 
-    def _check_rows(self, name: str, rows: torch.Tensor) -> None:
+    def _check_mask(self, name: str, mask: torch.Tensor) -> None:
         shape, device = self.seq_lens.shape, self.k_cache.device
-        check_tensor(name, rows, shape, torch.bool, device, align=1)
+        check_tensor(name, mask, shape, torch.bool, device, align=1)
 
     def _extend(
         self, k: torch.Tensor, v: torch.Tensor, first_tokens: torch.Tensor, end_tokens: torch.Tensor

@@ -15,7 +15,6 @@ from tvm.tirx import Buffer, PrimExpr
 from .lists import MAX_FLOOR
 from .softmax_weights import FARTHEST
 from .threshold import Search
-from .warp import atomic_add, warp_inclusive_sum
 
 NUM_THREADS = 256  # that search a query head's logits; part of the order of their sums
 MAX_VALUES = 32  # that a thread keeps in registers
@@ -120,18 +119,6 @@ class Team(NamedTuple):
         """A distance within which MAX_FLOOR candidates lie, or all that count towards a floor."""
         distance = weights.distance(self.joined(T.max, 2))
         return T.min(T.ceil(distance), FARTHEST)
-
-    @partialmethod
-    @T.macro
-    def reserve_near(self, count, parity):
-        """The first of `count` slots of this thread's own, in no order that matters."""
-        num_near = self.num_near
-        first = T.alloc_var(T.int32)
-        inclusive = warp_inclusive_sum(count)
-        first = 0
-        if self.thread % 32 == 31:
-            first = atomic_add(num_near[self.number, parity], inclusive)
-        return T.shfl_sync(first, 31) + inclusive - count
 
 
 class Share(NamedTuple):

@@ -18,7 +18,7 @@ import tilelang.language as T
 from tvm.tirx import Buffer, PrimExpr
 
 from .gpu import Gpu
-from .warp import block_exclusive_sum, warp_inclusive_sum
+from .warp import block_exclusive_sum, share_sum_above, warps_above
 
 BINS_PER_THREAD = 4
 HALF_WORD = 16
@@ -87,10 +87,8 @@ class Counts(NamedTuple):
         words, _, warp_sums, above, own, running = self
         for j in T.vectorized(own.shape[0]):
             own[j] = words[team, thread * own.shape[0] + j]
-        running[0] = warp_inclusive_sum(self.number, downward=True)
-        if thread % 32 == 0:
-            warp_sums[team, thread // 32] = running[0]
-        running[0] += above[team] - self.number
+        from_here = share_sum_above(self.number, warp_sums, team, thread)
+        running[0] = from_here + above[team] - self.number
 
     @partialmethod
     @T.macro
@@ -104,9 +102,7 @@ class Counts(NamedTuple):
     def join(self, team, thread):
         """Behind that barrier: adds what the warps above counted."""
         warp_sums, running = self.warp_sums, self.running
-        for warp in T.serial(warp_sums.shape[1]):
-            if warp > thread // 32:
-                running[0] += warp_sums[team, warp]
+        running[0] += warps_above(warp_sums, team, thread)
 
 
 class Search(NamedTuple):
@@ -200,18 +196,13 @@ class Search(NamedTuple):
         thread_mass = 0
         for j in T.unroll(BINS_PER_THREAD):
             thread_mass += own[j]
-        running = warp_inclusive_sum(thread_mass, downward=True)
-        if thread % 32 == 0:
-            warp_sums[team, thread // 32] = running
+        running = share_sum_above(thread_mass, warp_sums, team, thread)
         if counts is not None:
             counts.take(team, thread)
         self.clear()
         T.sync_threads()
-        for warp in T.serial(warp_sums.shape[1]):
-            if warp > thread // 32:
-                running += warp_sums[team, warp]
-
-        running += self.above - thread_mass  # the mass above this thread's bins
+        # The mass above this thread's bins.
+        running += warps_above(warp_sums, team, thread) + self.above - thread_mass
         if counts is None:
             lacks = lambda mass: mass < need
             has = lambda mass, more: mass >= need

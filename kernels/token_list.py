@@ -1,4 +1,5 @@
-"""Tokens that a list names for every row. A row is one KV head of one request."""
+"""Tokens that a list names for every row. A row is one KV head of one request; where scores are by
+the query head, one query head of it (`labels.TokenRows` says which)."""
 
 from functools import partialmethod
 from typing import NamedTuple

@@ -15,6 +15,7 @@ from .keep_mask import Windows, mark_all, mark_near, mark_windows
 from .search_team import MAX_VALUES, NUM_THREADS, VECTOR, Share, Team, is_held
 from .softmax_weights import DISTANCE_BITS, STEPS, UNITY, Weights, weight
 from .split_kv import LOG2E
+from .warp import reserve
 
 
 @T.macro
@@ -57,7 +58,7 @@ def list_near(team, share, values, farthest, turn, beyond=None):
     for k in T.unroll(share.size):
         if is_near(values[k]):
             alive |= T.uint32(1 << k)
-    slot = team.reserve_near(T.cast(T.popcount(alive), T.int32), turn % 2)
+    slot = reserve(team.num_near[team.number, turn % 2], T.cast(T.popcount(alive), T.int32))
     while alive != T.uint32(0):
         k_near = 31 - T.cast(T.clz(alive), T.int32)
         team.near[team.number, slot] = T.cast(share.candidate(0, k_near), T.uint16)

@@ -21,7 +21,7 @@ from .threshold import BINS_PER_THREAD, Search
 from .token_keys import LAST_PLACE, NUM_BINS, Binning, OpenTokens
 from .token_union import token_union_kernel
 from .tuned import Planned
-from .warp import atomic_add, block_exclusive_sum, warp_inclusive_sum
+from .warp import block_exclusive_sum, reserve
 
 
 @dataclass(frozen=True)
@@ -176,12 +176,7 @@ def set_aside(near, near_bits, first, scores, open_tokens):
     slot = T.alloc_var(T.int32)
     bits = near_bits
     lane = T.get_thread_binding() % 32
-    number = T.cast(T.popcount(bits), T.int32)
-    running = warp_inclusive_sum(number)
-    slot = 0
-    if lane == 31:
-        slot = atomic_add(near.count[0], running)
-    slot = near.start + T.shfl_sync(slot, 31) + running - number
+    slot = near.start + reserve(near.count[0], T.cast(T.popcount(bits), T.int32))
     while bits != T.uint32(0):
         nth = 31 - T.cast(T.clz(bits & (T.uint32(0) - bits)), T.int32)
         token = first + nth * 32 + lane

@@ -12,7 +12,7 @@ def validate_cache(cache: "PagedKVCache") -> None:
     """Checks lengths, page ids, and that mirror, bounds and labels are those of the keys.
     Synchronizes, and needs room for a second mirror.
 
-    A row of length 0 is right whatever its page ids are: it may be a row without a request.
+    A length of 0 is right whatever the page ids are: that place in the batch may have no request.
 
     Raises:
         ValueError: a length is negative or beyond the capacity; a page id in use lies outside the

@@ -29,6 +29,31 @@ def warp_inclusive_sum(value, downward=False):
 
 
 @T.macro
+def share_sum_above(value, warp_sums, team, thread):
+    """The sum of an int32 over the lanes from this one on; its warp's, for the team's other warps
+    behind the next barrier.
+
+    warp_sums: shared memory, [num_teams, warps of a team] i32. thread: this one's number in its
+    team.
+    """
+    running = warp_inclusive_sum(value, downward=True)
+    if thread % 32 == 0:
+        warp_sums[team, thread // 32] = running
+    return running
+
+
+@T.macro
+def warps_above(warp_sums, team, thread):
+    """The sum over the team's warps above this thread's, of what they have shared."""
+    total = T.alloc_var(T.int32)
+    total = 0
+    for warp in T.serial(warp_sums.shape[1]):
+        if warp > thread // 32:
+            total += warp_sums[team, warp]
+    return total
+
+
+@T.macro
 def block_exclusive_sum(value, warp_sums):
     """(the sum of an int32 over the threads before this one, its sum over the block).
 
@@ -52,18 +77,49 @@ def block_exclusive_sum(value, warp_sums):
 
 
 @T.macro
-def join_lanes(value, num_lanes, join=operator.add):
-    """A float32 joined over every `num_lanes` neighbouring lanes: all of them get the result."""
+def join_lanes(value, num_lanes, join=operator.add, apart=1):
+    """A float32 joined over every `num_lanes` lanes that are `apart`, both powers of two: all of
+    them get the result."""
     joined = T.alloc_var(T.float32)
     joined = value
     for bit in T.unroll(num_lanes.bit_length() - 1):
-        joined = join(joined, T.shfl_xor(joined, 1 << bit))
+        joined = join(joined, T.shfl_xor(joined, apart << bit))
+    return joined
+
+
+@T.macro
+def join_block(value, of_warps, join=operator.add):
+    """A float32 joined over the block, in a fixed order: all threads get the result.
+
+    of_warps: shared memory, one float32 for each warp of the block.
+    """
+    joined = T.alloc_var(T.float32)
+    of_warp = join_lanes(value, 32, join)
+    if T.get_thread_binding() % 32 == 0:
+        of_warps[T.get_thread_binding() // 32] = of_warp
+    T.sync_threads()
+    joined = of_warps[0]
+    for warp in T.unroll(1, of_warps.shape[0]):
+        joined = join(joined, of_warps[warp])
+    T.sync_threads()
     return joined
 
 
 def atomic_add(cell: PrimExpr, value: PrimExpr) -> PrimExpr:
     """Adds to an int32; what was there."""
     return T.call_extern("int32", "atomicAdd", T.access_ptr(cell, "rw"), value)
+
+
+@T.macro
+def reserve(cell, count):
+    """The first of `count` slots that are this lane's own: its warp takes those of all its lanes at
+    once from an int32 that counts what is taken."""
+    first = T.alloc_var(T.int32)
+    running = warp_inclusive_sum(count)
+    first = 0
+    if T.get_thread_binding() % 32 == 31:
+        first = atomic_add(cell, running)
+    return T.shfl_sync(first, 31) + running - count
 
 
 def atomic_or(cell: PrimExpr, bits: PrimExpr) -> PrimExpr:

@@ -153,7 +153,12 @@ def lacks_types(function: Function) -> bool:
 
 
 def takes_too_many(function: Function) -> bool:
-    """Whether a function of Python itself takes more than 8 arguments, or a macro more than 10."""
+    """Whether a function of Python itself takes more than 8 arguments, or a macro more than 10.
+
+    What tilelang.jit compiles is not counted: a factory takes what its kernel is compiled for, by
+    which compiled kernels are told apart, and a kernel its tensors; a launch passes on both one by
+    one.
+    """
     limit = 10 if function.is_macro else 8
     counted = function.is_macro or not function.in_kernel_language
     return counted and len(function.arguments) > limit

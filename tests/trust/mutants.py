@@ -135,8 +135,8 @@ MUTANTS = (
     ),
     Mutant(
         "append bounds a page without its last row", "mirror.py",
-        "T.min(chunk * ROWS_IN_FLIGHT + r, slot - 1)",
-        "T.min(chunk * ROWS_IN_FLIGHT + r, T.max(slot - 2, 0))", CACHE, APPENDED,
+        "T.min(chunk * SLOTS_IN_FLIGHT + s, slot - 1)",
+        "T.min(chunk * SLOTS_IN_FLIGHT + s, T.max(slot - 2, 0))", CACHE, APPENDED,
     ),
     Mutant(
         "append writes beyond the capacity", "mirror.py",
