@@ -59,6 +59,9 @@ def _sparse(plan: SparsePlan) -> list[str]:
         lines.append(_line("estimator and pruner: one kernel", plan.estimate_prune))
     else:
         lines.append(_line("estimator: logits", plan.estimator))
+        if plan.candidate_mass is not None:
+            what = "all tokens' mass, which top_p is a share of: why these are not one kernel"
+            lines.append(_line(what, plan.candidate_mass))
         lines.append(_line("pruner: top-p", plan.pruner))
     if plan.mass_bound is not None:
         lines.append("bound of the kept mass: one kernel more, no config")

@@ -1,10 +1,20 @@
 """What a decode step is asked for."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from .lists import Window
+
+NUM_SAMPLES = 512  # tokens of a KV head that the estimate of all tokens' mass reads
+
+
+class Extras(NamedTuple):
+    """What the sparse path does beside its stages."""
+
+    bound_mass: bool = False
+    num_samples: int | None = None  # of the estimate of all tokens' mass; None for none
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,12 @@ class DecodeOptions:
             tokens surely have among its candidates, as of bound_kept_mass, on the sparse path. It
             costs a launch that reads the candidates' logits twice, and estimator and pruner are
             then two kernels; no other result changes.
+        top_p_of: what top_p is a share of: the mass of the "candidates", or of "all" tokens, as far
+            as estimate_candidate_mass knows it. Then `candidate_mass` is the share that they hold,
+            with its standard error, and where that is less than top_p every candidate is kept. It
+            costs a launch that reads the candidates' logits twice, and estimator and pruner are
+            then two kernels. Not where query heads have candidates of their own.
+        num_samples: tokens of a KV head that this estimate reads of those left out, 1 to 2,048.
         path: "sparse", every stage; "candidates", the selector alone, with the bits of
             page_attention; "dense", attention over every token, with the bits of dense_attention;
             or "auto", the one that is expected to be fastest (crossing.py) for requests as long as
@@ -49,8 +65,14 @@ class DecodeOptions:
     min_kept_tokens: int = 32
     num_parts: int | None = None
     bound_mass: bool = False
+    top_p_of: str = "candidates"
+    num_samples: int = NUM_SAMPLES
     path: str = "sparse"
 
     @property
     def window(self) -> Window:
         return Window(self.num_sink_tokens, self.num_recent_tokens)
+
+    @property
+    def extras(self) -> Extras:
+        return Extras(self.bound_mass, self.num_samples if self.top_p_of == "all" else None)

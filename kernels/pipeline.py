@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .cache import PagedKVCache, check_cache
+from .candidate_mass import MAX_SAMPLES, CandidateMass, shares_list
 from .checks import check_choice, check_count, check_tensor
 from .crossing import expected_times, fastest, read_bandwidth
 from .explain import explain
@@ -61,6 +62,8 @@ class TwilightDecode:
         group_size = group_size_of("num_qo_heads", num_qo_heads, cache)
         if options.bound_mass and options.path != "sparse":
             raise ValueError(f"bound_mass: expected the path 'sparse', got {options.path!r}")
+        check_choice("top_p_of", options.top_p_of, ("candidates", "all"))
+        check_count("num_samples", options.num_samples, least=1, most=MAX_SAMPLES)
         num_parts = options.num_parts
         if num_parts is None:
             num_parts = parts_for(cache.batch_size, cache.num_kv_heads, cache.max_pages)
@@ -72,6 +75,11 @@ class TwilightDecode:
         self.options, self.selector, self.cache_shape = options, options.selector, cache.shape
         shape = shape_of_step(options, cache, group_size)
         self.shape = shape._replace(min_kept_tokens=options.min_kept_tokens)
+        if options.top_p_of == "all" and not shares_list(shape):
+            raise ValueError(
+                "top_p_of: expected 'candidates' where query heads have candidates of their own "
+                f"(group 'own'), for they share their sample, got {options.top_p_of!r}"
+            )
         self.expected = expected_times(self.shape, cache.k_cache.itemsize, read_bandwidth(device))
         self.path = fastest(self.expected) if options.path == "auto" else options.path
 
@@ -93,7 +101,7 @@ class TwilightDecode:
             self.stages = CandidateStep(chosen, cache, num_qo_heads, selection, settings)
         else:
             memory = SparseMemory.allocate(cache, allocate_selection(cache, self.shape), top_p)
-            plan_all = plan_sparse(self.shape, planner, options.bound_mass)
+            plan_all = plan_sparse(self.shape, planner, options.extras)
             self.stages = SparseStep(plan_all, memory, settings)
             bounds = [part * cache.batch_size // num_parts for part in range(num_parts + 1)]
             for requests in itertools.starmap(slice, itertools.pairwise(bounds)):
@@ -129,6 +137,14 @@ class TwilightDecode:
         if not self.options.bound_mass:
             raise AttributeError("this step was not asked for bound_mass")
         return self._sparse.memory.mass_bound
+
+    @property
+    def candidate_mass(self) -> CandidateMass:
+        """What the candidates of the last run hold of all tokens' mass; what is kept of it is
+        `kept.mass` times the share."""
+        if self.options.top_p_of != "all":
+            raise AttributeError("this step was not asked for top_p_of='all'")
+        return self._sparse.memory.candidate_mass
 
     @property
     def _sparse(self) -> SparseStep:
@@ -193,7 +209,7 @@ class TwilightDecode:
         plan.SPECS), and the defaults of the others, whatever is tuned."""
         step, planner = copy.copy(self), Planner(Planner.on(self.out.device).gpu, pinned=configs)
         stages = self._sparse
-        plan = plan_sparse(self.shape, planner, self.options.bound_mass)
+        plan = plan_sparse(self.shape, planner, self.options.extras)
         step.stages = SparseStep(plan, stages.memory, stages.settings)
         step.parts = [
             (requests, step._part(requests, part.memory, planner), stream)
@@ -207,7 +223,7 @@ class TwilightDecode:
         whether its kernels start early by its own."""
         rows = (requests.stop - requests.start) * self.cache_shape.num_kv_heads
         shape = self.shape._replace(launch_rows=rows)
-        plan = plan_sparse(shape, planner, self.options.bound_mass)
+        plan = plan_sparse(shape, planner, self.options.extras)
         return SparseStep(plan, memory, self._sparse.settings)
 
     def _run_parts(self, q: torch.Tensor, cache: PagedKVCache, out: torch.Tensor) -> None:

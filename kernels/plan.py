@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from .attention import ATTENTION, plan_untuned
+from .candidate_mass import CandidateMassConfig, candidate_mass, shares_list
 from .estimate_prune import ESTIMATE_PRUNE, EstimatePruneConfig
 from .estimator import ESTIMATOR, EstimatorConfig
 from .label_scores import LABEL_SCORE
 from .launch import KernelSpec, Launch, StepShape
 from .mass_bound import mass_bound
+from .options import NUM_SAMPLES, Extras
 from .page_scores import PAGE_SCORE
 from .pruner import PRUNER, PrunerConfig
 from .requests import cache_launches
@@ -34,10 +36,12 @@ SPECS: dict[str, KernelSpec[Any]] = {
     )
 }
 
+NO_EXTRAS = Extras()
+
 
 class SparsePlan(NamedTuple):
     """The kernels of every stage; one kernel estimates and prunes where its config says `fused` and
-    no bound asks for the logits."""
+    nothing beside asks for the logits."""
 
     selector: SelectorPlan
     estimator: Planned[EstimatorConfig]
@@ -45,10 +49,12 @@ class SparsePlan(NamedTuple):
     estimate_prune: Planned[EstimatePruneConfig]
     attention: Planned[AttentionConfig]
     mass_bound: Launch | None = None
+    candidate_mass: Planned[CandidateMassConfig] | None = None
 
     @property
     def fused(self) -> bool:
-        return self.estimate_prune.config.fused and self.mass_bound is None
+        asked_for = self.mass_bound is not None or self.candidate_mass is not None
+        return self.estimate_prune.config.fused and not asked_for
 
 
 class CandidatePlan(NamedTuple):
@@ -64,15 +70,20 @@ class DensePlan(NamedTuple):
     attention: Planned[AttentionConfig]
 
 
-def plan_sparse(shape: StepShape, planner: Planner, bound_mass: bool = False) -> SparsePlan:
-    """Select, estimate, prune, bound the mass that was kept where asked for, attend."""
+def plan_sparse(shape: StepShape, planner: Planner, extras: Extras = NO_EXTRAS) -> SparsePlan:
+    """Select, estimate, prune, attend; and, where asked for, estimate the mass of all tokens before
+    that is pruned, and bound the mass that was kept."""
+    pruner, own = planner.plan(PRUNER, shape), None
+    if extras.num_samples is not None:
+        own = candidate_mass(shape, extras.num_samples, pruner.config.pdl)
     return SparsePlan(
         plan_selector(shape, planner),
         planner.plan(ESTIMATOR, shape),
-        planner.plan(PRUNER, shape),
+        pruner,
         planner.plan(ESTIMATE_PRUNE, shape),
         planner.plan(ATTENTION, shape),
-        mass_bound(shape) if bound_mass else None,
+        mass_bound(shape) if extras.bound_mass else None,
+        own,
     )
 
 
@@ -104,9 +115,13 @@ def all_launches(shape: StepShape, planner: Planner) -> list[Launch]:
     capacity = shape.max_pages * shape.page_size
     every_page = shape._replace(width=capacity, candidates="pages", tokens=None)
     paths = (plan_sparse, plan_candidates, plan_dense)
-    plans = tuple(make(own, planner) for make in paths for own in (shape, every_page))
+    shapes = (shape, every_page)
+    plans = tuple(make(own, planner) for make in paths for own in shapes)
     dtypes = (shape.dtype, shape.kv_dtype or shape.dtype)
     labels = None if shape.tokens is None else shape.tokens.labels
     cache = cache_launches(shape.head_dim, shape.page_size, *dtypes, shape.smooth, labels)
-    bounds = tuple(mass_bound(own) for own in (shape, every_page))
-    return list(dict.fromkeys(launches_in((cache, plans, bounds))))
+    extras = tuple(
+        plan_sparse(own, planner, Extras(True, NUM_SAMPLES if shares_list(own) else None))
+        for own in shapes
+    )
+    return list(dict.fromkeys(launches_in((cache, plans, extras))))

@@ -6,6 +6,7 @@ import torch
 
 from .attention import AttentionWorkspace, attend, every_token, list_items
 from .cache import PagedKVCache
+from .candidate_mass import CandidateMass, Sampling, Scaled, estimate_mass
 from .estimate_prune import estimate_and_prune
 from .estimator import estimate
 from .lists import Kept, Listed, Window
@@ -31,6 +32,8 @@ class SparseMemory(NamedTuple):
     logits: torch.Tensor  # [batch_size, num_qo_heads, width] f16
     kept: Kept
     mass_bound: torch.Tensor  # [batch_size, num_qo_heads] f32
+    candidate_mass: CandidateMass
+    candidate_top_p: torch.Tensor  # [batch_size, num_qo_heads] f32: top_p of the candidates' mass
     union: HeadUnion
     attention: AttentionWorkspace
     out: torch.Tensor  # [batch_size, num_qo_heads, head_dim]
@@ -49,7 +52,9 @@ class SparseMemory(NamedTuple):
             top_p,
             logits,
             Kept.allocate(cache, tokens, num_qo_heads),
-            torch.empty(top_p.shape, device=top_p.device),
+            torch.empty_like(top_p),
+            CandidateMass.allocate(top_p),
+            torch.empty_like(top_p),
             HeadUnion.allocate(cache, tokens),
             AttentionWorkspace.allocate(cache, group_size, tokens),
             empty_out(cache, num_qo_heads),
@@ -103,6 +108,8 @@ class SparseStep(WritingStep):
         self.top_p, self.grouped_logits, self.grouped_out, self.grouped_bound, mass = (
             by_kv_head(each, num_kv_heads) for each in by_qo_head
         )
+        by_candidates = (*memory.candidate_mass, memory.candidate_top_p)
+        self.scaled = Scaled(*(by_kv_head(each, num_kv_heads) for each in by_candidates))
         kept = memory.kept._replace(mass=mass)
         self.pruned = Pruned(kept, memory.attention.work, memory.union)
         self.listed = Listed.of(self.candidates)
@@ -133,18 +140,31 @@ class SparseStep(WritingStep):
     def prune(self, cache: PagedKVCache) -> None:
         """What top-p keeps of them -> kept, and attention's list of work."""
         logits, window = self.grouped_logits, self.settings.window
-        prune(self.plan.pruner, logits, cache, self.listed, self.top_p, window, self.pruned)
+        top_p = self.top_p if self.plan.candidate_mass is None else self.scaled.top_p
+        prune(self.plan.pruner, logits, cache, self.listed, top_p, window, self.pruned)
 
     def estimate_prune(self, q: torch.Tensor, cache: PagedKVCache) -> None:
-        """estimate() and prune(), or one kernel for both, to the same bits."""
+        """estimate() and prune(), or one kernel for both, to the same bits; between them, where
+        planned, estimate_mass()."""
         if not self.plan.fused:
             self.estimate(q, cache)
+            if self.plan.candidate_mass is not None:
+                self.estimate_mass(q, cache)
             self.prune(cache)
             return
         sm_scale, window = self.settings
         estimate_and_prune(
             self.plan.estimate_prune, by_kv_head(q, cache.num_kv_heads), cache, self.listed,
             self.top_p, window, sm_scale, self.pruned,
+        )  # fmt: skip
+
+    def estimate_mass(self, q: torch.Tensor, cache: PagedKVCache) -> None:
+        """What the candidates hold of all tokens' mass, and the top_p of theirs that prune() is to
+        take for it -> candidate_mass, candidate_top_p, where planned."""
+        assert self.plan.candidate_mass is not None
+        estimate_mass(
+            self.plan.candidate_mass, by_kv_head(q, cache.num_kv_heads), cache, self.listed,
+            self.grouped_logits, Sampling(self.settings.sm_scale), self.top_p, self.scaled,
         )  # fmt: skip
 
     def bound(self, q: torch.Tensor, cache: PagedKVCache) -> None:

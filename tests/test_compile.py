@@ -17,6 +17,7 @@ from tests.inputs.stored import COMMITTED, SYNTHETIC, stored
 from twilight_tilelang.autotune.compiled import Compiled, Lowered, is_fast, lower, nvcc, read
 from twilight_tilelang.autotune.space import launches_of
 from twilight_tilelang.kernels.attention import ATTENTION_KERNELS
+from twilight_tilelang.kernels.candidate_mass import MAX_SAMPLES, candidate_mass, shares_list
 from twilight_tilelang.kernels.compiling import Start
 from twilight_tilelang.kernels.double_sparsity import plan_tokens
 from twilight_tilelang.kernels.estimate_prune import EstimatePruneConfig, estimate_prune_kernel
@@ -24,6 +25,7 @@ from twilight_tilelang.kernels.gpu import ARCHS
 from twilight_tilelang.kernels.labels import LabelShape, token_rows
 from twilight_tilelang.kernels.launch import Launch, StepShape
 from twilight_tilelang.kernels.mass_bound import mass_bound
+from twilight_tilelang.kernels.options import NUM_SAMPLES
 from twilight_tilelang.kernels.plan import launches_in, plan_candidates, plan_dense, plan_sparse
 from twilight_tilelang.kernels.pruner import PRUNER
 from twilight_tilelang.kernels.requests import cache_launches
@@ -69,6 +71,9 @@ def default_launches(shape: StepShape, arch: str) -> list[Launch]:
     dtypes = (shape.dtype, shape.kv_dtype or shape.dtype)
     cache = cache_launches(shape.head_dim, shape.page_size, *dtypes, shape.smooth)
     own = (cache, all_pages(shape.page_size), mass_bound(shape))
+    if shares_list(shape):
+        start = planner.plan(PRUNER, shape).config.pdl
+        own = (*own, candidate_mass(shape, NUM_SAMPLES, start))
     if (shape.group_size, shape.head_dim) == (4, 128):
         (wide,) = planner.plan(PRUNER, shape._replace(logits_dtype="float32")).launches
         own = (*own, dataclasses.replace(wide, name="pruner_float32"))
@@ -97,7 +102,10 @@ SMOOTH = {
     "mha-d128": (StepShape(1, 128, 16, "float16", 2048, 2048, 8192, 2048, smooth=True), ("sm_80",)),
     "gqa4-d256": (StepShape(4, 256, 16, "float16", 512, 2048, 4096, 512, smooth=True), ("sm_90a",)),
 }  # fmt: skip
-SMOOTHED = ("page_score", "estimator", "estimate_prune", "mass_bound", "mirror", "append")
+SMOOTHED = (
+    *("page_score", "estimator", "estimate_prune", "mass_bound", "candidate_mass"),
+    *("mirror", "append"),
+)
 
 
 # Candidates that are single tokens: the kernels of their selector, and those that write labels.
@@ -140,7 +148,7 @@ HEAD_TOKENS = {
     "mha-d128": (StepShape(1, 128, 16, "float16", 2048, 2048, 8192, 2048), ("sm_80",)),
 }
 LISTED = (
-    *("estimator", "pruner", "pruner_float32", "estimate_prune", "mass_bound"),
+    *("estimator", "pruner", "pruner_float32", "estimate_prune", "mass_bound", "candidate_mass"),
     *("attention_head_tokens", "merge_head_tokens"),
 )
 
@@ -200,6 +208,10 @@ def kernels() -> Iterator[tuple[str, Launch, str]]:
     arguments = (4, 128, 16, "float16", 8192, 128, EstimatePruneConfig(tiles_per_warp=4))
     launch = Launch("estimate_prune", estimate_prune_kernel, arguments)
     yield f"one-head-at-once-sm_100a-{launch.name}", launch, "sm_100a"
+    widest = StepShape(16, 256, 16, "bfloat16", 8, 512, 8192, 8, candidates="tokens", smooth=True)
+    for arch in ARCHS:
+        (launch,) = candidate_mass(widest, MAX_SAMPLES).launches
+        yield f"most-samples-{arch}-{launch.name}", launch, arch
     for name, form in FORMS.items():
         for arch in ARCHS:
             start = Start.LATE if arch == "sm_80" else Start.LETTING

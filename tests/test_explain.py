@@ -39,6 +39,7 @@ SHAPES = {
     "many-rows": (34, 64, {"num_parts": 1}),
     "many-pages": (2, 4096, {"token_budget": 8192}),
     "every-page": (1, 64, {"selector": "full"}),
+    "all-mass": (34, 64, {"num_parts": 2, "top_p_of": "all"}),
     "equal-parts": (20, 64, {"num_parts": 2}),  # one has other configs than all rows at once
     "unequal-parts": (7, 64, {"num_parts": 2}),
     "candidates": (1, 64, {"path": "candidates"}),

@@ -26,6 +26,7 @@ from twilight_tilelang.kernels.tuned import Planner
 ROWS = 160  # of 5 query heads each: cut into 2 parts, too few for one kernel that prunes too
 STAGES = ["page_score_kernel", "top_pages_kernel", "estimator_kernel", "pruner_kernel"]
 ATTENTION = ["tiles_kernel", "merge_kernel"]
+SMOOTHED = ("page_score", "estimator", "estimate_prune", "mass_bound", "candidate_mass")
 
 
 @pytest.fixture
@@ -169,23 +170,56 @@ def test_a_step_that_bounds_its_mass_launches_one_kernel_more_and_no_fused_one(l
         step.kept_mass_bound  # noqa: B018
 
 
+def test_a_step_of_all_tokens_mass_launches_one_kernel_more_and_no_fused_one(launched):
+    for fused in (False, True):
+        with fused_kernels(fused):
+            step, q, cache = step_and_inputs(top_p_of="all", num_parts=1, bound_mass=fused)
+        assert not step.fused
+        launched.clear()
+        step.run(q, cache)
+        after = ["mass_bound_kernel"] if fused else []
+        wanted = [*STAGES[:3], "candidate_mass_kernel", STAGES[3], *after, *ATTENTION]
+        assert launched == wanted
+        assert [each.shape for each in step.candidate_mass] == [(cache.batch_size, 40)] * 2
+    step, *_ = step_and_inputs()
+    with pytest.raises(AttributeError, match="top_p_of='all'"):
+        step.candidate_mass  # noqa: B018
+    step, *_ = step_and_inputs(top_p_of="all", path="dense")
+    with pytest.raises(AttributeError, match="path 'dense' has no estimator"):
+        step.candidate_mass  # noqa: B018
+
+
+def test_the_mass_of_all_tokens_is_estimated_where_its_part_lies(launched):
+    """And its kernel starts as the pruner's does."""
+    step, *_ = step_and_inputs(top_p_of="all", num_samples=100)
+    whole = step.stages.memory
+    for requests, part, _ in step.parts:
+        for mine, all_of_it in zip(part.scaled, step.stages.scaled, strict=True):
+            assert mine.data_ptr() == all_of_it[requests].data_ptr()
+        own = part.plan.candidate_mass.config
+        assert own.num_samples == 100 and own.pdl == part.plan.pruner.config.pdl
+    assert step.candidate_mass is whole.candidate_mass
+    assert step.stages.scaled.top_p.data_ptr() == whole.candidate_top_p.data_ptr()
+
+
 def test_a_step_of_smooth_keys_plans_smooth_kernels(launched):
     factor = torch.ones(8, 64, device="cuda")
     shape = CacheShape(ROWS // 8, 64, 8, 64)
     cache = kernels.PagedKVCache.empty(shape, k_offset=(None, factor))
     for smooth, own in ((True, cache), (False, kernels.PagedKVCache.empty(shape))):
         named = set()
-        for bound_mass in (True, False):  # which is another kernel, or keeps two from being one
-            with fused_kernels(not bound_mass):
-                step = kernels.TwilightDecode(own, 32, token_budget=256, bound_mass=bound_mass)
+        for extras in (True, False):  # which are other kernels, or keep two from being one
+            options = {"bound_mass": extras, "top_p_of": "all" if extras else "candidates"}
+            with fused_kernels(not extras):
+                step = kernels.TwilightDecode(own, 32, token_budget=256, **options)
             for launch in launches_in(step.stages.plan):
-                if launch.name in ("page_score", "estimator", "estimate_prune", "mass_bound"):
+                if launch.name in SMOOTHED:
                     named.add(launch.name)
                     (flag,) = (each for each in launch.arguments if isinstance(each, bool))
                     assert flag == smooth, launch.name
             for part in step.parts:
                 assert part[1].plan.mass_bound == step.stages.plan.mass_bound
-        assert len(named) == 4
+        assert len(named) == len(SMOOTHED)
 
 
 LABELS = ["label_mass_kernel", "label_score_kernel", "top_tokens_kernel"]
@@ -223,6 +257,7 @@ def test_a_budget_for_every_token_reads_no_labels(launched):
         (None, {}, "cache: expected labels"),
         (32, {}, "labels: expected channels of each KV head for group 'shared'.*score one label"),
         (8, {"group": "all"}, "group: expected one of"),
+        (8, {"group": "own", "top_p_of": "all"}, "top_p_of: expected 'candidates' where query"),
         (8, {"num_recent_tokens": 257}, "token_budget: expected at least 273"),
     ],
 )

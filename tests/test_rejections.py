@@ -87,6 +87,10 @@ def valid_calls(cache, device: torch.device | str) -> dict[str, Call]:
             over_lists(kernels.bound_kept_mass),
             {"q": q, "cache": cache, **candidates, "logits": logits.half(), **kept},
         ),
+        "estimate_candidate_mass": Call(
+            over_list(kernels.estimate_candidate_mass),
+            {"q": q, "cache": cache, **candidates, "logits": logits.half()},
+        ),
         "dense_attention": Call(kernels.dense_attention, {"q": q, "cache": cache}),
         "TwilightDecode": Call(kernels.TwilightDecode, decode),
         "run": Call(LazyStep(cache).run, {"q": q, "cache": cache, "out": torch.empty_like(q)}),
@@ -173,7 +177,7 @@ NAMES = (
     *("empty", "from_contiguous", "wrap", "PagedKVCache", "append", "extend", "mirror_pages"),
     *("join", "leave", "fork", "truncate", "select_pages", "select_all"),
     *("estimate_logits", "prune_top_p", "flash_topk_attention", "page_attention"),
-    *("bound_kept_mass", "dense_attention", "TwilightDecode", "run"),
+    *("bound_kept_mass", "estimate_candidate_mass", "dense_attention", "TwilightDecode", "run"),
 )
 
 MAKE_A_CACHE = ("empty", "from_contiguous", "wrap", "PagedKVCache")
@@ -344,7 +348,11 @@ def test_every_function_rejects_sizes_that_do_not_match(name, tensor, dim, calls
 
 
 @pytest.mark.parametrize(
-    "name", ["estimate_logits", "prune_top_p", "page_attention", "bound_kept_mass"]
+    "name",
+    [
+        *("estimate_logits", "prune_top_p", "page_attention", "bound_kept_mass"),
+        "estimate_candidate_mass",
+    ],
 )
 def test_every_stage_rejects_spoiled_lists_of_tokens(name, calls, rejects):
     given = calls[name].arguments
@@ -420,6 +428,13 @@ VALUES = {  # function -> argument, which the message must name -> what it may n
     "flash_topk_attention": {"q": GROUPS, "sm_scale": SCALES},
     "page_attention": {"q": GROUPS, "sm_scale": SCALES},
     "bound_kept_mass": {"q": GROUPS, "sm_scale": SCALES, "logits": [Fresh((2, 8, 48), FP32)]},
+    "estimate_candidate_mass": {
+        "q": GROUPS,
+        "sm_scale": SCALES,
+        "logits": [Fresh((2, 8, 48), FP32)],
+        "num_samples": [0, 2049, 1.5],
+        "seed": [-1, None],
+    },
     "dense_attention": {"q": GROUPS, "sm_scale": SCALES},
     "TwilightDecode": {
         "num_qo_heads": [7, 0, -8],
@@ -429,6 +444,8 @@ VALUES = {  # function -> argument, which the message must name -> what it may n
         "sm_scale": SCALES,
         "num_parts": [0, -1, 3],
         "path": ["fast", None],
+        "top_p_of": ["some", None],
+        "num_samples": [0, 2049, 1.5],
         **ALWAYS,
     },
     "run": {"q": [Fresh((2, 4, 128)), Fresh((3, 8, 128))]},
@@ -604,6 +621,16 @@ def test_run_rejects_a_cache_with_a_factor_where_the_step_has_none(calls, reject
     cache = calls["run"].arguments["cache"]
     smooth = dataclasses.replace(cache, k_factor=torch.ones(2, 128, device="cuda"))
     rejects(calls["run"], {"cache": smooth}, "cache: expected no k_factor, as this step's, got a")
+
+
+def test_a_sample_is_not_shared_by_heads_with_candidates_of_their_own(calls, rejects):
+    call = calls["estimate_candidate_mass"]
+    given = {k: v for k, v in call.arguments.items() if not k.startswith("candidate_")}
+    counts = call.arguments["candidate_counts"]
+    tokens = torch.zeros(2, 2, 48, dtype=torch.int32, device=counts.device)
+    own = kernels.CandidateTokens(tokens, counts, tokens)
+    match = "candidate_heads: expected none"
+    rejects(Call(kernels.estimate_candidate_mass, given), {"candidates": own}, match)
 
 
 def test_a_step_without_a_pruner_has_no_bound(calls, rejects):

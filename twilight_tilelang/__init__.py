@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .kernels.attention import dense_attention, flash_topk_attention, page_attention
     from .kernels.cache import CacheShape, PagedKVCache
+    from .kernels.candidate_mass import CandidateMass, estimate_candidate_mass
     from .kernels.double_sparsity import select_tokens
     from .kernels.estimator import estimate_logits
     from .kernels.labels import LabelFormat
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 HOMES = {
     "attention": ("dense_attention", "flash_topk_attention", "page_attention"),
     "cache": ("CacheShape", "PagedKVCache"),
+    "candidate_mass": ("CandidateMass", "estimate_candidate_mass"),
     "channels": ("calibrate_channels", "load_channels"),
     "double_sparsity": ("select_tokens",),
     "estimator": ("estimate_logits",),

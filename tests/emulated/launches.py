@@ -10,6 +10,7 @@ from tests.checks.guards import GuardedMemory
 from tests.emulated.emulate import emulated
 from tests.inputs.cases import NOTHING_ALWAYS
 from twilight_tilelang import reference
+from twilight_tilelang.kernels import candidate_mass
 from twilight_tilelang.kernels.attention import ATTENTION_KERNELS
 from twilight_tilelang.kernels.checks import dtype_name
 from twilight_tilelang.kernels.estimate_prune import estimate_prune_kernel
@@ -193,6 +194,26 @@ def checked_items(kept_tokens, kept_counts, kept_mass, items, num_items, ticket,
     assert num_items.item() == len(wanted) and not ticket.any()
     assert sorted(items[: len(wanted)].tolist()) == wanted
     return kept_tokens, kept_counts, kept_mass.flatten(1)
+
+
+def mass_emulated(q, cache, candidates, logits, top_p, folder, num_samples=48, seed=0):
+    """The kernel's share, its error, and the top_p for the candidates' mass, each [batch_size,
+    num_qo_heads]; the asked top_p is a number or of that shape."""
+    q, logits = grouped(q, cache), grouped(logits, cache)
+    share, error, own = (blank(*q.shape[:3]) for _ in range(3))
+    smooth, config = cache.k_factor is not None, candidate_mass.CandidateMassConfig(num_samples)
+    sizes_of_row = (q.shape[2], cache.head_dim, cache.page_size, "float16")
+    static = (*sizes_of_row, config, smooth, kind_of(candidates))
+    asked = torch.as_tensor(top_p).expand(cache.batch_size, q.shape[1] * q.shape[2])
+    emulated(candidate_mass.candidate_mass_kernel, static, folder)(
+        (cache.num_kv_heads, cache.batch_size), candidate_mass.NUM_THREADS, q=q,
+        k_factor=cache.k_factor, codes=cache.k_int4, scale_zero=cache.k_scale_zero,
+        page_table=cache.page_table, seq_lens=cache.seq_lens, **listing(candidates),
+        sm_scale=cache.head_dim**-0.5, first_word=candidate_mass.Sampling(1.0, seed).first_word,
+        logits=logits, top_p=grouped(asked.contiguous(), cache), share=share, error=error,
+        candidate_top_p=own, width=logits.shape[3], **sizes(cache),
+    )  # fmt: skip
+    return share.flatten(1), error.flatten(1), own.flatten(1)
 
 
 def bound_emulated(q, cache, candidates, logits, kept, folder, sm_scale=None) -> torch.Tensor:

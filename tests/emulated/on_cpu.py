@@ -10,8 +10,17 @@ from tilelang.jit import JITImpl
 
 from tests.doubles import fake_gpu
 from tests.emulated.emulate import emulated
-from twilight_tilelang.kernels import extend, label_scores, launch, mirror, top_tokens
+from twilight_tilelang.kernels import (
+    candidate_mass,
+    extend,
+    label_scores,
+    launch,
+    mirror,
+    top_p,
+    top_tokens,
+)
 from twilight_tilelang.kernels.requests import cache_launches
+from twilight_tilelang.kernels.token_list import entry_tokens
 
 # Grid and threads of kernels, by their symbolic sizes and what they are compiled for.
 LAUNCHED = {
@@ -20,6 +29,15 @@ LAUNCHED = {
     "extend_kernel": lambda n, _: (
         (-(-n["num_tokens"] // extend.WINDOW), -(-n["num_kv_heads"] // extend.NUM_WARPS)),
         extend.NUM_WARPS * 32,
+    ),
+    "estimator_kernel": lambda n, static: _estimator_launch(n, *static[2:5:2], static[-1]),
+    "candidate_mass_kernel": lambda n, _: (
+        (n["num_kv_heads"], n["batch_size"]),
+        candidate_mass.NUM_THREADS,
+    ),
+    "pruner_kernel": lambda n, static: (
+        (static[0] if static[5].heads_apart else 1, n["num_kv_heads"], n["batch_size"]),
+        top_p.NUM_THREADS,
     ),
     "label_mass_kernel": lambda n, static: _label_launch(n, 1, *static),
     "label_score_kernel": lambda n, static: _label_launch(
@@ -34,6 +52,12 @@ LAUNCHED = {
         top_tokens.NUM_THREADS,
     ),
 }
+
+
+def _estimator_launch(n: dict, page_size: int, config, kind: str) -> tuple[tuple, int]:
+    tiles = n["width_entries"] * entry_tokens(kind, page_size) // 16
+    blocks = -(-tiles // (config.num_warps * config.tiles_per_warp * config.steps))
+    return (blocks, n["num_kv_heads"], n["batch_size"]), config.num_warps * 32
 
 
 def _label_launch(

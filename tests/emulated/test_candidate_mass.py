@@ -1,0 +1,189 @@
+"""What the candidates hold of all tokens' mass, against the reference."""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+
+import twilight_tilelang as kernels
+from tests.checks.properties import listed_columns
+from tests.emulated.launches import SHAPES, estimate_emulated, mass_emulated, on_one_worker
+from tests.emulated.on_cpu import cache_on_cpu
+from tests.inputs.cases import NAN, NOTHING_ALWAYS
+from tests.inputs.hazards import lose_idle_pages, poison_unused
+from tests.inputs.token_lists import random_tokens, tokens_of_pages
+from twilight_tilelang import reference
+from twilight_tilelang.kernels.estimator import EstimatorConfig
+from twilight_tilelang.reference import all_mass
+from twilight_tilelang.reference.inputs import DecodeShape, random_inputs
+
+TOP_P = torch.tensor(0.8)
+FEW = EstimatorConfig(tiles_per_warp=1, steps=2)
+OWN_SHAPES = SHAPES | {
+    "gqa8": DecodeShape(2, 16, 2, 64, 16, (333, 17), torch.float16),
+    "gqa3": DecodeShape(2, 3, 1, 64, 16, (200, 100), torch.float16),
+}
+
+
+class Problem:
+    """A step's inputs, its candidates, and their logits as the estimator leaves them."""
+
+    def __init__(self, name: str, kind: str, rng: torch.Generator, folder) -> None:
+        inputs = random_inputs(OWN_SHAPES[name], seed=0, spare_tokens=3)
+        lose_idle_pages(inputs)
+        self.q, self.cache = inputs.q, reference.PagedKVCache.wrap(*inputs.paged())
+        poison_unused(self.cache)
+        self.folder = folder
+        if kind == "pages":
+            pages = reference.select_pages(self.q, self.cache, 2 * self.cache.page_size)
+            self.candidates = reference.CandidatePages(*pages)
+        else:
+            self.candidates = random_tokens(reference, self.cache, 64, rng)
+        self.estimate()
+
+    def estimate(self) -> None:
+        self.logits = estimate_emulated(self.q, self.cache, self.candidates, FEW, self.folder)
+
+    def mass(self, top_p=TOP_P, **options):
+        """Of the kernel: share, error and the top_p of the candidates."""
+        arguments = self.q, self.cache, self.candidates, self.logits, top_p, self.folder
+        return mass_emulated(*arguments, **options)
+
+    def wanted(self, num_samples: int = 48, seed: int = 0) -> reference.CandidateMass:
+        """Of the reference, with sampled logits rounded to fp16 as the kernel's are."""
+        listed = listed_columns(self.logits, self.cache, self.candidates)
+        logits = self.logits.masked_fill(~listed, -torch.inf)
+        rounded = lambda *args, **named: reference.estimate_logits(*args, **named).half().float()  # noqa: E731
+        with patch.object(all_mass, "estimate_logits", rounded):
+            return reference.estimate_candidate_mass(
+                self.q, self.cache, self.candidates, logits, num_samples=num_samples, seed=seed
+            )
+
+
+@pytest.fixture
+def problem(request, rng, folder) -> Problem:
+    return Problem(*request.param, rng, folder)
+
+
+def problems(*names: str):
+    """A test's problems: candidates of either kind."""
+    every = [(name, kind) for name in names for kind in ("pages", "tokens")]
+    groups = on_one_worker(f"mass-{name}" for name, _ in every)
+    return [
+        pytest.param(own, id="-".join(own), marks=group.marks)
+        for own, group in zip(every, groups, strict=True)
+    ]
+
+
+def assert_as_wanted(found, wanted: reference.CandidateMass) -> None:
+    """A logit may lie on the other side of where fp16 rounds, and weighs up to 2^-9 more then."""
+    share, error, own = found
+    torch.testing.assert_close(share, wanted.share, rtol=2e-4, atol=1e-6)
+    torch.testing.assert_close(error, wanted.error, rtol=1e-3, atol=1e-6)
+    scaled = reference.top_p_of_candidates(TOP_P, reference.CandidateMass(share, error))
+    assert torch.equal(own, scaled)
+
+
+@pytest.mark.parametrize("problem", problems(*OWN_SHAPES), indirect=True)
+def test_the_share_matches_reference(problem):
+    """Rows that leave out less than the sample, more, or nothing, and rows of no tokens."""
+    for seed in (0, 3, 2**31):
+        wanted = problem.wanted(seed=seed)
+        assert_as_wanted(problem.mass(seed=seed), wanted)
+    assert (wanted.share < 1).any()
+
+
+@pytest.mark.parametrize("problem", problems("gqa4"), indirect=True)
+def test_any_number_of_samples_matches_reference(problem):
+    """No multiple of a tile, and more than there are threads or tokens."""
+    for num_samples in (1, 23, 1000):
+        found = problem.mass(num_samples=num_samples)
+        wanted = problem.wanted(num_samples)
+        assert_as_wanted(found, wanted)
+    assert (wanted.error == 0).all() and (found[1] == 0).all()  # every token is taken
+
+
+@pytest.mark.parametrize("problem", problems("gqa4-padded", "gqa3-d256"), indirect=True)
+def test_where_every_token_is_a_candidate_top_p_stays_as_it_is(problem):
+    every = reference.CandidatePages(*reference.select_all(problem.cache))
+    if isinstance(problem.candidates, reference.CandidateTokens):
+        every = tokens_of_pages(reference, problem.cache, every)
+        width = -(-every.tokens.shape[2] // 16) * 16
+        every = every._replace(tokens=every.tokens[..., :width])
+    problem.candidates = every
+    problem.estimate()
+    share, error, top_p = problem.mass(0.7)
+    used = (problem.cache.seq_lens > 0)[:, None].expand_as(share)
+    assert (share[used] == 1).all() and not share[~used].any() and not error.any()
+    assert (top_p[used] == torch.tensor(0.7)).all() and (top_p[~used] == 1).all()
+
+
+@pytest.mark.parametrize("problem", problems("gqa4"), indirect=True)
+def test_top_p_is_scaled_for_each_query_head(problem):
+    """What is more than the candidates hold, or no number, asks for all of them."""
+    for top_p in (torch.linspace(0.1, 1.0, 8), torch.tensor([NAN, 0.0, -1.0, 2.0] * 2)):
+        share, error, own = problem.mass(top_p)
+        mass = reference.CandidateMass(share, error)
+        scaled = reference.top_p_of_candidates(top_p, mass)
+        assert torch.equal(own, torch.where(scaled.isnan(), 1.0, scaled))
+    assert (share[1] < 1).all()
+
+
+@pytest.mark.parametrize("problem", problems("gqa4"), indirect=True)
+def test_where_there_is_no_softmax_nothing_is_known(problem):
+    """Of that head alone; an infinite logit, too, has none."""
+    before = problem.mass()
+    problem.logits[1, 2, 5] = torch.inf
+    problem.q[0, 0, 3] = NAN
+    problem.logits[0, 0, :16] = NAN
+    share, error, top_p = problem.mass()
+    for request, head in ((0, 0), (1, 2)):
+        assert share[request, head] == error[request, head] == 0 and top_p[request, head] == 1
+        for each, own in zip(before, (share, error, top_p), strict=True):
+            own[request, head] = each[request, head]
+    assert all(map(torch.equal, before, (share, error, top_p)))
+
+
+@pytest.mark.parametrize("problem", problems("gqa4"), indirect=True)
+def test_a_request_gives_the_same_bits_alone(problem):
+    whole, cache = problem.mass(), problem.cache
+    q, candidates, logits = problem.q, problem.candidates, problem.logits
+    for batch in range(cache.batch_size):
+        only = slice(batch, batch + 1)
+        problem.q, problem.logits = q[only].contiguous(), logits[only].contiguous()
+        lists = (own if own is None else own[only].contiguous() for own in candidates)
+        problem.candidates = type(candidates)(*lists)
+        problem.cache = reference.PagedKVCache.wrap(
+            cache.k_cache.nan_to_num(), cache.v_cache, cache.page_table[only], cache.seq_lens[only]
+        )
+        alone = problem.mass()
+        assert all(torch.equal(own, each[only]) for own, each in zip(alone, whole, strict=True))
+
+
+@pytest.mark.xdist_group("emulated mass-gqa4")
+def test_a_step_keeps_top_p_of_all_tokens_or_every_candidate(folder):
+    """The host's code as it is, from the candidates to what is kept."""
+    inputs = random_inputs(OWN_SHAPES["gqa4"], seed=0, spare_tokens=3)
+    on_cpu = reference.PagedKVCache.wrap(*inputs.paged())
+    pages = reference.select_pages(inputs.q, on_cpu, 160)
+    with cache_on_cpu(folder):
+        q, cache = inputs.q.cuda(), kernels.PagedKVCache.wrap(*(t.cuda() for t in inputs.paged()))
+        options = {"token_budget": 160, "top_p_of": "all", "num_samples": 48, "num_parts": 1}
+        step = kernels.TwilightDecode(cache, 8, top_p=0.5, **options, **NOTHING_ALWAYS)
+        for own, wanted in zip(step.candidates, pages, strict=True):
+            own.copy_(wanted)
+        step.stages.estimate_prune(q, cache)
+        alone = kernels.estimate_candidate_mass(
+            q, cache, step.candidates, step.logits, num_samples=48
+        )
+    found = reference.CandidateMass(*(each.cpu() for each in step.candidate_mass))
+    assert all(map(torch.equal, (each.cpu() for each in alone), found))
+    share, logits = found.share, step.logits.cpu().nan_to_num(0.0)
+    _, counts, mass = (each.cpu() for each in step.kept)
+    suffice = share >= 0.5
+    assert suffice.any() and (~suffice).any() and (share < 1).any()
+    assert (mass * share >= 0.5 - 1e-4)[suffice].all() and (mass[~suffice] == 1).all()
+    scaled = reference.top_p_of_candidates(torch.tensor(0.5), found)
+    kept = reference.prune_top_p(logits, on_cpu, pages, scaled)
+    assert torch.equal(counts, kept.counts)
+    torch.testing.assert_close(mass, kept.mass, rtol=0, atol=1e-4)
