@@ -30,7 +30,6 @@ NEEDS_MORE = (
     "twilight_tilelang.integrations.",
     "twilight_tilelang.evaluation.",
     "twilight_tilelang.profiling.providers.model_layers",
-    "twilight_tilelang.profiling.recordings.heard",
 )
 # Runs in a process of its own and prints what it finds there as JSON.
 LOOK = f"""
@@ -117,7 +116,7 @@ def test_transformers_is_imported_beside_us(tmp_path):
     """From the checkout, where transformers must not take our folder for theirs."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     script = (
-        "import twilight_tilelang.profiling.recordings.record\n"
+        "import twilight_tilelang.integrations.recordings.record\n"
         "from transformers import AttentionInterface, AutoModelForCausalLM\n"
         "print(AttentionInterface.__name__)\n"
     )
