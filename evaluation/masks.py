@@ -2,7 +2,7 @@
 
 The sets are those of `twilight_tilelang.reference`, of which this is the form for a whole chunk of
 a known text: token t of the chunk chooses among the tokens up to its own, as if the others had not
-been appended yet. tests/test_evaluation_engines.py compares the two.
+been appended yet. tests/models/test_evaluation_engines.py compares the two.
 """
 
 from dataclasses import dataclass, field

@@ -3,6 +3,7 @@
 Each of TABLES makes the text of one GPU. Rows of a CPU make none: they compare nothing.
 """
 
+import itertools
 import re
 import textwrap
 from collections.abc import Callable, Sequence
@@ -144,7 +145,7 @@ def labels_table(frames: Frames) -> str:
     steps_of_all = standard_rows(frames, "pipeline")
     whole, first = steps_of_all.set_index(keys)["median_us"], steps_of_all.iloc[0]
     alone = {stage: _by_label(frames, stage, keys) for stage in ("label_scores", "top_tokens")}
-    lines = []
+    lines, beside = [], False
     for workload, method, provider in whole.index:
         name = method.removesuffix("+twilight")
         if name not in LABELS or method == name:
@@ -156,6 +157,7 @@ def labels_table(frames: Frames) -> str:
             share = reached.get((workload, method, provider))
             cells.append("-" if own_us is None else f"{own_us:,.1f}, {100 * share:.0f} %")
             cells.append("-" if theirs is None else f"{theirs:,.1f}")
+            beside |= theirs is not None
         cells += [f"{whole[workload, each, provider]:,.1f}" for each in (name, method, OURS)]
         lines.append(" | ".join(cells))
     if not lines:
@@ -165,10 +167,10 @@ def labels_table(frames: Frames) -> str:
         "| top tokens, us and byte floor reached | torch.topk | Double Sparsity alone "
         "| + Twilight | Quest + Twilight"
     )
+    authors = "; the authors choose them for each query head, by channels of keys in 16 bits"
     caption = (
         f"Microseconds on {first.gpu.upper()}, {first['dtype']}, {first.token_budget:,} candidates "
-        "of a KV head for all of its query heads, p as above; the authors choose them for each "
-        "query head, by channels of keys in 16 bits."
+        f"of a KV head for all of its query heads, p as above{authors if beside else ''}."
     )
     return _table(header, lines, caption)
 
@@ -260,13 +262,15 @@ def model_table(frames: Frames) -> str:
         "model | batch x tokens | no attention at all, ms | fastest dense, ms | Quest alone, ms "
         "| **Quest + Twilight, ms** | speedup over dense | tokens/s | uncompiled, ms | eager, ms"
     )
-    first = rows[rows["method"] == OURS].iloc[0]
+    every = rows[rows["method"] == OURS]
+    first = every.iloc[0]
+    launched = "; *eager*, launched one by one" if every["eager_us"].notna().any() else ""
     commits = ", ".join(sorted(map(str, rows["commit"].unique())))
     caption = (
         f"Milliseconds a token on {first.gpu.upper()}, {first['dtype']}: random weights in the "
         f"shape of the model, made-up queries and caches, the first two layers dense, p = "
         f"{first.top_p:g}; one CUDA graph a token, compiled by torch.compile around its attention "
-        "on one GPU. The last two columns are Twilight's: not compiled, and launched one by one. "
+        f"on one GPU. *Uncompiled* is Twilight's, not compiled{launched}. "
         f"{_model_memory(frames, rows)}Measured at commit {commits}."
     )
     return _table(header, lines, caption)
@@ -334,9 +338,13 @@ def _of_all(name: str, every: Sequence[Frames]) -> str:
 
 
 def _table(header: str, lines: Sequence[str], caption: str) -> str:
-    rule = "---|" * (header.count(" | ") + 1)
-    rows = (f"| {line} |" for line in lines)
-    return "\n".join([f"| {header} |", f"|{rule}", *rows, "", _wrapped(caption)])
+    """Of columns that are "-" in every line, as nothing was measured, none is written."""
+    names, *every = (line.split(" | ") for line in (header, *lines))
+    seen = [any(cells[place] != "-" for cells in every) for place in range(len(names))]
+    header, *rows = (
+        f"| {' | '.join(itertools.compress(cells, seen))} |" for cells in (names, *every)
+    )
+    return "\n".join([header, f"|{'---|' * sum(seen)}", *rows, "", _wrapped(caption)])
 
 
 def _wrapped(text: str) -> str:

@@ -10,7 +10,7 @@ import torch
 from .tables.rows import CPU_LABEL
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("kernels", "reference", "profiling", "autotune")
+SOURCES = ("kernels", "reference", "profiling", "autotune", "integrations")
 
 
 def gpu_label() -> str:

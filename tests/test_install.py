@@ -30,7 +30,6 @@ NEEDS_MORE = (
     "twilight_tilelang.integrations.",
     "twilight_tilelang.evaluation.",
     "twilight_tilelang.profiling.providers.model_layers",
-    "twilight_tilelang.profiling.recordings.heard",
 )
 # Runs in a process of its own and prints what it finds there as JSON.
 LOOK = f"""
@@ -113,12 +112,25 @@ def test_both_packages_of_kernels_are_found(place, installed, theirs, tmp_path):
     assert found["theirs"] == [str(theirs / "kernels" / "__init__.py"), "0.99", "theirs"]
 
 
-def test_transformers_is_imported_beside_us(tmp_path):
+ADAPTERS = [name for name in MODULES if name.split(".")[1] in ("integrations", "evaluation")]
+# Imports transformers, then all of ours that uses it, and says which `kernels` there is.
+ADAPT = """
+import importlib, sys
+from transformers import AttentionInterface, AutoModelForCausalLM
+
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+import kernels
+
+print(kernels.__file__)
+"""
+
+
+@pytest.mark.parametrize("beside", ["theirs", "nothing"])
+def test_transformers_is_imported_beside_us(beside, theirs):
     """From the checkout, where transformers must not take our folder for theirs."""
     pytest.importorskip("transformers", reason="transformers is not installed")
-    script = (
-        "import twilight_tilelang.profiling.recordings.record\n"
-        "from transformers import AttentionInterface, AutoModelForCausalLM\n"
-        "print(AttentionInterface.__name__)\n"
-    )
-    assert python(script, folder=ROOT, paths=()).split() == ["AttentionInterface"]
+    paths = (theirs,) if beside == "theirs" else ()
+    found = python(ADAPT, *ADAPTERS, folder=ROOT, paths=paths).split()
+    # Our folder has no file of its own: transformers takes that for no package.
+    assert found == [str(theirs / "kernels" / "__init__.py") if paths else "None"]

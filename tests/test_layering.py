@@ -18,13 +18,9 @@ ALLOWED = {
     },
     "profiling": {"profiling", "kernels", "torch", "tqdm"},
     "profiling/tables": {"profiling.tables", "pandas"},
-    "profiling/recordings": {
-        *("profiling.recordings", "reference", "torch"),
-        *("integrations", "transformers"),  # to record a model, imported where one is recorded
-    },
     "profiling/workloads": {
-        *("profiling.workloads", "profiling.recordings", "profiling.tables"),
-        *("reference", "torch"),
+        *("profiling.workloads", "profiling.tables", "reference", "torch"),
+        "integrations.recordings",  # inputs of a workload
     },
     "profiling/providers": {
         *("profiling.providers", "profiling.workloads", "profiling.tables"),
@@ -41,6 +37,10 @@ ALLOWED = {
         *("torch", "tilelang", "tqdm", "pebble"),
     },
     "integrations": {"integrations", "kernels", "reference", "torch", "transformers", "tqdm"},
+    "integrations/recordings": {
+        *("integrations.recordings", "reference", "torch"),
+        *("integrations", "transformers"),  # to record a model, imported where one is recorded
+    },
     "evaluation": {
         *("evaluation", "integrations", "kernels", "reference", "torch", "transformers", "tqdm"),
         "rouge",  # for some tasks alone, imported where one is scored

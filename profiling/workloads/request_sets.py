@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from twilight_tilelang.integrations.recordings.trace import read_trace
 from twilight_tilelang.reference.fp8 import Fp8
 from twilight_tilelang.reference.inputs import DecodeShape, make_inputs, random_inputs
 
-from ..recordings.trace import read_trace
 from .workload import Workload
 
 COLD_L2_SIZES = 3  # the sets' bytes together, over the size of the L2

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
+from twilight_tilelang.integrations.recordings.trace import TRACES, read_trace
 from twilight_tilelang.reference.inputs import LAYER_BUDGETS, DecodeShape
 
-from ..recordings.trace import TRACES, read_trace
 from .standard import (
     BUDGETS,
     DOUBLE_SPARSITY,

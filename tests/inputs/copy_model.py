@@ -4,7 +4,7 @@ A decoder of two layers learns to go on with a text that repeats itself. To do s
 token before each token and another finds where the present token stood last (an induction head,
 Olsson et al., arXiv 2209.11895): heads that need a few tokens beside heads that look at many, as in
 a large model. `python -m tests.inputs.copy_model` trains it and writes
-profiling/recordings/traces/copy-task.pt.
+integrations/recordings/traces/copy-task.pt.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from twilight_tilelang.profiling.recordings.trace import TRACES, save_trace
+from twilight_tilelang.integrations.recordings.trace import TRACES, save_trace
 
 VOCABULARY, WIDTH, NUM_LAYERS = 64, 128, 2
 NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM = 4, 2, 64

@@ -23,7 +23,10 @@ from tqdm import tqdm
 from tests.trust import ledger
 from tests.trust.mutants import MUTANTS, Mutant
 
-FOLDERS = ("twilight_tilelang", "kernels", "reference", "tests", "autotune", "profiling")
+FOLDERS = (
+    *("twilight_tilelang", "kernels", "reference", "tests", "autotune", "profiling"),
+    "integrations",
+)
 FILES = ("pyproject.toml", "requirements.txt")
 UNIT_SECONDS = 150
 BASELINE_SECONDS = 500

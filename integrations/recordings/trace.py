@@ -8,12 +8,11 @@ dtype:
     layers     [num_layers] int64     the layers' numbers in the model, ascending
     positions  [num_positions] int64  of the queries' tokens, ascending; the last is seq_len - 1
 
-A request is one layer at one position: a query, and the keys and values up to its own. From the
-root of the project:
+A request is one layer at one position: a query, and the keys and values up to its own.
 
-    python -m twilight_tilelang.profiling.recordings.trace MODEL   records a Hugging Face model
-    python -m twilight_tilelang.profiling.recordings.trace FILE    says what a file holds
-    python -m twilight_tilelang.profiling.bench --trace FILE       measures it
+    python -m twilight_tilelang.integrations.recordings.trace MODEL   records a Hugging Face model
+    python -m twilight_tilelang.integrations.recordings.trace FILE    says what a file holds
+    python -m twilight_tilelang.profiling.bench --trace FILE          measures it
 """
 
 import argparse

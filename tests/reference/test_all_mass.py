@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.inputs.hazards import poison_unused
-from twilight_tilelang.profiling.recordings.trace import TRACES, read_trace
+from twilight_tilelang.integrations.recordings.trace import TRACES, read_trace
 from twilight_tilelang.reference import (
     CandidateMass,
     CandidateTokens,

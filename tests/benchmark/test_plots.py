@@ -113,6 +113,14 @@ def test_double_sparsity_stands_beside_quest(rows: list[AnyRow], tmp_path: Path)
         ["| mha-32k", "64 x 2 bits"], ["| mha-32k", "16 x 4 bits"],
     ]  # fmt: skip
     assert all(line.count(" | ") == 8 and " - " not in line for line in lines)
+    selector = ("label_scores", "top_tokens")
+    steps_alone = [row for row in rows if getattr(row, "stage", "") not in selector]
+    table = tables.labels_table(frames_of(steps_alone, tmp_path / "steps"))
+    assert table.splitlines()[0] == (
+        "| workload | labels | Double Sparsity alone | + Twilight | Quest + Twilight |"
+    )
+    assert {line.count(" | ") for line in table.splitlines()[2:10]} == {4}
+    assert "authors" not in table
 
 
 def test_fp8_stands_beside_16_bits(rows: list[AnyRow], tmp_path: Path) -> None:
@@ -258,6 +266,12 @@ def test_whole_models_stand_beside_their_floor(rows: list[AnyRow], tmp_path: Pat
     assert speedup in texts and f"| {speedup} |" in line
     assert f"| {16e6 / us['quest+twilight']:,.0f} |" in line
     said = " ".join(tables.model_table(frames).split())
+    assert "uncompiled, ms |" in said and "eager" not in said  # of made-up rows none is eager
+    eager = [dataclasses.replace(row, host_us=9_876.0) if table_of(row) == "model" else row
+             for row in kept]  # fmt: skip
+    said = " ".join(tables.model_table(frames_of(eager, tmp_path / "eager")).split())
+    assert " | eager, ms |" in said and "; *eager*, launched one by one." in said
+    assert " | 9.88 |" in said
     assert "mirror and bounds take 16.5 % of the bytes of K and V, the weights 25 %." in said
     table = frames["model"]
     table[table["method"] != "dense"].to_csv(tmp_path / "h200" / "model.csv", index=False)

@@ -25,7 +25,7 @@ from twilight_tilelang.reference import (
 )
 from twilight_tilelang.reference.inputs import DecodeInputs, DecodeShape, random_inputs
 
-OWN_FILES = Path(__file__).resolve().parent.parent / "examples" / "configs"
+OWN_FILES = Path(__file__).resolve().parents[2] / "examples" / "configs"
 QUEST = {"type": "quest", "chunk_size": 4, "token_budget": 16}
 DS = {"type": "ds", "config_path": "/nowhere/model.json", "selected_channel": "q", "r": 5}
 DS |= {"quant_bit": 2, "token_budget": 10}

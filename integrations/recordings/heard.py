@@ -7,8 +7,8 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from twilight_tilelang.integrations.transformers import TwilightCache
-from twilight_tilelang.integrations.transformers_layer import TwilightLayer
+from ..transformers import TwilightCache
+from ..transformers_layer import TwilightLayer
 
 
 class HeardLayer(TwilightLayer):

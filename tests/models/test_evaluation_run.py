@@ -29,7 +29,7 @@ from twilight_tilelang.evaluation.torch_engine import TorchEngine  # noqa: E402
 from twilight_tilelang.plots.figures import FIGURES  # noqa: E402
 from twilight_tilelang.plots.frames import Frames  # noqa: E402
 
-PUBLISHED = sorted((Path(__file__).parents[1] / "examples" / "configs").glob("*.json"))
+PUBLISHED = sorted((Path(__file__).parents[2] / "examples" / "configs").glob("*.json"))
 SPARSE = {
     "compressor": {"type": "none"},
     "selector": {"type": "quest", "chunk_size": 16, "token_budget": 64},

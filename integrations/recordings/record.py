@@ -1,8 +1,8 @@
 """Records decode steps of a local Hugging Face model: Q at some tokens of a prompt, K and V at all.
 
-The prompt runs through the model once, with the cache and the attention of `integrations`. A
-recorded token is a decode step, and what its attention reads are the keys and values up to its own,
-as the model's cache would hold them.
+The prompt runs through the model once, with the adapter's cache and attention. A recorded token is
+a decode step, and what its attention reads are the keys and values up to its own, as the model's
+cache would hold them.
 """
 
 import sys
@@ -39,8 +39,7 @@ def record(
     try:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-        from twilight_tilelang.integrations.transformers import NAME
-
+        from ..transformers import NAME
         from .heard import Heard
     except ImportError as error:
         raise ValueError(

@@ -14,7 +14,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
-from tests.test_generate_example import EXAMPLE  # noqa: E402
+from tests.models.test_generate_example import EXAMPLE  # noqa: E402
 from tests.test_transformers import assert_same_choice, generate  # noqa: E402
 from tests.test_transformers_compile import decoded  # noqa: E402
 from twilight_tilelang.integrations.small_model import FOLDER  # noqa: E402
@@ -23,7 +23,7 @@ from twilight_tilelang.integrations.transformers_graph import CapturedDecode  # 
 from twilight_tilelang.kernels.options import DecodeOptions  # noqa: E402
 
 MODEL = Path(os.environ.get("TWILIGHT_MODEL", FOLDER))
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(
     not (MODEL / "config.json").is_file(), reason="no small model: `make model` fetches one"
 )

@@ -11,7 +11,7 @@ import torch
 transformers = pytest.importorskip("transformers", minversion="5.24")
 tokenizers = pytest.importorskip("tokenizers")
 
-EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "generate.py"
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "generate.py"
 
 
 @pytest.fixture

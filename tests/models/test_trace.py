@@ -11,10 +11,10 @@ from tests.checks.budgets import measure_budgets
 from tests.inputs import copy_model
 from tests.inputs.cases import NOTHING_ALWAYS
 from twilight_tilelang import reference
+from twilight_tilelang.integrations.recordings import trace
+from twilight_tilelang.integrations.recordings.trace import read_trace, save_trace
 from twilight_tilelang.profiling import bench, run
 from twilight_tilelang.profiling.providers.checks import relative_error
-from twilight_tilelang.profiling.recordings import trace
-from twilight_tilelang.profiling.recordings.trace import read_trace, save_trace
 from twilight_tilelang.profiling.tables.store import read_rows
 from twilight_tilelang.profiling.workloads.sweeps import COPY_TASK, trace_workload
 
