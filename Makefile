@@ -49,7 +49,10 @@ types: $(READY)  ## mypy on the reference and the host side of the kernels
 	@$(PYTHON) -m mypy --no-error-summary && echo 'types: clean'
 
 test: $(READY)  ## every test; those marked gpu skip where there is no GPU
-	@start=$$(date +%s); $(PYTHON) -m pytest -q -m "not alone" $(WORKERS) && $(PYTHON) -m pytest -q -m alone; \
+	@start=$$(date +%s); \
+		if $(PYTHON) -c '$(NEED_GPU)' 2>/dev/null; then \
+			$(PYTHON) -m pytest -q -m "not alone" $(WORKERS) && $(PYTHON) -m pytest -q -m alone; \
+		else $(PYTHON) -m pytest -q $(WORKERS); fi; \
 		status=$$?; seconds=$$(($$(date +%s) - start)); \
 		echo "test: $$((seconds / 60)) min $$((seconds % 60)) s"; exit $$status
 

@@ -15,7 +15,9 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked gpu, with the reason, where there is no GPU."""
+    """Those marked long come first, lest one that is left for the end keeps a worker busy alone.
+    Tests marked gpu are skipped, with the reason, where there is no GPU."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.inputs.cases import FORMS
-from tests.inputs.lowered import lowered, text_arch
+from tests.inputs.lowered import all_lowered, lowered, text_arch
 from tests.inputs.stored import COMMITTED, SYNTHETIC, stored
 from twilight_tilelang.autotune.compiled import Compiled, Lowered, is_fast, lower, nvcc, read
 from twilight_tilelang.autotune.space import launches_of
@@ -260,7 +261,8 @@ def compiled(request, kernel_folder, tmp_path_factory) -> Callable[[Kernel], Com
     @functools.cache
     def compile_batch(batch: str) -> dict[Kernel, Compiled]:
         members = [each for each in parameters if isinstance(each, Kernel) and each.batch == batch]
-        texts = [lowered(kernel.launch, kernel.arch, kernel_folder) for kernel in members]
+        launches, (arch,) = [each.launch for each in members], {each.arch for each in members}
+        texts = all_lowered(launches, arch, kernel_folder)
         return compile_together(members, texts, tmp_path_factory.mktemp(batch))
 
     return lambda kernel: compile_batch(kernel.batch)[kernel]
@@ -295,13 +297,19 @@ def test_kernel_compiles_cleanly(kernel, compiled):
     assert narrow_cache_accesses(result.source) == []
 
 
-@pytest.mark.parametrize("name", ["all_pages", "append", "attention_all", "estimator", "items_all"])
-def test_two_generations_share_a_text(name):
+@pytest.mark.parametrize(
+    "name, arch",
+    [
+        ("attention_all", "sm_90a"),
+        *itertools.product(["all_pages", "append", "estimator", "items_all"], [*ARCHS][1:]),
+    ],
+)
+def test_generations_share_a_text(name, arch, kernel_folder):
     """What `tests.inputs.lowered` takes for granted, where it is quickly seen."""
     shape = SHAPES["gqa4-d128"][0]._replace(group_size=1)
     (launch,) = (own for own in default_launches(shape, "sm_80") if own.name == name)
-    assert text_arch(launch, "sm_90a") == "sm_80"
-    assert lower(launch, "sm_80") == lower(launch, "sm_90a")
+    assert text_arch(launch, arch) == "sm_80"
+    assert lowered(launch, "sm_80", kernel_folder) == lower(launch, arch)
 
 
 def narrow_cache_accesses(source: str) -> list[str]:

@@ -91,6 +91,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("place", ["elsewhere", "checkout"])
+@pytest.mark.xdist_group("installed")  # one wheel for both
 def test_both_packages_of_kernels_are_found(place, installed, theirs, tmp_path):
     """Installed, from any folder; and in the checkout, where a folder has the name of theirs."""
     folder, package, paths = ROOT, ROOT, (theirs,)

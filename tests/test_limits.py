@@ -85,6 +85,7 @@ def test_quest_refuses_more_pages_than_a_block_can_mark():
 
 
 @pytest.mark.parametrize("spec", [PRUNER, TOP_PAGES], ids=lambda spec: spec.name)
+@pytest.mark.long
 def test_the_widest_row_fits_a_block_and_twice_as_many_do_not(spec):
     """By what is compiled for the limit: its other buffers have a size that goes by no row's."""
     items = 2**20

@@ -72,6 +72,7 @@ def test_the_baseline_goes_on_where_it_was_cut_off(monkeypatch, tmp_path, capsys
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.long
 def test_a_planted_fault_is_caught(monkeypatch):
     """By the emulator, on any machine."""
     monkeypatch.setattr(mutate.torch.cuda, "is_available", lambda: False)

@@ -15,11 +15,12 @@ import torch
 transformers = pytest.importorskip("transformers", minversion="5.24")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
+from tests.doubles.forked_ranks import RANKS  # noqa: E402
 from twilight_tilelang.profiling.tables.store import read_rows  # noqa: E402
 from twilight_tilelang.profiling.workloads.models import MODELS  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-NUM_KV_HEADS, RANKS = 4, 2
+NUM_KV_HEADS = 4
 # Largest difference of fp16 logits, as a share of the largest; where p prunes, another rounding may
 # keep another token.
 TOLERANCE = {"dense": 0.02, "everything": 0.02, "pruned": 0.1, "compiled": 0.02}
@@ -46,20 +47,22 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-def decoded(folder: Path, *launcher: str, given: Path | None = None, gpu: bool = False) -> dict:
-    """What `tests.inputs.sharded_model` prints."""
-    hidden = {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}
-    arguments = [str(each) for each in (folder, given) if each]
+def run(*arguments: object, **env: str) -> dict:
+    """The JSON object that a module of Python's command line prints last."""
     done = subprocess.run(
-        [sys.executable, *launcher, "-m", "tests.inputs.sharded_model", *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | hidden,
+        [sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
+        timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS))
+@pytest.fixture(scope="module")
+def on_cpu(folder, tmp_path_factory) -> dict:
+    """What `tests.doubles.forked_ranks` prints, and the folder of the benchmark's "results"."""
+    results = tmp_path_factory.mktemp("results")
+    found = run("-m", "tests.doubles.forked_ranks", folder, results, CUDA_VISIBLE_DEVICES="")
+    return found | {"results": results}
 
 
 def check_heads(whole: dict, sharded: dict) -> None:
@@ -73,8 +76,9 @@ def check_heads(whole: dict, sharded: dict) -> None:
     assert sharded["dense"]["tokens"] != sharded["pruned"]["tokens"], "p prunes nothing"
 
 
-def test_a_sharded_model_decodes_the_same_tokens(folder):
-    whole, sharded = decoded(folder), decoded(folder, *TORCHRUN)
+@pytest.mark.xdist_group("ranks")
+def test_a_sharded_model_decodes_the_same_tokens(on_cpu):
+    whole, sharded = on_cpu["whole"], on_cpu["sharded"]
     check_heads(whole, sharded)
     for name in whole:
         assert sharded[name]["tokens"] == whole[name]["tokens"], name
@@ -83,19 +87,13 @@ def test_a_sharded_model_decodes_the_same_tokens(folder):
         assert sharded[name]["tokens"] == sharded["dense"]["tokens"], name
 
 
-def test_ranks_measure_a_model_together(tmp_path):
+@pytest.mark.xdist_group("ranks")
+def test_ranks_measure_a_model_together(on_cpu):
     """The benchmark, on the CPU: the first rank writes and speaks for both."""
-    bench = ("-m", "twilight_tilelang.profiling.bench", "--stage", "model")
-    done = subprocess.run(
-        [sys.executable, *TORCHRUN, *bench, "--results", str(tmp_path)],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = read_rows(tmp_path / "cpu-reference" / "model.csv")
+    rows = read_rows(on_cpu["results"] / "cpu-reference" / "model.csv")
     assert set(rows["num_gpus"]) == {RANKS} and set(rows["num_kv_heads"]) == {2}
     assert set(rows["method"]) == {"none", "dense", "quest", "quest+twilight"}
-    assert done.stdout.count(f"bench: {len(rows)} rows measured, 0 failed") == 1
+    assert on_cpu["bench"].count(f"bench: {len(rows)} rows measured, 0 failed") == 1
     weights = rows[rows["method"] == "none"]["bytes"].iloc[0]
     assert weights == weights_of_one()
 
@@ -114,10 +112,12 @@ def test_a_sharded_model_says_the_same_with_the_kernels(folder, tmp_path):
     """In 16 bits, where ranks add up in another order: logits of the same tokens are compared."""
     if torch.cuda.device_count() < RANKS:
         pytest.skip("needs two GPUs")
-    whole = decoded(folder, gpu=True)
+    decode = ("-m", "tests.inputs.sharded_model", folder)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", RANKS)
+    whole = run(*decode)
     given = tmp_path / "whole.json"
     given.write_text(json.dumps(whole))
-    sharded = decoded(folder, *TORCHRUN, given=given, gpu=True)
+    sharded = run(*torchrun, *decode, given)
     check_heads(whole, sharded)
     for name, tolerance in TOLERANCE.items():
         got, expected = (torch.tensor(each[name]["logits"]) for each in (sharded, whole))

@@ -14,8 +14,9 @@ from twilight_tilelang.integrations.transformers import TwilightCache  # noqa: E
 from twilight_tilelang.integrations.transformers_graph import CapturedDecode  # noqa: E402
 from twilight_tilelang.kernels.options import DecodeOptions  # noqa: E402
 
-HEAD_DIM, NUM_TOKENS, MAX_TOKENS, PAD = 64, 64, 160, 0
-NUM_STEPS = 30  # of shorter runs: over the end of one page and of the next
+HEAD_DIM, MAX_TOKENS, PAD = 64, 160, 0
+NUM_TOKENS = 34  # over the end of one page and of the next, for prompts of 50, 23 and 1
+NUM_STEPS = 30  # of shorter runs: the same for prompts of 50 and 23
 EVERYTHING = DecodeOptions(selector="full", top_p=1.0)
 # Largest difference of the logits, as a share of the largest logit.
 TOLERANCE = {"cpu": 1e-5, "cuda": 1e-2}
@@ -175,7 +176,7 @@ def test_dense_layers_read_every_token(
     model, inputs = make_model("llama", device), prompts(rng, [50, 30])
     expected = generate(model, inputs)
     model.set_attn_implementation("twilight")
-    options = DecodeOptions(token_budget=96, top_p=0.5)
+    options = DecodeOptions(token_budget=48, top_p=0.5)  # of 83 and 63 tokens in the end
     cache = TwilightCache(model.config, MAX_TOKENS, options, dense_layers, record=True)
     got = generate(model, inputs, cache=cache)
     counts, lengths = cache.kept().counts[-1], cache.layers[0].pages.seq_lens

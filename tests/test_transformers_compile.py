@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch._inductor.config
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
@@ -66,6 +67,7 @@ def test_a_compiled_step_says_what_generate_does(
         assert cache.get_seq_length() == 50 + NUM_STEPS
 
 
+@pytest.mark.long
 def test_inductor_fuses_merged_projections(device: torch.device, rng: torch.Generator) -> None:
     model, inputs = make_model("qwen2", device), prompts(rng, [50, 23])
     model.set_attn_implementation("twilight")
@@ -73,7 +75,9 @@ def test_inductor_fuses_merged_projections(device: torch.device, rng: torch.Gene
     expected = generate(model, inputs, cache=cache, max_new_tokens=NUM_STEPS + 1)
     cache.reset()
     merge_projections(model)
-    assert_same_choice(decoded(model, inputs, cache, NUM_STEPS, compile=True), expected)
+    with torch._inductor.config.patch({"cpp.vec_isa_ok": True}):  # trying it out takes ten seconds
+        got = decoded(model, inputs, cache, NUM_STEPS, compile=True)
+    assert_same_choice(got, expected)
 
 
 def test_options_are_those_of_a_compiled_step(device: torch.device) -> None:

@@ -49,6 +49,7 @@ def words(name: str, frames: Frames) -> list[str]:
     return [text.get_text() for text in FIGURES[name](frames).findobj(Text)]
 
 
+@pytest.mark.long
 def test_figures_and_tables_are_made_from_files(rows: list[AnyRow], tmp_path: Path, capsys) -> None:
     write_frames(rows, tmp_path / "results")
     write_quality(tmp_path / "results" / "h200")
@@ -65,6 +66,7 @@ def test_figures_and_tables_are_made_from_files(rows: list[AnyRow], tmp_path: Pa
     assert "torch 2.13.0, tilelang 0.1.15, at commit 0123456789" in " ".join(table.split())
 
 
+@pytest.mark.long
 def test_committed_figures_and_tables_are_those_of_the_committed_rows(tmp_path: Path) -> None:
     readme = draw.README.read_text()
     assert all(block in readme for block in tables.blocks([MEASURED]))

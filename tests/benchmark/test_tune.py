@@ -169,7 +169,7 @@ def test_bench_checks_configs_on_the_inputs_of_the_benchmark(monkeypatch) -> Non
     backend = Torch()
     backend.step = ConfiguredStep
     monkeypatch.setattr(measure, "TileLang", lambda: backend)
-    monkeypatch.setattr(measure.device, "l2_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(measure.device, "l2_bytes", lambda: 1 << 15)
     monkeypatch.setattr(measure, "time_providers", made_up_times)
     shape = DecodeShape(2, 4, 2, 32, seq_lens=256, dtype=torch.float32)
     bench = measure.Bench(Workload("small", shape, token_budget=128, kept_mean=24))

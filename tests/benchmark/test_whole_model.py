@@ -80,6 +80,7 @@ def test_every_method_decodes_a_token_by_its_attention(builder: whole_model.Whol
             torch.testing.assert_close(seen[layer].view(q.shape), step.run(q, pages))
 
 
+@pytest.mark.long
 def test_a_compiled_token_is_the_same(builder: whole_model.WholeModel, monkeypatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     compiled = builder.variant(dataclasses.replace(WORKLOAD, compiled=True))

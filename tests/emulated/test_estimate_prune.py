@@ -26,9 +26,9 @@ FUSED = {  # seq_lens, (query heads, KV heads), head_dim, page_size, pages, top_
     "gqa9-d64": ((90,), (9, 1), 64, 16, 6, 0.5, (0, 0), EstimatePruneConfig()),
     "everything": ((333,), (4, 1), 128, 16, 21, 1.0, (0, 0), EstimatePruneConfig()),
     "heaviest-token": ((500,), (4, 1), 128, 16, 31, 1e-6, (0, 0, 32), EstimatePruneConfig()),
-    "two-at-once": ((77, 700), (8, 2), 128, 16, 30, 0.85, (0, 0, 20), TWO_AT_ONCE),
+    "two-at-once": ((77, 700), (8, 2), 128, 16, 30, 0.85, (0, 0, 32), TWO_AT_ONCE),
     "padded": ((0, 77, 0), (8, 2), 128, 16, 30, 0.9, (4, 20), EstimatePruneConfig()),
-    "two-of-three": ((333,), (3, 1), 64, 16, 21, 0.9, (4, 20, 32), TWO_AT_ONCE),
+    "two-of-three": ((333,), (3, 1), 64, 16, 21, 0.9, (4, 20, 20), TWO_AT_ONCE),
     "several-steps": ((2100,), (4, 1), 64, 16, 132, 0.95, (4, 20), EstimatePruneConfig()),
 }
 HAZARDS = ("nan-in-q", "without-token-0", "no-candidates")
@@ -68,8 +68,8 @@ def test_fused_kernel_gives_the_bits_of_two(name, hazard, folder):
     few = EstimatorConfig(tiles_per_warp=1, steps=2)
     candidates = pages, counts
     logits = estimate_emulated(inputs.q, cache, candidates, few, folder)
-    apart = PrunerConfig(heads_apart=heads[0] > heads[1])
-    expected = prune_emulated(logits, cache, candidates, top_p, always, apart, folder)
+    alone = PrunerConfig(heads_apart=heads[0] == 4 * heads[1])  # as in test_pruner.py: one build
+    expected = prune_emulated(logits, cache, candidates, top_p, always, alone, folder)
     q = in_projection(inputs.q)[0]
     result = fuse_emulated(q, cache, candidates, top_p, always, config, folder)
     assert all(map(torch.equal, result, expected))

@@ -20,7 +20,7 @@ from twilight_tilelang import DecodeOptions
 from twilight_tilelang.integrations.transformers import TwilightCache
 from twilight_tilelang.integrations.transformers_graph import CapturedDecode
 
-PROMPT, NEW_TOKENS = 50, 40
+PROMPT, NEW_TOKENS = 50, 20  # over the end of a page, with padding and without
 SETTINGS = {
     "dense": (DecodeOptions(selector="full", top_p=1.0), 2),
     "everything": (DecodeOptions(selector="full", top_p=1.0), 0),
