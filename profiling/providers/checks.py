@@ -134,18 +134,24 @@ def check_estimator(q: torch.Tensor, cache: Any, step: Any) -> float:
     """Logits of the step's own candidates."""
     errors = []
     for rows, one in requests_to_check(cache):
-        candidates = [each[rows] for each in step.candidates]
+        candidates = _of_request(step.candidates, rows)
         oracle = reference.estimate_logits(q[rows], one, candidates, dtype=ORACLE)
         valid = oracle.isfinite()
         errors.append(relative_error(step.logits[rows][valid], oracle[valid]))
     return _within("logits", max(errors), LOGIT_TOLERANCE)
 
 
+def _of_request(candidates: Lists, rows: slice) -> Lists:
+    """One request's candidates, as the reference has them."""
+    own = (None if each is None else each[rows] for each in candidates)
+    return getattr(reference, type(candidates).__name__)(*own)
+
+
 def check_pruner(cache: Any, step: Any, top_p: float, num_sink_tokens: int = 0) -> float:
     """Kept tokens of the step's own logits."""
     errors = []
     for rows, one in requests_to_check(cache):
-        candidates = [each[rows] for each in step.candidates]
+        candidates = _of_request(step.candidates, rows)
         logits = step.logits[rows]
         tokens, counts, mass = reference.prune_top_p(
             logits, one, candidates, top_p, num_sink_tokens=num_sink_tokens, dtype=ORACLE

@@ -168,5 +168,12 @@ CPU_WORKLOADS: tuple[Workload, ...] = (
     budget_sweep("budget-mha", small_shape(4, 1024, 8), SMALL_BUDGETS),
     *(small(f"length-b{b}", b, seq_len, 2) for b in (1, 2, 4) for seq_len in SMALL_LENGTHS),
     *(small("batch-1k", batch_size, 1024, 2) for batch_size in (1, 2, 4)),
-    small("gqa-1k", 4, 1024, 2, stages=("pipeline",), method=DOUBLE_SPARSITY),
+    small(
+        "gqa-1k",
+        4,
+        1024,
+        2,
+        stages=("estimator", "pruner", "attention", "pipeline"),
+        method=DOUBLE_SPARSITY,
+    ),
 )

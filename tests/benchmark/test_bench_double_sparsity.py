@@ -23,6 +23,14 @@ def test_the_whole_step_is_timed_with_and_without_twilight() -> None:
     assert pruned.kept.mean < alone.kept.mean == 128
 
 
+@pytest.mark.parametrize("stage", ["estimator", "pruner", "estimate_prune", "attention"])
+def test_stages_over_single_tokens_are_checked(stage: str) -> None:
+    """By the oracle, over the step's own candidates."""
+    workload = small("gqa", 2, 512, 2, stages=(stage,), method="ds+twilight")
+    (provider,) = prepare(workload, Target(Torch(), "cpu-reference", 0, print)).providers(stage)
+    assert provider.check() < 0.01
+
+
 def test_bytes_of_labels_and_scores() -> None:
     """At 64 x 32,768 tokens and 8 KV heads: 20 bytes a token of 64 channels in 2 bits, 12 of 16 in
     4, and 4 of a score, written once and read once."""
