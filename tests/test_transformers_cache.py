@@ -266,9 +266,9 @@ def test_the_cache_s_older_name_is_taken_too(model, rng: torch.Generator) -> Non
 
 def test_every_option_reaches_the_steps(model, rng: torch.Generator) -> None:
     """A dense layer takes those that it can."""
-    options = DecodeOptions(token_budget=96, top_p=0.9, bound_mass=True)
+    options = DecodeOptions(token_budget=96, top_p=0.9, bound_mass=True, top_p_of="all")
     cache = TwilightCache(model.config, MAX_TOKENS, options, dense_layers=1)
     generate(model, prompts(rng, [50]), cache=cache, max_new_tokens=3)
     dense, sparse = (cache.steps[key] for key in sorted(cache.steps, key=str, reverse=True))
     assert sparse.path == "sparse" and dense.path == "dense"
-    assert sparse.kept_mass_bound.shape == (1, 4)
+    assert sparse.kept_mass_bound.shape == sparse.candidate_mass.share.shape == (1, 4)

@@ -1,12 +1,10 @@
 """What the candidates hold of all tokens' mass, against the reference."""
 
-from unittest.mock import patch
-
 import pytest
 import torch
 
 import twilight_tilelang as kernels
-from tests.checks.properties import listed_columns
+from tests.checks.all_mass import assert_mass, wanted_mass
 from tests.emulated.launches import SHAPES, estimate_emulated, mass_emulated, on_one_worker
 from tests.emulated.on_cpu import cache_on_cpu
 from tests.inputs.cases import NAN, NOTHING_ALWAYS
@@ -14,7 +12,6 @@ from tests.inputs.hazards import lose_idle_pages, poison_unused
 from tests.inputs.token_lists import random_tokens, tokens_of_pages
 from twilight_tilelang import reference
 from twilight_tilelang.kernels.estimator import EstimatorConfig
-from twilight_tilelang.reference import all_mass
 from twilight_tilelang.reference.inputs import DecodeShape, random_inputs
 
 TOP_P = torch.tensor(0.8)
@@ -51,13 +48,9 @@ class Problem:
 
     def wanted(self, num_samples: int = 48, seed: int = 0) -> reference.CandidateMass:
         """Of the reference, with sampled logits rounded to fp16 as the kernel's are."""
-        listed = listed_columns(self.logits, self.cache, self.candidates)
-        logits = self.logits.masked_fill(~listed, -torch.inf)
-        rounded = lambda *args, **named: reference.estimate_logits(*args, **named).half().float()  # noqa: E731
-        with patch.object(all_mass, "estimate_logits", rounded):
-            return reference.estimate_candidate_mass(
-                self.q, self.cache, self.candidates, logits, num_samples=num_samples, seed=seed
-            )
+        estimate = lambda sample: reference.estimate_logits(self.q, self.cache, sample).half()  # noqa: E731
+        problem = self.q, self.cache, self.candidates, self.logits
+        return wanted_mass(*problem, estimate, num_samples=num_samples, seed=seed)
 
 
 @pytest.fixture
@@ -77,11 +70,9 @@ def problems(*names: str):
 
 def assert_as_wanted(found, wanted: reference.CandidateMass) -> None:
     """A logit may lie on the other side of where fp16 rounds, and weighs up to 2^-9 more then."""
-    share, error, own = found
-    torch.testing.assert_close(share, wanted.share, rtol=2e-4, atol=1e-6)
-    torch.testing.assert_close(error, wanted.error, rtol=1e-3, atol=1e-6)
-    scaled = reference.top_p_of_candidates(TOP_P, reference.CandidateMass(share, error))
-    assert torch.equal(own, scaled)
+    assert_mass(found[:2], wanted, slack=5e-4)
+    scaled = reference.top_p_of_candidates(TOP_P, reference.CandidateMass(*found[:2]))
+    assert torch.equal(found[2], scaled)
 
 
 @pytest.mark.parametrize("problem", problems(*OWN_SHAPES), indirect=True)

@@ -18,6 +18,7 @@ WINDOWS = ("tests/test_pruner.py", "-k", "sinks")
 FLOOR = ("tests/test_pruner.py", "-k", "heaviest")
 REPEATED = ("tests/test_pipeline.py", "-k", "counters or replays")
 SMOOTH = ("tests/test_smoothing.py",)
+ALL_MASS = ("tests/test_candidate_mass.py",)
 COMPILED = ("tests/test_compile.py", "-k", "gqa4-d128-sm_90a")
 
 MIRRORED = ("tests/emulated/test_cache.py", "-k", "prefill_mirror and gqa4 and not padded")
@@ -57,6 +58,10 @@ ATTENDED_TO_ALL = (
 )  # fmt: skip
 DIVIDED = ("tests/emulated/test_smoothing.py", "-k", "every_writer and mha")
 MULTIPLIED = ("tests/emulated/test_smoothing.py", "-k", "page_scores and mha")
+SAMPLED = (
+    "tests/emulated/test_candidate_mass.py",
+    *("-k", "share_matches and gqa4 and not padded"),
+)
 BOUNDED = ("tests/emulated/test_smoothing.py", "-k", "bound_says_so and mha and full")
 
 
@@ -132,6 +137,19 @@ MUTANTS = (
     Mutant(
         "the bound overlooks the first kept token of a tile", "mass_bound.py",
         "at = low + ahead", "at = low + ahead + 1", SMOOTH, BOUNDED,
+    ),
+    Mutant(
+        "the token before a candidate sampled in place of the one behind it", "candidate_mass.py",
+        "candidates.run <= nth:", "candidates.run < nth:", ALL_MASS, SAMPLED,
+    ),
+    Mutant(
+        "a sampled token stands for itself alone", "candidate_mass.py",
+        "others += size * weight", "others += weight", ALL_MASS, SAMPLED,
+    ),
+    Mutant(
+        "top_p not divided by the candidates' share", "candidate_mass.py",
+        "top_p[batch, kv_head, thread] / held", "top_p[batch, kv_head, thread]",
+        ALL_MASS, SAMPLED,
     ),
     Mutant(
         "append bounds a page without its last row", "mirror.py",

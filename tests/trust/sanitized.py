@@ -84,9 +84,8 @@ def every_stage(case: Case) -> None:
     factor = torch.full_like(cache.k_offset, 0.5)
     smooth = build_cache(kernels, tensors._replace(k_offset=(cache.k_offset, factor)))
     poison_unused(smooth)
-    bounded = kernels.TwilightDecode(
-        smooth, q.shape[1], token_budget=case.token_budget, bound_mass=True, **NOTHING_ALWAYS
-    )
+    extras = {"bound_mass": True, "top_p_of": "all"} | NOTHING_ALWAYS
+    bounded = kernels.TwilightDecode(smooth, q.shape[1], token_budget=case.token_budget, **extras)
     bounded.run(q, smooth)
     kernels.page_attention(q, cache, step.candidates)
     kernels.dense_attention(q, cache)
@@ -103,6 +102,8 @@ def every_stage(case: Case) -> None:
         logits = kernels.estimate_logits(q, cache, tokens)
         kept = kernels.prune_top_p(logits, cache, tokens, 0.9, **WINDOWS)
         kernels.bound_kept_mass(q, cache, tokens, logits, kept)
+        if group_size is None:
+            kernels.estimate_candidate_mass(q, cache, tokens, logits)
         kernels.page_attention(q, cache, tokens)
     k, v = tensors.k.nan_to_num(0.0), tensors.v.nan_to_num(0.0)
     kernels.PagedKVCache.from_contiguous(k, v, tensors.seq_lens, case.shape.page_size)
