@@ -15,10 +15,12 @@ EXACT_MATH = {
 }
 TILE_LEVEL = EXACT_MATH | {PassKey.TL_ENABLE_FAST_MATH: True}
 # Kernels written thread by thread place their own barriers.
-THREAD_LEVEL = TILE_LEVEL | {
+OWN_BARRIERS = {
     PassKey.TL_DISABLE_THREAD_STORAGE_SYNC: True,
     PassKey.TL_DISABLE_SHARED_MEMORY_REUSE: True,
 }
+THREAD_LEVEL = TILE_LEVEL | OWN_BARRIERS
+EXACT_THREADS = EXACT_MATH | OWN_BARRIERS
 
 
 class Start(IntEnum):

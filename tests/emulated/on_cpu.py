@@ -10,8 +10,15 @@ from tilelang.jit import JITImpl
 
 from tests.doubles import fake_gpu
 from tests.emulated.emulate import emulated
-from twilight_tilelang.kernels import extend, label_scores, launch, mirror, top_tokens
-from twilight_tilelang.kernels.requests import cache_launches
+from twilight_tilelang.kernels import (
+    extend,
+    label_scores,
+    launch,
+    mirror,
+    sign_codes,
+    top_tokens,
+)
+from twilight_tilelang.kernels.requests import cache_launches, sign_launch
 
 # Grid and threads of kernels, by their symbolic sizes and what they are compiled for.
 LAUNCHED = {
@@ -20,6 +27,10 @@ LAUNCHED = {
     "extend_kernel": lambda n, _: (
         (-(-n["num_tokens"] // extend.WINDOW), -(-n["num_kv_heads"] // extend.NUM_WARPS)),
         extend.NUM_WARPS * 32,
+    ),
+    "sign_kernel": lambda n, _: (
+        (n["num_blocks"], n["num_kv_heads"], n["batch_size"]),
+        sign_codes.NUM_WARPS * 32,
     ),
     "label_mass_kernel": lambda n, static: _label_launch(n, 1, *static),
     "label_score_kernel": lambda n, static: _label_launch(
@@ -70,7 +81,9 @@ def cache_on_cpu(folder: Path) -> Iterator[None]:
                         assert sizes.setdefault(symbol.name, size) == size, symbol.name
                     else:
                         assert int(symbol) == size, buffer.name
-            grid, num_threads = LAUNCHED[factory.func.orig_func.__name__](sizes, arguments)
+            scalars = {name: each for name, each in named.items() if isinstance(each, int)}
+            kernel = factory.func.orig_func.__name__
+            grid, num_threads = LAUNCHED[kernel](sizes | scalars, arguments)
             run(grid, num_threads, **named, **sizes)
 
         return launched
@@ -80,3 +93,4 @@ def cache_on_cpu(folder: Path) -> Iterator[None]:
         monkeypatch.setattr(launch, "compiled", compiled)
         yield
     cache_launches.cache_clear()
+    sign_launch.cache_clear()
