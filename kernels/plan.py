@@ -12,7 +12,7 @@ from .launch import KernelSpec, Launch, StepShape
 from .mass_bound import mass_bound
 from .page_scores import PAGE_SCORE
 from .pruner import PRUNER, PrunerConfig
-from .requests import cache_launches
+from .requests import cache_launches, sign_launch
 from .selector import SelectorPlan, plan_selector
 from .split_kv import AttentionConfig
 from .top_pages import TOP_PAGES
@@ -108,5 +108,7 @@ def all_launches(shape: StepShape, planner: Planner) -> list[Launch]:
     dtypes = (shape.dtype, shape.kv_dtype or shape.dtype)
     labels = None if shape.tokens is None else shape.tokens.labels
     cache = cache_launches(shape.head_dim, shape.page_size, *dtypes, shape.smooth, labels)
+    if shape.tokens is not None and labels is None:
+        cache += (sign_launch(shape.head_dim, shape.page_size, dtypes[1], shape.smooth),)
     bounds = tuple(mass_bound(own) for own in (shape, every_page))
     return list(dict.fromkeys(launches_in((cache, plans, bounds))))

@@ -253,8 +253,8 @@ class Requests:
         self._write_signs(torch.zeros_like(self.seq_lens), blocks)
 
     def _write_signs(self, first_tokens: torch.Tensor, num_blocks: int, back: int = 0) -> None:
-        """Sign codes, where the cache has them, of each request's tokens from first_tokens[b] - back
-        on, which lie in num_blocks blocks of 128 at most."""
+        """Sign codes, where the cache has them, of each request's tokens from position
+        first_tokens[b] - back on, which lie in num_blocks blocks of 128 at most."""
         if self.signs is None:
             return
         sizes = self.shape.head_dim, self.shape.page_size

@@ -238,8 +238,8 @@ def token_of(n: PrimExpr) -> PrimExpr:
 
 @T.macro
 def visit_tokens(keys, start, first, end, added, visit):
-    """visit(x, token) sees the rotated keys of a warp's tokens from `first` to `end` - 1, of a block
-    that starts with `start`; they are added up in `added`."""
+    """visit(x, token) sees the rotated keys of a warp's tokens from `first` to `end` - 1, of a
+    block that starts with `start`; they are added up in `added`."""
     x = T.alloc_local((keys.channels,), T.float32)
     rows = T.alloc_local((ROWS_IN_FLIGHT, keys.channels), keys.k_cache.dtype)
     # Variables, since the compiler looks for a rule in whatever it can see through.
@@ -410,8 +410,8 @@ def sign_kernel(head_dim: int, page_size: int, kv_dtype: str, smooth: bool = Fal
         k_factor: T.Tensor[(num_kv_heads, head_dim), T.float32],
         k_cache: T.StridedTensor[pool],
         kv_scales: T.Tensor[(2, num_kv_heads), T.float32],
-        words: T.Tensor[words_size, T.int32],
-        factors: T.Tensor[factors_size, T.float16],
+        sign_words: T.Tensor[words_size, T.int32],
+        sign_factors: T.Tensor[factors_size, T.float16],
         mean_codes: T.Tensor[codes_size, T.uint8],
         mean_scale_zero: T.Tensor[pairs_size, T.float16],
     ):
@@ -425,7 +425,7 @@ def sign_kernel(head_dim: int, page_size: int, kv_dtype: str, smooth: bool = Fal
             shift = T.alloc_local((2 if smooth else 1, channels), T.float32)
             row = Row(batch, kv_head, seq_lens[batch])
             keys = RowKeys(k_cache, kv_scales[0, kv_head], shift, page_table, row)
-            signs = SignRows(words, factors, mean_codes, mean_scale_zero)
+            signs = SignRows(sign_words, sign_factors, mean_codes, mean_scale_zero)
             added = WarpSum.allocate(channels)
             mean = Mean.allocate(channels)
             first = T.alloc_var(T.int32)

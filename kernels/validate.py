@@ -20,7 +20,8 @@ def validate_cache(cache: "PagedKVCache") -> None:
     Raises:
         ValueError: a length is negative or beyond the capacity; a page id in use lies outside the
             pool; a request uses a page twice; a part-filled last page, which the next append would
-            write to, is shared; a page's mirror, bounds, labels or sign codes do not belong to its keys.
+            write to, is shared; a page's mirror, bounds, labels or sign codes do not belong to its
+            keys.
     """
     if cache.k_factor is not None and not bool((cache.k_factor > 0).all()):
         raise ValueError("k_factor: expected positive numbers, got others")

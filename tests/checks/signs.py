@@ -1,11 +1,26 @@
-"""The sign codes of a cache, as the reference orders them, and that they are the reference's."""
+"""The sign codes of a cache, as the reference orders them, and that they and what is made of them
+are the reference's."""
 
 import torch
 
 import twilight_tilelang as kernels
 from tests.checks.properties import as_reference
+from tests.checks.tokens import assert_same_tokens
+from twilight_tilelang import reference
+from twilight_tilelang.kernels.label_tiles import LOG2_E
+from twilight_tilelang.kernels.lists import CandidateTokens
+from twilight_tilelang.kernels.sign_query import QUERY_BITS
+from twilight_tilelang.reference.double_sparsity import shared_ranks
 from twilight_tilelang.reference.quantize import pack_codes
-from twilight_tilelang.reference.sign_codes import BLOCK_TOKENS, SignCodes, sign_codes
+from twilight_tilelang.reference.sign_codes import (
+    BLOCK_TOKENS,
+    SignCodes,
+    means_before,
+    rotate,
+    sign_codes,
+    unpack_signs,
+)
+from twilight_tilelang.reference.sign_selector import quantize_query, sign_scores
 
 
 def unpack_words(words: torch.Tensor) -> torch.Tensor:
@@ -46,3 +61,36 @@ def assert_signs_of_keys(cache, validated: bool = True) -> None:
             assert torch.equal(own.nan_to_num(), wanted.nan_to_num()), (request, name)
     if validated:
         kernels.validate_cache(cache)
+
+
+def plain_logits(q: torch.Tensor, cache, sm_scale: float, request: int) -> torch.Tensor:
+    """[num_qo_heads, length] f32: log2 of a token's weight as sign_tiles.py states it, bit for bit
+    but where a sum in float64 is rounded twice."""
+    length, group_size = int(cache.seq_lens[request]), q.shape[1] // cache.num_kv_heads
+    signs, factors, *means = codes_of_request(cache, request)
+    y = rotate(as_reference(cache).smoothed(q)[request].float())
+    levels, delta = quantize_query(y, QUERY_BITS)
+    factor = torch.tensor(sm_scale) * torch.tensor(LOG2_E)
+    by_head = (each.repeat_interleave(group_size, 0) for each in (unpack_signs(signs, y.dtype),
+               means_before(*means, length, torch.float32), factors.float()))  # fmt: skip
+    signs, mean, size = by_head
+    base = y[:, None] * mean
+    while base.shape[-1] > 1:
+        base = base[..., ::2] + base[..., 1::2]
+    base = (base[..., 0] * factor).double()
+    return (base + (size * (delta * factor)).double() * (signs * levels[:, None]).sum(-1)).float()
+
+
+def assert_selected_by_signs(
+    q: torch.Tensor, cache, got: CandidateTokens, token_budget: int, options: dict
+) -> None:
+    """The tokens that the reference selects in float64, of queries in as many bits; where shares
+    are within a float32's rounding of the last one taken, either may be."""
+    same, wide = as_reference(cache), {"query_bits": QUERY_BITS, "dtype": torch.float64}
+    wanted = reference.select_by_signs(q, same, token_budget, **options, **wide)
+    logits, _ = sign_scores(q, same, sm_scale=options.get("sm_scale"), **wide)
+    assert_same_tokens(
+        got, wanted, same, q.shape[1],
+        lambda request, length: shared_ranks(logits[request, :, :length], same.num_kv_heads, 1.0),
+        options,
+    )  # fmt: skip
