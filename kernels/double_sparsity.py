@@ -131,8 +131,8 @@ def select_tokens(
     budget = check_token_budget(cache, token_budget, window)
     shape = token_shape(cache, group_size, rows, budget)
     selection = TokenSelection.allocate(cache, shape)
-    kernels = (planned(spec, shape, q.device) for spec in (LABEL_SCORE, TOP_TOKENS))
-    plan = TokenPlan(*kernels, budget)
+    label_score = planned(LABEL_SCORE, shape, q.device)
+    plan = TokenPlan(label_score, planned(TOP_TOKENS, shape, q.device), budget)
     grouped = by_kv_head(q, cache.num_kv_heads)
     with on_device(q.device):
         select_top_tokens(plan, grouped, cache, window, sm_scale, selection)

@@ -307,6 +307,7 @@ def weigh_chunk(reader, masses, kept, meeting, chunk, config, written, bins, loa
 
 def blocks_at_least(rows: TokenRows, config: LabelScoreConfig) -> int:
     """Of an SM: five of four warps, which leave a thread 96 registers, where these are enough."""
+    assert rows.labels is not None
     few = rows.heads <= 4 and rows.labels.num_bytes * config.tiles <= 64
     return 5 if few and config.num_warps <= 4 else 1
 
@@ -323,6 +324,7 @@ def label_mass_kernel(page_size: int, dtype: str, rows: TokenRows, config: Label
     batch_size, num_rows, head_dim = T.dynamic("batch_size, num_rows, head_dim")
     num_pages, max_pages = T.dynamic("num_pages, max_pages")
     num_label_heads, num_runs, capacity = T.dynamic("num_label_heads, num_runs, capacity")
+    assert rows.labels is not None
     num_heads, r = rows.heads, rows.labels.r
     unit, units = rows.labels.lane_words
     num_threads = config.num_warps * 32

@@ -1,7 +1,7 @@
 """Label scores: every token's score by the label of its key (Double Sparsity, arXiv 2408.07092)."""
 
 import itertools
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Union
 
 import tilelang
 import tilelang.language as T
@@ -23,6 +23,9 @@ from .token_keys import LOGITS, NUM_BINS, SHARES, Binning, OpenTokens, RowScores
 from .token_list import Row
 from .tuned import Planned
 from .warp import join_lanes
+
+if TYPE_CHECKING:
+    from .sign_tiles import SignReader
 
 LOOK_CHUNKS = 32  # of which a block looks up whether they have scores: one a lane
 
@@ -90,7 +93,7 @@ def score_labels(
 class Scorer(NamedTuple):
     """What a warp scores its tiles with, and where to."""
 
-    reader: LabelReader
+    reader: Union[LabelReader, "SignReader"]
     written: RowScores
     norms: Buffer  # [head_tiles, 2] f32, of this lane's heads
     best: Buffer  # [2, lane_tokens] f32: this lane's scores in two tiles
@@ -200,6 +203,7 @@ def label_score_kernel(page_size: int, dtype: str, rows: TokenRows, config: Labe
     batch_size, num_rows, head_dim = T.dynamic("batch_size, num_rows, head_dim")
     num_pages, max_pages = T.dynamic("num_pages, max_pages")
     num_label_heads, num_runs, capacity = T.dynamic("num_label_heads, num_runs, capacity")
+    assert rows.labels is not None
     num_heads, r = rows.heads, rows.labels.r
     unit, units = rows.labels.lane_words
     head_tiles = -(-num_heads // TILE_HEADS)

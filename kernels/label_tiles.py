@@ -120,6 +120,7 @@ class LoadedLabels(NamedTuple):
 
     @classmethod
     def allocate(cls, tiles: int, rows: TokenRows) -> "LoadedLabels":
+        assert rows.labels is not None
         dtype, units = rows.labels.lane_words
         scale_zero = T.alloc_local((tiles, rows.lane_tokens, 2), T.float16)
         return cls(T.alloc_local((tiles, 2, units), dtype), scale_zero)
@@ -204,6 +205,7 @@ class LabelReader(NamedTuple):
         tiles: int,
     ) -> "LabelReader":
         """`tiles`: that are loaded at once."""
+        assert rows.labels is not None
         head = row.kv_head // rows.rows_per_label
         query = LabelQuery.allocate(rows)
         return cls(
@@ -271,13 +273,16 @@ def walk_runs(reader, kind, chunk, config, visit):
 
 
 @T.macro
-def walk_tiles(reader, run, visit):
+def walk_tiles(reader, run, visit, meanwhile=None):
     """visit(loaded, first) sees the tiles of a run in order, from `first` on as many as are loaded
-    at once. While it does, the next ones are on their way to the other registers."""
+    at once. While it does, the next ones are on their way to the other registers. meanwhile() is
+    called, where there is any, while the first ones are."""
     loaded, ahead, labels = reader.loaded, reader.ahead, reader.labels
     tiles = loaded.tiles
     num_steps = RUN_TILES // (2 * tiles)
     loaded.load(0, run, labels)
+    if meanwhile is not None:
+        meanwhile()
     for step in T.serial(num_steps):
         first = step * (2 * tiles)
         if first < run.count:

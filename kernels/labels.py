@@ -68,6 +68,7 @@ class TokenRows(NamedTuple):
 def token_rows(group: str, group_size: int, labels: LabelShape | None) -> TokenRows:
     """The rows of one KV head; without labels those of the sign selector, which are shared."""
     if group == "own":
+        assert labels is not None
         return TokenRows(1, group_size // labels.heads, labels)
     return TokenRows(group_size, 1, labels)
 

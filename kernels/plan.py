@@ -107,7 +107,9 @@ def all_launches(shape: StepShape, planner: Planner) -> list[Launch]:
     plans = tuple(make(own, planner) for make in paths for own in (shape, every_page))
     dtypes = (shape.dtype, shape.kv_dtype or shape.dtype)
     labels = None if shape.tokens is None else shape.tokens.labels
-    cache = cache_launches(shape.head_dim, shape.page_size, *dtypes, shape.smooth, labels)
+    cache: tuple[Launch, ...] = cache_launches(
+        shape.head_dim, shape.page_size, *dtypes, shape.smooth, labels
+    )
     if shape.tokens is not None and labels is None:
         cache += (sign_launch(shape.head_dim, shape.page_size, dtypes[1], shape.smooth),)
     bounds = tuple(mass_bound(own) for own in (shape, every_page))

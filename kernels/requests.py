@@ -74,8 +74,8 @@ class Requests:
         append, _, _ = self._launches()
         with on_device(device):
             append(k, v, self.page_table, self.seq_lens, active.view(torch.uint8), *self._written())
-        # Of a request that got no token its last one's again, to the same bits.
-        self._write_signs(self.seq_lens, 1, back=1)
+        # Of a request without a place for its token its last one's again, to the same bits.
+        self._write_signs(self.seq_lens, 1, back=1, active=active)
 
     def extend(self, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
         """Appends any number of tokens per request, in one launch: a chunk of a prompt, or what a
@@ -252,17 +252,24 @@ class Requests:
         blocks = sign_blocks(self._capacity, self._capacity)
         self._write_signs(torch.zeros_like(self.seq_lens), blocks)
 
-    def _write_signs(self, first_tokens: torch.Tensor, num_blocks: int, back: int = 0) -> None:
-        """Sign codes, where the cache has them, of each request's tokens from position
+    def _write_signs(
+        self,
+        first_tokens: torch.Tensor,
+        num_blocks: int,
+        back: int = 0,
+        active: torch.Tensor | None = None,
+    ) -> None:
+        """Sign codes, where the cache has them, of each active request's tokens from position
         first_tokens[b] - back on, which lie in num_blocks blocks of 128 at most."""
         if self.signs is None:
             return
         sizes = self.shape.head_dim, self.shape.page_size
         launch = sign_launch(*sizes, dtype_name(self.k_cache), self.smooth)
+        active = (self.everyone if active is None else active).view(torch.uint8)
         with on_device(self.k_cache.device):
             launch(
-                first_tokens, back, num_blocks, self.page_table, self.seq_lens, self.k_offset,
-                self.factor, self.k_cache, self.kv_scales, *self.signs,
+                active, first_tokens, back, num_blocks, self.page_table, self.seq_lens,
+                self.k_offset, self.factor, self.k_cache, self.kv_scales, *self.signs,
             )  # fmt: skip
 
     def _first_in(self, pages: torch.Tensor) -> torch.Tensor:

@@ -385,8 +385,9 @@ def write_signs(x, mean, keys, token, signs):
 @tilelang.jit(pass_configs=EXACT_THREADS)
 def sign_kernel(head_dim: int, page_size: int, kv_dtype: str, smooth: bool = False):
     """Grid: (block of 128 tokens from that of its request's first new token on, kv_head, batch).
-    Writes the codes of each request's tokens from first_tokens[b] - back on, and the means of the
-    blocks that these complete. K lies in its pages already, and the lengths count it.
+    Writes the codes of each request's tokens from first_tokens[b] - back on, where it is active,
+    and the means of the blocks that these complete. K lies in its pages already, and the lengths
+    count it.
 
     The mean of the block before is the stored one for the first of a request's blocks; the others
     make it anew from the keys, as another block of threads writes it meanwhile, to the same bits.
@@ -401,6 +402,7 @@ def sign_kernel(head_dim: int, page_size: int, kv_dtype: str, smooth: bool = Fal
 
     @T.prim_func
     def write_sign_codes(
+        active: T.Tensor[(batch_size,), T.uint8],
         first_tokens: T.Tensor[(batch_size,), T.int32],
         back: T.int32,
         num_blocks: T.int32,
@@ -435,7 +437,7 @@ def sign_kernel(head_dim: int, page_size: int, kv_dtype: str, smooth: bool = Fal
             block = first // BLOCK_TOKENS + nth
             end = T.min(T.min(row.seq_len, max_pages * page_size), (block + 1) * BLOCK_TOKENS)
             first = T.max(first, block * BLOCK_TOKENS)
-            if first < end:
+            if active[batch] != T.uint8(0) and first < end:
                 load_shift(shift, k_offset, k_factor if smooth else None, kv_head, lane * channels)
                 if block == 0:
                     mean.clear()

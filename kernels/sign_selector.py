@@ -55,8 +55,8 @@ def select_by_signs(
     budget = check_token_budget(cache, token_budget, window)
     shape = token_shape(cache, group_size, rows, budget)
     selection = TokenSelection.allocate(cache, shape)
-    kernels = (planned(spec, shape, q.device) for spec in (SIGN_SCORE, TOP_TOKENS))
-    plan = TokenPlan(*kernels, budget, by_signs=True)
+    sign_score = planned(SIGN_SCORE, shape, q.device)
+    plan = TokenPlan(sign_score, planned(TOP_TOKENS, shape, q.device), budget, by_signs=True)
     grouped = by_kv_head(q, cache.num_kv_heads)
     with on_device(q.device):
         select_top_tokens(plan, grouped, cache, window, sm_scale, selection)

@@ -57,8 +57,10 @@ class SignCache(NamedTuple):
         """Of the tensors of KeySigns. One product finds a page of a head."""
         num_pages, num_heads = tensors[0].shape[:2]
         pages = num_pages * num_heads
-        by_page = (T.Tensor((pages, *own.shape[2:]), own.dtype, own.data) for own in tensors)
-        return cls(*by_page, page_table, num_heads, head)
+        words, factors, mean_codes, mean_scale_zero = (
+            T.Tensor((pages, *own.shape[2:]), own.dtype, own.data) for own in tensors
+        )
+        return cls(words, factors, mean_codes, mean_scale_zero, page_table, num_heads, head)
 
     @property
     def page_size(self) -> int:
@@ -229,8 +231,10 @@ class SignReader(NamedTuple):
     @T.macro
     def each_tiles(self, run, visit):
         """See walk_tiles."""
-        self.find_bases(run)
-        walk_tiles(self, run, lambda loaded, first: self.visit_block(loaded, first, visit))
+        walk_tiles(
+            self, run, lambda loaded, first: self.visit_block(loaded, first, visit),
+            lambda: self.find_bases(run),
+        )  # fmt: skip
 
     @partialmethod
     @T.macro
@@ -250,9 +254,9 @@ class SignReader(NamedTuple):
         """Of the blocks of a run, by its warp."""
         signs, channels = self.labels, int(self.labels.mean_codes.shape[2]) // 32
         thread = T.get_thread_binding()
-        codes = T.alloc_local((RUN_BLOCKS, channels), T.uint8)
+        stored = T.alloc_local((RUN_BLOCKS, channels), T.uint8)
         mean = T.alloc_local((RUN_BLOCKS, channels), T.float32)
-        scale_zero = T.alloc_local((RUN_BLOCKS, 2), T.float16)
+        pairs = T.alloc_local((RUN_BLOCKS, 2), T.float16)
         products = T.alloc_local((channels,), T.float32)
         page = T.alloc_var(T.int32)
         added = T.alloc_var(T.float32)
@@ -264,21 +268,21 @@ class SignReader(NamedTuple):
             place = MeanPlace.of(T.if_then_else(has_mean, block - 1, 0), signs.page_size)
             page = 0
             for c in T.unroll(channels):
-                codes[j, c] = T.uint8(0)
+                stored[j, c] = T.uint8(0)
             for e in T.unroll(2):
-                scale_zero[j, e] = T.float16(0)
+                pairs[j, e] = T.float16(0)
             if has_mean:
                 page = signs.page_table[self.row.batch, place.logical] * signs.num_heads
                 page = page + signs.head
                 for c in T.vectorized(channels):
-                    codes[j, c] = signs.mean_codes[page, place.nth, thread % 32 * channels + c]
+                    stored[j, c] = signs.mean_codes[page, place.nth, thread % 32 * channels + c]
                 for e in T.vectorized(2):
-                    scale_zero[j, e] = signs.mean_scale_zero[page, place.nth, e]
+                    pairs[j, e] = signs.mean_scale_zero[page, place.nth, e]
         for j in T.unroll(RUN_BLOCKS):
-            scale = T.cast(scale_zero[j, 0], T.float32)
-            zero = T.cast(scale_zero[j, 1], T.float32)
+            scale = T.cast(pairs[j, 0], T.float32)
+            zero = T.cast(pairs[j, 1], T.float32)
             for c in T.unroll(channels):
-                code = T.cast(codes[j, c], T.float32)
+                code = T.cast(stored[j, c], T.float32)
                 mean[j, c] = T.call_extern("float32", "fmaf", code, scale, zero)
                 if T.reinterpret(mean[j, c], T.int32) & 0x7F800000 == 0x7F800000:
                     mean[j, c] = 0.0

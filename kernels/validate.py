@@ -65,7 +65,7 @@ def check_mirror(cache: "PagedKVCache") -> None:
     again.mirror_pages(pages, page_tokens)
     slots = torch.arange(cache.page_size, device=page_tokens.device)
     has_token = (slots < page_tokens[:, None])[:, None, :, None]
-    has_mean = None if cache.signs is None else _means_written(cache)[:, None, :, None]
+    has_mean = _means_written(cache)[:, None, :, None]
     differs, expected = {}, _written(again)
     for name, written in _written(cache).items():
         unequal = written.view(torch.uint8) != expected[name].view(torch.uint8)
@@ -101,8 +101,9 @@ def _written(cache: "PagedKVCache") -> dict[str, torch.Tensor]:
 
 
 def _means_written(cache: "PagedKVCache") -> torch.Tensor:
-    """[num_pages, n] bool: where a request has a whole block of tokens whose mean lies there."""
-    device, num_means = cache.k_cache.device, cache.signs.mean_codes.shape[2]
+    """[num_pages, n] bool: where a request has a whole block of tokens whose mean would lie there
+    (see KeySigns)."""
+    device, num_means = cache.k_cache.device, max(cache.page_size // BLOCK_TOKENS, 1)
     ends = torch.arange(1, cache.max_pages * num_means + 1, device=device)
     ends = ends * (cache.page_size // num_means)  # tokens up to the end of a page, or of its block
     is_whole = (ends % BLOCK_TOKENS == 0) & (ends <= cache.seq_lens[:, None])
