@@ -1,5 +1,5 @@
 """The paged KV cache: K and V pages, the 4-bit mirror of K, the page bounds and, where asked for,
-labels of K: all of it always written together."""
+labels or sign codes of K: all of it always written together."""
 
 import copy
 import dataclasses
@@ -27,6 +27,7 @@ from .pools import (
     tokens_first,
 )
 from .requests import Requests
+from .sign_codes import KeySigns, check_sign_pages, check_signs
 from .validate import check_indices, check_lengths
 
 
@@ -75,6 +76,8 @@ class PagedKVCache(Requests):
                         hardly move a logit. `calibrate_keys` finds it and k_offset.
     labels              what Double Sparsity scores tokens by, of K in 16 bits, or None (see
                         `KeyLabels` and `with_labels`). No k_offset, no k_factor is in them.
+    signs               what the sign selector scores tokens by, or None (see `KeySigns` and
+                        `with_signs`), of keys less k_offset and over k_factor
 
     Physical pages may be shared between requests and come in any order. A place in the batch
     without a request has length 0 and any page ids, such as -1: every stage passes over it, its
@@ -95,6 +98,7 @@ class PagedKVCache(Requests):
     dtype: torch.dtype | None = None
     k_factor: torch.Tensor | None = None
     labels: KeyLabels | None = None
+    signs: KeySigns | None = None
 
     def __post_init__(self) -> None:
         channels = self.k_offset, self.k_factor
@@ -138,6 +142,8 @@ class PagedKVCache(Requests):
             self._check_labels(self.labels)
             self.label_shape = self.labels.shape_in(num_kv_heads)
             self.label_words = self.labels.words_of(self.label_shape)
+        if self.signs is not None:
+            check_signs(self.signs, self.k_cache)
         self.everyone = torch.ones(batch_size, dtype=torch.bool, device=device)
         self.arrived = torch.zeros(1, dtype=torch.int32, device=device)  # blocks of extend()
 
@@ -179,11 +185,13 @@ class PagedKVCache(Requests):
         return part
 
     def unmirrored(self) -> "PagedKVCache":
-        """The same requests on the same K and V, beside a mirror, bounds and labels of their own,
-        not written yet."""
+        """The same requests on the same K and V, beside a mirror, bounds, labels and sign codes of
+        their own, not written yet."""
         channels = self.k_offset, self.k_factor
         own = (self.k_cache, self.v_cache, self.page_table, self.seq_lens, channels)
         cache = self._around(*own, self.kv_scales, self.dtype)
+        if self.signs is not None:
+            cache = dataclasses.replace(cache, signs=KeySigns.allocate(self.k_cache))
         if self.labels is None:
             return cache
         return cache._labelled(LabelFormat(self.labels.channels, self.labels.bits))
@@ -202,6 +210,21 @@ class PagedKVCache(Requests):
         check_label_format(label_format, self.k_cache)
         cache = self._labelled(label_format)  # which refuses keys in FP8
         cache.mirror_pages(*cache.used_pages())
+        return cache
+
+    def with_signs(self) -> "PagedKVCache":
+        """The same requests on the same pages and mirror, with sign codes: those of the tokens that
+        there are, written here in one launch, and from here on those of every token. What other
+        caches write to these pages has none.
+
+        Requests may share a page where all tokens before it are shared too.
+
+        Raises:
+            ValueError: page_size is neither a divisor nor a multiple of 128.
+        """
+        check_sign_pages(self.page_size)
+        cache = dataclasses.replace(self, signs=KeySigns.allocate(self.k_cache))
+        cache.write_every_sign()
         return cache
 
     def _labelled(self, label_format: LabelFormat) -> "PagedKVCache":

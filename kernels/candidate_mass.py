@@ -18,7 +18,7 @@ from tvm.tirx import Buffer, PrimExpr
 
 from .cache import PagedKVCache
 from .checks import check_count, check_tensor
-from .compiling import EXACT_MATH, OWN_BARRIERS, Start, start_early
+from .compiling import EXACT_THREADS, Start, start_early
 from .estimate_tiles import Mirror, estimate_tiles
 from .launch import Launch, StepShape, on_device
 from .lists import Candidates, Listed, check_candidates
@@ -247,7 +247,7 @@ def join_warps(values, part, head, join):
     return joined
 
 
-@tilelang.jit(pass_configs=EXACT_MATH | OWN_BARRIERS)
+@tilelang.jit(pass_configs=EXACT_THREADS)
 def candidate_mass_kernel(
     group_size: int,
     head_dim: int,

@@ -14,6 +14,7 @@ from .launch import StepShape, on_device
 from .lists import CandidateTokens, Window
 from .pools import TILE_TOKENS
 from .query import by_kv_head, check_query, check_scale, step_shape
+from .sign_scores import SIGN_SCORE, score_signs
 from .top_tokens import TOP_TOKENS, OpenKeys, TopTokensConfig, take_top_tokens
 from .tuned import Planned, Planner, planned
 
@@ -23,9 +24,10 @@ GROUPS = ("own", "shared")
 class TokenPlan(NamedTuple):
     """The kernels of a selector of tokens."""
 
-    label_score: Planned[LabelScoreConfig]
+    token_score: Planned[LabelScoreConfig]  # by labels, or by sign codes
     top_tokens: Planned[TopTokensConfig]
     token_budget: int
+    by_signs: bool = False
 
 
 class TokenSelection(NamedTuple):
@@ -47,8 +49,10 @@ class TokenSelection(NamedTuple):
 
 def plan_tokens(shape: StepShape, planner: Planner) -> TokenPlan:
     """For a shape of token candidates."""
-    kernels = planner.plan(LABEL_SCORE, shape), planner.plan(TOP_TOKENS, shape)
-    return TokenPlan(*kernels, shape.row_tokens)
+    assert shape.tokens is not None
+    by_signs = shape.tokens.labels is None
+    scores = planner.plan(SIGN_SCORE if by_signs else LABEL_SCORE, shape)
+    return TokenPlan(scores, planner.plan(TOP_TOKENS, shape), shape.row_tokens, by_signs)
 
 
 def select_top_tokens(
@@ -76,7 +80,8 @@ def score_tokens(
     """-> scored."""
     if selection.candidates.heads is not None:  # a row is one query head
         q = q.flatten(1, 2)[:, :, None]
-    score_labels(plan.label_score, q, cache, window, sm_scale, selection.scored)
+    score = score_signs if plan.by_signs else score_labels
+    score(plan.token_score, q, cache, window, sm_scale, selection.scored)
 
 
 def take_tokens(

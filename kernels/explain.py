@@ -73,7 +73,7 @@ def _selector(plan: SelectorPlan) -> list[str]:
         return ["selector: every page, no config"]
     if isinstance(plan, TokenPlan):
         return [
-            _line("selector: label scores", plan.label_score),
+            _line(f"selector: {'sign' if plan.by_signs else 'label'} scores", plan.token_score),
             _line("selector: top tokens", plan.top_tokens),
         ]
     return [

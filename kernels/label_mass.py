@@ -9,7 +9,7 @@ import tilelang.language as T
 from tvm.tirx import Buffer, PrimExpr
 
 from .compiling import THREAD_LEVEL, start_early
-from .label_tiles import LOG2_E, RUN_TOKENS, LabelReader, LabelScoreConfig, logit_of
+from .label_tiles import LOG2_E, RUN_TOKENS, LabelReader, LabelScoreConfig
 from .labels import TokenRows
 from .launch import next_power_of_two
 from .mma import QUAD, TILE_HEADS, place_in_quad
@@ -137,9 +137,9 @@ class KeptLogits(NamedTuple):
 
     @partialmethod
     @T.macro
-    def keep(self, first_token, logits, j, t):
-        """Those of this lane's heads (see head_of) for its t-th token of the j-th tile from that
-        with the first token on."""
+    def keep(self, first_token, further, logits, j, t):
+        """Those of this lane's heads (see head_of) for its t-th token of the j-th tile, so much
+        further than that of the first one."""
         kept = self.logits
         _, lane = place_in_quad()
         pair = lane % (min(int(kept.shape[1]), TILE_HEADS) // 2) * 2
@@ -147,7 +147,7 @@ class KeptLogits(NamedTuple):
         place = first_token - self.first  # bound, so that tiles are a constant apart
         for n in T.unroll(logits.shape[2]):
             for h in T.vectorized(2):
-                kept[place + j * TILE_TOKENS, n * TILE_HEADS + pair + h] = logits[j, t, n, h]
+                kept[place + further, n * TILE_HEADS + pair + h] = logits[j, t, n, h]
 
     @partialmethod
     @T.macro
@@ -179,7 +179,7 @@ def add_masses(reader, masses, kept, run, loaded, first):
     MASS_TILES at once."""
     logits, seq_len = masses.logits, reader.row.seq_len
     head_tiles = int(reader.acc.shape[0])
-    for group in T.unroll(loaded.codes.shape[0] // MASS_TILES):
+    for group in T.unroll(loaded.tiles // MASS_TILES):
         first_tile = first + group * MASS_TILES
         for j in T.unroll(MASS_TILES):
             reader.multiply(loaded, group * MASS_TILES + j)
@@ -187,8 +187,9 @@ def add_masses(reader, masses, kept, run, loaded, first):
                 for n in T.unroll(head_tiles):
                     for h in T.unroll(2):
                         tile = group * MASS_TILES + j
-                        logits[j, t, n, h] = logit_of(reader, loaded, tile, t, n, h)
-                kept.keep(run.token(first_tile, t, loaded.lane_tokens), logits, j, t)
+                        logits[j, t, n, h] = reader.logit_of(loaded, tile, t, n, h)
+                first_token = run.token(first_tile, t, loaded.lane_tokens)
+                kept.keep(first_token, run.further(j), logits, j, t)
         if (run.first + first_tile + MASS_TILES) * TILE_TOKENS > seq_len:  # the row ends
             for j in T.unroll(MASS_TILES):
                 for t in T.unroll(loaded.lane_tokens):
@@ -246,8 +247,72 @@ def fold_parts(parts, num_parts, row, num_warps, norms):
                 )
 
 
+class Meeting(NamedTuple):
+    """Where the blocks of a row meet, and how far it got with its norms and scores."""
+
+    norms: Buffer  # [batch_size, num_rows, heads] f32
+    arrived: Buffer  # [batch_size, num_rows] i32
+    scored: Buffer  # [batch_size, num_rows, runs] i32
+    parts: Buffer = None  # [batch_size, num_rows, runs, heads, 2] f32; of the first kernel alone
+
+
+@T.macro
+def weigh_chunk(reader, masses, kept, meeting, chunk, config, written, bins, load_query):
+    """Adds up the weights of a chunk of a row, and scores it where the row's norms are there in
+    time. `load_query()` loads the reader's query."""
+    norms, arrived, scored, parts = meeting
+    row, num_threads, thread = reader.row, config.num_warps * 32, T.get_thread_binding()
+    batch, kv_head = row.batch, row.kv_head
+    num_chunks = T.ceildiv(row.seq_len, config.block_tokens)
+    is_last = T.alloc_shared((1,), T.bool, scope="shared")
+    has_norms = T.alloc_shared((1,), T.bool, scope="shared")
+    before = T.alloc_var(T.int32)
+    looks = T.alloc_var(T.int32)
+    if chunk < num_chunks:
+        written.clear()
+        load_query()
+        reader.each_run(
+            chunk, config,
+            lambda run, number: add_run(reader, masses, kept, parts, run, number),
+        )  # fmt: skip
+        T.sync_threads()
+        if thread == 0:
+            before = T.atomic_add(
+                arrived[batch, kv_head], 1, memory_order="acq_rel", return_prev=True
+            )
+            is_last[0] = before == num_chunks - 1
+            has_norms[0] = is_last[0]
+        T.sync_threads()
+        if is_last[0]:
+            num_parts = T.ceildiv(row.seq_len, RUN_TOKENS)
+            fold_parts(parts, num_parts, row, config.num_warps, norms)
+            T.sync_threads()
+            if thread == 0:
+                T.atomic_add(arrived[batch, kv_head], DONE, memory_order="acq_rel")
+        else:
+            if thread == 0:
+                looks = 0
+                before = 0
+                while before < DONE and looks < MAX_LOOKS:
+                    before = T.atomic_add(
+                        arrived[batch, kv_head], 0, memory_order="acq_rel", return_prev=True
+                    )
+                    looks += 1
+                has_norms[0] = before >= DONE
+            T.sync_threads()
+        if thread == 0:
+            scored[batch, kv_head, chunk] = T.if_then_else(has_norms[0], 1, 0)
+        if has_norms[0]:
+            kept.each_score(
+                norms, row, num_threads, lambda token, score: written.write(token, score)
+            )
+            T.sync_threads()
+            written.count_in(bins)
+
+
 def blocks_at_least(rows: TokenRows, config: LabelScoreConfig) -> int:
     """Of an SM: five of four warps, which leave a thread 96 registers, where these are enough."""
+    assert rows.labels is not None
     few = rows.heads <= 4 and rows.labels.num_bytes * config.tiles <= 64
     return 5 if few and config.num_warps <= 4 else 1
 
@@ -264,6 +329,7 @@ def label_mass_kernel(page_size: int, dtype: str, rows: TokenRows, config: Label
     batch_size, num_rows, head_dim = T.dynamic("batch_size, num_rows, head_dim")
     num_pages, max_pages = T.dynamic("num_pages, max_pages")
     num_label_heads, num_runs, capacity = T.dynamic("num_label_heads, num_runs, capacity")
+    assert rows.labels is not None
     num_heads, r = rows.heads, rows.labels.r
     unit, units = rows.labels.lane_words
     num_threads = config.num_warps * 32
@@ -290,57 +356,16 @@ def label_mass_kernel(page_size: int, dtype: str, rows: TokenRows, config: Label
         with T.Kernel(*grid, threads=num_threads) as (chunk, kv_head, batch):
             T.annotate_min_blocks_per_sm(blocks_at_least(rows, config))
             start_early(config.pdl)
-            thread = T.get_thread_binding()
             row = Row(batch, kv_head, seq_lens[batch])
-            num_chunks = T.ceildiv(row.seq_len, config.block_tokens)
             reader = LabelReader.allocate(row, rows, codes, scale_zero, page_table, config.tiles)
             masses = Masses.allocate(rows)
             kept = KeptLogits.allocate(rows, config, chunk)
             open_tokens = OpenTokens.of(row.seq_len, num_sink_tokens, num_recent_tokens)
             written = RowScores.allocate(scores, row, open_tokens, SHARES, num_threads)
-            is_last = T.alloc_shared((1,), T.bool, scope="shared")
-            has_norms = T.alloc_shared((1,), T.bool, scope="shared")
-            before = T.alloc_var(T.int32)
-            looks = T.alloc_var(T.int32)
-            if chunk < num_chunks:
-                written.clear()
-                reader.query.load(q, channels, row, rows, sm_scale * LOG2_E)
-                reader.each_run(
-                    chunk, config,
-                    lambda run, number: add_run(reader, masses, kept, parts, run, number),
-                )  # fmt: skip
-                T.sync_threads()
-                if thread == 0:
-                    before = T.atomic_add(
-                        arrived[batch, kv_head], 1, memory_order="acq_rel", return_prev=True
-                    )
-                    is_last[0] = before == num_chunks - 1
-                    has_norms[0] = is_last[0]
-                T.sync_threads()
-                if is_last[0]:
-                    num_parts = T.ceildiv(row.seq_len, RUN_TOKENS)
-                    fold_parts(parts, num_parts, row, config.num_warps, norms)
-                    T.sync_threads()
-                    if thread == 0:
-                        T.atomic_add(arrived[batch, kv_head], DONE, memory_order="acq_rel")
-                else:
-                    if thread == 0:
-                        looks = 0
-                        before = 0
-                        while before < DONE and looks < MAX_LOOKS:
-                            before = T.atomic_add(
-                                arrived[batch, kv_head], 0, memory_order="acq_rel", return_prev=True
-                            )
-                            looks += 1
-                        has_norms[0] = before >= DONE
-                    T.sync_threads()
-                if thread == 0:
-                    scored[batch, kv_head, chunk] = T.if_then_else(has_norms[0], 1, 0)
-                if has_norms[0]:
-                    kept.each_score(
-                        norms, row, num_threads, lambda token, score: written.write(token, score)
-                    )  # fmt: skip
-                    T.sync_threads()
-                    written.count_in(bins)
+            weigh_chunk(
+                reader, masses, kept, Meeting(norms, arrived, scored, parts), chunk, config,
+                written, bins,
+                lambda: reader.query.load(q, channels, row, rows, sm_scale * LOG2_E),
+            )  # fmt: skip
 
     return label_mass

@@ -64,6 +64,7 @@ class LabelQuery(NamedTuple):
 
     @classmethod
     def allocate(cls, rows: TokenRows) -> "LabelQuery":
+        assert rows.labels is not None
         head_tiles = -(-rows.heads // TILE_HEADS)
         operand = T.alloc_local((head_tiles * rows.labels.r // QUAD,), T.float16)
         sums = T.alloc_local((head_tiles, 2), T.float32)

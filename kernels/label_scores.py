@@ -1,7 +1,7 @@
 """Label scores: every token's score by the label of its key (Double Sparsity, arXiv 2408.07092)."""
 
 import itertools
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Union
 
 import tilelang
 import tilelang.language as T
@@ -11,9 +11,9 @@ from tvm.tirx import Buffer
 from .cache import PagedKVCache
 from .compiling import THREAD_LEVEL, start_early
 from .gpu import Gpu
-from .label_mass import label_mass_kernel
+from .label_mass import Meeting, label_mass_kernel
 from .label_query import head_of
-from .label_tiles import LOG2_E, RUN_TOKENS, LabelReader, LabelScoreConfig, logit_of
+from .label_tiles import LOG2_E, RUN_TOKENS, LabelReader, LabelScoreConfig
 from .labels import TokenRows
 from .launch import KernelSpec, Launch, StepShape, next_power_of_two
 from .lists import Window
@@ -23,6 +23,9 @@ from .token_keys import LOGITS, NUM_BINS, SHARES, Binning, OpenTokens, RowScores
 from .token_list import Row
 from .tuned import Planned
 from .warp import join_lanes
+
+if TYPE_CHECKING:
+    from .sign_tiles import SignReader
 
 LOOK_CHUNKS = 32  # of which a block looks up whether they have scores: one a lane
 
@@ -90,7 +93,7 @@ def score_labels(
 class Scorer(NamedTuple):
     """What a warp scores its tiles with, and where to."""
 
-    reader: LabelReader
+    reader: Union[LabelReader, "SignReader"]
     written: RowScores
     norms: Buffer  # [head_tiles, 2] f32, of this lane's heads
     best: Buffer  # [2, lane_tokens] f32: this lane's scores in two tiles
@@ -102,11 +105,11 @@ def best_of_heads(scorer, loaded, i, t):
     of a quad share out. NaN where all are."""
     best = T.alloc_var(T.float32)
     norms, num_heads = scorer.norms, scorer.reader.rows.heads
-    best = logit_of(scorer.reader, loaded, i, t, 0, 0)
+    best = scorer.reader.logit_of(loaded, i, t, 0, 0)
     if num_heads > 1:
         best = best - norms[0, 0]
         for n, h in list(itertools.product(range(int(norms.shape[0])), range(2)))[1:]:
-            other = logit_of(scorer.reader, loaded, i, t, n, h)
+            other = scorer.reader.logit_of(loaded, i, t, n, h)
             best = T.max(best, other - norms[n, h])
     return join_lanes(best, max(next_power_of_two(min(num_heads, TILE_HEADS)) // 2, 1), T.max)
 
@@ -118,7 +121,7 @@ def score_tiles(scorer, run, loaded, first):
     score = T.alloc_var(T.float32)
     token = T.alloc_var(T.int32)
     _, lane = place_in_quad()
-    for pair in T.unroll(loaded.codes.shape[0] // 2):
+    for pair in T.unroll(loaded.tiles // 2):
         for half in T.unroll(2):
             scorer.reader.multiply(loaded, pair * 2 + half)
             for t in T.unroll(loaded.lane_tokens):
@@ -153,6 +156,41 @@ def score_chunk(scorer, chunk, config, bins):
     scorer.written.count_in(bins)
 
 
+@T.macro
+def score_left(scorer, meeting, block, config, bins, load_query):
+    """Scores the block's chunk of a row of one head; else those of its LOOK_CHUNKS chunks that have
+    no scores. `load_query()` loads the reader's query."""
+    norms, arrived, scored, _ = meeting
+    row, num_heads, thread = scorer.reader.row, scorer.reader.rows.heads, T.get_thread_binding()
+    batch, kv_head, own_norms = row.batch, row.kv_head, scorer.norms
+    _, lane = place_in_quad()
+    left = T.alloc_var(T.uint32)
+    if num_heads == 1:
+        if block * config.block_tokens < row.seq_len:
+            load_query()
+            score_chunk(scorer, block, config, bins)
+    else:
+        if block == 0 and thread == 0:
+            arrived[batch, kv_head] = 0
+        own = block * LOOK_CHUNKS + thread % 32
+        is_left = T.alloc_var(T.bool)
+        is_left = own * config.block_tokens < row.seq_len
+        if is_left:
+            is_left = scored[batch, kv_head, own] == 0
+        left = T.cast(T.ballot(is_left), T.uint32)
+        if left != T.uint32(0):
+            load_query()
+            for n in T.unroll(own_norms.shape[0]):
+                for h in T.unroll(2):
+                    head = head_of(n * TILE_HEADS + lane * 2 + h, num_heads)
+                    own_norms[n, h] = norms[batch, kv_head, head]
+        while left != T.uint32(0):
+            chunk = block * LOOK_CHUNKS + 31 - T.cast(T.clz(left & (T.uint32(0) - left)), T.int32)
+            score_chunk(scorer, chunk, config, bins)
+            T.sync_threads()
+            left = left & (left - T.uint32(1))
+
+
 @tilelang.jit(pass_configs=THREAD_LEVEL)
 def label_score_kernel(page_size: int, dtype: str, rows: TokenRows, config: LabelScoreConfig):
     """Grid: (chunk of a row, or LOOK_CHUNKS of them where it has several heads, row, batch); a warp
@@ -165,6 +203,7 @@ def label_score_kernel(page_size: int, dtype: str, rows: TokenRows, config: Labe
     batch_size, num_rows, head_dim = T.dynamic("batch_size, num_rows, head_dim")
     num_pages, max_pages = T.dynamic("num_pages, max_pages")
     num_label_heads, num_runs, capacity = T.dynamic("num_label_heads, num_runs, capacity")
+    assert rows.labels is not None
     num_heads, r = rows.heads, rows.labels.r
     unit, units = rows.labels.lane_words
     head_tiles = -(-num_heads // TILE_HEADS)
@@ -191,8 +230,6 @@ def label_score_kernel(page_size: int, dtype: str, rows: TokenRows, config: Labe
     ):
         with T.Kernel(*grid, threads=config.num_warps * 32) as (block, kv_head, batch):
             start_early(config.pdl)
-            thread = T.get_thread_binding()
-            _, lane = place_in_quad()
             row = Row(batch, kv_head, seq_lens[batch])
             open_tokens = OpenTokens.of(row.seq_len, num_sink_tokens, num_recent_tokens)
             reader = LabelReader.allocate(row, rows, codes, scale_zero, page_table, config.tiles)
@@ -200,36 +237,10 @@ def label_score_kernel(page_size: int, dtype: str, rows: TokenRows, config: Labe
             written = RowScores.allocate(scores, row, open_tokens, binning, num_threads)
             own_norms = T.alloc_local((head_tiles, 2), T.float32)
             best = T.alloc_local((2, rows.lane_tokens), T.float32)
-            scorer = Scorer(reader, written, own_norms, best)
-            left = T.alloc_var(T.uint32)
-            if num_heads == 1:
-                if block * config.block_tokens < row.seq_len:
-                    reader.query.load(q, channels, row, rows, sm_scale * LOG2_E)
-                    score_chunk(scorer, block, config, bins)
-            else:
-                if block == 0 and thread == 0:
-                    arrived[batch, kv_head] = 0
-                own = block * LOOK_CHUNKS + thread % 32
-                is_left = T.alloc_var(T.bool)
-                is_left = own * config.block_tokens < row.seq_len
-                if is_left:
-                    is_left = scored[batch, kv_head, own] == 0
-                left = T.cast(T.ballot(is_left), T.uint32)
-                if left != T.uint32(0):
-                    reader.query.load(q, channels, row, rows, sm_scale * LOG2_E)
-                    for n in T.unroll(head_tiles):
-                        for h in T.unroll(2):
-                            head = head_of(n * TILE_HEADS + lane * 2 + h, num_heads)
-                            own_norms[n, h] = norms[batch, kv_head, head]
-                while left != T.uint32(0):
-                    chunk = (
-                        block * LOOK_CHUNKS
-                        + 31
-                        - T.cast(T.clz(left & (T.uint32(0) - left)), T.int32)
-                    )
-                    score_chunk(scorer, chunk, config, bins)
-                    T.sync_threads()
-                    left = left & (left - T.uint32(1))
+            score_left(
+                Scorer(reader, written, own_norms, best), Meeting(norms, arrived, scored), block,
+                config, bins, lambda: reader.query.load(q, channels, row, rows, sm_scale * LOG2_E),
+            )  # fmt: skip
 
     return label_scores
 

@@ -66,13 +66,22 @@ class LabelCache(NamedTuple):
     @partialmethod
     @T.macro
     def page_of_lane(self, run_number, row):
-        """Of this lane's tile of a run; beyond the row's last tile any that exists."""
-        page = T.alloc_var(T.int32)
-        tile = run_number * RUN_TILES + T.get_thread_binding() % 32
-        page = 0
-        if tile * TILE_TOKENS < row.seq_len:
-            page = self.page_table[row.batch, tile // self.page_tiles] * self.num_heads + self.head
-        return page
+        """See page_of_tile."""
+        return page_of_tile(self, run_number, row)
+
+
+@T.macro
+def page_of_tile(labels, run_number, row):
+    """The page of this lane's tile of a run, of a LabelCache or SignCache; beyond the row's last
+    tile any that exists."""
+    page = T.alloc_var(T.int32)
+    tile = run_number * RUN_TILES + T.get_thread_binding() % 32
+    page = 0
+    if tile * TILE_TOKENS < row.seq_len:
+        page = (
+            labels.page_table[row.batch, tile // labels.page_tiles] * labels.num_heads + labels.head
+        )
+    return page
 
 
 class Run(NamedTuple):
@@ -92,6 +101,10 @@ class Run(NamedTuple):
         quad, _ = place_in_quad()
         return (self.first + tile) * TILE_TOKENS + quad + token_of_quad(t, lane_tokens) * 8
 
+    def further(self, j: PrimExpr) -> PrimExpr:
+        """How far behind a lane's tokens of an even tile those of the j-th tile after it lie."""
+        return j * TILE_TOKENS
+
 
 def token_of_quad(t: PrimExpr, lane_tokens: int) -> PrimExpr:
     """Which of its quad's two tokens a lane scores as its t-th."""
@@ -107,9 +120,14 @@ class LoadedLabels(NamedTuple):
 
     @classmethod
     def allocate(cls, tiles: int, rows: TokenRows) -> "LoadedLabels":
+        assert rows.labels is not None
         dtype, units = rows.labels.lane_words
         scale_zero = T.alloc_local((tiles, rows.lane_tokens, 2), T.float16)
         return cls(T.alloc_local((tiles, 2, units), dtype), scale_zero)
+
+    @property
+    def tiles(self) -> int:
+        return int(self.codes.shape[0])
 
     @property
     def lane_tokens(self) -> int:
@@ -187,6 +205,7 @@ class LabelReader(NamedTuple):
         tiles: int,
     ) -> "LabelReader":
         """`tiles`: that are loaded at once."""
+        assert rows.labels is not None
         head = row.kv_head // rows.rows_per_label
         query = LabelQuery.allocate(rows)
         return cls(
@@ -208,51 +227,67 @@ class LabelReader(NamedTuple):
 
     @partialmethod
     @T.macro
+    def logit_of(self, loaded, i, t, n, h):
+        """Of the tile multiplied last, loaded as the i-th: of this lane's t-th token and the h-th
+        of its heads of the n-th eight. Every operation rounds once, whatever the compiler would
+        fuse."""
+        acc, query = self.acc, self.query
+        logit = T.alloc_var(T.float32)
+        _, lane = place_in_quad()
+        scale = T.cast(loaded.scale_zero[i, t, 0], T.float32)
+        zero = T.cast(loaded.scale_zero[i, t, 1], T.float32)
+        if loaded.lane_tokens == 1:
+            product = T.if_then_else(lane < 2, acc[n, h], acc[n, 2 + h]) * query.units[n, h]
+        else:
+            product = acc[n, t * 2 + h] * query.units[n, h]
+        logit = T.call_extern("float32", "fmaf", scale, product, zero * query.sums[n, h])
+        return logit
+
+    @partialmethod
+    @T.macro
     def each_run(self, chunk, config, visit):
-        """visit(run, number) sees this warp's runs of a chunk of the row."""
-        run_number = T.alloc_var(T.int32)
-        page = T.alloc_var(T.int32)
-        next_page = T.alloc_var(T.int32)
-        first_run = chunk * (config.num_warps * config.runs) + T.get_thread_binding() // 32
-        next_page = self.labels.page_of_lane(first_run, self.row)
-        for turn in T.serial(config.runs):
-            run_number = first_run + turn * config.num_warps
-            page = next_page
-            if turn + 1 < config.runs:
-                next_page = self.labels.page_of_lane(run_number + config.num_warps, self.row)
-            visit(Run.of(run_number, self.row.seq_len, page), run_number)
+        """See walk_runs."""
+        walk_runs(self, Run, chunk, config, visit)
 
     @partialmethod
     @T.macro
     def each_tiles(self, run, visit):
-        """visit(loaded, first) sees the tiles of a run in order, from `first` on as many as are
-        loaded at once. While it does, the next ones are on their way to the other registers."""
-        loaded, ahead, labels = self.loaded, self.ahead, self.labels
-        tiles = int(loaded.codes.shape[0])
-        num_steps = RUN_TILES // (2 * tiles)
-        loaded.load(0, run, labels)
-        for step in T.serial(num_steps):
-            first = step * (2 * tiles)
-            if first < run.count:
-                ahead.load(first + tiles, run, labels)
-                visit(loaded, first)
-                if step + 1 < num_steps:
-                    loaded.load(first + 2 * tiles, run, labels)
-                visit(ahead, first + tiles)
+        """See walk_tiles."""
+        walk_tiles(self, run, visit)
 
 
 @T.macro
-def logit_of(reader, loaded, i, t, n, h):
-    """Of the tile multiplied last, loaded as the i-th: of this lane's t-th token and the h-th of
-    its heads of the n-th eight. Every operation rounds once, whatever the compiler would fuse."""
-    acc, query = reader.acc, reader.query
-    logit = T.alloc_var(T.float32)
-    _, lane = place_in_quad()
-    scale = T.cast(loaded.scale_zero[i, t, 0], T.float32)
-    zero = T.cast(loaded.scale_zero[i, t, 1], T.float32)
-    if loaded.lane_tokens == 1:
-        product = T.if_then_else(lane < 2, acc[n, h], acc[n, 2 + h]) * query.units[n, h]
-    else:
-        product = acc[n, t * 2 + h] * query.units[n, h]
-    logit = T.call_extern("float32", "fmaf", scale, product, zero * query.sums[n, h])
-    return logit
+def walk_runs(reader, kind, chunk, config, visit):
+    """visit(run, number) sees this warp's runs of a chunk of the row, of a `kind` of Run."""
+    run_number = T.alloc_var(T.int32)
+    page = T.alloc_var(T.int32)
+    next_page = T.alloc_var(T.int32)
+    first_run = chunk * (config.num_warps * config.runs) + T.get_thread_binding() // 32
+    next_page = reader.labels.page_of_lane(first_run, reader.row)
+    for turn in T.serial(config.runs):
+        run_number = first_run + turn * config.num_warps
+        page = next_page
+        if turn + 1 < config.runs:
+            next_page = reader.labels.page_of_lane(run_number + config.num_warps, reader.row)
+        visit(kind.of(run_number, reader.row.seq_len, page), run_number)
+
+
+@T.macro
+def walk_tiles(reader, run, visit, meanwhile=None):
+    """visit(loaded, first) sees the tiles of a run in order, from `first` on as many as are loaded
+    at once. While it does, the next ones are on their way to the other registers. meanwhile() is
+    called, where there is any, while the first ones are."""
+    loaded, ahead, labels = reader.loaded, reader.ahead, reader.labels
+    tiles = loaded.tiles
+    num_steps = RUN_TILES // (2 * tiles)
+    loaded.load(0, run, labels)
+    if meanwhile is not None:
+        meanwhile()
+    for step in T.serial(num_steps):
+        first = step * (2 * tiles)
+        if first < run.count:
+            ahead.load(first + tiles, run, labels)
+            visit(loaded, first)
+            if step + 1 < num_steps:
+                loaded.load(first + 2 * tiles, run, labels)
+            visit(ahead, first + tiles)

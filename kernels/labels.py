@@ -56,7 +56,7 @@ class TokenRows(NamedTuple):
 
     heads: int  # query heads of a row
     rows_per_label: int  # rows that read the same label head
-    labels: LabelShape
+    labels: LabelShape | None  # None where rows are scored by sign codes
 
     @property
     def lane_tokens(self) -> int:
@@ -65,9 +65,10 @@ class TokenRows(NamedTuple):
         return 1 if self.heads <= 4 else 2
 
 
-def token_rows(group: str, group_size: int, labels: LabelShape) -> TokenRows:
-    """The rows of one KV head."""
+def token_rows(group: str, group_size: int, labels: LabelShape | None) -> TokenRows:
+    """The rows of one KV head; without labels those of the sign selector, which are shared."""
     if group == "own":
+        assert labels is not None
         return TokenRows(1, group_size // labels.heads, labels)
     return TokenRows(group_size, 1, labels)
 

@@ -25,6 +25,7 @@ from .threshold import check_num_items
 from .tuned import Planner
 
 MAX_PARTS = 4
+SELECTORS = ("quest", "full", "double_sparsity", "signs")
 
 
 class TwilightDecode:
@@ -56,7 +57,7 @@ class TwilightDecode:
     ) -> None:
         options = _changed(options or DecodeOptions(), changes)
         check_cache(cache)
-        check_choice("selector", options.selector, ("quest", "full", "double_sparsity"))
+        check_choice("selector", options.selector, SELECTORS)
         check_choice("path", options.path, ("sparse", "candidates", "dense", "auto"))
         check_count("num_qo_heads", num_qo_heads, least=1)
         group_size = group_size_of("num_qo_heads", num_qo_heads, cache)
@@ -176,11 +177,14 @@ class TwilightDecode:
         if cache.smooth != self.shape.smooth:
             expected, got = ("a" if each else "no" for each in (self.shape.smooth, cache.smooth))
             raise ValueError(f"cache: expected {expected} k_factor, as this step's, got {got}")
-        if self.shape.tokens is not None and cache.label_shape != self.shape.tokens.labels:
+        if self.shape.tokens is not None:
             labels = self.shape.tokens.labels
-            raise ValueError(
-                f"cache: expected labels as this step's, {labels}, got {cache.label_shape}"
-            )
+            if labels is None and cache.signs is None:
+                raise ValueError("cache: expected sign codes (with_signs), got none")
+            if labels is not None and cache.label_shape != labels:
+                raise ValueError(
+                    f"cache: expected labels as this step's, {labels}, got {cache.label_shape}"
+                )
         own = self.out
         if not (isinstance(q, torch.Tensor) and _like(q) == _like(own) and q.is_contiguous()):
             check_query(q, cache)

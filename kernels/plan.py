@@ -14,7 +14,7 @@ from .mass_bound import mass_bound
 from .options import NUM_SAMPLES, Extras
 from .page_scores import PAGE_SCORE
 from .pruner import PRUNER, PrunerConfig
-from .requests import cache_launches
+from .requests import cache_launches, sign_launch
 from .selector import SelectorPlan, plan_selector
 from .split_kv import AttentionConfig
 from .top_pages import TOP_PAGES
@@ -119,7 +119,11 @@ def all_launches(shape: StepShape, planner: Planner) -> list[Launch]:
     plans = tuple(make(own, planner) for make in paths for own in shapes)
     dtypes = (shape.dtype, shape.kv_dtype or shape.dtype)
     labels = None if shape.tokens is None else shape.tokens.labels
-    cache = cache_launches(shape.head_dim, shape.page_size, *dtypes, shape.smooth, labels)
+    cache: tuple[Launch, ...] = cache_launches(
+        shape.head_dim, shape.page_size, *dtypes, shape.smooth, labels
+    )
+    if shape.tokens is not None and labels is None:
+        cache += (sign_launch(shape.head_dim, shape.page_size, dtypes[1], shape.smooth),)
     extras = tuple(
         plan_sparse(own, planner, Extras(True, NUM_SAMPLES if shares_list(own) else None))
         for own in shapes

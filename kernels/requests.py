@@ -15,6 +15,7 @@ from .extend import extend_kernel
 from .labels import KeyLabels, LabelShape
 from .launch import Launch, on_device
 from .mirror import append_kernel, mirror_kernel
+from .sign_codes import BLOCK_TOKENS, KeySigns, sign_blocks, sign_kernel
 
 if TYPE_CHECKING:
     from .cache import CacheShape
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 class Requests:
     """The part of `PagedKVCache` that moves its requests; its tensors are described there. Labels,
-    where a cache has them, are written whenever its mirror is.
+    where a cache has them, are written whenever its mirror is, and sign codes right after, in a
+    launch of their own.
 
     A request has a place in the batch. It is left out of a call by its mask, or where its page
     table names no page of the pool (an id < 0, or >= num_pages): nothing of it is written.
@@ -44,6 +46,7 @@ class Requests:
     smooth: bool
     v_pool: torch.Tensor  # v_cache with the strides of k_cache
     label_shape: LabelShape | None
+    signs: KeySigns | None
     everyone: torch.Tensor  # [batch_size] bool, all true
     arrived: torch.Tensor  # [1] i32, 0 between calls
 
@@ -71,6 +74,8 @@ class Requests:
         append, _, _ = self._launches()
         with on_device(device):
             append(k, v, self.page_table, self.seq_lens, active.view(torch.uint8), *self._written())
+        # Of a request without a place for its token its last one's again, to the same bits.
+        self._write_signs(self.seq_lens, 1, back=1, active=active)
 
     def extend(self, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
         """Appends any number of tokens per request, in one launch: a chunk of a prompt, or what a
@@ -104,6 +109,10 @@ class Requests:
             page_tokens: [n] i32, how many of the first slots of each hold a token; a page of none
                 is left out.
 
+        Sign codes, where the cache has them, follow from all that comes before a token: each
+        request's are written from the first of these pages on that it has, as far as its length
+        counts tokens by now.
+
         Raises:
             ValueError: a tensor does not fit.
         """
@@ -111,6 +120,9 @@ class Requests:
         check_tensor("pages", pages, (None,), torch.int32, device)
         check_tensor("page_tokens", page_tokens, pages.shape, torch.int32, device)
         self._mirror(pages, pages, page_tokens)
+        if self.signs is not None:
+            blocks = sign_blocks(self._capacity, self._capacity)
+            self._write_signs(self._first_in(pages), blocks)
 
     def used_pages(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Every physical page, [num_pages] i32, and the most tokens that any request has in it,
@@ -196,6 +208,8 @@ class Requests:
         self.page_table.copy_(torch.where(is_child[:, None], table, self.page_table))
         self.seq_lens.copy_(torch.where(is_child, lengths, self.seq_lens))
         self._mirror(sources, targets, in_last)
+        first = torch.where(is_copied, lengths - in_last, self.seq_lens)
+        self._write_signs(first, max(self.shape.page_size // BLOCK_TOKENS, 1))
 
     def truncate(self, seq_lens: torch.Tensor) -> None:
         """Cuts requests back to their first tokens, and bounds their last pages anew. The page that
@@ -225,11 +239,55 @@ class Requests:
     ) -> None:
         """Appends tokens [first_tokens[b], end_tokens[b]) to request b; both ascend."""
         _, extend, _ = self._launches()
+        before = self.seq_lens if self.signs is None else self.seq_lens.clone()
         with on_device(k.device):
             extend(
                 k, v, first_tokens, end_tokens, self.page_table, self.seq_lens, self.arrived,
                 *self._written(),
             )  # fmt: skip
+        self._write_signs(before, sign_blocks(k.shape[0], self._capacity))
+
+    def write_every_sign(self) -> None:
+        """The sign codes of all requests, in one launch."""
+        blocks = sign_blocks(self._capacity, self._capacity)
+        self._write_signs(torch.zeros_like(self.seq_lens), blocks)
+
+    def _write_signs(
+        self,
+        first_tokens: torch.Tensor,
+        num_blocks: int,
+        back: int = 0,
+        active: torch.Tensor | None = None,
+    ) -> None:
+        """Sign codes, where the cache has them, of each active request's tokens from position
+        first_tokens[b] - back on, which lie in num_blocks blocks of 128 at most."""
+        if self.signs is None:
+            return
+        sizes = self.shape.head_dim, self.shape.page_size
+        launch = sign_launch(*sizes, dtype_name(self.k_cache), self.smooth)
+        active = (self.everyone if active is None else active).view(torch.uint8)
+        with on_device(self.k_cache.device):
+            launch(
+                active, first_tokens, back, num_blocks, self.page_table, self.seq_lens,
+                self.k_offset, self.factor, self.k_cache, self.kv_scales, *self.signs,
+            )  # fmt: skip
+
+    def _first_in(self, pages: torch.Tensor) -> torch.Tensor:
+        """[batch_size] i32: each request's first token in any of these pages; its length where it
+        has none of them."""
+        num_pages, page_size = self.k_cache.shape[0], self.shape.page_size
+        is_named = torch.zeros(num_pages + 1, dtype=torch.bool, device=pages.device)
+        is_named[torch.where((pages >= 0) & (pages < num_pages), pages, num_pages).long()] = True
+        is_named[num_pages] = False
+        in_pool = (self.page_table >= 0) & (self.page_table < num_pages)
+        has = is_named[torch.where(in_pool, self.page_table, num_pages).long()]
+        starts = torch.arange(self.page_table.shape[1], device=pages.device) * page_size
+        first = torch.where(has, starts, self._capacity).amin(dim=1)
+        return torch.minimum(first, self.seq_lens).int()
+
+    @property
+    def _capacity(self) -> int:
+        return self.page_table.shape[1] * self.shape.page_size
 
     def _mirror(
         self, sources: torch.Tensor, pages: torch.Tensor, page_tokens: torch.Tensor
@@ -276,3 +334,9 @@ def cache_launches(
         for name, kernel in kernels.items()
     )
     return append, extend, mirror
+
+
+@functools.cache
+def sign_launch(head_dim: int, page_size: int, kv_dtype: str, smooth: bool = False) -> Launch:
+    """The kernel that writes sign codes. It has no config."""
+    return Launch("sign_codes", sign_kernel, (head_dim, page_size, kv_dtype, smooth))

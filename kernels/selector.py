@@ -1,5 +1,5 @@
 """Selectors: what is worth estimating. The top pages by Quest's bounds, the top tokens by Double
-Sparsity's labels, or every page."""
+Sparsity's labels or by the signs of their keys, or every page."""
 
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ from .lists import CandidatePages, Window
 from .options import DecodeOptions
 from .page_scores import PAGE_SCORE, PageScoreConfig, score_pages
 from .query import by_kv_head, check_query, step_shape
+from .sign_selector import sign_rows
 from .threshold import check_num_items
 from .top_pages import TOP_PAGES, TopPagesConfig, take_top_pages
 from .tuned import Planned, Planner, planned
@@ -51,8 +52,11 @@ def plan_selector(shape: StepShape, planner: Planner) -> SelectorPlan:
 
 def shape_of_step(options: DecodeOptions, cache: PagedKVCache, group_size: int) -> StepShape:
     """With the candidates that the options ask for; raises ValueError where they do not fit."""
-    if options.selector == "double_sparsity":
-        rows = check_rows(cache, options.group, group_size)
+    if options.selector in ("double_sparsity", "signs"):
+        if options.selector == "signs":
+            rows = sign_rows(cache, group_size)
+        else:
+            rows = check_rows(cache, options.group, group_size)
         budget = check_token_budget(cache, options.token_budget, options.window)
         if budget < cache.capacity:
             return token_shape(cache, group_size, rows, budget)

@@ -47,7 +47,7 @@ class Bucket:
         candidates = shape.candidates if spec.reads_candidates else "pages"
         kv_dtype = shape.kv_dtype if spec.reads_kv else ""
         width, labels = spec.width(shape), ""
-        if spec.reads_labels and shape.tokens is not None:
+        if spec.reads_labels and shape.tokens is not None and shape.tokens.labels is not None:
             labels = f"r{shape.tokens.labels.r}b{shape.tokens.labels.bits}h{shape.tokens.heads}"
         return cls(*shape.statics, shape.num_rows, width, candidates, kv_dtype, labels)
 

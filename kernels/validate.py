@@ -4,12 +4,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .sign_codes import BLOCK_TOKENS
+
 if TYPE_CHECKING:
     from .cache import PagedKVCache
 
 
 def validate_cache(cache: "PagedKVCache") -> None:
-    """Checks lengths, page ids, and that mirror, bounds and labels are those of the keys.
+    """Checks lengths, page ids, and that mirror, bounds, labels and sign codes are those of the
+    keys.
     Synchronizes, and needs room for a second mirror.
 
     A length of 0 is right whatever the page ids are: that place in the batch may have no request.
@@ -17,7 +20,8 @@ def validate_cache(cache: "PagedKVCache") -> None:
     Raises:
         ValueError: a length is negative or beyond the capacity; a page id in use lies outside the
             pool; a request uses a page twice; a part-filled last page, which the next append would
-            write to, is shared; a page's mirror, bounds or labels do not belong to its keys.
+            write to, is shared; a page's mirror, bounds, labels or sign codes do not belong to its
+            keys.
     """
     if cache.k_factor is not None and not bool((cache.k_factor > 0).all()):
         raise ValueError("k_factor: expected positive numbers, got others")
@@ -55,16 +59,19 @@ def check_indices(cache: "PagedKVCache") -> None:
 
 def check_mirror(cache: "PagedKVCache") -> None:
     """Raises ValueError for the first page, request by request, whose keys were written without
-    their mirror, bounds or labels: these are made again, and compared bit for bit."""
+    their mirror, bounds, labels or sign codes: these are made again, and compared bit for bit."""
     pages, page_tokens = cache.used_pages()
     again = cache.unmirrored()
     again.mirror_pages(pages, page_tokens)
     slots = torch.arange(cache.page_size, device=page_tokens.device)
     has_token = (slots < page_tokens[:, None])[:, None, :, None]
+    has_mean = _means_written(cache)[:, None, :, None]
     differs, expected = {}, _written(again)
     for name, written in _written(cache).items():
         unequal = written.view(torch.uint8) != expected[name].view(torch.uint8)
-        if "bounds" not in name:  # by the token
+        if "mean" in name:
+            unequal &= has_mean
+        elif "bounds" not in name:  # by the token
             unequal &= has_token
         differs[name] = unequal.flatten(1).any(1).tolist()
     page_table = cache.page_table.tolist()
@@ -85,6 +92,25 @@ def _written(cache: "PagedKVCache") -> dict[str, torch.Tensor]:
     if cache.labels is not None:
         written |= {"labels.codes": cache.labels.codes}
         written |= {"labels.scale_zero": cache.labels.scale_zero}
+    if cache.signs is not None:
+        words, factors, *means = cache.signs
+        written |= {"signs.words": words.transpose(3, 4).flatten(2, 3).contiguous()}
+        written |= {"signs.factors": factors[..., None]}
+        written |= dict(zip(("signs.mean_codes", "signs.mean_scale_zero"), means, strict=True))
+    return written
+
+
+def _means_written(cache: "PagedKVCache") -> torch.Tensor:
+    """[num_pages, n] bool: where a request has a whole block of tokens whose mean would lie there
+    (see KeySigns)."""
+    device, num_means = cache.k_cache.device, max(cache.page_size // BLOCK_TOKENS, 1)
+    ends = torch.arange(1, cache.max_pages * num_means + 1, device=device)
+    ends = ends * (cache.page_size // num_means)  # tokens up to the end of a page, or of its block
+    is_whole = (ends % BLOCK_TOKENS == 0) & (ends <= cache.seq_lens[:, None])
+    request, nth = is_whole.nonzero(as_tuple=True)
+    pages = cache.page_table[request, nth // num_means].long()
+    written = torch.zeros(cache.num_pages, num_means, dtype=torch.bool, device=device)
+    written[pages, nth % num_means] = True
     return written
 
 

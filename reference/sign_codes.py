@@ -25,7 +25,7 @@ about pi / 2 and makes the estimate of q . k unbiased over random rotations; it 
 RaBitQ's rotation is random, this one is not: random signs changed nothing.
 
 Sums over tokens and over channels are halved, the second half added to the first until one number
-is left: the same bits from whoever adds in that order. The kernels have no sign codes yet.
+is left: the same bits from whoever adds in that order.
 """
 
 from typing import NamedTuple

@@ -6,10 +6,12 @@ one, as in RaBitQ's estimator (arXiv 2405.12497),
     logit[h, t]    = (y[h] . mean + factor[t] * sum_c +-y[h, c]) * sm_scale
     variance[h, t] = (pi / 2 - 1) * (factor[t] * |q[h]| * sm_scale) ** 2.
 
-The first estimates the logit, less what k_offset takes off all of a query head alike; the query is
-not quantized. The second is the mean square of its error, over residuals of any direction, which
-are Gaussian after the rotation: their signs leave (pi / 2 - 1) head_dim factor ** 2 of |r| ** 2. A
-residual that lies along q is another matter: the estimate has only 2 / pi of what it adds.
+The first estimates the logit, less what k_offset takes off all of a query head alike. The query is
+not quantized but where query_bits are asked for, and in the mean's product never: RaBitQ has 4 and
+multiplies bits, as the kernels do (see `quantize_query`). The second is the mean square of its
+error, over residuals of any direction, which are Gaussian after the rotation: their signs leave (pi
+/ 2 - 1) head_dim factor ** 2 of |r| ** 2. A residual that lies along q is another matter: the
+estimate has only 2 / pi of what it adds.
 
 Two ways to choose, both of single tokens that a group's query heads share, in the order of
 `double_sparsity`:
@@ -24,7 +26,7 @@ Two ways to choose, both of single tokens that a group's query heads share, in t
 
 So the paper's top-p (arXiv 2502.02770) can run twice, over every token by its signs and over what
 is left by 4 bits, with no fixed number of candidates. RaBitQCache (arXiv 2606.31519) runs it over
-estimates of the unbiased kind. The kernels have no sign selector yet.
+estimates of the unbiased kind. The kernels have no top-p by signs yet.
 """
 
 import math
@@ -64,6 +66,7 @@ def sign_scores(
     cache: PagedKVCache,
     *,
     sm_scale: float | None = None,
+    query_bits: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> SignScores:
     """Estimate the logit of every token for every query head, by the sign codes of the cache.
@@ -71,6 +74,7 @@ def sign_scores(
     Args:
         q: [batch_size, num_qo_heads, head_dim].
         sm_scale: None for head_dim ** -0.5.
+        query_bits: of the query where signs multiply it; None for all that it has.
 
     Returns:
         SignScores, float32 or `dtype`.
@@ -84,6 +88,10 @@ def sign_scores(
     codes = sign_codes(cache)
     query = cache.smoothed(q).to(dtype)
     grouped = rotate(query).unflatten(1, (cache.num_kv_heads, -1))[..., None, :]
+    weights = grouped
+    if query_bits is not None:
+        levels, delta = quantize_query(grouped, query_bits)
+        weights = levels * delta
     size = query.square().sum(dim=-1).unflatten(1, (cache.num_kv_heads, -1))[..., None]
     shape = (*q.shape[:2], cache.capacity)
     logits = torch.full(shape, float("-inf"), dtype=dtype, device=q.device)
@@ -94,11 +102,33 @@ def sign_scores(
         signs = unpack_signs(signs[:, None, :length], dtype)
         mean = means_before(mean_codes, mean_scale_zero, length, dtype)[:, None]
         # Not matrix products: equal codes must tie.
-        logit = (grouped[batch] * mean).sum(dim=-1) + factor * (grouped[batch] * signs).sum(dim=-1)
+        logit = (grouped[batch] * mean).sum(dim=-1) + factor * (weights[batch] * signs).sum(dim=-1)
         logits[batch, :, :length] = (logit * sm_scale).flatten(0, 1)
         error = UNEXPLAINED * size[batch] * (factor * sm_scale).square()
         variance[batch, :, :length] = error.flatten(0, 1)
     return SignScores(logits, variance)
+
+
+def quantize_query(y: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A query's channels as integers, equally many above and below 0:
+
+        delta = max |y| / (2 ** (bits - 1) - 1),     level = round_half_even(y / delta),
+
+    0 where delta is. Where a channel is not finite, delta is NaN.
+
+    Args:
+        y: [..., head_dim] float.
+
+    Returns:
+        (levels [..., head_dim], delta [..., 1]), dtype of y.
+    """
+    if bits not in range(2, 9):
+        raise ValueError(f"query_bits: expected 2 to 8, got {bits!r}")
+    largest = y.abs().amax(dim=-1, keepdim=True)
+    delta = largest / torch.full_like(largest, 2 ** (bits - 1) - 1)
+    delta = torch.where(delta.isfinite(), delta, float("nan"))
+    levels = torch.where(delta > 0, (y / delta).round(), 0.0)
+    return levels, delta
 
 
 def select_by_signs(
@@ -109,6 +139,7 @@ def select_by_signs(
     sm_scale: float | None = None,
     num_sink_tokens: int = 0,
     num_recent_tokens: int = 0,
+    query_bits: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> CandidateTokens:
     """The token_budget tokens of the largest share by signs, lower position on ties.
@@ -120,6 +151,7 @@ def select_by_signs(
     Args:
         q: [batch_size, num_qo_heads, head_dim].
         token_budget: tokens per KV head, positive.
+        query_bits: as of `sign_scores`.
 
     Returns:
         CandidateTokens of min(token_budget, capacity) entries a row, -1 behind the counted ones;
@@ -129,7 +161,7 @@ def select_by_signs(
         ValueError: as `sign_scores`, and where the budget cannot hold what is forced.
     """
     check_token_budget(cache, token_budget, num_sink_tokens, num_recent_tokens)
-    logits, _ = sign_scores(q, cache, sm_scale=sm_scale, dtype=dtype)
+    logits, _ = sign_scores(q, cache, sm_scale=sm_scale, query_bits=query_bits, dtype=dtype)
     chosen = []
     for batch, length in enumerate(cache.seq_lens.tolist()):
         ranks = shared_ranks(logits[batch, :, :length], cache.num_kv_heads, 1.0)

@@ -29,7 +29,7 @@ from twilight_tilelang.kernels.mass_bound import mass_bound
 from twilight_tilelang.kernels.options import NUM_SAMPLES
 from twilight_tilelang.kernels.plan import launches_in, plan_candidates, plan_dense, plan_sparse
 from twilight_tilelang.kernels.pruner import PRUNER
-from twilight_tilelang.kernels.requests import cache_launches
+from twilight_tilelang.kernels.requests import cache_launches, sign_launch
 from twilight_tilelang.kernels.selector import all_pages
 from twilight_tilelang.kernels.top_pages import TOP_PAGES
 from twilight_tilelang.kernels.tuned import Planner
@@ -60,7 +60,7 @@ ENTRY_REPORT = re.compile(r"Compiling entry function '\w+_(\d+)'")
 # What a cache of more than 2**31 elements is indexed by.
 CACHE_POINTERS = (
     "k_cache", "v_cache", "codes", "scale_zero", "bounds", "bounds_scale_zero", "label_codes",
-    "label_scale_zero",
+    "label_scale_zero", "sign_words", "sign_factors", "mean_codes", "mean_scale_zero",
 )  # fmt: skip
 
 
@@ -127,6 +127,27 @@ def label_launches(name: str, arch: str) -> list[Launch]:
         tokens=token_rows(group, group_size, labels), row_tokens=8192,
     )  # fmt: skip
     written = cache_launches(128, 16, "float16", "float16", False, labels)
+    return list(launches_in((written, plan_tokens(shape, Planner(ARCHS[arch])))))
+
+
+# The same by sign codes: rows, heads of a group, the statics of a shape.
+SIGNS = {
+    "gqa4-d128": (512, 4, (128, 16, "float16", False), tuple(ARCHS)),
+    "gqa4-d64-few-rows": (8, 4, (64, 16, "float16", False), ("sm_90a",)),
+    "mha-d128-p64": (2048, 1, (128, 64, "float16", False), ("sm_90a",)),
+    "gqa8-d256-smooth": (64, 8, (256, 16, "float16", True), ("sm_80",)),
+    "gqa16-d128-p256": (64, 16, (128, 256, "bfloat16", False), ("sm_100a",)),
+}
+
+
+def sign_launches(name: str, arch: str) -> list[Launch]:
+    """At their default configs."""
+    rows, group_size, (head_dim, page_size, dtype, smooth), _ = SIGNS[name]
+    shape = StepShape(
+        group_size, head_dim, page_size, dtype, rows, 32768 // page_size, 2048, rows, smooth=smooth,
+        candidates="tokens", tokens=token_rows("shared", group_size, None), row_tokens=2048,
+    )  # fmt: skip
+    written = sign_launch(head_dim, page_size, dtype, smooth)
     return list(launches_in((written, plan_tokens(shape, Planner(ARCHS[arch])))))
 
 
@@ -203,6 +224,10 @@ def kernels() -> Iterator[tuple[str, Launch, str]]:
         for arch in archs:
             for launch in label_launches(name, arch):
                 yield f"labels-{name}-{arch}-{launch.name}", launch, arch
+    for name, (*_, archs) in SIGNS.items():
+        for arch in archs:
+            for launch in sign_launches(name, arch):
+                yield f"signs-{name}-{arch}-{launch.name}", launch, arch
     long_rows = SHAPES["gqa4-d128"][0]._replace(max_pages=8192)  # kept in registers
     (launch,) = Planner(ARCHS["sm_80"]).plan(TOP_PAGES, long_rows).launches
     yield f"long-rows-sm_80-{launch.name}", launch, "sm_80"

@@ -223,6 +223,7 @@ def test_a_step_of_smooth_keys_plans_smooth_kernels(launched):
 
 
 LABELS = ["label_mass_kernel", "label_score_kernel", "top_tokens_kernel"]
+SIGNS = ["sign_mass_kernel", "sign_score_kernel", "top_tokens_kernel"]
 
 
 def labelled_cache(heads: int = 8):
@@ -241,6 +242,39 @@ def test_a_step_by_labels_launches_its_selector_first(launched, path, stages):
     assert launched == [*LABELS, *stages, *ATTENTION]
     assert step.candidates.tokens.shape == (2, 8, 256)
     assert "label scores" in step.explain() and "top tokens" in step.explain()
+
+
+@pytest.mark.parametrize("path, stages", [("sparse", STAGES[2:]), ("candidates", ["plan_kernel"])])
+def test_a_step_by_signs_launches_its_selector_first(launched, path, stages):
+    cache = kernels.PagedKVCache.empty(CacheShape(2, 64, 8, 64)).with_signs()
+    assert launched == ["sign_kernel"]
+    launched.clear()
+    options = {"selector": "signs", "token_budget": 250, "path": path, "num_parts": 1}
+    step = kernels.TwilightDecode(cache, 32, **options)
+    step.run(torch.zeros(2, 32, 64, dtype=torch.float16, device="cuda"), cache)
+    assert launched == [*SIGNS, *stages, *ATTENTION]
+    assert step.candidates.tokens.shape == (2, 8, 256)
+    assert "sign scores" in step.explain() and "top tokens" in step.explain()
+
+
+def test_a_step_by_signs_takes_a_cache_with_labels_as_well(launched):
+    cache = labelled_cache().with_signs()
+    step = kernels.TwilightDecode(cache, 32, selector="signs", token_budget=256, num_parts=1)
+    launched.clear()
+    step.run(torch.zeros(2, 32, 64, dtype=torch.float16, device="cuda"), cache)
+    assert launched[: len(SIGNS)] == SIGNS
+
+
+def test_a_step_by_signs_refuses_a_cache_without(launched):
+    bare = kernels.PagedKVCache.empty(CacheShape(2, 64, 8, 64))
+    options = {"selector": "signs", "token_budget": 256}
+    with pytest.raises(ValueError, match="cache: expected sign codes"):
+        kernels.TwilightDecode(bare, 32, **options)
+    with pytest.raises(ValueError, match="token_budget: expected at least 273"):
+        kernels.TwilightDecode(bare.with_signs(), 32, **options, num_recent_tokens=257)
+    step = kernels.TwilightDecode(bare.with_signs(), 32, **options)
+    with pytest.raises(ValueError, match="cache: expected sign codes"):
+        step.run(torch.zeros(2, 32, 64, dtype=torch.float16, device="cuda"), bare)
 
 
 def test_a_budget_for_every_token_reads_no_labels(launched):

@@ -1,5 +1,7 @@
 """The order of single tokens, as the kernels' keys have it, in plain PyTorch."""
 
+from collections.abc import Callable
+
 import torch
 
 from tests.checks.properties import as_mask, assert_ascending, valid_entries
@@ -74,24 +76,40 @@ def assert_tokens_selected(
 ) -> None:
     """The tokens that the reference selects of the same labels in float64; where scores are within
     a float32's rounding of the last one taken, either may be."""
-    tokens, counts, heads = got
     sm_scale = options.get("sm_scale") or cache.head_dim**-0.5
-    sinks, recent = (options.get(f"num_{name}_tokens", 0) for name in ("sink", "recent"))
     wanted = reference.select_tokens(
         q, cache, token_budget, group=group, dtype=torch.float64, **options
     )
+    scores = label_scores(q, cache, dtype=torch.float64)
+
+    def ranks_of(request: int, length: int) -> torch.Tensor:
+        ranks = scores[request, :, :length]
+        return ranks if group == "own" else shared_ranks(ranks, cache.num_kv_heads, sm_scale)
+
+    assert_same_tokens(got, wanted, cache, q.shape[1], ranks_of, options)
+
+
+def assert_same_tokens(
+    got: CandidateTokens,
+    wanted: reference.CandidateTokens,
+    cache: reference.PagedKVCache,
+    num_qo_heads: int,
+    ranks_of: Callable[[int, int], torch.Tensor],
+    options: dict,
+) -> None:
+    """As wanted, but for tokens whose ranks, ranks_of(request, length) [lists, length], are as good
+    as that of the last one taken."""
+    tokens, counts, heads = got
+    sinks, recent = (options.get(f"num_{name}_tokens", 0) for name in ("sink", "recent"))
     assert torch.equal(counts, wanted.counts)
     assert_ascending(tokens, counts, cache.seq_lens)
-    scores = label_scores(q, cache, dtype=torch.float64)
-    chosen, expected = (masks_of(each, cache.capacity, len(scores[0])) for each in (got, wanted))
+    chosen, expected = (masks_of(each, cache.capacity, num_qo_heads) for each in (got, wanted))
     assert (heads is None) == (wanted.heads is None)
     for request, length in enumerate(cache.seq_lens.tolist()):
         if length == 0:
             continue
-        ranks = scores[request, :, :length]
-        if group == "shared":
-            ranks = shared_ranks(ranks, cache.num_kv_heads, sm_scale)
-        position = torch.arange(length, device=q.device)
+        ranks = ranks_of(request, length)
+        position = torch.arange(length, device=tokens.device)
         forced = (position < sinks) | (position >= length - recent)
         for own, mine, theirs in zip(ranks, chosen[request], expected[request], strict=True):
             mine, theirs = mine[:length], theirs[:length]

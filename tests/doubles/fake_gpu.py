@@ -18,7 +18,7 @@ from torch.utils._device import _device_constructors
 from twilight_tilelang.autotune.precompile import Job, job_of
 from twilight_tilelang.kernels import launch as kernels
 from twilight_tilelang.kernels.gpu import check_machine, gpu_of
-from twilight_tilelang.kernels.requests import cache_launches
+from twilight_tilelang.kernels.requests import cache_launches, sign_launch
 from twilight_tilelang.kernels.tuned import forget
 
 CUDA = torch.device("cuda", 0)
@@ -53,7 +53,7 @@ def install(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: CUDA.index)
-    for remembered in (check_machine, gpu_of, cache_launches):
+    for remembered in (check_machine, gpu_of, cache_launches, sign_launch):
         remembered.cache_clear()
     forget()
 

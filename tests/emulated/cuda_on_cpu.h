@@ -104,6 +104,7 @@ inline ushort __nv_cvt_float2_to_fp8x2(float2 pair, int, int kind) {
   return fp8_e5_t::nearest(pair.x).bits | fp8_e5_t::nearest(pair.y).bits << 8;
 }
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
 
 struct Index { int x, y, z; };
 inline Index threadIdx, blockIdx;
@@ -291,6 +292,20 @@ void mma_sync(float* c, const uint* a, const uint* b) {
   }
 }
 }  // namespace tl
+
+// m16n8k128 of bits: with g = lane / 4, t = lane % 4, a holds the t-th words of rows g and g + 8, b
+// that of column g, d rows g and g + 8 of columns 2t and 2t + 1.
+inline void mma_b1(int* d, const uint* a, const uint* b) {
+  struct Operands { uint a[2], b; };
+  InWarp shown(Operands{{a[0], a[1]}, b[0]});
+  for (int i = 0; i < 4; ++i) {
+    int column = 2 * (lane() % 4) + i % 2;
+    for (int t = 0; t < 4; ++t) {
+      uint row = shown.of<Operands>(warp() * 32 + lane() / 4 * 4 + t).a[i / 2];
+      d[i] += __popc(row & shown.of<Operands>(warp() * 32 + column * 4 + t).b);
+    }
+  }
+}
 
 alignas(1024) inline uchar buf_dyn_shmem[256 * 1024];
 

@@ -30,6 +30,8 @@ def emulated(factory, arguments: tuple, folder: Path) -> Callable[..., None]:
 
 def _build(factory, arguments: tuple, folder: Path) -> Callable[..., None]:
     source = lowered(Launch("", factory, arguments), "sm_80", folder).source
+    # Functions of the kernel's own are instructions in assembly, which the header spells out.
+    source = re.sub(r"^__device__ .*?^\}$", "", source, flags=re.DOTALL | re.MULTILINE)
     name, parameters = re.search(r'extern "C" __global__ void (\w+)\((.*?)\);', source).groups()
     parameters = [parameter.replace("__restrict__", "") for parameter in parameters.split(",")]
     names = [parameter.split()[-1].lstrip("*") for parameter in parameters]

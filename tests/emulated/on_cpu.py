@@ -16,10 +16,11 @@ from twilight_tilelang.kernels import (
     label_scores,
     launch,
     mirror,
-    top_p,
+    search_team,
+    sign_codes,
     top_tokens,
 )
-from twilight_tilelang.kernels.requests import cache_launches
+from twilight_tilelang.kernels.requests import cache_launches, sign_launch
 from twilight_tilelang.kernels.token_list import entry_tokens
 
 # Grid and threads of kernels, by their symbolic sizes and what they are compiled for.
@@ -37,11 +38,19 @@ LAUNCHED = {
     ),
     "pruner_kernel": lambda n, static: (
         (static[0] if static[5].heads_apart else 1, n["num_kv_heads"], n["batch_size"]),
-        top_p.NUM_THREADS,
+        search_team.NUM_THREADS,
+    ),
+    "sign_kernel": lambda n, _: (
+        (n["num_blocks"], n["num_kv_heads"], n["batch_size"]),
+        sign_codes.NUM_WARPS * 32,
     ),
     "label_mass_kernel": lambda n, static: _label_launch(n, 1, *static),
     "label_score_kernel": lambda n, static: _label_launch(
         n, label_scores.LOOK_CHUNKS if static[2].heads > 1 else 1, *static
+    ),
+    "sign_mass_kernel": lambda n, static: _label_launch(n, 1, *static[1:4], static[5]),
+    "sign_score_kernel": lambda n, static: _label_launch(
+        n, label_scores.LOOK_CHUNKS if static[3].heads > 1 else 1, *static[1:4], static[5]
     ),
     "top_tokens_kernel": lambda n, static: (
         (-(-n["capacity"] // static[1].chunk), n["num_rows"], n["batch_size"]),
@@ -94,7 +103,9 @@ def cache_on_cpu(folder: Path) -> Iterator[None]:
                         assert sizes.setdefault(symbol.name, size) == size, symbol.name
                     else:
                         assert int(symbol) == size, buffer.name
-            grid, num_threads = LAUNCHED[factory.func.orig_func.__name__](sizes, arguments)
+            scalars = {name: each for name, each in named.items() if isinstance(each, int)}
+            kernel = factory.func.orig_func.__name__
+            grid, num_threads = LAUNCHED[kernel](sizes | scalars, arguments)
             run(grid, num_threads, **named, **sizes)
 
         return launched
@@ -104,3 +115,4 @@ def cache_on_cpu(folder: Path) -> Iterator[None]:
         monkeypatch.setattr(launch, "compiled", compiled)
         yield
     cache_launches.cache_clear()
+    sign_launch.cache_clear()

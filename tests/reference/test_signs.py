@@ -19,6 +19,7 @@ from twilight_tilelang.reference import (
 )
 from twilight_tilelang.reference.inputs import DecodeInputs, DecodeShape, make_inputs, random_inputs
 from twilight_tilelang.reference.sign_codes import BLOCK_TOKENS, rotate
+from twilight_tilelang.reference.sign_selector import quantize_query
 
 F64 = torch.float64
 LENGTHS = (300, 0, 128, 1, 127)
@@ -329,3 +330,28 @@ def test_what_the_sign_selector_refuses():
             refused()
     with pytest.raises(ValueError, match="head_dim: expected a power of two"):
         TwilightDecode(odd, 6, selector="signs")
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_query_in_few_bits_is_off_by_half_a_step_of_each_channel(bits):
+    """Where signs multiply it, and there alone."""
+    q, cache = one_request(300)
+    exact = sign_scores(q, cache, dtype=F64).logits[0]
+    coarse = sign_scores(q, cache, query_bits=bits, dtype=F64).logits[0]
+    y, factors = rotate(q[0].to(F64)), sign_codes(cache).factors[0].to(F64)
+    levels, delta = quantize_query(y, bits)
+    assert torch.equal(levels, levels.round())
+    assert levels.abs().amax(dim=-1).tolist() == [2 ** (bits - 1) - 1] * 6
+    assert ((levels * delta - y).abs() <= delta * 0.5000001).all()
+    step = factors.repeat_interleave(3, 0)[:, :300] * delta * 64 / 2 * 64**-0.5
+    off = (coarse - exact)[:, :300].abs()
+    assert (off <= step).all() and (off > 0.01 * step).any()
+
+
+def test_a_query_of_zeros_or_of_no_numbers_in_few_bits():
+    y = torch.zeros(3, 8)
+    y[1, 2], y[2, 5] = NAN, float("inf")
+    levels, delta = quantize_query(y, 4)
+    assert not levels.any() and delta[0] == 0 and delta[1:].isnan().all()
+    with pytest.raises(ValueError, match="query_bits: expected 2 to 8, got 9"):
+        quantize_query(y, 9)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 CACHE = ("tests/test_cache.py", "-k", "not 64_bit")
 SELECTOR = ("tests/test_selector.py",)
 DOUBLE_SPARSITY = ("tests/test_double_sparsity.py",)
+SIGNS = ("tests/test_sign_selector.py",)
 ESTIMATOR = ("tests/test_estimator.py",)
 ESTIMATE_PRUNE = ("tests/test_estimate_prune.py",)
 PRUNER = ("tests/test_pruner.py",)
@@ -31,6 +32,8 @@ FORKED = ("tests/emulated/test_requests.py", "-k", "fork or cut_back")
 SCORED = ("tests/emulated/test_selector.py", "-k", "page_scores and gqa4 and default")
 TOPPED = ("tests/emulated/test_selector.py", "-k", "top_pages and registers")
 LABELLED = ("tests/emulated/test_labels.py", "-k", "as_it_comes and r16")
+SIGNED = ("tests/emulated/test_sign_codes.py", "-k", "as_it_comes and d128")
+SIGN_SCORED = ("tests/emulated/test_sign_selector.py", "-k", "stated and gqa4")
 LABEL_SCORED = ("tests/emulated/test_label_scores.py", "-k", "gqa4-r64 and not one-warp")
 TOKENS_TAKEN = ("tests/emulated/test_top_tokens.py", "-k", "default")
 UNITED = ("tests/emulated/test_double_sparsity.py", "-k", "gqa4-own-channels")
@@ -260,6 +263,40 @@ MUTANTS = (
     Mutant(
         "append leaves labels out", "mirror.py",
         "if labels is not None:", "if False:", DOUBLE_SPARSITY, LABELLED,
+    ),
+    Mutant(
+        "a key's sign of its own size", "sign_codes.py",
+        "x[c] = x[c] - mean.value[c]", "x[c] = x[c] - 0.0 * mean.value[c]", SIGNS, SIGNED,
+    ),
+    Mutant(
+        "the mean of a block is that of the one before", "sign_codes.py",
+        "mean.write(keys, block, signs, scale, zero)",
+        "mean.write(keys, block - 1, signs, scale, zero)", SIGNS, SIGNED,
+    ),
+    Mutant(
+        "signs of a row that append leaves out", "sign_codes.py",
+        "active[batch] != T.uint8(0) and first < end", "first < end", SIGNS, SIGNED,
+    ),
+    Mutant(
+        "the codes of a fork's copied page left out", "requests.py",
+        "first = torch.where(is_copied, lengths - in_last, self.seq_lens)",
+        "first = self.seq_lens", SIGNS, SIGNED,
+    ),
+    Mutant(
+        "a query's levels cut off, not rounded", "sign_query.py",
+        "level = T.nearbyint(", "level = T.trunc(", SIGNS, SIGN_SCORED,
+    ),
+    Mutant(
+        "the highest plane counts positively", "sign_tiles.py",
+        "acc[n, e] - (counts[e] << p)", "acc[n, e] + (counts[e] << p)", SIGNS, SIGN_SCORED,
+    ),
+    Mutant(
+        "a logit without the mean's product", "sign_tiles.py",
+        "unit, product, self.base[n, h])", "unit, product, T.float32(0))", SIGNS, SIGN_SCORED,
+    ),
+    Mutant(
+        "the mean's product of the first block of a run alone", "sign_tiles.py",
+        "first // BLOCK_TILES, head]", "0, head]", SIGNS, SIGN_SCORED,
     ),
     Mutant(
         "codes further up weigh as much as others", "label_query.py",
