@@ -269,8 +269,8 @@ def model_table(frames: Frames) -> str:
     caption = (
         f"Milliseconds a token on {first.gpu.upper()}, {first['dtype']}: random weights in the "
         f"shape of the model, made-up queries and caches, the first two layers dense, p = "
-        f"{first.top_p:g}; one CUDA graph a token, compiled by torch.compile around its attention "
-        f"on one GPU. *Uncompiled* is Twilight's, not compiled{launched}. "
+        f"{first.top_p:g}; one CUDA graph a token, compiled by torch.compile around its "
+        f"attention. *Uncompiled* is Twilight's, not compiled{launched}. "
         f"{_model_memory(frames, rows)}Measured at commit {commits}."
     )
     return _table(header, lines, caption)
