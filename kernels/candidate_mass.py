@@ -31,8 +31,6 @@ from .token_list import Row, TokenList
 from .tuned import Planned
 
 MAX_SAMPLES = 2048  # whose logits, of 16 query heads, lie in shared memory
-NUM_THREADS = 512
-NUM_WARPS = NUM_THREADS // 32
 VECTOR = 8  # logits of a query head that a thread loads at once
 HEADS_AT_ONCE = 4  # and of so many heads
 PADDING = 8  # logits behind each row, so that the heads' stores meet different banks
@@ -163,6 +161,11 @@ def shares_list(shape: StepShape) -> bool:
     return shape.candidates != "head_tokens"
 
 
+def block_threads(head_dim: int) -> int:
+    """Of a block; wide heads leave registers for fewer. The sums' order goes by it."""
+    return 512 if head_dim <= 128 else 256
+
+
 def candidate_mass(
     shape: StepShape, num_samples: int, pdl: Start = Start.LATE
 ) -> Planned[CandidateMassConfig]:
@@ -242,7 +245,7 @@ def join_warps(values, part, head, join):
     """What the warps left of a head, joined in a fixed order."""
     joined = T.alloc_var(T.float32)
     joined = values[part, head, 0]
-    for warp in T.unroll(1, NUM_WARPS):
+    for warp in T.unroll(1, values.shape[2]):
         joined = join(joined, values[part, head, warp])
     return joined
 
@@ -265,7 +268,10 @@ def candidate_mass_kernel(
     num_tiles = -(-config.num_samples // TILE_TOKENS)
     at_once = min(HEADS_AT_ONCE, group_size)
     turns = -(-group_size // at_once)
-    blocks_per_sm = 2 if head_dim <= 128 else 1  # that registers must allow for
+    num_threads = block_threads(head_dim)
+    num_warps = num_threads // 32
+    # That registers must allow for.
+    blocks_per_sm = 2 if head_dim <= 128 and group_size <= 8 and not smooth else 1
     by_head = (batch_size, num_kv_heads, group_size)
 
     @T.prim_func
@@ -286,10 +292,10 @@ def candidate_mass_kernel(
         error: T.Tensor[by_head, T.float32],
         candidate_top_p: T.Tensor[by_head, T.float32],
     ):
-        with T.Kernel(num_kv_heads, batch_size, threads=NUM_THREADS) as (kv_head, batch):
+        with T.Kernel(num_kv_heads, batch_size, threads=num_threads) as (kv_head, batch):
             sample = T.alloc_shared((num_tiles * TILE_TOKENS,), T.int32)
             sampled = T.alloc_shared((group_size, num_tiles * TILE_TOKENS + PADDING), T.float16)
-            of_warps = T.alloc_shared((4, group_size, NUM_WARPS), T.float32)
+            of_warps = T.alloc_shared((4, group_size, num_warps), T.float32)
             own = T.alloc_local((at_once, VECTOR), T.float16)
             largest = T.alloc_local((at_once,), T.float32)
             inside = T.alloc_local((at_once,), T.float32)
@@ -316,11 +322,11 @@ def candidate_mass_kernel(
             whole = num_left_out // number
             rest = num_left_out % number
             strata = Strata(number, whole, rest)
-            sample_steps = T.ceildiv(num_samples, NUM_THREADS)
+            sample_steps = T.ceildiv(num_samples, num_threads)
             head_of = lambda turn, e: T.min(turn * at_once + e, group_size - 1)
 
             for step in T.serial(sample_steps):
-                stratum = step * NUM_THREADS + thread
+                stratum = step * num_threads + thread
                 if stratum < num_samples:
                     word = random_word(T.cast(stratum, T.uint32) + T.cast(first_word, T.uint32))
                     among = T.cast(word, T.uint64)
@@ -331,8 +337,8 @@ def candidate_mass_kernel(
             tiles = Tiles(
                 first=warp,
                 per_warp=1,
-                stride=NUM_WARPS,
-                steps=-(-num_tiles // NUM_WARPS),
+                stride=num_warps,
+                steps=-(-num_tiles // num_warps),
                 count=T.ceildiv(num_samples, TILE_TOKENS),
             )
             taken = OwnTokens("tokens", page_size, OwnEntries(sample), num_samples)
@@ -346,12 +352,12 @@ def candidate_mass_kernel(
 
             # Whole tiles of logits are written, -inf where no token is.
             num_vectors = T.ceildiv(candidates.slots(row), TILE_TOKENS) * (TILE_TOKENS // VECTOR)
-            own_steps = T.ceildiv(num_vectors, NUM_THREADS)
+            own_steps = T.ceildiv(num_vectors, num_threads)
             for turn in T.serial(turns):
                 for e in T.unroll(at_once):
                     largest[e] = -T.infinity(T.float32)
                 for step in T.serial(own_steps):
-                    vector = step * NUM_THREADS + thread
+                    vector = step * num_threads + thread
                     if vector < num_vectors:
                         for e in T.unroll(at_once):
                             for j in T.vectorized(VECTOR):
@@ -361,7 +367,7 @@ def candidate_mass_kernel(
                             for j in T.unroll(VECTOR):
                                 largest[e] = T.max(largest[e], T.cast(own[e, j], T.float32))
                 for step in T.serial(sample_steps):
-                    stratum = step * NUM_THREADS + thread
+                    stratum = step * num_threads + thread
                     if stratum < num_samples:
                         for e in T.unroll(at_once):
                             logit = T.cast(sampled[head_of(turn, e), stratum], T.float32)
@@ -376,7 +382,7 @@ def candidate_mass_kernel(
                     inside[e] = 0.0
                     largest[e] = join_warps(of_warps, LARGEST, head_of(turn, e), T.max)
                 for step in T.serial(own_steps):
-                    vector = step * NUM_THREADS + thread
+                    vector = step * num_threads + thread
                     if vector < num_vectors:
                         for e in T.unroll(at_once):
                             for j in T.vectorized(VECTOR):
@@ -389,7 +395,7 @@ def candidate_mass_kernel(
                     others = 0.0
                     variance = 0.0
                     for step in T.serial(sample_steps):
-                        stratum = step * NUM_THREADS + thread
+                        stratum = step * num_threads + thread
                         if stratum < num_samples:
                             logit = T.cast(sampled[head_of(turn, e), stratum], T.float32)
                             weight = T.exp(logit - largest[e])

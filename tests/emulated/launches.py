@@ -206,7 +206,7 @@ def mass_emulated(q, cache, candidates, logits, top_p, folder, num_samples=48, s
     static = (*sizes_of_row, config, smooth, kind_of(candidates))
     asked = torch.as_tensor(top_p).expand(cache.batch_size, q.shape[1] * q.shape[2])
     emulated(candidate_mass.candidate_mass_kernel, static, folder)(
-        (cache.num_kv_heads, cache.batch_size), candidate_mass.NUM_THREADS, q=q,
+        (cache.num_kv_heads, cache.batch_size), candidate_mass.block_threads(cache.head_dim), q=q,
         k_factor=cache.k_factor, codes=cache.k_int4, scale_zero=cache.k_scale_zero,
         page_table=cache.page_table, seq_lens=cache.seq_lens, **listing(candidates),
         sm_scale=cache.head_dim**-0.5, first_word=candidate_mass.Sampling(1.0, seed).first_word,

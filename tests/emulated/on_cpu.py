@@ -32,9 +32,9 @@ LAUNCHED = {
         extend.NUM_WARPS * 32,
     ),
     "estimator_kernel": lambda n, static: _estimator_launch(n, *static[2:5:2], static[-1]),
-    "candidate_mass_kernel": lambda n, _: (
+    "candidate_mass_kernel": lambda n, static: (
         (n["num_kv_heads"], n["batch_size"]),
-        candidate_mass.NUM_THREADS,
+        candidate_mass.block_threads(static[1]),
     ),
     "pruner_kernel": lambda n, static: (
         (static[0] if static[5].heads_apart else 1, n["num_kv_heads"], n["batch_size"]),
