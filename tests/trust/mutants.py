@@ -265,7 +265,7 @@ MUTANTS = (
         "if labels is not None:", "if False:", DOUBLE_SPARSITY, LABELLED,
     ),
     Mutant(
-        "a key's sign of its own size", "sign_codes.py",
+        "signs of keys that are not centred", "sign_codes.py",
         "x[c] = x[c] - mean.value[c]", "x[c] = x[c] - 0.0 * mean.value[c]", SIGNS, SIGNED,
     ),
     Mutant(
