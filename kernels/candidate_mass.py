@@ -1,10 +1,10 @@
 """How much of the mass of all tokens lies among the candidates, of a sample of the others.
 
 Of the tokens that a KV head leaves out one is taken of every stratum, and its logit estimated of
-the 4-bit mirror as a candidate's is: reference/all_mass.py has the sums and what they are worth. A
-block takes one row, so that its sums run in one order, and a request gives the same bits in any
-batch. The n-th token left out is found in the ascending list of candidates by bisection: nothing is
-written for those that are not taken.
+the 4-bit mirror as a candidate's is: reference/candidate_mass.py has the sums and what they are
+worth. A block takes one row, so that its sums run in one order, and a request gives the same bits
+in any batch. The n-th token left out is found in the ascending list of candidates by bisection:
+nothing is written for those that are not taken.
 """
 
 import operator

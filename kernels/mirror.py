@@ -27,7 +27,7 @@ MAX_CODE = 15
 MAX_BOUND_CODE = 255
 SCALE_UP = 1 + 2**-20  # so that 255 rounded steps still reach the largest bound
 SLOTS_IN_FLIGHT = 16  # of a page, whose loads append issues together
-NUM_WARPS = 8  # of append
+NUM_WARPS = 16  # of append: more heads one after another wait for each other's loads
 
 
 class Mirror(NamedTuple):
@@ -329,7 +329,7 @@ def append_kernel(
     smooth: bool = False,
     labels: LabelShape | None = None,
 ):
-    """Grid: (batch); a warp takes every eighth KV head. The length moves once all are written.
+    """Grid: (batch); a warp takes every sixteenth KV head. The length moves once all are written.
 
     A request is left out where `active` is 0, or where its next token has no page of the pool.
 

@@ -6,14 +6,14 @@ A function that the kernels have too takes and returns what theirs does; its doc
 what is more or different.
 """
 
-from .all_mass import (
+from .attention import dense_attention, flash_topk_attention, gather_tokens, page_attention
+from .cache import CacheShape, PagedKVCache
+from .candidate_mass import (
     CandidateMass,
     estimate_candidate_mass,
     sample_left_out,
     top_p_of_candidates,
 )
-from .attention import dense_attention, flash_topk_attention, gather_tokens, page_attention
-from .cache import CacheShape, PagedKVCache
 from .channels import CalibrationBlock, calibrate_channels, interleaved_channels, load_channels
 from .double_sparsity import label_scores, select_tokens
 from .estimator import candidate_tokens, estimate_logits

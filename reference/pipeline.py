@@ -6,9 +6,9 @@ from typing import Any, TypedDict
 
 import torch
 
-from .all_mass import NUM_SAMPLES, CandidateMass, estimate_candidate_mass, top_p_of_candidates
 from .attention import dense_attention, flash_topk_attention, page_attention
 from .cache import PagedKVCache
+from .candidate_mass import NUM_SAMPLES, CandidateMass, estimate_candidate_mass, top_p_of_candidates
 from .double_sparsity import (
     check_labels,
     check_token_budget,

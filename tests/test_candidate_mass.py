@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import twilight_tilelang as kernels
-from tests.checks.all_mass import assert_mass, wanted_mass
+from tests.checks.candidate_mass import assert_mass, wanted_mass
 from tests.checks.properties import as_reference, assert_top_p
 from tests.inputs.cases import BASE, CASES, NAMED, NOTHING_ALWAYS, build_cache, make_tensors
 from tests.inputs.hazards import poison_unused

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import twilight_tilelang as kernels
-from tests.checks.all_mass import assert_mass, wanted_mass
+from tests.checks.candidate_mass import assert_mass, wanted_mass
 from tests.emulated.launches import SHAPES, estimate_emulated, mass_emulated, on_one_worker
 from tests.emulated.on_cpu import cache_on_cpu
 from tests.inputs.cases import NAN, NOTHING_ALWAYS

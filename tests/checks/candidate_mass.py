@@ -7,7 +7,7 @@ import torch
 
 from tests.checks.properties import as_reference_list, listed_columns, valid_entries
 from twilight_tilelang import reference
-from twilight_tilelang.reference import all_mass
+from twilight_tilelang.reference import candidate_mass
 
 
 def wanted_mass(
@@ -32,7 +32,7 @@ def wanted_mass(
         taken = valid_entries(sample.tokens, sample.counts).repeat_interleave(group_size, dim=1)
         return estimate(sample).masked_fill(~taken, -torch.inf).float()
 
-    with patch.object(all_mass, "estimate_logits", estimated):
+    with patch.object(candidate_mass, "estimate_logits", estimated):
         return reference.estimate_candidate_mass(
             q, cache, as_reference_list(candidates), logits, **options
         )
