@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from tests.checks.guards import GUARD_BYTES, GuardedMemory
 
@@ -32,6 +33,15 @@ def test_a_write_outside_is_found(at):
 def test_writes_inside_pass():
     memory = GuardedMemory()
     memory.blank((3, 5), torch.int32).fill_(7)
+    memory.check()
+
+
+def test_tensors_without_memory_are_left_alone(monkeypatch):
+    """As torch.compile traces with them."""
+    memory = GuardedMemory()
+    memory.install(monkeypatch, "cpu")
+    with FakeTensorMode():
+        assert isinstance(torch.empty(3), FakeTensor)
     memory.check()
 
 

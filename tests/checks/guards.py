@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor
 
 GUARD_BYTES = 512  # on each side; a multiple of any alignment that kernels ask for
 CANARY = 0xFF  # as bytes NaN in every float type, -1 in int32
@@ -72,7 +73,7 @@ class GuardedMemory:
         @functools.wraps(allocate)
         def guarded(*args, **options) -> torch.Tensor:
             tensor = allocate(*args, **options)
-            if tensor.device.type != device_type:
+            if tensor.device.type != device_type or isinstance(tensor, FakeTensor):
                 return tensor
             if not tensor.is_contiguous() or tensor.nbytes > LARGE_BYTES:
                 return tensor.fill_(poison(tensor.dtype))
