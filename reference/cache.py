@@ -2,7 +2,7 @@
 
 Logical token t of request b lives in page page_table[b, t // page_size], slot t % page_size. Only
 the first seq_lens[b] tokens exist: other slots and pages are never read and may hold anything. A
-row without a request has length 0 and any page ids, such as -1.
+place in the batch without a request has length 0 and any page ids, such as -1.
 """
 
 from dataclasses import dataclass

@@ -40,6 +40,12 @@ def fp16_ceil(x: torch.Tensor) -> torch.Tensor:
     return -fp16_floor(-x)
 
 
+def check_bits(bits: int) -> None:
+    """Bits of a code, that a byte has room for."""
+    if bits not in range(1, 9):
+        raise ValueError(f"bits: expected 1 to 8, got {bits!r}")
+
+
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack 8 // bits codes into each byte: [..., n] uint8 below 2**bits, bits 1 to 8 ->
     [..., ceil(n / (8 // bits))] uint8.
@@ -47,6 +53,7 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     A byte's first code lies in its lowest bits; each has 1, 2, 4 or 8 bits of its own, and 0 fills
     up the last byte.
     """
+    check_bits(bits)
     per_byte = 8 // bits
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per_byte))
     shifts = torch.arange(0, 8, 8 // per_byte, dtype=torch.uint8, device=codes.device)
@@ -56,6 +63,7 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack_codes(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """The inverse of `pack_codes`: [..., bytes] uint8 -> [..., count] uint8 below 2**bits."""
+    check_bits(bits)
     shifts = torch.arange(0, 8, 8 // (8 // bits), dtype=torch.uint8, device=packed.device)
     codes: torch.Tensor = (packed[..., None] >> shifts) & (2**bits - 1)
     return codes.flatten(-2)[..., :count]
@@ -77,8 +85,7 @@ def quantize_rows(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tenso
     8 bits: x [..., head_dim] any float, finite -> codes [..., head_dim] uint8, and scale_zero
     [..., 2] fp16 (scale, zero). Arithmetic is float32.
     """
-    if bits not in range(1, 9):
-        raise ValueError(f"bits: expected 1 to 8, got {bits!r}")
+    check_bits(bits)
     x, top = x.to(torch.float32), 2**bits - 1
     zero = fp16_floor(x.amin(dim=-1))
     base = zero.to(torch.float32)

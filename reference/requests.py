@@ -1,7 +1,7 @@
 """What happens to the requests of a cache: they join, grow, fork, are cut back and leave.
 
-A row of the batch is left out of a call by its mask, or where its page table names no page of the
-pool (an id < 0, or >= num_pages): nothing of it is written.
+A request has a place in the batch. It is left out of a call by its mask, or where its page table
+names no page of the pool (an id < 0, or >= num_pages): nothing of it is written.
 """
 
 import torch
@@ -72,14 +72,14 @@ class Requests:
 
         Args:
             k, v: [batch_size, num_kv_heads, head_dim], dtype of the cache.
-            active: [batch_size] bool, which rows get their token; all where None.
+            active: [batch_size] bool, which requests get their token; all where None.
         """
-        row_shape = (self.seq_lens.shape[0], *self.k_cache.shape[2:])
-        check_tensor("k", k, row_shape, (self.query_dtype,), self.k_cache.device)
-        check_tensor("v", v, row_shape, (self.query_dtype,), self.k_cache.device)
+        new_shape = (self.seq_lens.shape[0], *self.k_cache.shape[2:])
+        check_tensor("k", k, new_shape, (self.query_dtype,), self.k_cache.device)
+        check_tensor("v", v, new_shape, (self.query_dtype,), self.k_cache.device)
         if active is not None:
-            self._check_rows("active", active)
-        for request in range(row_shape[0]):
+            self._check_mask("active", active)
+        for request in range(new_shape[0]):
             if active is None or active[request]:
                 self._take(request, k[request, None], v[request, None])
 
@@ -126,15 +126,15 @@ class Requests:
         return pages, page_tokens.int()
 
     def join(self, joining: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
-        """Requests take rows of the batch, with the pages that they are given.
+        """Requests take places in the batch, with the pages that they are given.
 
         Args:
-            joining: [batch_size] bool, the rows that are taken.
-            page_table: [batch_size, max_pages] int32, their pages; other rows are not looked at.
+            joining: [batch_size] bool, the places that are taken.
+            page_table: [batch_size, max_pages] int32, their pages; others' are not looked at.
             seq_lens: [batch_size] int32, the tokens that these pages hold already, with their
                 mirror: none, or a prefix. A part-filled last page must be this request's alone.
         """
-        self._check_rows("joining", joining)
+        self._check_mask("joining", joining)
         device = self.k_cache.device
         check_tensor("page_table", page_table, tuple(self.page_table.shape), INT_DTYPES, device)
         check_tensor("seq_lens", seq_lens, tuple(self.seq_lens.shape), INT_DTYPES, device)
@@ -142,21 +142,21 @@ class Requests:
         self.seq_lens[joining] = seq_lens[joining]
 
     def leave(self, leaving: torch.Tensor) -> None:
-        """These rows, [batch_size] bool, have no request any more: length 0, page ids -1."""
-        self._check_rows("leaving", leaving)
+        """These places, [batch_size] bool, have no request any more: length 0, page ids -1."""
+        self._check_mask("leaving", leaving)
         self.page_table[leaving] = -1
         self.seq_lens[leaving] = 0
 
     def fork(
         self, parents: torch.Tensor, pages: torch.Tensor, seq_lens: torch.Tensor | None = None
     ) -> None:
-        """Rows become children of other rows: full pages are shared, the part-filled last page is
+        """Requests become children of others: full pages are shared, the part-filled last page is
         copied, with its mirror, so that parent and child append to pages of their own.
 
         Args:
-            parents: [batch_size] int32, the row whose tokens each row takes over; one < 0 leaves it
-                as it is. A row may be its own parent: that cuts it back inside a page that it
-                shares.
+            parents: [batch_size] int32, the place of the request whose tokens each one takes over;
+                if < 0, it stays as it is. A request may be its own parent: that cuts it back inside
+                a page that it shares.
             pages: [batch_size] int32, for each child a page of its own, which takes the place of
                 the parent's part-filled page; unused where the last page is full. A child without a
                 page, of an id < 0, ends with its last full page.
@@ -190,7 +190,7 @@ class Requests:
 
     def truncate(self, seq_lens: torch.Tensor) -> None:
         """Cut requests back to their first tokens, and bound their last pages anew. The page that a
-        request ends in then must not be shared: `fork` a row from itself where it is.
+        request ends in then must not be shared: `fork` it from itself where it is.
 
         Args:
             seq_lens: [batch_size] int32; a request that has no more tokens stays as it is.
@@ -206,8 +206,8 @@ class Requests:
                 if in_last > 0:
                     self._mirror_page(int(self.page_table[request, last]), in_last)
 
-    def _check_rows(self, name: str, rows: torch.Tensor) -> None:
-        check_tensor(name, rows, tuple(self.seq_lens.shape), (torch.bool,), self.k_cache.device)
+    def _check_mask(self, name: str, mask: torch.Tensor) -> None:
+        check_tensor(name, mask, tuple(self.seq_lens.shape), (torch.bool,), self.k_cache.device)
 
     def _take(self, request: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Append to one request as many of these tokens as it has places for."""

@@ -126,7 +126,7 @@ def validate_cache(cache: "PagedKVCache") -> None:
     """Check what lies on the device: lengths, page ids, and that mirror and bounds are those of the
     keys; reads them back.
 
-    A row of length 0 is right whatever its page ids are: it may be a row without a request.
+    Of length 0, any page ids are right: that may be a place without a request.
 
     Raises:
         ValueError: a length outside [0, capacity], a page id outside the pool, a page twice in one

@@ -14,10 +14,12 @@ from twilight_tilelang.reference import (
     dequantize_bounds,
     dequantize_int4,
     exact_page_bounds,
+    pack_codes,
     pack_int4,
     quantize_bounds,
     quantize_int4,
     quantize_rows,
+    unpack_codes,
     unpack_int4,
     validate_cache,
 )
@@ -97,9 +99,16 @@ def test_quantize_int4_is_exact_on_constant_rows(value, head_dim):
 
 
 @pytest.mark.parametrize("bits", [0, 9, -1, None])
-def test_quantize_rows_rejects_bits_that_fill_no_byte(bits):
-    with pytest.raises(ValueError, match=f"bits: expected 1 to 8, got {bits}"):
-        quantize_rows(torch.ones(2, 8), bits)
+def test_bits_that_fill_no_byte_are_refused(bits):
+    codes = torch.ones(2, 8, dtype=torch.uint8)
+    calls = (
+        lambda: quantize_rows(torch.ones(2, 8), bits),
+        lambda: pack_codes(codes, bits),
+        lambda: unpack_codes(codes, bits, 8),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=f"bits: expected 1 to 8, got {bits}"):
+            call()
 
 
 def bound_codes(value: np.float32, scale: np.float32) -> tuple[int, int]:
