@@ -14,16 +14,15 @@ from twilight_tilelang.reference import (
     dequantize_bounds,
     dequantize_int4,
     exact_page_bounds,
-    pack_codes,
     pack_int4,
     quantize_bounds,
     quantize_int4,
     quantize_rows,
-    unpack_codes,
     unpack_int4,
     validate_cache,
 )
 from twilight_tilelang.reference.inputs import DecodeShape, random_inputs
+from twilight_tilelang.reference.quantize import pack_codes, unpack_codes
 
 SEEDS = st.integers(0, 2**31)
 DTYPES = st.sampled_from([torch.float16, torch.bfloat16, torch.float32])
