@@ -104,7 +104,7 @@ SMOOTH = {
     "gqa4-d256": (StepShape(4, 256, 16, "float16", 512, 2048, 4096, 512, smooth=True), ("sm_90a",)),
 }  # fmt: skip
 SMOOTHED = (
-    *("page_score", "estimator", "estimate_prune", "mass_bound", "candidate_mass"),
+    *("page_score", "estimator", "estimate_prune", "mass_bound"),
     *("mirror", "append"),
 )
 
@@ -132,10 +132,9 @@ def label_launches(name: str, arch: str) -> list[Launch]:
 
 # The same by sign codes: rows, heads of a group, the statics of a shape.
 SIGNS = {
-    "gqa4-d128": (512, 4, (128, 16, "float16", False), tuple(ARCHS)),
-    "gqa4-d64-few-rows": (8, 4, (64, 16, "float16", False), ("sm_90a",)),
+    "gqa4-d128": (512, 4, (128, 16, "float16", False), ("sm_90a", "sm_100a")),
+    "gqa4-d64-smooth": (8, 4, (64, 16, "float16", True), ("sm_80",)),
     "mha-d128-p64": (2048, 1, (128, 64, "float16", False), ("sm_90a",)),
-    "gqa8-d256-smooth": (64, 8, (256, 16, "float16", True), ("sm_80",)),
     "gqa16-d128-p256": (64, 16, (128, 256, "bfloat16", False), ("sm_100a",)),
 }
 
@@ -170,7 +169,7 @@ HEAD_TOKENS = {
     "mha-d128": (StepShape(1, 128, 16, "float16", 2048, 2048, 8192, 2048), ("sm_80",)),
 }
 LISTED = (
-    *("estimator", "pruner", "pruner_float32", "estimate_prune", "mass_bound", "candidate_mass"),
+    *("estimator", "pruner", "pruner_float32", "estimate_prune", "mass_bound"),
     *("attention_head_tokens", "merge_head_tokens"),
 )
 

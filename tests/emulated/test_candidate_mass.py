@@ -84,7 +84,7 @@ def test_the_share_matches_reference(problem):
     assert (wanted.share < 1).any()
 
 
-@pytest.mark.parametrize("problem", problems("gqa4"), indirect=True)
+@pytest.mark.parametrize("problem", problems("gqa4")[:1], indirect=True)
 def test_any_number_of_samples_matches_reference(problem):
     """No multiple of a tile, and more than there are threads or tokens."""
     for num_samples in (1, 23, 1000):
