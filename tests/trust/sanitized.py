@@ -43,6 +43,7 @@ from twilight_tilelang.kernels.lists import CandidatePages, CandidateTokens
 from twilight_tilelang.kernels.page_scores import PageScoreConfig
 from twilight_tilelang.kernels.pruner import PrunerConfig
 from twilight_tilelang.kernels.selector import Selection
+from twilight_tilelang.kernels.sign_codes import BLOCK_TOKENS, KeySigns
 from twilight_tilelang.kernels.top_pages import TopPagesConfig
 from twilight_tilelang.reference.inputs import DecodeShape
 
@@ -81,6 +82,13 @@ def every_stage(case: Case) -> None:
         )
         labelled.append(token, token)
         by_labels.run(q, labelled)
+    if BLOCK_TOKENS % cache.page_size == 0:
+        signed = cache.with_signs()
+        by_signs = kernels.TwilightDecode(
+            signed, q.shape[1], token_budget=64, selector="signs", **NOTHING_ALWAYS
+        )
+        signed.append(token, token)
+        by_signs.run(q, signed)
     factor = torch.full_like(cache.k_offset, 0.5)
     smooth = build_cache(kernels, tensors._replace(k_offset=(cache.k_offset, factor)))
     poison_unused(smooth)
@@ -153,6 +161,7 @@ def poison_what_is_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, name in (
         *((Selection, "scores"), (CandidatePages, "pages"), (WorkList, "items")),
         *((CandidateTokens, "tokens"), (CandidateTokens, "heads"), (TokenScores, "scores")),
+        *((KeySigns, name) for name in KeySigns._fields),  # of slots that no token has, too
     ):
         monkeypatch.setattr(owner, "allocate", poisoned(owner.allocate, name))
     scores = SimpleNamespace(empty=lambda *sizes, **at: torch.full(sizes, torch.nan, **at))
