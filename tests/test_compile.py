@@ -134,7 +134,6 @@ def label_launches(name: str, arch: str) -> list[Launch]:
 SIGNS = {
     "gqa4-d128": (512, 4, (128, 16, "float16", False), ("sm_90a", "sm_100a")),
     "gqa4-d64-smooth": (8, 4, (64, 16, "float16", True), ("sm_80",)),
-    "mha-d128-p64": (2048, 1, (128, 64, "float16", False), ("sm_90a",)),
     "gqa16-d128-p256": (64, 16, (128, 256, "bfloat16", False), ("sm_100a",)),
 }
 
@@ -168,8 +167,8 @@ HEAD_TOKENS = {
     "gqa8-d256": (StepShape(8, 256, 16, "float16", 512, 512, 2048, 512), ("sm_90a",)),
     "mha-d128": (StepShape(1, 128, 16, "float16", 2048, 2048, 8192, 2048), ("sm_80",)),
 }
-LISTED = (
-    *("estimator", "pruner", "pruner_float32", "estimate_prune", "mass_bound"),
+LISTED = (  # float32 logits, which no step has, are pruned with a floor below
+    *("estimator", "pruner", "estimate_prune", "mass_bound"),
     *("attention_head_tokens", "merge_head_tokens"),
 )
 
