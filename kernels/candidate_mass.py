@@ -241,6 +241,15 @@ def left_out(candidates, row, nth):
 
 
 @T.macro
+def load_logits(own, logits, row, vector, head_of):
+    """own[e, :] = VECTOR neighbouring logits of query head head_of(e)."""
+    for e in T.unroll(own.shape[0]):
+        for j in T.vectorized(VECTOR):
+            at = vector * VECTOR + j
+            own[e, j] = logits[row.batch, row.kv_head, head_of(e), at]
+
+
+@T.macro
 def join_warps(values, part, head, join):
     """What the warps left of a head, joined in a fixed order."""
     joined = T.alloc_var(T.float32)
@@ -359,10 +368,7 @@ def candidate_mass_kernel(
                 for step in T.serial(own_steps):
                     vector = step * num_threads + thread
                     if vector < num_vectors:
-                        for e in T.unroll(at_once):
-                            for j in T.vectorized(VECTOR):
-                                at = vector * VECTOR + j
-                                own[e, j] = logits[batch, kv_head, head_of(turn, e), at]
+                        load_logits(own, logits, row, vector, lambda e: head_of(turn, e))
                         for e in T.unroll(at_once):
                             for j in T.unroll(VECTOR):
                                 largest[e] = T.max(largest[e], T.cast(own[e, j], T.float32))
@@ -384,10 +390,7 @@ def candidate_mass_kernel(
                 for step in T.serial(own_steps):
                     vector = step * num_threads + thread
                     if vector < num_vectors:
-                        for e in T.unroll(at_once):
-                            for j in T.vectorized(VECTOR):
-                                at = vector * VECTOR + j
-                                own[e, j] = logits[batch, kv_head, head_of(turn, e), at]
+                        load_logits(own, logits, row, vector, lambda e: head_of(turn, e))
                         for e in T.unroll(at_once):
                             for j in T.unroll(VECTOR):
                                 inside[e] += T.exp(T.cast(own[e, j], T.float32) - largest[e])

@@ -1,7 +1,8 @@
 """The selector of Double Sparsity (arXiv 2408.07092): the tokens with the largest scores by a few
 channels of their keys. `reference/double_sparsity.py` defines it."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -10,7 +11,7 @@ from .checks import check_choice, check_count
 from .label_scores import LABEL_SCORE, TokenScores, score_labels
 from .label_tiles import LabelScoreConfig
 from .labels import LabelShape, TokenRows, token_rows
-from .launch import StepShape, on_device
+from .launch import KernelSpec, StepShape, on_device
 from .lists import CandidateTokens, Window
 from .pools import TILE_TOKENS
 from .query import by_kv_head, check_query, check_scale, step_shape
@@ -49,10 +50,16 @@ class TokenSelection(NamedTuple):
 
 def plan_tokens(shape: StepShape, planner: Planner) -> TokenPlan:
     """For a shape of token candidates."""
+    return _plan(shape, planner.plan)
+
+
+def _plan(
+    shape: StepShape, plan: Callable[[KernelSpec[Any], StepShape], Planned[Any]]
+) -> TokenPlan:
     assert shape.tokens is not None
     by_signs = shape.tokens.labels is None
-    scores = planner.plan(SIGN_SCORE if by_signs else LABEL_SCORE, shape)
-    return TokenPlan(scores, planner.plan(TOP_TOKENS, shape), shape.row_tokens, by_signs)
+    scores = plan(SIGN_SCORE if by_signs else LABEL_SCORE, shape)
+    return TokenPlan(scores, plan(TOP_TOKENS, shape), shape.row_tokens, by_signs)
 
 
 def select_top_tokens(
@@ -126,13 +133,25 @@ def select_tokens(
     """
     group_size = check_query(q, cache)
     rows = check_rows(cache, group, group_size)
-    sm_scale = check_scale(sm_scale, cache.head_dim)
     window = Window(num_sink_tokens, num_recent_tokens)
+    return select_of_rows(q, cache, rows, token_budget, window, sm_scale)
+
+
+def select_of_rows(
+    q: torch.Tensor,
+    cache: PagedKVCache,
+    rows: TokenRows,
+    token_budget: int,
+    window: Window,
+    sm_scale: float | None,
+) -> CandidateTokens:
+    """The same, by labels or by sign codes as the rows have them. Raises ValueError for a scale or
+    a budget that cannot be."""
+    sm_scale = check_scale(sm_scale, cache.head_dim)
     budget = check_token_budget(cache, token_budget, window)
-    shape = token_shape(cache, group_size, rows, budget)
+    shape = token_shape(cache, q.shape[1] // cache.num_kv_heads, rows, budget)
     selection = TokenSelection.allocate(cache, shape)
-    label_score = planned(LABEL_SCORE, shape, q.device)
-    plan = TokenPlan(label_score, planned(TOP_TOKENS, shape, q.device), budget)
+    plan = _plan(shape, lambda spec, own: planned(spec, own, q.device))
     grouped = by_kv_head(q, cache.num_kv_heads)
     with on_device(q.device):
         select_top_tokens(plan, grouped, cache, window, sm_scale, selection)

@@ -20,6 +20,7 @@ from .plan import plan_candidates, plan_dense, plan_sparse
 from .pruner import expand_top_p
 from .query import check_query, check_scale, group_size_of
 from .selector import allocate_selection, shape_of_step
+from .sign_selector import check_signed
 from .steps import CandidateStep, DenseStep, Settings, SparseMemory, SparseStep
 from .threshold import check_num_items
 from .tuned import Planner
@@ -179,9 +180,9 @@ class TwilightDecode:
             raise ValueError(f"cache: expected {expected} k_factor, as this step's, got {got}")
         if self.shape.tokens is not None:
             labels = self.shape.tokens.labels
-            if labels is None and cache.signs is None:
-                raise ValueError("cache: expected sign codes (with_signs), got none")
-            if labels is not None and cache.label_shape != labels:
+            if labels is None:
+                check_signed(cache)
+            elif cache.label_shape != labels:
                 raise ValueError(
                     f"cache: expected labels as this step's, {labels}, got {cache.label_shape}"
                 )

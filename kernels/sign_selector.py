@@ -5,20 +5,10 @@ bits (see sign_query.py)."""
 import torch
 
 from .cache import PagedKVCache
-from .double_sparsity import (
-    TokenPlan,
-    TokenSelection,
-    check_token_budget,
-    select_top_tokens,
-    token_shape,
-)
+from .double_sparsity import select_of_rows
 from .labels import TokenRows, token_rows
-from .launch import on_device
 from .lists import CandidateTokens, Window
-from .query import by_kv_head, check_query, check_scale
-from .sign_scores import SIGN_SCORE
-from .top_tokens import TOP_TOKENS
-from .tuned import planned
+from .query import check_query
 
 
 def select_by_signs(
@@ -50,21 +40,17 @@ def select_by_signs(
     """
     group_size = check_query(q, cache)
     rows = sign_rows(cache, group_size)
-    sm_scale = check_scale(sm_scale, cache.head_dim)
     window = Window(num_sink_tokens, num_recent_tokens)
-    budget = check_token_budget(cache, token_budget, window)
-    shape = token_shape(cache, group_size, rows, budget)
-    selection = TokenSelection.allocate(cache, shape)
-    sign_score = planned(SIGN_SCORE, shape, q.device)
-    plan = TokenPlan(sign_score, planned(TOP_TOKENS, shape, q.device), budget, by_signs=True)
-    grouped = by_kv_head(q, cache.num_kv_heads)
-    with on_device(q.device):
-        select_top_tokens(plan, grouped, cache, window, sm_scale, selection)
-    return selection.candidates
+    return select_of_rows(q, cache, rows, token_budget, window, sm_scale)
+
+
+def check_signed(cache: PagedKVCache) -> None:
+    """Raises ValueError unless the cache has sign codes."""
+    if cache.signs is None:
+        raise ValueError("cache: expected sign codes (with_signs), got none")
 
 
 def sign_rows(cache: PagedKVCache, group_size: int) -> TokenRows:
     """What the rows of a group's list are; raises ValueError where the cache has no sign codes."""
-    if cache.signs is None:
-        raise ValueError("cache: expected sign codes (with_signs), got none")
+    check_signed(cache)
     return token_rows("shared", group_size, None)
