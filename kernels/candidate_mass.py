@@ -29,6 +29,7 @@ from .query import by_kv_head, check_query, check_scale, step_shape
 from .strided import strided
 from .token_list import Row, TokenList
 from .tuned import Planned
+from .warp import steps_over
 
 MAX_SAMPLES = 2048  # whose logits, of 16 query heads, lie in shared memory
 VECTOR = 8  # logits of a query head that a thread loads at once
@@ -331,7 +332,7 @@ def candidate_mass_kernel(
             whole = num_left_out // number
             rest = num_left_out % number
             strata = Strata(number, whole, rest)
-            sample_steps = T.ceildiv(num_samples, num_threads)
+            sample_steps = steps_over(num_samples, num_threads)
             head_of = lambda turn, e: T.min(turn * at_once + e, group_size - 1)
 
             for step in T.serial(sample_steps):
@@ -361,7 +362,7 @@ def candidate_mass_kernel(
 
             # Whole tiles of logits are written, -inf where no token is.
             num_vectors = T.ceildiv(candidates.slots(row), TILE_TOKENS) * (TILE_TOKENS // VECTOR)
-            own_steps = T.ceildiv(num_vectors, num_threads)
+            own_steps = steps_over(num_vectors, num_threads)
             for turn in T.serial(turns):
                 for e in T.unroll(at_once):
                     largest[e] = -T.infinity(T.float32)

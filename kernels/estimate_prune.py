@@ -24,6 +24,7 @@ from .threshold import BINS_PER_THREAD
 from .token_list import Row, TokenList
 from .top_p import prune_heads
 from .tuned import Planned
+from .warp import steps_over
 
 ROWS_FOR_TWO = 256  # blocks on nearly each of 132 multiprocessors
 PADDING = 8  # logits behind each row, so that the heads' stores meet different banks
@@ -154,7 +155,7 @@ def estimate_prune_kernel(
                 first=T.get_thread_binding() // 32 * config.tiles_per_warp,
                 per_warp=config.tiles_per_warp,
                 stride=step_tiles,
-                steps=T.ceildiv(num_tiles, step_tiles),
+                steps=steps_over(num_tiles, step_tiles),
                 count=num_tiles,
             )
             estimate_tiles(

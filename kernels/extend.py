@@ -7,6 +7,7 @@ from .compiling import EXACT_MATH
 from .labels import LabelShape, label_sizes, labels_if
 from .mirror import Mirror, Place, mirror_page, write_vector
 from .strided import assume_aligned, strided
+from .warp import steps_over
 
 NUM_WARPS = 8
 WINDOW = 4  # new tokens of a block
@@ -18,7 +19,7 @@ def first_hole(page_table, request, first_page, end_page, num_pages):
     end_page where all of them are. For a whole warp."""
     hole = T.alloc_var(T.int32)
     hole = end_page
-    for turn in T.serial(T.ceildiv(end_page - first_page, 32)):
+    for turn in T.serial(steps_over(end_page - first_page, 32)):
         logical = first_page + turn * 32 + T.get_thread_binding() % 32
         if logical < end_page:
             page = page_table[request, logical]
@@ -35,7 +36,7 @@ def request_of(token, end_tokens):
     lane = T.get_thread_binding() % 32
     request = T.alloc_var(T.int32)
     request = 0
-    for turn in T.serial(T.ceildiv(batch_size, 32)):
+    for turn in T.serial(steps_over(batch_size, 32)):
         other = turn * 32 + lane
         is_before = other < batch_size and end_tokens[T.min(other, batch_size - 1)] <= token
         request += T.popcount(T.cast(T.ballot(is_before), T.uint32))
@@ -149,7 +150,7 @@ def extend_kernel(
                 )
             T.sync_threads()
             if is_last[0]:
-                for step in T.serial(T.ceildiv(batch_size, NUM_WARPS)):
+                for step in T.serial(steps_over(batch_size, NUM_WARPS)):
                     request = step * NUM_WARPS + thread // 32
                     if request < batch_size:
                         start = seq_lens[request]

@@ -12,7 +12,7 @@ from tvm.tirx import PrimExpr
 
 from .search_team import NUM_THREADS
 from .threshold import compact
-from .warp import atomic_or
+from .warp import atomic_or, steps_over
 
 
 @T.macro
@@ -26,7 +26,7 @@ def mark_all(team, words, num_words, num_tokens, is_own):
     if is_own is None:
         mark_words(team, words, num_words, num_tokens)
     else:
-        for step in T.serial(T.ceildiv(num_tokens, NUM_THREADS)):
+        for step in T.serial(steps_over(num_tokens, NUM_THREADS)):
             candidate = step * NUM_THREADS + team.thread
             if candidate < num_tokens:
                 if is_own(candidate):
@@ -36,7 +36,7 @@ def mark_all(team, words, num_words, num_tokens, is_own):
 @T.macro
 def mark_words(team, words, num_words, num_tokens):
     """Every bit."""
-    for step in T.serial(T.ceildiv(num_words, NUM_THREADS)):
+    for step in T.serial(steps_over(num_words, NUM_THREADS)):
         word = step * NUM_THREADS + team.thread
         if word < num_words:
             excess = T.cast(T.max(word * 32 + 32 - num_tokens, 0), T.uint32)
@@ -71,7 +71,7 @@ def mark_windows(team, words, windows, num_tokens, weights, logit, limit):
     """Phase 5: sinks and recent tokens; the mass of what only they keep is added up."""
     distance = lambda candidate: weights.distance(logit(candidate))
     num_sinks = T.min(windows.num_sink_tokens, num_tokens)
-    for step in T.serial(T.ceildiv(num_sinks, NUM_THREADS)):
+    for step in T.serial(steps_over(num_sinks, NUM_THREADS)):
         early = step * NUM_THREADS + team.thread
         if early < num_tokens:
             if windows.keeps(early, windows.position(early) < windows.num_sink_tokens):
@@ -79,7 +79,7 @@ def mark_windows(team, words, windows, num_tokens, weights, logit, limit):
                 if distance(early) > limit:
                     T.atomic_add(team.forced_mass[team.number], weights.mass(distance(early)))
     num_recent = T.max(T.min(windows.num_recent, num_tokens), 0)
-    for step in T.serial(T.ceildiv(num_recent, NUM_THREADS)):
+    for step in T.serial(steps_over(num_recent, NUM_THREADS)):
         late = num_tokens - 1 - (step * NUM_THREADS + team.thread)
         if late >= 0:
             if windows.keeps(

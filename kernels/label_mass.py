@@ -17,6 +17,7 @@ from .pools import TILE_TOKENS
 from .strided import strided
 from .token_keys import HIGHEST_KEY, INFINITY_BITS, NUM_BINS, SHARES, OpenTokens, RowScores
 from .token_list import Row
+from .warp import steps_over
 
 MASS_TILES = 4  # whose weights are added up together, so never tuned
 LARGEST = 3.0e38  # below which a largest logit is none
@@ -228,12 +229,12 @@ def fold_parts(parts, num_parts, row, num_warps, norms):
     top = T.alloc_var(T.float32)
     total = T.alloc_var(T.float32)
     warp, in_warp = T.get_thread_binding() // 32, T.get_thread_binding() % 32
-    for turn in T.serial(T.ceildiv(num_heads, num_warps)):
+    for turn in T.serial(steps_over(num_heads, num_warps)):
         head = turn * num_warps + warp
         if head < num_heads:
             top = -T.infinity(T.float32)
             total = 0.0
-            for chunk in T.serial(T.ceildiv(num_parts, 32)):
+            for chunk in T.serial(steps_over(num_parts, 32)):
                 part = chunk * 32 + in_warp
                 if part < num_parts:
                     top, total = join_masses(

@@ -21,7 +21,7 @@ from .pools import TILE_TOKENS
 from .query import by_kv_head, check_query, check_scale, step_shape
 from .strided import channel_at, first_chunk, strided
 from .token_list import Row, TokenList, entry_tokens
-from .warp import join_block
+from .warp import join_block, steps_over
 
 NUM_THREADS = 256  # at least head_dim
 UP, DOWN = 1 + 2.0**-9, 1 - 2.0**-22
@@ -216,7 +216,7 @@ def mass_bound_kernel(
             T.assume(width_entries * run % TILE_TOKENS == 0)
             count = kept_counts[batch, kv_head]
             num_tiles = T.ceildiv(candidates.slots(row), TILE_TOKENS)
-            num_steps = T.ceildiv(num_tiles, NUM_THREADS)
+            num_steps = steps_over(num_tiles, NUM_THREADS)
             is_candidate = lambda at, listed: (
                 T.And(listed, candidates.is_own(row, at, head)) if candidates.by_head else listed
             )

@@ -9,7 +9,7 @@ from tvm.tirx import Buffer, PrimExpr
 
 from .threshold import BINS_PER_THREAD
 from .token_keys import LOWEST_KEY, NUM_BINS
-from .warp import atomic_add, atomic_or
+from .warp import atomic_add, atomic_or, steps_over
 
 NUM_THREADS = NUM_BINS // BINS_PER_THREAD
 NEAR_AT_ONCE = 4
@@ -33,7 +33,7 @@ class NearKeys(NamedTuple):
         count = T.alloc_var(T.int32)
         for own in T.serial(self.num_chunks):
             count = self.counts[self.row, own]
-            for turn in T.serial(T.ceildiv(count, NEAR_AT_ONCE * NUM_THREADS)):
+            for turn in T.serial(steps_over(count, NEAR_AT_ONCE * NUM_THREADS)):
                 first = turn * (NEAR_AT_ONCE * NUM_THREADS) + T.get_thread_binding()
                 for i in T.unroll(NEAR_AT_ONCE):
                     if first + i * NUM_THREADS < count:

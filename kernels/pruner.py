@@ -23,7 +23,7 @@ from .threshold import BINS_PER_THREAD, check_num_items
 from .token_list import Row, TokenList
 from .top_p import prune_heads
 from .tuned import Planned, planned
-from .warp import atomic_exchange, atomic_or
+from .warp import atomic_exchange, atomic_or, steps_over
 
 LOGIT_DTYPES = (torch.float16, torch.float32)
 SEARCH_SOURCES = (
@@ -180,7 +180,7 @@ def meet(words, union_words, arrived, row, num_words, group_size):
     takes the union into its words, and leaves zeros for the next launch."""
     thread = T.get_thread_binding()
     place = T.alloc_shared((1,), T.int32, scope="shared")
-    for step in T.serial(T.ceildiv(num_words, NUM_THREADS)):
+    for step in T.serial(steps_over(num_words, NUM_THREADS)):
         word = step * NUM_THREADS + thread
         if word < num_words:
             if words[word] != T.uint32(0):
@@ -193,7 +193,7 @@ def meet(words, union_words, arrived, row, num_words, group_size):
         )
     T.sync_threads()
     if place[0] == group_size - 1:
-        for step in T.serial(T.ceildiv(num_words, NUM_THREADS)):
+        for step in T.serial(steps_over(num_words, NUM_THREADS)):
             word = step * NUM_THREADS + thread
             if word < num_words:
                 bits = atomic_exchange(union_words[row.batch, row.kv_head, word], 0)

@@ -29,6 +29,7 @@ from .sign_selector import sign_rows
 from .threshold import check_num_items
 from .top_pages import TOP_PAGES, TopPagesConfig, take_top_pages
 from .tuned import Planned, Planner, planned
+from .warp import steps_over
 
 
 class QuestPlan(NamedTuple):
@@ -202,7 +203,7 @@ def all_pages_kernel(page_size: int):
         with T.Kernel(num_kv_heads, batch_size, threads=num_threads) as (kv_head, batch):
             thread = T.get_thread_binding()
             num_pages = T.ceildiv(seq_lens[batch], page_size)
-            for step in T.serial(T.ceildiv(num_pages, num_threads)):
+            for step in T.serial(steps_over(num_pages, num_threads)):
                 page = step * num_threads + thread
                 if page < num_pages:
                     candidate_pages[batch, kv_head, page] = page

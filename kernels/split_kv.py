@@ -14,6 +14,7 @@ from tvm.tirx import Buffer, PrimExpr
 
 from .compiling import TILE_LEVEL, Start, start_early
 from .token_list import Row, TokenList
+from .warp import steps_over
 
 LOG2E = 1.4426950408889634
 LEAST_MAX = -1e30  # of logits: finite, where a query head has none, so that its weights are 0
@@ -67,16 +68,18 @@ class Work(NamedTuple):
         """Appends a row's items, in no order that matters. All threads of the block take part."""
         thread = T.get_thread_binding()
         first_item = T.alloc_shared((1,), T.int32, scope="shared")
+        rows_before = T.alloc_var(T.int32)
         num_splits = num_splits_of(num_tokens, self.split_tokens, self.row_splits)
         if thread == 0:
             taken = T.uint64(1 << 32) + T.cast(num_splits, T.uint64)
             before = T.atomic_add(self.ticket[0], taken, return_prev=True)
             first_item[0] = T.cast(before & T.uint64(0xFFFFFFFF), T.int32)
-            if T.cast(before >> T.uint64(32), T.int32) == self.num_rows - 1:
+            rows_before = T.cast(before >> T.uint64(32), T.int32)
+            if rows_before == self.num_rows - 1:
                 self.num_items[0] = first_item[0] + num_splits
                 self.ticket[0] = T.uint64(0)
         T.sync_threads()
-        for step in T.serial(T.ceildiv(num_splits, num_threads)):
+        for step in T.serial(steps_over(num_splits, num_threads)):
             split = step * num_threads + thread
             if split < num_splits:
                 item = first_item[0] + split
@@ -218,7 +221,7 @@ def merge_kernel(
                     lse[batch, kv_head, head] = -T.infinity(T.float32)
             if num_splits > 1:
                 max_log2 = -T.infinity(T.float32)
-                for step in T.serial(T.ceildiv(num_splits, 32)):
+                for step in T.serial(steps_over(num_splits, 32)):
                     split = T.min(step * 32 + lane, num_splits - 1)
                     max_log2 = T.max(max_log2, partial_lse[batch, kv_head, split, head, 0])
                 max_log2 = T.warp_reduce_max(max_log2)

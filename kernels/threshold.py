@@ -18,7 +18,7 @@ import tilelang.language as T
 from tvm.tirx import Buffer, PrimExpr
 
 from .gpu import Gpu
-from .warp import block_exclusive_sum, share_sum_above, warps_above
+from .warp import block_exclusive_sum, share_sum_above, steps_over, warps_above
 
 BINS_PER_THREAD = 4
 HALF_WORD = 16
@@ -275,7 +275,7 @@ def compact(words, num_words, position, output, row, num_threads, neighbours=Tru
     bits = T.alloc_var(T.uint32)
     slot = T.alloc_var(T.int32)
     count = 0
-    for base in T.serial(T.ceildiv(num_words, num_threads)):
+    for base in T.serial(steps_over(num_words, num_threads)):
         word = base * num_threads + thread
         bits = T.uint32(0)
         if word < num_words:

@@ -5,7 +5,7 @@ import tilelang.language as T
 
 from .compiling import THREAD_LEVEL
 from .near_tokens import NUM_THREADS
-from .warp import block_exclusive_sum
+from .warp import block_exclusive_sum, steps_over
 
 
 @tilelang.jit(pass_configs=THREAD_LEVEL)
@@ -32,7 +32,7 @@ def token_union_kernel(group_size: int):
             heads = T.alloc_var(T.uint32)
             used_words = T.ceildiv(seq_lens[batch], 32)
             count = 0
-            for turn in T.serial(T.ceildiv(used_words, NUM_THREADS)):
+            for turn in T.serial(steps_over(used_words, NUM_THREADS)):
                 word = turn * NUM_THREADS + T.get_thread_binding()
                 union = T.uint32(0)
                 for head in T.unroll(group_size):

@@ -15,7 +15,7 @@ from .keep_mask import Windows, mark_all, mark_near, mark_windows
 from .search_team import MAX_VALUES, NUM_THREADS, VECTOR, Share, Team, is_held
 from .softmax_weights import DISTANCE_BITS, STEPS, UNITY, Weights, weight
 from .split_kv import LOG2E
-from .warp import reserve
+from .warp import reserve, steps_over
 
 
 @T.macro
@@ -93,7 +93,7 @@ def visit_near(team, share, logit, turn, visit):
     """visit(candidate, its logit), of those that phase 2 listed; of all where it did not."""
     if share.held:
         listed = team.num_near[team.number, turn % 2]
-        for step in T.serial(T.ceildiv(listed, NUM_THREADS)):
+        for step in T.serial(steps_over(listed, NUM_THREADS)):
             if step * NUM_THREADS + team.thread < listed:
                 near = team.near[team.number, step * NUM_THREADS + team.thread]
                 candidate = T.cast(near, T.int32)
@@ -180,7 +180,7 @@ def prune_heads(
         share.load(lambda at: logits.at(heads.of(0, team.number), at))
     num_tokens = candidates.count(row)
     if not held:
-        share = share._replace(num_chunks=T.ceildiv(num_tokens, NUM_THREADS * size))
+        share = share._replace(num_chunks=steps_over(num_tokens, NUM_THREADS * size))
     position = lambda candidate: candidates.token(row, candidate, beyond=True)
     first_recent = row.seq_len - window.num_recent_tokens
     num_recent = 0
@@ -190,7 +190,7 @@ def prune_heads(
 
     team.search.clear()
     num_words = T.ceildiv(num_tokens, 32)
-    for step in T.serial(T.ceildiv(num_words, heads.at_once * NUM_THREADS)):
+    for step in T.serial(steps_over(num_words, heads.at_once * NUM_THREADS)):
         word = (step * heads.at_once + team.number) * NUM_THREADS + team.thread
         if word < num_words:
             words[word] = T.uint32(0)

@@ -21,7 +21,7 @@ from .threshold import BINS_PER_THREAD, Search
 from .token_keys import LAST_PLACE, NUM_BINS, Binning, OpenTokens
 from .token_union import token_union_kernel
 from .tuned import Planned
-from .warp import block_exclusive_sum, reserve
+from .warp import block_exclusive_sum, reserve, steps_over
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def list_bits(words, row, num_words, warp_sums, output):
     slot = T.alloc_var(T.int32)
     count = T.alloc_var(T.int32)
     count = 0
-    for turn in T.serial(T.ceildiv(num_words, NUM_THREADS)):
+    for turn in T.serial(steps_over(num_words, NUM_THREADS)):
         word = turn * NUM_THREADS + thread
         bits = T.uint32(0)
         if word < num_words:

@@ -1,4 +1,5 @@
-"""What the threads of a warp or a block add up together, and the atomics that they meet by.
+"""What the threads of a warp or a block add up together, how many steps they take over a list, and
+the atomics that they meet by.
 
 The atomics are CUDA's: TileLang's T.atomic_add, where it returns what was there, takes the slow way
 round through generic addresses; its T.atomic_or is for global memory alone; it has no exchange.
@@ -11,19 +12,30 @@ from tvm.tirx import PrimExpr
 
 
 @T.macro
+def steps_over(count, size):
+    """How many steps of `size` cover `count`. A variable: in the bound of a loop the division
+    becomes a shift, and the compiler's prover tries in vain to relate it to all that stands inside,
+    for half of the time that the kernel takes to compile.
+    """
+    number = T.alloc_var(T.int32)
+    number = T.ceildiv(count, size)
+    return number
+
+
+@T.macro
 def warp_inclusive_sum(value, downward=False):
     """The sum of an int32 over the lanes up to this one; from this one on where `downward`."""
     lane = T.get_thread_binding() % 32
     running = T.alloc_var(T.int32)
     running = value
-    for step in T.unroll(5):
+    for distance in (1, 2, 4, 8, 16):
         if downward:
-            higher = T.shfl_down(running, 1 << step)
-            if lane + (1 << step) < 32:
+            higher = T.shfl_down(running, distance)
+            if lane + distance < 32:
                 running += higher
         else:
-            lower = T.shfl_up(running, 1 << step)
-            if lane >= (1 << step):
+            lower = T.shfl_up(running, distance)
+            if lane >= distance:
                 running += lower
     return running
 
