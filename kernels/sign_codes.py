@@ -433,6 +433,7 @@ def sign_kernel(head_dim: int, page_size: int, kv_dtype: str, smooth: bool = Fal
             first = T.alloc_var(T.int32)
             block = T.alloc_var(T.int32)
             end = T.alloc_var(T.int32)
+            first_visited = T.alloc_var(T.int32)
             first = T.max(first_tokens[batch] - back, 0)
             block = first // BLOCK_TOKENS + nth
             end = T.min(T.min(row.seq_len, max_pages * page_size), (block + 1) * BLOCK_TOKENS)
@@ -452,8 +453,10 @@ def sign_kernel(head_dim: int, page_size: int, kv_dtype: str, smooth: bool = Fal
                     mean.dequantize(scale, zero)
                 is_whole = end == (block + 1) * BLOCK_TOKENS
                 start = block * BLOCK_TOKENS
+                # A variable, since lowering gives every statement of a visit a condition on it.
+                first_visited = T.if_then_else(is_whole, start, first)
                 visit_tokens(
-                    keys, start, T.if_then_else(is_whole, start, first), end, added,
+                    keys, start, first_visited, end, added,
                     lambda x, token: write_new(x, mean, keys, token, signs, first),
                 )  # fmt: skip
                 if is_whole:
