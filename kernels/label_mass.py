@@ -162,6 +162,7 @@ class KeptLogits(NamedTuple):
         best = T.alloc_var(T.float32)
         for head in T.unroll(num_heads):
             own_norms[head] = norms[row.batch, row.kv_head, head]
+        place = T.alloc_var(T.int32)
         for turn in T.serial(self.logits.shape[0] // num_threads):
             place = turn * num_threads + T.get_thread_binding()
             if self.first + place < row.seq_len:
@@ -285,7 +286,7 @@ def weigh_chunk(reader, masses, kept, meeting, chunk, config, written, bins, loa
             has_norms[0] = is_last[0]
         T.sync_threads()
         if is_last[0]:
-            num_parts = T.ceildiv(row.seq_len, RUN_TOKENS)
+            num_parts = steps_over(row.seq_len, RUN_TOKENS)
             fold_parts(parts, num_parts, row, config.num_warps, norms)
             T.sync_threads()
             if thread == 0:
