@@ -22,7 +22,6 @@ from .labels import (
 )
 from .quantize import code_of, scale_and_zero
 from .strided import assume_aligned, strided
-from .warp import steps_over
 
 MAX_CODE = 15
 MAX_BOUND_CODE = 255
@@ -378,7 +377,7 @@ def append_kernel(
             if active[batch] != T.uint8(0) and token >= 0 and token < max_pages * page_size:
                 page = page_table[batch, token // page_size]
                 if page >= 0 and page < num_pages:
-                    for step in T.serial(steps_over(num_kv_heads, NUM_WARPS)):
+                    for step in T.serial(T.ceildiv(num_kv_heads, NUM_WARPS)):
                         kv_head = step * NUM_WARPS + thread // 32
                         if kv_head < num_kv_heads:
                             place = Place(page, kv_head, thread % 32, channels)
