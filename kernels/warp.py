@@ -13,9 +13,8 @@ from tvm.tirx import PrimExpr
 
 @T.macro
 def steps_over(count, size):
-    """How many steps of `size` cover `count`. A variable: in the bound of a loop the division
-    becomes a shift, and the compiler's prover tries in vain to relate it to all that stands inside,
-    for half of the time that the kernel takes to compile.
+    """How many steps of `size` cover `count`. A variable: a loop's bound would be a shift, which the
+    compiler tries at length, and in vain, to relate to all that stands inside.
     """
     number = T.alloc_var(T.int32)
     number = T.ceildiv(count, size)
@@ -28,14 +27,14 @@ def warp_inclusive_sum(value, downward=False):
     lane = T.get_thread_binding() % 32
     running = T.alloc_var(T.int32)
     running = value
-    for distance in (1, 2, 4, 8, 16):
+    for step in T.unroll(5):
         if downward:
-            higher = T.shfl_down(running, distance)
-            if lane + distance < 32:
+            higher = T.shfl_down(running, 1 << step)
+            if lane + (1 << step) < 32:
                 running += higher
         else:
-            lower = T.shfl_up(running, distance)
-            if lane >= distance:
+            lower = T.shfl_up(running, 1 << step)
+            if lane >= (1 << step):
                 running += lower
     return running
 
