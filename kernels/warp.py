@@ -13,8 +13,8 @@ from tvm.tirx import PrimExpr
 
 @T.macro
 def steps_over(count, size):
-    """How many steps of `size` cover `count`. A variable: a loop's bound would be a shift, which the
-    compiler tries at length, and in vain, to relate to all that stands inside.
+    """How many steps of `size` cover `count`, in a variable: a loop's bound would be a shift, which
+    the compiler tries at length, and in vain, to relate to what stands inside.
     """
     number = T.alloc_var(T.int32)
     number = T.ceildiv(count, size)
