@@ -152,6 +152,7 @@ class KernelEngine:
         model.set_attn_implementation(NAME)
         self.model, self.page_size, self.measure_every = model, page_size, measure_every
         self.prompt_length = self.fed = 0
+        self.labels: dict[str, dict[int, LabelFormat]] = {}  # by configuration
 
     @torch.no_grad()
     def prefill(self, tokens: list[int], room: int) -> torch.Tensor:
@@ -168,9 +169,10 @@ class KernelEngine:
         behind = self.cache.get_seq_length() - self.prompt_length
         if behind:
             self.cache.crop(-behind)
-        labels = configuration.label_formats(self.model.config)
+        if configuration.name not in self.labels:  # its file is read for every layer
+            self.labels[configuration.name] = configuration.label_formats(self.model.config)
         options = decode_options(configuration, self.page_size)
-        self.cache.configure(options, dense_layers, labels)
+        self.cache.configure(options, dense_layers, self.labels[configuration.name])
         self.captured, self.fed = CapturedDecode(self.model, self.cache), 0
         self.measures = Measures(configuration.dense_layers)
         return self.measures
