@@ -7,9 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from twilight_tilelang.reference.labels import LabelFormat
 from twilight_tilelang.reference.twilight_config import SKIPPED_LAYERS, TwilightConfig, read_config
 
-SELECTORS = {"none": "full", "quest": "quest", "ds": "ds", "oracle_topk": "oracle"}
+SELECTORS = {
+    "none": "full",
+    "quest": "quest",
+    "ds": "ds",
+    "oracle_topk": "oracle",
+    "signs": "signs",
+}
 
 
 class MissingChannels(ValueError):
@@ -79,6 +86,21 @@ class Configuration:
         always |= {"floor": self.min_kept_tokens - 1 and self.min_kept_tokens}
         before = "".join(f"{name}{count}-" for name, count in always.items() if count)
         return before + str(content).replace(" ", "").replace("'", "")
+
+    def label_formats(self, config: Any) -> dict[int, LabelFormat]:
+        """Of every layer whose tokens are scored by labels, in a model of this config of Hugging
+        Face's.
+
+        Raises:
+            ValueError: there is no channel file, or it does not fit the model.
+        """
+        self.check_channels()
+        num_heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+        heads = (num_heads, config.num_key_value_heads, head_dim)
+        layers = range(config.num_hidden_layers)
+        found = {layer: self.config.label_format(layer, *heads) for layer in layers}
+        return {layer: own for layer, own in found.items() if own is not None}
 
     def check_channels(self) -> None:
         """Raises MissingChannels where Double Sparsity has no channel file to read."""

@@ -6,6 +6,7 @@ PyTorch. Where there is no GPU the adapter runs the reference, and so this is te
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ import twilight_tilelang
 from twilight_tilelang import reference
 from twilight_tilelang.integrations.transformers import NAME, TwilightCache
 from twilight_tilelang.integrations.transformers_graph import CapturedDecode
+from twilight_tilelang.kernels.labels import LABEL_BITS, LabelFormat
 from twilight_tilelang.kernels.options import DecodeOptions
-from twilight_tilelang.reference.estimator import candidate_tokens
+from twilight_tilelang.reference.estimator import candidate_tokens, own_columns
+from twilight_tilelang.reference.lists import Candidates
 from twilight_tilelang.reference.pruner import candidate_weights, heaviest, top_p_set_sorted
 
 from .configurations import Configuration
@@ -32,12 +35,18 @@ class MeasuredCache(TwilightCache):
 
     measures: Measures | None = None
 
-    def configure(self, options: DecodeOptions, dense_layers: int) -> None:
-        """New options for the steps to come; the first so many layers attend densely."""
-        self.options = options
+    def configure(
+        self, options: DecodeOptions, dense_layers: int, labels: Mapping[int, LabelFormat]
+    ) -> None:
+        """New options for the steps to come; the first so many layers attend densely. The pages,
+        of which there are some, get what the selector scores tokens by, and lose another's."""
+        self.options, self.labels = options, labels
         self.steps.clear()
         for number, layer in self.full_layers.items():
             layer.dense = number < dense_layers
+            scores = {name: None for name in ("labels", "signs") if hasattr(layer.pages, name)}
+            layer.pages = dataclasses.replace(layer.pages, **scores)
+            layer.add_scores()
 
     def step(self, pages: Any, num_qo_heads: int, sm_scale: float, dense: bool) -> Any:
         """The step of the adapter, measured if there are measures."""
@@ -70,32 +79,41 @@ class MeasuredStep:
             everything = torch.ones_like(logits, dtype=torch.bool)
             return Sets(everything, everything, logits.new_ones(logits.shape[:2]))
         group_size = q.shape[1] // pages.num_kv_heads
-        columns = candidate_tokens(pages, self.plain.candidates)[0]
+        candidates = in_reference(self.plain.candidates)
+        columns = candidate_tokens(pages, candidates)
+        valid = own_columns(candidates, columns, q.shape[1])[0]
+        columns = columns[0].repeat_interleave(group_size, 0)
         if options.path == "candidates":
-            read = as_mask(columns, logits.shape[-1]).repeat_interleave(group_size, 0)[:, None]
+            read = as_mask(torch.where(valid, columns, -1), logits.shape[-1])[:, None]
             return Sets(read, read, logits.new_ones(logits.shape[:2]))
         tokens, counts, mass = self.plain.kept
         listed = torch.arange(tokens.shape[-1], device=tokens.device) < counts[0, :, None]
         tokens = torch.where(listed, tokens[0], -1).long()
         read = as_mask(tokens, logits.shape[-1]).repeat_interleave(group_size, 0)[:, None]
-        own = self.own_columns(q, pages, columns.repeat_interleave(group_size, 0))
-        own_tokens = torch.where(own, columns.repeat_interleave(group_size, 0), -1)
-        own = as_mask(own_tokens, logits.shape[-1])[:, None]
-        return Sets(own, read, mass[0, :, None])
+        own = torch.where(self.own_set(q, pages, columns, valid), columns, -1)
+        return Sets(as_mask(own, logits.shape[-1])[:, None], read, mass[0, :, None])
 
-    def own_columns(self, q: torch.Tensor, pages: Any, columns: torch.Tensor) -> torch.Tensor:
-        """Which of the candidates' columns are each query head's own set: the estimates of the
-        step once more, as it leaves the union alone."""
+    def own_set(
+        self, q: torch.Tensor, pages: Any, columns: torch.Tensor, valid: torch.Tensor
+    ) -> torch.Tensor:
+        """Which of its candidates' columns each query head keeps, of those that are valid: the
+        estimates of the step once more, as it leaves the union alone."""
         room = twilight_tilelang if q.is_cuda else reference
         options = self.cache.options
         estimates = room.estimate_logits(q, pages, self.plain.candidates, sm_scale=self.sm_scale)
-        valid = columns >= 0
         weights, known = candidate_weights(estimates[0].float(), valid)
         recent = columns >= pages.seq_lens[0] - options.num_recent_tokens
         forced = (columns < options.num_sink_tokens) | recent
         own = top_p_set_sorted(weights, options.top_p)
         own = own | heaviest(weights, options.min_kept_tokens)
         return (own | forced | ~known) & valid
+
+
+def in_reference(candidates: Any) -> Candidates:
+    """The kernels' list, or the reference's, as the reference's."""
+    by_token = "tokens" in candidates._fields
+    kind = reference.CandidateTokens if by_token else reference.CandidatePages
+    return kind(*candidates)
 
 
 def rounded_up(num_tokens: int) -> int:
@@ -134,6 +152,7 @@ class KernelEngine:
         model.set_attn_implementation(NAME)
         self.model, self.page_size, self.measure_every = model, page_size, measure_every
         self.prompt_length = self.fed = 0
+        self.labels: dict[str, dict[int, LabelFormat]] = {}  # by configuration
 
     @torch.no_grad()
     def prefill(self, tokens: list[int], room: int) -> torch.Tensor:
@@ -150,7 +169,10 @@ class KernelEngine:
         behind = self.cache.get_seq_length() - self.prompt_length
         if behind:
             self.cache.crop(-behind)
-        self.cache.configure(decode_options(configuration, self.page_size), dense_layers)
+        if configuration.name not in self.labels:  # its file is read for every layer
+            self.labels[configuration.name] = configuration.label_formats(self.model.config)
+        options = decode_options(configuration, self.page_size)
+        self.cache.configure(options, dense_layers, self.labels[configuration.name])
         self.captured, self.fed = CapturedDecode(self.model, self.cache), 0
         self.measures = Measures(configuration.dense_layers)
         return self.measures
@@ -193,13 +215,14 @@ def decode_options(configuration: Configuration, page_size: int) -> DecodeOption
 
     Raises:
         ValueError: chunk_size is not the page_size.
-        NotImplementedError: the kernels have no such selector.
+        NotImplementedError: the kernels have no such labels.
     """
-    chosen = configuration.config.decode_options(page_size)
-    if chosen["selector"] not in ("full", "quest"):
+    config = configuration.config
+    chosen = config.decode_options(page_size)
+    if chosen["selector"] == "double_sparsity" and config.label_bits not in LABEL_BITS:
         raise NotImplementedError(
-            f"selector.type: the kernels run 'none' or 'quest', got "
-            f"{configuration.config.selector.type!r}; --back-end torch runs it"
+            f"selector.quant_bit: the kernels have labels of {LABEL_BITS} bits, got "
+            f"{config.label_bits} by {config.selector.type!r}; --back-end torch runs it"
         )
     options = DecodeOptions(
         num_sink_tokens=configuration.num_sink_tokens,

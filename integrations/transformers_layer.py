@@ -8,6 +8,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import twilight_tilelang
 from twilight_tilelang import reference
+from twilight_tilelang.kernels.labels import LabelFormat
 from twilight_tilelang.kernels.options import DecodeOptions
 
 from .beams import spread
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 REFERENCE_OPTIONS = (
     *("selector", "token_budget", "top_p", "sm_scale", "path"),
     *("num_sink_tokens", "num_recent_tokens", "min_kept_tokens", "bound_mass"),
-    *("top_p_of", "num_samples"),
+    *("top_p_of", "num_samples", "group"),
 )
 
 
@@ -178,12 +179,24 @@ class TwilightLayer(CacheLayerMixin):
             shape = room.CacheShape(*sizes, keys.dtype, keys.device)
             # More than its rows have room for by a page each: see beams.py.
             self.pages = room.PagedKVCache.empty(shape, num_pages=batch_size * (max_pages + 1))
+            self.add_scores()
         cu_seqlens = torch.zeros(batch_size + 1, dtype=torch.int32, device=keys.device)
         cu_seqlens[1:] = real.sum(dim=1).cumsum(0)
         tokens = [each.transpose(1, 2)[real] for each in (keys, values)]
         if len(tokens[0]) > 0:
             self.pages.extend(*tokens, cu_seqlens)
         self.decoding, self.is_initialized = False, True
+
+    def add_scores(self) -> None:
+        """Gives the pages what the selector scores single tokens by: of the tokens that there are,
+        and from here on of every token. A dense layer has no selector."""
+        selector = "" if self.dense else self.cache.options.selector
+        if selector == "double_sparsity":
+            label_format, config = self.cache.labels[self.number], self.cache.config
+            group_size = config.num_attention_heads // config.num_key_value_heads
+            self.pages = labelled(self.pages, label_format, group_size)
+        elif selector == "signs" and self.pages.k_cache.is_cuda:
+            self.pages = self.pages.with_signs()  # the reference takes signs of the keys themselves
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last tokens, of which transformers gives the negative number."""
@@ -213,6 +226,19 @@ class TwilightLayer(CacheLayerMixin):
         if self.length > 0:
             batch = torch.arange(self.pages.batch_size)
             self.batch_select_indices(batch.repeat_interleave(repeats))
+
+
+def labelled(pages: Any, label_format: LabelFormat, group_size: int) -> Any:
+    """These pages with labels; in the reference, a list of channels for every query head."""
+    channels, bits = label_format
+    channels = channels.to(pages.k_cache.device)
+    if channels.is_cuda:
+        return pages.with_labels(LabelFormat(channels, bits))
+    if len(channels) == pages.num_kv_heads:
+        channels = channels.repeat_interleave(group_size, dim=0)
+    tensors = pages.k_cache, pages.v_cache, pages.page_table, pages.seq_lens
+    own = reference.LabelFormat(channels, bits)
+    return reference.PagedKVCache.wrap(*tensors, label_format=own, layout="NHD")
 
 
 def make_step(pages: Any, num_qo_heads: int, options: DecodeOptions) -> Any:

@@ -15,11 +15,16 @@ METRICS = {  # column: task, words
     "loss_change": ("perplexity", "loss over dense, nats"),
     "score": ("passkey", "passkeys found, %"),
 }
-BACK_ENDS = ("kernels", "torch")  # whose rows are shown, the first that has any
+BACK_ENDS = ("kernels", "torch")  # whose rows are shown: of a method, the first that has any
 WORDS = METHODS | {
     "dense": "dense attention",
+    "signs": "Signs alone",
+    "signs+twilight": "Signs + Twilight",
 }
-ORDER = ("full+twilight", "quest", "quest+twilight", "ds", "ds+twilight")
+ORDER = (
+    *("full+twilight", "quest", "quest+twilight"),
+    *("ds", "ds+twilight", "signs", "signs+twilight"),
+)
 ALWAYS = ["num_sink_tokens", "num_recent_tokens", "min_kept_tokens"]  # kept at any p
 SMALLEST_KL = 1e-5  # a zero has no place on a logarithmic axis
 
@@ -61,11 +66,11 @@ def model_time(frames: Frames) -> Figure:
 
 
 def rows_of_model(frames: Frames) -> pd.DataFrame:
-    """The rows of the first model, with the first back end of BACK_ENDS that has any."""
+    """The rows of the first model, of each method those of the first of BACK_ENDS that has any."""
     rows = frames["quality"]
     rows = rows[rows["model"] == rows["model"].iloc[0]]
-    back_end = next((each for each in BACK_ENDS if (rows["back_end"] == each).any()), "")
-    shown = (rows["back_end"] == back_end) | rows["method"].str.startswith("ds")
+    place = rows["back_end"].map({name: place for place, name in enumerate(BACK_ENDS)})
+    shown = place == place.groupby(rows["method"]).transform("min")
     return require(rows[shown], "quality", f"back_end {' or '.join(BACK_ENDS)}")
 
 

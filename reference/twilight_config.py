@@ -13,6 +13,7 @@ flags. Defaults stand in brackets; what has none is required. A * marks what run
                                        "qk"; r: channels of a label; quant_bit: 32 or more for none;
                                        token_budget or sparsity_rate (-1)
                       oracle_topk *    token_budget; here: ds with every channel, as the keys are
+                      signs *          token_budget; ours, no type of the original's
                       streaming        token_budget, num_sinks
                       sparq            r, token_budget
                       tidal_decode     token_budget, reselection_layers
@@ -110,6 +111,7 @@ TYPES: dict[str, dict[str, dict[str, Argument]]] = {
             "sparsity_rate": RATE,
         },
         "oracle_topk": {"token_budget": COUNT},
+        "signs": {"token_budget": COUNT},
         "streaming": {"token_budget": COUNT, "num_sinks": SINKS},
         "sparq": {"r": COUNT, "token_budget": COUNT},
         "tidal_decode": {"token_budget": COUNT, "reselection_layers": LAYERS},
@@ -127,7 +129,7 @@ TYPES: dict[str, dict[str, dict[str, Argument]]] = {
 FLAGS = {"skip_first_two_layers": True, "use_estimated_weights_in_attn": False}
 RUNS = {
     "compressor": ("none",),
-    "selector": ("none", "quest", "ds", "oracle_topk"),
+    "selector": ("none", "quest", "ds", "oracle_topk", "signs"),
     "weight_estimator": ("none", "min_max_quant"),
     "weight_pruner": ("none", "top_p"),
 }
@@ -173,6 +175,8 @@ class TwilightConfig:
                 )
             num_pages = -(-arguments["token_budget"] // page_size)
             options = {"selector": "quest", "token_budget": num_pages * page_size}
+        elif kind == "signs":
+            options = {"selector": "signs", "token_budget": arguments["token_budget"]}
         elif kind != "none":
             budget = arguments["token_budget"]
             options = {"selector": "double_sparsity", "token_budget": budget, "group": "own"}

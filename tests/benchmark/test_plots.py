@@ -23,6 +23,7 @@ from twilight_tilelang.plots.frames import (
     steps,
 )
 from twilight_tilelang.plots.parts import budget_rule
+from twilight_tilelang.plots.quality_figures import rows_of_model
 from twilight_tilelang.profiling.tables.rows import AnyRow, table_of
 
 MEASURED = Frames(draw.RESULTS / "h200")
@@ -185,9 +186,18 @@ def test_quality_names_every_line_and_its_sinks(tmp_path: Path) -> None:
         "Quest alone, 16 sink tokens, 16 recent",
         "Quest + Twilight, budget 1k",
         "Quest + Twilight, budget 1k, 16 sink tokens, 16 recent, 32 heaviest",
+        "Signs alone",
+        "Signs + Twilight, budget 1k, 16 sink tokens, 16 recent, 32 heaviest",
         "dense attention",
     }
     assert lines <= set(texts)
+
+
+def test_a_method_s_rows_are_those_of_the_kernels_where_these_have_any() -> None:
+    found = [("kernels", "quest"), ("torch", "quest"), ("torch", "ds"), ("exact_upstream", "ds")]
+    rows = [{"model": "tiny", "back_end": back_end, "method": own} for back_end, own in found]
+    shown = rows_of_model({"quality": pd.DataFrame(rows)})
+    assert list(zip(shown["back_end"], shown["method"], strict=True)) == [found[0], found[2]]
 
 
 def test_missing_data_is_an_error_that_names_the_file(

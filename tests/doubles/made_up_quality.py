@@ -13,6 +13,8 @@ CONFIGURATIONS = (  # method, token budget, p, sink tokens, tokens kept
         ("quest+twilight", 1024, p, sinks, int(200 * p))
         for sinks, p in itertools.product((0, 16), (0.8, 0.95))
     ),
+    ("signs", 512, "", 0, 512),
+    *(("signs+twilight", 1024, p, 16, int(200 * p)) for p in (0.8, 0.95)),
 )
 
 

@@ -292,6 +292,13 @@ def test_a_wrong_configuration_is_named(model: Path, config: Path, capsys) -> No
     assert evaluate(model.parent, config, "--task", "niah") == 1
 
 
+def test_the_original_has_no_signs(model: Path, config: Path, capsys) -> None:
+    config.write_text(json.dumps(SPARSE | {"selector": {"type": "signs", "token_budget": 64}}))
+    more = ("--task", "niah", "--lengths", "700")
+    assert evaluate(model, config, *more, back_end="exact_upstream") == 1
+    assert "selector.type: the original has no 'signs'" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_kernels_need_a_gpu(model: Path, config: Path, capsys) -> None:
     assert evaluate(model, config, "--task", "niah", "--lengths", "700", back_end="kernels") == 1
@@ -324,16 +331,19 @@ def test_make_evaluate_from_end_to_end(model: Path, tmp_path: Path, monkeypatch,
     printed = capsys.readouterr().out
     for text in ("lengths 2048, 4096, 8192", "passkeys: 1 of 10", "stretches: 2 of 8"):
         assert f"left out: {text}" in printed
-    assert "left out: configurations: 9 of 42" in printed
+    assert "left out: configurations: 13 of 64" in printed
     path = tmp_path / "results" / "cpu-reference" / "quality.csv"
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     names = {row["configuration"] for row in rows}
     windows = "-sink16-recent16"
     pruned = {
-        f"{base}-p0.8{own}" for base in ("full", "quest-64") for own in ("", f"{windows}-floor32")
+        f"{base}-p0.8{own}"
+        for base in ("full", "quest-64", "signs-64")
+        for own in ("", f"{windows}-floor32")
     }
-    alone = {"dense", "quest-64", f"quest-64{windows}", "ds-64", "ds-64-p0.8"}
+    alone = {f"{base}-64{own}" for base in ("quest", "signs") for own in ("", windows)}
+    alone |= {"dense", "ds-64", "ds-64-p0.8"}
     assert names == pruned | alone
     assert {row["task"] for row in rows} == {"perplexity", "passkey", "niah_single_1"}
     figure = FIGURES["quality_tokens"](Frames(path.parent))
@@ -349,7 +359,7 @@ def test_make_evaluate_ends_in_time_and_says_so(model: Path, tmp_path: Path, mon
     folders = ["--output", str(tmp_path / "out"), "--rows", str(tmp_path / "results")]
     arguments = ["--model", str(model), "--text", str(tmp_path / "text.txt"), *folders]
     assert small.main([*arguments, "--minutes", "0"]) == 0
-    late = "left out: perplexity 700: 18 of 18 runs of a sample, for want of time"
+    late = "left out: perplexity 700: 26 of 26 runs of a sample, for want of time"
     assert late in capsys.readouterr().out
 
 
@@ -358,6 +368,7 @@ def test_the_grid_of_make_evaluate() -> None:
     assert names[0] == "dense" and len(names) == len(set(names))
     default = "quest-2048-p0.95-sink16-recent16-floor32"
     assert {"full-p0.85", "quest-1024", default, "ds-1024-p0.85"} <= set(names)
+    assert {"signs-512", default.replace("quest", "signs")} <= set(names)
     others = small.configurations(small.FULL, None)
     assert not any(each.name.startswith("ds") for each in others) and len(others) < len(names)
 

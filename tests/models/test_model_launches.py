@@ -15,6 +15,7 @@ from tests.test_transformers import make_model, prompts  # noqa: E402
 from twilight_tilelang.integrations.transformers import TwilightCache  # noqa: E402
 from twilight_tilelang.integrations.transformers_graph import CapturedDecode  # noqa: E402
 from twilight_tilelang.kernels.cache import PagedKVCache  # noqa: E402
+from twilight_tilelang.kernels.labels import LabelFormat  # noqa: E402
 from twilight_tilelang.kernels.options import DecodeOptions  # noqa: E402
 from twilight_tilelang.profiling.providers import whole_model  # noqa: E402
 from twilight_tilelang.profiling.providers.backends import TileLang  # noqa: E402
@@ -78,6 +79,31 @@ def test_a_step_launches_an_append_and_its_stages_in_each_layer(
         assert launched[2:] == expected * seen
     assert len(replays) == 2 and replays[0] is replays[1]
     assert cache.get_seq_length() == 53
+
+
+@pytest.mark.parametrize(
+    ("selector", "prompt", "step"),
+    [
+        ("signs", ["sign_kernel"] * 2, ["sign_kernel", "sign_mass_kernel", "sign_score_kernel"]),
+        ("double_sparsity", ["mirror_kernel"], ["label_mass_kernel", "label_score_kernel"]),
+    ],
+)
+@torch.no_grad()
+def test_what_tokens_are_scored_by_is_written_with_their_keys(
+    selector: str, prompt: list[str], step: list[str], model, launched: list[str]
+) -> None:
+    """In the second layer: the first is dense."""
+    tokens = torch.randint(1, 96, (2, 50)).as_subclass(fake_gpu.GpuTensor)
+    channels = torch.arange(16, dtype=torch.int32).expand(3, -1).contiguous()
+    labels = {1: LabelFormat(channels, 4)} if selector == "double_sparsity" else None
+    options = DecodeOptions(selector=selector, token_budget=64)
+    cache = TwilightCache(model.config, 160, options, dense_layers=1, labels=labels)
+    model(tokens, cache=cache)
+    assert sorted(launched) == sorted(["extend_kernel"] * 2 + prompt)
+    launched.clear()
+    model(tokens[:, -1:], cache=cache)
+    prune = ["top_tokens_kernel", *SPARSE[2:]]
+    assert launched == ["append_kernel", *LISTED, "append_kernel", *step, *prune]
 
 
 @torch.no_grad()

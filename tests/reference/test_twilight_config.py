@@ -19,6 +19,7 @@ from twilight_tilelang.reference import (
     prune_top_p,
     read_config,
     select_all,
+    select_by_signs,
     select_pages,
     select_tokens,
     twilight_config,
@@ -292,6 +293,16 @@ def test_from_config_runs_the_oracle_top_k():
         chosen = step.candidates.heads[0, head // 2] >> head % 2 & 1
         tokens = step.candidates.tokens[0, head // 2][chosen.bool()]
         assert set(tokens.tolist()) == set(logits.topk(7).indices.tolist())
+
+
+def test_from_config_runs_signs():
+    """Which no file of the original has."""
+    inputs = small_inputs()
+    cache = PagedKVCache.wrap(*inputs.paged())
+    step = TwilightDecode.from_config(cache, 4, config({"type": "signs", "token_budget": 7}))
+    candidates = select_by_signs(inputs.q, cache, 7)
+    expected = page_attention(inputs.q, cache, candidates)
+    assert torch.equal(step.run(inputs.q, cache), expected)
 
 
 def test_twilight_decode_rejects_an_unknown_path():
