@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -49,12 +50,14 @@ def folder(tmp_path_factory) -> Path:
 
 def run(*arguments: object, **env: str) -> dict:
     """The JSON object that a module of Python's command line prints last."""
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-        timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    with tempfile.TemporaryFile("w+") as out:  # through a pipe, half a megabyte has come cut off
+        done = subprocess.run(
+            [sys.executable, *map(str, arguments)], cwd=ROOT, stdout=out, stderr=subprocess.PIPE,
+            text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        out.seek(0)
+        return json.loads(out.read().splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
