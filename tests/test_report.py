@@ -39,6 +39,8 @@ def test_the_report_adds_up_what_was_checked(empty_ledger):
     ledger.record("soak", "9 steps", {"steps": 9, "checks": 4000, "pages_reused": 7})
     ledger.record("mutants", MUTANTS[0].name, {"caught_by": "tests/test_cache.py::test_x"})
     ledger.record("mutants", MUTANTS[1].name, {"caught_by": None})
+    ledger.record("mutants", MUTANTS[2].name, {"caught_by": None})
+    ledger.record("mutants-emulated", MUTANTS[2].name, {"caught_by": "tests/emulated/test_y.py"})
     text = report.render()
     assert "2,000 generated decode steps, 4,200 rows" in text
     assert "| gqa4 | 2,000 | 4,200 |" in text and "| gqa3 | 0 | 0 |" in text
@@ -48,8 +50,9 @@ def test_the_report_adds_up_what_was_checked(empty_ledger):
         in text
     )
     assert "9 steps: 4,000 checks, 7 pages reused." in text
-    assert f"1 of {len(MUTANTS)} planted faults caught, 2 tried." in text
+    assert f"2 of {len(MUTANTS)} planted faults caught, 1 of them on the GPU; 3 tried." in text
     assert f"| {MUTANTS[0].name} | {MUTANTS[0].file} | tests/test_cache.py::test_x |" in text
+    assert f"| {MUTANTS[2].name} | {MUTANTS[2].file} | tests/emulated/test_y.py |" in text
     assert text.count("**not caught**") == 1
-    assert text.count("not run yet") == len(MUTANTS) - 2
+    assert text.count("not run yet") == len(MUTANTS) - 3
     assert text.count("none, commit 0123456789,") == len(report.SECTIONS)

@@ -74,12 +74,21 @@ def soak(entries: list[dict]) -> str:
 
 
 def mutants(entries: list[dict]) -> str:
-    """What caught each planted fault."""
-    caught_by = {each["unit"]: each["result"]["caught_by"] for each in entries}
-    words = {each.name: caught_by.get(each.name, "not run yet") for each in MUTANTS}
+    """What caught each planted fault: a test on the GPU, or else one of the emulator's."""
+    on_gpu, emulated = (
+        {each["unit"]: each["result"]["caught_by"] for each in own}
+        for own in (entries, ledger.entries("mutants-emulated"))
+    )
+    caught_by = emulated | {name: found for name, found in on_gpu.items() if found is not None}
+    words = {each.name: "not run yet" for each in MUTANTS} | on_gpu | caught_by
     rows = [(each.name, each.file, words[each.name] or "**not caught**") for each in MUTANTS]
-    num_caught = sum(found is not None for found in caught_by.values())
-    head = f"{num_caught} of {len(MUTANTS)} planted faults caught, {len(caught_by)} tried."
+    num_caught, num_on_gpu = (
+        sum(found is not None for found in own.values()) for own in (caught_by, on_gpu)
+    )
+    head = (
+        f"{num_caught} of {len(MUTANTS)} planted faults caught, {num_on_gpu} of them on the GPU; "
+        f"{len(on_gpu | caught_by)} tried."
+    )
     return f"{head}\n\n{table(('fault', 'file', 'caught by'), rows)}"
 
 
