@@ -16,8 +16,8 @@ import twilight_tilelang
 from twilight_tilelang import reference
 from twilight_tilelang.integrations.transformers import NAME, TwilightCache
 from twilight_tilelang.integrations.transformers_graph import CapturedDecode
-from twilight_tilelang.kernels.labels import LABEL_BITS, LabelFormat
-from twilight_tilelang.kernels.options import DecodeOptions
+from twilight_tilelang.kernels.labels import LabelFormat
+from twilight_tilelang.kernels.options import DecodeOptions, options_of
 from twilight_tilelang.reference.estimator import candidate_tokens, own_columns
 from twilight_tilelang.reference.lists import Candidates
 from twilight_tilelang.reference.pruner import candidate_weights, heaviest, top_p_set_sorted
@@ -211,22 +211,10 @@ class KernelEngine:
 
 
 def decode_options(configuration: Configuration, page_size: int) -> DecodeOptions:
-    """The kernels' options of a configuration.
-
-    Raises:
-        ValueError: chunk_size is not the page_size.
-        NotImplementedError: the kernels have no such labels.
-    """
-    config = configuration.config
-    chosen = config.decode_options(page_size)
-    if chosen["selector"] == "double_sparsity" and config.label_bits not in LABEL_BITS:
-        raise NotImplementedError(
-            f"selector.quant_bit: the kernels have labels of {LABEL_BITS} bits, got "
-            f"{config.label_bits} by {config.selector.type!r}; --back-end torch runs it"
-        )
-    options = DecodeOptions(
+    """The kernels' options of a configuration, see `options_of`."""
+    return dataclasses.replace(
+        options_of(configuration.config, page_size),
         num_sink_tokens=configuration.num_sink_tokens,
         num_recent_tokens=configuration.num_recent_tokens,
         min_kept_tokens=configuration.min_kept_tokens,
     )
-    return dataclasses.replace(options, **chosen)

@@ -5,6 +5,9 @@ from typing import NamedTuple
 
 import torch
 
+from twilight_tilelang.reference.twilight_config import TwilightConfig
+
+from .labels import LABEL_BITS
 from .lists import Window
 
 NUM_SAMPLES = 512  # tokens of a KV head that the estimate of all tokens' mass reads
@@ -77,3 +80,26 @@ class DecodeOptions:
     @property
     def extras(self) -> Extras:
         return Extras(self.bound_mass, self.num_samples if self.top_p_of == "all" else None)
+
+
+def options_of(config: TwilightConfig, page_size: int, layer: int | None = None) -> DecodeOptions:
+    """What one of Twilight's JSON configurations asks for, with no windows and no floor, as the
+    original has none.
+
+    Args:
+        config: see `read_config`.
+        page_size: of the cache.
+        layer: of the model; None for one that the configuration does not skip.
+
+    Raises:
+        ValueError: chunk_size is not the page_size.
+        NotImplementedError: the kernels have no such labels.
+    """
+    chosen = config.decode_options(page_size, layer)
+    if chosen["selector"] == "double_sparsity" and config.label_bits not in LABEL_BITS:
+        raise NotImplementedError(
+            f"selector: the kernels have labels of {' or '.join(map(str, LABEL_BITS))} bits, got "
+            f"{config.label_bits} by {config.selector.type!r}; the reference and the evaluation's torch back "
+            "end run it"
+        )
+    return DecodeOptions(**chosen, num_sink_tokens=0, num_recent_tokens=0, min_kept_tokens=1)

@@ -4,9 +4,12 @@ import copy
 import dataclasses
 import itertools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from twilight_tilelang.reference.twilight_config import read_config
 
 from .cache import PagedKVCache, check_cache
 from .candidate_mass import MAX_SAMPLES, CandidateMass, shares_list
@@ -15,7 +18,7 @@ from .crossing import expected_times, fastest, read_bandwidth
 from .explain import explain
 from .launch import LONG_PAGES, MANY_ROWS, on_device
 from .lists import MAX_FLOOR, Candidates, Kept
-from .options import DecodeOptions
+from .options import DecodeOptions, options_of
 from .plan import plan_candidates, plan_dense, plan_sparse
 from .pruner import expand_top_p
 from .query import check_query, check_scale, group_size_of
@@ -112,6 +115,33 @@ class TwilightDecode:
                     self.parts.append((requests, part, torch.cuda.Stream(device)))
         self.out = self.stages.out
         self._compiled = False
+
+    @classmethod
+    def from_config(
+        cls,
+        cache: PagedKVCache,
+        num_qo_heads: int,
+        config: str | Path | Mapping[str, Any],
+        layer: int | None = None,
+        **changes: Any,
+    ) -> "TwilightDecode":
+        """The step that one of Twilight's JSON configurations asks for, see `options_of`.
+
+        Args:
+            cache: for Double Sparsity with labels of the configuration's `label_format`.
+            config: a file's path, or what is in one.
+            layer: of the model; None for one that the configuration does not skip.
+            changes: of the options, by name.
+
+        Raises:
+            ValueError: a key is unknown, missing or wrong, or does not fit the cache.
+            NotImplementedError: it asks for what the kernels do not have.
+        """
+        read = read_config(config)
+        step = cls(cache, num_qo_heads, options_of(read, cache.page_size, layer), **changes)
+        if step.path != "dense" and step.selector == "double_sparsity":
+            read.check_labels(cache.labels, cache.head_dim)
+        return step
 
     @property
     def fused(self) -> bool:

@@ -14,6 +14,7 @@ ALLOWED = {
     "reference": {"reference", "torch"},
     "kernels": {
         *("kernels", "torch", "tilelang", "tvm"),
+        "reference.twilight_config",  # a file format, read in one place
         "_typeshed",  # of the standard library, for types alone
     },
     "profiling": {"profiling", "kernels", "torch", "tqdm"},

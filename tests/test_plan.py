@@ -1,5 +1,7 @@
 """A step is planned when it is made: what it launches then, eagerly and in a captured graph."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -23,6 +25,7 @@ from twilight_tilelang.kernels.plan import (
 )
 from twilight_tilelang.kernels.tuned import Planner
 
+ROOT = Path(__file__).resolve().parent.parent
 ROWS = 160  # of 5 query heads each: cut into 2 parts, too few for one kernel that prunes too
 STAGES = ["page_score_kernel", "top_pages_kernel", "estimator_kernel", "pruner_kernel"]
 ATTENTION = ["tiles_kernel", "merge_kernel"]
@@ -308,3 +311,43 @@ def test_a_step_by_labels_refuses_a_cache_of_others(launched):
     q = torch.zeros(2, 32, 64, dtype=torch.float16, device="cuda")
     with pytest.raises(ValueError, match="cache: expected labels as this step's"):
         step.run(q, kernels.PagedKVCache.empty(CacheShape(2, 64, 8, 64)))
+
+
+CONFIGS = {  # of Twilight's own: what the step is asked for
+    "full": ("full", "dense", None),
+    "full_twilight": ("full", "sparse", 0.85),
+    "quest": ("quest", "candidates", None),
+    "quest_twilight": ("quest", "sparse", 0.85),
+    "ds": ("double_sparsity", "candidates", None),
+    "ds_twilight": ("double_sparsity", "sparse", 0.85),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_configuration_of_twilights_is_a_step(launched, name):
+    selector, path, top_p = CONFIGS[name]
+    file = ROOT / "examples" / "configs" / f"{name}.json"
+    cache = labelled_cache(32)
+    step = kernels.TwilightDecode.from_config(cache, 32, file)
+    assert (step.selector, step.path) == (selector, path)
+    assert step.options.top_p == top_p or path != "sparse"
+    assert (step.options.window, step.options.min_kept_tokens) == ((0, 0), 1)
+    assert step.options.group == "own" or selector != "double_sparsity"
+    assert kernels.TwilightDecode.from_config(cache, 32, file, layer=1).path == "dense"
+    assert kernels.TwilightDecode.from_config(cache, 32, file, num_parts=2).options.num_parts == 2
+
+
+def test_a_configuration_refuses_what_the_kernels_do_not_have(launched):
+    selector = {"type": "oracle_topk", "token_budget": 64}
+    with pytest.raises(NotImplementedError, match="selector: the kernels have labels of 2 or 4"):
+        kernels.TwilightDecode.from_config(labelled_cache(32), 32, configuration(selector))
+    ds = {"type": "ds", "config_path": "a.json", "selected_channel": "q", "token_budget": 64}
+    with pytest.raises(ValueError, match="cache: expected labels of 16 channels in 2 bits, got 64"):
+        kernels.TwilightDecode.from_config(
+            labelled_cache(32), 32, configuration(ds | {"r": 16, "quant_bit": 2})
+        )
+
+
+def configuration(selector: dict) -> dict:
+    none = {"type": "none"}
+    return dict(compressor=none, selector=selector, weight_estimator=none, weight_pruner=none)

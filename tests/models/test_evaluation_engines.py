@@ -259,9 +259,9 @@ def test_a_configuration_becomes_options() -> None:
     selector["token_budget"] = 33
     labels = decode_options(everywhere(selector | {"quant_bit": 2}), 16)
     assert (labels.selector, labels.group, labels.token_budget) == ("double_sparsity", "own", 33)
-    with pytest.raises(NotImplementedError, match=r"quant_bit: .* \(2, 4\) bits, got 3 by 'ds'"):
+    with pytest.raises(NotImplementedError, match="labels of 2 or 4 bits, got 3 by 'ds'"):
         decode_options(everywhere(selector | {"quant_bit": 3}), 16)
-    with pytest.raises(NotImplementedError, match=r"quant_bit: .* got None by 'oracle_topk'"):
+    with pytest.raises(NotImplementedError, match="2 or 4 bits, got None by 'oracle_topk'"):
         decode_options(everywhere({"type": "oracle_topk", "token_budget": 32}), 16)
     signs = decode_options(CONFIGURATIONS["signs alone"], 16)
     assert (signs.selector, signs.token_budget, signs.path) == ("signs", 40, "candidates")
