@@ -97,9 +97,9 @@ def options_of(config: TwilightConfig, page_size: int, layer: int | None = None)
     """
     chosen = config.decode_options(page_size, layer)
     if chosen["selector"] == "double_sparsity" and config.label_bits not in LABEL_BITS:
+        bits = " or ".join(map(str, LABEL_BITS))
         raise NotImplementedError(
-            f"selector: the kernels have labels of {' or '.join(map(str, LABEL_BITS))} bits, got "
-            f"{config.label_bits} by {config.selector.type!r}; the reference and the evaluation's torch back "
-            "end run it"
+            f"selector: the kernels have labels of {bits} bits, got {config.label_bits} by "
+            f"{config.selector.type!r}; the reference and the evaluation's torch back end run it"
         )
     return DecodeOptions(**chosen, num_sink_tokens=0, num_recent_tokens=0, min_kept_tokens=1)
