@@ -62,14 +62,14 @@ class Plan:
     minutes: float | None = None
 
 
-MEASURE_EVERY = 8  # of the kernels' tokens
+MEASURE_EVERY = 16  # of the kernels' tokens
 PLAIN = ({"type": "quest", "chunk_size": 16}, {"type": "signs"})  # that read no channel file
 NOTHING, DEFAULT = (0, 0, 1), (*DecodeOptions().window, DecodeOptions().min_kept_tokens)
 FULL = Plan(
     lengths=(2048, 4096, 8192),
     passkeys=10,
-    needles=10,
-    stretches=8,
+    needles=5,
+    stretches=4,
     decoded=64,
     top_p=(0.8, 0.85, 0.95, 0.99),
     budgets=(512, 1024, 2048),
@@ -211,6 +211,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = parser_of("small", str(__doc__))
     add = parser.add_argument
     add("--channels", type=Path, help="channel file of the model, for Double Sparsity")
+    add("--tasks", nargs="+", choices=KINDS, default=list(KINDS))
+    add("--lengths", type=int, nargs="+", help="in tokens")
     add("--output", type=Path, default=ROOT / "evaluation-results")
     add("--rows", type=Path, default=ROOT / "profiling" / "results", help="where rows join")
     arguments = parser.parse_args(argv)
@@ -219,6 +221,8 @@ def main(argv: list[str] | None = None) -> int:
     plan = FULL if on_gpu else SHORT
     if arguments.minutes is not None:
         plan = replace(plan, minutes=arguments.minutes)
+    if arguments.lengths is not None:
+        plan = replace(plan, lengths=tuple(arguments.lengths))
     try:
         arguments.model = arguments.model or fetched_model(arguments.output / MODEL)
         text = arguments.text = arguments.text or default_text(arguments.output)
@@ -230,26 +234,28 @@ def main(argv: list[str] | None = None) -> int:
     except (ImportError, ValueError) as error:
         print(f"evaluate: {error}")
         return 1
-    late = run_back_end(arguments, plan, "kernels" if on_gpu else "torch", every)
+    back_end = "kernels" if on_gpu else "torch"
+    late = run_back_end(arguments, plan, back_end, every, tuple(arguments.tasks))
     rows = arguments.rows / gpu_label() / ROWS
     write_rows(rows, read_rows(arguments.output / ROWS))
-    for words in left_out(plan, late):
+    tasks_left = [kind for kind in KINDS if kind not in arguments.tasks]
+    for words in (*tasks_left, *left_out(plan), *late):
         print(f"left out: {words}")
     print(f"evaluate: rows -> {rows}")
     return 0
 
 
-def left_out(plan: Plan, late: list[str]) -> Iterator[str]:
-    """What the full form on a GPU has and this run has not, in words."""
-    if plan.lengths != FULL.lengths:
-        more = [length for length in FULL.lengths if length not in plan.lengths]
-        yield f"lengths {', '.join(map(str, more))}, as there is no GPU"
+def left_out(plan: Plan) -> Iterator[str]:
+    """What the full form has and this plan has not, in words."""
+    more = [length for length in FULL.lengths if length not in plan.lengths]
+    if more:
+        yield f"lengths {', '.join(map(str, more))}"
+    if plan.decoded != FULL.decoded:  # the short form
         sizes = [len(configurations(each, Path())) for each in (plan, FULL)]
         yield f"configurations: {sizes[0]} of {sizes[1]}"
         for name in ("passkeys", "needles", "stretches"):
             yield f"{name}: {getattr(plan, name)} of {getattr(FULL, name)} a length"
         yield "times, which are those of PyTorch here"
-    yield from late
 
 
 if __name__ == "__main__":

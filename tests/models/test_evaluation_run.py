@@ -329,7 +329,7 @@ def test_make_evaluate_from_end_to_end(model: Path, tmp_path: Path, monkeypatch,
     arguments = ["--model", str(model), "--text", str(tmp_path / "text.txt"), *folders]
     assert small.main(arguments) == 0
     printed = capsys.readouterr().out
-    for text in ("lengths 2048, 4096, 8192", "passkeys: 1 of 10", "stretches: 2 of 8"):
+    for text in ("lengths 2048, 4096, 8192", "passkeys: 1 of 10", "stretches: 2 of 4"):
         assert f"left out: {text}" in printed
     assert "left out: configurations: 13 of 64" in printed
     path = tmp_path / "results" / "cpu-reference" / "quality.csv"
@@ -361,6 +361,10 @@ def test_make_evaluate_ends_in_time_and_says_so(model: Path, tmp_path: Path, mon
     assert small.main([*arguments, "--minutes", "0"]) == 0
     late = "left out: perplexity 700: 26 of 26 runs of a sample, for want of time"
     assert late in capsys.readouterr().out
+    own = ["--minutes", "0", "--tasks", "passkey", "--lengths", "600"]
+    assert small.main([*arguments, *own]) == 0
+    printed = capsys.readouterr().out
+    assert "left out: perplexity\n" in printed and "passkey 600: 13 of 13 runs" in printed
 
 
 def test_the_grid_of_make_evaluate() -> None:
