@@ -1,6 +1,7 @@
 """What every row says about where it comes from."""
 
 import importlib.metadata
+import os
 import subprocess
 from pathlib import Path
 
@@ -20,15 +21,16 @@ def gpu_label() -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, with a + where files differ from it; "" outside of one."""
+    """The checkout's commit, with a + where files differ from it; outside of one what the variable
+    COMMIT says, or ""."""
     git = ["git", "-C", str(ROOT)]
     try:
         found = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True)
         changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True)
     except OSError:
-        return ""
+        return os.environ.get("COMMIT", "")
     if found.returncode:
-        return ""
+        return os.environ.get("COMMIT", "")
     return found.stdout.decode().strip() + "+" * bool(changed.stdout)
 
 
