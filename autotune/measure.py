@@ -27,7 +27,10 @@ CALM, MAX_TIMES = 0.01, 3
 # What a stage writes; but for the pruner's list of items, which has no fixed order.
 OUTPUTS: dict[str, Callable[[Any], tuple[torch.Tensor, ...]]] = {
     "selector": lambda step: (step.stages.memory.selection.scores, *step.candidates),
-    "label_scores": lambda step: (step.stages.memory.selection.scored.scores,),
+    **dict.fromkeys(
+        ("label_scores", "sign_scores"),
+        lambda step: (step.stages.memory.selection.scored.scores,),
+    ),
     "top_tokens": lambda step: step.candidates[:2],
     "estimator": lambda step: (step.logits,),
     "pruner": lambda step: step.kept,

@@ -70,8 +70,7 @@ def write_table(readme: Path = README, folder: Path = CONFIGS) -> None:
 
 
 def _gain_table(configs: Configs) -> str:
-    shapes = [shape_of_workload(workload) for workload in WORKLOADS]
-    specs = {name: spec for name, spec in SPECS.items() if any(map(spec.applies, shapes))}
+    specs = {name: spec for name, spec in SPECS.items() if configs.fresh(spec)}
     columns = (
         kernel if kernel == spec.stage else f"{kernel} (whole {spec.stage})"
         for kernel, spec in specs.items()

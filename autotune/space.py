@@ -17,6 +17,7 @@ from twilight_tilelang.kernels.plan import SPECS
 from twilight_tilelang.kernels.pools import TILE_TOKENS
 from twilight_tilelang.kernels.pruner import block_memory
 from twilight_tilelang.kernels.search_team import NUM_THREADS
+from twilight_tilelang.kernels.sign_codes import BLOCK_TOKENS
 
 REGISTERS = 65536  # of one SM
 FULL_GPU = 128  # blocks; fewer leave multiprocessors of a large GPU idle
@@ -95,6 +96,28 @@ def _tile_space(
     )
 
 
+def _token_space(fits: Rules) -> Space:
+    """Of a kernel that scores single tokens."""
+    return Space(
+        values={"num_warps": (2, 4, 8), "tiles": (4, 8), "runs": (1, 2, 4)},
+        limits={
+            **fits,
+            "logits of a block, of rows of several heads, leave room for others": (
+                lambda c, s, gpu: (
+                    s.tokens.heads == 1 or 4 * s.tokens.heads * c.block_tokens <= 2**16
+                )
+            ),
+        },
+        sensible={
+            "every SM has a block, or blocks are small": lambda c, s, gpu: (
+                c.num_warps * c.runs == 2
+                or s.num_rows * -(-s.max_pages * s.page_size // c.block_tokens) >= FULL_GPU
+            ),
+            "not all of many runs end at once": lambda c, s, gpu: c.num_warps * c.runs <= 16,
+        },
+    )
+
+
 SPACES = {
     "page_score": _tile_space(
         lambda s: s.max_pages,
@@ -118,25 +141,22 @@ SPACES = {
             ),
         },
     ),
-    "label_score": Space(
-        values={"num_warps": (2, 4, 8), "tiles": (4, 8), "runs": (1, 2, 4)},
-        limits={
+    "label_score": _token_space(
+        {
             "labels of all tiles in flight fit in a thread's registers": lambda c, s, gpu: (
                 2 * c.tiles * (s.tokens.labels.num_bytes // 8 + 2) <= 64
+            )
+        }
+    ),
+    "sign_score": _token_space(
+        {
+            "signs of all tiles in flight fit in a thread's registers": lambda c, s, gpu: (
+                c.tiles * (4 * max(s.head_dim // 128, 1) + 2) <= 64
             ),
-            "logits of a block, of rows of several heads, leave room for others": (
-                lambda c, s, gpu: (
-                    s.tokens.heads == 1 or 4 * s.tokens.heads * c.block_tokens <= 2**16
-                )
+            "tiles in flight lie in one block of 128 tokens": lambda c, s, gpu: (
+                c.tiles * TILE_TOKENS <= BLOCK_TOKENS
             ),
-        },
-        sensible={
-            "every SM has a block, or blocks are small": lambda c, s, gpu: (
-                c.num_warps * c.runs == 2
-                or s.num_rows * -(-s.max_pages * s.page_size // c.block_tokens) >= FULL_GPU
-            ),
-            "not all of many runs end at once": lambda c, s, gpu: c.num_warps * c.runs <= 16,
-        },
+        }
     ),
     "top_tokens": Space(values={"per_thread": (2, 4, 8), "turns": (1, 2, 4, 8)}),
     "estimator": _tile_space(

@@ -30,7 +30,7 @@ from twilight_tilelang.kernels.tuned import CONFIGS, Bucket, Entry
 from twilight_tilelang.profiling import device
 from twilight_tilelang.profiling.workloads.standard import GPU_WORKLOADS
 from twilight_tilelang.profiling.workloads.sweeps import FP8_WORKLOADS
-from twilight_tilelang.profiling.workloads.traffic import label_size
+from twilight_tilelang.profiling.workloads.traffic import label_size, score_stage
 from twilight_tilelang.profiling.workloads.workload import Workload
 
 from .farm import Farm, compile_fault
@@ -62,13 +62,14 @@ class Task:
 
 def shape_of_workload(workload: Workload) -> StepShape:
     """The sizes of a step of a workload's method."""
-    shape, labels = workload.shape, label_size(workload.method)
+    shape, size = workload.shape, label_size(workload.method)
     max_pages = -(-shape.max_seq_len // shape.page_size)
     num_parts = parts_for(shape.batch_size, shape.num_kv_heads, max_pages)
     width = workload.settings(workload.method)[0]
     by_tokens = {}
-    if labels is not None and width < shape.max_seq_len:
-        rows = token_rows("shared", shape.group_size, LabelShape(1, *labels))
+    if score_stage(workload.method) is not None and width < shape.max_seq_len:
+        labels = None if size is None else LabelShape(1, *size)
+        rows = token_rows("shared", shape.group_size, labels)
         by_tokens = dict(candidates="tokens", tokens=rows, row_tokens=width)
     return StepShape(
         group_size=shape.group_size,

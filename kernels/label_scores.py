@@ -257,7 +257,8 @@ def _launches(shape: StepShape, config: LabelScoreConfig) -> tuple[Launch, ...]:
 LABEL_SCORE = KernelSpec(
     name="label_score", stage="label_scores", config=LabelScoreConfig, default=default_config,
     launches=_launches, width=lambda shape: shape.max_pages,
-    applies=lambda shape: shape.tokens is not None, reads_labels=True,
+    applies=lambda shape: shape.tokens is not None and shape.tokens.labels is not None,
+    labels=lambda rows: rows.scored_by,
     sources=(
         "label_scores.py", "label_mass.py", "label_tiles.py", "label_query.py", "labels.py",
         "mma.py", "strided.py", "token_keys.py", "token_list.py", "warp.py",

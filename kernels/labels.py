@@ -64,6 +64,13 @@ class TokenRows(NamedTuple):
         heads: then these two score the quad's first token, and the other two its second."""
         return 1 if self.heads <= 4 else 2
 
+    @property
+    def scored_by(self) -> str:
+        """Channels and bits of a label, and heads of a row; or signs."""
+        if self.labels is None:
+            return "signs"
+        return f"r{self.labels.r}b{self.labels.bits}h{self.heads}"
+
 
 def token_rows(group: str, group_size: int, labels: LabelShape | None) -> TokenRows:
     """The rows of one KV head; without labels those of the sign selector, which are shared."""

@@ -98,7 +98,7 @@ class KernelSpec(Generic[Config]):
         static_width: compiled for its width, rounded up to a power of two.
         applies: whether steps of a shape launch it at all.
         reads_candidates: compiled for what lists them.
-        reads_labels: compiled for their channels and bits.
+        labels: what its buckets say of that which tokens are scored by.
         keeps_room: of the next kernel, placed early, waiting blocks would take the room that this
             one's own need.
     """
@@ -115,7 +115,7 @@ class KernelSpec(Generic[Config]):
     static_width: bool = False
     applies: Callable[[StepShape], bool] = lambda shape: True
     reads_candidates: bool = False
-    reads_labels: bool = False
+    labels: Callable[[TokenRows], str] = lambda rows: ""
     keeps_room: bool = False
 
     @property

@@ -16,6 +16,7 @@ from .page_scores import PAGE_SCORE
 from .pruner import PRUNER, PrunerConfig
 from .requests import cache_launches, sign_launch
 from .selector import SelectorPlan, plan_selector
+from .sign_scores import SIGN_SCORE
 from .split_kv import AttentionConfig
 from .top_pages import TOP_PAGES
 from .top_tokens import TOP_TOKENS
@@ -28,6 +29,7 @@ SPECS: dict[str, KernelSpec[Any]] = {
         PAGE_SCORE,
         TOP_PAGES,
         LABEL_SCORE,
+        SIGN_SCORE,
         TOP_TOKENS,
         ESTIMATOR,
         PRUNER,
@@ -119,10 +121,11 @@ def all_launches(shape: StepShape, planner: Planner) -> list[Launch]:
     plans = tuple(make(own, planner) for make in paths for own in shapes)
     dtypes = (shape.dtype, shape.kv_dtype or shape.dtype)
     labels = None if shape.tokens is None else shape.tokens.labels
-    cache: tuple[Launch, ...] = cache_launches(
-        shape.head_dim, shape.page_size, *dtypes, shape.smooth, labels
-    )
-    if shape.tokens is not None and labels is None:
+    sizes = (shape.head_dim, shape.page_size, *dtypes, shape.smooth)
+    cache: tuple[Launch, ...] = cache_launches(*sizes, labels)
+    if labels is not None:
+        cache += cache_launches(*sizes)[2:]  # it was mirrored before it had labels
+    elif shape.tokens is not None:
         cache += (sign_launch(shape.head_dim, shape.page_size, dtypes[1], shape.smooth),)
     extras = tuple(
         plan_sparse(own, planner, Extras(True, NUM_SAMPLES if shares_list(own) else None))

@@ -11,9 +11,15 @@ import torch
 
 from .cache import PagedKVCache
 from .compiling import THREAD_LEVEL, start_early
-from .gpu import Gpu
 from .label_mass import KeptLogits, Masses, Meeting, weigh_chunk
-from .label_scores import LOOK_CHUNKS, Scorer, TokenScores, binning_of, score_left
+from .label_scores import (
+    LOOK_CHUNKS,
+    Scorer,
+    TokenScores,
+    binning_of,
+    default_config,
+    score_left,
+)
 from .label_tiles import LOG2_E, LabelScoreConfig
 from .labels import TokenRows
 from .launch import KernelSpec, Launch, StepShape
@@ -25,16 +31,6 @@ from .strided import strided
 from .token_keys import NUM_BINS, SHARES, OpenTokens, RowScores
 from .token_list import Row
 from .tuned import Planned
-
-
-def default_config(shape: StepShape, gpu: Gpu) -> LabelScoreConfig:
-    """Few tokens (over all rows) are spread over more blocks; where rows have several heads, a
-    block's logits must fit its shared memory."""
-    assert shape.tokens is not None
-    if shape.tokens.heads > 1:
-        return LabelScoreConfig(num_warps=2 if shape.tokens.heads > TILE_HEADS else 4, runs=1)
-    many = shape.num_rows * shape.max_pages * shape.page_size >= 2**22
-    return LabelScoreConfig(runs=2 if many else 1)
 
 
 def score_signs(
@@ -198,6 +194,7 @@ SIGN_SCORE = KernelSpec(
     name="sign_score", stage="sign_scores", config=LabelScoreConfig, default=default_config,
     launches=_launches, width=lambda shape: shape.max_pages,
     applies=lambda shape: shape.tokens is not None and shape.tokens.labels is None,
+    labels=lambda rows: rows.scored_by,
     sources=(
         "sign_scores.py", "sign_tiles.py", "sign_query.py", "sign_codes.py", "label_scores.py",
         "label_mass.py", "label_tiles.py", "label_query.py", "mma.py", "strided.py",

@@ -347,6 +347,7 @@ TOP_TOKENS = KernelSpec(
     name="top_tokens", stage="top_tokens", config=TopTokensConfig, default=default_config,
     launches=_launches, width=lambda shape: shape.max_pages,
     applies=lambda shape: shape.tokens is not None, reads_candidates=True,
+    labels=lambda rows: rows.scored_by if rows.labels is None else "",  # labels share entries
     sources=(
         "top_tokens.py", "near_tokens.py", "token_union.py", "threshold.py", "token_keys.py",
         "warp.py",

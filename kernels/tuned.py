@@ -39,16 +39,15 @@ class Bucket:
     width: int  # of a row: pages for page_score and top_pages, tokens for the others
     candidates: str = "pages"  # what lists those that a kernel reads; or another of StepShape's
     kv_dtype: str = ""  # of K and V in FP8, where the kernel reads them
-    labels: str = ""  # channels and bits of one, and heads of a row, where the kernel reads labels
+    labels: str = ""  # or signs that score tokens, as far as a kernel tells them apart
 
     @classmethod
     def of(cls, spec: KernelSpec[Any], shape: StepShape) -> "Bucket":
         """Where a kernel's launch of this shape belongs."""
         candidates = shape.candidates if spec.reads_candidates else "pages"
         kv_dtype = shape.kv_dtype if spec.reads_kv else ""
-        width, labels = spec.width(shape), ""
-        if spec.reads_labels and shape.tokens is not None and shape.tokens.labels is not None:
-            labels = f"r{shape.tokens.labels.r}b{shape.tokens.labels.bits}h{shape.tokens.heads}"
+        labels = "" if shape.tokens is None else spec.labels(shape.tokens)
+        width = spec.width(shape)
         return cls(*shape.statics, shape.num_rows, width, candidates, kv_dtype, labels)
 
     def __str__(self) -> str:
@@ -65,7 +64,7 @@ class Bucket:
         pattern = " ".join(f"{name}=(?P<{name}>{values[kinds[name]]})" for name in always)
         pattern += "(?: candidates=(?P<candidates>(?:head_)?tokens))?"
         pattern += "(?: kv_dtype=(?P<kv_dtype>[a-z0-9_]+))?"
-        pattern += r"(?: labels=(?P<labels>r\d+b\d+h\d+))?"
+        pattern += r"(?: labels=(?P<labels>r\d+b\d+h\d+|signs))?"
         match = re.fullmatch(pattern, text)
         if match is None:
             raise ValueError(f"expected a bucket like {_EXAMPLE}, got {text!r}")

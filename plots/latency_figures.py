@@ -26,7 +26,7 @@ from .parts import (
 from .style import LOOKS, count, legend_below, log_axes, microseconds, ticks_at
 
 STEP_FIXED = ["num_qo_heads", "num_kv_heads", "head_dim", "page_size"]
-BY_LABELS = ("ds", "ds+twilight")
+BY_TOKENS = ("ds", "ds+twilight", "signs", "signs+twilight")
 SPEEDUPS = (1, 2, 4, 8, 16, 32)
 
 
@@ -89,7 +89,7 @@ def pipeline_budget(frames: Frames) -> Figure:
         axes.set_title(heads(rows.iloc[0]), loc="left")
         axes.set_xlabel("token budget of the selector")
         _dense_level(axes, twilight)
-        _step_lines(axes, rows, "token_budget", ("quest", *BY_LABELS, "quest+twilight"))
+        _step_lines(axes, rows, "token_budget", ("quest", *BY_TOKENS, "quest+twilight"))
         shown.append(twilight)
     every[0].set_ylabel("time of one step")
     every[0].set_ylim(top=2 * max(rows["dense_us"].max() for rows in shown))
@@ -191,12 +191,15 @@ def _by_length(frames: Frames, prefix: str, what: str) -> Figure:
 
 
 def _step_lines(axes: Axes, rows: pd.DataFrame, x: str, methods: tuple[str, ...]) -> None:
-    """A line per method, ours last, with the floor and the speedups of Quest + Twilight. Those by
-    labels are drawn where there is a line of them."""
+    """A line per method, ours last, with the floor and the speedups of Quest + Twilight. Those that
+    choose single tokens are drawn where there is a line of them, with Quest's budgets."""
     twilight = of_method(rows, "quest+twilight", x)
     line(axes, twilight, x, "floor", f"floor of {METHODS['quest+twilight']}", "floor_us")
+    at = list(dict.fromkeys((x, "token_budget")))
+    as_quest = pd.MultiIndex.from_frame(rows[at]).isin(pd.MultiIndex.from_frame(twilight[at]))
+    rows = rows[as_quest | ~rows["method"].isin(BY_TOKENS)]
     measured = rows["method"].value_counts()
-    methods = tuple(each for each in methods if measured.get(each, 0) > 1 or each not in BY_LABELS)
+    methods = tuple(each for each in methods if measured.get(each, 0) > 1 or each not in BY_TOKENS)
     for method in methods:
         line(axes, of_method(rows, method, x), x, method, METHODS[method])
     for _, row in twilight.dropna(subset="dense_us").iterrows():

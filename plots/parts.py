@@ -40,6 +40,8 @@ METHODS = {
     "full+twilight": "Full + Twilight",
     "ds": "Double Sparsity alone",
     "ds+twilight": "Double Sparsity + Twilight",
+    "signs": "Signs alone",
+    "signs+twilight": "Signs + Twilight",
     "quest+twilight": "Quest + Twilight",
 }
 

@@ -18,8 +18,6 @@ METRICS = {  # column: task, words
 BACK_ENDS = ("kernels", "torch")  # whose rows are shown: of a method, the first that has any
 WORDS = METHODS | {
     "dense": "dense attention",
-    "signs": "Signs alone",
-    "signs+twilight": "Signs + Twilight",
 }
 ORDER = (
     *("full+twilight", "quest", "quest+twilight"),

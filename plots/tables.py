@@ -3,6 +3,7 @@
 Each of TABLES makes the text of one GPU. Rows of a CPU make none: they compare nothing.
 """
 
+import contextlib
 import itertools
 import re
 import textwrap
@@ -28,7 +29,8 @@ from .frames import (
 from .model_figures import PLACE, SIZES, model_rows
 from .parts import METHODS, PROVIDERS, budget_rule, speedup, stage_words
 
-LABELS = {"ds": "64 x 2 bits", "ds-r16-b4": "16 x 4 bits"}
+SCORED_BY = {"ds": "labels, 64 x 2 bits", "ds-r16-b4": "labels, 16 x 4 bits", "signs": "signs"}
+SIGN_PARTS = ("sign_words", "sign_factors", "sign_mean_codes", "sign_mean_scale_zero")
 QUEST, OURS = "quest", "quest+twilight"
 
 
@@ -138,50 +140,56 @@ def stage_table(frames: Frames) -> str:
     return _table(header, lines, caption)
 
 
-def labels_table(frames: Frames) -> str:
-    """Double Sparsity: its selector's kernels beside its authors' in PyTorch, and the whole step
-    beside Quest's."""
-    keys = ["workload", "method", "provider"]
-    steps_of_all = standard_rows(frames, "pipeline")
-    whole, first = steps_of_all.set_index(keys)["median_us"], steps_of_all.iloc[0]
-    alone = {stage: _by_label(frames, stage, keys) for stage in ("label_scores", "top_tokens")}
+def tokens_table(frames: Frames) -> str:
+    """Selectors of single tokens: their kernels, beside those of Double Sparsity's authors in
+    PyTorch, and the whole step beside Quest's."""
+    keys = ["workload", "method", "token_budget", "provider"]
+    rows = standard_rows(frames, "pipeline")
+    whole, first = rows.set_index(keys)["median_us"], rows.iloc[0]
+    quest = rows[rows["method"] == OURS].set_index("workload")
+    alone = [
+        _alone(frames, keys, *own) for own in (("label_scores", "sign_scores"), ("top_tokens",))
+    ]
     lines, beside = [], False
-    for workload, method, provider in whole.index:
+    for workload, method, budget, provider in whole.index:
         name = method.removesuffix("+twilight")
-        if name not in LABELS or method == name:
+        if name not in SCORED_BY or method == name:
             continue
-        cells = [f"{workload} | {LABELS[name]}"]
-        for us, reached in alone.values():
-            own_us = us.get((workload, method, provider))
-            theirs = us.get((workload, method, "doublesparse"))
-            share = reached.get((workload, method, provider))
+        cells = [f"{workload} | {SCORED_BY[name]} | {budget:,}"]
+        for stage in alone:
+            us, reached = stage["median_us"], stage["reached"]
+            own_us = us.get((workload, method, budget, provider))
+            theirs = us.get((workload, method, budget, "doublesparse"))
+            share = reached.get((workload, method, budget, provider))
             cells.append("-" if own_us is None else f"{own_us:,.1f}, {100 * share:.0f} %")
             cells.append("-" if theirs is None else f"{theirs:,.1f}")
             beside |= theirs is not None
-        cells += [f"{whole[workload, each, provider]:,.1f}" for each in (name, method, OURS)]
+        both = (whole[workload, each, budget, provider] for each in (name, method))
+        cells += [f"{us:,.1f}" for us in (*both, quest.loc[workload, "median_us"])]
         lines.append(" | ".join(cells))
     if not lines:
-        raise MissingData("pipeline.csv: no row with a method of Double Sparsity")
+        raise MissingData("pipeline.csv: no row with a method that scores tokens")
     header = (
-        "workload | labels | label scores, us and byte floor reached | authors' gather and matmul "
-        "| top tokens, us and byte floor reached | torch.topk | Double Sparsity alone "
+        "workload | scored by | candidates | scores, us and byte floor reached | authors' gather "
+        "and matmul | top tokens, us and byte floor reached | torch.topk | the selector alone "
         "| + Twilight | Quest + Twilight"
     )
     authors = "; the authors choose them for each query head, by channels of keys in 16 bits"
     caption = (
-        f"Microseconds on {first.gpu.upper()}, {first['dtype']}, {first.token_budget:,} candidates "
-        f"of a KV head for all of its query heads, p as above{authors if beside else ''}."
+        f"Microseconds on {first.gpu.upper()}, {first['dtype']}; candidates of a KV head for all "
+        f"of its query heads, of Quest {quest['token_budget'].iloc[0]:,}, p as above"
+        f"{authors if beside else ''}."
     )
     return _table(header, lines, caption)
 
 
-def _by_label(frames: Frames, stage: str, keys: list[str]) -> tuple[pd.Series, pd.Series]:
-    """Times of a stage, and the shares of its byte floor; none where it is not measured."""
-    try:
-        rows = standard_rows(frames, stage).set_index(keys)
-    except MissingData:
-        rows = pd.DataFrame(columns=["median_us", "reached"])
-    return rows["median_us"], rows["reached"]
+def _alone(frames: Frames, keys: list[str], *stages: str) -> pd.DataFrame:
+    """Times of stages, and the shares of their byte floors; none of what is not measured."""
+    found = []
+    for stage in stages:
+        with contextlib.suppress(MissingData):
+            found.append(standard_rows(frames, stage).set_index(keys))
+    return pd.concat(found) if found else pd.DataFrame(columns=["median_us", "reached"])
 
 
 def fp8_table(frames: Frames) -> str:
@@ -220,24 +228,27 @@ def _halves_and_fp8(rows: pd.DataFrame) -> str:
 
 
 def memory_text(frames: Frames) -> str:
-    """What the mirror and the page bounds add to the cache."""
-    rows = rows_of(frames, "memory", workload=frames["memory"]["workload"].iloc[0])
-    size, first = rows.set_index("part")["bytes_per_token"], rows.iloc[0]
-    cache, mirror, bounds, labels = (
-        size.reindex(parts).sum()
+    """What the mirror and the page bounds add to the cache, and what labels and signs would."""
+    first = frames["memory"].iloc[0]
+    rows = rows_of(frames, "memory", **first[["head_dim", "page_size", "dtype"]])
+    size = rows.drop_duplicates("part").set_index("part")["bytes_per_token"]
+    cache, mirror, bounds, labels, signs = (
+        size[size.index.isin(parts)].sum()
         for parts in (
-            ["k_cache", "v_cache"],
-            ["k_int4", "k_scale_zero"],
-            ["page_bounds", "bounds_scale_zero"],
-            ["label_codes", "label_scale_zero"],
+            ("k_cache", "v_cache"),
+            ("k_int4", "k_scale_zero"),
+            ("page_bounds", "bounds_scale_zero"),
+            ("label_codes", "label_scale_zero"),
+            SIGN_PARTS,
         )
     )
-    more = f", {labels:g} of labels" if labels > 0 else ""
+    others = {"labels": labels, "sign codes": signs}
+    more = [f"; {what} would take {own:g} more" for what, own in others.items() if own > 0]
     return _wrapped(
-        f"A token of a KV head takes {cache:g} bytes of K and V, {mirror:g} of the 4-bit mirror"
-        f"{more} and {bounds:g} of page bounds (head_dim {first.head_dim}, page_size "
-        f"{first.page_size}): {100 * (mirror + bounds + labels) / cache:.1f} % more memory than K "
-        "and V alone."
+        f"A token of a KV head takes {cache:g} bytes of K and V, {mirror:g} of the 4-bit mirror "
+        f"and {bounds:g} of page bounds (head_dim {first.head_dim}, page_size "
+        f"{first.page_size}): {100 * (mirror + bounds) / cache:.1f} % more memory than K "
+        f"and V alone{''.join(more)}."
     )
 
 
@@ -296,7 +307,7 @@ TABLES: dict[str, Callable[[Frames], str]] = {
     "length": length_table,
     "batch": batch_table,
     "stage": stage_table,
-    "labels": labels_table,
+    "tokens": tokens_table,
     "fp8": fp8_table,
     "model": model_table,
     "memory": memory_text,

@@ -14,6 +14,7 @@ from twilight_tilelang.kernels import tuned
 from twilight_tilelang.kernels.cache import CacheShape
 from twilight_tilelang.kernels.compiling import Start
 from twilight_tilelang.kernels.pruner import PRUNER, PrunerConfig
+from twilight_tilelang.kernels.sign_scores import SIGN_SCORE
 from twilight_tilelang.kernels.tuned import Bucket, Configs, Entry
 
 
@@ -31,6 +32,8 @@ def launched(monkeypatch) -> list[Any]:
 def step_of(batch_size: int, max_pages: int, **options) -> tuple[kernels.TwilightDecode, Any]:
     """A step and a cache for it: 8 KV heads of 4 query heads, 16 tokens a page."""
     cache = kernels.PagedKVCache.empty(CacheShape(batch_size, max_pages, 8, 64))
+    if options.get("selector") == "signs":
+        cache = cache.with_signs()
     return kernels.TwilightDecode(cache, 32, **{"token_budget": 256} | options), cache
 
 
@@ -39,6 +42,7 @@ SHAPES = {
     "many-rows": (34, 64, {"num_parts": 1}),
     "many-pages": (2, 4096, {"token_budget": 8192}),
     "every-page": (1, 64, {"selector": "full"}),
+    "signs": (1, 64, {"selector": "signs"}),
     "all-mass": (34, 64, {"num_parts": 2, "top_p_of": "all"}),
     "equal-parts": (20, 64, {"num_parts": 2}),  # one has other configs than all rows at once
     "unequal-parts": (7, 64, {"num_parts": 2}),
@@ -96,16 +100,18 @@ def test_unequal_parts_are_explained_one_by_one(launched):
 def reason_of(stage: str, text: str) -> str:
     """The line under that of a stage."""
     lines = text.splitlines()
-    (at,) = (i for i, line in enumerate(lines) if line.startswith(f"{stage}:"))
+    (at,) = (i for i, line in enumerate(lines) if re.match(f"{stage}[:,]", line))
     return lines[at + 1].strip()
 
 
-def tuned_file(folder, rows: int):
-    """A file of the GPU that is not there, with one entry of the pruner."""
-    config = {"blocks_per_sm": 2, "heads_apart": False}
-    entry = Entry(config, ["any"], 1.0, 2.0, 0.1, {}, PRUNER.source, "", "2026-01-31", "", "")
+def tuned_file(folder, rows: int, kernel=PRUNER, **config):
+    """A file of the GPU that is not there, with one entry of a kernel."""
+    config = config or {"blocks_per_sm": 2, "heads_apart": False}
+    entry = Entry(config, ["any"], 1.0, 2.0, 0.1, {}, kernel.source, "", "2026-01-31", "", "")
     bucket = Bucket(4, 64, 16, "float16", rows, 256)
-    return write_configs(Configs("fake", "sm_90a", {"pruner": {bucket: entry}}), folder)
+    if kernel is not PRUNER:
+        bucket = dataclasses.replace(bucket, width=64, labels="signs")
+    return write_configs(Configs("fake", "sm_90a", {kernel.name: {bucket: entry}}), folder)
 
 
 def test_every_config_has_its_reason(launched, tmp_path, monkeypatch):
@@ -118,6 +124,12 @@ def test_every_config_has_its_reason(launched, tmp_path, monkeypatch):
         assert reason_of("pruner", text) == reason
         assert "PrunerConfig(heads_apart=False, blocks_per_sm=2, pdl=LETTING)" in text
         assert reason_of("estimator", text) == "default: no bucket is near"
+    file = tuned_file(tmp_path, 16, SIGN_SCORE, num_warps=2, tiles=8, runs=1)
+    monkeypatch.setenv(tuned.VARIABLE, str(file))
+    tuned.forget()
+    text = step_of(1, 64, selector="signs")[0].explain()
+    assert reason_of("selector: sign scores", text) == "nearest: rows=16 width=64"
+    assert "LabelScoreConfig(num_warps=2, tiles=8, runs=1, pdl=LETTING)" in text
     pinned = dataclasses.replace(PrunerConfig(), blocks_per_sm=1)
     text = step.with_configs({"pruner": pinned}).explain()
     assert reason_of("pruner", text) == "pinned"

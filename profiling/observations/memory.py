@@ -1,4 +1,4 @@
-"""What the mirror, the bounds and, where there are any, the labels add to the cache."""
+"""What the mirror, the bounds and, where there are any, labels and sign codes add to the cache."""
 
 from ..providers.stages import StageBuilder
 from ..tables.rows import MemoryRow, Origin
@@ -16,6 +16,9 @@ def memory_rows(builder: StageBuilder, gpu: str, origin: Origin) -> list[MemoryR
     if cache.labels is not None:
         labels = {"label_codes": cache.labels.codes, "label_scale_zero": cache.labels.scale_zero}
         sizes |= {part: own.nbytes / slots for part, own in labels.items()}
+    signs = getattr(cache, "signs", None)  # the reference keeps none
+    if signs is not None:
+        sizes |= {f"sign_{part}": own.nbytes / slots for part, own in signs._asdict().items()}
     return [
         MemoryRow(
             **builder.workload.labels(builder.workload.method, gpu),

@@ -6,7 +6,8 @@ the step's own workspace and can be repeated any number of times; `run` and `att
 `estimate_prune(q, cache)` stands for two of them, in one launch where the step is `fused`.
 After `run` the step shows `candidates`, `logits` and `kept`.
 
-`labelled` gives caches of one pool labels; `label_calls` are the two kernels of their selector.
+`labelled` gives caches of one pool labels, and `signed` sign codes; `token_calls` are the two
+stages of their selector. Queries meet signs in `sign_query_bits`, None for all that they have.
 `attend_tokens`, `alone` and `dense` make a call that returns out. As in a decode loop, memory is
 allocated when the call is made, not when it runs.
 """
@@ -35,8 +36,10 @@ class TileLang:
 
     def __init__(self) -> None:
         import twilight_tilelang as kernels  # compiles for a GPU: only where there is one
+        from twilight_tilelang.kernels.sign_query import QUERY_BITS
 
         self.package: ModuleType = kernels
+        self.sign_query_bits = QUERY_BITS
 
     def step(self, cache: Any, num_qo_heads: int, **options: Any) -> Any:
         """A step with a workspace of its own; options are those of `TwilightDecode`."""
@@ -59,9 +62,20 @@ class TileLang:
             every[-1].mirror_pages(*every[-1].used_pages())
         return every
 
-    def label_calls(self, step: Any, q: torch.Tensor, cache: Any) -> dict[str, Callable[[], None]]:
-        """Label scores and top tokens of a step, one by one. The second empties the counts that the
-        first has left: here each leaves none, and a copy of them comes before the second."""
+    def signed(self, caches: Sequence[Any]) -> list[Any]:
+        """The same caches, which share their pages, with sign codes, unless they have them."""
+        first, *others = caches
+        if first.signs is not None:
+            return list(caches)
+        every = [first.with_signs()]
+        for other in others:
+            every.append(dataclasses.replace(other, signs=every[0].signs))
+            every[-1].write_every_sign()
+        return every
+
+    def token_calls(self, step: Any, q: torch.Tensor, cache: Any) -> dict[str, Callable[[], None]]:
+        """Scores and top tokens of a step, one by one. The second empties the counts that the first
+        has left: here each leaves none, and a copy of them comes before the second."""
         from twilight_tilelang.kernels.double_sparsity import score_tokens, take_tokens
         from twilight_tilelang.kernels.query import by_kv_head
 
@@ -82,7 +96,7 @@ class TileLang:
         counted = bins.clone()
         bins.zero_()
 
-        return {"label_scores": score, "top_tokens": take}
+        return {"sign_scores" if plan.by_signs else "label_scores": score, "top_tokens": take}
 
     def alone(
         self, q: torch.Tensor, cache: Any, selector: str, token_budget: int, **windows: int
@@ -124,6 +138,7 @@ class Torch:
 
     provider = "torch"
     device = "cpu"
+    sign_query_bits = None
     package: ModuleType = reference
 
     def step(self, cache: Any, num_qo_heads: int, **options: Any) -> Any:
@@ -142,6 +157,10 @@ class Torch:
         used = torch.ones(first.num_pages, first.page_size, 1, 1, dtype=torch.bool)
         labels.write_pages(pages, used, first.k_cache)
         return [dataclasses.replace(cache, labels=labels) for cache in caches]
+
+    def signed(self, caches: Sequence[Any]) -> list[Any]:
+        """As they are: the reference makes sign codes where it reads them."""
+        return list(caches)
 
     def alone(
         self, q: torch.Tensor, cache: Any, selector: str, token_budget: int, **windows: int

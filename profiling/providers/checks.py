@@ -4,7 +4,7 @@ A check returns the `error` column of its rows and raises `CheckFailed` beyond i
 
     selector   how far below the reference's last chosen page the worst chosen page scores, over
                the largest score
-    label_scores, top_tokens
+    label_scores, sign_scores, top_tokens
                the same of tokens and their ranks
     estimator  |logits - reference| / |reference|, Euclidean norm
     pruner     largest estimated mass, over query heads, of the tokens on which the sets differ
@@ -13,7 +13,7 @@ A check returns the `error` column of its rows and raises `CheckFailed` beyond i
     pipeline   as attention for the check; the column holds |out - dense| / |dense|, what leaving
                tokens out costs
 
-The reference computes in float64 on the same device.
+The reference computes in float64 on the same device, but for sign scores.
 """
 
 import dataclasses
@@ -33,6 +33,8 @@ LOGIT_TOLERANCE = 1e-3
 MASS_TOLERANCE = 1e-3
 COUNT_TOLERANCE = 0.01
 ORACLE = torch.float64
+# Of a request's tokens, [num_kv_heads, length], from q, the reference's cache and the whole one.
+Ranks = Callable[[torch.Tensor, reference.PagedKVCache, Any], torch.Tensor]
 
 
 class CheckFailed(AssertionError):
@@ -89,24 +91,37 @@ def check_selector(q: torch.Tensor, cache: Any, step: Any, num_sink_tokens: int 
     return _within("candidate_pages", max(errors), SCORE_TOLERANCE)
 
 
-def check_tokens(q: torch.Tensor, cache: Any, step: Any) -> float:
+def check_tokens(q: torch.Tensor, cache: Any, step: Any, ranks_of: Ranks) -> float:
     """Chosen tokens, a KV head's for all of its query heads: as many as asked for, none worse than
     the reference's last."""
-    errors, scale = [], cache.head_dim**-0.5
+    errors = []
     for rows, one in requests_to_check(cache):
-        one = dataclasses.replace(one, labels=labels_by_query_head(cache.labels, q.shape[1]))
         length, (tokens, counts, _) = int(one.seq_lens), step.candidates
         expected = min(length, tokens.shape[-1])
         if counts[rows][0].tolist() != [expected] * one.num_kv_heads:
             got = counts[rows][0].tolist()
             raise CheckFailed(f"candidate_counts: expected {expected}, got {got}")
         chosen = _membership(tokens[rows], counts[rows], length)
-        scores = reference.label_scores(q[rows], one, dtype=ORACLE)[0, :, :length]
-        ranks = shared_ranks(scores, one.num_kv_heads, scale)
+        ranks = ranks_of(q[rows], one, cache)
         last = ranks.sort(dim=-1, descending=True).values[:, expected - 1]
         worst = torch.where(chosen, ranks, math.inf).amin(dim=-1)
         errors.append(float(((last - worst) / ranks.abs().amax()).clamp(min=0).amax()))
     return _within("candidate_tokens", max(errors), SCORE_TOLERANCE)
+
+
+def label_ranks(q: torch.Tensor, one: reference.PagedKVCache, cache: Any) -> torch.Tensor:
+    """By the labels of the whole cache."""
+    one = dataclasses.replace(one, labels=labels_by_query_head(cache.labels, q.shape[1]))
+    scores = reference.label_scores(q, one, dtype=ORACLE)[0, :, : int(one.seq_lens)]
+    return shared_ranks(scores, one.num_kv_heads, one.head_dim**-0.5)
+
+
+def sign_ranks(
+    q: torch.Tensor, one: reference.PagedKVCache, _: Any, query_bits: int | None = None
+) -> torch.Tensor:
+    """By sign codes, in float32: in float64 a query's channel may be rounded to other bits."""
+    scores = reference.sign_scores(q, one, query_bits=query_bits).logits[0, :, : int(one.seq_lens)]
+    return shared_ranks(scores, one.num_kv_heads, 1.0)
 
 
 def check_channel_scores(call: Callable[[], torch.Tensor], q: torch.Tensor, cache: Any) -> float:

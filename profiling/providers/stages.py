@@ -22,6 +22,7 @@ from ..workloads.traffic import (
     bytes_moved,
     label_size,
     prunes,
+    score_stage,
 )
 from ..workloads.workload import RANDOM, Workload
 from . import baselines, checks
@@ -80,7 +81,7 @@ class Slot(NamedTuple):
     q: torch.Tensor
     cache: Any
     step: Any
-    label_calls: Callable[..., dict[str, Callable[[], object]]] | None = None  # by labels
+    token_calls: Callable[..., dict[str, Callable[[], object]]] | None = None  # of scored tokens
 
     def with_configs(self, configs: Mapping[str, Any]) -> "Slot":
         """The same with launch configs by kernel, and the defaults of the others."""
@@ -91,12 +92,12 @@ class Slot(NamedTuple):
         """Each stage of the step, in order, and the whole; one stage needs what those before it
         left in the step. Estimator and pruner come alone, and together in the form that the step
         launches; so do the two kernels of a selector of tokens."""
-        stages, by_labels = self.step.stages, {}
-        if self.label_calls is not None:
-            by_labels = self.label_calls(self.step, self.q, self.cache)
+        stages, by_tokens = self.step.stages, {}
+        if self.token_calls is not None:
+            by_tokens = self.token_calls(self.step, self.q, self.cache)
         return {
             "selector": partial(stages.select, self.q, self.cache),
-            **by_labels,
+            **by_tokens,
             "estimator": partial(stages.estimate, self.q, self.cache),
             "pruner": partial(stages.prune, self.cache),
             "estimate_prune": partial(stages.estimate_prune, self.q, self.cache),
@@ -123,6 +124,8 @@ class StageBuilder:
         self._slots: dict[str, list[Slot]] = {}
         if label_size(workload.method) is not None:
             self.sets = self._labelled(workload, sets)
+        elif score_stage(workload.method) is not None:
+            self.sets = RequestSets(sets.queries, self.backend.signed(sets.caches))
 
     def _labelled(self, workload: Workload, sets: RequestSets) -> RequestSets:
         """The same requests with the labels of the workload's method, unless they have them: of the
@@ -176,9 +179,9 @@ class StageBuilder:
                 **workload.always,
                 **GROUP,
             )
-            by_labels = workload.work(method).scores_tokens(method)
-            by_labels = by_labels and self.backend.device == "cuda"
-            slots.append(Slot(q, cache, step, self.backend.label_calls if by_labels else None))
+            by_tokens = workload.work(method).scores_tokens(method)
+            by_tokens = by_tokens and self.backend.device == "cuda"
+            slots.append(Slot(q, cache, step, self.backend.token_calls if by_tokens else None))
             for call in slots[-1].calls.values():
                 call()
         return slots[:wanted]
@@ -192,7 +195,8 @@ class StageBuilder:
     def _token_baselines(self, stage: str) -> list[Provider]:
         """Double Sparsity's selector as its authors have it, a query head at a time."""
         method, found = self.workload.method, list[Provider]()
-        if stage in TOKEN_STAGES and self.backend.device == "cuda":
+        timed = stage in TOKEN_STAGES and label_size(method) is not None
+        if timed and self.backend.device == "cuda":
             queries, caches = self._cold_sets(stage, method)
             kept, work = Kept.same(self.workload.settings(method)[0]), self.workload.work(method)
             with optional(f"doublesparse, {stage}", self.target.notice):
@@ -209,7 +213,12 @@ class StageBuilder:
         out, (q, cache, step) = slot.calls[stage](), slot[:3]
         if stage in TOKEN_STAGES:
             step.stages.select(q, cache)
-            return checks.check_tokens(q, cache, step)
+            ranks_of = {
+                "label_scores": checks.label_ranks,
+                "sign_scores": partial(checks.sign_ranks, query_bits=self.backend.sign_query_bits),
+            }
+            scored_by = score_stage(self.workload.method)
+            return checks.check_tokens(q, cache, step, ranks_of[scored_by])
         if stage == "selector":
             return checks.check_selector(q, cache, step, self.workload.num_sink_tokens)
         if stage == "estimator":
@@ -240,16 +249,19 @@ class StageBuilder:
             for inputs in zip(queries, caches, strict=True)
         ]
 
+        selects = {
+            None: backend.package.select_pages,
+            "label_scores": partial(backend.package.select_tokens, **GROUP),
+            "sign_scores": backend.package.select_by_signs,
+        }
+
         def check() -> float:
             out = calls[0]()
-            windows = workload.windows
-            if label_size(method) is None:
-                candidates = backend.package.select_pages(q, cache, token_budget, **windows)
+            select = selects[score_stage(method)]
+            candidates = select(q, cache, token_budget, **workload.windows)
+            if score_stage(method) is None:
                 checks.check_pages(out, q, cache, candidates)
             else:
-                candidates = backend.package.select_tokens(
-                    q, cache, token_budget, **windows, **GROUP
-                )
                 checks.check_attention(out, q, cache, candidates[:2])
             return checks.dense_error(out, q, cache)
 

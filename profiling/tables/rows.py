@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 CPU_LABEL = "cpu-reference"  # the name of the GPU where there is none
 CPU_NOTE = "CPU reference in small sizes: proves only that the benchmark runs"
-TOKEN_STAGES = ("label_scores", "top_tokens")  # Double Sparsity's selector
+TOKEN_STAGES = ("label_scores", "sign_scores", "top_tokens")  # of selectors of single tokens
 STAGES = (
     *("selector", *TOKEN_STAGES, "estimator", "pruner", "estimate_prune", "attention"),
     *("pipeline", "dense"),
@@ -25,8 +25,8 @@ class Row:
 
     workload: str
     stage: str
-    # quest+twilight, full+twilight, quest, dense; ds and others of traffic.LABELS, with Twilight or
-    # alone; random: attention over such tokens; none: a model without attention
+    # quest+twilight, full+twilight, quest, dense; ds and others of traffic.LABELS, and signs, with
+    # Twilight or alone; random: attention over such tokens; none: a model without attention
     method: str
     provider: str
     batch_size: int

@@ -15,6 +15,8 @@ from .workload import METHOD, Workload
 PAGE_SIZE = 16
 LOOKED_ON = ("timeline", "kept", "memory")  # tables that are filled beside the timed stages
 DOUBLE_SPARSITY = "ds+twilight"
+SIGNS = "signs+twilight"
+SIGN_BUDGETS = (1024, 2048)  # with which signs hold what pages need twice as many for: NOTES.md
 EQUAL = (1,)  # every head keeps, or reads, as many
 LENGTHS = (4096, 8192, 16_384, 32_768, 65_536, 131_072, 262_144)
 LONGEST = 1_048_576  # the most candidate tokens that the pruner takes
@@ -109,6 +111,19 @@ def _by_labels(name: str, batch_size: int, seq_len: int, num_kv_heads: int) -> l
     ]
 
 
+def _by_signs(name: str, batch_size: int, seq_len: int, num_kv_heads: int) -> Workload:
+    """The same by the signs of keys: the selector and the whole step."""
+    return Workload(
+        name,
+        shape_of(batch_size, seq_len, num_kv_heads),
+        token_budget=SIGN_BUDGETS[0],
+        kept_mean=kept_of(num_kv_heads),
+        stages=("sign_scores", "top_tokens", "pipeline", "memory"),
+        token_budgets=SIGN_BUDGETS,
+        method=SIGNS,
+    )
+
+
 def with_defaults(workload: Workload) -> Workload:
     """Its whole step as TwilightDecode makes it where no option is given but budget and p."""
     return dataclasses.replace(
@@ -136,6 +151,11 @@ GPU_WORKLOADS: tuple[Workload, ...] = (
     *_by_labels("mha-32k", 64, 32_768, 32),
     *_by_labels("gqa-128k", 16, 131_072, 8),
     *_by_labels("solo-32k", 1, 32_768, 8),
+    _by_signs("gqa-32k", 64, 32_768, 8),
+    _by_signs("mha-32k", 64, 32_768, 32),
+    _by_signs("gqa-128k", 16, 131_072, 8),
+    _by_signs("solo-32k", 1, 32_768, 8),
+    _by_signs("b8-32k", 8, 32_768, 8),
     with_defaults(_standard("gqa-32k", 64, 32_768, 8)),
     with_defaults(_standard("solo-32k", 1, 32_768, 8)),
     budget_sweep("budget-gqa", shape_of(64, 32_768, 8), BUDGETS),
@@ -168,12 +188,15 @@ CPU_WORKLOADS: tuple[Workload, ...] = (
     budget_sweep("budget-mha", small_shape(4, 1024, 8), SMALL_BUDGETS),
     *(small(f"length-b{b}", b, seq_len, 2) for b in (1, 2, 4) for seq_len in SMALL_LENGTHS),
     *(small("batch-1k", batch_size, 1024, 2) for batch_size in (1, 2, 4)),
-    small(
-        "gqa-1k",
-        4,
-        1024,
-        2,
-        stages=("estimator", "pruner", "attention", "pipeline"),
-        method=DOUBLE_SPARSITY,
+    *(
+        small(
+            "gqa-1k",
+            4,
+            1024,
+            2,
+            stages=("estimator", "pruner", "attention", "pipeline"),
+            method=method,
+        )
+        for method in (DOUBLE_SPARSITY, SIGNS)
     ),
 )

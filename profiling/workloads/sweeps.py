@@ -14,6 +14,7 @@ from .standard import (
     EQUAL,
     LENGTHS,
     PAGE_SIZE,
+    SIGNS,
     SMALL_BUDGETS,
     budget_sweep,
     kept_of,
@@ -77,14 +78,16 @@ def _budgets(kind: str, batch_size: int, num_kv_heads: int) -> list[Workload]:
         budget_sweep(f"budget-{kind}-skewed", shape, SKEWED_BUDGETS, LAYER_BUDGETS),
         Workload(f"budget-{kind}", shape, **step, stages=stages, head_budgets=EQUAL),
         Workload(f"budget-{kind}-skewed", shape, **step, stages=("pipeline",)),
-        *([_budgets_by_labels(kind, shape, **step)] if not new else []),
+        *(_budgets_by_tokens(kind, shape, **step) if not new else []),
     ]
 
 
-def _budgets_by_labels(kind: str, shape: DecodeShape, **step: Any) -> Workload:
-    """The whole step by Double Sparsity, where the figures show it."""
-    name = f"budget-{kind}-skewed"
-    return Workload(name, shape, **step, stages=("pipeline",), method=DOUBLE_SPARSITY)
+def _budgets_by_tokens(kind: str, shape: DecodeShape, **step: Any) -> list[Workload]:
+    """The whole step by Double Sparsity and by signs, where the figures show it."""
+    return [
+        Workload(f"budget-{kind}-skewed", shape, **step, stages=("pipeline",), method=method)
+        for method in (DOUBLE_SPARSITY, SIGNS)
+    ]
 
 
 STEP_STAGES = ("attention", "pipeline", "dense")

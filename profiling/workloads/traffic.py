@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from twilight_tilelang.reference.inputs import DecodeShape
+from twilight_tilelang.reference.sign_codes import BLOCK_TOKENS
 
 CODE_BITS = 4
-SCALE_ZERO_BYTES = 4  # fp16 scale and zero of each token and KV head
+SCALE_ZERO_BYTES = 4  # fp16 scale and zero of each token and KV head, or mean of its keys
 BOUNDS_SCALE_ZERO_BYTES = 8  # fp32 scale and zero of each page and KV head
+SIGN_FACTOR_BYTES = 2
 LOGIT_BYTES = 2
 INDEX_BYTES = 4
 
@@ -40,6 +42,13 @@ def label_size(method: str) -> LabelSize | None:
     return LABELS.get(method.removesuffix(TWILIGHT))
 
 
+def score_stage(method: str) -> str | None:
+    """The stage in which a method's selector scores single tokens; None where it chooses pages."""
+    if method.removesuffix(TWILIGHT) == "signs":
+        return "sign_scores"
+    return "label_scores" if label_size(method) is not None else None
+
+
 def prunes(method: str) -> bool:
     """Whether a method estimates logits and keeps what top-p does."""
     return method.endswith(TWILIGHT)
@@ -65,8 +74,8 @@ class Work:
         return method in USES_BOUNDS and self.candidate_tokens < self.every_token
 
     def scores_tokens(self, method: str) -> bool:
-        """Whether the method must read labels: not where every token is a candidate."""
-        return label_size(method) is not None and self.candidate_tokens < self.every_token
+        """Whether the method must score tokens: not where every one is a candidate."""
+        return score_stage(method) is not None and self.candidate_tokens < self.every_token
 
     @property
     def every_token(self) -> int:
@@ -79,6 +88,12 @@ class Work:
         pages = -(-self.shape.max_seq_len // self.shape.page_size)
         return self.num_layers * self.shape.batch_size * self.shape.num_kv_heads * pages
 
+    @property
+    def num_means(self) -> int:
+        """Blocks of keys that have a token behind them, which meets their mean; summed likewise."""
+        blocks = sum((length - 1) // BLOCK_TOKENS for length in self.shape.lengths)
+        return self.num_layers * self.shape.num_kv_heads * blocks
+
 
 def bytes_moved(stage: str, method: str, work: Work) -> int:
     """Bytes that must cross the memory bus in one call of a stage of a method."""
@@ -90,12 +105,15 @@ def bytes_moved(stage: str, method: str, work: Work) -> int:
     rows = 2 * head_dim * work.kv_bytes * work.kept_tokens
     size, scores = label_size(method), SCORE_BYTES * work.every_token
     labels = size.num_bytes * work.every_token if size is not None else 0
+    signs = (head_dim // 8 + SIGN_FACTOR_BYTES) * work.every_token
+    signs += (head_dim + SCALE_ZERO_BYTES) * work.num_means
+    read = {"label_scores": labels, "sign_scores": signs}
     selected = bounds if work.chooses_pages(method) else 0
-    selected += labels if work.scores_tokens(method) else 0
+    selected += read[score_stage(method)] if work.scores_tokens(method) else 0
     read_mirror = mirror if prunes(method) else 0
     moved = {
         "selector": bounds,
-        "label_scores": labels + scores,
+        **{stage: own + scores for stage, own in read.items()},
         "top_tokens": scores + INDEX_BYTES * work.candidate_tokens,
         "estimator": mirror + logits,
         "pruner": logits + indices,
@@ -111,8 +129,9 @@ def bytes_moved(stage: str, method: str, work: Work) -> int:
 def flops(stage: str, method: str, work: Work) -> int:
     """Floating-point operations of one call, a multiply-add counting two.
 
-    The selector's bound is two dot products per page and query head, a label's score one per token;
-    the pruner is one exponential and one sum per logit, its search left out.
+    The selector's bound is two dot products per page and query head, a score by labels or by signs
+    one per token, and by signs one per mean; the pruner is one exponential and one sum per logit,
+    its search left out.
     """
     group_size, head_dim = work.shape.group_size, work.shape.head_dim
     bounds = 4 * head_dim * group_size * work.num_bounds
@@ -121,12 +140,14 @@ def flops(stage: str, method: str, work: Work) -> int:
     exact = 4 * head_dim * group_size * work.kept_tokens
     size = label_size(method)
     labels = 0 if size is None else 2 * size.num_channels * group_size * work.every_token
+    signs = 2 * head_dim * group_size * (work.every_token + work.num_means)
+    scores = {"label_scores": labels, "sign_scores": signs}
     selected = bounds if work.chooses_pages(method) else 0
-    selected += labels if work.scores_tokens(method) else 0
+    selected += scores[score_stage(method)] if work.scores_tokens(method) else 0
     estimate_too = estimate + softmax if prunes(method) else 0
     computed = {
         "selector": bounds,
-        "label_scores": labels,
+        **scores,
         "top_tokens": 0,
         "estimator": estimate,
         "pruner": softmax,

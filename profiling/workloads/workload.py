@@ -11,7 +11,7 @@ import torch
 from twilight_tilelang.reference.inputs import LAYER_BUDGETS, DecodeShape
 
 from ..tables.rows import STAGES, TOKEN_STAGES
-from .traffic import TWILIGHT, Work, label_size, prunes
+from .traffic import TWILIGHT, Work, prunes, score_stage
 
 METHODS = ("quest+twilight", "full+twilight", "quest")
 METHOD = METHODS[0]
@@ -110,7 +110,9 @@ class Workload:
         """Methods that a stage is timed for; a selector of tokens is timed as its two kernels."""
         if self.random_tokens:
             return (RANDOM,)
-        if stage in (("selector",) if label_size(self.method) else TOKEN_STAGES):
+        scores = score_stage(self.method)
+        own = ("selector",) if scores is None else (scores, "top_tokens")
+        if stage in {"selector", *TOKEN_STAGES}.difference(own):
             return ()
         of_model = (METHOD, "quest", "dense", NONE)
         alone = self.method.removesuffix(TWILIGHT)

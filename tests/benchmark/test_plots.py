@@ -24,7 +24,7 @@ from twilight_tilelang.plots.frames import (
 )
 from twilight_tilelang.plots.parts import budget_rule
 from twilight_tilelang.plots.quality_figures import rows_of_model
-from twilight_tilelang.profiling.tables.rows import AnyRow, table_of
+from twilight_tilelang.profiling.tables.rows import TOKEN_STAGES, AnyRow, table_of
 
 MEASURED = Frames(draw.RESULTS / "h200")
 QUALITY = ("quality_tokens", "quality_time", "model_time")
@@ -106,24 +106,34 @@ def test_double_sparsity_stands_beside_quest(rows: list[AnyRow], tmp_path: Path)
         assert {"Double Sparsity alone", "Double Sparsity + Twilight"} <= set(words(name, frames))
     shown = words("pipeline_share", frames)
     assert {"label scores", "top tokens"} <= set(shown)
+    others = {"Signs alone", "Signs + Twilight"}
+    assert others <= set(words("pipeline_budget", frames))
+    for name in ("pipeline_length", "pipeline_batch"):  # signs are measured at other budgets
+        assert not others & set(words(name, frames))
     for workload in ("gqa-32k", "mha-32k", "gqa-128k", "solo-32k"):
         own = (text.split("\n")[0] for text in shown if text.startswith(f"{workload}, "))
         assert list(dict.fromkeys(own)) == [
             f"{workload}, Quest", f"{workload}, Double Sparsity",
         ]  # fmt: skip
-    lines = tables.labels_table(frames).splitlines()[2:10]
-    assert [line.split(" | ")[:2] for line in lines[:2]] == [
-        ["| mha-32k", "64 x 2 bits"], ["| mha-32k", "16 x 4 bits"],
-    ]  # fmt: skip
-    assert all(line.count(" | ") == 8 and " - " not in line for line in lines)
-    selector = ("label_scores", "top_tokens")
-    steps_alone = [row for row in rows if getattr(row, "stage", "") not in selector]
-    table = tables.labels_table(frames_of(steps_alone, tmp_path / "steps"))
+    lines = tables.tokens_table(frames).splitlines()[2:20]
+    assert [line.split(" | ")[:3] for line in lines[:4]] == [
+        ["| mha-32k", "labels, 64 x 2 bits", "8,192"],
+        ["| mha-32k", "labels, 16 x 4 bits", "8,192"],
+        ["| mha-32k", "signs", "1,024"],
+        ["| mha-32k", "signs", "2,048"],
+    ]
+    assert all(line.count(" | ") == 9 for line in lines)
+    assert {line.count(" - ") for line in lines if "labels" in line} == {0}
+    assert {line.count(" - ") for line in lines if "signs" in line} == {2}  # of the authors
+    steps_alone = [row for row in rows if getattr(row, "stage", "") not in TOKEN_STAGES]
+    table = tables.tokens_table(frames_of(steps_alone, tmp_path / "steps"))
     assert table.splitlines()[0] == (
-        "| workload | labels | Double Sparsity alone | + Twilight | Quest + Twilight |"
+        "| workload | scored by | candidates | the selector alone | + Twilight | Quest + Twilight |"
     )
-    assert {line.count(" | ") for line in table.splitlines()[2:10]} == {4}
+    assert {line.count(" | ") for line in table.splitlines()[2:20]} == {5}
     assert "authors" not in table
+    text = " ".join(tables.memory_text(frames).split())
+    assert "16.5 % more memory" in text and "sign codes would take 26.25 more." in text
 
 
 def test_fp8_stands_beside_16_bits(rows: list[AnyRow], tmp_path: Path) -> None:

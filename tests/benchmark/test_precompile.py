@@ -11,6 +11,7 @@ from twilight_tilelang.kernels import tuned
 from twilight_tilelang.kernels.cache import CacheShape
 from twilight_tilelang.profiling.providers.backends import TileLang
 from twilight_tilelang.profiling.providers.stages import Slot
+from twilight_tilelang.profiling.workloads.traffic import score_stage
 from twilight_tilelang.profiling.workloads.workload import Workload
 from twilight_tilelang.reference.inputs import DecodeShape
 
@@ -35,14 +36,30 @@ SHAPES = {
 }
 
 
+SELECTORS = {
+    "quest+twilight": ("quest", "full"),
+    "ds+twilight": ("double_sparsity",),
+    "signs+twilight": ("signs",),
+}
+
+
 @pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize("name", SHAPES)
-def test_every_launch_was_compiled_ahead(name, monkeypatch):
+@pytest.mark.parametrize(
+    "name, method",
+    [
+        *((name, "quest+twilight") for name in SHAPES),
+        *(("few-rows", method) for method in ("ds+twilight", "signs+twilight")),
+        ("mha", "signs+twilight"),
+    ],
+)
+def test_every_launch_was_compiled_ahead(name, method, monkeypatch):
     batch_size, seq_len, num_qo_heads, num_kv_heads = SHAPES[name]
     shape = DecodeShape(
         batch_size, num_qo_heads, num_kv_heads, 64, 16, (seq_len,) * batch_size, torch.float16
     )
-    workload = Workload("small", shape, token_budget=256, kept_mean=64, min_kept_tokens=8)
+    workload = Workload(
+        "small", shape, token_budget=256, kept_mean=64, min_kept_tokens=8, method=method
+    )
     jobs = set(jobs_of([workload], tuned.Planner.on(fake_gpu.CUDA)))
     launched = fake_gpu.record_jobs(monkeypatch)
 
@@ -51,14 +68,22 @@ def test_every_launch_was_compiled_ahead(name, monkeypatch):
     kernels.PagedKVCache.wrap(cache.k_cache, cache.v_cache, cache.page_table, cache.seq_lens)
     q = torch.zeros(batch_size, num_qo_heads, 64, dtype=torch.float16, device="cuda")
     backend = TileLang()
-    for selector in ("quest", "full"):
+    if method == "signs+twilight":
+        (cache,) = backend.signed([cache])
+    elif method == "ds+twilight":
+        channels = torch.arange(64, dtype=torch.int32, device="cuda").repeat(num_kv_heads, 1)
+        (cache,) = backend.labelled([cache], num_qo_heads, channels, 2)
+    own_calls = backend.token_calls if score_stage(method) is not None else None
+    for selector in SELECTORS[method]:
         options = workload.always | {"selector": selector, "token_budget": 256}
         step = backend.step(cache, num_qo_heads, **options)
         step.run(q, cache)
-        for call in Slot(q, cache, step).calls.values():
+        calls = Slot(q, cache, step, own_calls).calls
+        assert score_stage(method) in (None, *calls)
+        for call in calls.values():
             call()
     for call in (
-        backend.alone(q, cache, "quest", 256),
+        backend.alone(q, cache, SELECTORS[method][0], 256),
         backend.dense(q, cache),
         backend.attend_tokens(q, cache, step.kept),
     ):

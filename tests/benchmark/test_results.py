@@ -234,7 +234,7 @@ def test_bytes_moved_rejects_an_unknown_stage() -> None:
 
 def test_sets_exceed_the_cache_and_fit_the_memory() -> None:
     assert [cold_sets(size, 50) for size in (10, 149, 150, 10_000)] == [15, 2, 1, 1]
-    names = {workload.name: workload for workload in GPU_WORKLOADS}
+    names = {workload.full_name: workload for workload in GPU_WORKLOADS}
     assert sets_wanted(names["mha-32k"], 50 << 20) == 1
     assert sets_wanted(names["gqa-32k"], 50 << 20) == 2
     assert 60 <= sets_wanted(names["solo-32k"], 50 << 20) <= names["solo-32k"].max_sets

@@ -203,10 +203,12 @@ def test_bench_runs_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     shape = DecodeShape(4, 8, 2, 128, seq_lens=4096)
     stages = (*STAGES, *LOOKED_ON, "accuracy")
     by_labels = (*(stage for stage in STAGES if stage != "dense"), "timeline")
+    by_signs = ("sign_scores", "top_tokens", "pipeline", "memory")
     base = (
         Workload("tiny", shape, 1024, 64, max_sets=3, stages=stages, host_times=True),
         budget_sweep("budget-tiny", shape, (64,)),
         Workload("tiny", shape, 1024, 64, max_sets=3, stages=by_labels, method="ds+twilight"),
+        Workload("tiny", shape, 256, 64, max_sets=3, stages=by_signs, method="signs+twilight"),
     )
     step = {"stages": ("pipeline",), "token_budgets": (64, 4096), "head_budgets": EQUAL}
     full = (
@@ -222,19 +224,20 @@ def test_bench_runs_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert {"accuracy", "kept", "memory", "timeline"} < frames.keys()
     assert set(frames["timeline"]["timeline"]) == {"graph"}
     for stage in TOKEN_STAGES:
-        assert set(frames[stage]["provider"]) == {"tilelang", "doublesparse"}
+        others = set() if stage == "sign_scores" else {"doublesparse"}
+        assert set(frames[stage]["provider"]) == {"tilelang"} | others
     ours = {stage: frames[stage][frames[stage]["provider"] == "tilelang"] for stage in STAGES}
     assert {stage: len(rows) for stage, rows in ours.items()} == {
-        **dict.fromkeys(("selector", *TOKEN_STAGES, "dense"), 1),
-        **dict.fromkeys(("estimator", "pruner", "estimate_prune"), 2),
+        **dict.fromkeys(("selector", "label_scores", "sign_scores", "dense"), 1),
+        **dict.fromkeys(("top_tokens", "estimator", "pruner", "estimate_prune"), 2),
         "attention": 4,
-        # By labels; the sweep's two budgets, and Full once; 8 p twice, and Quest once.
-        "pipeline": 2 + 3 + 5 + 17,
+        # By labels and by signs; the sweep's two budgets, and Full once; 8 p twice, Quest once.
+        "pipeline": 4 + 3 + 5 + 17,
     }
     for rows in ours.values():
         assert set(rows["timer"]) == {"graph-rotate"}
         assert (rows["sm_mhz"] > 100).all() and (rows["reached"] <= 1).all()
     for stage in ("pipeline", "dense"):
-        rows = frames[stage][~frames[stage]["method"].str.startswith("ds")]
+        rows = frames[stage][~frames[stage]["method"].str.startswith(("ds", "signs"))]
         hosts = rows.set_index("workload")["host_us"]
         assert (hosts["tiny"] > 1).all() and hosts.drop("tiny").isna().all()

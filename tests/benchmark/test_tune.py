@@ -36,6 +36,7 @@ from twilight_tilelang.kernels.gpu import ARCHS
 from twilight_tilelang.kernels.plan import SPECS
 from twilight_tilelang.kernels.tuned import Bucket
 from twilight_tilelang.profiling.providers.backends import Torch
+from twilight_tilelang.profiling.tables.rows import TOKEN_STAGES
 from twilight_tilelang.profiling.timing import Timing
 from twilight_tilelang.profiling.workloads.sweeps import FP8_WORKLOADS
 from twilight_tilelang.profiling.workloads.workload import Workload
@@ -252,6 +253,16 @@ def test_every_bucket_comes_once_and_knows_its_workloads() -> None:
     assert alone.workload.name == "solo-32k" and alone.names == shared[0]
     for task in tasks:
         assert Bucket.of(SPECS[task.kernel], shape_of(task.kernel, task.bucket)) == task.bucket
+        assert Bucket.parse(str(task.bucket)) == task.bucket
+    of_tokens = {
+        (task.kernel, task.bucket.labels)
+        for task in tasks
+        if task.workload.name == "gqa-32k" and SPECS[task.kernel].stage in TOKEN_STAGES
+    }
+    assert of_tokens == {
+        *(("label_score", "r64b2h4"), ("label_score", "r16b4h4"), ("sign_score", "signs")),
+        *(("top_tokens", ""), ("top_tokens", "signs")),
+    }
 
 
 def run_of(folder: Path, **options) -> tune.Run:

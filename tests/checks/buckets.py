@@ -21,9 +21,13 @@ def shape_of(kernel: str, bucket: Bucket) -> StepShape:
     shape = StepShape(*statics, bucket.rows, max_pages, width, bucket.rows, bucket.kv_dtype)
     if SPECS[kernel].applies(shape):
         return shape._replace(candidates=bucket.candidates)
-    r, bits, heads = map(int, re.findall(r"\d+", bucket.labels or f"r64b2h{bucket.group_size}"))
-    group = "own" if heads < bucket.group_size else "shared"
-    tokens = token_rows(group, bucket.group_size, LabelShape(1, r, bits))
+    group, labels = "shared", None
+    if bucket.labels != "signs" and kernel != "sign_score":
+        named = bucket.labels or f"r64b2h{bucket.group_size}"
+        r, bits, heads = map(int, re.findall(r"\d+", named))
+        group = "own" if heads < bucket.group_size else "shared"
+        labels = LabelShape(1, r, bits)
+    tokens = token_rows(group, bucket.group_size, labels)
     return shape._replace(candidates="tokens", tokens=tokens, row_tokens=width)
 
 

@@ -3,12 +3,12 @@
 import itertools
 from pathlib import Path
 
+from twilight_tilelang.plots.tables import SIGN_PARTS
 from twilight_tilelang.profiling.observations import accuracy
 from twilight_tilelang.profiling.observations.memory import PARTS
 from twilight_tilelang.profiling.tables.rows import (
     OBSERVED,
     TABLES,
-    TOKEN_STAGES,
     AccuracyRow,
     AnyRow,
     KeptRow,
@@ -20,14 +20,14 @@ from twilight_tilelang.profiling.tables.rows import (
 from twilight_tilelang.profiling.tables.store import write_rows
 from twilight_tilelang.profiling.workloads import traffic
 from twilight_tilelang.profiling.workloads.models import GPU_MODELS, GPU_MODELS_FULL
-from twilight_tilelang.profiling.workloads.standard import GPU_WORKLOADS
+from twilight_tilelang.profiling.workloads.standard import GPU_WORKLOADS, SIGNS
 from twilight_tilelang.profiling.workloads.sweeps import GPU_FULL
 from twilight_tilelang.profiling.workloads.workload import Workload
 from twilight_tilelang.reference.inputs import LAYER_BUDGETS
 
 ORIGIN = {"torch": "2.13.0", "commit": "0123456789", "date": "2026-01-31"}
 READ_TBPS = 4.4
-BASELINES = dict.fromkeys(TOKEN_STAGES, ("doublesparse",))
+BASELINES = dict.fromkeys(("label_scores", "top_tokens"), ("doublesparse",))  # of labels
 EVERY = (*GPU_WORKLOADS, *GPU_FULL, *GPU_MODELS, *GPU_MODELS_FULL)
 
 
@@ -89,7 +89,8 @@ def _rows_of(workload: Workload) -> list[AnyRow]:
             workload.methods(stage),
             enumerate(("tilelang", *(BASELINES.get(stage) or workload.dense_baselines))),
         ):
-            if place > 0 and stage not in BASELINES and method != "dense":
+            has_others = method == "dense" or stage in BASELINES and traffic.label_size(method)
+            if place > 0 and not has_others:
                 continue
             slowness = 1.02 + 0.3 * (place == 3) if stage == "dense" else 1.25
             work = variant.work(method)
@@ -151,16 +152,19 @@ def _kept_rows(workload: Workload) -> list[KeptRow]:
 def _memory_rows(workload: Workload) -> list[MemoryRow]:
     head_dim, page_size = workload.shape.head_dim, workload.shape.page_size
     sizes = (2 * head_dim, 2 * head_dim, head_dim / 2, 4, 2 * head_dim / page_size, 8 / page_size)
-    weights = {} if workload.model is None else {"weights": head_dim}
+    others = {} if workload.model is None else {"weights": head_dim}
+    if workload.method == SIGNS:
+        sign_sizes = (head_dim / 8, 2, head_dim / page_size, 4 / page_size)
+        others = dict(zip(SIGN_PARTS, sign_sizes, strict=True))
     return [
         MemoryRow(
-            **workload.labels("quest+twilight", "h200"),
+            **workload.labels(workload.method, "h200"),
             part=part,
             bytes_per_token=size,
             share=size / (4 * head_dim),
             **ORIGIN,
         )
-        for part, size in (dict(zip(PARTS, sizes, strict=True)) | weights).items()
+        for part, size in (dict(zip(PARTS, sizes, strict=True)) | others).items()
     ]
 
 
