@@ -86,10 +86,11 @@ def test_figures_and_tables_show_one_number_for_one_measurement() -> None:
     for name, sizes in (("gqa-32k", (64, 32_768)), ("solo-128k", (1, 131_072))):
         own = standard.loc[name].set_index("method")
         assert twilight.loc[sizes, "median_us"] == own.loc["quest+twilight", "median_us"]
-    table = tables.speed_table(MEASURED)
-    shown = set(re.findall(r"\d+\.\dx", table))
+    rows = tables.speed_table(MEASURED).splitlines()
+    rows = [row for row in rows if not row.startswith("| gqa-128k |")]  # it has sizes of its own
+    shown = set(re.findall(r"\d+\.\dx", "\n".join(rows)))
     drawn = words("pipeline_length", MEASURED) + words("pipeline_budget", MEASURED)
-    assert shown - {"13.9x"} <= set(drawn)  # gqa-128k has sizes of its own
+    assert shown and shown <= set(drawn)
 
 
 def test_every_figure_of_a_step_says_at_which_p_and_error(rows: list[AnyRow]) -> None:
