@@ -290,7 +290,11 @@ def weigh_chunk(reader, masses, kept, meeting, chunk, config, written, bins, loa
             fold_parts(parts, num_parts, row, config.num_warps, norms)
             T.sync_threads()
             if thread == 0:
-                T.atomic_add(arrived[batch, kv_head], DONE, memory_order="acq_rel")
+                # TileLang 0.1.15 drops the order of an atomic that returns nothing: others could
+                # see this one before the norms.
+                before = T.atomic_add(
+                    arrived[batch, kv_head], DONE, memory_order="acq_rel", return_prev=True
+                )
         else:
             if thread == 0:
                 looks = 0

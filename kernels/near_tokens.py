@@ -61,12 +61,13 @@ def mark_near(words, search, ties, row, key, token):
 
 @T.macro
 def put_pair(pairs, count, key, token):
-    """Adds one to the pairs in shared memory, at any place."""
+    """Adds one to the pairs in shared memory, at any place, unless they are MAX_RANKED already."""
     place = atomic_add(count, 1)
     slot = T.alloc_var(T.int32)
     slot = place
-    pairs[0, slot * 2] = key
-    pairs[0, slot * 2 + 1] = token
+    if slot < MAX_RANKED:
+        pairs[0, slot * 2] = key
+        pairs[0, slot * 2 + 1] = token
 
 
 @T.macro

@@ -43,7 +43,7 @@ def token_union_kernel(group_size: int):
                     union = union | own[head]
                 before, total = block_exclusive_sum(T.cast(T.popcount(union), T.int32), warp_sums)
                 slot = count + before
-                while union != T.uint32(0):
+                while union != T.uint32(0) and slot < width:
                     lowest = union & (T.uint32(0) - union)
                     bit = 31 - T.cast(T.clz(lowest), T.int32)
                     heads = T.uint32(0)
@@ -55,6 +55,6 @@ def token_union_kernel(group_size: int):
                     union = union ^ lowest
                 count += total
             if T.get_thread_binding() == 0:
-                candidate_counts[batch, kv_head] = count
+                candidate_counts[batch, kv_head] = T.min(count, width)
 
     return unite_tokens

@@ -88,9 +88,10 @@ def take_top_tokens(
 @T.macro
 def list_bits(words, row, num_words, warp_sums, output):
     """Writes the number of every set bit of the row's words to its output, ascending, and returns
-    how many they are. A warp takes 32 words, one after another, a lane a bit of each."""
+    how many they are: at most its width, whatever is set. A warp takes 32 words, one after another,
+    a lane a bit of each."""
     thread = T.get_thread_binding()
-    lane = thread % 32
+    lane, width = thread % 32, output.shape[1]
     bits = T.alloc_var(T.uint32)
     slot = T.alloc_var(T.int32)
     count = T.alloc_var(T.int32)
@@ -102,6 +103,9 @@ def list_bits(words, row, num_words, warp_sums, output):
             bits = T.cast(words[row, word], T.uint32)
         before, total = block_exclusive_sum(T.cast(T.popcount(bits), T.int32), warp_sums)
         slot = count + before
+        # Never, where the row's bins are those of its scores.
+        while slot + T.cast(T.popcount(bits), T.int32) > width and bits != T.uint32(0):
+            bits = bits ^ (T.uint32(1) << T.cast(31 - T.clz(bits), T.uint32))
         for i in T.unroll(32):
             own = T.shfl_sync(bits, i)
             first = T.shfl_sync(slot, i)
@@ -110,7 +114,7 @@ def list_bits(words, row, num_words, warp_sums, output):
                 place = first + T.cast(T.popcount(lower), T.int32)
                 output[row, place] = (word - lane + i) * 32 + lane
         count += total
-    return count
+    return T.min(count, width)
 
 
 def by_row(tensor: Buffer) -> Buffer:

@@ -318,6 +318,7 @@ def test_kernel_compiles_cleanly(kernel, compiled):
     result = compiled(kernel)
     assert result.fault(kernel.arch) is None, result.report
     assert narrow_cache_accesses(result.source) == []
+    assert unordered_atomics(result.source) == []
 
 
 @pytest.mark.parametrize(
@@ -353,6 +354,19 @@ def test_narrow_cache_accesses_finds_a_32_bit_index():
     wide = narrow.replace("slots[i] * 1024", "((int64_t)slots[i]) * (int64_t)1024")
     assert narrow_cache_accesses(narrow) == [narrow]
     assert narrow_cache_accesses(wide) == []
+
+
+def unordered_atomics(source: str) -> list[str]:
+    """Atomics that ask for an order of memory which they do not have: TileLang's AtomicAdd of
+    32 bits takes one and passes over it; AtomicAddRet has it."""
+    return re.findall(r"\bAtomicAdd\(\(&\(.*\)\), .*, \d+\);", source)
+
+
+def test_unordered_atomics_finds_an_order_without_a_result():
+    dropped = "AtomicAdd((&(arrived[max(row, 0)])), 1073741824, 4);"
+    kept = "before = AtomicAddRet((&(arrived[row])), 1, 4);"
+    relaxed = "AtomicAdd((&(bins[min(bin, 7)])), 1);"
+    assert unordered_atomics("\n".join((dropped, kept, relaxed))) == [dropped]
 
 
 @pytest.mark.xdist_group("together")

@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from tests.checks.tokens import bins_of, key_of, top_of
-from tests.emulated.launches import take_tokens_emulated
+from tests.emulated.emulate import emulated
+from tests.emulated.launches import blank, take_tokens_emulated
+from twilight_tilelang.kernels.near_tokens import NUM_THREADS
 from twilight_tilelang.kernels.token_keys import LOGITS
+from twilight_tilelang.kernels.token_union import token_union_kernel
 from twilight_tilelang.kernels.top_tokens import TopTokensConfig
 
 NAN, INF = float("nan"), float("inf")
@@ -58,6 +61,42 @@ def test_top_tokens_are_the_best(name, config, folder):
     count = min(budget, length)
     assert counts.tolist() == [[count] * scores.shape[1]]
     assert torch.equal(tokens[0, :, :count], top_of(keys, count))
+
+
+@pytest.mark.parametrize(
+    "length, number, other", [(200, 1, -40.0), (5000, 100, -40.0), (5000, 1, 40.0)]
+)
+def test_no_bins_lead_beyond_the_list(length, number, other, folder):
+    """Where but a number of a row's equal scores are counted as they are, all of them are taken,
+    near, or neither: what is listed are tokens, each once, and no canary is overwritten."""
+    budget, windows = 75, (0, 0)
+    scores = torch.zeros(1, 2, length + 8)
+    counted = torch.full((2, length), other)
+    counted[:, :number] = 0.0
+    bins = bins_of(counted, length, windows, LOGITS)[None]
+    tokens, counts, _ = take_tokens_emulated(
+        scores, bins, torch.tensor([length], dtype=torch.int32), budget, windows, CONFIGS["small"],
+        folder,
+    )  # fmt: skip
+    for row, count in zip(tokens[0], counts[0].tolist(), strict=True):
+        assert count <= row.numel()
+        own = row[:count]
+        assert (own.diff() > 0).all() and ((own >= 0) & (own < length)).all()
+
+
+def test_no_words_lead_beyond_the_list_of_a_group(folder):
+    """Two heads that have taken every other token, or all: more than the list has room for."""
+    words = torch.tensor([0x55555555, -1], dtype=torch.int32)[None, :, None].expand(1, 2, 4)
+    tokens, heads = (blank(1, 1, 32, dtype=torch.int32) for _ in range(2))
+    counts = blank(1, 1, dtype=torch.int32)
+    emulated(token_union_kernel, (2,), folder)(
+        (1, 1), NUM_THREADS, words=words.contiguous(), candidate_tokens=tokens,
+        seq_lens=torch.tensor([128], dtype=torch.int32), candidate_counts=counts,
+        candidate_heads=heads, batch_size=1, num_rows=2, num_words=4, num_kv_heads=1, width=32,
+    )  # fmt: skip
+    assert counts.item() == 32
+    assert torch.equal(tokens[0, 0], torch.arange(32).int())
+    assert torch.equal(heads[0, 0], torch.tensor([3, 2]).int().repeat(16))
 
 
 def test_requests_of_any_length_in_one_batch(folder):
