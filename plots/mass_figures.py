@@ -3,6 +3,7 @@
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import ScaledTranslation
 
 from .frames import Frames
 from .parts import panels
@@ -60,11 +61,17 @@ def look_of(row: pd.Series) -> str:
 
 
 def draw_points(axes: Axes, rows: pd.DataFrame) -> None:
-    """Two points a selector, joined; two lines across an oracle."""
+    """Two points a selector, joined, beside those of another that reads as many bytes; two lines
+    across an oracle."""
+    beside = ScaledTranslation(6 / 72, 0, axes.figure.dpi_scale_trans)
+    taken = set()
     for name, words in SELECTORS.items():
         row = rows.loc[name]
         x, look = row["bytes_per_token"], LOOKS[name] | {"ls": "none"}
-        axes.plot([x, x], row[["mass", "mass_p5"]], color=look["color"], lw=1.2, alpha=0.6)
+        look["transform"] = axes.transData + beside if x in taken else axes.transData
+        taken.add(x)
+        joint = {"color": look["color"], "lw": 1.2, "alpha": 0.6, "transform": look["transform"]}
+        axes.plot([x, x], row[["mass", "mass_p5"]], **joint)
         axes.plot(x, row["mass"], **look, label=words.format(**row))
         axes.plot(x, row["mass_p5"], **look | {"markerfacecolor": "white"})
     for name, words in CEILINGS.items():

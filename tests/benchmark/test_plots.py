@@ -92,6 +92,16 @@ def test_the_committed_masses_are_drawn_of_a_cpu(tmp_path: Path, monkeypatch) ->
     assert_same_pixels(drawn, draw.FIGURES_FOLDER / CPU)
 
 
+def test_masses_that_the_readme_names_are_those_of_the_rows() -> None:
+    rows = Frames(draw.RESULTS / CPU)["selector_mass"]
+    rows = rows[rows["token_budget"] == 512].set_index("selector")
+    readme = " ".join(draw.README.read_text().split())
+    for name in ("quest", "signs", "mirror", "exact_tokens"):
+        mean, worst = (f"{rows.loc[name, column]:.3f}"[1:] for column in ("mass", "mass_p5"))
+        between = "of the attention in the mean over heads " if name == "quest" else ""
+        assert f"{mean} {between}and {worst}" in readme
+
+
 def assert_same_pixels(drawn: Path, committed: Path) -> None:
     """Of every file drawn, where matplotlib is the pinned one."""
     pinned = f"matplotlib=={importlib.metadata.version('matplotlib')}\n"
