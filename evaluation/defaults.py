@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--stretches", type=int, default=4, help="of the text")
     add("--decoded", type=int, default=32, help="tokens of a stretch")
     add("--passkeys", type=int, default=4)
+    add("--minutes", type=float, help="no configuration begins after these")
     arguments = parser.parse_args(argv)
     arguments.start = time.monotonic()
     plan = Plan(

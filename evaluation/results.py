@@ -14,7 +14,7 @@ MODEL is the folder's name, with the back end behind it where that is not the ke
 import csv
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -159,22 +159,24 @@ def write_ruler(folder: Path) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of quality.csv."""
+    """The rows of quality.csv, or of another such file."""
     if not path.is_file():
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_rows(
+    path: Path,
+    rows: Iterable[Mapping[str, Any]],
+    key: Sequence[str] = KEY,
+    columns: Sequence[str] = COLUMNS,
+) -> None:
     """Rows join those of the file; one of the same key is replaced. Sorted by key."""
-    every = {key_of(row): row for row in (*read_rows(path), *rows)}
+    joined = (*read_rows(path), *rows)
+    every = {tuple(str(row[name]) for name in key): row for row in joined}
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(every[key] for key in sorted(every))
-
-
-def key_of(row: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(str(row[name]) for name in KEY)
+        writer.writerows(every[each] for each in sorted(every))

@@ -202,7 +202,6 @@ def parser_of(command: str, description: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", type=Path, help="folder of another model; nothing is fetched then")
     add("--text", type=Path, help="text file; by default Python's language reference")
-    add("--minutes", type=float, help="no configuration begins after these")
     return parser
 
 
@@ -211,6 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = parser_of("small", str(__doc__))
     add = parser.add_argument
     add("--channels", type=Path, help="channel file of the model, for Double Sparsity")
+    add("--minutes", type=float, help="no configuration begins after these")
     add("--tasks", nargs="+", choices=KINDS, default=list(KINDS))
     add("--lengths", type=int, nargs="+", help="in tokens")
     add("--output", type=Path, default=ROOT / "evaluation-results")

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from . import (
     accuracy_figures,
     latency_figures,
+    mass_figures,
     model_figures,
     quality_figures,
     stage_figures,
@@ -32,12 +33,14 @@ FIGURES: dict[str, Callable[[Frames], Figure]] = {
         quality_figures.quality_tokens,
         quality_figures.quality_time,
         quality_figures.model_time,
+        mass_figures.selector_mass,
     )
 }
-# Drawn as far as there is any: what `make bench FULL=1` and MODEL=1 and `make evaluate` add, and
-# numbers of requests.
+# Drawn as far as there is any: what `make bench FULL=1` and MODEL=1, `make evaluate` and
+# evaluation.selector_mass add, and numbers of requests.
 FULL = {
     "pipeline_batch",
     *("pipeline_error", "pipeline_budget", "accuracy_top_p", "kept_heads", "pipeline_paper"),
     *("model_length", "quality_tokens", "quality_time", "model_time"),
+    "selector_mass",
 }

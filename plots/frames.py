@@ -19,7 +19,10 @@ FORMS = ("-interleaved", FP8, "-defaults")
 SIZES = ["batch_size", "num_qo_heads", "num_kv_heads", "seq_len"]
 SAME = [*SIZES, "token_budget", "top_p", "method", "provider"]  # the same measurement
 OURS = ("tilelang", "torch")
-WRITTEN_BY = {"quality": "make evaluate"}
+WRITTEN_BY = {
+    "quality": "make evaluate",
+    "selector_mass": "python -m twilight_tilelang.evaluation.selector_mass",
+}
 TEXT = ("commit", "torch", "tilelang", "bits")  # may look like numbers
 
 

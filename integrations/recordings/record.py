@@ -18,6 +18,7 @@ def record(
     num_tokens: int | None = None,
     layers: Sequence[int] | None = None,
     positions: Sequence[int] | None = None,
+    dtype: torch.dtype | str = "auto",
 ) -> dict[str, torch.Tensor]:
     """Run a model over a text.
 
@@ -28,9 +29,10 @@ def record(
         layers: which to record (None: all that have full attention).
         positions: of the tokens whose queries are recorded (None: the last one's). The prompt ends
             with the last of them.
+        dtype: that the model runs in ("auto": its own).
 
     Returns:
-        the tensors of a recording (see trace.py), q, k and v in the model's dtype, on the CPU.
+        the tensors of a recording (see trace.py), q, k and v in that dtype, on the CPU.
 
     Raises:
         ValueError: transformers cannot be imported, an argument does not fit the model or the
@@ -70,7 +72,7 @@ def record(
         raise ValueError(f"layers: expected layers of full attention, {full}, got {layers}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(
-        folder, **local, dtype="auto", attn_implementation=NAME
+        folder, **local, dtype=dtype, attn_implementation=NAME
     ).to(device)
     with torch.no_grad():
         tokens = tokens[:, : positions[-1] + 1].to(device)

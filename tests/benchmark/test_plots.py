@@ -3,13 +3,14 @@
 import dataclasses
 import importlib.metadata
 import re
+import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from matplotlib.text import Text
 
-from tests.doubles.made_up_quality import write_quality
+from tests.doubles.made_up_quality import write_masses, write_quality
 from tests.doubles.made_up_results import made_up_rows, write_frames
 from twilight_tilelang.plots import draw, tables
 from twilight_tilelang.plots.figures import FIGURES, FULL
@@ -27,7 +28,7 @@ from twilight_tilelang.plots.quality_figures import rows_of_model
 from twilight_tilelang.profiling.tables.rows import TOKEN_STAGES, AnyRow, table_of
 
 MEASURED = Frames(draw.RESULTS / "h200")
-QUALITY = ("quality_tokens", "quality_time", "model_time")
+QUALITY = ("quality_tokens", "quality_time", "model_time", "selector_mass")
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,7 @@ def words(name: str, frames: Frames) -> list[str]:
 def test_figures_and_tables_are_made_from_files(rows: list[AnyRow], tmp_path: Path, capsys) -> None:
     write_frames(rows, tmp_path / "results")
     write_quality(tmp_path / "results" / "h200")
+    write_masses(tmp_path / "results" / "h200")
     folders = ["--results", str(tmp_path / "results"), "--figures", str(tmp_path / "figures")]
     assert draw.main(folders) == 0
     assert f"{len(FIGURES)} figures" in capsys.readouterr().out
@@ -74,6 +76,34 @@ def test_committed_figures_and_tables_are_those_of_the_committed_rows(tmp_path: 
     drawn, committed = tmp_path / "h200", draw.FIGURES_FOLDER / "h200"
     draw.draw(MEASURED.folder, drawn)
     assert {path.name for path in drawn.iterdir()} == {path.name for path in committed.iterdir()}
+    assert_same_pixels(drawn, committed)
+
+
+def test_the_committed_masses_are_drawn_of_a_cpu(tmp_path: Path, monkeypatch) -> None:
+    only(monkeypatch, "selector_mass", "stage_floor")
+    results = tmp_path / "results" / CPU
+    results.mkdir(parents=True)
+    shutil.copy(draw.RESULTS / CPU / "selector_mass.csv", results)
+    folders = ["--results", str(results.parent), "--figures", str(tmp_path / "figures")]
+    assert draw.main(folders) == 0  # of the rest there are no rows
+    drawn = tmp_path / "figures" / CPU
+    assert {path.name for path in drawn.iterdir()} == {"selector_mass.png", "index.md"}
+    (drawn / "index.md").unlink()
+    assert_same_pixels(drawn, draw.FIGURES_FOLDER / CPU)
+
+
+def test_masses_that_the_readme_names_are_those_of_the_rows() -> None:
+    rows = Frames(draw.RESULTS / CPU)["selector_mass"]
+    rows = rows[rows["token_budget"] == 512].set_index("selector")
+    readme = " ".join(draw.README.read_text().split())
+    for name in ("quest", "signs", "mirror", "exact_tokens"):
+        mean, worst = (f"{rows.loc[name, column]:.3f}"[1:] for column in ("mass", "mass_p5"))
+        between = "of the attention in the mean over heads " if name == "quest" else ""
+        assert f"{mean} {between}and {worst}" in readme
+
+
+def assert_same_pixels(drawn: Path, committed: Path) -> None:
+    """Of every file drawn, where matplotlib is the pinned one."""
     pinned = f"matplotlib=={importlib.metadata.version('matplotlib')}\n"
     if pinned in (draw.ROOT / "requirements.txt").read_text():  # others draw other pixels
         for path in drawn.iterdir():
@@ -202,6 +232,20 @@ def test_quality_names_every_line_and_its_sinks(tmp_path: Path) -> None:
         "dense attention",
     }
     assert lines <= set(texts)
+
+
+def test_masses_name_every_selector_and_both_ceilings(tmp_path: Path) -> None:
+    write_masses(tmp_path / "h200")
+    texts = words("selector_mass", Frames(tmp_path / "h200"))
+    lines = {
+        "Quest, pages of 16",
+        "Double Sparsity, 32 channels in 2 bits",
+        "Double Sparsity, 8 channels in 4 bits, a list a query head",
+        "exact attention, pages",
+        "1k candidates",
+    }
+    assert lines <= set(texts)
+    assert "tiny, 8k tokens of made-up, layers 2-29, 2,016 heads x positions" in " ".join(texts)
 
 
 def test_a_method_s_rows_are_those_of_the_kernels_where_these_have_any() -> None:

@@ -50,12 +50,48 @@ def quality_rows(gpu: str, back_end: str) -> list[dict[str, object]]:
     return rows
 
 
+SELECTORS = (  # name, group, kind, channels, bits, bytes a token
+    ("quest", "shared", "", "", "", 8.5),
+    *(
+        ("ds", group, kind, channels, bits, lists * (4 + channels * bits // 8))
+        for group, kind, lists in (("shared", "k", 1), ("own", "qk", 3), ("own", "q", 3))
+        for channels, bits in ((32, 2), (8, 4))
+    ),
+    ("signs", "shared", "", "", "", 10.53),
+    ("mirror", "shared", "", "", "", 36),
+    ("exact_pages", "shared", "", "", "", ""),
+    ("exact_tokens", "shared", "", "", "", ""),
+)
+
+
+def mass_rows(gpu: str) -> list[dict[str, object]]:
+    """A row for every selector and budget."""
+    names = ("selector", "group", "kind", "num_channels", "bits", "bytes_per_token")
+    same = {"model": "tiny", "gpu": gpu, "text": "made-up", "length": 8192, "samples": 2016}
+    same |= {"page_size": 16, "layers": "2-29"}
+    return [
+        same
+        | dict(zip(names, selector, strict=True))
+        | {"token_budget": budget, "mass": 0.9 + 0.01 * number, "mass_p5": 0.8 + 0.01 * number}
+        for budget in (512, 1024, 2048)
+        for number, selector in enumerate(SELECTORS)
+    ]
+
+
+def write_masses(folder: Path) -> None:
+    """selector_mass.csv in the folder of a GPU, whose name is the GPU's."""
+    write_rows(folder / "selector_mass.csv", mass_rows(folder.name))
+
+
 def write_quality(folder: Path, back_end: str = "kernels") -> None:
     """quality.csv in the folder of a GPU, whose name is the GPU's."""
-    rows = quality_rows(folder.name, back_end)
+    write_rows(folder / "quality.csv", quality_rows(folder.name, back_end))
+
+
+def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "quality.csv").open("w", newline="") as file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
