@@ -20,6 +20,7 @@ COPY_US = 2.4  # of the lengths to every KV head, which the benchmark's dense ro
 LAUNCHES_US = {"sparse": 17.7, "candidates": 11.9, "dense": 7.7 + COPY_US}
 # For 1,024 pages and candidate tokens, on the dense path tokens.
 ROW_US = {"sparse": 1.07, "candidates": 0.97, "dense": 0.48}
+MERGED_TOKENS = 48 * 128  # of a dense row: longer ones are merged of as many splits (attention.py)
 KEPT_SHARE = 1 / 8  # of the candidates: what top-p keeps lies on the device
 READ_SHARE = 0.9  # of the memory's peak: what large reads reach
 DEFAULT_BANDWIDTH = 4.4e12  # bytes per second, an H200's, where torch does not tell the peak
@@ -58,7 +59,7 @@ def expected_times(shape: StepShape, itemsize: int, bandwidth: float) -> dict[st
             pages * bounds + candidates * (codes + KEPT_SHARE * key_value),
         ),
         "candidates": (pages + candidates, pages * bounds + candidates * key_value),
-        "dense": (tokens, tokens * key_value),
+        "dense": (min(tokens, MERGED_TOKENS), tokens * key_value),
     }
     if pages == 0:
         del row_work["candidates"]

@@ -27,7 +27,10 @@ def measured() -> list:
     paths it could take."""
     steps, dense = (read_rows(path_of(stage, "h200")) for stage in ("pipeline", "dense"))
     steps = steps[steps["workload"].str.match(STANDARD)]
-    dense = dense[dense["provider"] == "tilelang"].set_index(KEYS)["median_us"]
+    # Long rows of one request as they were before they were joined in 48 splits: a third slower.
+    earlier = (dense["batch_size"] == 1) & (dense["seq_len"] > crossing.MERGED_TOKENS)
+    earlier &= dense["date"] < "2026-11-30"
+    dense = dense[(dense["provider"] == "tilelang") & ~earlier].set_index(KEYS)["median_us"]
     quest = steps[steps["method"] == "quest"].set_index(KEYS)["median_us"]
     found = []
     for row in steps[steps["method"].isin(("quest+twilight", "full+twilight"))].itertuples():
@@ -75,12 +78,13 @@ def test_the_measured_rows_lie_on_every_side_of_the_crossings(bandwidth):
             row, bandwidth
         )
         for row, _ in (parameter.values for parameter in MEASURED)
-        if row.workload.startswith("length-b")
+        if row.workload.startswith(("length-b", "solo-"))
     }
     assert {paths["quest", 1, seq_len] for seq_len in (4096, 32_768, 131_072)} == {"candidates"}
     assert {paths["quest", 8, seq_len] for seq_len in (8192, 262_144)} == {"sparse"}
     assert {paths["quest", 256, seq_len] for seq_len in (4096, 65_536)} == {"sparse"}
-    assert [paths["full", 1, seq_len] for seq_len in (4096, 262_144)] == ["dense", "sparse"]
+    assert {paths["full", 1, seq_len] for seq_len in (4096, 131_072)} == {"dense"}
+    assert paths["full", 8, 262_144] == "sparse"
 
 
 def test_bandwidth_is_read_from_the_device(bandwidth, monkeypatch):
