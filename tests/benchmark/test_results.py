@@ -193,7 +193,8 @@ def test_finished_knows_rows_of_the_same_code_only(rows: list[Row], tmp_path: Pa
     assert key not in finished("h100", "0123456789", tmp_path)
 
 
-COMMITTED = sorted(RESULTS.glob("*/*.csv"))
+OF_EVALUATION = ("quality", "selector_mass")  # they conform to evaluation/
+COMMITTED = sorted(path for path in RESULTS.glob("*/*.csv") if path.stem not in OF_EVALUATION)
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=[f"{p.parent.name}-{p.stem}" for p in COMMITTED])

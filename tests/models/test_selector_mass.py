@@ -11,6 +11,7 @@ pytest.importorskip("transformers", minversion="5.24")
 
 from tests.inputs.tiny_model import save_tiny  # noqa: E402
 from twilight_tilelang.evaluation import selector_mass as measured  # noqa: E402
+from twilight_tilelang.evaluation.results import read_rows  # noqa: E402
 from twilight_tilelang.plots.figures import FIGURES  # noqa: E402
 from twilight_tilelang.plots.frames import Frames  # noqa: E402
 from twilight_tilelang.profiling.workloads.standard import GPU_WORKLOADS  # noqa: E402
@@ -100,3 +101,17 @@ def test_the_command_from_end_to_end(tmp_path: Path, capsys) -> None:
     assert len(FIGURES["selector_mass"](Frames(folder)).axes) == 2
     assert measured.main([*arguments, "--length", "4000"]) == 1
     assert "selector_mass: positions: expected 0 to" in capsys.readouterr().out
+
+
+def test_committed_rows_conform() -> None:
+    paths = sorted((measured.ROOT / "profiling" / "results").glob(f"*/{measured.ROWS}"))
+    assert paths
+    for path in paths:
+        rows = read_rows(path)
+        assert all(tuple(row) == measured.COLUMNS for row in rows)
+        assert {row["gpu"] for row in rows} == {path.parent.name}
+        keys = [tuple(row[name] for name in measured.KEY) for row in rows]
+        assert len(set(keys)) == len(keys)
+        for row in rows:
+            mass = [float(row[name]) for name in ("mass_min", "mass_p5", "mass")]
+            assert 0 <= mass[0] <= mass[1] <= mass[2] <= 1
