@@ -65,8 +65,7 @@ def load_engine(
         raise ValueError("--back-end: 'kernels' needs a GPU; expected 'torch' or 'exact_upstream'")
     if back_end == "kernels" and dtype == "fp32":
         raise ValueError("--dtype: the kernels take 'bf16' or 'fp16', got 'fp32'")
-    kinds = [each.config.selector.type for each in every]
-    if back_end == "exact_upstream" and "signs" in kinds:
+    if back_end == "exact_upstream" and any(e.config.selector.type == "signs" for e in every):
         raise NotImplementedError(
             "selector.type: the original has no 'signs'; --back-end kernels or torch runs it"
         )

@@ -28,8 +28,8 @@ def commit() -> str:
         found = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True)
         changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True)
     except OSError:
-        return os.environ.get("COMMIT", "")
-    if found.returncode:
+        found = None
+    if found is None or found.returncode:
         return os.environ.get("COMMIT", "")
     return found.stdout.decode().strip() + "+" * bool(changed.stdout)
 

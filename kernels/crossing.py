@@ -14,13 +14,16 @@ from typing import NamedTuple
 
 import torch
 
+from .attention import DENSE_SPLITS
 from .launch import StepShape
+from .split_kv import AttentionConfig
 
 COPY_US = 2.4  # of the lengths to every KV head, which the benchmark's dense rows leave out
 LAUNCHES_US = {"sparse": 17.7, "candidates": 11.9, "dense": 7.7 + COPY_US}
 # For 1,024 pages and candidate tokens, on the dense path tokens.
 ROW_US = {"sparse": 1.07, "candidates": 0.97, "dense": 0.48}
-MERGED_TOKENS = 48 * 128  # of a dense row: longer ones are merged of as many splits (attention.py)
+# Of a dense row: longer ones are merged of as many splits.
+MERGED_TOKENS = DENSE_SPLITS * AttentionConfig().split_tokens
 KEPT_SHARE = 1 / 8  # of the candidates: what top-p keeps lies on the device
 READ_SHARE = 0.9  # of the memory's peak: what large reads reach
 DEFAULT_BANDWIDTH = 4.4e12  # bytes per second, an H200's, where torch does not tell the peak

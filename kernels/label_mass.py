@@ -230,7 +230,7 @@ def fold_parts(parts, num_parts, row, num_warps, norms):
     top = T.alloc_var(T.float32)
     total = T.alloc_var(T.float32)
     warp, in_warp = T.get_thread_binding() // 32, T.get_thread_binding() % 32
-    for turn in T.serial(steps_over(num_heads, num_warps)):
+    for turn in T.serial(-(-num_heads // num_warps)):
         head = turn * num_warps + warp
         if head < num_heads:
             top = -T.infinity(T.float32)

@@ -139,7 +139,7 @@ class TwilightDecode:
         """
         read = read_config(config)
         step = cls(cache, num_qo_heads, options_of(read, cache.page_size, layer), **changes)
-        if step.path != "dense" and step.selector == "double_sparsity":
+        if step.selector == "double_sparsity":
             read.check_labels(cache.labels, cache.head_dim)
         return step
 

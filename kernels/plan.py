@@ -124,7 +124,8 @@ def all_launches(shape: StepShape, planner: Planner) -> list[Launch]:
     sizes = (shape.head_dim, shape.page_size, *dtypes, shape.smooth)
     cache: tuple[Launch, ...] = cache_launches(*sizes, labels)
     if labels is not None:
-        cache += cache_launches(*sizes)[2:]  # it was mirrored before it had labels
+        *_, mirror = cache_launches(*sizes)
+        cache += (mirror,)  # that wrote it before it had labels
     elif shape.tokens is not None:
         cache += (sign_launch(shape.head_dim, shape.page_size, dtypes[1], shape.smooth),)
     extras = tuple(

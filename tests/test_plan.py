@@ -8,6 +8,7 @@ import torch
 import twilight_tilelang as kernels
 from tests.doubles import fake_gpu
 from tests.inputs.pinned import fused as fused_kernels
+from tests.reference.test_twilight_config import config
 from twilight_tilelang.kernels.cache import CacheShape
 from twilight_tilelang.kernels.estimate_prune import (
     ESTIMATE_PRUNE,
@@ -340,14 +341,9 @@ def test_a_configuration_of_twilights_is_a_step(launched, name):
 def test_a_configuration_refuses_what_the_kernels_do_not_have(launched):
     selector = {"type": "oracle_topk", "token_budget": 64}
     with pytest.raises(NotImplementedError, match="selector: the kernels have labels of 2 or 4"):
-        kernels.TwilightDecode.from_config(labelled_cache(32), 32, configuration(selector))
+        kernels.TwilightDecode.from_config(labelled_cache(32), 32, config(selector))
     ds = {"type": "ds", "config_path": "a.json", "selected_channel": "q", "token_budget": 64}
     with pytest.raises(ValueError, match="cache: expected labels of 16 channels in 2 bits, got 64"):
         kernels.TwilightDecode.from_config(
-            labelled_cache(32), 32, configuration(ds | {"r": 16, "quant_bit": 2})
+            labelled_cache(32), 32, config(ds | {"r": 16, "quant_bit": 2})
         )
-
-
-def configuration(selector: dict) -> dict:
-    none = {"type": "none"}
-    return dict(compressor=none, selector=selector, weight_estimator=none, weight_pruner=none)
