@@ -29,9 +29,9 @@ SMALLEST_KL = 1e-5  # a zero has no place on a logarithmic axis
 
 def quality_tokens(frames: Frames) -> Figure:
     """Quality of a real model against the tokens that are read for a KV head and step: KL of the
-    next token's distribution from that of dense attention, loss above it, passkeys found. Twilight
-    by p, the selectors alone by their budget; dotted where the first 16 tokens are always read.
-    Bars are a standard error."""
+    next token's distribution from that of dense attention, loss above it, passkeys found. The
+    selectors alone by their budget, Twilight by p on the largest budget that is shorter than the
+    context; dotted where the first 16 tokens are always read. Bars are a standard error."""
     return quality(rows_of_model(frames), "kept", "tokens read per KV head")
 
 
@@ -81,8 +81,9 @@ def quality(rows: pd.DataFrame, x: str, words: str) -> Figure:
     """A panel for every metric and length that there are rows of."""
     metrics = {name: own for name, own in METRICS.items() if (rows["task"] == own[0]).any()}
     shown = rows[rows["task"].isin([task for task, _ in metrics.values()])]
+    rows = of_largest_budget(rows)
     lengths = sorted(require(shown, "quality", "task perplexity or passkey")["length"].unique())
-    size = (max(7.0, 1.5 + 3.2 * len(lengths)), 1.8 + 2.5 * len(metrics))
+    size = (max(9.0, 1.5 + 3.2 * len(lengths)), 1.8 + 2.5 * len(metrics))
     figure, every = panels(len(metrics), len(lengths), size, sharex="col", sharey="row")
     panel = iter(every)
     for column, (task, label) in metrics.items():
@@ -91,8 +92,9 @@ def quality(rows: pd.DataFrame, x: str, words: str) -> Figure:
             own = rows[(rows["task"] == task) & (rows["length"] == length)]
             draw_lines(axes, own, x, column)
             axes.set(xlabel=words, ylabel=label)
-            axes.set_xscale("log", base=2)
-            plain_log(axes.xaxis, 2.0, (1.0,))
+            if x == "kept":
+                axes.set_xscale("log", base=2)
+                plain_log(axes.xaxis, 2.0, (1.0,))
             if column == "kl":
                 axes.set_yscale("log")
                 plain_log(axes.yaxis, 10.0, (1.0, 2.0, 5.0))
@@ -104,9 +106,17 @@ def quality(rows: pd.DataFrame, x: str, words: str) -> Figure:
     return figure
 
 
+def of_largest_budget(rows: pd.DataFrame) -> pd.DataFrame:
+    """Without selectors that select everything, which are Full's or dense attention's points again;
+    of a selector with Twilight the largest budget that is left."""
+    rows = rows[~(rows["token_budget"] >= rows["length"])]
+    largest = rows.groupby(["task", "length", "method"])["token_budget"].transform("max")
+    pruned = rows["method"].str.endswith("+twilight")
+    return rows[~pruned | rows["token_budget"].isna() | (rows["token_budget"] == largest)]
+
+
 def draw_lines(axes: Axes, rows: pd.DataFrame, x: str, column: str) -> None:
-    """A line for every method, budget and number of tokens that are always kept; dense attention's
-    place."""
+    """A line for every method and what is always kept; dense attention's place."""
     dense = rows[rows["method"] == "dense"]
     if len(dense) and column != "kl":  # which is 0 there
         axes.axhline(dense[column].iloc[0], **rule("baseline"), label="dense attention")
@@ -114,8 +124,7 @@ def draw_lines(axes: Axes, rows: pd.DataFrame, x: str, column: str) -> None:
         axes.axvline(dense[x].iloc[0], **rule("baseline"), label="dense attention")
     for method in ORDER:
         own = rows[rows["method"] == method]
-        parts = [*ALWAYS, *(["token_budget"] if method.endswith("+twilight") else [])]
-        for key, line in own.groupby(parts, dropna=False):
+        for key, line in own.groupby(ALWAYS):
             look = LOOKS[f"{method}, sinks" if key[0] and f"{method}, sinks" in LOOKS else method]
             line = line.sort_values("top_p" if method.endswith("+twilight") else "token_budget")
             y = line[column].clip(lower=SMALLEST_KL) if column == "kl" else line[column]
@@ -136,12 +145,11 @@ def rule(look: str) -> dict[str, object]:
 
 
 def words_of(method: str, key: tuple[float, ...]) -> str:
-    """A line of the legend: the method, the budget that its points share, and what is always kept:
-    sinks, recent tokens, and each head's heaviest."""
-    sinks, recent, floor, *budget = key
+    """A line of the legend: the method, and what is always kept: sinks, recent tokens, and each
+    head's heaviest."""
+    sinks, recent, floor = key
     parts = [WORDS[method]]
-    parts += [f"budget {count(each)}" for each in budget if each == each]
-    parts += [f"{sinks:.0f} sink tokens"] if sinks else []
+    parts += [f"{sinks:.0f} sinks"] if sinks else []
     parts += [f"{recent:.0f} recent"] if recent else []
     parts += [f"{floor:.0f} heaviest"] if floor > 1 else []
     return ", ".join(parts)

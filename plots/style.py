@@ -38,6 +38,7 @@ def _look(
 LOOKS = {
     "quest+twilight": _look("#c1121f", "o", "-", 2.8),
     "full+twilight": _look("#f28e2b", "D", "--"),
+    "full+twilight, sinks": _look("#f28e2b", "D", ":", 1.8, hollow=True),
     "quest": _look("#2a6f97", "^", "-."),
     "quest+twilight, sinks": _look("#c1121f", "o", ":", 1.8, hollow=True),
     "quest, sinks": _look("#2a6f97", "^", ":", 1.4, hollow=True),

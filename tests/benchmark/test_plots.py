@@ -24,7 +24,7 @@ from twilight_tilelang.plots.frames import (
     steps,
 )
 from twilight_tilelang.plots.parts import budget_rule
-from twilight_tilelang.plots.quality_figures import rows_of_model
+from twilight_tilelang.plots.quality_figures import of_largest_budget, rows_of_model
 from twilight_tilelang.profiling.tables.rows import TOKEN_STAGES, AnyRow, table_of
 
 MEASURED = Frames(draw.RESULTS / "h200")
@@ -224,14 +224,31 @@ def test_quality_names_every_line_and_its_sinks(tmp_path: Path) -> None:
     lines = {
         "Full + Twilight",
         "Quest alone",
-        "Quest alone, 16 sink tokens, 16 recent",
-        "Quest + Twilight, budget 1k",
-        "Quest + Twilight, budget 1k, 16 sink tokens, 16 recent, 32 heaviest",
+        "Quest alone, 16 sinks, 16 recent",
+        "Quest + Twilight",
+        "Quest + Twilight, 16 sinks, 16 recent, 32 heaviest",
         "Signs alone",
-        "Signs + Twilight, budget 1k, 16 sink tokens, 16 recent, 32 heaviest",
+        "Signs + Twilight, 16 sinks, 16 recent, 32 heaviest",
         "dense attention",
     }
     assert lines <= set(texts)
+
+
+def test_quality_shows_the_largest_budget_that_chooses(tmp_path: Path) -> None:
+    """A selector of every token is Full again, or dense attention."""
+    write_quality(tmp_path / "h200")
+    rows = Frames(tmp_path / "h200")["quality"]
+    rows = rows[(rows["task"] == "passkey") & (rows["length"] == 4096)]
+    smaller, larger = (
+        rows.assign(token_budget=rows["token_budget"].mask(rows["token_budget"].notna(), budget))
+        for budget in (512, 2048)
+    )
+    everything = rows[rows["token_budget"].notna()].assign(token_budget=4096)
+    kept = of_largest_budget(pd.concat([smaller, larger, everything]))
+    pruned = kept["method"].str.endswith("+twilight")
+    assert set(kept.loc[pruned, "token_budget"].dropna()) == {2048}
+    assert set(kept.loc[~pruned, "token_budget"].dropna()) == {512, 2048}
+    assert set(kept["method"]) == set(rows["method"])
 
 
 def test_masses_name_every_selector_and_both_ceilings(tmp_path: Path) -> None:
