@@ -135,13 +135,12 @@ def beside_dense(frames: Frames, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def with_dense(frames: Frames, rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows with the fastest dense decode of their sizes as dense_us and dense, NaN where there
-    is none: of a standard workload, else of the rows' own, else of any."""
-    dense = frames["dense"]
-    own_dense = dense[dense["workload"].isin(rows["workload"])]
-    dense = pd.concat([standard_rows(frames, "dense"), own_dense, dense]).drop_duplicates(SAME)
+    """The rows with the fastest dense decode of their sizes, as dense_us, dense and dense_commit:
+    of a standard workload, else of any; NaN where there is none."""
+    dense = pd.concat([standard_rows(frames, "dense"), frames["dense"]]).drop_duplicates(SAME)
     best = dense.sort_values("median_us").drop_duplicates(SIZES).set_index(SIZES)
-    return rows.join(best[["median_us", "provider"]].set_axis(["dense_us", "dense"], axis=1), SIZES)
+    names = {"median_us": "dense_us", "provider": "dense", "commit": "dense_commit"}
+    return rows.join(best[list(names)].rename(columns=names), SIZES)
 
 
 def of_method(rows: pd.DataFrame, method: str, by: str) -> pd.DataFrame:

@@ -108,7 +108,8 @@ def pipeline_length(frames: Frames) -> Figure:
 
 def pipeline_batch(frames: Frames) -> Figure:
     """One decode step against the number of requests, beside the fastest dense decode and the byte
-    floor. The numbers say how many times faster than dense."""
+    floor. The numbers say how many times faster than dense, which is no line where it was measured
+    at some sizes only."""
     rows = with_dense(frames, all_steps(frames, "batch-"))
     twilight = of_method(rows, "quest+twilight", "batch_size")
     figure, (axes,) = panels(1, 1, (9, 5.2))
@@ -116,7 +117,8 @@ def pipeline_batch(frames: Frames) -> Figure:
     axes.set(xlabel="requests", ylabel="time of one step")
     dense = twilight.dropna(subset="dense_us")
     names = " or ".join(PROVIDERS[name] for name in sorted(dense["dense"].unique()))
-    line(axes, dense, "batch_size", "baseline", f"dense, {names}", "dense_us")
+    look = LOOKS["baseline"] | ({} if len(dense) == len(twilight) else {"ls": "none"})
+    axes.plot(dense["batch_size"], dense["dense_us"], **look, label=f"dense, {names}")
     _step_lines(axes, rows, "batch_size", tuple(METHODS))
     fixed = ["seq_len", *STEP_FIXED, "token_budget", "top_p"]
     title(figure, "One decode step by number of requests", twilight, fixed, BAND)

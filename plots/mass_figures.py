@@ -78,7 +78,7 @@ def draw_points(axes: Axes, rows: pd.DataFrame) -> None:
         row, look = rows.loc[name], LOOKS[name]
         rule = {"color": look["color"], "lw": 1.2}
         axes.axhline(row["mass"], **rule, ls=look["ls"], label=words)
-        axes.axhline(row["mass_p5"], **rule, ls=":")
+        axes.axhline(row["mass_p5"], **rule, ls=":", label=f"{words}, 5th percentile")
     axes.set_xscale("log", base=2)
     plain_log(axes.xaxis, 2.0, (1.0, 1.5))
     axes.set_yscale("logit")

@@ -69,6 +69,8 @@ def model_length(frames: Frames) -> Figure:
         right.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     for axes in every[-2:]:
         axes.set_xlabel("tokens of a request")
-    title(figure, "A token's time against the context", rows, ["head_dim", "page_size"], BAND)
+    twilight = rows[rows["method"] == "quest+twilight"]
+    fixed, dense = ["head_dim", "page_size", "top_p"], "first two layers dense"
+    title(figure, "A token's time against the context", twilight, fixed, dense, BAND)
     legend_below(figure, every, 4)
     return figure

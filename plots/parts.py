@@ -125,6 +125,12 @@ def speedup(rows: pd.DataFrame, row: pd.Series) -> str:
     return "" if on_cpu(rows) else f"{row.dense_us / row.median_us:.1f}x"
 
 
+def ceilings(read_tbps: pd.Series) -> str:
+    """The read rates of the machines that gave the rows, which their byte floors go by."""
+    rates = sorted({f"{rate:.2f}" for rate in read_tbps})
+    return f"{' to '.join(dict.fromkeys([rates[0], rates[-1]]))} TB/s"
+
+
 def budget_rule(rows: pd.DataFrame) -> tuple[str, int | None]:
     """How the token budget follows the length, in words, and where it stops to grow."""
     rows = rows[rows["method"] == "quest"]

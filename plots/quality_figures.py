@@ -101,7 +101,8 @@ def quality(rows: pd.DataFrame, x: str, words: str) -> Figure:
             if column == next(iter(metrics)):
                 axes.set_title(f"{count(length)} tokens", loc="left", fontsize=10)
             axes.label_outer()
-    heading(figure, "Quality of a real model", rows)
+    what = "Quality of a real model: Twilight by p, selectors alone by their budget"
+    heading(figure, what, rows)
     legend_below(figure, every, 2)
     return figure
 

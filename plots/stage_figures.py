@@ -4,7 +4,17 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .frames import STEP_STAGES, Frames, MissingData, own, require, whole_and_alone
-from .parts import LABEL_BOX, MEDIAN, METHODS, bar_look, on_cpu, panels, stage_words, title
+from .parts import (
+    LABEL_BOX,
+    MEDIAN,
+    METHODS,
+    bar_look,
+    ceilings,
+    on_cpu,
+    panels,
+    stage_words,
+    title,
+)
 from .style import legend_below, three_digits
 
 FIXED = ["head_dim", "page_size", "top_p"]
@@ -93,6 +103,7 @@ def stage_floor(frames: Frames) -> Figure:
     lines = [step.index[at : at + A_LINE] for at in range(0, len(step), A_LINE)]
     figure, every = panels(len(lines), 1, (10, 1.2 + 3.4 * len(lines)))
     width = 0.84 / len(EVERY_STAGE)
+    rates = [own(frames, stage, step.index, "read_tbps") for stage in EVERY_STAGE]
     for axes, workloads in zip(every, lines, strict=True):
         for place, stage in enumerate(EVERY_STAGE):
             reached = 100 * own(frames, stage, workloads, "reached")
@@ -106,7 +117,7 @@ def stage_floor(frames: Frames) -> Figure:
         axes.set_ylim(0, max(112, axes.get_ylim()[1]))
         axes.grid(axis="x", visible=False)
         axes.set_ylabel("byte floor reached, %")
-    read = f"floor at {step['read_tbps'].median():.3g} TB/s read"
+    read = f"floor at {ceilings(pd.concat(rates))} read"
     title(figure, "How near each stage is to its byte floor", step, FIXED, read, MEDIAN)
     legend_below(figure, every, 4)
     return figure

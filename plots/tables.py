@@ -27,7 +27,7 @@ from .frames import (
     whole_and_alone,
 )
 from .model_figures import PLACE, SIZES, model_rows
-from .parts import METHODS, PROVIDERS, budget_rule, speedup, stage_words
+from .parts import METHODS, PROVIDERS, budget_rule, ceilings, speedup, stage_words
 
 SCORED_BY = {"ds": "labels, 64 x 2 bits", "ds-r16-b4": "labels, 16 x 4 bits", "signs": "signs"}
 SIGN_PARTS = ("sign_words", "sign_factors", "sign_mean_codes", "sign_mean_scale_zero")
@@ -57,9 +57,9 @@ def speed_table(frames: Frames) -> str:
         f"One decode step on {seen['gpu'].upper()}, {seen['dtype']}, token budget "
         f"{seen['token_budget']}, p = {seen['top_p']}; medians, cold inputs, timer "
         f"{seen['timer']}. Error: |out - dense| / |dense|, the larger of the first and the last "
-        "request's, on made-up inputs. Byte floor: bytes that must move / read ceiling, "
-        f"{rows['read_tbps'].max():.2f} TB/s. Measured with torch {seen['torch']}, tilelang "
-        f"{seen['tilelang']}, at commit {seen['commit']}, {seen['date']}."
+        "request's, on made-up inputs. Byte floor: bytes that must move / read ceiling of the run, "
+        f"{ceilings(rows['read_tbps'])}. Measured with torch {seen['torch']}, tilelang "
+        f"{seen['tilelang']}, at {_commits(rows)}, {seen['date']}."
     )
     return _table(header, lines, caption)
 
@@ -78,7 +78,8 @@ def top_p_table(frames: Frames) -> str:
     caption = (
         f"{first.batch_size} requests of {first.seq_len:,} tokens, {first.num_qo_heads} query and "
         f"{first.num_kv_heads} KV heads, {first.token_budget:,} candidates, on "
-        f"{first.gpu.upper()}, made-up inputs; error as above."
+        f"{first.gpu.upper()}, made-up inputs; error as above. Measured at "
+        f"{_commits(pd.concat([ours, quest]))}."
     )
     header = " | tokens read per KV head | error | step, us | speedup over dense"
     return _table(header, lines, caption)
@@ -96,7 +97,7 @@ def length_table(frames: Frames) -> str:
     caption = (
         "Microseconds of the fastest dense decode / Quest alone / Quest + Twilight, the fastest in "
         f"bold, on {first.gpu.upper()}; {first.num_qo_heads} query and {first.num_kv_heads} KV "
-        f"heads, {budget_rule(rows)[0]}."
+        f"heads, {budget_rule(rows)[0]}. Measured at {_commits(rows)}."
     )
     header = " | ".join(["tokens", *(f"batch {batch_size}" for batch_size in batch_sizes)])
     return _table(header, lines, caption)
@@ -115,7 +116,8 @@ def batch_table(frames: Frames) -> str:
     caption = (
         f"One step of requests of {first.seq_len:,} tokens on {first.gpu.upper()}; "
         f"{first.num_qo_heads} query and {first.num_kv_heads} KV heads, {first.token_budget:,} "
-        f"candidates. Measured at commit {first.commit}."
+        f"candidates; byte floor by a read ceiling of {ceilings(ours['read_tbps'])}. Measured at "
+        f"{_commits(pd.concat([ours, quest]))}."
     )
     header = "requests | Quest alone, us | **Quest + Twilight, us** | byte floor, us | reached"
     return _table(header, lines, caption)
@@ -136,7 +138,11 @@ def stage_table(frames: Frames) -> str:
     lines = [" | ".join(cells) for cells in pd.concat(columns, axis=1).reset_index().to_numpy()]
     header = " | ".join(["workload", "tokens kept per KV head", *map(stage_words, STEP_STAGES)])
     gpu = whole["gpu"].iloc[0].upper()
-    caption = f"Each stage alone on {gpu}: time, bytes / time, share of the byte floor reached."
+    rates = [own(frames, stage, whole.index, "read_tbps") for stage in STEP_STAGES]
+    caption = (
+        f"Each stage alone on {gpu}: time, bytes / time, share of the byte floor reached, by read "
+        f"ceilings of {ceilings(pd.concat(rates))}."
+    )
     return _table(header, lines, caption)
 
 
@@ -276,15 +282,21 @@ def model_table(frames: Frames) -> str:
     every = rows[rows["method"] == OURS]
     first = every.iloc[0]
     launched = "; *eager*, launched one by one" if every["eager_us"].notna().any() else ""
-    commits = ", ".join(sorted(map(str, rows["commit"].unique())))
     caption = (
         f"Milliseconds a token on {first.gpu.upper()}, {first['dtype']}: random weights in the "
         f"shape of the model, made-up queries and caches, the first two layers dense, p = "
         f"{first.top_p:g}; one CUDA graph a token, compiled by torch.compile around its "
         f"attention. *Uncompiled* is Twilight's, not compiled{launched}. "
-        f"{_model_memory(frames, rows)}Measured at commit {commits}."
+        f"{_model_memory(frames, rows)}Measured at {_commits(rows)}."
     )
     return _table(header, lines, caption)
+
+
+def _commits(rows: pd.DataFrame) -> str:
+    """At which the rows, and dense decode beside them, were measured."""
+    columns = [rows[name].dropna() for name in ("commit", "dense_commit") if name in rows]
+    commits = sorted(set(pd.concat(columns)))
+    return f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
 
 
 def _model_memory(frames: Frames, rows: pd.DataFrame) -> str:

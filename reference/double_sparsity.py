@@ -13,8 +13,8 @@ forced in. Order of tokens, everywhere in this file:
 Two ways to treat the query heads of a group, which read the same keys:
 
     group="own"     every query head has token_budget tokens of its own, as in both originals; the
-                    list of a KV head is their union and says whose each token is. A group of 4
-                    lists 2.7 to 3.6 budgets where its heads differ.
+                    list of a KV head is their union and says whose each token is: 1.3 to 2.0
+                    budgets for a small model's groups of three.
     group="shared"  a KV head has token_budget tokens, for all heads of its group: those of the
                     largest max_h softmax_t(score[h, t] * sm_scale). Scores that are not finite
                     enter no softmax and keep their place in the order; a NaN leaves the token to

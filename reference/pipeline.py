@@ -43,7 +43,7 @@ class TwilightDecode:
         cache: gives the shapes that `run` will see.
         num_qo_heads: query heads, a multiple of the cache's num_kv_heads.
         selector: "quest", "double_sparsity" (tokens by label, of a cache that has labels), "full"
-            or, here alone, "signs" (tokens by the signs of their keys).
+            or "signs" (tokens by the signs of their keys).
         token_budget: of "double_sparsity" and "signs" any number of tokens; of the first with
             group="own" per query head.
         candidate_p: of "signs", in place of a budget: see `select_top_p_by_signs`.
