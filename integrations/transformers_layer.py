@@ -236,9 +236,7 @@ def labelled(pages: Any, label_format: LabelFormat, group_size: int) -> Any:
         return pages.with_labels(LabelFormat(channels, bits))
     if len(channels) == pages.num_kv_heads:
         channels = channels.repeat_interleave(group_size, dim=0)
-    tensors = pages.k_cache, pages.v_cache, pages.page_table, pages.seq_lens
-    own = reference.LabelFormat(channels, bits)
-    return reference.PagedKVCache.wrap(*tensors, label_format=own, layout="NHD")
+    return pages.with_labels(reference.LabelFormat(channels, bits))
 
 
 def make_step(pages: Any, num_qo_heads: int, options: DecodeOptions) -> Any:

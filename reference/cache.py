@@ -5,7 +5,7 @@ the first seq_lens[b] tokens exist: other slots and pages are never read and may
 place in the batch without a request has length 0 and any page ids, such as -1.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -68,7 +68,7 @@ class PagedKVCache(Requests):
             multiplied (SmoothQuant's smoothing factor, arXiv 2211.10438). Logits stay what they
             are. See `calibrate_keys`.
         labels: what Double Sparsity scores tokens by, or None (see `KeyLabels`). A cache has them
-            where it is built with a label_format.
+            where it is built with a label_format, or made by `with_labels`.
     """
 
     k_cache: torch.Tensor
@@ -282,11 +282,31 @@ class PagedKVCache(Requests):
         )
         if validate:
             check_indices(cache)
-        listed, page_tokens = cache.used_pages()
-        chunk = max(1, CHUNK_ELEMENTS // max(1, page_size * num_kv_heads * head_dim))
-        for pages in listed.split(chunk):
-            cache.mirror_pages(pages, page_tokens[pages])
+        cache.mirror_used_pages()
         return cache
+
+    def with_labels(self, label_format: LabelFormat) -> "PagedKVCache":
+        """The same requests on the same pages and mirror, with labels: those of the tokens that
+        there are, and from here on those of every token. What other caches write has none.
+
+        Args:
+            label_format: channels of every query head (see `LabelFormat`).
+
+        Raises:
+            ValueError: the format does not fit the keys, or these are FP8.
+        """
+        if self.k_cache.dtype in FP8_DTYPES:
+            raise ValueError("label_format: expected None for keys in FP8")
+        cache = replace(self, labels=KeyLabels.empty(label_format, self.k_cache))
+        cache.mirror_used_pages()
+        return cache
+
+    def mirror_used_pages(self) -> None:
+        """Mirror, bounds and labels of every page, so many keys at a time."""
+        listed, page_tokens = self.used_pages()
+        page_elements = self.page_size * self.num_kv_heads * self.head_dim
+        for pages in listed.split(max(1, CHUNK_ELEMENTS // max(1, page_elements))):
+            self.mirror_pages(pages, page_tokens[pages])
 
 
 def default_page_table(

@@ -55,12 +55,7 @@ class TileLang:
         self, caches: Sequence[Any], num_qo_heads: int, channels: torch.Tensor, bits: int
     ) -> list[Any]:
         """The same caches, which share their pages, with labels; channels [num_kv_heads, r]."""
-        first, *others = caches
-        every = [first.with_labels(self.package.LabelFormat(channels, bits))]
-        for other in others:
-            every.append(dataclasses.replace(other, labels=every[0].labels))
-            every[-1].mirror_pages(*every[-1].used_pages())
-        return every
+        return _sharing_labels(caches, self.package.LabelFormat(channels, bits))
 
     def signed(self, caches: Sequence[Any]) -> list[Any]:
         """The same caches, which share their pages, with sign codes, unless they have them."""
@@ -150,13 +145,8 @@ class Torch:
     def labelled(
         self, caches: Sequence[Any], num_qo_heads: int, channels: torch.Tensor, bits: int
     ) -> list[Any]:
-        first, repeats = caches[0], num_qo_heads // len(channels)
-        label_format = reference.LabelFormat(channels.repeat_interleave(repeats, 0), bits)
-        labels = reference.KeyLabels.empty(label_format, first.k_cache)
-        pages = torch.arange(first.num_pages)
-        used = torch.ones(first.num_pages, first.page_size, 1, 1, dtype=torch.bool)
-        labels.write_pages(pages, used, first.k_cache)
-        return [dataclasses.replace(cache, labels=labels) for cache in caches]
+        channels = channels.repeat_interleave(num_qo_heads // len(channels), dim=0)
+        return _sharing_labels(caches, reference.LabelFormat(channels, bits))
 
     def signed(self, caches: Sequence[Any]) -> list[Any]:
         """As they are: the reference makes sign codes where it reads them."""
@@ -170,3 +160,13 @@ class Torch:
 
     def dense(self, q: torch.Tensor, cache: Any) -> Call:
         return partial(reference.dense_attention, q, cache)
+
+
+def _sharing_labels(caches: Sequence[Any], label_format: Any) -> list[Any]:
+    """The same caches, which share their pages, with labels."""
+    first, *others = caches
+    every = [first.with_labels(label_format)]
+    for other in others:
+        every.append(dataclasses.replace(other, labels=every[0].labels))
+        every[-1].mirror_pages(*every[-1].used_pages())
+    return every

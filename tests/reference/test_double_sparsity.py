@@ -11,6 +11,7 @@ from tests.checks.properties import assert_ascending
 from tests.inputs.hazards import contiguous, poisoned_cache, share_prefix
 from twilight_tilelang.reference import (
     CandidateTokens,
+    Fp8,
     LabelFormat,
     PagedKVCache,
     candidate_tokens,
@@ -443,6 +444,29 @@ def test_append_labels_as_wrap_does(seed, lengths, heads, bits):
         cache.append(k[request, (lens + step).long()], v[request, (lens + step).long()])
     assert torch.equal(cache.labels.codes, whole.labels.codes)
     assert torch.equal(cache.labels.scale_zero, whole.labels.scale_zero)
+
+
+@quick
+@given(seed=SEEDS, lengths=LENGTHS, heads=HEADS, bits=st.integers(1, 8))
+def test_labels_given_later_are_those_of_a_cache_built_with_them(seed, lengths, heads, bits):
+    inputs = small_inputs(seed, lengths, heads)
+    label_format = LabelFormat(random_channels(heads[0], 8, 5, seed), bits)
+    built = PagedKVCache.wrap(*inputs.paged(), label_format=label_format)
+    plain = PagedKVCache.wrap(*inputs.paged())
+    given_later = plain.with_labels(label_format)
+    assert plain.labels is None
+    assert given_later.page_table is plain.page_table and given_later.k_int4 is plain.k_int4
+    assert torch.equal(given_later.labels.codes, built.labels.codes)
+    assert torch.equal(given_later.labels.scale_zero, built.labels.scale_zero)
+    assert torch.equal(given_later.k_int4, built.k_int4)
+
+
+def test_labels_of_keys_in_fp8_are_refused():
+    pool = torch.zeros(2, 4, 1, 8, dtype=torch.float8_e4m3fn)
+    lists = torch.zeros(1, 2, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    cache = PagedKVCache.wrap(pool, pool, *lists, fp8=Fp8())
+    with pytest.raises(ValueError, match="label_format: expected None for keys in FP8"):
+        cache.with_labels(LabelFormat(random_channels(2, 8, 4, 0), 4))
 
 
 @quick
