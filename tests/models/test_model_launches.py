@@ -1,9 +1,11 @@
 """What a model's decode step launches on a GPU, counted without one."""
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -163,9 +165,17 @@ def test_a_token_of_the_benchmark_launches_no_more(
     assert Counter(launched)["append_kernel"] == (0 if method == "none" else 3)
 
 
-@pytest.mark.parametrize("selector", ["quest", "signs"])
+@pytest.mark.parametrize(
+    ("selector", "again"),
+    [
+        ({"type": "quest", "chunk_size": 16}, []),
+        ({"type": "signs"}, ["sign_kernel"]),
+        ({"type": "ds", "selected_channel": "q", "r": 16, "quant_bit": 4}, ["mirror_kernel"]),
+    ],
+    ids=["quest", "signs", "ds"],
+)
 def test_a_sample_of_the_evaluation_replays_what_one_before_it_captured(
-    selector: str, launched: list[str], replays: list[object], monkeypatch
+    selector: dict, again: list[str], launched, replays, monkeypatch, tmp_path: Path
 ) -> None:
     """Of 6 tokens the first and the fourth are measured, in a graph of their own; another
     configuration of the same selector finds the prompt as it is."""
@@ -174,12 +184,17 @@ def test_a_sample_of_the_evaluation_replays_what_one_before_it_captured(
     monkeypatch.setattr(MeasuredCache, "measure", lambda _, seen, __: measured.append(sorted(seen)))
     monkeypatch.setattr(type(model), "device", fake_gpu.CUDA)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    selected = {"type": selector} | ({"chunk_size": 16} if selector == "quest" else {})
+    if selector["type"] == "ds":
+        content = {
+            "model.layers.2.self_attn.q_proj": [[*range(64)]] * 9
+        }  # of the layer that selects
+        (tmp_path / "channels.json").write_text(json.dumps(content))
+        selector = selector | {"config_path": str(tmp_path / "channels.json")}
     first, second = (
-        make_configuration(selected | {"token_budget": 64}, top_p) for top_p in (0.8, 0.9)
+        make_configuration(selector | {"token_budget": 64}, top_p) for top_p in (0.8, 0.9)
     )
     engine = KernelEngine(model, measure_every=3)
-    tail, again = [5, 6, 7, 8, 9, 10], ["sign_kernel"] * (selector == "signs")
+    tail = [5, 6, 7, 8, 9, 10]
 
     def run(length: int, configuration: Configuration) -> list[str]:
         """What is launched after the prompt, by Python or in a capture."""
