@@ -92,8 +92,7 @@ def test_steps_are_planned_for_the_first_sample_alone(model, configurations, mon
 
 def test_a_compiled_model_decodes_the_same(model, configurations, monkeypatch) -> None:
     """Up to roundings; measured and not, one prompt after another."""
-    if model.device.type == "cpu":
-        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     engines = [KernelEngine(model, measure_every=5, compile=each) for each in (True, False)]
     for seed in (0, 1):
         prompt, tail = tokens(seed)
