@@ -2,7 +2,6 @@
 most likely token again and again."""
 
 import time
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,10 +14,7 @@ from .samples import Sample, Task
 
 
 class Engine(Protocol):
-    """What holds a model and a prompt: `TorchEngine`, `KernelEngine`.
-
-    `lanes`, where it has them, are engines that decode beside each other, itself the first.
-    """
+    """What holds a model and a prompt: `TorchEngine`, `KernelEngine`."""
 
     def prefill(self, tokens: list[int], room: int) -> torch.Tensor: ...
 
@@ -30,7 +26,7 @@ class Engine(Protocol):
 
 
 class Prompt:
-    """A sample whose prompt the engine holds: one prefill for every configuration, in each lane.
+    """A sample whose prompt the engine holds: one prefill for every configuration.
 
     Args:
         ends: ids that end an answer; the first generated token is not tested for them, as in the
@@ -45,33 +41,22 @@ class Prompt:
         sample: Sample,
         ends: set[int],
     ) -> None:
-        self.lanes: list[Engine] = getattr(engine, "lanes", [engine])
-        self.tokenizer, self.task = tokenizer, task
+        self.engine, self.tokenizer, self.task = engine, tokenizer, task
         self.sample, self.ends = sample, ends
         room = len(sample.tail) + sample.max_new_tokens
-        self.first_logits, *_ = [lane.prefill(sample.prompt, room) for lane in self.lanes]
+        self.first_logits = engine.prefill(sample.prompt, room)
         self.dense_logits: torch.Tensor | None = None  # of a text
 
-    def run(self, configurations: Sequence[Configuration]) -> list[dict[str, Any]]:
-        """Decodes under configurations, no more than there are lanes; the lines of the results, but
-        for their names."""
-        lanes = self.lanes[: len(configurations)]
-        measures = [lane.begin(each) for lane, each in zip(lanes, configurations, strict=True)]
+    def run(self, configuration: Configuration) -> dict[str, Any]:
+        """Decodes under a configuration; the line of the results, but for its name."""
+        measures = self.engine.begin(configuration)
         start = time.perf_counter()
         if self.sample.is_text:
-            lines, decoded = self.score(lanes), [len(self.sample.tail)] * len(lanes)
+            line, decoded = self.score(), len(self.sample.tail)
         else:
-            lines, decoded = self.generate(lanes)
-        seconds = (time.perf_counter() - start) / max(*decoded, 1)
-        return [
-            self.line(*each, lane.seconds_per_token() or seconds)
-            for lane, *each in zip(lanes, lines, measures, decoded, strict=True)
-        ]
-
-    def line(
-        self, line: dict[str, Any], measures: Measures, decoded: int, seconds: float
-    ) -> dict[str, Any]:
-        """The line of one configuration, with what its steps read and what they took."""
+            line, decoded = self.generate()
+        seconds = (time.perf_counter() - start) / max(decoded, 1)
+        seconds = self.engine.seconds_per_token() or seconds
         layers = {name: rounded(own) for name, own in measures.by_layer().items()}
         totals = measures.totals()
         return {
@@ -85,40 +70,32 @@ class Prompt:
             "layers": layers,
         }
 
-    def score(self, lanes: Sequence[Engine]) -> list[dict[str, Any]]:
+    def score(self) -> dict[str, Any]:
         """The losses of a text; those of the first run, the dense one, are what the others' are
         compared with."""
-        lines = []
-        for logits in [lane.feed(self.sample.tail) for lane in lanes]:
-            scored = score_text(logits, self.sample.targets, self.dense_logits)
-            if self.dense_logits is None:
-                self.dense_logits = logits
-            lines.append({name: rounded(own, 6) for name, own in scored._asdict().items()})
-        return lines
+        logits = self.engine.feed(self.sample.tail)
+        scored = score_text(logits, self.sample.targets, self.dense_logits)
+        if self.dense_logits is None:
+            self.dense_logits = logits
+        return {name: rounded(values, 6) for name, values in scored._asdict().items()}
 
-    def generate(self, lanes: Sequence[Engine]) -> tuple[list[dict[str, Any]], list[int]]:
-        """The answers, their scores, and the tokens that went through the model after the
-        prompt."""
-        sample, logits = self.sample, [self.first_logits] * len(lanes)
+    def generate(self) -> tuple[dict[str, Any], int]:
+        """The answer, its score, and the tokens that went through the model after the prompt."""
+        sample, logits = self.sample, self.first_logits
         if sample.tail:
-            logits = [lane.feed(sample.tail)[-1] for lane in lanes]
-        answers = [[int(own.argmax())] for own in logits]
-        going = list(zip(lanes, answers, strict=True))
-        while going := [(lane, tokens) for lane, tokens in going if not self.has_ended(tokens)]:
-            best = [lane.feed(tokens[-1:])[-1].argmax() for lane, tokens in going]
-            for (_, tokens), token in zip(going, best, strict=True):
-                tokens.append(int(token))
-        lines = []
-        for tokens in answers:
-            answer = self.tokenizer.decode(tokens, skip_special_tokens=True)
-            score = self.task.score(answer, sample)
-            lines.append({"pred": answer, "answers": sample.references, "score": score})
-        return lines, [len(sample.tail) + len(tokens) - 1 for tokens in answers]
-
-    def has_ended(self, tokens: list[int]) -> bool:
-        """Whether an answer is whole."""
-        ends = len(tokens) > 1 and tokens[-1] in self.ends
-        return ends or len(tokens) >= self.sample.max_new_tokens
+            logits = self.engine.feed(sample.tail)[-1]
+        tokens = [int(logits.argmax())]
+        while len(tokens) < sample.max_new_tokens and (
+            len(tokens) == 1 or tokens[-1] not in self.ends
+        ):
+            tokens.append(int(self.engine.feed(tokens[-1:])[-1].argmax()))
+        answer = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        line = {
+            "pred": answer,
+            "answers": sample.references,
+            "score": self.task.score(answer, sample),
+        }
+        return line, len(sample.tail) + len(tokens) - 1
 
 
 def rounded(values: list[float], digits: int = 4) -> list[float]:

@@ -8,7 +8,6 @@ import dataclasses
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -34,10 +33,9 @@ class Decode:
     Every so many tokens one is measured: its graph also copies what the steps read.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: MeasuredCache, **options: Any) -> None:
-        """options: of CapturedDecode."""
+    def __init__(self, model: PreTrainedModel, cache: MeasuredCache) -> None:
         self.cache, self.steps = cache, dict[tuple, Any]()
-        self.plain, self.measured = (CapturedDecode(model, cache, **options) for _ in range(2))
+        self.plain, self.measured = CapturedDecode(model, cache), CapturedDecode(model, cache)
         self.seen: dict[int, Seen] = {}  # which a replay overwrites
         self.seconds: float | None = None  # of a captured step
 
@@ -45,15 +43,11 @@ class Decode:
         """[vocabulary] logits after a token [1], measured if there are measures; a later call
         overwrites them."""
         if measures is None:
-            if not self.plain.pages and self.measured.pages and not self.plain.compiled:
-                self.plain.follow(self.measured)
             return self.plain(token)[0]
         self.cache.seen = {}
-        try:
-            logits = self.measured(token)[0]
-            self.seen = self.cache.seen or self.seen  # a replay writes where the capture noted
-        finally:
-            self.cache.seen = None
+        logits = self.measured(token)[0]
+        self.seen = self.cache.seen or self.seen  # a replay notes nothing, but writes the graph's
+        self.cache.seen = None
         self.cache.measure(self.seen, measures)
         return logits
 
@@ -69,24 +63,13 @@ class KernelEngine:
         page_size: of the cache.
         measure_every: of so many tokens one is measured.
         rooms: caches of as many sizes are kept, those that were used last.
-        compile: whether torch.compile fuses what the model does around its attention when it
-            decodes, see `CapturedDecode`: fewer launches, but other roundings.
-        stream: on which it runs; None for the current one.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        page_size: int = 16,
-        measure_every: int = 1,
-        rooms: int = 1,
-        compile: bool = False,
-        stream: torch.cuda.Stream | None = None,
+        self, model: PreTrainedModel, page_size: int = 16, measure_every: int = 1, rooms: int = 1
     ) -> None:
         model.set_attn_implementation(NAME)
         self.model, self.page_size = model, page_size
-        self.stream, self.lanes = stream, [self]
-        self.options = {"compile": compile, "stream": stream}
         self.measure_every, self.rooms, self.fed = measure_every, rooms, 0
         self.caches = OrderedDict[int, tuple[MeasuredCache, OrderedDict[Hashable, Decode]]]()
         self.labels: dict[Hashable, dict[int, LabelFormat]] = {}
@@ -99,13 +82,11 @@ class KernelEngine:
         for unused in others[: max(0, len(others) - self.rooms + 1)]:
             del self.caches[unused]
         self.cache = self.decodes = self.decode = None  # so that these go before others are made
-        with self._on_stream():
-            self.cache, self.decodes = recalled(self.caches, most, lambda: self._cache_of(most))
-            self.cache.begin_prompt(len(tokens))
-            ids = torch.tensor([tokens], device=self.model.device)
-            options = {"cache": self.cache, "use_cache": True, "logits_to_keep": 1}
-            logits = self.model(ids, **options).logits[0, -1].float()
-        return self._handed_over(logits)
+        self.cache, self.decodes = recalled(self.caches, most, lambda: self._cache_of(most))
+        self.cache.begin_prompt(len(tokens))
+        ids = torch.tensor([tokens], device=self.model.device)
+        options = {"cache": self.cache, "use_cache": True, "logits_to_keep": 1}
+        return self.model(ids, **options).logits[0, -1].float()
 
     def begin(self, configuration: Configuration) -> Measures:
         """As `TorchEngine.begin`."""
@@ -116,72 +97,43 @@ class KernelEngine:
         if scores not in self.labels:  # a file is read for every layer
             self.labels[scores] = configuration.label_formats(self.model.config)
         own = options, dense_layers, scores
-        self.decode = recalled(
-            self.decodes, own, lambda: Decode(self.model, self.cache, **self.options)
-        )
+        self.decode = recalled(self.decodes, own, lambda: Decode(self.model, self.cache))
         while len(self.decodes) > MOST_DECODES:
             self.decodes.popitem(last=False)
-        with self._on_stream():
-            self.cache.begin(*own, self.labels[scores], self.decode.steps)
+        self.cache.begin(*own, self.labels[scores], self.decode.steps)
         self.fed, self.measures = 0, Measures(configuration.dense_layers)
         return self.measures
 
     @torch.no_grad()
     def feed(self, tokens: list[int]) -> torch.Tensor:
-        """As `TorchEngine.feed`. What it returns is not waited for."""
-        with self._on_stream():
-            ids, logits = torch.tensor(tokens, device=self.model.device), None
-            for place, token in enumerate(ids.split(1)):
-                measures = self.measures if self.fed % self.measure_every == 0 else None
-                own = self.decode.run(token, measures)
-                if logits is None:
-                    logits = own.new_empty(len(tokens), len(own), dtype=torch.float32)
-                logits[place] = own
-                self.fed += 1
-        return self._handed_over(logits)
+        """As `TorchEngine.feed`. The device is not waited for."""
+        ids, logits = torch.tensor(tokens, device=self.model.device), None
+        for place, token in enumerate(ids.split(1)):
+            measures = self.measures if self.fed % self.measure_every == 0 else None
+            own = self.decode.run(token, measures)
+            if logits is None:
+                logits = own.new_empty(len(tokens), len(own), dtype=torch.float32)
+            logits[place] = own
+            self.fed += 1
+        return logits
 
     @torch.no_grad()
     def seconds_per_token(self) -> float:
         """The median of some captured steps behind a sample's, of the same configuration and room;
         they are timed once."""
         if self.decode.seconds is None:
-            seconds = []
-            with self._on_stream():
-                token = torch.zeros(1, dtype=torch.int64, device=self.model.device)
-                for _ in range(WARM + TIMED):
-                    start = time.perf_counter()
-                    self.decode.run(token)
-                    if token.is_cuda:
-                        torch.cuda.synchronize()
-                    seconds.append(time.perf_counter() - start)
+            token, seconds = torch.zeros(1, dtype=torch.int64, device=self.model.device), []
+            for _ in range(WARM + TIMED):
+                start = time.perf_counter()
+                self.decode.run(token)
+                if token.is_cuda:
+                    torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - start)
             self.decode.seconds = sorted(seconds[WARM:])[TIMED // 2]
         return self.decode.seconds
 
-    def _on_stream(self) -> AbstractContextManager[object]:
-        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
-
-    def _handed_over(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor that the current stream may read once the engine's has written it."""
-        if self.stream is not None:
-            current = torch.cuda.current_stream()
-            current.wait_stream(self.stream)
-            tensor.record_stream(current)
-        return tensor
-
     def _cache_of(self, most: int) -> tuple[MeasuredCache, OrderedDict[Hashable, Decode]]:
         return MeasuredCache(self.model.config, most, self.page_size), OrderedDict()
-
-
-def engines_beside(model: PreTrainedModel, count: int, **options: Any) -> KernelEngine:
-    """The first of so many engines that decode beside each other, each with caches of its own and
-    on a stream of its own: a small model's steps, of one request each, leave most of a GPU idle."""
-    streams: list[Any] = [None]
-    if model.device.type == "cuda" and count > 1:
-        torch.cuda.synchronize()
-        streams = [torch.cuda.Stream(model.device) for _ in range(count)]
-    lanes = [KernelEngine(model, **options, stream=streams[n % len(streams)]) for n in range(count)]
-    lanes[0].lanes = lanes
-    return lanes[0]
 
 
 def recalled(kept: OrderedDict[Hashable, Made], name: Hashable, make: Callable[[], Made]) -> Made:

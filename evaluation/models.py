@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import (
@@ -47,15 +46,13 @@ def load_engine(
     configurations: Iterable[Configuration],
     top_p_start: str = "first_token",
     measure_every: int = 1,
-    lanes: int = 1,
-    **options: Any,
+    rooms: int = 1,
 ) -> Engine:
     """The model, on the GPU where there is one, in what decodes with it.
 
     Args:
         top_p_start: of exact_upstream.
-        measure_every, options: of the kernels, see `KernelEngine`.
-        lanes: of the kernels: configurations that decode beside each other.
+        measure_every, rooms: of the kernels.
 
     Raises:
         ValueError: the back end needs a GPU or another dtype.
@@ -73,18 +70,14 @@ def load_engine(
         raise NotImplementedError(
             "selector.type: the original has no 'signs'; --back-end kernels or torch runs it"
         )
-    if lanes < 1:
-        raise ValueError(f"--lanes: expected at least 1, got {lanes}")
     if back_end == "kernels":
-        from .kernel_engine import decode_options, engines_beside  # plain PyTorch needs no kernels
+        from .kernel_engine import KernelEngine, decode_options  # plain PyTorch needs no kernels
 
         for each in every:
             decode_options(each, page_size)
     model = load_model(folder, dtype)
     if back_end == "kernels":
-        return engines_beside(
-            model, lanes, page_size=page_size, measure_every=measure_every, **options
-        )
+        return KernelEngine(model, page_size, measure_every, rooms)
     if back_end == "torch":
         return TorchEngine(model, page_size=page_size)
     return TorchEngine(model, Upstream(top_p_start).choose, page_size, model_dtype=True)

@@ -74,16 +74,13 @@ class Run:
         prompt = Prompt(self.engine, self.tokenizer, work.task, sample, self.ends)
         dense, missing = self.configurations[0], work.missing(sample)
         if sample.is_text and dense not in missing:
-            prompt.run([dense])  # again, for its distribution: the lines do not hold it
-        width = len(prompt.lanes)
-        for start in range(0, len(missing), width):
+            prompt.run(dense)  # again, for its distribution: the lines do not hold it
+        for configuration in missing:
             if self.is_late():
                 return
-            together = missing[start : start + width]
-            for configuration, found in zip(together, prompt.run(together), strict=True):
-                line = {"sample": sample.name, **sample.extra, **found}
-                self.store.add(work.task, configuration, line)
-                work.add(configuration, line)
+            line = {"sample": sample.name, **sample.extra, **prompt.run(configuration)}
+            self.store.add(work.task, configuration, line)
+            work.add(configuration, line)
 
     def write_rows(self, works: Iterable["Work"]) -> list[dict[str, dict[str, Any]]]:
         """Of every task a row for each configuration, of the samples that it and the dense one

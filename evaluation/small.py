@@ -8,11 +8,7 @@ sign selector, alone and with Twilight, over p, budgets and what is kept at any 
 Sparsity, calibrated on the text unless a channel file of the model is given. The text is by default
 the language reference that comes with Python. Rows join profiling/results/GPU/quality.csv, from
 which `make plots` draws; lines of samples stay in the output folder, where a run that was cut off
-goes on. Every length has its first sample under all configurations before any has its second.
-Without a GPU a short form runs, and says what it leaves out.
-
-With `--lanes 4` four configurations decode beside each other on one GPU. Several GPUs take
-different `--tasks`, each with an output folder of its own.
+goes on. Without a GPU a short form runs, and says what it leaves out.
 """
 
 import argparse
@@ -176,20 +172,18 @@ def run_back_end(
     back_end: str,
     own: list[Configuration],
     kinds: Sequence[str] = KINDS,
-    **options: Any,
 ) -> list[str]:
-    """Every task under a back end's configurations; what there was no time for, in words. Options
-    are the kernels'."""
+    """Every task under a back end's configurations; what there was no time for, in words."""
     tokenizer = load_tokenizer(arguments.model)
     store, late = Store(arguments.output, arguments.model.name, back_end), []
     deadline = None if plan.minutes is None else arguments.start + 60 * plan.minutes
-    options |= {"measure_every": MEASURE_EVERY, "rooms": 2 * len(plan.lengths)}
-    loaded, engine, run = "", None, None
+    measured = {"measure_every": MEASURE_EVERY, "rooms": 2 * len(plan.lengths)}
+    loaded, engine = "", None
     for kind in by_dtype(kinds):
         dtype = default_dtype(kind)
         if dtype != loaded:
-            engine = run = None  # what it has captured goes before another's
-            loaded, engine = dtype, load_engine(arguments.model, back_end, dtype, own, **options)
+            engine = None  # what it has captured goes before another's
+            loaded, engine = dtype, load_engine(arguments.model, back_end, dtype, own, **measured)
         about = origin(arguments.model.name, back_end, dtype)
         run = Run(engine, tokenizer, store, own, about, end_tokens(tokenizer), deadline, late)
         of_lengths = run.together(list(tasks(plan, tokenizer, arguments.text, kind)))
@@ -237,8 +231,6 @@ def main(argv: list[str] | None = None) -> int:
     add("--minutes", type=float, help="no configuration begins after these")
     add("--tasks", nargs="+", choices=KINDS, default=list(KINDS))
     add("--lengths", type=int, nargs="+", help="in tokens")
-    add("--lanes", type=int, default=1, help="of the kernels: configurations beside each other")
-    add("--compile", action="store_true", help="of the kernels: fewer launches, other roundings")
     add("--output", type=Path, default=ROOT / "evaluation-results")
     add("--rows", type=Path, default=ROOT / "profiling" / "results", help="where rows join")
     arguments = parser.parse_args(argv)
@@ -263,15 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     back_end = "kernels" if on_gpu else "torch"
     for words in planned(plan, arguments.tasks, len(every)):
         print(f"plan: {words}", flush=True)
-    late = run_back_end(
-        arguments,
-        plan,
-        back_end,
-        every,
-        arguments.tasks,
-        compile=arguments.compile,
-        lanes=arguments.lanes,
-    )
+    late = run_back_end(arguments, plan, back_end, every, arguments.tasks)
     rows = arguments.rows / gpu_label() / ROWS
     write_rows(rows, read_rows(arguments.output / ROWS))
     tasks_left = [kind for kind in KINDS if kind not in arguments.tasks]

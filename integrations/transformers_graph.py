@@ -29,8 +29,6 @@ class CapturedDecode:
         compile: whether torch.compile fuses what the model does around its attention: norms,
             rotary embedding, activations and residuals. The first step then takes half a minute;
             other steps of the same model and batch size find its code.
-        stream: to capture on. Graphs that replay beside each other need one each, as the memory
-            that cuBLAS works in goes by it; None for torch's, which all other graphs share.
         options: of torch.compile, such as `mode`.
 
     Raises:
@@ -39,13 +37,7 @@ class CapturedDecode:
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        cache: TwilightCache,
-        *,
-        compile: bool = False,
-        stream: torch.cuda.Stream | None = None,
-        **options: Any,
+        self, model: PreTrainedModel, cache: TwilightCache, *, compile: bool = False, **options: Any
     ) -> None:
         if len(cache.full_layers) < len(cache.layers):
             others = sorted(set(range(len(cache.layers))) - set(cache.full_layers))
@@ -58,7 +50,6 @@ class CapturedDecode:
         self.model, self.cache = model, cache
         self.pages: list[Any] = []  # that the graph reads
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.captured_on = {} if stream is None else {"stream": stream}
         self.compiled = torch.compile(logits_of, fullgraph=True, **options) if compile else None
 
     @torch.no_grad()
@@ -90,7 +81,7 @@ class CapturedDecode:
             return self.forward()
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, **self.captured_on):
+            with torch.cuda.graph(self.graph):
                 self.logits = self.forward()  # captured, not run: the host's lengths move
         else:
             for layer in layers:
@@ -98,11 +89,6 @@ class CapturedDecode:
         self.graph.replay()
         self.cache.note()
         return self.logits
-
-    def follow(self, other: "CapturedDecode") -> None:
-        """The next call captures, as another step of the same model has run on these pages, whose
-        kernels are those of this one."""
-        self.pages, self.graph, self.tokens = other.pages, None, other.tokens.clone()
 
     def forward(self) -> torch.Tensor:
         """The pass itself."""

@@ -1,6 +1,5 @@
 """What the evaluation keeps from prompt to prompt: all is decoded as before, nothing made anew."""
 
-import functools
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 
 pytest.importorskip("transformers", minversion="5.24")
 
-from tests.inputs.tiny_model import tiny_model, tiny_tokenizer  # noqa: E402
+from tests.inputs.tiny_model import tiny_model  # noqa: E402
 from tests.models.test_evaluation_engines import (  # noqa: E402
     CONFIGURATIONS,
     PROMPT,
@@ -17,14 +16,7 @@ from tests.models.test_evaluation_engines import (  # noqa: E402
     tokens,
 )
 from twilight_tilelang.evaluation.configurations import DENSE, Configuration  # noqa: E402
-from twilight_tilelang.evaluation.kernel_engine import (  # noqa: E402
-    KernelEngine,
-    engines_beside,
-    scores_of,
-)
-from twilight_tilelang.evaluation.results import Store  # noqa: E402
-from twilight_tilelang.evaluation.run import Run  # noqa: E402
-from twilight_tilelang.evaluation.samples import Sample, Task  # noqa: E402
+from twilight_tilelang.evaluation.kernel_engine import KernelEngine, scores_of  # noqa: E402
 from twilight_tilelang.integrations import transformers as adapter  # noqa: E402
 
 SELECTORS = ("quest", "signs", "labels", "labels alone", "floor", "dense")
@@ -88,55 +80,6 @@ def test_steps_are_planned_for_the_first_sample_alone(model, configurations, mon
             timed.append(engine.seconds_per_token())
         assert len(planned) == len(configurations) + 1  # one of all layers, and the prompt's
         assert timed == timed[: len(configurations)] * (count + 1)
-
-
-def test_a_compiled_model_decodes_the_same(model, configurations, monkeypatch) -> None:
-    """Up to roundings; measured and not, one prompt after another."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    engines = [KernelEngine(model, measure_every=5, compile=each) for each in (True, False)]
-    for seed in (0, 1):
-        prompt, tail = tokens(seed)
-        found = []
-        for engine in engines:
-            engine.prefill(prompt, len(tail))
-            found += [decoded(engine, prompt, tail, each)[0] for each in configurations[:3]]
-        for got, expected in zip(found[:3], found[3:], strict=True):
-            assert (got - expected).abs().max() <= 1e-2 * expected.abs().max()
-        assert not any(torch.equal(found[0], other) for other in found[1:3])
-
-
-@pytest.mark.long
-def test_lanes_say_what_one_says(model, configurations, tmp_path: Path) -> None:
-    """On a text, and of answers that end one after another; twice, so that graphs are replayed."""
-    tasks = []
-    for kind, names in (("perplexity", "01"), ("vt", "23")):
-        samples = []
-        for name in names:
-            prompt, tail = tokens(int(name))
-            own = {"targets": tail} if kind == "perplexity" else {"max_new_tokens": 6}
-            samples.append(Sample(kind, 250, name, prompt, tail, **own))
-        score = None if kind == "perplexity" else lambda answer, _: float(len(answer))
-        tasks.append(Task(kind, 250, samples, score))
-    found = {}
-    for lanes in (1, 4):
-        engine = engines_beside(model, lanes, measure_every=3)
-        assert len(engine.lanes) == lanes
-        store = Store(tmp_path / str(lanes), "tiny", "kernels")
-        about = dict.fromkeys(("model", "back_end", "dtype", "gpu"), "x")
-        ends = set(range(0, 258, 3))
-        run = Run(engine, tiny_tokenizer(), store, configurations, about, ends)
-        run.together(tasks)
-        every = {
-            (task.name, each.name): store.lines(task, each)
-            for task in tasks
-            for each in configurations
-        }
-        for lines in every.values():
-            assert len(lines) == 2 and all(line.pop("ms_per_token") > 0 for line in lines.values())
-        found[lanes] = every
-    assert found[1] == found[4]
-    lengths = [line["decoded_tokens"] for lines in found[1].values() for line in lines.values()]
-    assert len(set(lengths)) > 1
 
 
 def test_rooms_are_kept_as_many_as_asked_for(model, configurations) -> None:
