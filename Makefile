@@ -85,9 +85,8 @@ bench: $(READY)  ## check, time, save rows, draw: [FULL=1] [STAGE=pruner] [WORKL
 		$(if $(FULL),--full) $(if $(FORCE),--force) $(if $(MINUTES),--minutes $(MINUTES)) \
 		$(if $(COMMIT),--commit $(COMMIT)); status=$$?; $(PYTHON) -m twilight_tilelang.plots.draw --present && exit $$status
 
-evaluate: $(READY)  ## quality on a small model that pip brings; without a GPU a short form: [CHANNELS=file.json] [MINUTES=13] [LANES=4]
+evaluate: $(READY)  ## quality on a small model that pip brings; without a GPU a short form: [CHANNELS=file.json] [MINUTES=13]
 	@$(PYTHON) -m twilight_tilelang.evaluation.small $(if $(CHANNELS),--channels $(CHANNELS)) $(if $(MINUTES),--minutes $(MINUTES)) \
-		$(if $(LANES),--lanes $(LANES)) \
 		&& $(PYTHON) -m twilight_tilelang.plots.draw --present
 
 plots: $(READY)  ## draw every figure from the data files, write the tables of README.md
