@@ -1,5 +1,6 @@
 """What the decode steps of one sample read, and how much of the attention that holds."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,12 +40,12 @@ class Measures:
 
     def add(self, layer: int, reading: Reading) -> None:
         """Takes what new tokens read in a layer; stays on the device."""
-        own, kept, estimated, true = (each.float() for each in reading)
-        columns = (
-            *(own.mean(1), kept.mean(1), estimated.mean(1), estimated.amin(1)),
-            *(true.mean(1), true.amin(1)),
-        )
-        self.rows.setdefault(layer, []).append(torch.stack(columns, dim=1))
+        self.rows.setdefault(layer, []).append(columns_of(reading))
+
+    def add_layers(self, layers: Sequence[int], reading: Reading) -> None:
+        """Takes what one new token read in several layers, which stand in the place of tokens."""
+        for layer, row in zip(layers, columns_of(reading).split(1), strict=True):
+            self.rows.setdefault(layer, []).append(row)
 
     def by_layer(self) -> dict[str, list[float]]:
         """Means over the tokens: a list over the layers for every name of NAMES.
@@ -54,7 +55,7 @@ class Measures:
         estimated_mass      mean over query heads, and ..._min their smallest
         true_mass           the same; true_mass_min is the original's score_sum
         """
-        layers = [torch.cat(self.rows[layer]).mean(0).tolist() for layer in sorted(self.rows)]
+        layers = self._means(sorted(self.rows)).tolist()
         return {name: [layer[column] for layer in layers] for column, name in enumerate(NAMES)}
 
     def totals(self) -> dict[str, float]:
@@ -62,5 +63,20 @@ class Measures:
         counted = [layer for layer in sorted(self.rows) if layer >= self.counted]
         if not counted:
             return {}
-        means = torch.stack([torch.cat(self.rows[layer]).mean(0) for layer in counted]).mean(0)
-        return dict(zip(NAMES, means.tolist(), strict=True))
+        return dict(zip(NAMES, self._means(counted).mean(0).tolist(), strict=True))
+
+    def _means(self, layers: Sequence[int]) -> torch.Tensor:
+        """[layers, len(NAMES)], read from the device at once."""
+        if not layers:
+            return torch.empty(0, len(NAMES))
+        return torch.stack([torch.cat(self.rows[layer]).mean(0) for layer in layers])
+
+
+def columns_of(reading: Reading) -> torch.Tensor:
+    """[tokens, len(NAMES)] float32, on the device."""
+    own, kept, estimated, true = (each.float() for each in reading)
+    columns = (
+        *(own.mean(1), kept.mean(1), estimated.mean(1), estimated.amin(1)),
+        *(true.mean(1), true.amin(1)),
+    )
+    return torch.stack(columns, dim=1)

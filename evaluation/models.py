@@ -46,12 +46,13 @@ def load_engine(
     configurations: Iterable[Configuration],
     top_p_start: str = "first_token",
     measure_every: int = 1,
+    rooms: int = 1,
 ) -> Engine:
     """The model, on the GPU where there is one, in what decodes with it.
 
     Args:
         top_p_start: of exact_upstream.
-        measure_every: of the kernels.
+        measure_every, rooms: of the kernels.
 
     Raises:
         ValueError: the back end needs a GPU or another dtype.
@@ -76,7 +77,7 @@ def load_engine(
             decode_options(each, page_size)
     model = load_model(folder, dtype)
     if back_end == "kernels":
-        return KernelEngine(model, page_size, measure_every)
+        return KernelEngine(model, page_size, measure_every, rooms)
     if back_end == "torch":
         return TorchEngine(model, page_size=page_size)
     return TorchEngine(model, Upstream(top_p_start).choose, page_size, model_dtype=True)

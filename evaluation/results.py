@@ -75,9 +75,10 @@ class Store:
         with path.open("a") as file:
             file.write(("" if whole else "\n") + json.dumps(line, ensure_ascii=False) + "\n")
 
-    def write_row(self, row: Mapping[str, Any]) -> None:
-        """Adds a row, or replaces the one of the same key."""
-        write_rows(self.folder / ROWS, [row])
+    def write_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Adds rows, or replaces those of the same keys; without any, no file is made."""
+        if rows := list(rows):
+            write_rows(self.folder / ROWS, rows)
 
     def write_theirs(
         self, task: Task, configuration: Configuration, row: Mapping[str, Any]

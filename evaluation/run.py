@@ -1,7 +1,8 @@
-"""The loop: every task's samples, and for each the configurations that lack it, dense first."""
+"""The loop: tasks' samples, and for each the configurations that lack it, dense first."""
 
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
@@ -15,6 +16,8 @@ from .longbench import averages
 from .results import Store
 from .samples import Sample, Task
 from .summary import summarize
+
+SECONDS_BETWEEN_ROWS = 60.0  # and at the end
 
 
 @dataclass
@@ -38,48 +41,61 @@ class Run:
     left_out: list[str] = field(default_factory=list)
 
     def task(self, task: Task) -> dict[str, dict[str, Any]]:
-        """Runs what is not there yet of a task, and writes its rows; returns them by name.
+        """`together` of one task: its rows by the configurations' names."""
+        (rows,) = self.together([task])
+        return rows
 
-        A sample that fails ends the run: what is written stays, and the next run goes on there.
+    def together(self, tasks: Sequence[Task]) -> list[dict[str, dict[str, Any]]]:
+        """Runs what is not there yet of tasks, and writes their rows; returns each task's by the
+        configurations' names.
+
+        All configurations run on the first sample of every task, then on the second of every task,
+        and so on: of a run that ends early every task has as many samples, nearly, and of these
+        every configuration. A sample that fails ends the run: what is written stays, and the next
+        run goes on there.
         """
-        found = self.found(task)
-        missing = {
-            sample.name: [
-                each for each in self.configurations if sample.name not in found[each.name]
-            ]
-            for sample in task.samples
-        }
-        steps = sum(map(len, missing.values()))
-        total = len(task.samples) * len(self.configurations)
-        title = f"{task.name} {task.length or ''}".strip()
-        with tqdm(total=steps, desc=title, unit="run", disable=None) as progress:
-            for sample in task.samples:
-                steps -= self.sample(task, sample, missing[sample.name], progress.update)
-        if steps:
-            self.left_out.append(f"{title}: {steps} of {total} runs of a sample, for want of time")
-        return self.write_rows(task)
+        works = [Work(task, self.found(task), self.configurations) for task in tasks]
+        written = time.monotonic()
+        try:
+            for work, sample in side_by_side(works):
+                if work.missing(sample) and not self.is_late():
+                    self.sample(work, sample)
+                if time.monotonic() - written > SECONDS_BETWEEN_ROWS:
+                    self.write_rows(works)
+                    written = time.monotonic()
+        finally:
+            for work in works:
+                work.progress.close()
+        self.left_out += (work.left_out() for work in works if work.steps)
+        return self.write_rows(works)
 
-    def sample(
-        self, task: Task, sample: Sample, missing: list[Configuration], done: Callable[[], Any]
-    ) -> int:
-        """One prefill, and every configuration on it until it is late; how many were run."""
-        if not missing or self.is_late():
-            return 0
-        prompt = Prompt(self.engine, self.tokenizer, task, sample, self.ends)
-        dense = self.configurations[0]
+    def sample(self, work: "Work", sample: Sample) -> None:
+        """One prefill, and every configuration that misses it until it is late."""
+        prompt = Prompt(self.engine, self.tokenizer, work.task, sample, self.ends)
+        dense, missing = self.configurations[0], work.missing(sample)
         if sample.is_text and dense not in missing:
             prompt.run(dense)  # again, for its distribution: the lines do not hold it
-        for count, configuration in enumerate(missing):
+        for configuration in missing:
             if self.is_late():
-                return count
+                return
             line = {"sample": sample.name, **sample.extra, **prompt.run(configuration)}
-            self.store.add(task, configuration, line)
-            done()
-        return len(missing)
+            self.store.add(work.task, configuration, line)
+            work.add(configuration, line)
 
-    def write_rows(self, task: Task) -> dict[str, dict[str, Any]]:
-        """A row for each configuration, of the samples that it and the dense one have."""
-        rows, found = {}, self.found(task)
+    def write_rows(self, works: Iterable["Work"]) -> list[dict[str, dict[str, Any]]]:
+        """Of every task a row for each configuration, of the samples that it and the dense one
+        have."""
+        every = [self.rows(work) for work in works]
+        self.store.write_rows(row for rows in every for row in rows.values())
+        for work, rows in zip(works, every, strict=True):
+            for configuration in self.configurations:
+                if configuration.name in rows:
+                    self.store.write_theirs(work.task, configuration, rows[configuration.name])
+        return every
+
+    def rows(self, work: "Work") -> dict[str, dict[str, Any]]:
+        """A task's, by the configurations' names."""
+        rows, found, task = {}, work.found, work.task
         for configuration in self.configurations:
             own, dense = found[configuration.name], found[self.configurations[0].name]
             names = [each.name for each in task.samples if each.name in own and each.name in dense]
@@ -87,8 +103,6 @@ class Run:
                 continue
             lines = ([of[name] for name in names] for of in (own, dense))
             row = summarize(task, configuration, *lines) | self.about | {"date": str(date.today())}
-            self.store.write_row(row)
-            self.store.write_theirs(task, configuration, row)
             rows[configuration.name] = row
         return rows
 
@@ -98,6 +112,47 @@ class Run:
 
     def is_late(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline
+
+
+class Work:
+    """What there is of a task, and what is to do.
+
+    found: its lines, by configuration and sample.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        found: dict[str, dict[str, dict[str, Any]]],
+        configurations: Sequence[Configuration],
+    ) -> None:
+        self.task, self.found, self.configurations = task, found, configurations
+        self.title = f"{task.name} {task.length or ''}".strip()
+        self.steps = sum(len(self.missing(sample)) for sample in task.samples)
+        self.progress = tqdm(total=self.steps, desc=self.title, unit="run", disable=None)
+
+    def missing(self, sample: Sample) -> list[Configuration]:
+        """The configurations that have no line of a sample."""
+        return [each for each in self.configurations if sample.name not in self.found[each.name]]
+
+    def add(self, configuration: Configuration, line: dict[str, Any]) -> None:
+        """Takes a line that was written."""
+        self.found[configuration.name][line["sample"]] = line
+        self.steps -= 1
+        self.progress.update()
+
+    def left_out(self) -> str:
+        """What was left for want of time, in words."""
+        total = len(self.task.samples) * len(self.configurations)
+        return f"{self.title}: {self.steps} of {total} runs of a sample, for want of time"
+
+
+def side_by_side(works: Sequence[Work]) -> Iterator[tuple[Work, Sample]]:
+    """The first sample of each, the second of each, and so on, as far as they have as many."""
+    for samples in itertools.zip_longest(*(work.task.samples for work in works)):
+        for work, sample in zip(works, samples, strict=True):
+            if sample is not None:
+                yield work, sample
 
 
 def run_tasks(run: Run, tasks: Iterator[Task]) -> list[dict[str, Any]]:
@@ -122,8 +177,8 @@ def average_rows(run: Run, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for name, score in scores.items():
         row = {key: rows[0][key] for key in (*run.about, "configuration", "method", "date")}
         row |= {"task": name, "length": 0, "score": score, "budget": budgets.get(name, "")}
-        run.store.write_row(row)
         found.append(row)
+    run.store.write_rows(found)
     return found
 
 

@@ -16,7 +16,7 @@ import importlib
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -34,7 +34,7 @@ from .passkey import passkey
 from .perplexity import perplexity
 from .results import ROWS, Store, read_rows, write_rows
 from .ruler import ruler
-from .run import Run, run_tasks, table
+from .run import Run, table
 from .samples import Task, encode
 
 FETCHER = "twilight_tilelang.integrations.small_model"
@@ -171,25 +171,43 @@ def run_back_end(
     plan: Plan,
     back_end: str,
     own: list[Configuration],
-    kinds: tuple[str, ...] = KINDS,
+    kinds: Sequence[str] = KINDS,
 ) -> list[str]:
     """Every task under a back end's configurations; what there was no time for, in words."""
     tokenizer = load_tokenizer(arguments.model)
     store, late = Store(arguments.output, arguments.model.name, back_end), []
     deadline = None if plan.minutes is None else arguments.start + 60 * plan.minutes
+    measured = {"measure_every": MEASURE_EVERY, "rooms": 2 * len(plan.lengths)}
     loaded, engine = "", None
-    for kind in kinds:
+    for kind in by_dtype(kinds):
         dtype = default_dtype(kind)
         if dtype != loaded:
-            loaded, engine = (
-                dtype,
-                load_engine(arguments.model, back_end, dtype, own, measure_every=MEASURE_EVERY),
-            )
+            engine = None  # what it has captured goes before another's
+            loaded, engine = dtype, load_engine(arguments.model, back_end, dtype, own, **measured)
         about = origin(arguments.model.name, back_end, dtype)
         run = Run(engine, tokenizer, store, own, about, end_tokens(tokenizer), deadline, late)
-        rows = run_tasks(run, tasks(plan, tokenizer, arguments.text, kind))
+        of_lengths = run.together(list(tasks(plan, tokenizer, arguments.text, kind)))
+        rows = [row for own_rows in of_lengths for row in own_rows.values()]
         print(table(rows) if rows else f"{kind}: no rows", flush=True)
     return late
+
+
+def by_dtype(kinds: Sequence[str]) -> list[str]:
+    """Kinds of the first one's dtype first, as a model is loaded for each dtype."""
+    dtypes = [default_dtype(kind) for kind in kinds]
+    return sorted(kinds, key=lambda kind: dtypes.index(default_dtype(kind)))
+
+
+def planned(plan: Plan, kinds: Sequence[str], num_configurations: int) -> Iterator[str]:
+    """What will be run, in lines of text."""
+    lengths, total = len(plan.lengths), 0
+    yield f"{num_configurations} configurations, lengths {', '.join(map(str, plan.lengths))}"
+    samples = {"perplexity": plan.stretches, "passkey": plan.passkeys, "niah": plan.needles}
+    for kind in by_dtype(kinds):
+        runs = samples[kind] * lengths * num_configurations
+        total += runs
+        yield f"{kind} ({default_dtype(kind)}): {samples[kind]} samples a length, {runs:,} runs"
+    yield f"{total:,} runs at most; those that the output folder has are not run again"
 
 
 def parser_of(command: str, description: str) -> argparse.ArgumentParser:
@@ -235,7 +253,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"evaluate: {error}")
         return 1
     back_end = "kernels" if on_gpu else "torch"
-    late = run_back_end(arguments, plan, back_end, every, tuple(arguments.tasks))
+    for words in planned(plan, arguments.tasks, len(every)):
+        print(f"plan: {words}", flush=True)
+    late = run_back_end(arguments, plan, back_end, every, arguments.tasks)
     rows = arguments.rows / gpu_label() / ROWS
     write_rows(rows, read_rows(arguments.output / ROWS))
     tasks_left = [kind for kind in KINDS if kind not in arguments.tasks]

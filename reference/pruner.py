@@ -191,7 +191,12 @@ def top_p_values(
     """A number or a tensor in float64; ValueError where it is neither, or outside (0, 1]."""
     if not isinstance(top_p, float | int | torch.Tensor):
         raise ValueError(f"{name}: expected a number or a tensor, got {top_p!r}")
-    values = torch.as_tensor(top_p, dtype=torch.float64, device=device)
-    if not bool(((values > 0) & (values <= 1)).all()):
+    if isinstance(top_p, torch.Tensor):
+        values = top_p.to(device, torch.float64)
+        fits = bool(((values > 0) & (values <= 1)).all())
+    else:  # nothing synchronizes
+        values = torch.full((), top_p, dtype=torch.float64, device=device)
+        fits = 0 < top_p <= 1
+    if not fits:
         raise ValueError(f"{name}: expected values in (0, 1], got {top_p}")
     return values

@@ -81,6 +81,32 @@ def test_every_token_is_labelled_as_it_comes(name):
     assert_labels_of_keys(cache)
 
 
+def test_pages_that_one_prompt_after_another_fills():
+    """A view with labels of pages that are emptied and filled without them, in which others decode
+    too."""
+    plain = kernels.PagedKVCache.empty(kernels.CacheShape(1, 12, 2, 128))
+    poison_unused(plain)
+    generator, view = torch.Generator().manual_seed(2), None
+    keys = torch.randn(2, 160, 2, 128, generator=generator).half().cuda()
+    for length in (150, 37, 101):
+        plain.seq_lens.zero_()
+        ends = torch.tensor([0, length], dtype=torch.int32).cuda()
+        plain.extend(*(each[-length:].contiguous() for each in keys), ends)
+        if view is None:
+            view = plain.with_labels(label_format("kv-r64-b2"))
+        else:
+            view.mirror_pages(*view.used_pages())
+        assert_labels_of_keys(view)
+        for cache in (view, plain, view):
+            for token in range(3):
+                cache.append(*(each[token, None].contiguous() for each in keys))
+            if cache is view:
+                assert_labels_of_keys(view)
+            cache.truncate(cache.seq_lens - 3)
+            assert_labels_of_keys(view)
+            kernels.validate_cache(plain)
+
+
 def test_validate_finds_labels_of_other_keys():
     inputs = random_inputs(DecodeShape(2, 8, 2, 128, 16, (40, 17)), 0)
     cache = kernels.PagedKVCache.wrap(*(each.cuda() for each in inputs.paged()))

@@ -76,6 +76,32 @@ def test_pages_that_somebody_else_wrote():
     assert_signs_of_keys(cache)
 
 
+def test_pages_that_one_prompt_after_another_fills():
+    """A view with signs of pages that are emptied and filled without them: mirror, bounds and codes
+    are those of a cache that held nothing before, also after tokens that were cut back again."""
+    shape = kernels.CacheShape(1, 32, 2, 64)
+    plain = kernels.PagedKVCache.empty(shape)
+    poison_unused(plain)
+    keys, view = random_keys(400, 2, 64), None
+    for length in (300, 140, 261):
+        plain.seq_lens.zero_()
+        ends = torch.tensor([0, length], dtype=torch.int32).cuda()
+        plain.extend(*(each[-length:].contiguous() for each in keys), ends)
+        kernels.validate_cache(plain)
+        if view is None:
+            view = plain.with_signs()
+        else:
+            view.write_every_sign()
+        assert_signs_of_keys(view)
+        for _ in range(2):
+            for token in range(3):
+                view.append(*(each[token, None].contiguous() for each in keys))
+            assert_signs_of_keys(view)
+            view.truncate(view.seq_lens - 3)
+            assert_signs_of_keys(view)
+            kernels.validate_cache(plain)
+
+
 def test_keys_that_are_smoothed():
     inputs = random_inputs(DecodeShape(2, 4, 2, 128, 16, (300, 140)), 0, spare_tokens=3)
     offset = torch.randn(2, 128, generator=torch.Generator().manual_seed(2))

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
 from tests.inputs.tiny_model import tiny_model  # noqa: E402
+from twilight_tilelang.evaluation import measured_cache  # noqa: E402
 from twilight_tilelang.evaluation.configurations import (  # noqa: E402
     DENSE,
     Configuration,
@@ -17,7 +19,6 @@ from twilight_tilelang.evaluation.configurations import (  # noqa: E402
 )
 from twilight_tilelang.evaluation.kernel_engine import (  # noqa: E402
     KernelEngine,
-    MeasuredStep,
     decode_options,
     rounded_up,
 )
@@ -173,13 +174,17 @@ def test_the_kernels_read_the_same_sets_and_say_the_same(
     configuration = (CONFIGURATIONS | others)[name]
     model = tiny_model(hidden_size=256).to(device, torch.float16 if on_gpu else torch.float32)
     recorded: list[Sets] = []
-    own_sets = MeasuredStep.sets
+    read_sets = measured_cache.read_sets
 
-    def record(step: MeasuredStep, *more: torch.Tensor) -> Sets:
-        recorded.append(own_sets(step, *more))
-        return recorded[-1]
+    def record(*more: Any) -> Sets:
+        """Each layer's sets, one by one."""
+        found = read_sets(*more)
+        recorded.extend(
+            Sets(*each) for each in zip(*(own.split(1, 1) for own in found), strict=True)
+        )
+        return found
 
-    monkeypatch.setattr(MeasuredStep, "sets", record)
+    monkeypatch.setattr(measured_cache, "read_sets", record)
     found = decode_all(KernelEngine(model), configuration, prompts)
     captured = decode_all(KernelEngine(model, measure_every=TAIL), configuration, prompts)
     first = prompts * TAIL * 2  # of the engine that measures every token, in two layers

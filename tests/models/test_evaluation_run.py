@@ -329,6 +329,7 @@ def test_make_evaluate_from_end_to_end(model: Path, tmp_path: Path, monkeypatch,
     arguments = ["--model", str(model), "--text", str(tmp_path / "text.txt"), *folders]
     assert small.main(arguments) == 0
     printed = capsys.readouterr().out
+    assert "plan: perplexity (fp32): 2 samples a length, 26 runs\n" in printed
     for text in ("lengths 2048, 4096, 8192", "passkeys: 1 of 10", "stretches: 2 of 4"):
         assert f"left out: {text}" in printed
     assert "left out: configurations: 13 of 64" in printed

@@ -1,9 +1,11 @@
 """What a model's decode step launches on a GPU, counted without one."""
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,12 @@ pytest.importorskip("transformers", minversion="5.24")
 
 from tests.doubles import fake_gpu  # noqa: E402
 from tests.test_transformers import make_model, prompts  # noqa: E402
+from twilight_tilelang.evaluation.configurations import (  # noqa: E402
+    Configuration,
+    make_configuration,
+)
+from twilight_tilelang.evaluation.kernel_engine import KernelEngine  # noqa: E402
+from twilight_tilelang.evaluation.measured_cache import MeasuredCache  # noqa: E402
 from twilight_tilelang.integrations.transformers import TwilightCache  # noqa: E402
 from twilight_tilelang.integrations.transformers_graph import CapturedDecode  # noqa: E402
 from twilight_tilelang.kernels.cache import PagedKVCache  # noqa: E402
@@ -152,6 +160,64 @@ def test_a_token_of_the_benchmark_launches_no_more(
     expected = (["append_kernel", *LISTED] * num_dense) + ["append_kernel", *own] * (3 - num_dense)
     assert launched == ([] if method == "none" else expected)
     assert Counter(launched)["append_kernel"] == (0 if method == "none" else 3)
+
+
+@pytest.mark.parametrize(
+    ("selector", "again"),
+    [
+        ({"type": "quest", "chunk_size": 16}, []),
+        ({"type": "signs"}, ["sign_kernel"]),
+        ({"type": "ds", "selected_channel": "q", "r": 16, "quant_bit": 4}, ["mirror_kernel"]),
+    ],
+    ids=["quest", "signs", "ds"],
+)
+def test_a_sample_of_the_evaluation_replays_what_one_before_it_captured(
+    selector: dict, again: list[str], launched, replays, monkeypatch, tmp_path: Path
+) -> None:
+    """Of 6 tokens the first and the fourth are measured, in a graph of their own; another
+    configuration of the same selector finds the prompt as it is."""
+    model = make_model("smollm", torch.device("cpu"), num_hidden_layers=3).half()
+    measured = []
+    monkeypatch.setattr(MeasuredCache, "measure", lambda _, seen, __: measured.append(sorted(seen)))
+    monkeypatch.setattr(type(model), "device", fake_gpu.CUDA)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    if selector["type"] == "ds":
+        content = {
+            "model.layers.2.self_attn.q_proj": [[*range(64)]] * 9
+        }  # of the layer that selects
+        (tmp_path / "channels.json").write_text(json.dumps(content))
+        selector = selector | {"config_path": str(tmp_path / "channels.json")}
+    first, second = (
+        make_configuration(selector | {"token_budget": 64}, top_p) for top_p in (0.8, 0.9)
+    )
+    engine = KernelEngine(model, measure_every=3)
+    tail = [5, 6, 7, 8, 9, 10]
+
+    def run(length: int, configuration: Configuration) -> list[str]:
+        """What is launched after the prompt, by Python or in a capture."""
+        if length:
+            engine.prefill([*range(length)], len(tail))
+            assert Counter(launched) == {"extend_kernel": 3}
+            launched.clear()
+        engine.begin(configuration)
+        assert engine.feed(tail).shape == (6, 96)
+        assert engine.seconds_per_token() > 0
+        found = launched.copy()
+        launched.clear()
+        return found
+
+    for configuration in (first, second):
+        prompt = 40 if configuration is first else 0
+        steps = run(prompt, configuration).count("append_kernel") / 3
+        assert steps == 4  # measured and not: once by Python, once captured
+    graphs = set(replays)
+    assert len(graphs) == 4
+    replays.clear()
+    measured.clear()
+    cut = ["mirror_kernel"] * 3  # the last prompt's pages, of the tokens that came after it
+    assert [run(37, first), run(0, second), run(0, first)] == [again, cut, cut]
+    assert set(replays) == graphs and len(replays) == 18
+    assert measured == [[0, 1, 2]] * 6
 
 
 def on_gpu(workload: object, monkeypatch) -> whole_model.LayerSets:
