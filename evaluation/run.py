@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
@@ -29,6 +29,8 @@ class Run:
     ends: ids that end an answer.
     deadline: of `time.monotonic`, after which no sample begins; None for none.
     left_out: what the deadline left out, in words.
+    suits: whether tasks of a length are run under a configuration, as the dense one must be; None
+        for all.
     """
 
     engine: Engine
@@ -39,6 +41,7 @@ class Run:
     ends: set[int]
     deadline: float | None = None
     left_out: list[str] = field(default_factory=list)
+    suits: Callable[[int, Configuration], bool] | None = None
 
     def task(self, task: Task) -> dict[str, dict[str, Any]]:
         """`together` of one task: its rows by the configurations' names."""
@@ -54,7 +57,7 @@ class Run:
         every configuration. A sample that fails ends the run: what is written stays, and the next
         run goes on there.
         """
-        works = [Work(task, self.found(task), self.configurations) for task in tasks]
+        works = [self.work(task) for task in tasks]
         written = time.monotonic()
         try:
             for work, sample in side_by_side(works):
@@ -88,7 +91,7 @@ class Run:
         every = [self.rows(work) for work in works]
         self.store.write_rows(row for rows in every for row in rows.values())
         for work, rows in zip(works, every, strict=True):
-            for configuration in self.configurations:
+            for configuration in work.configurations:
                 if configuration.name in rows:
                     self.store.write_theirs(work.task, configuration, rows[configuration.name])
         return every
@@ -96,7 +99,7 @@ class Run:
     def rows(self, work: "Work") -> dict[str, dict[str, Any]]:
         """A task's, by the configurations' names."""
         rows, found, task = {}, work.found, work.task
-        for configuration in self.configurations:
+        for configuration in work.configurations:
             own, dense = found[configuration.name], found[self.configurations[0].name]
             names = [each.name for each in task.samples if each.name in own and each.name in dense]
             if not names:
@@ -106,9 +109,12 @@ class Run:
             rows[configuration.name] = row
         return rows
 
-    def found(self, task: Task) -> dict[str, dict[str, dict[str, Any]]]:
-        """The lines there are, by configuration and sample."""
-        return {each.name: self.store.lines(task, each) for each in self.configurations}
+    def work(self, task: Task) -> "Work":
+        """A task with the lines that there are."""
+        every = self.configurations
+        suited = [each for each in every if self.suits is None or self.suits(task.length, each)]
+        found = {each.name: self.store.lines(task, each) for each in suited}
+        return Work(task, found, suited)
 
     def is_late(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline

@@ -18,6 +18,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -59,6 +60,7 @@ class Plan:
     budgets: tuple[int, ...]
     pruned_budgets: tuple[int, ...]  # with Twilight
     always: tuple[tuple[int, int, int], ...]  # sink tokens, recent ones, each head's heaviest
+    answered_top_p: tuple[float, ...]  # of top_p, those that answers are asked of too
     minutes: float | None = None
 
 
@@ -75,6 +77,7 @@ FULL = Plan(
     budgets=(512, 1024, 2048),
     pruned_budgets=(1024, 2048),
     always=(NOTHING, DEFAULT),
+    answered_top_p=(0.85, 0.95),
 )
 SHORT = Plan(
     lengths=(2048,),
@@ -86,6 +89,7 @@ SHORT = Plan(
     budgets=(512,),
     pruned_budgets=(512,),
     always=(NOTHING, DEFAULT),
+    answered_top_p=(0.85,),
     minutes=13.0,  # no configuration begins after these, so that all ends within 15
 )
 
@@ -185,11 +189,20 @@ def run_back_end(
             engine = None  # what it has captured goes before another's
             loaded, engine = dtype, load_engine(arguments.model, back_end, dtype, own, **measured)
         about = origin(arguments.model.name, back_end, dtype)
-        run = Run(engine, tokenizer, store, own, about, end_tokens(tokenizer), deadline, late)
+        ends, chosen = end_tokens(tokenizer), partial(suits, plan, kind)
+        run = Run(engine, tokenizer, store, own, about, ends, deadline, late, chosen)
         of_lengths = run.together(list(tasks(plan, tokenizer, arguments.text, kind)))
         rows = [row for own_rows in of_lengths for row in own_rows.values()]
         print(table(rows) if rows else f"{kind}: no rows", flush=True)
     return late
+
+
+def suits(plan: Plan, kind: str, length: int, configuration: Configuration) -> bool:
+    """Whether tasks have the configuration: not where its selector would take every token and be
+    Full or dense attention again; answers are asked of few p only."""
+    budget, top_p = configuration.token_budget, configuration.top_p
+    few = kind == "perplexity" or top_p is None or top_p in plan.answered_top_p
+    return few and (budget is None or budget < length)
 
 
 def by_dtype(kinds: Sequence[str]) -> list[str]:
@@ -198,13 +211,14 @@ def by_dtype(kinds: Sequence[str]) -> list[str]:
     return sorted(kinds, key=lambda kind: dtypes.index(default_dtype(kind)))
 
 
-def planned(plan: Plan, kinds: Sequence[str], num_configurations: int) -> Iterator[str]:
+def planned(plan: Plan, kinds: Sequence[str], every: Sequence[Configuration]) -> Iterator[str]:
     """What will be run, in lines of text."""
-    lengths, total = len(plan.lengths), 0
-    yield f"{num_configurations} configurations, lengths {', '.join(map(str, plan.lengths))}"
+    total = 0
+    yield f"{len(every)} configurations, lengths {', '.join(map(str, plan.lengths))}"
     samples = {"perplexity": plan.stretches, "passkey": plan.passkeys, "niah": plan.needles}
     for kind in by_dtype(kinds):
-        runs = samples[kind] * lengths * num_configurations
+        pairs = itertools.product(plan.lengths, every)
+        runs = samples[kind] * sum(suits(plan, kind, *pair) for pair in pairs)
         total += runs
         yield f"{kind} ({default_dtype(kind)}): {samples[kind]} samples a length, {runs:,} runs"
     yield f"{total:,} runs at most; those that the output folder has are not run again"
@@ -253,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"evaluate: {error}")
         return 1
     back_end = "kernels" if on_gpu else "torch"
-    for words in planned(plan, arguments.tasks, len(every)):
+    for words in planned(plan, arguments.tasks, every):
         print(f"plan: {words}", flush=True)
     late = run_back_end(arguments, plan, back_end, every, arguments.tasks)
     rows = arguments.rows / gpu_label() / ROWS

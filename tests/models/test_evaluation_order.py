@@ -124,12 +124,41 @@ def test_the_plan_is_told_and_kinds_of_a_dtype_come_together(monkeypatch) -> Non
     dtypes = {"perplexity": "bf16", "passkey": "fp16", "niah": "bf16"}
     monkeypatch.setattr(small, "default_dtype", dtypes.__getitem__)
     assert small.by_dtype(small.KINDS) == ["perplexity", "niah", "passkey"]
-    assert list(small.planned(small.FULL, small.KINDS, 64)) == [
+    every = small.configurations(small.FULL, Path("channels.json"))
+    assert list(small.planned(small.FULL, small.KINDS, every)) == [
         "64 configurations, lengths 2048, 4096, 8192",
-        "perplexity (bf16): 4 samples a length, 768 runs",
-        "niah (bf16): 5 samples a length, 960 runs",
-        "passkey (fp16): 10 samples a length, 1,920 runs",
-        "3,648 runs at most; those that the output folder has are not run again",
+        "perplexity (bf16): 4 samples a length, 668 runs",
+        "niah (bf16): 5 samples a length, 525 runs",
+        "passkey (fp16): 10 samples a length, 1,050 runs",
+        "2,243 runs at most; those that the output folder has are not run again",
     ]
-    (_, own, total) = small.planned(small.FULL, ["passkey"], 2)
-    assert own.endswith("60 runs") and total.startswith("60 runs at most")
+
+
+@pytest.mark.parametrize(
+    ("kind", "length", "budget", "top_p", "suits"),
+    [
+        ("perplexity", 4096, 2048, 0.8, True),
+        ("perplexity", 2048, 2048, 0.8, False),  # Full again
+        ("perplexity", 2048, None, 0.99, True),
+        ("passkey", 4096, 2048, 0.8, False),
+        ("passkey", 4096, 2048, 0.95, True),
+        ("niah", 4096, 2048, None, True),
+        ("niah", 2048, 2048, None, False),  # dense again
+    ],
+)
+def test_what_says_nothing_new_is_not_run(
+    kind: str, length: int, budget: int | None, top_p: float | None, suits: bool
+) -> None:
+    selector = {"type": "none"} if budget is None else {"type": "signs", "token_budget": budget}
+    own = make_configuration(selector, top_p)
+    assert small.suits(small.FULL, kind, length, own) == suits
+    assert small.suits(small.FULL, kind, length, DENSE)
+
+
+def test_a_configuration_that_does_not_suit_a_length_has_no_row_there(tmp_path: Path) -> None:
+    run = noting_run(tmp_path)
+    other = run.configurations[1]
+    run.suits = lambda length, own: length > 10 or own is not other
+    short, long = run.together([task_of(10, 1), task_of(20, 1)])
+    assert other.name not in short and other.name in long
+    assert run.configurations[0].name in short

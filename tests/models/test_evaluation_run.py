@@ -315,7 +315,7 @@ def test_dense_comes_first_and_names_are_unique() -> None:
         dense_first([quest, other])
 
 
-TINY_PLAN = small.Plan((700,), 1, 1, 2, 8, (0.8,), (64,), (64,), small.FULL.always)
+TINY_PLAN = small.Plan((700,), 1, 1, 2, 8, (0.8,), (64,), (64,), small.FULL.always, (0.8,))
 
 
 def test_make_evaluate_from_end_to_end(model: Path, tmp_path: Path, monkeypatch, capsys) -> None:
