@@ -53,7 +53,7 @@ SHAPES = {
     ),
     "mha-d256": (StepShape(1, 256, 16, "float16", 64, 300, 1024, 64), ("sm_90a",)),
 }
-BATCH = 48  # kernels that are compiled in one file, or two
+BATCH = 48  # kernels that are compiled in one file
 # The name of a kernel in CUDA, and what ptxas says before it reports on one.
 ENTRY = re.compile(r"(__global__ void (?:__launch_bounds__\(.*?\) )?\w+)\(")
 ENTRY_REPORT = re.compile(r"Compiling entry function '\w+_(\d+)'")
@@ -269,8 +269,9 @@ def each_once() -> Iterator:
     for name, launch, arch in kernels():
         found.setdefault((id(launch.factory), launch.arguments, arch), (name, launch, arch))
     for name, launch, arch in found.values():
-        batch = f"{arch}-{numbers[arch] // BATCH}"
-        numbers[arch] += 1
+        group = f"{arch}-{'fast' if is_fast(launch) else 'exact'}"
+        batch = f"{group}-{numbers[group] // BATCH}"
+        numbers[group] += 1
         kernel = Kernel(launch, arch, batch)
         yield pytest.param(kernel, id=name, marks=pytest.mark.xdist_group(f"compiled {batch}"))
 
@@ -294,22 +295,19 @@ def compiled(request, kernel_folder, tmp_path_factory) -> Callable[[Kernel], Com
 def compile_together(
     kernels: list[Kernel], texts: list[Lowered], folder: Path
 ) -> dict[Kernel, Compiled]:
-    """Kernels for one GPU in one file, or two: nvcc spends four fifths of its time on TileLang's
-    headers. In the file each has a namespace and a number."""
+    """Kernels of one batch in one file: nvcc spends four fifths of its time on TileLang's headers.
+    In the file each has a namespace and a number."""
+    source = folder / "batch.cu"
+    with source.open("w") as file:
+        for number, text in enumerate(texts):
+            headers, entry, body = text.source.partition('extern "C"')
+            body = ENTRY.sub(rf"\1_{number}(", entry + body)
+            file.write(f"{headers}\nnamespace kernel_{number} {{\n{body}\n}}\n")
+    (fast_math,) = {is_fast(kernel.launch) for kernel in kernels}
+    _, *reports = ENTRY_REPORT.split(nvcc(source, kernels[0].arch, fast_math))
     found = {}
-    for fast_math in (False, True):
-        members = [n for n, kernel in enumerate(kernels) if is_fast(kernel.launch) == fast_math]
-        source = folder / f"{fast_math=}.cu"
-        with source.open("w") as file:
-            for number in members:
-                headers, entry, body = texts[number].source.partition('extern "C"')
-                body = ENTRY.sub(rf"\1_{number}(", entry + body)
-                file.write(f"{headers}\nnamespace kernel_{number} {{\n{body}\n}}\n")
-        _, *reports = ENTRY_REPORT.split(
-            nvcc(source, kernels[0].arch, fast_math) if members else ""
-        )
-        for number, report in zip(map(int, reports[::2]), reports[1::2], strict=True):
-            found[kernels[number]] = read(texts[number], report)
+    for number, report in zip(map(int, reports[::2]), reports[1::2], strict=True):
+        found[kernels[number]] = read(texts[number], report)
     return found
 
 
