@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.inputs.cases import FORMS
-from tests.inputs.lowered import all_lowered, lowered, text_arch
+from tests.inputs.lowered import BOUNDED, all_lowered, lowered, text_arch
 from tests.inputs.stored import COMMITTED, SYNTHETIC, stored
 from twilight_tilelang.autotune.compiled import Compiled, Lowered, is_fast, lower, nvcc, read
 from twilight_tilelang.autotune.space import launches_of
@@ -332,6 +332,20 @@ def test_generations_share_a_text(name, arch, kernel_folder):
     (launch,) = (own for own in default_launches(shape, "sm_80") if own.name == name)
     assert text_arch(launch, arch) == "sm_80"
     assert lowered(launch, "sm_80", kernel_folder) == lower(launch, arch)
+
+
+def test_bounds_are_the_only_trace_of_blocks(kernel_folder):
+    """The same of `blocks_per_sm`; and that sm_100a shares the pruner's text."""
+    shape = SHAPES["gqa4-d128"][0]._replace(group_size=1)
+    (launch,) = (own for own in default_launches(shape, "sm_80") if own.name == "pruner")
+    lowered(launch, "sm_80", kernel_folder)
+    arguments = tuple(
+        dataclasses.replace(each, blocks_per_sm=2) if isinstance(each, BOUNDED) else each
+        for each in launch.arguments
+    )
+    other = dataclasses.replace(launch, arguments=arguments)
+    assert other != launch and text_arch(other, "sm_100a") == "sm_80"
+    assert lowered(other, "sm_100a", kernel_folder) == lower(other, "sm_100a")
 
 
 def narrow_cache_accesses(source: str) -> list[str]:
