@@ -55,4 +55,11 @@ def test_the_report_adds_up_what_was_checked(empty_ledger):
     assert f"| {MUTANTS[2].name} | {MUTANTS[2].file} | tests/emulated/test_y.py |" in text
     assert text.count("**not caught**") == 1
     assert text.count("not run yet") == len(MUTANTS) - 3
-    assert text.count("none, commit 0123456789,") == len(report.SECTIONS)
+    assert text.count("Emulated on a CPU, commit 0123456789,") == len(report.SECTIONS)
+
+
+def test_faults_that_the_emulator_alone_caught_are_reported(empty_ledger):
+    ledger.record("mutants-emulated", MUTANTS[2].name, {"caught_by": "tests/emulated/test_y.py"})
+    text = report.render()
+    assert text.count("Not run on this code.") == len(report.SECTIONS) - 1
+    assert f"1 of {len(MUTANTS)} planted faults caught, 0 of them on the GPU; 1 tried." in text

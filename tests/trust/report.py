@@ -27,7 +27,9 @@ def table(header: tuple[str, ...], rows: list[tuple]) -> str:
 def origin(entries: list[dict]) -> str:
     """Where and when a section's runs were made."""
     places = sorted({(each["gpu_name"], each["commit"], each["date"]) for each in entries})
-    return "; ".join(f"{gpu}, commit {commit}, {date}" for gpu, commit, date in places) + "."
+    names = {"none": "Emulated on a CPU"}
+    words = (f"{names.get(gpu, gpu)}, commit {commit}, {date}" for gpu, commit, date in places)
+    return "; ".join(words) + "."
 
 
 def generated(entries: list[dict]) -> str:
@@ -105,7 +107,8 @@ def render() -> str:
     parts = [HEADER]
     for name, (title, write) in SECTIONS.items():
         entries = ledger.entries(name)
-        body = f"{origin(entries)}\n{write(entries)}" if entries else "Not run on this code."
+        seen = entries or ledger.entries(f"{name}-emulated")
+        body = f"{origin(seen)}\n{write(entries)}" if seen else "Not run on this code."
         parts.append(f"## {title}\n\n{body}\n")
     return "\n".join(parts)
 
