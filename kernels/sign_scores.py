@@ -29,9 +29,9 @@ def default_config(shape: StepShape, gpu: Gpu) -> LabelScoreConfig:
 
 
 def blocks_at_least(head_dim: int, num_heads: int, config: LabelScoreConfig) -> int:
-    """Of an SM: as many as leave a thread 64 registers, where these are enough."""
+    """Of an SM: twenty warps, which leave a thread 96 registers, where these are enough."""
     few = num_heads <= QUAD and head_dim <= 128 and config.tiles <= 4
-    return 32 // config.num_warps if few else 1
+    return max(20 // config.num_warps, 1) if few else 1
 
 
 def score_signs(
