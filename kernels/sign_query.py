@@ -52,6 +52,7 @@ class SignQuery(NamedTuple):
     totals: Buffer  # [heads] i32, shared: the sum of u
     deltas: Buffer  # [heads] f32, shared: factor * delta
     shifts: Buffer  # [heads] f32, shared: factor * q . k_offset
+    constants: Buffer  # [heads] f32, shared: shifts, less the largest of them
 
     @classmethod
     def allocate(cls, num_heads: int, head_dim: int) -> "SignQuery":
@@ -63,6 +64,7 @@ class SignQuery(NamedTuple):
             T.alloc_shared((num_heads, head_dim), T.float32),
             T.alloc_shared((num_heads, QUERY_BITS, words), T.uint32),
             T.alloc_shared((num_heads,), T.int32),
+            T.alloc_shared((num_heads,), T.float32),
             T.alloc_shared((num_heads,), T.float32),
             T.alloc_shared((num_heads,), T.float32),
         )
@@ -87,10 +89,17 @@ class SignQuery(NamedTuple):
         none."""
         num_heads, words = int(self.planes.shape[0]), int(self.planes.shape[2])
         thread = T.get_thread_binding()
+        largest = T.alloc_var(T.float32)
         for turn in T.serial(-(-num_heads // num_warps)):
             head = turn * num_warps + thread // 32
             if head < num_heads:
                 self.make(q, k_offset, k_factor, row, head, factor)
+        T.sync_threads()
+        largest = self.shifts[0]
+        for each in T.unroll(num_heads):
+            largest = T.max(largest, self.shifts[each])
+        if thread < num_heads:
+            self.constants[thread] = self.shifts[thread] - largest
         T.sync_threads()
         quad, lane = place_in_quad()  # a product's columns 2l and 2l + 1 are lane l's
         for n in T.unroll(self.head_tiles):

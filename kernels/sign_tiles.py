@@ -3,12 +3,14 @@
 With the codes of token t and a query's levels u (see `SignQuery`), in log2 of a weight, every
 operation rounded once to float32, factor = sm_scale * log2(e):
 
-    base[h, block] = factor * sum_c y[h, c] * mean[c] + factor * sum_c q[h, c] * k_offset[c],
+    shift[h]       = factor * sum_c q[h, c] * k_offset[c]
+    base[h, block] = factor * sum_c y[h, c] * mean[c] + (shift[h] - the largest shift of any head),
                      products added up in pairs of neighbours; no mean in the first block
     logit[h, t]    = fma((f16 factor[t] * (delta[h] * factor)), sum_c s[t, c] u[h, c], base)
     score[t]       = the largest logit of any head; NaN where it is NaN for all
 
-The sum is an integer, whoever adds it up: a GPU without 1-bit tensor cores has the same bits.
+so that logits lack a constant of the row: what k_offset takes off keys stays out of the bins. The
+sum is an integer, whoever adds it up: a GPU without 1-bit tensor cores has the same bits.
 """
 
 import operator
@@ -307,5 +309,5 @@ class SignReader(NamedTuple):
                 own = thread % columns
                 bases[thread // 32, first + thread % 32 // columns, n * columns + own] = (
                     T.call_extern("float32", "__fmul_rn", added, self.factor)
-                    + query.shifts[query.head_of(n, own)]
+                    + query.constants[query.head_of(n, own)]
                 )

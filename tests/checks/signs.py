@@ -83,6 +83,7 @@ def plain_logits(q: torch.Tensor, cache, sm_scale: float, request: int) -> torch
     signs, mean, size = by_head
     offset = cache.k_offset.repeat_interleave(group_size, 0)
     shift = added_up(q[request].float() * offset)[:, None] * factor
+    shift = shift - largest_of_heads(shift, cache.num_kv_heads).repeat_interleave(group_size, 0)
     base = (added_up(y[:, None] * mean) * factor + shift).double()
     return (base + (size * (delta * factor)).double() * (signs * levels[:, None]).sum(-1)).float()
 
