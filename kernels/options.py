@@ -27,7 +27,7 @@ class DecodeOptions:
     Attributes:
         selector: "quest" (the pages with the largest bounds), "double_sparsity" (the tokens with
             the largest label scores, of a cache with labels), "signs" (the tokens with the largest
-            shares by the signs of their keys, of a cache with sign codes) or "full" (every page).
+            logits by the signs of their keys, of a cache with sign codes) or "full" (every page).
         token_budget: Quest's candidates per KV head, a multiple of page_size; those of "signs" per
             KV head; those of Double Sparsity per KV head, or per query head with group="own".
         group: whose scores "double_sparsity" goes by, as of select_tokens.
