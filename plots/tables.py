@@ -184,7 +184,7 @@ def tokens_table(frames: Frames) -> str:
     caption = (
         f"Microseconds on {first.gpu.upper()}, {first['dtype']}; candidates of a KV head for all "
         f"of its query heads, of Quest {quest['token_budget'].iloc[0]:,}, p as above"
-        f"{authors if beside else ''}."
+        f"{authors if beside else ''}. Measured at {_commits(rows)}."
     )
     return _table(header, lines, caption)
 
