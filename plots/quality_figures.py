@@ -64,12 +64,14 @@ def model_time(frames: Frames) -> Figure:
 
 
 def rows_of_model(frames: Frames) -> pd.DataFrame:
-    """The rows of the first model, of each method those of the first of BACK_ENDS that has any."""
+    """The rows of the first model, of each method those of the first of BACK_ENDS that has any,
+    and `of_largest_budget`."""
     rows = frames["quality"]
     rows = rows[rows["model"] == rows["model"].iloc[0]]
     place = rows["back_end"].map({name: place for place, name in enumerate(BACK_ENDS)})
     shown = place == place.groupby(rows["method"]).transform("min")
-    return require(rows[shown], "quality", f"back_end {' or '.join(BACK_ENDS)}")
+    rows = require(rows[shown], "quality", f"back_end {' or '.join(BACK_ENDS)}")
+    return of_largest_budget(rows)
 
 
 def timed(rows: pd.DataFrame) -> pd.DataFrame:
@@ -81,7 +83,6 @@ def quality(rows: pd.DataFrame, x: str, words: str) -> Figure:
     """A panel for every metric and length that there are rows of."""
     metrics = {name: own for name, own in METRICS.items() if (rows["task"] == own[0]).any()}
     shown = rows[rows["task"].isin([task for task, _ in metrics.values()])]
-    rows = of_largest_budget(rows)
     lengths = sorted(require(shown, "quality", "task perplexity or passkey")["length"].unique())
     size = (max(9.0, 1.5 + 3.2 * len(lengths)), 1.8 + 2.5 * len(metrics))
     figure, every = panels(len(metrics), len(lengths), size, sharex="col", sharey="row")

@@ -267,7 +267,8 @@ def test_masses_name_every_selector_and_both_ceilings(tmp_path: Path) -> None:
 
 def test_a_method_s_rows_are_those_of_the_kernels_where_these_have_any() -> None:
     found = [("kernels", "quest"), ("torch", "quest"), ("torch", "ds"), ("exact_upstream", "ds")]
-    rows = [{"model": "tiny", "back_end": back_end, "method": own} for back_end, own in found]
+    same = {"model": "tiny", "task": "perplexity", "length": 2048, "token_budget": 512}
+    rows = [same | {"back_end": back_end, "method": own} for back_end, own in found]
     shown = rows_of_model({"quality": pd.DataFrame(rows)})
     assert list(zip(shown["back_end"], shown["method"], strict=True)) == [found[0], found[2]]
 
