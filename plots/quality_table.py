@@ -3,7 +3,7 @@
 import pandas as pd
 
 from .frames import Frames
-from .markdown import table
+from .markdown import commits_of, table
 from .quality_figures import ALWAYS, ORDER, WORDS, rows_of_model, timed
 
 ANSWERS = {"passkey": "passkeys found", "niah_single_1": "needles found"}
@@ -65,13 +65,11 @@ def caption(rows: pd.DataFrame, longest: int, lengths: list[int]) -> str:
         for task, name in ANSWERS.items()
         if len(own := rows[rows["task"] == task])
     )
-    commits = sorted(set(rows["commit"]))
     return (
         f"{first['model']} on {first['gpu'].upper()}, the first two layers dense: the loss on a "
         f"text at {longest:,} tokens, {text['samples']:.0f} stretches, and answers at "
         f"{' / '.join(f'{length:,}' for length in lengths)} tokens, {asked}. Kept at any p are the "
         "defaults, but by Double Sparsity nothing, as by its authors. Candidates are the largest "
         "budget that was run and is shorter than the context; a KV head reads what any of its "
-        f"query heads has chosen. Measured at commit{'s' if len(commits) > 1 else ''} "
-        f"{', '.join(commits)}."
+        f"query heads has chosen. Measured at {commits_of(rows)}."
     )

@@ -24,7 +24,7 @@ from .frames import (
     sweep,
     whole_and_alone,
 )
-from .markdown import table, wrapped
+from .markdown import commits_of, table, wrapped
 from .model_figures import PLACE, SIZES, model_rows
 from .parts import METHODS, PROVIDERS, budget_rule, ceilings, speedup, stage_words
 from .quality_table import quality_table
@@ -59,7 +59,7 @@ def speed_table(frames: Frames) -> str:
         f"{seen['timer']}. Error: |out - dense| / |dense|, the larger of the first and the last "
         "request's, on made-up inputs. Byte floor: bytes that must move / read ceiling of the run, "
         f"{ceilings(rows['read_tbps'])}. Measured with torch {seen['torch']}, tilelang "
-        f"{seen['tilelang']}, at {_commits(rows)}, {seen['date']}."
+        f"{seen['tilelang']}, at {commits_of(rows)}, {seen['date']}."
     )
     return table(header, lines, caption)
 
@@ -79,7 +79,7 @@ def top_p_table(frames: Frames) -> str:
         f"{first.batch_size} requests of {first.seq_len:,} tokens, {first.num_qo_heads} query and "
         f"{first.num_kv_heads} KV heads, {first.token_budget:,} candidates, on "
         f"{first.gpu.upper()}, made-up inputs; error as above. Measured at "
-        f"{_commits(pd.concat([ours, quest]))}."
+        f"{commits_of(pd.concat([ours, quest]))}."
     )
     header = " | tokens read per KV head | error | step, us | speedup over dense"
     return table(header, lines, caption)
@@ -97,7 +97,7 @@ def length_table(frames: Frames) -> str:
     caption = (
         "Microseconds of the fastest dense decode / Quest alone / Quest + Twilight, the fastest in "
         f"bold, on {first.gpu.upper()}; {first.num_qo_heads} query and {first.num_kv_heads} KV "
-        f"heads, {budget_rule(rows)[0]}. Measured at {_commits(rows)}."
+        f"heads, {budget_rule(rows)[0]}. Measured at {commits_of(rows)}."
     )
     header = " | ".join(["tokens", *(f"batch {batch_size}" for batch_size in batch_sizes)])
     return table(header, lines, caption)
@@ -117,7 +117,7 @@ def batch_table(frames: Frames) -> str:
         f"One step of requests of {first.seq_len:,} tokens on {first.gpu.upper()}; "
         f"{first.num_qo_heads} query and {first.num_kv_heads} KV heads, {first.token_budget:,} "
         f"candidates; byte floor by a read ceiling of {ceilings(ours['read_tbps'])}. Measured at "
-        f"{_commits(pd.concat([ours, quest]))}."
+        f"{commits_of(pd.concat([ours, quest]))}."
     )
     header = "requests | Quest alone, us | **Quest + Twilight, us** | byte floor, us | reached"
     return table(header, lines, caption)
@@ -184,7 +184,7 @@ def tokens_table(frames: Frames) -> str:
     caption = (
         f"Microseconds on {first.gpu.upper()}, {first['dtype']}; candidates of a KV head for all "
         f"of its query heads, of Quest {quest['token_budget'].iloc[0]:,}, p as above"
-        f"{authors if beside else ''}. Measured at {_commits(rows)}."
+        f"{authors if beside else ''}. Measured at {commits_of(rows)}."
     )
     return table(header, lines, caption)
 
@@ -287,16 +287,9 @@ def model_table(frames: Frames) -> str:
         f"shape of the model, made-up queries and caches, the first two layers dense, p = "
         f"{first.top_p:g}; one CUDA graph a token, compiled by torch.compile around its "
         f"attention. *Uncompiled* is Twilight's, not compiled{launched}. "
-        f"{_model_memory(frames, rows)}Measured at {_commits(rows)}."
+        f"{_model_memory(frames, rows)}Measured at {commits_of(rows)}."
     )
     return table(header, lines, caption)
-
-
-def _commits(rows: pd.DataFrame) -> str:
-    """At which the rows, and dense decode beside them, were measured."""
-    columns = [rows[name].dropna() for name in ("commit", "dense_commit") if name in rows]
-    commits = sorted(set(pd.concat(columns)))
-    return f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
 
 
 def _model_memory(frames: Frames, rows: pd.DataFrame) -> str:
