@@ -100,14 +100,7 @@ def _token_space(fits: Rules) -> Space:
     """Of a kernel that scores single tokens."""
     return Space(
         values={"num_warps": (2, 4, 8), "tiles": (4, 8), "runs": (1, 2, 4)},
-        limits={
-            **fits,
-            "logits of a block, of rows of several heads, leave room for others": (
-                lambda c, s, gpu: (
-                    s.tokens.heads == 1 or 4 * s.tokens.heads * c.block_tokens <= 2**16
-                )
-            ),
-        },
+        limits=fits,
         sensible={
             "every SM has a block, or blocks are small": lambda c, s, gpu: (
                 c.num_warps * c.runs == 2
@@ -145,7 +138,12 @@ SPACES = {
         {
             "labels of all tiles in flight fit in a thread's registers": lambda c, s, gpu: (
                 2 * c.tiles * (s.tokens.labels.num_bytes // 8 + 2) <= 64
-            )
+            ),
+            "logits of a block, of rows of several heads, leave room for others": (
+                lambda c, s, gpu: (
+                    s.tokens.heads == 1 or 4 * s.tokens.heads * c.block_tokens <= 2**16
+                )
+            ),
         }
     ),
     "sign_score": _token_space(

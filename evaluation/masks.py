@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from twilight_tilelang.reference.cache import pages_of
-from twilight_tilelang.reference.double_sparsity import shared_ranks, top_tokens
+from twilight_tilelang.reference.double_sparsity import largest_of_heads, top_tokens
 from twilight_tilelang.reference.estimator import LARGEST
 from twilight_tilelang.reference.labels import LabelFormat, take_channels
 from twilight_tilelang.reference.pruner import (
@@ -185,7 +185,7 @@ def label_candidates(rule: Rule, labels: LabelFormat, chunk: Chunk) -> torch.Ten
 
 
 def sign_candidates(rule: Rule, chunk: Chunk) -> torch.Tensor:
-    """The tokens of the largest share by signs, the same for the query heads of a group:
+    """The tokens of the largest logit by signs, the same for the query heads of a group:
     [num_qo_heads, tokens, seq_len]."""
     num_kv_heads, seq_len = chunk.keys.shape[:2]
     signs, factors, *means = encode_keys(chunk.keys)  # each token's follow from those before it
@@ -196,7 +196,7 @@ def sign_candidates(rule: Rule, chunk: Chunk) -> torch.Tensor:
         levels, delta = quantize_query(y, rule.query_bits)
         weights = levels * delta
     logits = (grouped_logits(y, mean) + grouped_logits(weights, residual)) * chunk.sm_scale
-    ranks = shared_ranks(logits.masked_fill(~chunk.past, float("-inf")), num_kv_heads, 1.0)
+    ranks = largest_of_heads(logits.masked_fill(~chunk.past, float("-inf")), num_kv_heads)
     chosen = best_tokens(rule, ranks, chunk)
     return chosen.repeat_interleave(len(chunk.q) // num_kv_heads, dim=0)
 

@@ -70,8 +70,8 @@ def select_top_tokens(
     sm_scale: float,
     selection: TokenSelection,
 ) -> None:
-    """Two launches, or three where a group has several heads: q [batch_size, num_kv_heads,
-    group_size, head_dim] -> candidates."""
+    """Two launches, or three where labels score the heads of a group together, or heads have lists
+    of their own: q [batch_size, num_kv_heads, group_size, head_dim] -> candidates."""
     score_tokens(plan, q, cache, window, sm_scale, selection)
     take_tokens(plan, cache, window, selection)
 

@@ -27,7 +27,7 @@ class DecodeOptions:
     Attributes:
         selector: "quest" (the pages with the largest bounds), "double_sparsity" (the tokens with
             the largest label scores, of a cache with labels), "signs" (the tokens with the largest
-            shares by the signs of their keys, of a cache with sign codes) or "full" (every page).
+            logits by the signs of their keys, of a cache with sign codes) or "full" (every page).
         token_budget: Quest's candidates per KV head, a multiple of page_size; those of "signs" per
             KV head; those of Double Sparsity per KV head, or per query head with group="own".
         group: whose scores "double_sparsity" goes by, as of select_tokens.
@@ -40,8 +40,8 @@ class DecodeOptions:
             (see prune_top_p).
         num_parts: a captured batch is cut into so many, each on a stream of its own. Their stages
             overlap: while the bytes of one arrive, the weights of another are searched. No result
-            depends on it. Where None, 4 for many rows (KV heads of all requests), else 1. Only the
-            sparse path is cut.
+            depends on it. Where None, as many as still fill the GPU with rows (KV heads of all
+            requests), at most 4. Only the sparse path is cut.
         bound_mass: leave in `kept_mass_bound` a lower bound of the mass that each query head's kept
             tokens surely have among its candidates, as of bound_kept_mass, on the sparse path. It
             costs a launch that reads the candidates' logits twice, and estimator and pruner are

@@ -201,6 +201,10 @@ class TwilightDecode:
 
         Returns:
             out [batch_size, num_qo_heads, head_dim] in q's dtype.
+
+        Raises:
+            ValueError: cache has another shape, other labels, or a k_factor or sign codes where the
+                step's had none or the other way round; q or out does not fit. Nothing is launched.
         """
         check_cache(cache)
         if cache.shape != self.cache_shape:

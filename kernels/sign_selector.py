@@ -1,4 +1,4 @@
-"""The sign selector: the tokens of the largest share by the signs of their keys, which are rotated
+"""The sign selector: the tokens of the largest logit by the signs of their keys, which are rotated
 and less the mean of the block before. `reference/sign_selector.py` defines it; here queries have 4
 bits (see sign_query.py)."""
 
@@ -20,14 +20,13 @@ def select_by_signs(
     num_sink_tokens: int = 0,
     num_recent_tokens: int = 0,
 ) -> CandidateTokens:
-    """The tokens of the largest softmax weight that any query head of a group has, by their sign
-    codes.
+    """The tokens of the largest logit that any query head of a group has, by their sign codes.
 
     Args:
         q: [batch_size, num_qo_heads, head_dim], fp16 or bf16, as the cache.
         cache: with sign codes; only these, page_table and seq_lens are read.
         token_budget: tokens of a KV head.
-        sm_scale: factor of the logits in that softmax; head_dim ** -0.5 where None.
+        sm_scale: factor of the logits; head_dim ** -0.5 where None.
         num_sink_tokens, num_recent_tokens: the first and the last so many tokens are always in.
 
     Returns:

@@ -136,6 +136,7 @@ def label_launches(name: str, arch: str) -> list[Launch]:
 SIGNS = {
     "gqa4-d128": (512, 4, (128, 16, "float16", False), ("sm_90a", "sm_100a")),
     "gqa4-d64-smooth": (8, 4, (64, 16, "float16", True), ("sm_80",)),
+    "mha-d128": (2048, 1, (128, 16, "float16", False), ("sm_90a",)),
     "gqa16-d128-p256": (64, 16, (128, 256, "bfloat16", False), ("sm_100a",)),
 }
 

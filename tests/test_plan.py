@@ -227,7 +227,7 @@ def test_a_step_of_smooth_keys_plans_smooth_kernels(launched):
 
 
 LABELS = ["label_mass_kernel", "label_score_kernel", "top_tokens_kernel"]
-SIGNS = ["sign_mass_kernel", "sign_score_kernel", "top_tokens_kernel"]
+SIGNS = ["sign_score_kernel", "top_tokens_kernel"]
 
 
 def labelled_cache(heads: int = 8):

@@ -48,10 +48,7 @@ LAUNCHED = {
     "label_score_kernel": lambda n, static: _label_launch(
         n, label_scores.LOOK_CHUNKS if static[2].heads > 1 else 1, *static
     ),
-    "sign_mass_kernel": lambda n, static: _label_launch(n, 1, *static[1:4], static[5]),
-    "sign_score_kernel": lambda n, static: _label_launch(
-        n, label_scores.LOOK_CHUNKS if static[3].heads > 1 else 1, *static[1:4], static[5]
-    ),
+    "sign_score_kernel": lambda n, static: _label_launch(n, 1, *static[1:4], static[5]),
     "top_tokens_kernel": lambda n, static: (
         (-(-n["capacity"] // static[1].chunk), n["num_rows"], n["batch_size"]),
         top_tokens.NUM_THREADS,

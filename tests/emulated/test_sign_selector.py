@@ -20,6 +20,7 @@ from twilight_tilelang.kernels.query import by_kv_head
 from twilight_tilelang.kernels.sign_scores import SIGN_SCORE, score_signs
 from twilight_tilelang.kernels.sign_selector import sign_rows
 from twilight_tilelang.kernels.tuned import Planned
+from twilight_tilelang.reference.double_sparsity import largest_of_heads
 from twilight_tilelang.reference.inputs import DecodeShape, random_inputs
 
 CASES = {
@@ -27,6 +28,8 @@ CASES = {
     "mha-d64-p64": DecodeShape(2, 2, 2, 64, 64, (640, 1)),
     "gqa8": DecodeShape(2, 8, 1, 128, 16, (150, 700)),
     "gqa16-d64-p256": DecodeShape(1, 16, 1, 64, 256, (400,)),
+    "gqa3-d256": DecodeShape(1, 3, 1, 256, 16, (300,)),
+    "gqa2-d64": DecodeShape(1, 4, 2, 64, 16, (200,)),
 }
 SMOOTHED = DecodeShape(2, 16, 2, 64, 64, (300, 700))
 
@@ -56,12 +59,11 @@ def scored(q, cache, windows: tuple[int, int], config: LabelScoreConfig) -> Toke
     sizes = (cache.head_dim, cache.page_size, "float16", rows, cache.smooth, config)
     written = TokenScores.allocate(cache, rows, cache.num_kv_heads)
     launches = SIGN_SCORE.launches(token_shape(cache, group_size, rows, 64), config)
-    assert all(launch.arguments == sizes for launch in launches)
+    assert [launch.arguments for launch in launches] == [sizes]
     written.scores.fill_(float("nan"))
     grouped = by_kv_head(q, cache.num_kv_heads)
     planned = Planned(config, "", launches)
     score_signs(planned, grouped, cache, Window(*windows), cache.head_dim**-0.5, written)
-    assert not written.arrived.any()
     return written
 
 
@@ -72,14 +74,8 @@ def assert_scores_are_plain(q, cache, written: TokenScores, windows: tuple[int, 
         if length == 0:
             continue
         logits = plain_logits(q, cache, cache.head_dim**-0.5, request)
-        expected = logits.unflatten(0, (cache.num_kv_heads, -1))
-        if rows.heads > 1:
-            expected = expected - written.norms[request][..., None]
-            mass = torch.logsumexp(logits.double() * 0.6931471805599453, -1) / 0.6931471805599453
-            norms = written.norms[request].flatten().double()
-            torch.testing.assert_close(norms, mass, rtol=1e-6, atol=1e-5)
         own = written.scores[request, :, :length]
-        assert torch.equal(own, expected.amax(dim=1))
+        assert torch.equal(own, largest_of_heads(logits, cache.num_kv_heads))
         assert torch.equal(written.bins[request], bins_of(own, length, windows, binning_of(rows)))
 
 
@@ -103,7 +99,7 @@ def test_other_configs_give_the_same_bits():
     q, cache = signed(CASES["gqa4"])
     one, other = (
         scored(q, cache, (0, 0), config)
-        for config in (LabelScoreConfig(runs=1), LabelScoreConfig(num_warps=1, tiles=8, runs=1))
+        for config in (LabelScoreConfig(runs=1), LabelScoreConfig(num_warps=1, tiles=8, runs=4))
     )
     assert torch.equal(one.scores.view(torch.int32), other.scores.view(torch.int32))
     assert torch.equal(one.bins, other.bins)

@@ -34,6 +34,8 @@ TOPPED = ("tests/emulated/test_selector.py", "-k", "top_pages and registers")
 LABELLED = ("tests/emulated/test_labels.py", "-k", "as_it_comes and r16")
 SIGNED = ("tests/emulated/test_sign_codes.py", "-k", "as_it_comes and d128")
 SIGN_SCORED = ("tests/emulated/test_sign_selector.py", "-k", "stated and mha")
+SIGN_GROUPED = ("tests/emulated/test_sign_selector.py", "-k", "stated and gqa16")
+SIGN_SMOOTHED = ("tests/emulated/test_sign_selector.py", "-k", "smoothed")
 LABEL_SCORED = ("tests/emulated/test_label_scores.py", "-k", "gqa4-r64 and not one-warp")
 TOKENS_TAKEN = ("tests/emulated/test_top_tokens.py", "-k", "default")
 UNITED = ("tests/emulated/test_double_sparsity.py", "-k", "gqa4-own-channels")
@@ -288,15 +290,27 @@ MUTANTS = (
     ),
     Mutant(
         "the highest plane counts positively", "sign_tiles.py",
-        "acc[n, e] - (counts[e] << p)", "acc[n, e] + (counts[e] << p)", SIGNS, SIGN_SCORED,
+        "- (counts[1, t * 2 + 1] << 4)", "+ (counts[1, t * 2 + 1] << 4)", SIGNS, SIGN_SCORED,
     ),
     Mutant(
         "a logit without the mean's product", "sign_tiles.py",
-        "unit, product, self.base[n, h])", "unit, product, T.float32(0))", SIGNS, SIGN_SCORED,
+        "unit, product, self.base[n])", "unit, product, T.float32(0))", SIGNS, SIGN_SCORED,
     ),
     Mutant(
         "the mean's product of the first block of a run alone", "sign_tiles.py",
-        "first // BLOCK_TILES, head]", "0, head]", SIGNS, SIGN_SCORED,
+        "first // BLOCK_TILES,", "0,", SIGNS, SIGN_SCORED,
+    ),
+    Mutant(
+        "half of a group's heads do not score", "sign_tiles.py",
+        "T.max, query.columns)", "T.max, query.columns // 2)", SIGNS, SIGN_GROUPED,
+    ),
+    Mutant(
+        "of sixteen heads the first four score", "sign_tiles.py",
+        "T.max(best[half * 2 + t], logit)", "best[half * 2 + t]", SIGNS, SIGN_GROUPED,
+    ),
+    Mutant(
+        "heads are compared without k_offset", "sign_query.py",
+        "shift * factor", "0.0 * shift", SIGNS, SIGN_SMOOTHED,
     ),
     Mutant(
         "codes further up weigh as much as others", "label_query.py",
