@@ -111,6 +111,17 @@ def _token_space(fits: Rules) -> Space:
     )
 
 
+_SIGN_SPACE = _token_space(
+    {
+        "signs of all tiles in flight fit in a thread's registers": lambda c, s, gpu: (
+            c.tiles * (4 * max(s.head_dim // 128, 1) + 2) <= 64
+        ),
+        "tiles in flight lie in one block of 128 tokens": lambda c, s, gpu: (
+            c.tiles * TILE_TOKENS <= BLOCK_TOKENS
+        ),
+    }
+)
+
 SPACES = {
     "page_score": _tile_space(
         lambda s: s.max_pages,
@@ -146,16 +157,8 @@ SPACES = {
             ),
         }
     ),
-    "sign_score": _token_space(
-        {
-            "signs of all tiles in flight fit in a thread's registers": lambda c, s, gpu: (
-                c.tiles * (4 * max(s.head_dim // 128, 1) + 2) <= 64
-            ),
-            "tiles in flight lie in one block of 128 tokens": lambda c, s, gpu: (
-                c.tiles * TILE_TOKENS <= BLOCK_TOKENS
-            ),
-        }
-    ),
+    "sign_score": _SIGN_SPACE,
+    "sign_logits": _SIGN_SPACE,
     "top_tokens": Space(values={"per_thread": (2, 4, 8), "turns": (1, 2, 4, 8)}),
     "estimator": _tile_space(
         lambda s: s.width,

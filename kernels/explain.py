@@ -7,6 +7,7 @@ from .launch import Launch
 from .options import DecodeOptions
 from .plan import SparsePlan
 from .selector import SelectorPlan
+from .sign_top_p import SignTopPPlan
 from .split_kv import AttentionConfig
 from .steps import CandidateStep, DenseStep
 from .tuned import Planned
@@ -75,6 +76,11 @@ def _selector(plan: SelectorPlan) -> list[str]:
         return [
             _line(f"selector: {'sign' if plan.by_signs else 'label'} scores", plan.token_score),
             _line("selector: top tokens", plan.top_tokens),
+        ]
+    if isinstance(plan, SignTopPPlan):
+        return [
+            _line("selector: sign logits of every token", plan.sign_logits),
+            _line("selector: candidate_p of them, by the pruner's kernel", plan.pruner),
         ]
     return [
         _line("selector: page scores", plan.page_score),

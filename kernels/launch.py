@@ -43,7 +43,7 @@ class StepShape(NamedTuple):
     smooth: bool = False  # keys have a k_factor
     candidates: str = "pages"  # what lists them; or "tokens", or "head_tokens"
     tokens: TokenRows | None = None  # what a row of the selector of tokens stands for
-    row_tokens: int = 0  # that each of these takes
+    row_tokens: int = 0  # that each of these takes; 0: as many as its share of the mass needs
     min_kept_tokens: int = 1  # by a query head, at any p
 
     @property

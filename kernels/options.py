@@ -30,6 +30,9 @@ class DecodeOptions:
             logits by the signs of their keys, of a cache with sign codes) or "full" (every page).
         token_budget: Quest's candidates per KV head, a multiple of page_size; those of "signs" per
             KV head; those of Double Sparsity per KV head, or per query head with group="own".
+        candidate_p: of "signs", in place of a budget: the share of all tokens' mass by signs that
+            the candidates of each query head hold, in (0, 1], a float or a tensor as top_p, as of
+            select_top_p_by_signs. After a step `candidates.counts` holds how many that took.
         group: whose scores "double_sparsity" goes by, as of select_tokens.
         top_p: estimated mass to keep, in (0, 1]; float or tensor as in prune_top_p.
         sm_scale: factor of the logits, positive; head_dim ** -0.5 where None.
@@ -61,6 +64,7 @@ class DecodeOptions:
 
     selector: str = "quest"
     token_budget: int = 8192
+    candidate_p: float | torch.Tensor | None = None
     group: str = "shared"
     top_p: float | torch.Tensor = 0.85
     sm_scale: float | None = None

@@ -16,6 +16,7 @@ from .page_scores import PAGE_SCORE
 from .pruner import PRUNER, PrunerConfig
 from .requests import cache_launches, sign_launch
 from .selector import SelectorPlan, plan_selector
+from .sign_logits import SIGN_LOGITS
 from .sign_scores import SIGN_SCORE
 from .split_kv import AttentionConfig
 from .top_pages import TOP_PAGES
@@ -30,6 +31,7 @@ SPECS: dict[str, KernelSpec[Any]] = {
         TOP_PAGES,
         LABEL_SCORE,
         SIGN_SCORE,
+        SIGN_LOGITS,
         TOP_TOKENS,
         ESTIMATOR,
         PRUNER,

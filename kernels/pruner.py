@@ -14,7 +14,7 @@ from .compiling import THREAD_LEVEL, Start, start_early
 from .gpu import Gpu, gpu_of
 from .keep_mask import list_row
 from .launch import KernelSpec, Launch, StepShape, on_device, static_width
-from .lists import MAX_FLOOR, Candidates, Kept, Listed, Window, check_candidates
+from .lists import MAX_FLOOR, Candidates, Kept, Listed, Window, check_candidates, check_window
 from .pools import TILE_TOKENS
 from .query import by_kv_head, group_size_of, step_shape
 from .search_team import NUM_THREADS, VECTOR, Heads, Logits, is_held
@@ -123,8 +123,8 @@ def prune_top_p(
     check_tensor("logits", logits, (cache.batch_size, None, width), LOGIT_DTYPES, device)
     num_qo_heads = logits.shape[1]
     group_size = group_size_of("logits", num_qo_heads, cache)
-    check_count("num_sink_tokens", num_sink_tokens, least=0)
-    check_count("num_recent_tokens", num_recent_tokens, least=0)
+    window = Window(num_sink_tokens, num_recent_tokens)
+    check_window(window)
     check_count("min_kept_tokens", min_kept_tokens, least=1, most=MAX_FLOOR)
     top_p = expand_top_p(top_p, cache.batch_size, num_qo_heads, device)
     shape = step_shape(cache, group_size, width)
@@ -136,7 +136,6 @@ def prune_top_p(
     grouped = [by_kv_head(each, cache.num_kv_heads) for each in (logits, top_p, kept.mass)]
     logits, top_p, mass = grouped
     union = HeadUnion.allocate(cache, width)
-    window = Window(num_sink_tokens, num_recent_tokens)
     pruned = Pruned(kept._replace(mass=mass), work, union)
     with on_device(device):
         prune(planned(PRUNER, shape, device), logits, cache, listed, top_p, window, pruned)
@@ -144,18 +143,22 @@ def prune_top_p(
 
 
 def expand_top_p(
-    top_p: float | torch.Tensor, batch_size: int, num_qo_heads: int, device: torch.device
+    top_p: float | torch.Tensor,
+    batch_size: int,
+    num_qo_heads: int,
+    device: torch.device,
+    name: str = "top_p",
 ) -> torch.Tensor:
     """top_p as f32 [batch_size, num_qo_heads]; a tensor's values lie on the device, unchecked."""
     if isinstance(top_p, torch.Tensor):
         shapes = ((num_qo_heads,), (batch_size, 1), (batch_size, num_qo_heads))
         if tuple(top_p.shape) not in shapes:
             expected = " or ".join(map(str, shapes))
-            raise ValueError(f"top_p: expected shape {expected}, got {tuple(top_p.shape)}")
-        check_tensor("top_p", top_p, top_p.shape, torch.float32, device)
+            raise ValueError(f"{name}: expected shape {expected}, got {tuple(top_p.shape)}")
+        check_tensor(name, top_p, top_p.shape, torch.float32, device)
         return top_p.expand(batch_size, num_qo_heads).contiguous()
     if not isinstance(top_p, float | int) or not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")
+        raise ValueError(f"{name}: expected a number in (0, 1], got {top_p!r}")
     return torch.full((batch_size, num_qo_heads), float(top_p), device=device)
 
 
@@ -216,8 +219,9 @@ def pruner_kernel(
     min_kept_tokens: int = 1,
 ):
     """A block walks the query heads of a KV head, or there is one for each: then their sets meet in
-    `union_words`, and the last of them goes on with the union. Grid: (1 or query head of the group,
-    kv_head, batch).
+    `union_words`, and the last of them goes on with the union. Of kind "all", every token of a
+    request is a candidate, and the list is not read. split_tokens: 0 where attention's list of work
+    is not written. Grid: (1 or query head of the group, kv_head, batch).
     """
     batch_size, num_kv_heads, max_items = T.dynamic("batch_size, num_kv_heads, max_items")
     width, width_entries, width_words = T.dynamic("width, width_entries, width_words")
@@ -252,10 +256,11 @@ def pruner_kernel(
             words = T.alloc_shared((width_bound // 32,), T.uint32)
             row = Row(batch, kv_head, seq_lens[batch])
             candidates = TokenList(
-                kind, page_size, candidate_entries, candidate_counts, candidate_heads
-            )
+                kind, page_size, candidate_entries,
+                None if kind == "all" else candidate_counts, candidate_heads,
+            )  # fmt: skip
             num_rows = batch_size * num_kv_heads
-            work = Work(items, num_items, ticket, split_tokens, num_rows)
+            work = Work(items, num_items, ticket, split_tokens, num_rows) if split_tokens else None
 
             num_tokens = prune_heads(
                 Heads(first_head, group_size // num_apart),
@@ -279,7 +284,7 @@ def pruner_kernel(
 
 def _launches(shape: StepShape, config: PrunerConfig) -> tuple[Launch, ...]:
     sizes = (shape.group_size, shape.page_size, static_width(shape.width))
-    split_tokens = split_tokens_of(shape)
+    split_tokens = 0 if shape.candidates == "all" else split_tokens_of(shape)
     logits_dtype, kind = shape.logits_dtype, shape.candidates
     arguments = (*sizes, logits_dtype, split_tokens, config, kind, shape.min_kept_tokens)
     return (Launch("pruner", pruner_kernel, arguments),)

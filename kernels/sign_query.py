@@ -85,8 +85,8 @@ class SignQuery(NamedTuple):
     @partialmethod
     @T.macro
     def load(self, q, k_offset, k_factor, row, factor, num_warps):
-        """All threads of a block do; a warp makes a head at a time. k_factor: None where keys have
-        none."""
+        """All threads of a block do; a warp makes a head at a time. k_offset: None where no heads
+        are compared; k_factor: None where keys have none."""
         num_heads, words = int(self.planes.shape[0]), int(self.planes.shape[2])
         thread = T.get_thread_binding()
         largest = T.alloc_var(T.float32)
@@ -131,17 +131,21 @@ class SignQuery(NamedTuple):
         largest = T.alloc_var(T.float32)
         delta = T.alloc_var(T.float32)
         total = T.alloc_var(T.float32)
+        shift = T.alloc_var(T.float32)
         is_lost = T.alloc_var(T.bool)
         word = T.alloc_var(T.uint32)
         for c in T.unroll(channels):
             y[c] = T.cast(q[row.batch, row.kv_head, head, lane * channels + c], T.float32)
-            offset = k_offset[row.kv_head, lane * channels + c]
-            products[c] = T.call_extern("float32", "__fmul_rn", y[c], offset)
+            if k_offset is not None:
+                offset = k_offset[row.kv_head, lane * channels + c]
+                products[c] = T.call_extern("float32", "__fmul_rn", y[c], offset)
             if k_factor is not None:
                 smoothed = y[c] * k_factor[row.kv_head, lane * channels + c]
                 y[c] = T.cast(T.cast(smoothed, q.dtype), T.float32)
-        added_up(products)
-        shift = join_lanes(products[0], 32)
+        shift = 0.0
+        if k_offset is not None:
+            added_up(products)
+            shift = join_lanes(products[0], 32)
         rotate(y)
         largest = 0.0
         is_lost = False

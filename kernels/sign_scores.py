@@ -34,6 +34,11 @@ def blocks_at_least(head_dim: int, num_heads: int, config: LabelScoreConfig) -> 
     return max(20 // config.num_warps, 1) if few else 1
 
 
+def scores_by_signs(shape: StepShape) -> bool:
+    """Whether a step's tokens are scored by their signs."""
+    return shape.tokens is not None and shape.tokens.labels is None
+
+
 def score_signs(
     planned: Planned[LabelScoreConfig],
     q: torch.Tensor,
@@ -134,7 +139,7 @@ def _launches(shape: StepShape, config: LabelScoreConfig) -> tuple[Launch, ...]:
 SIGN_SCORE = KernelSpec(
     name="sign_score", stage="sign_scores", config=LabelScoreConfig, default=default_config,
     launches=_launches, width=lambda shape: shape.max_pages,
-    applies=lambda shape: shape.tokens is not None and shape.tokens.labels is None,
+    applies=lambda shape: scores_by_signs(shape) and shape.row_tokens > 0,
     labels=lambda rows: rows.scored_by,
     sources=(
         "sign_scores.py", "sign_tiles.py", "sign_query.py", "sign_codes.py", "label_tiles.py",

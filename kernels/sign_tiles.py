@@ -10,7 +10,8 @@ operation rounded once to float32, factor = sm_scale * log2(e):
     score[t]       = the largest logit of any head; NaN where it is NaN for all
 
 so that logits lack a constant of the row: what k_offset takes off keys stays out of the bins. The
-sum is an integer, whoever adds it up: a GPU without 1-bit tensor cores has the same bits.
+sum is an integer, whoever adds it up: a GPU without 1-bit tensor cores has the same bits. Where no
+heads are compared (sign_logits.py), factor = sm_scale, and there is no shift.
 """
 
 import operator
@@ -143,10 +144,10 @@ class SignReader(NamedTuple):
     query: SignQuery
     loaded: LoadedSigns
     ahead: LoadedSigns  # the tiles that come next
-    best: Buffer  # [4] f32: the largest logits of this lane's heads, of its quad's tokens
+    best: Buffer  # [4] f32: logits of this lane's heads, the largest ones, of its quad's tokens
     base: Buffer  # [head_tiles] f32: of this lane's heads, in the block of the loaded tiles
     bases: Buffer  # [num_warps, RUN_BLOCKS, head_tiles * columns] f32, shared: of a warp's run
-    factor: PrimExpr  # sm_scale * log2(e)
+    factor: PrimExpr  # sm_scale * log2(e), or sm_scale
 
     @classmethod
     def allocate(
@@ -173,20 +174,26 @@ class SignReader(NamedTuple):
     def score(self, loaded, pair):
         """The score of this lane's token of a pair of tiles: the l-th of 32 is lane l's."""
         best, query = self.best, self.query
-        size = T.alloc_local((GROUP_TOKENS,), T.float32)
-        for i in T.unroll(GROUP_TOKENS):
-            size[i] = T.cast(loaded.factors[pair, i], T.float32)
         for n in T.unroll(query.head_tiles):
-            for half in T.unroll(2):
-                self.join_logits(loaded, pair, half, n, size)
+            self.find_logits(loaded, pair, n, n == 0)
         share_out(best, GROUP_TOKENS, T.max, query.columns)
         return best[0]
 
     @partialmethod
     @T.macro
-    def join_logits(self, loaded, pair, half, n, size):
-        """best = the larger one of it and the logit of this lane's n-th head, of two of its quad's
-        tokens."""
+    def find_logits(self, loaded, pair, n, is_first):
+        """best = the logits of this lane's n-th head, of its quad's tokens of a pair of tiles; or,
+        unless it is the first, the larger ones of best and these."""
+        size = T.alloc_local((GROUP_TOKENS,), T.float32)
+        for i in T.unroll(GROUP_TOKENS):
+            size[i] = T.cast(loaded.factors[pair, i], T.float32)
+        for half in T.unroll(2):
+            self.join_logits(loaded, pair, half, n, size, is_first)
+
+    @partialmethod
+    @T.macro
+    def join_logits(self, loaded, pair, half, n, size, is_first):
+        """The same of two of these tokens."""
         best, query, steps = self.best, self.query, int(loaded.words.shape[1])
         keys = T.alloc_local((2,), T.uint32)
         planes = T.alloc_local((1,), T.uint32)
@@ -210,7 +217,7 @@ class SignReader(NamedTuple):
             product = T.reinterpret(added, T.float32) - INTEGER_ZERO
             unit = size[half * 2 + t] * query.units[n]
             logit = T.call_extern("float32", "fmaf", unit, product, self.base[n])
-            if n == 0:
+            if is_first:
                 best[half * 2 + t] = logit
             else:
                 best[half * 2 + t] = T.max(best[half * 2 + t], logit)

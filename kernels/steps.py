@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .attention import AttentionWorkspace, attend, every_token, list_items
+from .attention import AttentionWorkspace, WorkList, attend, every_token, list_items
 from .cache import PagedKVCache
 from .candidate_mass import CandidateMass, Sampling, Scaled, estimate_mass
 from .estimate_prune import estimate_and_prune
@@ -15,6 +15,7 @@ from .plan import CandidatePlan, DensePlan, SparsePlan
 from .pruner import HeadUnion, Pruned, prune
 from .query import by_kv_head
 from .selector import AnySelection, select
+from .sign_top_p import SignTopPSelection
 
 
 class Settings(NamedTuple):
@@ -42,11 +43,16 @@ class SparseMemory(NamedTuple):
     def allocate(
         cls, cache: PagedKVCache, selection: AnySelection, top_p: torch.Tensor
     ) -> "SparseMemory":
-        """For the candidates of a selection."""
+        """For the candidates of a selection, whose logits of all tokens, if it has any, give way to
+        theirs."""
         num_qo_heads = top_p.shape[1]
         tokens = Listed.of(selection.candidates).width(cache.page_size)
         group_size = num_qo_heads // cache.num_kv_heads
-        logits = torch.empty(*top_p.shape, tokens, dtype=torch.float16, device=top_p.device)
+        if isinstance(selection, SignTopPSelection):
+            logits, union = selection.logits, selection.union
+        else:
+            logits = torch.empty(*top_p.shape, tokens, dtype=torch.float16, device=top_p.device)
+            union = HeadUnion.allocate(cache, tokens)
         return cls(
             selection,
             top_p,
@@ -55,7 +61,7 @@ class SparseMemory(NamedTuple):
             torch.empty_like(top_p),
             CandidateMass.allocate(top_p),
             torch.empty_like(top_p),
-            HeadUnion.allocate(cache, tokens),
+            union,
             AttentionWorkspace.allocate(cache, group_size, tokens),
             empty_out(cache, num_qo_heads),
         )
@@ -66,9 +72,10 @@ class SparseMemory(NamedTuple):
 
 
 def _part(memory: Any, requests: slice) -> Any:
-    """The share of some requests of a tensor, of every tensor in a tuple, or of nothing."""
-    if memory is None:
-        return None
+    """The share of some requests of a tensor, of every tensor in a tuple, or of nothing; a list of
+    work of its own is the selector's, which no launch reads or writes."""
+    if memory is None or isinstance(memory, WorkList):
+        return memory
     if isinstance(memory, AttentionWorkspace):
         return memory.part(requests)
     if isinstance(memory, tuple):

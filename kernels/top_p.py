@@ -21,7 +21,8 @@ from .warp import reserve, steps_over
 @T.macro
 def sum_weights(team, share, values, logit):
     """Phase 1: (the largest logit, the softmax's denominator); values = the share's distances. With
-    a floor, part 2 of the warps' values are logits that MAX_FLOOR candidates of each reach."""
+    a floor, part 2 of the warps' values are logits that a candidate of each of its lanes reaches.
+    """
     largest = T.alloc_local((2,), share.own.dtype)
     partial = T.alloc_var(T.float32)
     for e in T.vectorized(2):
@@ -80,7 +81,7 @@ def list_floor(team, share, weights, values, logit, farthest, least, turn):
         fewest = T.min(fewest, num_near[other, turn % 2])
     if fewest < least:  # in any team: there are barriers of the whole block
         T.sync_threads()  # all have read it
-        reached = T.max(farthest, team.reach(weights))
+        reached = T.max(farthest, team.reach(weights, least))
         share.load(logit)
         for k in T.unroll(share.size):
             values[k] = weights.distance(share.own[k])
@@ -156,7 +157,8 @@ def prune_heads(
     heads, logits, row, candidates, top_p, window, min_kept_tokens, kept_mass, words
 ):  # fmt: skip
     """words = a bit for each candidate that any of the heads keeps; returns how many candidates
-    there are. All threads of the block take part. A floor of one token is none, at compile time."""
+    there are. All threads of the block take part. A floor is known at compile time, and at most
+    NUM_THREADS tokens; of one token it is none."""
     held = is_held(logits.width_bound)
     size = min(MAX_VALUES, max(logits.width_bound // NUM_THREADS, VECTOR))
     has_floor = min_kept_tokens > 1
@@ -223,7 +225,7 @@ def prune_heads(
                     team, share, weights, values, near_logit, farthest, min_kept_tokens, turn
                 )
         elif has_floor:
-            farthest = T.max(farthest, team.reach(weights))
+            farthest = T.max(farthest, team.reach(weights, min_kept_tokens))
         if asks_ahead:
             if turn + 1 < heads.turns:
                 # The next head's logits arrive while this one's are searched.

@@ -27,7 +27,7 @@ Two ways to choose, both of single tokens that a group's query heads share, in t
 
 So the paper's top-p (arXiv 2502.02770) can run twice, over every token by its signs and over what
 is left by 4 bits, with no fixed number of candidates. RaBitQCache (arXiv 2606.31519) runs it over
-estimates of the unbiased kind. The kernels have no top-p by signs yet.
+estimates of the unbiased kind. The kernels' top-p is over logits in fp16.
 """
 
 import math
@@ -184,6 +184,7 @@ def select_top_p_by_signs(
     sm_scale: float | None = None,
     num_sink_tokens: int = 0,
     num_recent_tokens: int = 0,
+    query_bits: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> CandidateTokens:
     """The tokens that hold candidate_p of any query head's mass by signs, as many as that takes.
@@ -196,6 +197,7 @@ def select_top_p_by_signs(
         candidate_p: in (0, 1], a number or float32 [num_qo_heads], [batch_size, 1] or [batch_size,
             num_qo_heads]; 1 lists every token.
         min_candidates: of each query head, any number from 1 on (see `heaviest`).
+        query_bits: as of `sign_scores`.
 
     Returns:
         CandidateTokens of capacity entries a row, -1 behind the counted ones; without heads.
@@ -205,7 +207,7 @@ def select_top_p_by_signs(
     """
     check_windows(num_sink_tokens, num_recent_tokens)
     check_positive("min_candidates", min_candidates)
-    logits, _ = sign_scores(q, cache, sm_scale=sm_scale, dtype=dtype)
+    logits, _ = sign_scores(q, cache, sm_scale=sm_scale, query_bits=query_bits, dtype=dtype)
     share = broadcast_top_p(candidate_p, q.shape[0], q.shape[1], q.device, "candidate_p")
     position = torch.arange(cache.capacity, device=q.device)
     length = cache.seq_lens[:, None, None]

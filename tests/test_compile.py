@@ -33,6 +33,7 @@ from twilight_tilelang.kernels.pruner import PRUNER
 from twilight_tilelang.kernels.requests import cache_launches, sign_launch
 from twilight_tilelang.kernels.search_team import is_held
 from twilight_tilelang.kernels.selector import all_pages
+from twilight_tilelang.kernels.sign_top_p import plan_top_p
 from twilight_tilelang.kernels.top_pages import TOP_PAGES
 from twilight_tilelang.kernels.tuned import Planner
 
@@ -152,6 +153,26 @@ def sign_launches(name: str, arch: str) -> list[Launch]:
     return list(launches_in((written, plan_tokens(shape, Planner(ARCHS[arch])))))
 
 
+# The same where they hold a share of all mass: also the tokens of the page table.
+SIGN_TOP_P = {
+    "gqa4-d128": (512, 4, (128, 16, "float16", False), 32768, ("sm_90a", "sm_100a")),
+    "gqa4-d64-smooth": (8, 4, (64, 16, "float16", True), 8192, tuple(ARCHS)),
+    "mha-d128": (2048, 1, (128, 16, "float16", False), 8192, ("sm_90a", "sm_100a")),
+    "gqa8-d256": (64, 8, (256, 16, "float16", False), 16384, ("sm_90a",)),
+    "gqa16-d128-p256": (64, 16, (128, 256, "bfloat16", False), 262144, ("sm_80", "sm_100a")),
+}
+
+
+def sign_top_p_launches(name: str, arch: str) -> list[Launch]:
+    """At their default configs."""
+    rows, group_size, (head_dim, page_size, dtype, smooth), tokens, _ = SIGN_TOP_P[name]
+    shape = StepShape(
+        group_size, head_dim, page_size, dtype, rows, tokens // page_size, tokens, rows,
+        smooth=smooth, candidates="tokens", tokens=token_rows("shared", group_size, None),
+    )  # fmt: skip
+    return list(launches_in(plan_top_p(shape, Planner(ARCHS[arch]).plan)))
+
+
 # Candidates that are single tokens: the kernels that read a list of them.
 TOKENS = {
     "gqa4-d128": (StepShape(4, 128, 16, "float16", 512, 2048, 8192, 512), tuple(ARCHS)),
@@ -259,6 +280,10 @@ def kernels() -> Iterator[tuple[str, Launch, str]]:
         for arch in archs:
             for launch in sign_launches(name, arch):
                 yield f"signs-{name}-{arch}-{launch.name}", launch, arch
+    for name, (*_, archs) in SIGN_TOP_P.items():
+        for arch in archs:
+            for launch in sign_top_p_launches(name, arch):
+                yield f"sign-top-p-{name}-{arch}-{launch.name}", launch, arch
     long_rows = SHAPES["gqa4-d128"][0]._replace(max_pages=8192)  # kept in registers
     (launch,) = Planner(ARCHS["sm_80"]).plan(TOP_PAGES, long_rows).launches
     yield f"long-rows-sm_80-{launch.name}", launch, "sm_80"

@@ -20,7 +20,7 @@ from twilight_tilelang.kernels.label_scores import LOOK_CHUNKS, label_score_kern
 from twilight_tilelang.kernels.label_tiles import RUN_TOKENS
 from twilight_tilelang.kernels.labels import TokenRows
 from twilight_tilelang.kernels.launch import static_width
-from twilight_tilelang.kernels.lists import CandidateTokens
+from twilight_tilelang.kernels.lists import CandidateTokens, Kept
 from twilight_tilelang.kernels.mass_bound import mass_bound_kernel
 from twilight_tilelang.kernels.pruner import HeadUnion, pruner_kernel
 from twilight_tilelang.kernels.search_team import NUM_THREADS
@@ -103,22 +103,29 @@ def width_bound(width: int) -> int:
 
 
 def prune_emulated(logits, cache, candidates, top_p, always, config, folder):
-    """The kernel's (kept_tokens, kept_counts, kept_mass), its list of items checked."""
+    """The kernel's (kept_tokens, kept_counts, kept_mass), its list of items checked; candidates:
+    None for every token, of which there is neither list."""
     group_size, width = logits.shape[1] // cache.num_kv_heads, logits.shape[2]
     written = what_pruners_write(cache, group_size, width)
     dtype = str(logits.dtype).removeprefix("torch.")
-    statics = (group_size, cache.page_size, width_bound(width), dtype, 128, config)
+    every = candidates is None
+    statics = (group_size, cache.page_size, width_bound(width), dtype, 0 if every else 128, config)
     union = HeadUnion.allocate(cache, width)
     windows = NOTHING_ALWAYS | always
-    statics += (kind_of(candidates), windows.pop("min_kept_tokens"))
+    statics += ("all" if every else kind_of(candidates), windows.pop("min_kept_tokens"))
+    listed = {"width_entries": width} if every else listing(candidates)
     emulated(pruner_kernel, statics, folder)(
         (group_size if config.heads_apart else 1, cache.num_kv_heads, cache.batch_size),
-        NUM_THREADS, logits=logits, seq_lens=cache.seq_lens, **listing(candidates),
+        NUM_THREADS, logits=logits, seq_lens=cache.seq_lens, **listed,
         top_p=torch.full_like(written["kept_mass"], top_p), **windows, **written, width=width,
         union_words=union.words, arrived=union.arrived, width_words=union.words.shape[2],
         **sizes(cache),
     )  # fmt: skip
     assert not union.words.any() and not union.arrived.any()
+    if every:
+        assert not written["num_items"].any() and not written["ticket"].any()
+        kept_tokens, kept_counts, kept_mass = (written[f"kept_{name}"] for name in Kept._fields)
+        return kept_tokens, kept_counts, kept_mass.flatten(1)
     return checked_items(**written)
 
 

@@ -49,6 +49,9 @@ LAUNCHED = {
         n, label_scores.LOOK_CHUNKS if static[2].heads > 1 else 1, *static
     ),
     "sign_score_kernel": lambda n, static: _label_launch(n, 1, *static[1:4], static[5]),
+    "sign_logit_kernel": lambda n, static: _label_launch(
+        n | {"num_rows": n["num_kv_heads"]}, 1, static[2], static[3], None, static[-1]
+    ),
     "top_tokens_kernel": lambda n, static: (
         (-(-n["capacity"] // static[1].chunk), n["num_rows"], n["batch_size"]),
         top_tokens.NUM_THREADS,
