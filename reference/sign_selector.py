@@ -48,6 +48,7 @@ from .pruner import broadcast_top_p, candidate_weights, group_union, heaviest, t
 from .sign_codes import means_before, rotate, sign_codes, unpack_signs
 from .validate import check_positive, check_query, check_windows, compute_dtype, resolve_sm_scale
 
+MIN_CANDIDATES = 256  # of each query head, at any candidate_p
 UNEXPLAINED = math.pi / 2 - 1  # of a Gaussian's energy over that which its signs explain
 
 
@@ -180,7 +181,7 @@ def select_top_p_by_signs(
     cache: PagedKVCache,
     candidate_p: float | torch.Tensor,
     *,
-    min_candidates: int = 256,
+    min_candidates: int = MIN_CANDIDATES,
     sm_scale: float | None = None,
     num_sink_tokens: int = 0,
     num_recent_tokens: int = 0,

@@ -261,6 +261,66 @@ def test_a_step_by_signs_launches_its_selector_first(launched, path, stages):
     assert "sign scores" in step.explain() and "top tokens" in step.explain()
 
 
+TOP_P_SIGNS = ["sign_logit_kernel", "pruner_kernel"]
+
+
+@pytest.mark.parametrize("path, stages", [("sparse", STAGES[2:]), ("candidates", ["plan_kernel"])])
+def test_a_step_that_takes_a_share_by_signs_prunes_twice(launched, path, stages):
+    """The candidates' logits take the place of every token's."""
+    cache = kernels.PagedKVCache.empty(CacheShape(2, 64, 8, 64)).with_signs()
+    launched.clear()
+    options = {"selector": "signs", "candidate_p": 0.99, "path": path, "num_parts": 1}
+    step = kernels.TwilightDecode(cache, 32, **options)
+    step.run(torch.zeros(2, 32, 64, dtype=torch.float16, device="cuda"), cache)
+    assert launched == [*TOP_P_SIGNS, *stages, *ATTENTION]
+    assert step.candidates.tokens.shape == (2, 8, cache.capacity)
+    assert "sign logits" in step.explain() and "candidate_p" in step.explain()
+    if path == "sparse":
+        selection = step.stages.memory.selection
+        assert selection.logits.data_ptr() == step.logits.data_ptr()
+        assert selection.candidate_p.eq(0.99).all() and step.stages.memory.top_p.eq(0.85).all()
+
+
+def test_parts_of_a_share_by_signs_are_slices(launched):
+    cache = kernels.PagedKVCache.empty(CacheShape(5, 64, 8, 64)).with_signs()
+    share = torch.rand(5, 32).cuda()
+    step = kernels.TwilightDecode(cache, 32, selector="signs", candidate_p=share, num_parts=2)
+    whole = step.stages.memory.selection
+    for requests, part, _ in step.parts:
+        own = part.memory.selection
+        assert torch.equal(own.candidate_p, share[requests])
+        assert own.candidates.tokens.data_ptr() == whole.candidates.tokens[requests].data_ptr()
+        assert own.union.words.data_ptr() == whole.union.words[requests].data_ptr()
+    launched.clear()
+    step.run(torch.zeros(5, 32, 64, dtype=torch.float16, device="cuda"), cache)
+    assert launched.count("sign_logit_kernel") == 3  # both parts, and all at once
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"selector": "quest"}, "candidate_p: expected the selector 'signs', got 'quest'"),
+        ({"token_budget": 256}, "token_budget: expected none beside candidate_p, got 256"),
+        ({"candidate_p": 0.0}, r"candidate_p: expected a number in \(0, 1\], got 0.0"),
+        ({"candidate_p": 1.5}, r"candidate_p: expected a number in \(0, 1\], got 1.5"),
+        ({"num_sink_tokens": -1}, "num_sink_tokens: expected"),
+    ],
+)
+def test_a_step_that_takes_a_share_by_signs_refuses(launched, options, match):
+    cache = kernels.PagedKVCache.empty(CacheShape(2, 64, 8, 64)).with_signs()
+    with pytest.raises(ValueError, match=match):
+        kernels.TwilightDecode(cache, 32, **{"selector": "signs", "candidate_p": 0.9} | options)
+
+
+def test_a_share_by_signs_of_more_tokens_than_can_be_marked_is_refused(launched):
+    table = torch.zeros(1, 2**17, dtype=torch.int32, device="cuda")
+    shape = CacheShape(1, 2**17, 1, 64)
+    cache = kernels.PagedKVCache.empty(shape, num_pages=1, page_table=table).with_signs()
+    for path in ("sparse", "candidates"):
+        with pytest.raises(ValueError, match="candidate_p: tokens: expected at most"):
+            kernels.TwilightDecode(cache, 4, selector="signs", candidate_p=0.9, path=path)
+
+
 def test_a_step_by_signs_takes_a_cache_with_labels_as_well(launched):
     cache = labelled_cache().with_signs()
     step = kernels.TwilightDecode(cache, 32, selector="signs", token_budget=256, num_parts=1)

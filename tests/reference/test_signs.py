@@ -326,6 +326,8 @@ def test_what_the_sign_selector_refuses():
         TwilightDecode(cache, 6, selector="full", candidate_p=0.9)
     with pytest.raises(ValueError, match="candidate_p: expected values in"):
         TwilightDecode(cache, 6, selector="signs", candidate_p=1.5)
+    with pytest.raises(ValueError, match="token_budget: expected none beside candidate_p, got 64"):
+        TwilightDecode(cache, 6, selector="signs", candidate_p=0.9, token_budget=64)
     odd_q, odd = one_request(40, head_dim=96)
     for refused in (lambda: sign_codes(odd), lambda: sign_scores(odd_q, odd)):
         with pytest.raises(ValueError, match="head_dim: expected a power of two from 8 on, got 96"):
