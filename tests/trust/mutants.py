@@ -36,6 +36,8 @@ SIGNED = ("tests/emulated/test_sign_codes.py", "-k", "as_it_comes and d128")
 SIGN_SCORED = ("tests/emulated/test_sign_selector.py", "-k", "stated and mha")
 SIGN_GROUPED = ("tests/emulated/test_sign_selector.py", "-k", "stated and gqa16")
 SIGN_SMOOTHED = ("tests/emulated/test_sign_selector.py", "-k", "smoothed")
+SIGN_LOGITS = ("tests/emulated/test_sign_selector.py", "-k", "logits_of_every and mha")
+SIGN_LOGITS_GROUPED = ("tests/emulated/test_sign_selector.py", "-k", "logits_of_every and gqa16")
 LABEL_SCORED = ("tests/emulated/test_label_scores.py", "-k", "gqa4-r64 and not one-warp")
 TOKENS_TAKEN = ("tests/emulated/test_top_tokens.py", "-k", "default")
 UNITED = ("tests/emulated/test_double_sparsity.py", "-k", "gqa4-own-channels")
@@ -49,6 +51,10 @@ PRUNED = (
 FLOORED = (
     "tests/emulated/test_pruner.py",
     *("-k", "heaviest and (gqa4 or gqa3) and (below-one or geometric)"),
+)
+EVERY_TOKEN = (
+    "tests/emulated/test_pruner.py",
+    *("-k", "every_token and (gqa3 or wide-walk) and (below-one or geometric) and 256"),
 )
 PRUNED_APART = ("tests/emulated/test_pruner.py", "-k", "pruned_sets and heads-apart and normal")
 PRUNED_WIDE = ("tests/emulated/test_pruner.py", "-k", "pruned_sets and wide and skewed")
@@ -311,6 +317,24 @@ MUTANTS = (
     Mutant(
         "heads are compared without k_offset", "sign_query.py",
         "shift * factor", "0.0 * shift", SIGNS, SIGN_SMOOTHED,
+    ),
+    Mutant(
+        "the logit behind a row's last token is one", "sign_logits.py",
+        "if token + i >= row.seq_len:", "if token + i > row.seq_len:", SIGNS, SIGN_LOGITS,
+    ),
+    Mutant(
+        "logits of later heads are the larger ones of them and the first", "sign_logits.py",
+        "reader.find_logits(loaded, pair, n, True)", "reader.find_logits(loaded, pair, n, n == 0)",
+        SIGNS, SIGN_LOGITS_GROUPED,
+    ),
+    Mutant(
+        "half of a quad's tokens have no logit", "sign_logits.py",
+        "for i in T.vectorized(GROUP_TOKENS):", "for i in T.vectorized(GROUP_TOKENS // 2):",
+        SIGNS, SIGN_LOGITS,
+    ),
+    Mutant(
+        "a floor of many tokens looks as far as one warp's", "search_team.py",
+        "T.max if least <= MAX_FLOOR else T.min", "T.max", SIGNS, EVERY_TOKEN,
     ),
     Mutant(
         "codes further up weigh as much as others", "label_query.py",

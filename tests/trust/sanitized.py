@@ -84,11 +84,12 @@ def every_stage(case: Case) -> None:
         by_labels.run(q, labelled)
     if BLOCK_TOKENS % cache.page_size == 0:
         signed = cache.with_signs()
-        by_signs = kernels.TwilightDecode(
-            signed, q.shape[1], token_budget=64, selector="signs", **NOTHING_ALWAYS
-        )
-        signed.append(token, token)
-        by_signs.run(q, signed)
+        for sizes in ({"token_budget": 64}, {"candidate_p": 0.9}):
+            by_signs = kernels.TwilightDecode(
+                signed, q.shape[1], selector="signs", **sizes, **NOTHING_ALWAYS
+            )
+            signed.append(token, token)
+            by_signs.run(q, signed)
     factor = torch.full_like(cache.k_offset, 0.5)
     smooth = build_cache(kernels, tensors._replace(k_offset=(cache.k_offset, factor)))
     poison_unused(smooth)
