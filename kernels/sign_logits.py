@@ -42,19 +42,20 @@ def write_tiles(reader, logits, run, loaded, first):
     row, query, best = reader.row, reader.query, reader.best
     quad, lane = place_in_quad()
     rounded = T.alloc_local((GROUP_TOKENS,), T.float16)
-    token = T.alloc_var(T.int32)
+    group = T.alloc_var(T.int32)  # of neighbours
     for pair in T.unroll(loaded.tiles // 2):
-        token = (run.first + first + pair * 2) * TILE_TOKENS + quad * GROUP_TOKENS
+        group = (run.first + first + pair * 2) * (TILE_TOKENS // GROUP_TOKENS) + quad
         for n in T.unroll(query.head_tiles):
             reader.find_logits(loaded, pair, n, True)
             head = n * QUAD + lane
-            if lane < query.columns and head < int(logits.shape[2]) and token < row.seq_len:
+            has_head = lane < query.columns and head < int(logits.shape[2])
+            if has_head and group * GROUP_TOKENS < row.seq_len:
                 for i in T.unroll(GROUP_TOKENS):
                     rounded[i] = T.cast(best[i], T.float16)
-                    if token + i >= row.seq_len:
+                    if group * GROUP_TOKENS + i >= row.seq_len:
                         rounded[i] = T.cast(-T.infinity(T.float32), T.float16)
-                for i in T.vectorized(GROUP_TOKENS):
-                    logits[row.batch, row.kv_head, head, token + i] = rounded[i]
+                for i in T.vectorized(GROUP_TOKENS):  # not of a variable: it may lie anywhere
+                    logits[row.batch, row.kv_head, head, group * GROUP_TOKENS + i] = rounded[i]
 
 
 @tilelang.jit(pass_configs=THREAD_LEVEL)

@@ -320,7 +320,7 @@ MUTANTS = (
     ),
     Mutant(
         "the logit behind a row's last token is one", "sign_logits.py",
-        "if token + i >= row.seq_len:", "if token + i > row.seq_len:", SIGNS, SIGN_LOGITS,
+        "GROUP_TOKENS + i >= row.seq_len:", "GROUP_TOKENS + i > row.seq_len:", SIGNS, SIGN_LOGITS,
     ),
     Mutant(
         "logits of later heads are the larger ones of them and the first", "sign_logits.py",
@@ -524,7 +524,8 @@ MUTANTS = (
     ),
     Mutant(
         "the floor looked for among the weights that matter alone", "top_p.py",
-        "reached = T.max(farthest, team.reach(weights))", "reached = farthest", FLOOR, FLOORED,
+        "reached = T.max(farthest, team.reach(weights, least))", "reached = farthest",
+        FLOOR, FLOORED,
     ),
     Mutant(
         "the number above the chosen bin is forgotten", "threshold.py",
@@ -550,7 +551,8 @@ MUTANTS = (
     ),
     Mutant(
         "kept tokens listed as if they were neighbours", "keep_mask.py",
-        'neighbours = candidates.kind == "pages"', "neighbours = True", TOKENS, TOKENS_PRUNED,
+        'neighbours = candidates.kind in ("pages", "all")', "neighbours = True",
+        TOKENS, TOKENS_PRUNED,
     ),
     Mutant(
         "the bound's kept token of a list counted once more", "mass_bound.py",
