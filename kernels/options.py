@@ -32,7 +32,8 @@ class DecodeOptions:
             KV head; those of Double Sparsity per KV head, or per query head with group="own".
         candidate_p: of "signs", in place of a budget: the share of all tokens' mass by signs that
             the candidates of each query head hold, in (0, 1], a float or a tensor as top_p, as of
-            select_top_p_by_signs. After a step `candidates.counts` holds how many that took.
+            select_top_p_by_signs. After a step `candidates.counts` holds how many that took; path
+            "auto" expects them to be all.
         group: whose scores "double_sparsity" goes by, as of select_tokens.
         top_p: estimated mass to keep, in (0, 1]; float or tensor as in prune_top_p.
         sm_scale: factor of the logits, positive; head_dim ** -0.5 where None.
