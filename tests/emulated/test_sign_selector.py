@@ -7,11 +7,13 @@ import pytest
 import torch
 
 import twilight_tilelang as kernels
+from tests.checks.properties import valid_entries
 from tests.checks.signs import assert_holds_top_p, assert_selected_by_signs, plain_logits
 from tests.checks.tokens import bins_of
 from tests.doubles import fake_gpu
 from tests.emulated.launches import on_one_worker
 from tests.emulated.on_cpu import cache_on_cpu
+from tests.inputs.cases import NOTHING_ALWAYS
 from tests.inputs.hazards import lose_idle_pages, poison_inputs, poison_unused
 from twilight_tilelang.kernels.double_sparsity import token_shape
 from twilight_tilelang.kernels.label_scores import TokenScores, binning_of
@@ -212,6 +214,29 @@ def test_a_request_has_the_same_candidates_in_any_form_and_batch():
             for head, count in enumerate(counts.tolist()):
                 tokens = one.candidates.tokens[request, head, :count]
                 assert torch.equal(got.tokens[at, head, :count], tokens)
+
+
+@pytest.mark.xdist_group("emulated mha-d64-p64")
+def test_a_step_prunes_twice_in_the_same_memory():
+    """Up to attention, with the bits of the functions one by one, and again."""
+    q, cache = signed(CASES["mha-d64-p64"])
+    always = NOTHING_ALWAYS | {"num_sink_tokens": 3, "num_recent_tokens": 9}
+    options = {"candidate_p": 1e-6, "top_p": 0.6, "num_parts": 1} | always
+    step = kernels.TwilightDecode(cache, q.shape[1], selector="signs", **options).stages
+    windows = {name: always[name] for name in ("num_sink_tokens", "num_recent_tokens")}
+    candidates = kernels.select_top_p_by_signs(q, cache, 1e-6, **windows)
+    logits = kernels.estimate_logits(q, cache, candidates)
+    kept = kernels.prune_top_p(logits, cache, candidates, 0.6, **always)
+    for _ in range(2):
+        step.select(q, cache)
+        step.estimate(q, cache)
+        step.prune(cache)
+        assert torch.equal(step.kept.mass, kept.mass)
+        for lists, others in ((step.candidates, candidates), (step.kept, kept)):
+            assert torch.equal(lists.counts, others.counts)
+            valid = valid_entries(lists.tokens, lists.counts)
+            assert torch.equal(lists.tokens[valid], others.tokens[valid])
+    assert (kept.counts[0] < candidates.counts[0]).all() and (candidates.counts[0] < 640).all()
 
 
 @pytest.mark.xdist_group("emulated smoothed")
