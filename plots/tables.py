@@ -4,9 +4,7 @@ Each of TABLES makes the text of one GPU. Rows of a CPU make none: they compare 
 """
 
 import contextlib
-import itertools
 import re
-import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,8 +24,10 @@ from .frames import (
     sweep,
     whole_and_alone,
 )
+from .markdown import table, wrapped
 from .model_figures import PLACE, SIZES, model_rows
 from .parts import METHODS, PROVIDERS, budget_rule, ceilings, speedup, stage_words
+from .quality_table import quality_table
 
 SCORED_BY = {"ds": "labels, 64 x 2 bits", "ds-r16-b4": "labels, 16 x 4 bits", "signs": "signs"}
 SIGN_PARTS = ("sign_words", "sign_factors", "sign_mean_codes", "sign_mean_scale_zero")
@@ -61,7 +61,7 @@ def speed_table(frames: Frames) -> str:
         f"{ceilings(rows['read_tbps'])}. Measured with torch {seen['torch']}, tilelang "
         f"{seen['tilelang']}, at {_commits(rows)}, {seen['date']}."
     )
-    return _table(header, lines, caption)
+    return table(header, lines, caption)
 
 
 def top_p_table(frames: Frames) -> str:
@@ -82,7 +82,7 @@ def top_p_table(frames: Frames) -> str:
         f"{_commits(pd.concat([ours, quest]))}."
     )
     header = " | tokens read per KV head | error | step, us | speedup over dense"
-    return _table(header, lines, caption)
+    return table(header, lines, caption)
 
 
 def length_table(frames: Frames) -> str:
@@ -100,7 +100,7 @@ def length_table(frames: Frames) -> str:
         f"heads, {budget_rule(rows)[0]}. Measured at {_commits(rows)}."
     )
     header = " | ".join(["tokens", *(f"batch {batch_size}" for batch_size in batch_sizes)])
-    return _table(header, lines, caption)
+    return table(header, lines, caption)
 
 
 def batch_table(frames: Frames) -> str:
@@ -120,7 +120,7 @@ def batch_table(frames: Frames) -> str:
         f"{_commits(pd.concat([ours, quest]))}."
     )
     header = "requests | Quest alone, us | **Quest + Twilight, us** | byte floor, us | reached"
-    return _table(header, lines, caption)
+    return table(header, lines, caption)
 
 
 def stage_table(frames: Frames) -> str:
@@ -143,7 +143,7 @@ def stage_table(frames: Frames) -> str:
         f"Each stage alone on {gpu}: time, bytes / time, share of the byte floor reached, by read "
         f"ceilings of {ceilings(pd.concat(rates))}."
     )
-    return _table(header, lines, caption)
+    return table(header, lines, caption)
 
 
 def tokens_table(frames: Frames) -> str:
@@ -186,7 +186,7 @@ def tokens_table(frames: Frames) -> str:
         f"of its query heads, of Quest {quest['token_budget'].iloc[0]:,}, p as above"
         f"{authors if beside else ''}. Measured at {_commits(rows)}."
     )
-    return _table(header, lines, caption)
+    return table(header, lines, caption)
 
 
 def _alone(frames: Frames, keys: list[str], *stages: str) -> pd.DataFrame:
@@ -224,7 +224,7 @@ def fp8_table(frames: Frames) -> str:
         f"(e4m3), and the share of its byte floor that the latter reaches; FP8 measured at commit "
         f"{', '.join(sorted({each.commit for each in seen}))}."
     )
-    return _table(" | ".join(["workload", *columns]), lines, caption)
+    return table(" | ".join(["workload", *columns]), lines, caption)
 
 
 def _halves_and_fp8(rows: pd.DataFrame) -> str:
@@ -250,7 +250,7 @@ def memory_text(frames: Frames) -> str:
     )
     others = {"labels": labels, "sign codes": signs}
     more = [f"; {what} would take {own:g} more" for what, own in others.items() if own > 0]
-    return _wrapped(
+    return wrapped(
         f"A token of a KV head takes {cache:g} bytes of K and V, {mirror:g} of the 4-bit mirror "
         f"and {bounds:g} of page bounds (head_dim {first.head_dim}, page_size "
         f"{first.page_size}): {100 * (mirror + bounds) / cache:.1f} % more memory than K "
@@ -289,7 +289,7 @@ def model_table(frames: Frames) -> str:
         f"attention. *Uncompiled* is Twilight's, not compiled{launched}. "
         f"{_model_memory(frames, rows)}Measured at {_commits(rows)}."
     )
-    return _table(header, lines, caption)
+    return table(header, lines, caption)
 
 
 def _commits(rows: pd.DataFrame) -> str:
@@ -322,6 +322,7 @@ TABLES: dict[str, Callable[[Frames], str]] = {
     "tokens": tokens_table,
     "fp8": fp8_table,
     "model": model_table,
+    "quality": quality_table,
     "memory": memory_text,
 }
 
@@ -358,20 +359,6 @@ def _of_all(name: str, every: Sequence[Frames]) -> str:
         except MissingData as error:
             print(f"no {name} table: {error}")
     return "\n\n".join(texts) or "Not measured yet."
-
-
-def _table(header: str, lines: Sequence[str], caption: str) -> str:
-    """Of columns that are "-" in every line, as nothing was measured, none is written."""
-    names, *every = (line.split(" | ") for line in (header, *lines))
-    seen = [any(cells[place] != "-" for cells in every) for place in range(len(names))]
-    header, *rows = (
-        f"| {' | '.join(itertools.compress(cells, seen))} |" for cells in (names, *every)
-    )
-    return "\n".join([header, f"|{'---|' * sum(seen)}", *rows, "", _wrapped(caption)])
-
-
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, 100, break_on_hyphens=False)
 
 
 def _times(rows: pd.DataFrame, batch_size: int) -> str:

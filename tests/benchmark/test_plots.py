@@ -251,6 +251,20 @@ def test_quality_shows_the_largest_budget_that_chooses(tmp_path: Path) -> None:
     assert set(kept["method"]) == set(rows["method"])
 
 
+def test_the_quality_table_has_what_keeps_most_and_chooses_most(tmp_path: Path) -> None:
+    """The sixth of Quest's made-up configurations alone, and of those with Twilight the last."""
+    write_quality(tmp_path / "h200")
+    lines = tables.quality_table(Frames(tmp_path / "h200")).splitlines()
+    quest = [line for line in lines if line.startswith("| Quest")]
+    assert quest == [
+        "| Quest alone | 1,024 | - | 1,024 | 0.940 | 0.0429 | +0.021 | 94 / 94 / 94 |",
+        "| Quest + Twilight | 1,024 | 0.8 | 160 | 0.910 | 0.0300 | +0.015 | 91 / 91 / 91 |",
+        "| Quest + Twilight | 1,024 | 0.95 | 190 | 0.900 | 0.0273 | +0.014 | 90 / 90 / 90 |",
+    ]
+    assert lines[2].startswith("| dense attention | - | - | 8,192 | 1.000 | 0.0000 | +0.000 | 100")
+    assert "4 passkeys a length" in " ".join(lines) and "needles" not in " ".join(lines)
+
+
 def test_masses_name_every_selector_and_both_ceilings(tmp_path: Path) -> None:
     write_masses(tmp_path / "h200")
     texts = words("selector_mass", Frames(tmp_path / "h200"))

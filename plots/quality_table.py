@@ -1,0 +1,77 @@
+"""README's table of how a real model answers."""
+
+import pandas as pd
+
+from .frames import Frames
+from .markdown import table
+from .quality_figures import ALWAYS, ORDER, WORDS, rows_of_model, timed
+
+ANSWERS = {"passkey": "passkeys found", "niah_single_1": "needles found"}
+
+
+def quality_table(frames: Frames) -> str:
+    """Each method at the longest length, with all that it keeps at any p: what it reads, what that
+    is of the attention, how far the model is from itself with dense attention; its answers by
+    length."""
+    rows = shown(timed(rows_of_model(frames)))
+    text = rows[rows["task"] == "perplexity"]
+    longest = text["length"].max()
+    text = text[text["length"] == longest].set_index(["method", "top_p"])
+    lines = []
+    for method, top_p in text.index:
+        own, of = text.loc[(method, top_p)], rows[of_one(rows, method, top_p)]
+        candidates = "-" if own.isna()["token_budget"] else f"{own.token_budget:,.0f}"
+        cells = [
+            f"{WORDS[method]} | {candidates} | {top_p or '-'} | {own.kept:,.0f}",
+            f"{own.true_mass:.3f} | {own.kl:.4f} | {own.loss_change:+.3f}",
+            *(answers(of[of["task"] == task]) for task in ANSWERS),
+        ]
+        lines.append(" | ".join(cells))
+    lengths = sorted(rows.loc[rows["task"].isin(ANSWERS), "length"].unique())
+    names = ["attention", "candidates", "p", "tokens read per KV head", "true mass"]
+    names += ["KL from dense, nats", "loss over dense", *(f"{own}, %" for own in ANSWERS.values())]
+    return table(" | ".join(names), lines, caption(rows, longest, lengths))
+
+
+def shown(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of each method what keeps most at any p, and of that, by task and length, the largest budget;
+    of the p those that answers were asked of. Dense first, then as in the figures."""
+    rows = rows.assign(top_p=rows["top_p"].fillna(0))
+    asked = set(rows.loc[rows["task"].isin(ANSWERS), "top_p"]) or set(rows["top_p"])
+    rows = rows[rows["top_p"].isin(asked) & rows["method"].isin(["dense", *ORDER])]
+    for column in ALWAYS:
+        rows = rows[rows[column] == rows.groupby("method")[column].transform("max")]
+    budget = rows["token_budget"].fillna(0)
+    largest = budget.groupby([rows[name] for name in ("task", "length", "method")])
+    rows = rows[budget == largest.transform("max")]
+    place = {name: place for place, name in enumerate(("dense", *ORDER))}
+    return rows.sort_values(["method", "top_p", "length"], key=lambda own: own.replace(place))
+
+
+def of_one(rows: pd.DataFrame, method: str, top_p: float) -> pd.Series:
+    return (rows["method"] == method) & (rows["top_p"] == top_p)
+
+
+def answers(rows: pd.DataFrame) -> str:
+    """ "80 / 90 / 50", by length."""
+    return " / ".join(f"{score:.0f}" for score in rows["score"]) or "-"
+
+
+def caption(rows: pd.DataFrame, longest: int, lengths: list[int]) -> str:
+    """The model, where it ran, and what was asked."""
+    first, text = rows.iloc[0], rows[rows["task"] == "perplexity"].iloc[0]
+    asked = " and ".join(
+        f"{own['samples'].max():.0f} {name.replace('found', 'a length')}"
+        for task, name in ANSWERS.items()
+        if len(own := rows[rows["task"] == task])
+    )
+    commits = sorted(set(rows["commit"]))
+    return (
+        f"{first['model']} on {first['gpu'].upper()}, the first two layers dense: the loss on a "
+        f"text at {longest:,} tokens, {text['samples']:.0f} stretches, and answers at "
+        f"{' / '.join(f'{length:,}' for length in lengths)} tokens, {asked}. Kept at any p are the "
+        "defaults, but by Double Sparsity nothing, as by its authors. Candidates are the largest "
+        "budget that was run and is shorter than the context; a KV head reads what any of its "
+        f"query heads has chosen. Measured at commit{'s' if len(commits) > 1 else ''} "
+        f"{', '.join(commits)}."
+    )
