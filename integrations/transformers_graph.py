@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from twilight_tilelang.kernels.launch import on_device
+
 from .transformers import TwilightCache
 from .transformers_compile import StepCache, running_on
 
@@ -81,7 +83,9 @@ class CapturedDecode:
             return self.forward()
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            # By itself torch captures a stream of the GPU that was current at the first capture.
+            stream = torch.cuda.Stream(tokens.device)
+            with on_device(tokens.device), torch.cuda.graph(self.graph, stream=stream):
                 self.logits = self.forward()  # captured, not run: the host's lengths move
         else:
             for layer in layers:

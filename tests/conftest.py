@@ -1,5 +1,6 @@
 """Fixtures: the device, randomness seeded by the test's name, and guarded fresh memory."""
 
+import gc
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +13,14 @@ from tests.checks.guards import GuardedMemory
 
 # Tensors are small here, and the workers fill the cores: a pool of threads in each would spin.
 torch.set_num_threads(1)
+# What is imported and collected stays: looking through it for garbage is a fifth of the collection.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """From here on there is garbage, among what the tests make."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

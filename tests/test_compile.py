@@ -1,5 +1,9 @@
 """Every kernel compiles for every supported GPU: without spills, within its shared memory, and with
-64-bit addresses into the cache. No GPU is needed."""
+64-bit addresses into the cache. No GPU is needed.
+
+Of a kernel's kinds those of one shape are compiled for every GPU, the others where they have what
+none before has (`chosen_texts`).
+"""
 
 import dataclasses
 import functools
@@ -14,7 +18,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.inputs.cases import FORMS
-from tests.inputs.lowered import BOUNDED, all_lowered, lowered, text_arch
+from tests.inputs.lowered import BOUNDED, all_lowered, lowered, text_arch, text_path
 from tests.inputs.stored import COMMITTED, SYNTHETIC, stored
 from twilight_tilelang.autotune.compiled import Compiled, Lowered, is_fast, lower, nvcc, read
 from twilight_tilelang.autotune.space import launches_of
@@ -37,7 +41,7 @@ from twilight_tilelang.kernels.sign_top_p import plan_top_p
 from twilight_tilelang.kernels.top_pages import TOP_PAGES
 from twilight_tilelang.kernels.tuned import Planner
 
-# Each shape with the GPUs that it is compiled for: one for all three, the odd ones for one.
+# Each shape with the GPUs that it is for: one for all three, the odd ones for one.
 SHAPES = {
     "gqa4-d128": (StepShape(4, 128, 16, "float16", 512, 2048, 8192, 512), tuple(ARCHS)),
     "gqa4-solo-long": (StepShape(4, 128, 16, "float16", 8, 16384, 262144, 8), ("sm_80", "sm_90a")),
@@ -216,39 +220,17 @@ FLOOR = {
 }  # fmt: skip
 PRUNING = ("pruner", "pruner_float32", "estimate_prune")
 
-# What is left out of the above, and kernels for the same GPU, with as many registers or more, that
-# have each of its static values; of a row's width, whether the row is held.
-LEFT_OUT = {
-    "tokens-gqa4-d256-sm_100a-pruner": ("tokens-gqa4-d128-sm_100a-pruner",),
-    "floor-gqa8-d128-sm_90a-pruner": (
-        "head_tokens-gqa8-d256-sm_90a-pruner", "floor-gqa4-d128-sm_90a-pruner",
-    ),
-    "floor-gqa4-d256-sm_90a-estimate_prune": (
-        "smooth-gqa4-d256-sm_90a-estimate_prune", "floor-gqa4-d128-sm_90a-estimate_prune",
-    ),
-    "floor-gqa4-solo-sm_90a-pruner_float32": (
-        "floor-gqa4-solo-sm_90a-pruner", "floor-gqa4-d128-sm_90a-pruner_float32",
-    ),
-    "floor-gqa4-solo-long-sm_80-pruner_float32": (
-        "gqa4-solo-long-sm_80-pruner_float32", "floor-gqa4-d128-sm_80-pruner_float32",
-    ),
-    "floor-gqa4-solo-long-sm_90a-pruner_float32": (
-        "gqa4-solo-long-sm_90a-pruner_float32", "floor-gqa4-d128-sm_90a-pruner_float32",
-    ),
-    "floor-tokens-sm_80-pruner_float32": (
-        "floor-tokens-sm_80-pruner", "floor-gqa4-d128-sm_80-pruner_float32",
-    ),
-    "floor-tokens-sm_90a-pruner_float32": (
-        "floor-tokens-sm_90a-pruner", "floor-gqa4-d128-sm_90a-pruner_float32",
-    ),
-    "floor-head-tokens-sm_100a-pruner_float32": (
-        "floor-head-tokens-sm_100a-pruner", "floor-gqa4-d128-sm_100a-pruner_float32",
-    ),
-}  # fmt: skip
+# Compiled whatever else is.
+ALWAYS = ("gqa4-d128-", "stored-")
+# Two of these values change a kernel together; a value of another name changes it alone.
+FORM = (
+    *("kind", "source", "min_kept_tokens", "head_dim", "smooth", "logits_dtype", "width_bound"),
+    *("kv_dtype", "labels"),
+)
 
 
 def kernels() -> Iterator[tuple[str, Launch, str]]:
-    """The name of each, and the GPU that it is compiled for; some come more than once."""
+    """The name of each, and the GPU that it is for; some come more than once."""
     for name, (shape, archs) in SHAPES.items():
         for arch in archs:
             for launch in default_launches(shape, arch):
@@ -321,14 +303,62 @@ class Kernel(NamedTuple):
     batch: str
 
 
-def each_once() -> Iterator:
-    """The tests' parameters: a kernel under the first of its names, a batch for one worker."""
-    found, numbers = {}, Counter()
+def by_text() -> dict[Path, list[tuple[str, Launch, str]]]:
+    """What `kernels` gives, a kernel under the first of its names; those of one text together."""
+    found = {}
     for name, launch, arch in kernels():
         found.setdefault((id(launch.factory), launch.arguments, arch), (name, launch, arch))
+    texts = {}
     for name, launch, arch in found.values():
-        if name in LEFT_OUT:
-            continue
+        texts.setdefault(text_path(launch, arch, Path()), []).append((name, launch, arch))
+    return texts
+
+
+def static_values(launch: Launch) -> list[tuple[str, object]]:
+    """What a kernel is compiled for, by name; of a row's width, whether the row is held."""
+    names = inspect.signature(launch.factory.func.orig_func).parameters
+    found = []
+    for name, value in zip(names, launch.arguments, strict=False):
+        if dataclasses.is_dataclass(value):
+            found += [(f"{name}.{own}", each) for own, each in dataclasses.asdict(value).items()]
+        else:
+            found.append((name, is_held(value) if name == "width_bound" else value))
+    return found
+
+
+def traits(launch: Launch, arch: str) -> set[tuple]:
+    """What is to be compiled of a factory: every GPU, every static value, two of a form."""
+    values = static_values(launch)
+    form = (each for each in values if each[0] in FORM)
+    every = [arch, *values, *itertools.combinations(form, 2)]
+    return {(launch.factory.func.orig_func.__name__, each) for each in every}
+
+
+def chosen_texts(texts: dict[Path, list[tuple[str, Launch, str]]]) -> set[Path]:
+    """What is compiled: the kernels of the first shape, for every GPU, and those of stored configs;
+    then ever the text with the most traits that no chosen one has, until none are lacking."""
+    has = {
+        text: set().union(*(traits(launch, arch) for _, launch, arch in members))
+        for text, members in texts.items()
+    }
+    chosen = {
+        text
+        for text, members in texts.items()
+        if any(name.startswith(ALWAYS) for name, _, _ in members)
+    }
+    lacking = set().union(*has.values()).difference(*(has[text] for text in chosen))
+    while lacking:
+        best = max(texts, key=lambda text: len(has[text] & lacking))
+        chosen.add(best)
+        lacking -= has[best]
+    return chosen
+
+
+def each_once() -> Iterator:
+    """The tests' parameters: a batch for one worker."""
+    texts, numbers = by_text(), Counter()
+    chosen = chosen_texts(texts)
+    for name, launch, arch in itertools.chain(*(texts[text] for text in texts if text in chosen)):
         group = f"{arch}-{'fast' if is_fast(launch) else 'exact'}"
         batch = f"{group}-{numbers[group] // BATCH}"
         numbers[group] += 1
@@ -388,7 +418,9 @@ def test_kernel_compiles_cleanly(kernel, compiled):
 )
 def test_generations_share_a_text(name, arch, kernel_folder):
     """What `tests.inputs.lowered` takes for granted, where it is quickly seen."""
-    shape = SHAPES["gqa4-d128"][0]._replace(group_size=1)
+    shape = SHAPES["gqa4-d128"][0]
+    if name == "attention_all":  # by lanes
+        shape = shape._replace(group_size=1)
     (launch,) = (own for own in default_launches(shape, "sm_80") if own.name == name)
     assert text_arch(launch, arch) == "sm_80"
     assert lowered(launch, "sm_80", kernel_folder) == lower(launch, arch)
@@ -396,7 +428,7 @@ def test_generations_share_a_text(name, arch, kernel_folder):
 
 def test_bounds_are_the_only_trace_of_blocks(kernel_folder):
     """The same of `blocks_per_sm`; and that sm_100a shares the pruner's text."""
-    shape = SHAPES["gqa4-d128"][0]._replace(group_size=1)
+    shape = SHAPES["gqa4-d128"][0]
     (launch,) = (own for own in default_launches(shape, "sm_80") if own.name == "pruner")
     lowered(launch, "sm_80", kernel_folder)
     arguments = tuple(
@@ -408,27 +440,18 @@ def test_bounds_are_the_only_trace_of_blocks(kernel_folder):
     assert lowered(other, "sm_100a", kernel_folder) == lower(other, "sm_100a")
 
 
-def static_values(launch: Launch) -> list[tuple[str, object]]:
-    """What a kernel is compiled for, by name; of a row's width, whether the row is held."""
-    names = inspect.signature(launch.factory.func.orig_func).parameters
-    found = []
-    for name, value in zip(names, launch.arguments, strict=False):
-        if dataclasses.is_dataclass(value):
-            found += [(f"{name}.{own}", each) for own, each in dataclasses.asdict(value).items()]
-        else:
-            found.append((name, is_held(value) if name == "width_bound" else value))
-    return found
-
-
 def test_what_is_left_out_is_compiled_in_parts():
-    compiled = {each.id: each.values[0] for each in each_once()}
-    named = {name: (launch, arch) for name, launch, arch in kernels()}
-    for name, others in LEFT_OUT.items():
-        launch, arch = named[name]
-        covering = [compiled[other] for other in others]
-        assert all(own.launch.factory is launch.factory and own.arch == arch for own in covering)
-        covered = set().union(*(static_values(own.launch) for own in covering))
-        assert name not in compiled and covered >= set(static_values(launch)), name
+    """Its values and pairs of a form, each in some kernel of its factory; and every factory for
+    every GPU that it is here for."""
+    covered, names = set(), set()
+    for each in each_once():
+        covered |= traits(each.values[0].launch, each.values[0].arch)
+        names.add(each.id)
+    members = itertools.chain(*by_text().values())
+    left_out = [each for each in members if each[0] not in names]
+    for name, launch, arch in left_out:
+        assert traits(launch, arch) <= covered and not name.startswith(ALWAYS), name
+    assert left_out
 
 
 def narrow_cache_accesses(source: str) -> list[str]:

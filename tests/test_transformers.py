@@ -15,7 +15,8 @@ from twilight_tilelang.integrations.transformers_graph import CapturedDecode  # 
 from twilight_tilelang.kernels.options import DecodeOptions  # noqa: E402
 
 HEAD_DIM, MAX_TOKENS, PAD = 64, 160, 0
-NUM_TOKENS = 34  # over the end of one page and of the next, for prompts of 50, 23 and 1
+NUM_TOKENS = 64
+FEWER_TOKENS = 34  # over the end of one page and of the next, for prompts of 50, 23 and 1
 NUM_STEPS = 30  # of shorter runs: the same for prompts of 50 and 23
 EVERYTHING = DecodeOptions(selector="full", top_p=1.0)
 # Largest difference of the logits, as a share of the largest logit.
@@ -63,7 +64,7 @@ def prompts(rng: torch.Generator, lengths: list[int], width: int = 50) -> Inputs
 def generate(model: transformers.PreTrainedModel, inputs: Inputs, **options: object) -> object:
     """Greedy, with the logits of every step."""
     wanted = {"output_logits": True, "return_dict_in_generate": True}
-    options = {"max_new_tokens": NUM_TOKENS, "do_sample": False, **wanted, **options}
+    options = {"max_new_tokens": FEWER_TOKENS, "do_sample": False, **wanted, **options}
     return model.generate(**inputs, **options)
 
 
@@ -91,10 +92,10 @@ def test_p_1_generates_what_sdpa_does(
     family: str, lengths: list[int], device: torch.device, rng: torch.Generator
 ) -> None:
     model, inputs = make_model(family, device), prompts(rng, lengths)
-    expected = generate(model, inputs)
+    expected = generate(model, inputs, max_new_tokens=NUM_TOKENS)
     model.set_attn_implementation("twilight")
     cache = TwilightCache(model.config, MAX_TOKENS, EVERYTHING)
-    assert_same_choice(generate(model, inputs, cache=cache), expected)
+    assert_same_choice(generate(model, inputs, cache=cache, max_new_tokens=NUM_TOKENS), expected)
     for layer in cache.layers:  # padding is not in the cache
         assert layer.pages.seq_lens.tolist() == [length + NUM_TOKENS - 1 for length in lengths]
 
@@ -228,6 +229,28 @@ def test_the_other_paths_generate_too(
     model.set_attn_implementation("twilight")
     cache = TwilightCache(model.config, MAX_TOKENS, DecodeOptions(path=path))
     assert_same_choice(generate(model, inputs, cache=cache), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_step_is_captured_on_the_gpu_of_its_tokens() -> None:
+    """Whichever is the current one, which it stays."""
+    torch.cuda.set_device(0)
+    found = []
+    for index in range(2):
+        gpu = torch.device("cuda", index)
+        model = make_model("llama", gpu)
+        model.set_attn_implementation("twilight")
+        cache = TwilightCache(model.config, MAX_TOKENS, EVERYTHING)
+        inputs = prompts(torch.Generator(gpu).manual_seed(0), [50, 23])
+        tokens = [generate(model, inputs, cache=cache, max_new_tokens=1).sequences[:, -1]]
+        step = CapturedDecode(model, cache)
+        for _ in range(5):
+            tokens.append(step(tokens[-1]).argmax(-1))
+        assert torch.cuda.current_device() == 0
+        assert cache.layers[1].pages.seq_lens.tolist() == [55, 28]
+        found.append(torch.stack(tokens).cpu())
+    assert torch.equal(*found)
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ import torch
 import twilight_tilelang as kernels
 from tests.checks.properties import as_reference, assert_bounds_hold, token_slots
 from tests.checks.requests import MIRROR
-from tests.emulated.launches import SHAPES
+from tests.emulated.launches import SHAPES, WRITTEN
 from tests.emulated.on_cpu import cache_on_cpu
 from tests.inputs.hazards import contiguous, poison_unused
 from tests.inputs.layouts import LAYOUTS, in_projection
@@ -33,6 +33,7 @@ def assert_same_pages(cache, expected) -> None:
             assert torch.equal(getattr(cache, name)[at], getattr(expected, name)[at]), name
 
 
+@pytest.mark.parametrize("inputs", WRITTEN, indirect=True)
 def test_prefill_mirror_and_append_write_the_reference_cache(inputs):
     expected = reference.PagedKVCache.wrap(*inputs.paged())
     k, v = (each.cuda() for each in contiguous(inputs))

@@ -42,11 +42,16 @@ def scales(num_kv_heads: int) -> kernels.Fp8:
     return kernels.Fp8(0.02 + 0.013 * heads, 0.03 + 0.017 * heads)
 
 
-@pytest.mark.parametrize("kv_dtype", FP8_DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "name, form",
-    [*((name, "codes") for name in ATTENDED), ("gqa4", "codes-short"), ("mha", "codes-short")],
-)
+E4M3, E5M2 = FP8_DTYPES
+# Both dtypes for one shape and form, and the other one than before for each that follows.
+READ = [
+    *(("gqa4", "codes", E4M3), ("gqa4", "codes", E5M2), ("mha-d64", "codes", E4M3)),
+    *(("mha", "codes", E5M2), ("gqa16-d64", "codes", E4M3), ("gqa3-d256", "codes", E5M2)),
+    *(("gqa9", "codes", E4M3), ("gqa4", "codes-short", E5M2), ("mha", "codes-short", E4M3)),
+]
+
+
+@pytest.mark.parametrize("name, form, kv_dtype", READ, ids=str)
 def test_attention_reads_fp8(name, form, kv_dtype, folder):
     """At any strides and by any number of blocks to the same bits; within twice the error of an
     oracle in float64."""

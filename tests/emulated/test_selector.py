@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.emulated.emulate import emulated
-from tests.emulated.launches import blank, grouped, on_one_worker, sizes
+from tests.emulated.launches import SHAPES, blank, grouped, on_one_worker, sizes
 from tests.inputs.layouts import in_projection
 from twilight_tilelang import reference
 from twilight_tilelang.kernels.page_scores import PageScoreConfig, page_score_kernel
@@ -18,7 +18,15 @@ SCORE_CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("config", SCORE_CONFIGS)
+# The default for every shape, both others for one shape, one of them for each that follows.
+SCORED = [
+    *((name, "default") for name in SHAPES),
+    *(("gqa4", "few"), ("gqa4", "one-warp"), ("gqa4-padded", "few"), ("gqa4-padded", "one-warp")),
+    *(("mha-d64-p64", "few"), ("gqa3-d256", "one-warp"), ("gqa16", "few")),
+]
+
+
+@pytest.mark.parametrize("inputs, config", SCORED, indirect=["inputs"])
 def test_page_scores_are_quest_bounds(config, inputs, folder):
     cache = reference.PagedKVCache.wrap(*inputs.paged())
     config = SCORE_CONFIGS[config]

@@ -9,6 +9,7 @@ from tests.checks.requests import MIRROR
 from tests.emulated.emulate import emulated
 from tests.emulated.launches import (
     SHAPES,
+    WRITTEN,
     blank,
     bound_emulated,
     estimate_emulated,
@@ -41,6 +42,7 @@ def massive(request):
     return massive_inputs(SHAPES[request.param])
 
 
+@pytest.mark.parametrize("massive", on_one_worker(WRITTEN), indirect=True)
 def test_every_writer_divides_by_the_factor(massive, folder):
     """wrap, from_contiguous and append, the bytes of the reference."""
     expected = smooth_cache(massive)

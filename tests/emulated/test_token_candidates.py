@@ -25,9 +25,10 @@ from twilight_tilelang.reference.inputs import random_inputs
 FEW = EstimatorConfig(tiles_per_warp=1, steps=2)
 MANY = EstimatorConfig(num_warps=2, tiles_per_warp=2, steps=3)
 WINDOWS = {"num_sink_tokens": 4, "num_recent_tokens": 20}
-
-
 OWN = [f"own-{name}" for name in ("gqa4", "gqa3-d256", "gqa16", "gqa4-padded")]
+# A group of another size, or more channels, where a head has candidates of its own: that is the
+# code of the others, and more.
+PROBLEMS = ["gqa4", "mha-d64-p64", "gqa4-padded", *OWN]
 
 
 class Problem:
@@ -53,7 +54,7 @@ class Problem:
         return fuse_emulated(self.q, self.cache, self.candidates, top_p, windows, config, folder)
 
 
-@pytest.fixture(params=on_one_worker([*SHAPES, *OWN]))
+@pytest.fixture(params=on_one_worker(PROBLEMS))
 def problem(request, rng) -> Problem:
     return Problem(request.param, rng)
 

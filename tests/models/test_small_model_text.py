@@ -112,11 +112,12 @@ def test_the_example_goes_on_with_the_text(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("shares", LENGTHS.values(), ids=LENGTHS)
 def test_p_085_writes_what_dense_attention_finds_likely(
-    model: transformers.PreTrainedModel, tokens: torch.Tensor
+    shares: tuple[int, ...], model: transformers.PreTrainedModel, tokens: torch.Tensor
 ) -> None:
-    """The dense model's own loss on the text that Twilight writes is about that on its own."""
-    inputs, length = padded(tokens, (1,)), {"max_new_tokens": NUM_TOKENS}
+    """The dense model's own loss on the texts that Twilight writes is about that on its own."""
+    inputs, length = padded(tokens, shares), {"max_new_tokens": NUM_TOKENS}
     model.set_attn_implementation("twilight")
     budget = max(len(tokens) // 64 * 16, 64)
     options = DecodeOptions(token_budget=budget, top_p=0.85, num_sink_tokens=16)
@@ -124,10 +125,14 @@ def test_p_085_writes_what_dense_attention_finds_likely(
     texts = {"twilight": generate(model, inputs, cache=cache, **length).sequences}
     model.set_attn_implementation("sdpa")
     texts["dense"] = generate(model, inputs, **length).sequences
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, NUM_TOKENS), value=1)
     losses = {}
     for name, text in texts.items():
-        logits = model(text, logits_to_keep=NUM_TOKENS + 1).logits[0, :-1].float()
-        losses[name] = float(torch.nn.functional.cross_entropy(logits, text[0, -NUM_TOKENS:]))
+        logits = model(text, attention_mask=mask, logits_to_keep=NUM_TOKENS + 1).logits[:, :-1]
+        written = text[:, -NUM_TOKENS:].flatten()
+        losses[name] = float(
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), written)
+        )
     assert losses["twilight"] <= losses["dense"] + 0.5
-    counts = cache.kept().counts[:, 2:].float()
+    counts = cache.kept().counts[:, 2:, 0].float()  # of the longest text
     assert counts.mean() < 0.9 * budget and counts.min() >= 16

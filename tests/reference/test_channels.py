@@ -10,6 +10,8 @@ from twilight_tilelang.reference import CalibrationBlock, calibrate_channels, lo
 from twilight_tilelang.reference.channels import interleaved_channels
 
 NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM = 4, 2, 8
+ROOT = Path(__file__).resolve().parents[2]
+SMOLLM2 = ROOT / "examples" / "channels" / "SmolLM2-135M-Instruct.json"
 SIZES = (NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM)
 
 
@@ -151,6 +153,17 @@ def test_load_channels_refuses_damaged_files(tmp_path):
     path = tmp_path / "cut.json"
     path.write_text('{"model.layers.0')
     refuses("expected JSON, got Unterminated string", path)
+
+
+@pytest.mark.parametrize(("kind", "number"), [("q", 9), ("k", 3), ("qk", 9)])
+def test_the_committed_file_orders_every_channel_of_every_layer(kind, number):
+    for layer in range(30):
+        channels = load_channels(SMOLLM2, layer, kind, 9, 3, 64, r=64)
+        assert channels.shape == (9, 64)
+        assert (channels.sort(dim=1).values == torch.arange(64)).all()
+        assert len({tuple(row) for row in channels.tolist()}) == number
+    with pytest.raises(ValueError, match=r"model\.layers\.30\."):
+        load_channels(SMOLLM2, 30, kind, 9, 3, 64, r=64)
 
 
 def test_load_channels_rejects_bad_arguments(tmp_path):
