@@ -18,6 +18,8 @@ from twilight_tilelang.kernels.pools import TILE_TOKENS
 from twilight_tilelang.kernels.pruner import block_memory
 from twilight_tilelang.kernels.search_team import NUM_THREADS
 from twilight_tilelang.kernels.sign_codes import BLOCK_TOKENS
+from twilight_tilelang.kernels.token_bits import VECTOR as TOKEN_VECTOR
+from twilight_tilelang.kernels.top_tokens import MIN_CHUNK
 
 REGISTERS = 65536  # of one SM
 FULL_GPU = 128  # blocks; fewer leave multiprocessors of a large GPU idle
@@ -158,7 +160,23 @@ SPACES = {
             ),
         }
     ),
-    "top_tokens": Space(values={"per_thread": (2, 4, 8), "turns": (1, 2, 4, 8)}),
+    "top_tokens": Space(
+        values={"chunk": tuple(2**n for n in range(12, 18)), "ahead": (8, 16, 32)},
+        limits={
+            "scores are asked for at most a turn ahead": lambda c, s, gpu: (
+                c.ahead <= c.loads * TOKEN_VECTOR
+            )
+        },
+        sensible={
+            "every SM has a block, or blocks are small": lambda c, s, gpu: (
+                c.chunk == MIN_CHUNK
+                or s.num_rows * -(-s.max_pages * s.page_size // c.chunk) >= FULL_GPU
+            ),
+            "at least half of a chunk is tokens": lambda c, s, gpu: (
+                c.chunk < 2 * s.max_pages * s.page_size
+            ),
+        },
+    ),
     "estimator": _tile_space(
         lambda s: s.width,
         MANY_CANDIDATES,
