@@ -10,7 +10,7 @@ from .warp import steps_over, warp_inclusive_sum
 VECTOR = 4  # neighbours that a lane loads at once
 STRIDE = 32 * VECTOR  # tokens of a warp's load
 MAX_LOADS = 32 // VECTOR  # whose bits fill a lane's word
-STAGED = 2**14  # tokens that a block lists at once
+STAGED = 2**13  # tokens that a block lists at once: with all else at most 48 KB of memory
 
 
 def word_start(lane: PrimExpr) -> PrimExpr:

@@ -13,12 +13,16 @@ from .token_bits import STRIDE, VECTOR, bits_below, flipped, neighbours, word_st
 from .token_keys import NUM_BINS, Binning
 from .warp import share_sum_above
 
+# What CUDA has no function for.
 FMA_SATURATED = """
+#ifndef TWILIGHT_FMA_SATURATED
+#define TWILIGHT_FMA_SATURATED
 __device__ __forceinline__ float fma_saturated(float a, float b, float c) {
   float d;
   asm("fma.rn.ftz.sat.f32 %0, %1, %2, %3;" : "=f"(d) : "f"(a), "f"(b), "f"(c));
   return d;
 }
+#endif
 """
 
 

@@ -36,20 +36,18 @@ MAX_CHUNK = 2**18  # tokens of which a block holds a bit each
 class TopTokensConfig:
     chunk: int = 32768  # tokens of a row that a block takes: a power of two, from 4,096 on
     ahead: int = 16  # scores that a thread has asked for at a time: 8, 16 or 32
+    loads: int = 8  # of a warp, between two words of bits that a lane stores: a power of two
     pdl: Start = Start.LATE
-
-    @property
-    def loads(self) -> int:
-        """Of a warp, between two words of bits that a lane stores."""
-        return min(self.chunk // (NUM_THREADS * VECTOR), MAX_LOADS)
 
 
 def default_config(shape: StepShape, gpu: Gpu) -> TopTokensConfig:
-    """Whole rows, or as large chunks as leave every multiprocessor two."""
+    """Whole rows, or as large chunks as leave every multiprocessor two. Of 8 loads between two
+    words, ptxas for compute capability 10 asks so early that registers do not suffice."""
     row = shape.max_pages * shape.page_size
     share = shape.num_rows * row // (2 * gpu.num_multiprocessors)
     chunk = next_power_of_two(max(min(share, row, MAX_CHUNK), MIN_CHUNK))
-    return TopTokensConfig(chunk, ahead=8 if chunk == MIN_CHUNK else 16)
+    loads = min(chunk // (NUM_THREADS * VECTOR), MAX_LOADS if gpu.capability < (10, 0) else 4)
+    return TopTokensConfig(chunk, min(16, loads * VECTOR), loads)
 
 
 class OpenKeys(NamedTuple):
@@ -171,6 +169,9 @@ def top_tokens_kernel(
                 first_of_warp = start + thread // 32 * own_scores.per_warp
                 for j in T.vectorized(BINS_PER_THREAD):
                     own[j] = bins[row, thread * BINS_PER_THREAD + j]
+                if whole:
+                    for j in T.vectorized(BINS_PER_THREAD):
+                        bins[row, thread * BINS_PER_THREAD + j] = 0
                 own_scores.ask(first_of_warp)  # before the bins are there
                 if thread == 0:
                     shared[0] = 0
@@ -209,11 +210,12 @@ def top_tokens_kernel(
                         )  # fmt: skip
                         if thread == 0:
                             candidate_counts[batch, kv_head] = count
-                    for j in T.vectorized(BINS_PER_THREAD):
-                        bins[row, thread * BINS_PER_THREAD + j] = 0
-                    if thread == 0 and not whole:
-                        near_counts[row] = 0
-                        arrived[row] = 0
+                    if not whole:
+                        for j in T.vectorized(BINS_PER_THREAD):
+                            bins[row, thread * BINS_PER_THREAD + j] = 0
+                        if thread == 0:
+                            near_counts[row] = 0
+                            arrived[row] = 0
 
     return top_tokens
 

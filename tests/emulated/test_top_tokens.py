@@ -47,7 +47,7 @@ ROWS = {  # scores [1, rows, length], budget, sink tokens, recent tokens
     "single": (normal(1, 1, 1), 16, 0, 0),
 }
 CONFIGS = {
-    "small": TopTokensConfig(chunk=4096, ahead=8),
+    "small": TopTokensConfig(chunk=4096, ahead=8, loads=2),
     "default": TopTokensConfig(),
     "eager": TopTokensConfig(chunk=16384, ahead=32),
 }
