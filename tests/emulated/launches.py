@@ -291,14 +291,13 @@ def take_tokens_emulated(scores, bins, lengths, budget: int, windows, config, fo
     tokens = blank(batch_size, num_rows, width, dtype=torch.int32)
     counts = blank(batch_size, num_rows, dtype=torch.int32)
     left = OpenKeys.allocate(scores)
-    emulated(top_tokens_kernel, (LOGITS, config), folder)(
+    emulated(top_tokens_kernel, (LOGITS, config, capacity <= config.chunk), folder)(
         (-(-capacity // config.chunk), num_rows, batch_size), NUM_TOP_THREADS, scores=scores,
         seq_lens=lengths, num_sink_tokens=windows[0], num_recent_tokens=windows[1],
         need=min(budget, capacity), bins=bins, words=left.words, near=left.near,
         near_counts=left.counts, arrived=left.arrived, candidate_tokens=tokens,
         candidate_counts=counts, batch_size=batch_size, num_rows=num_rows, num_lists=num_rows,
-        capacity=capacity,
-        num_words=left.words.shape[2], num_chunks=left.counts.shape[2], width=width,
+        capacity=capacity, num_words=left.words.shape[2], width=width,
     )  # fmt: skip
-    assert not bins.any() and not left.arrived.any()
+    assert not any(zeros.any() for zeros in (bins, left.arrived, left.counts))
     return CandidateTokens(tokens, counts)

@@ -400,23 +400,39 @@ MUTANTS = (
     ),
     Mutant(
         "of a few equal tokens the last", "near_tokens.py",
-        "other[1] < own[1]", "other[1] > own[1]", DOUBLE_SPARSITY, TOKENS_TAKEN,
+        "places[i] = T.uint32(2**32 - 1) - T.cast", "places[i] = T.uint32(1) + T.cast",
+        DOUBLE_SPARSITY, TOKENS_TAKEN,
     ),
     Mutant(
         "one near token too many", "near_tokens.py",
-        "if before < left:", "if before <= left:", DOUBLE_SPARSITY, TOKENS_TAKEN,
+        "nth_largest(keys, left)", "nth_largest(keys, left + 1)", DOUBLE_SPARSITY, TOKENS_TAKEN,
     ),
     Mutant(
-        "tokens of the bin left open are taken", "top_tokens.py",
-        "taken[0] = taken[0] + 1.0", "taken[0] = taken[0] + 0.0", DOUBLE_SPARSITY, TOKENS_TAKEN,
+        "near tokens told apart but for the last bit", "near_tokens.py",
+        "for step in T.serial(num_bits):", "for step in T.serial(num_bits - 1):",
+        DOUBLE_SPARSITY, TOKENS_TAKEN,
     ),
     Mutant(
-        "a word of bits for the next lane's tokens", "top_tokens.py",
-        "if lane == r:", "if lane == r + 1:", DOUBLE_SPARSITY, TOKENS_TAKEN,
+        "tokens of the bin left open are taken", "token_cut.py",
+        "near[0] + 1.0 / NUM_BINS", "near[0] + 0.0 / NUM_BINS", DOUBLE_SPARSITY, TOKENS_TAKEN,
     ),
     Mutant(
-        "every word lists a warp's first tokens", "top_tokens.py",
-        "(word - lane + i) * 32", "(word - lane) * 32", DOUBLE_SPARSITY, TOKENS_TAKEN,
+        "sinks are taken beside those of the bin left open", "token_cut.py",
+        "if cut.taken[0] > 1.0:", "if cut.taken[0] > 9.0:", DOUBLE_SPARSITY, TOKENS_TAKEN,
+    ),
+    Mutant(
+        "a load asked for again is that of the next turn", "token_cut.py",
+        "(NUM_THREADS // 32 + 1) if load", "(NUM_THREADS // 32) if load",
+        DOUBLE_SPARSITY, TOKENS_TAKEN,
+    ),
+    Mutant(
+        "a word of bits for the next lanes' tokens", "token_bits.py",
+        "lane // 8 * 32", "(lane // 8 + 1) % 4 * 32", DOUBLE_SPARSITY, TOKENS_TAKEN,
+    ),
+    Mutant(
+        "every word lists a thread's first tokens", "token_bits.py",
+        "(thread * per_thread + at) * 32", "(thread * per_thread) * 32",
+        DOUBLE_SPARSITY, TOKENS_TAKEN,
     ),
     Mutant(
         "bins are left as they were", "top_tokens.py",
