@@ -1,11 +1,13 @@
 """K and V in FP8: what every stage gives is what it gives for the numbers that the codes mean."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
 
 import twilight_tilelang as kernels
+from tests.checks.closeness import assert_close
 from tests.checks.properties import as_reference
 from tests.doubles import fake_gpu
 from tests.inputs.cases import BASE, NAMED, NOTHING_ALWAYS, make_tensors, page_pool
@@ -86,15 +88,14 @@ def test_every_stage_reads_what_the_codes_mean(case, kv_dtype, package, rng):
         "dense": package.dense_attention(q, cache),
     }
     assert torch.equal(outs["step"], outs["topk"])
-    oracle = as_reference(meant)
-    exact = {
-        "topk": reference.flash_topk_attention(q, oracle, kept, dtype=torch.float64),
-        "pages": reference.page_attention(q, oracle, pages, dtype=torch.float64),
-        "dense": reference.dense_attention(q, oracle, dtype=torch.float64),
+    own = as_reference(meant)
+    of_reference = {
+        "topk": partial(reference.flash_topk_attention, q, own, kept),
+        "pages": partial(reference.page_attention, q, own, pages),
+        "dense": partial(reference.dense_attention, q, own),
     }
-    near = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[q.dtype]
-    for name, wanted in exact.items():
-        torch.testing.assert_close(outs[name].double(), wanted, rtol=near, atol=near)
+    for name, attend in of_reference.items():
+        assert_close(outs[name], attend(), attend(dtype=torch.float64), name)
 
 
 @pytest.mark.parametrize("package", PACKAGES)

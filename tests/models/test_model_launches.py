@@ -54,7 +54,7 @@ def replays(monkeypatch) -> list[object]:
             replayed.append(self)
 
     @contextmanager
-    def graph(_: Graph) -> Iterator[None]:
+    def graph(_: Graph, stream: object) -> Iterator[None]:  # one of its own GPU
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         yield
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
