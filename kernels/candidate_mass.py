@@ -164,7 +164,7 @@ def default_config(shape: StepShape, gpu: Gpu) -> CandidateMassConfig:
     if shape.num_rows <= MANY_ROWS and shape.head_dim <= 128:
         return CandidateMassConfig()
     narrow = shape.head_dim <= 128 and shape.group_size <= 8
-    many = 4 if gpu.capability >= (9, 0) else 3
+    many = 4 if gpu.capability >= (9, 0) and shape.group_size > 1 else 3
     return CandidateMassConfig(num_warps=8, blocks_per_sm=many if narrow else 1)
 
 

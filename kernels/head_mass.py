@@ -55,7 +55,7 @@ class Sample(NamedTuple):
     @T.macro
     def share_of_all(self, row, head, nth, weights, total, writes):
         """The share of all tokens' mass that the candidates of `head`, the block's nth, hold: 0
-        where nothing is known. The thread that `writes` stores it and its error.
+        where nothing is known. The thread that `writes` stores it and its error at once.
 
         total: of the candidates' weights.
         """

@@ -180,8 +180,8 @@ def prune_heads(
     if sampled:
         sample = Sample.allocate(kept_mass, heads.number)
 
-    # Registers are short, and shorter with a floor; shared memory is near.
-    asks_ahead = held and not (has_floor and logits.copy is None)
+    # Registers are short, and shorter with a floor or a sample; shared memory is near.
+    asks_ahead = held and not ((has_floor or sampled) and logits.copy is None)
     num_listed = candidates.slots(row)
     share = Share(own, team.thread, num_listed, held)
     if asks_ahead:  # asked for first: the number of tokens takes two more look-ups
@@ -212,7 +212,8 @@ def prune_heads(
         logit = lambda at: logits.at(head, at)
         is_own = (lambda at: candidates.is_own(row, at, head)) if candidates.by_head else None
         near_logit = logit if logits.copy is None else lambda at: logits.copy[at]
-        asked = top_p[row.batch, row.kv_head, head]  # it arrives while the weights are summed up
+        if not sampled:
+            asked = top_p[row.batch, row.kv_head, head]  # it arrives while weights are summed up
         if logits.copy is not None:
             share.store(logits.copy)
         if held and not asks_ahead:
@@ -223,6 +224,7 @@ def prune_heads(
         weights = Weights(max_logit, scale)
         # The total is NaN where the head has no softmax: then nothing may be dropped.
         if sampled:
+            asked = top_p[row.batch, row.kv_head, head]
             of_all = sample.share_of_all(
                 row, head, head - heads.first, weights, total, team.thread == 0
             )
