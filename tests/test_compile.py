@@ -220,7 +220,7 @@ FLOOR = {
 }  # fmt: skip
 PRUNING = ("pruner", "pruner_float32", "estimate_prune")
 
-# Where top_p is a share of all tokens' mass: the same with a floor, and of some of them without.
+# Where top_p is a share of all tokens' mass: these, some of them without a floor, and the sample.
 SAMPLED = FLOOR.keys() - {"head-tokens"}
 SAMPLED_ALONE = ("gqa4-d128", "tokens")
 
@@ -283,6 +283,9 @@ def kernels() -> Iterator[tuple[str, Launch, str]]:
                 yield f"floor-{name}-{arch}-{launch.name}", launch, arch
     for name in sorted(SAMPLED):
         shape, archs = FLOOR[name]
+        for arch in archs:
+            (launch,) = candidate_mass(shape, ARCHS[arch], NUM_SAMPLES).launches
+            yield f"sampled-{name}-{arch}-{launch.name}", launch, arch
         for floor in (32, 1) if name in SAMPLED_ALONE else (32,):
             pruned = shape._replace(min_kept_tokens=floor, sampled=True)
             for arch, spec in itertools.product(archs, (PRUNER, ESTIMATE_PRUNE)):
