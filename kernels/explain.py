@@ -56,13 +56,13 @@ def _always(options: DecodeOptions) -> str:
 def _sparse(plan: SparsePlan) -> list[str]:
     """The stages in order."""
     lines = _selector(plan.selector)
+    if plan.candidate_mass is not None:
+        what = "all tokens' mass, which top_p is a share of: a sample of what the selector left out"
+        lines.append(_line(what, plan.candidate_mass))
     if plan.fused:
         lines.append(_line("estimator and pruner: one kernel", plan.estimate_prune))
     else:
         lines.append(_line("estimator: logits", plan.estimator))
-        if plan.candidate_mass is not None:
-            what = "all tokens' mass, which top_p is a share of: why these are not one kernel"
-            lines.append(_line(what, plan.candidate_mass))
         lines.append(_line("pruner: top-p", plan.pruner))
     if plan.mass_bound is not None:
         lines.append("bound of the kept mass: one kernel more, no config")

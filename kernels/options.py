@@ -53,8 +53,9 @@ class DecodeOptions:
         top_p_of: what top_p is a share of: the mass of the "candidates", or of "all" tokens, as far
             as estimate_candidate_mass knows it. Then `candidate_mass` is the share that they hold,
             with its standard error, and where that is less than top_p every candidate is kept. It
-            costs a launch that reads the candidates' logits twice, and estimator and pruner are
-            then two kernels. Not where query heads have candidates of their own.
+            costs a launch that reads a sample of the tokens left out and no candidate; the share,
+            its error and `kept.mass` are then views of one tensor. Not where query heads have
+            candidates of their own.
         num_samples: tokens of a KV head that this estimate reads of those left out, 1 to 2,048.
         path: "sparse", every stage; "candidates", the selector alone, with the bits of
             page_attention; "dense", attention over every token, with the bits of dense_attention;

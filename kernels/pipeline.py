@@ -112,7 +112,8 @@ class TwilightDecode:
             self.stages = CandidateStep(chosen, cache, num_qo_heads, selection, settings)
         else:
             selection = allocate_selection(cache, self.shape, candidate_p)
-            memory = SparseMemory.allocate(cache, selection, top_p)
+            sampled = options.extras.num_samples is not None
+            memory = SparseMemory.allocate(cache, selection, top_p, sampled)
             plan_all = plan_sparse(self.shape, planner, options.extras)
             self.stages = SparseStep(plan_all, memory, settings)
             bounds = [part * cache.batch_size // num_parts for part in range(num_parts + 1)]

@@ -26,7 +26,11 @@ from twilight_tilelang.kernels.attention import ATTENTION_KERNELS
 from twilight_tilelang.kernels.candidate_mass import MAX_SAMPLES, candidate_mass, shares_list
 from twilight_tilelang.kernels.compiling import Start
 from twilight_tilelang.kernels.double_sparsity import plan_tokens
-from twilight_tilelang.kernels.estimate_prune import EstimatePruneConfig, estimate_prune_kernel
+from twilight_tilelang.kernels.estimate_prune import (
+    ESTIMATE_PRUNE,
+    EstimatePruneConfig,
+    estimate_prune_kernel,
+)
 from twilight_tilelang.kernels.gpu import ARCHS
 from twilight_tilelang.kernels.labels import LabelShape, token_rows
 from twilight_tilelang.kernels.launch import Launch, StepShape
@@ -81,7 +85,7 @@ def default_launches(shape: StepShape, arch: str) -> list[Launch]:
     own = (cache, all_pages(shape.page_size), mass_bound(shape))
     if shares_list(shape):
         start = planner.plan(PRUNER, shape).config.pdl
-        own = (*own, candidate_mass(shape, NUM_SAMPLES, start))
+        own = (*own, candidate_mass(shape, planner.gpu, NUM_SAMPLES, start))
     if (shape.group_size, shape.head_dim) == (4, 128):
         (wide,) = planner.plan(PRUNER, shape._replace(logits_dtype="float32")).launches
         own = (*own, dataclasses.replace(wide, name="pruner_float32"))
@@ -220,12 +224,16 @@ FLOOR = {
 }  # fmt: skip
 PRUNING = ("pruner", "pruner_float32", "estimate_prune")
 
+# Where top_p is a share of all tokens' mass: these, some of them without a floor, and the sample.
+SAMPLED = FLOOR.keys() - {"head-tokens"}
+SAMPLED_ALONE = ("gqa4-d128", "tokens")
+
 # Compiled whatever else is.
 ALWAYS = ("gqa4-d128-", "stored-")
 # Two of these values change a kernel together; a value of another name changes it alone.
 FORM = (
     *("kind", "source", "min_kept_tokens", "head_dim", "smooth", "logits_dtype", "width_bound"),
-    *("kv_dtype", "labels"),
+    *("kv_dtype", "labels", "sampled"),
 )
 
 
@@ -254,6 +262,16 @@ def kernels() -> Iterator[tuple[str, Launch, str]]:
         for arch in archs:
             for launch in (v for v in default_launches(shape, arch) if v.name in PRUNING):
                 yield f"floor-{name}-{arch}-{launch.name}", launch, arch
+    for name in sorted(SAMPLED):
+        shape, archs = FLOOR[name]
+        for arch in archs:
+            (launch,) = candidate_mass(shape, ARCHS[arch], NUM_SAMPLES).launches
+            yield f"sampled-{name}-{arch}-{launch.name}", launch, arch
+        for floor in (32, 1) if name in SAMPLED_ALONE else (32,):
+            pruned = shape._replace(min_kept_tokens=floor, sampled=True)
+            for arch, spec in itertools.product(archs, (PRUNER, ESTIMATE_PRUNE)):
+                for launch in Planner(ARCHS[arch]).plan(spec, pruned).launches:
+                    yield f"sampled-{floor}-{name}-{arch}-{launch.name}", launch, arch
     for name, (*_, archs) in LABELS.items():
         for arch in archs:
             for launch in label_launches(name, arch):
@@ -274,7 +292,7 @@ def kernels() -> Iterator[tuple[str, Launch, str]]:
     yield f"one-head-at-once-sm_100a-{launch.name}", launch, "sm_100a"
     widest = StepShape(16, 256, 16, "bfloat16", 8, 512, 8192, 8, candidates="tokens", smooth=True)
     for arch in ARCHS:
-        (launch,) = candidate_mass(widest, MAX_SAMPLES).launches
+        (launch,) = candidate_mass(widest, ARCHS[arch], MAX_SAMPLES).launches
         yield f"most-samples-{arch}-{launch.name}", launch, arch
     for name, form in FORMS.items():
         for arch in ARCHS:
@@ -287,11 +305,13 @@ def kernels() -> Iterator[tuple[str, Launch, str]]:
             yield f"form-{arch}-{name}", launch, arch
     for configs in (SYNTHETIC, *COMMITTED):
         for kernel, shape, config in stored(configs):
-            shapes = (shape, shape._replace(min_kept_tokens=32))  # their bucket is the same
+            floor = shape._replace(min_kept_tokens=32)  # their bucket is the same
+            shapes = (shape, floor, floor._replace(sampled=True))
             for own in shapes if kernel in PRUNING else shapes[:1]:
                 for launch in launches_of(kernel, own, config, ARCHS[configs.arch]):
                     name = f"stored-{configs.gpu}-{launch.name}-{own.num_rows}-{own.width}"
                     name += "-floor" if own.min_kept_tokens > 1 else ""
+                    name += "-sampled" if own.sampled else ""
                     yield name, launch, configs.arch
 
 

@@ -158,9 +158,8 @@ MUTANTS = (
         "others += size * weight", "others += weight", ALL_MASS, SAMPLED,
     ),
     Mutant(
-        "top_p not divided by the candidates' share", "candidate_mass.py",
-        "top_p[batch, kv_head, thread] / held", "top_p[batch, kv_head, thread]",
-        ALL_MASS, SAMPLED,
+        "top_p not divided by the candidates' share", "top_p.py",
+        "asked < of_all), asked / of_all, 1.0)", "asked < of_all), asked, 1.0)", ALL_MASS, SAMPLED,
     ),
     Mutant(
         "append bounds a page without its last row", "mirror.py",

@@ -93,9 +93,9 @@ def every_stage(case: Case) -> None:
     factor = torch.full_like(cache.k_offset, 0.5)
     smooth = build_cache(kernels, tensors._replace(k_offset=(cache.k_offset, factor)))
     poison_unused(smooth)
-    extras = {"bound_mass": True, "top_p_of": "all"} | NOTHING_ALWAYS
-    bounded = kernels.TwilightDecode(smooth, q.shape[1], token_budget=case.token_budget, **extras)
-    bounded.run(q, smooth)
+    for extras in ({"bound_mass": True}, {"top_p_of": "all"}):
+        options = {"token_budget": case.token_budget} | extras | NOTHING_ALWAYS
+        kernels.TwilightDecode(smooth, q.shape[1], **options).run(q, smooth)
     kernels.page_attention(q, cache, step.candidates)
     kernels.dense_attention(q, cache)
     for top_p in (1e-6, 1.0):
