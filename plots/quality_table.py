@@ -14,19 +14,18 @@ def quality_table(frames: Frames) -> str:
     is of the attention, how far the model is from itself with dense attention; its answers by
     length."""
     rows = shown(timed(rows_of_model(frames)))
-    text = rows[rows["task"] == "perplexity"]
-    longest = text["length"].max()
-    text = text[text["length"] == longest].set_index(["method", "top_p"])
+    longest = rows.loc[rows["task"] == "perplexity", "length"].max()
     lines = []
-    for method, top_p in text.index:
-        own, of = text.loc[(method, top_p)], rows[of_one(rows, method, top_p)]
-        candidates = "-" if own.isna()["token_budget"] else f"{own.token_budget:,.0f}"
-        cells = [
-            f"{WORDS[method]} | {candidates} | {top_p or '-'} | {own.kept:,.0f}",
-            f"{own.true_mass:.3f} | {own.kl:.4f} | {own.loss_change:+.3f}",
-            *(answers(of[of["task"] == task]) for task in ANSWERS),
-        ]
-        lines.append(" | ".join(cells))
+    for (method, top_p), own in rows.groupby(["method", "top_p"], sort=False):
+        for text in own[(own["task"] == "perplexity") & (own["length"] == longest)].itertuples():
+            budget = text.token_budget
+            cells = [
+                f"{WORDS[method]} | {'-' if budget != budget else f'{budget:,.0f}'}",
+                f"{top_p or '-'} | {text.kept:,.0f} | {text.true_mass:.3f}",
+                f"{text.kl:.4f} | {text.loss_change:+.3f}",
+                *(answers(own[own["task"] == task]) for task in ANSWERS),
+            ]
+            lines.append(" | ".join(cells))
     lengths = sorted(rows.loc[rows["task"].isin(ANSWERS), "length"].unique())
     names = ["attention", "candidates", "p", "tokens read per KV head", "true mass"]
     names += ["KL from dense, nats", "loss over dense", *(f"{own}, %" for own in ANSWERS.values())]
@@ -38,18 +37,14 @@ def shown(rows: pd.DataFrame) -> pd.DataFrame:
     of the p those that answers were asked of. Dense first, then as in the figures."""
     rows = rows.assign(top_p=rows["top_p"].fillna(0))
     asked = set(rows.loc[rows["task"].isin(ANSWERS), "top_p"]) or set(rows["top_p"])
-    rows = rows[rows["top_p"].isin(asked) & rows["method"].isin(["dense", *ORDER])]
+    place = {name: place for place, name in enumerate(("dense", *ORDER))}
+    rows = rows[rows["top_p"].isin(asked) & rows["method"].isin(place)]
     for column in ALWAYS:
         rows = rows[rows[column] == rows.groupby("method")[column].transform("max")]
     budget = rows["token_budget"].fillna(0)
     largest = budget.groupby([rows[name] for name in ("task", "length", "method")])
     rows = rows[budget == largest.transform("max")]
-    place = {name: place for place, name in enumerate(("dense", *ORDER))}
     return rows.sort_values(["method", "top_p", "length"], key=lambda own: own.replace(place))
-
-
-def of_one(rows: pd.DataFrame, method: str, top_p: float) -> pd.Series:
-    return (rows["method"] == method) & (rows["top_p"] == top_p)
 
 
 def answers(rows: pd.DataFrame) -> str:

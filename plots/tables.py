@@ -221,8 +221,8 @@ def fp8_table(frames: Frames) -> str:
         raise MissingData(f"attention.csv: no row with workload *{FP8}")
     caption = (
         f"Microseconds on {seen[0].gpu.upper()} with K and V in {seen[0]['dtype']} / in FP8 "
-        f"(e4m3), and the share of its byte floor that the latter reaches; FP8 measured at commit "
-        f"{', '.join(sorted({each.commit for each in seen}))}."
+        f"(e4m3), and the share of its byte floor that the latter reaches; FP8 measured at "
+        f"{commits_of(pd.DataFrame(seen))}."
     )
     return table(" | ".join(["workload", *columns]), lines, caption)
 
