@@ -13,13 +13,18 @@ from typing import Any
 from twilight_tilelang.kernels.estimate_prune import blocks_that_fit
 from twilight_tilelang.kernels.gpu import Gpu
 from twilight_tilelang.kernels.launch import Launch, StepShape, next_power_of_two
+from twilight_tilelang.kernels.near_tokens import NUM_THREADS as TOKEN_THREADS
 from twilight_tilelang.kernels.plan import SPECS
 from twilight_tilelang.kernels.pools import TILE_TOKENS
 from twilight_tilelang.kernels.pruner import block_memory
 from twilight_tilelang.kernels.search_team import NUM_THREADS
 from twilight_tilelang.kernels.sign_codes import BLOCK_TOKENS
+from twilight_tilelang.kernels.token_bits import MAX_LOADS
+from twilight_tilelang.kernels.token_bits import VECTOR as TOKEN_VECTOR
 
 REGISTERS = 65536  # of one SM
+LOAD_TOKENS = TOKEN_THREADS * TOKEN_VECTOR  # of a block that takes top tokens, in one load
+SMALL_CHUNK = 2**14  # tokens of a row
 FULL_GPU = 128  # blocks; fewer leave multiprocessors of a large GPU idle
 MANY_PAGES, MANY_CANDIDATES = 2**18, 2**19  # over all rows
 
@@ -100,14 +105,7 @@ def _token_space(fits: Rules) -> Space:
     """Of a kernel that scores single tokens."""
     return Space(
         values={"num_warps": (2, 4, 8), "tiles": (4, 8), "runs": (1, 2, 4)},
-        limits={
-            **fits,
-            "logits of a block, of rows of several heads, leave room for others": (
-                lambda c, s, gpu: (
-                    s.tokens.heads == 1 or 4 * s.tokens.heads * c.block_tokens <= 2**16
-                )
-            ),
-        },
+        limits=fits,
         sensible={
             "every SM has a block, or blocks are small": lambda c, s, gpu: (
                 c.num_warps * c.runs == 2
@@ -117,6 +115,17 @@ def _token_space(fits: Rules) -> Space:
         },
     )
 
+
+_SIGN_SPACE = _token_space(
+    {
+        "signs of all tiles in flight fit in a thread's registers": lambda c, s, gpu: (
+            c.tiles * (4 * max(s.head_dim // 128, 1) + 2) <= 64
+        ),
+        "tiles in flight lie in one block of 128 tokens": lambda c, s, gpu: (
+            c.tiles * TILE_TOKENS <= BLOCK_TOKENS
+        ),
+    }
+)
 
 SPACES = {
     "page_score": _tile_space(
@@ -145,20 +154,41 @@ SPACES = {
         {
             "labels of all tiles in flight fit in a thread's registers": lambda c, s, gpu: (
                 2 * c.tiles * (s.tokens.labels.num_bytes // 8 + 2) <= 64
-            )
-        }
-    ),
-    "sign_score": _token_space(
-        {
-            "signs of all tiles in flight fit in a thread's registers": lambda c, s, gpu: (
-                c.tiles * (4 * max(s.head_dim // 128, 1) + 2) <= 64
             ),
-            "tiles in flight lie in one block of 128 tokens": lambda c, s, gpu: (
-                c.tiles * TILE_TOKENS <= BLOCK_TOKENS
+            "logits of a block, of rows of several heads, leave room for others": (
+                lambda c, s, gpu: (
+                    s.tokens.heads == 1 or 4 * s.tokens.heads * c.block_tokens <= 2**16
+                )
             ),
         }
     ),
-    "top_tokens": Space(values={"per_thread": (2, 4, 8), "turns": (1, 2, 4, 8)}),
+    "sign_score": _SIGN_SPACE,
+    "sign_logits": _SIGN_SPACE,
+    "top_tokens": Space(
+        values={
+            "chunk": tuple(2**n for n in range(12, 18)),
+            "ahead": (8, 16, 32),
+            "loads": (2, 4, MAX_LOADS),
+        },
+        limits={
+            "scores are asked for at most a turn ahead": lambda c, s, gpu: (
+                c.ahead <= c.loads * TOKEN_VECTOR
+            ),
+            "a chunk is whole turns": lambda c, s, gpu: c.chunk >= c.loads * LOAD_TOKENS,
+        },
+        sensible={
+            "every SM has a block, or blocks are small": lambda c, s, gpu: (
+                c.chunk <= SMALL_CHUNK
+                or s.num_rows * -(-s.max_pages * s.page_size // c.chunk) >= FULL_GPU
+            ),
+            "turns are as long as a chunk lets them, or half as long": lambda c, s, gpu: (
+                2 * c.loads >= min(c.chunk // LOAD_TOKENS, MAX_LOADS)
+            ),
+            "at least half of a chunk is tokens": lambda c, s, gpu: (
+                c.chunk < 2 * s.max_pages * s.page_size
+            ),
+        },
+    ),
     "estimator": _tile_space(
         lambda s: s.width,
         MANY_CANDIDATES,

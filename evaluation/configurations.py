@@ -60,8 +60,9 @@ class Configuration:
 
     @property
     def token_budget(self) -> int | None:
-        """Candidates, None where every token is one."""
-        return self.config.selector.arguments.get("token_budget")
+        """Candidates, None where every token is one, or as many as hold a share of all mass."""
+        budget = self.config.selector.arguments.get("token_budget", -1)
+        return None if budget == -1 else budget
 
     @property
     def page_size(self) -> int | None:
@@ -149,6 +150,7 @@ def make_configuration(
     kind, budget = SELECTORS[selector["type"]], selector.get("token_budget")
     parts = ["dense" if kind == "full" and not pruned else kind]
     parts += [str(budget)] if budget else []
+    parts += [f"c{selector['candidate_p']}"] if "candidate_p" in selector else []
     parts += [f"p{top_p}"] if pruned else []
     parts += [f"sink{num_sink_tokens}"] if num_sink_tokens else []
     parts += [f"recent{num_recent_tokens}"] if num_recent_tokens else []

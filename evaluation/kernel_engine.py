@@ -146,12 +146,13 @@ def recalled(kept: OrderedDict[Hashable, Made], name: Hashable, make: Callable[[
 
 def scores_of(configuration: Configuration) -> Hashable:
     """What names the labels, or the signs, by which a configuration selects tokens; None for none.
-    Budgets and top-p share them."""
+    Budgets, candidate_p and top-p share them."""
     selector = configuration.config.selector
     if selector.type not in ("ds", "signs"):
         return None
     every = sorted(selector.arguments.items())
-    own = ((name, str(value)) for name, value in every if name != "token_budget")
+    sizes = ("token_budget", "candidate_p")
+    own = ((name, str(value)) for name, value in every if name not in sizes)
     return selector.type, configuration.dense_layers, str(configuration.config.folder), *own
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from twilight_tilelang.reference.cache import pages_of
-from twilight_tilelang.reference.double_sparsity import shared_ranks, top_tokens
+from twilight_tilelang.reference.double_sparsity import largest_of_heads, top_tokens
 from twilight_tilelang.reference.estimator import LARGEST
 from twilight_tilelang.reference.labels import LabelFormat, take_channels
 from twilight_tilelang.reference.pruner import (
@@ -36,7 +36,7 @@ from twilight_tilelang.reference.sign_codes import (
     rotate,
     unpack_signs,
 )
-from twilight_tilelang.reference.sign_selector import quantize_query
+from twilight_tilelang.reference.sign_selector import MIN_CANDIDATES, quantize_query
 
 
 class Chunk(NamedTuple):
@@ -90,6 +90,7 @@ class Rule:
     labels: of "double_sparsity", for every layer that is not dense.
     dense_layers: the first so many read everything.
     query_bits: of the queries of "signs"; None for all that they have. The kernels' have 4.
+    candidate_p: of "signs", in place of a budget; None where there is one.
     """
 
     selector: str = "full"
@@ -102,6 +103,7 @@ class Rule:
     dense_layers: int = 0
     labels: dict[int, LabelFormat] = field(default_factory=dict)
     query_bits: int | None = None
+    candidate_p: float | None = None
 
 
 def choose(rule: Rule, layer: int, chunk: Chunk) -> Sets:
@@ -118,15 +120,29 @@ def choose(rule: Rule, layer: int, chunk: Chunk) -> Sets:
         candidates = label_candidates(rule, rule.labels[layer], chunk)
     if rule.top_p is None:
         return Sets(candidates, candidates, chunk.q.new_ones(chunk.q.shape[:2]))
-    weights, known = candidate_weights(estimated_logits(chunk), candidates)
-    places = torch.arange(past.shape[1], device=past.device)
-    forced = places < rule.num_sink_tokens
-    forced = forced | (places >= chunk.lengths[:, None] - rule.num_recent_tokens)
-    own = top_p_set_sorted(weights, rule.top_p) | heaviest(weights, rule.min_kept_tokens)
-    own = (own | forced | ~known) & candidates
+    floor = rule.min_kept_tokens
+    own, weights = top_p_sets(rule, estimated_logits(chunk), candidates, rule.top_p, floor, chunk)
     mass = torch.where(own, weights, 0.0).sum(-1) / weights.sum(-1)
     union = group_union(own.transpose(0, 1), num_kv_heads).transpose(0, 1)
     return Sets(own, union.repeat_interleave(len(own) // num_kv_heads, dim=0), mass)
+
+
+def top_p_sets(
+    rule: Rule,
+    logits: torch.Tensor,
+    candidates: torch.Tensor,
+    top_p: float,
+    floor: int,
+    chunk: Chunk,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each query head keeps of its candidates, with its windows, and their weights; both of
+    the logits' shape, [num_qo_heads, tokens, seq_len]."""
+    weights, known = candidate_weights(logits, candidates)
+    places = torch.arange(logits.shape[-1], device=logits.device)
+    forced = places < rule.num_sink_tokens
+    forced = forced | (places >= chunk.lengths[:, None] - rule.num_recent_tokens)
+    own = top_p_set_sorted(weights, top_p) | heaviest(weights, floor)
+    return (own | forced | ~known) & candidates, weights
 
 
 def estimated_logits(chunk: Chunk) -> torch.Tensor:
@@ -185,8 +201,8 @@ def label_candidates(rule: Rule, labels: LabelFormat, chunk: Chunk) -> torch.Ten
 
 
 def sign_candidates(rule: Rule, chunk: Chunk) -> torch.Tensor:
-    """The tokens of the largest share by signs, the same for the query heads of a group:
-    [num_qo_heads, tokens, seq_len]."""
+    """The tokens of the largest logit by signs, or those that hold candidate_p of any head's mass,
+    the same for the query heads of a group: [num_qo_heads, tokens, seq_len]."""
     num_kv_heads, seq_len = chunk.keys.shape[:2]
     signs, factors, *means = encode_keys(chunk.keys)  # each token's follow from those before it
     mean = means_before(*means, seq_len, torch.float32)
@@ -196,8 +212,13 @@ def sign_candidates(rule: Rule, chunk: Chunk) -> torch.Tensor:
         levels, delta = quantize_query(y, rule.query_bits)
         weights = levels * delta
     logits = (grouped_logits(y, mean) + grouped_logits(weights, residual)) * chunk.sm_scale
-    ranks = shared_ranks(logits.masked_fill(~chunk.past, float("-inf")), num_kv_heads, 1.0)
-    chosen = best_tokens(rule, ranks, chunk)
+    if rule.candidate_p is None:
+        ranks = largest_of_heads(logits.masked_fill(~chunk.past, float("-inf")), num_kv_heads)
+        chosen = best_tokens(rule, ranks, chunk)
+    else:
+        everything, share = chunk.past.expand(logits.shape), rule.candidate_p
+        own, _ = top_p_sets(rule, logits, everything, share, MIN_CANDIDATES, chunk)
+        chosen = group_union(own.transpose(0, 1), num_kv_heads).transpose(0, 1)
     return chosen.repeat_interleave(len(chunk.q) // num_kv_heads, dim=0)
 
 

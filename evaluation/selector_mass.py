@@ -17,9 +17,9 @@ that they hold. Nothing is always a candidate but Quest's newest page.
     exact_pages   no selectors: the pages of the largest exact mass, the ceiling of all that choose
     exact_tokens  pages, and the tokens
 
-A list for a KV head takes what has the largest share, or to Quest the largest bound, in any of its
-query heads. The bytes are a token's, of one KV head, before anything is chosen; no query and no
-score is counted.
+A list for a KV head takes what has the largest share, to Quest the largest bound and to signs the
+largest logit, in any of its query heads. The bytes are a token's, of one KV head, before anything
+is chosen; no query and no score is counted.
 Rows join profiling/results/GPU/selector_mass.csv, from which `make plots` draws. Unless there is a
 channel file, Double Sparsity is calibrated on the beginning of the text itself.
 """

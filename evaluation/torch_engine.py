@@ -145,6 +145,7 @@ def make_rule(configuration: Configuration, config: Any, page_size: int) -> Rule
         configuration.page_size or page_size,
         config.num_hidden_layers if configuration.is_dense else configuration.dense_layers,
         configuration.label_formats(config),
+        candidate_p=options.get("candidate_p"),
     )
 
 

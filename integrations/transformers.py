@@ -156,7 +156,7 @@ class TwilightCache(Cache):
         labels = pages.labels and (pages.labels.channels.shape, pages.labels.bits)
         key = (dense, sm_scale, sizes, keys.dtype, keys.device, labels)
         if key not in self.steps:
-            every = {"selector": "full", "token_budget": pages.capacity}
+            every = {"selector": "full", "token_budget": pages.capacity, "candidate_p": None}
             own = {"path": "dense", "bound_mass": False, **every} if dense else {}
             options = dataclasses.replace(self.options, sm_scale=sm_scale, **own)
             self.steps[key] = make_step(pages, num_qo_heads, options)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 REFERENCE_OPTIONS = (
     *("selector", "token_budget", "top_p", "sm_scale", "path"),
     *("num_sink_tokens", "num_recent_tokens", "min_kept_tokens", "bound_mass"),
-    *("top_p_of", "num_samples", "group"),
+    *("top_p_of", "num_samples", "group", "candidate_p"),
 )
 
 

@@ -12,7 +12,7 @@ from .label_scores import LABEL_SCORE, TokenScores, score_labels
 from .label_tiles import LabelScoreConfig
 from .labels import LabelShape, TokenRows, token_rows
 from .launch import KernelSpec, StepShape, on_device
-from .lists import CandidateTokens, Window
+from .lists import CandidateTokens, Window, check_window
 from .pools import TILE_TOKENS
 from .query import by_kv_head, check_query, check_scale, step_shape
 from .sign_scores import SIGN_SCORE, score_signs
@@ -70,8 +70,8 @@ def select_top_tokens(
     sm_scale: float,
     selection: TokenSelection,
 ) -> None:
-    """Two launches, or three where a group has several heads: q [batch_size, num_kv_heads,
-    group_size, head_dim] -> candidates."""
+    """Two launches, or three where labels score the heads of a group together, or heads have lists
+    of their own: q [batch_size, num_kv_heads, group_size, head_dim] -> candidates."""
     score_tokens(plan, q, cache, window, sm_scale, selection)
     take_tokens(plan, cache, window, selection)
 
@@ -190,8 +190,7 @@ def token_shape(
 def check_token_budget(cache: PagedKVCache, token_budget: int, window: Window) -> int:
     """Tokens that a row takes, at most all; raises ValueError where the budget cannot be met."""
     check_count("token_budget", token_budget, least=1)
-    check_count("num_sink_tokens", window.num_sink_tokens, least=0)
-    check_count("num_recent_tokens", window.num_recent_tokens, least=0)
+    check_window(window)
     always_in = sum(window)
     if always_in > token_budget and token_budget < cache.capacity:
         raise ValueError(

@@ -11,6 +11,7 @@ from .cache import PagedKVCache
 from .compiling import THREAD_LEVEL, Start, start_early
 from .estimate_tiles import Mirror, estimate_tiles
 from .gpu import Gpu
+from .head_mass import mass_sizes
 from .keep_mask import list_row
 from .launch import LONG_PAGES, MANY_ROWS, KernelSpec, Launch, StepShape, static_width
 from .lists import Listed, Window
@@ -109,6 +110,7 @@ def estimate_prune_kernel(
     smooth: bool = False,
     kind: str = "pages",
     min_kept_tokens: int = 1,
+    sampled: bool = False,
 ):
     """Grid: (kv_head, batch). The block's warps share out the row's tiles, then all search it."""
     batch_size, num_kv_heads, max_items = T.dynamic("batch_size, num_kv_heads, max_items")
@@ -116,6 +118,7 @@ def estimate_prune_kernel(
     width, width_entries = T.dynamic("width, width_entries")
     num_threads = NUM_THREADS * config.heads_at_once
     step_tiles = num_threads // 32 * config.tiles_per_warp
+    masses = mass_sizes(batch_size, num_kv_heads, group_size, sampled)
 
     @T.prim_func
     def estimate_and_prune(
@@ -134,7 +137,7 @@ def estimate_prune_kernel(
         num_recent_tokens: T.int32,
         kept_tokens: T.Tensor[(batch_size, num_kv_heads, width), T.int32],
         kept_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
-        kept_mass: T.Tensor[(batch_size, num_kv_heads, group_size), T.float32],
+        kept_mass: T.Tensor[masses, T.float32],
         items: T.Tensor[(max_items, 4), T.int32],
         num_items: T.Tensor[(1,), T.int32],
         ticket: T.Tensor[(1,), T.uint64],
@@ -184,7 +187,7 @@ def _launches(shape: StepShape, config: EstimatePruneConfig) -> tuple[Launch, ..
     if not config.fused:
         return ()
     sizes = (*shape.statics, static_width(shape.width), split_tokens_of(shape))
-    arguments = (*sizes, config, shape.smooth, shape.candidates, shape.min_kept_tokens)
+    arguments = (*sizes, config, shape.smooth, shape.candidates, *shape.pruning)
     return (Launch("estimate_prune", estimate_prune_kernel, arguments),)
 
 

@@ -7,6 +7,7 @@ from .launch import Launch
 from .options import DecodeOptions
 from .plan import SparsePlan
 from .selector import SelectorPlan
+from .sign_top_p import SignTopPPlan
 from .split_kv import AttentionConfig
 from .steps import CandidateStep, DenseStep
 from .tuned import Planned
@@ -55,13 +56,13 @@ def _always(options: DecodeOptions) -> str:
 def _sparse(plan: SparsePlan) -> list[str]:
     """The stages in order."""
     lines = _selector(plan.selector)
+    if plan.candidate_mass is not None:
+        what = "all tokens' mass, which top_p is a share of: a sample of what the selector left out"
+        lines.append(_line(what, plan.candidate_mass))
     if plan.fused:
         lines.append(_line("estimator and pruner: one kernel", plan.estimate_prune))
     else:
         lines.append(_line("estimator: logits", plan.estimator))
-        if plan.candidate_mass is not None:
-            what = "all tokens' mass, which top_p is a share of: why these are not one kernel"
-            lines.append(_line(what, plan.candidate_mass))
         lines.append(_line("pruner: top-p", plan.pruner))
     if plan.mass_bound is not None:
         lines.append("bound of the kept mass: one kernel more, no config")
@@ -75,6 +76,11 @@ def _selector(plan: SelectorPlan) -> list[str]:
         return [
             _line(f"selector: {'sign' if plan.by_signs else 'label'} scores", plan.token_score),
             _line("selector: top tokens", plan.top_tokens),
+        ]
+    if isinstance(plan, SignTopPPlan):
+        return [
+            _line("selector: sign logits of every token", plan.sign_logits),
+            _line("selector: candidate_p of them, by the pruner's kernel", plan.pruner),
         ]
     return [
         _line("selector: page scores", plan.page_score),

@@ -92,11 +92,12 @@ def mark_windows(team, words, windows, num_tokens, weights, logit, limit):
 
 @T.macro
 def list_row(words, num_tokens, row, candidates, kept_tokens, kept_counts, work, num_threads):
-    """The tokens whose bits are set, and attention's items of them."""
+    """The tokens whose bits are set, and attention's items of them; work: None for no items."""
     num_words = T.ceildiv(num_tokens, 32)
     position = lambda candidate: candidates.token(row, candidate, beyond=True)
-    neighbours = candidates.kind == "pages"
+    neighbours = candidates.kind in ("pages", "all")
     count = compact(words, num_words, position, kept_tokens, row, num_threads, neighbours)
-    work.append(row, count, num_threads)
+    if work is not None:
+        work.append(row, count, num_threads)
     if T.get_thread_binding() == 0:
         kept_counts[row.batch, row.kv_head] = count

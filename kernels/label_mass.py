@@ -15,7 +15,7 @@ from .launch import next_power_of_two
 from .mma import QUAD, TILE_HEADS, place_in_quad
 from .pools import TILE_TOKENS
 from .strided import strided
-from .token_keys import HIGHEST_KEY, INFINITY_BITS, NUM_BINS, SHARES, OpenTokens, RowScores
+from .token_keys import NUM_BINS, SHARES, OpenTokens, RowScores, is_special
 from .token_list import Row
 from .warp import steps_over
 
@@ -23,11 +23,6 @@ MASS_TILES = 4  # whose weights are added up together, so never tuned
 LARGEST = 3.0e38  # below which a largest logit is none
 DONE = 1 << 30  # in `arrived`: the row's norms are there
 MAX_LOOKS = 64  # for the norms, a microsecond each: then the kernel of the scores does the rest
-
-
-def is_special(value: PrimExpr) -> PrimExpr:
-    """Whether a float32 is NaN or infinite, by its bits: fast math knows neither."""
-    return T.reinterpret(value, T.int32) & HIGHEST_KEY >= INFINITY_BITS
 
 
 @T.macro
@@ -191,7 +186,7 @@ def add_masses(reader, masses, kept, run, loaded, first):
                         tile = group * MASS_TILES + j
                         logits[j, t, n, h] = reader.logit_of(loaded, tile, t, n, h)
                 first_token = run.token(first_tile, t, loaded.lane_tokens)
-                kept.keep(first_token, run.further(j), logits, j, t)
+                kept.keep(first_token, j * TILE_TOKENS, logits, j, t)
         if (run.first + first_tile + MASS_TILES) * TILE_TOKENS > seq_len:  # the row ends
             for j in T.unroll(MASS_TILES):
                 for t in T.unroll(loaded.lane_tokens):

@@ -1,7 +1,7 @@
 """Label scores: every token's score by the label of its key (Double Sparsity, arXiv 2408.07092)."""
 
 import itertools
-from typing import TYPE_CHECKING, NamedTuple, Union
+from typing import NamedTuple
 
 import tilelang
 import tilelang.language as T
@@ -24,9 +24,6 @@ from .token_list import Row
 from .tuned import Planned
 from .warp import join_lanes
 
-if TYPE_CHECKING:
-    from .sign_tiles import SignReader
-
 LOOK_CHUNKS = 32  # of which a block looks up whether they have scores: one a lane
 
 
@@ -41,8 +38,17 @@ def default_config(shape: StepShape, gpu: Gpu) -> LabelScoreConfig:
 
 
 def binning_of(rows: TokenRows) -> Binning:
-    """How scores are counted."""
-    return SHARES if rows.heads > 1 else LOGITS
+    """How scores are counted: by labels the heads of a row are compared by their shares."""
+    return SHARES if rows.heads > 1 and rows.labels is not None else LOGITS
+
+
+class RowMasses(NamedTuple):
+    """Where the blocks of a row meet, as its heads are compared by their shares: see Meeting."""
+
+    norms: torch.Tensor  # [batch_size, num_rows, heads] f32
+    arrived: torch.Tensor  # [batch_size, num_rows] i32, zeros between launches
+    scored: torch.Tensor  # [batch_size, num_rows, runs] i32: chunks that have their scores
+    parts: torch.Tensor  # [batch_size, num_rows, runs, heads, 2] f32
 
 
 class TokenScores(NamedTuple):
@@ -50,23 +56,23 @@ class TokenScores(NamedTuple):
 
     scores: torch.Tensor  # [batch_size, num_rows, capacity] f32
     bins: torch.Tensor  # [batch_size, num_rows, NUM_BINS] i32: zeros until they are counted
-    norms: torch.Tensor  # [batch_size, num_rows, heads] f32
-    arrived: torch.Tensor  # [batch_size, num_rows] i32, zeros between launches
-    scored: torch.Tensor  # [batch_size, num_rows, runs] i32: chunks that have their scores
-    parts: torch.Tensor  # [batch_size, num_rows, runs, heads, 2] f32
+    masses: RowMasses | None  # None where rows are scored by signs
 
     @classmethod
     def allocate(cls, cache: PagedKVCache, rows: TokenRows, num_rows: int) -> "TokenScores":
         sizes, device = (cache.batch_size, num_rows), cache.k_cache.device
+        scores = torch.empty(*sizes, cache.capacity, device=device)
+        bins = torch.zeros(*sizes, NUM_BINS, dtype=torch.int32, device=device)
+        if rows.labels is None:
+            return cls(scores, bins, None)
         num_runs = -(-cache.capacity // RUN_TOKENS) if rows.heads > 1 else 1
-        return cls(
-            torch.empty(*sizes, cache.capacity, device=device),
-            torch.zeros(*sizes, NUM_BINS, dtype=torch.int32, device=device),
+        masses = RowMasses(
             torch.empty(*sizes, rows.heads, device=device),
             torch.zeros(sizes, dtype=torch.int32, device=device),
             torch.empty(*sizes, num_runs, dtype=torch.int32, device=device),
             torch.empty(*sizes, num_runs, rows.heads, 2, device=device),
         )
+        return cls(scores, bins, masses)
 
 
 def score_labels(
@@ -80,10 +86,11 @@ def score_labels(
     """One launch, or two where a row has several heads: q [batch_size, num_rows, heads, head_dim]
     -> scores and bins."""
     assert cache.labels is not None and cache.label_words is not None
+    assert written.masses is not None
     labels = (q, cache.labels.channels, cache.label_words, cache.labels.scale_zero)
     given = (*labels, cache.page_table, cache.seq_lens, sm_scale, *window)
-    scores, bins, norms, arrived, scored, parts = written
-    shared = (norms, arrived, scored, scores, bins)
+    *meeting, parts = written.masses
+    shared = (*meeting, written.scores, written.bins)
     *masses, rest = planned.launches
     for mass in masses:
         mass(*given, *shared, parts)
@@ -93,7 +100,7 @@ def score_labels(
 class Scorer(NamedTuple):
     """What a warp scores its tiles with, and where to."""
 
-    reader: Union[LabelReader, "SignReader"]
+    reader: LabelReader
     written: RowScores
     norms: Buffer  # [head_tiles, 2] f32, of this lane's heads
     best: Buffer  # [2, lane_tokens] f32: this lane's scores in two tiles

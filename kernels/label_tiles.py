@@ -101,10 +101,6 @@ class Run(NamedTuple):
         quad, _ = place_in_quad()
         return (self.first + tile) * TILE_TOKENS + quad + token_of_quad(t, lane_tokens) * 8
 
-    def further(self, j: PrimExpr) -> PrimExpr:
-        """How far behind a lane's tokens of an even tile those of the j-th tile after it lie."""
-        return j * TILE_TOKENS
-
 
 def token_of_quad(t: PrimExpr, lane_tokens: int) -> PrimExpr:
     """Which of its quad's two tokens a lane scores as its t-th."""
@@ -247,7 +243,7 @@ class LabelReader(NamedTuple):
     @T.macro
     def each_run(self, chunk, config, visit):
         """See walk_runs."""
-        walk_runs(self, Run, chunk, config, visit)
+        walk_runs(self, chunk, config, visit)
 
     @partialmethod
     @T.macro
@@ -257,8 +253,8 @@ class LabelReader(NamedTuple):
 
 
 @T.macro
-def walk_runs(reader, kind, chunk, config, visit):
-    """visit(run, number) sees this warp's runs of a chunk of the row, of a `kind` of Run."""
+def walk_runs(reader, chunk, config, visit):
+    """visit(run, number) sees this warp's runs of a chunk of the row."""
     run_number = T.alloc_var(T.int32)
     page = T.alloc_var(T.int32)
     next_page = T.alloc_var(T.int32)
@@ -269,7 +265,7 @@ def walk_runs(reader, kind, chunk, config, visit):
         page = next_page
         if turn + 1 < config.runs:
             next_page = reader.labels.page_of_lane(run_number + config.num_warps, reader.row)
-        visit(kind.of(run_number, reader.row.seq_len, page), run_number)
+        visit(Run.of(run_number, reader.row.seq_len, page), run_number)
 
 
 @T.macro

@@ -43,13 +43,19 @@ class StepShape(NamedTuple):
     smooth: bool = False  # keys have a k_factor
     candidates: str = "pages"  # what lists them; or "tokens", or "head_tokens"
     tokens: TokenRows | None = None  # what a row of the selector of tokens stands for
-    row_tokens: int = 0  # that each of these takes
+    row_tokens: int = 0  # that each of these takes; 0: as many as its share of the mass needs
     min_kept_tokens: int = 1  # by a query head, at any p
+    sampled: bool = False  # p is a share of all tokens' mass, as far as a sample knows it
 
     @property
     def statics(self) -> tuple[int, int, int, str]:
         """What every kernel of a row is compiled for, in the order of its arguments."""
         return self[:4]
+
+    @property
+    def pruning(self) -> tuple[int, bool]:
+        """What the kernels that prune are compiled for, the last of their arguments."""
+        return self.min_kept_tokens, self.sampled
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from .cache import PagedKVCache, check_cache
-from .checks import check_tensor
+from .checks import check_count, check_tensor
 from .pools import TILE_TOKENS
 
 MAX_FLOOR = 32  # tokens of a query head that can be kept at any p, beside its windows
@@ -111,6 +111,12 @@ class Window(NamedTuple):
 
     num_sink_tokens: int  # at the start of a request
     num_recent_tokens: int  # at its end
+
+
+def check_window(window: Window) -> None:
+    """Raises ValueError, naming the option, unless both are numbers of tokens."""
+    check_count("num_sink_tokens", window.num_sink_tokens, least=0)
+    check_count("num_recent_tokens", window.num_recent_tokens, least=0)
 
 
 def check_lists(

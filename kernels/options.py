@@ -27,9 +27,13 @@ class DecodeOptions:
     Attributes:
         selector: "quest" (the pages with the largest bounds), "double_sparsity" (the tokens with
             the largest label scores, of a cache with labels), "signs" (the tokens with the largest
-            shares by the signs of their keys, of a cache with sign codes) or "full" (every page).
+            logits by the signs of their keys, of a cache with sign codes) or "full" (every page).
         token_budget: Quest's candidates per KV head, a multiple of page_size; those of "signs" per
             KV head; those of Double Sparsity per KV head, or per query head with group="own".
+        candidate_p: of "signs", in place of a budget: the share of all tokens' mass by signs that
+            the candidates of each query head hold, in (0, 1], a float or a tensor as top_p, as of
+            select_top_p_by_signs. After a step `candidates.counts` holds how many that took; path
+            "auto" expects them to be all.
         group: whose scores "double_sparsity" goes by, as of select_tokens.
         top_p: estimated mass to keep, in (0, 1]; float or tensor as in prune_top_p.
         sm_scale: factor of the logits, positive; head_dim ** -0.5 where None.
@@ -40,8 +44,8 @@ class DecodeOptions:
             (see prune_top_p).
         num_parts: a captured batch is cut into so many, each on a stream of its own. Their stages
             overlap: while the bytes of one arrive, the weights of another are searched. No result
-            depends on it. Where None, 4 for many rows (KV heads of all requests), else 1. Only the
-            sparse path is cut.
+            depends on it. Where None, as many as still fill the GPU with rows (KV heads of all
+            requests), at most 4. Only the sparse path is cut.
         bound_mass: leave in `kept_mass_bound` a lower bound of the mass that each query head's kept
             tokens surely have among its candidates, as of bound_kept_mass, on the sparse path. It
             costs a launch that reads the candidates' logits twice, and estimator and pruner are
@@ -49,8 +53,9 @@ class DecodeOptions:
         top_p_of: what top_p is a share of: the mass of the "candidates", or of "all" tokens, as far
             as estimate_candidate_mass knows it. Then `candidate_mass` is the share that they hold,
             with its standard error, and where that is less than top_p every candidate is kept. It
-            costs a launch that reads the candidates' logits twice, and estimator and pruner are
-            then two kernels. Not where query heads have candidates of their own.
+            costs a launch that reads a sample of the tokens left out and no candidate; the share,
+            its error and `kept.mass` are then views of one tensor. Not where query heads have
+            candidates of their own.
         num_samples: tokens of a KV head that this estimate reads of those left out, 1 to 2,048.
         path: "sparse", every stage; "candidates", the selector alone, with the bits of
             page_attention; "dense", attention over every token, with the bits of dense_attention;
@@ -61,6 +66,7 @@ class DecodeOptions:
 
     selector: str = "quest"
     token_budget: int = 8192
+    candidate_p: float | torch.Tensor | None = None
     group: str = "shared"
     top_p: float | torch.Tensor = 0.85
     sm_scale: float | None = None

@@ -77,6 +77,11 @@ class TwilightDecode:
         device = cache.k_cache.device
         settings = Settings(check_scale(options.sm_scale, cache.head_dim), options.window)
         top_p = expand_top_p(options.top_p, cache.batch_size, num_qo_heads, device)
+        candidate_p = None
+        if options.candidate_p is not None:
+            check_candidate_p(options)
+            sizes = (cache.batch_size, num_qo_heads, device)
+            candidate_p = expand_top_p(options.candidate_p, *sizes, "candidate_p")
         self.options, self.selector, self.cache_shape = options, options.selector, cache.shape
         shape = shape_of_step(options, cache, group_size)
         self.shape = shape._replace(min_kept_tokens=options.min_kept_tokens)
@@ -92,8 +97,9 @@ class TwilightDecode:
         by_pages = self.shape.candidates == "pages" and self.shape.width < cache.capacity
         if self.path != "dense" and by_pages:
             check_num_items("max_pages", cache.max_pages, planner.gpu)
-        if self.path == "sparse":
+        if self.path == "sparse" or (self.path != "dense" and candidate_p is not None):
             name = "selector 'full': tokens" if options.selector == "full" else "token_budget"
+            name = name if candidate_p is None else "candidate_p: tokens"
             check_num_items(name, self.shape.width, planner.gpu)
         self.parts: list[tuple[slice, SparseStep, torch.cuda.Stream]] = []
         self.stages: SparseStep | CandidateStep | DenseStep
@@ -102,10 +108,12 @@ class TwilightDecode:
             self.stages = DenseStep(plan, cache, num_qo_heads, settings)
         elif self.path == "candidates":
             chosen = plan_candidates(self.shape, planner)
-            selection = allocate_selection(cache, self.shape)
+            selection = allocate_selection(cache, self.shape, candidate_p)
             self.stages = CandidateStep(chosen, cache, num_qo_heads, selection, settings)
         else:
-            memory = SparseMemory.allocate(cache, allocate_selection(cache, self.shape), top_p)
+            selection = allocate_selection(cache, self.shape, candidate_p)
+            sampled = options.extras.num_samples is not None
+            memory = SparseMemory.allocate(cache, selection, top_p, sampled)
             plan_all = plan_sparse(self.shape, planner, options.extras)
             self.stages = SparseStep(plan_all, memory, settings)
             bounds = [part * cache.batch_size // num_parts for part in range(num_parts + 1)]
@@ -201,6 +209,11 @@ class TwilightDecode:
 
         Returns:
             out [batch_size, num_qo_heads, head_dim] in q's dtype.
+
+        Raises:
+            ValueError: cache has another shape, a k_factor where the step's had none or the other
+                way round, or lacks the labels or the sign codes that the step reads; q or out does
+                not fit. Nothing is launched.
         """
         check_cache(cache)
         if cache.shape != self.cache_shape:
@@ -276,6 +289,16 @@ def parts_for(batch_size: int, num_kv_heads: int, max_pages: int) -> int:
     GPU. Of long rows, whose page scores fill it alone, fewer do."""
     num_rows, part_rows = batch_size * num_kv_heads, 32 if max_pages > LONG_PAGES else 64
     return min(MAX_PARTS, batch_size, num_rows // part_rows) if num_rows >= MANY_ROWS else 1
+
+
+def check_candidate_p(options: DecodeOptions) -> None:
+    """Raises ValueError where the other options leave no place for a candidate_p."""
+    if options.selector != "signs":
+        raise ValueError(f"candidate_p: expected the selector 'signs', got {options.selector!r}")
+    if options.token_budget != DecodeOptions.token_budget:
+        raise ValueError(
+            f"token_budget: expected none beside candidate_p, got {options.token_budget}"
+        )
 
 
 def _like(q: torch.Tensor) -> tuple[object, ...]:

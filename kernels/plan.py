@@ -16,6 +16,7 @@ from .page_scores import PAGE_SCORE
 from .pruner import PRUNER, PrunerConfig
 from .requests import cache_launches, sign_launch
 from .selector import SelectorPlan, plan_selector
+from .sign_logits import SIGN_LOGITS
 from .sign_scores import SIGN_SCORE
 from .split_kv import AttentionConfig
 from .top_pages import TOP_PAGES
@@ -30,6 +31,7 @@ SPECS: dict[str, KernelSpec[Any]] = {
         TOP_PAGES,
         LABEL_SCORE,
         SIGN_SCORE,
+        SIGN_LOGITS,
         TOP_TOKENS,
         ESTIMATOR,
         PRUNER,
@@ -43,7 +45,8 @@ NO_EXTRAS = Extras()
 
 class SparsePlan(NamedTuple):
     """The kernels of every stage; one kernel estimates and prunes where its config says `fused` and
-    nothing beside asks for the logits."""
+    nothing beside reads the logits. candidate_mass: of a step whose top_p is one of all tokens' the
+    sample of those that are no candidates."""
 
     selector: SelectorPlan
     estimator: Planned[EstimatorConfig]
@@ -55,8 +58,7 @@ class SparsePlan(NamedTuple):
 
     @property
     def fused(self) -> bool:
-        asked_for = self.mass_bound is not None or self.candidate_mass is not None
-        return self.estimate_prune.config.fused and not asked_for
+        return self.estimate_prune.config.fused and self.mass_bound is None
 
 
 class CandidatePlan(NamedTuple):
@@ -73,16 +75,17 @@ class DensePlan(NamedTuple):
 
 
 def plan_sparse(shape: StepShape, planner: Planner, extras: Extras = NO_EXTRAS) -> SparsePlan:
-    """Select, estimate, prune, attend; and, where asked for, estimate the mass of all tokens before
-    that is pruned, and bound the mass that was kept."""
-    pruner, own = planner.plan(PRUNER, shape), None
+    """Select, estimate, prune, attend; and, where asked for, sample what the selector left out, for
+    the pruner, and bound the mass that was kept."""
+    pruned, own = shape._replace(sampled=extras.num_samples is not None), None
+    pruner = planner.plan(PRUNER, pruned)
     if extras.num_samples is not None:
-        own = candidate_mass(shape, extras.num_samples, pruner.config.pdl)
+        own = candidate_mass(shape, planner.gpu, extras.num_samples, pruner.config.pdl)
     return SparsePlan(
         plan_selector(shape, planner),
         planner.plan(ESTIMATOR, shape),
         pruner,
-        planner.plan(ESTIMATE_PRUNE, shape),
+        planner.plan(ESTIMATE_PRUNE, pruned),
         planner.plan(ATTENTION, shape),
         mass_bound(shape) if extras.bound_mass else None,
         own,

@@ -12,9 +12,10 @@ from .cache import PagedKVCache
 from .checks import check_count, check_tensor, dtype_name
 from .compiling import THREAD_LEVEL, Start, start_early
 from .gpu import Gpu, gpu_of
+from .head_mass import mass_sizes
 from .keep_mask import list_row
 from .launch import KernelSpec, Launch, StepShape, on_device, static_width
-from .lists import MAX_FLOOR, Candidates, Kept, Listed, Window, check_candidates
+from .lists import MAX_FLOOR, Candidates, Kept, Listed, Window, check_candidates, check_window
 from .pools import TILE_TOKENS
 from .query import by_kv_head, group_size_of, step_shape
 from .search_team import NUM_THREADS, VECTOR, Heads, Logits, is_held
@@ -27,7 +28,7 @@ from .warp import atomic_exchange, atomic_or, steps_over
 
 LOGIT_DTYPES = (torch.float16, torch.float32)
 SEARCH_SOURCES = (
-    *("top_p.py", "keep_mask.py", "search_team.py", "softmax_weights.py"),
+    *("top_p.py", "head_mass.py", "keep_mask.py", "search_team.py", "softmax_weights.py"),
     *("split_kv.py", "threshold.py", "token_list.py", "warp.py"),
 )
 
@@ -43,12 +44,16 @@ def default_config(shape: StepShape, gpu: Gpu) -> PrunerConfig:
     """Few rows are spread over a block per query head; many fill the GPU as they are. Code for
     compute capability 10, or for wide logits, needs more registers than four blocks leave it, and
     more where candidates are of single heads; where they are single tokens, too, on 8 or with a
-    floor, which wide logits leave no registers either."""
+    floor, which wide logits leave no registers either. A block that walks several heads, and a
+    sample with them, needs the most."""
     wide, tokens = shape.logits_dtype != "float16", shape.candidates == "tokens"
     short = (tokens or wide) if shape.min_kept_tokens > 1 else tokens and gpu.capability < (9, 0)
     blocks_per_sm = 3 if wide or gpu.capability >= (10, 0) else 4
     blocks_per_sm -= short or shape.candidates == "head_tokens"
-    return PrunerConfig(shape.group_size > 1 and shape.num_rows <= 128, blocks_per_sm)
+    heads_apart = shape.group_size > 1 and shape.num_rows <= 128
+    if shape.sampled and not heads_apart:
+        blocks_per_sm = min(blocks_per_sm, 2)
+    return PrunerConfig(heads_apart, blocks_per_sm)
 
 
 def block_memory(shape: StepShape) -> int:
@@ -76,7 +81,8 @@ class HeadUnion(NamedTuple):
 class Pruned(NamedTuple):
     """What the pruner writes: the kept tokens, and attention's list of work over them."""
 
-    kept: Kept  # its mass by KV head, [batch_size, num_kv_heads, group_size]
+    # Its mass by KV head, [batch_size, num_kv_heads, group_size], or the records that it lies in.
+    kept: Kept
     work: WorkList
     union: HeadUnion
 
@@ -123,8 +129,8 @@ def prune_top_p(
     check_tensor("logits", logits, (cache.batch_size, None, width), LOGIT_DTYPES, device)
     num_qo_heads = logits.shape[1]
     group_size = group_size_of("logits", num_qo_heads, cache)
-    check_count("num_sink_tokens", num_sink_tokens, least=0)
-    check_count("num_recent_tokens", num_recent_tokens, least=0)
+    window = Window(num_sink_tokens, num_recent_tokens)
+    check_window(window)
     check_count("min_kept_tokens", min_kept_tokens, least=1, most=MAX_FLOOR)
     top_p = expand_top_p(top_p, cache.batch_size, num_qo_heads, device)
     shape = step_shape(cache, group_size, width)
@@ -132,30 +138,46 @@ def prune_top_p(
         logits_dtype=dtype_name(logits), candidates=listed.kind, min_kept_tokens=min_kept_tokens
     )
     kept = Kept.allocate(cache, width, num_qo_heads)
-    work = WorkList.allocate(shape.num_rows, width, split_tokens_of(shape), device)
-    grouped = [by_kv_head(each, cache.num_kv_heads) for each in (logits, top_p, kept.mass)]
-    logits, top_p, mass = grouped
-    union = HeadUnion.allocate(cache, width)
-    window = Window(num_sink_tokens, num_recent_tokens)
-    pruned = Pruned(kept._replace(mass=mass), work, union)
-    with on_device(device):
-        prune(planned(PRUNER, shape, device), logits, cache, listed, top_p, window, pruned)
+    prune_listed(shape, logits, cache, listed, top_p, window, kept)
     return kept
 
 
+def prune_listed(
+    shape: StepShape,
+    logits: torch.Tensor,
+    cache: PagedKVCache,
+    listed: Listed,
+    top_p: torch.Tensor,
+    window: Window,
+    kept: Kept,
+) -> None:
+    """One launch for what is checked: logits, top_p [batch_size, num_qo_heads] -> kept."""
+    device = cache.seq_lens.device
+    work = WorkList.allocate(shape.num_rows, shape.width, split_tokens_of(shape), device)
+    grouped = [by_kv_head(each, cache.num_kv_heads) for each in (logits, top_p, kept.mass)]
+    logits, top_p, mass = grouped
+    pruned = Pruned(kept._replace(mass=mass), work, HeadUnion.allocate(cache, shape.width))
+    with on_device(device):
+        prune(planned(PRUNER, shape, device), logits, cache, listed, top_p, window, pruned)
+
+
 def expand_top_p(
-    top_p: float | torch.Tensor, batch_size: int, num_qo_heads: int, device: torch.device
+    top_p: float | torch.Tensor,
+    batch_size: int,
+    num_qo_heads: int,
+    device: torch.device,
+    name: str = "top_p",
 ) -> torch.Tensor:
     """top_p as f32 [batch_size, num_qo_heads]; a tensor's values lie on the device, unchecked."""
     if isinstance(top_p, torch.Tensor):
         shapes = ((num_qo_heads,), (batch_size, 1), (batch_size, num_qo_heads))
         if tuple(top_p.shape) not in shapes:
             expected = " or ".join(map(str, shapes))
-            raise ValueError(f"top_p: expected shape {expected}, got {tuple(top_p.shape)}")
-        check_tensor("top_p", top_p, top_p.shape, torch.float32, device)
+            raise ValueError(f"{name}: expected shape {expected}, got {tuple(top_p.shape)}")
+        check_tensor(name, top_p, top_p.shape, torch.float32, device)
         return top_p.expand(batch_size, num_qo_heads).contiguous()
     if not isinstance(top_p, float | int) or not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")
+        raise ValueError(f"{name}: expected a number in (0, 1], got {top_p!r}")
     return torch.full((batch_size, num_qo_heads), float(top_p), device=device)
 
 
@@ -214,16 +236,20 @@ def pruner_kernel(
     config: PrunerConfig,
     kind: str = "pages",
     min_kept_tokens: int = 1,
+    sampled: bool = False,
 ):
     """A block walks the query heads of a KV head, or there is one for each: then their sets meet in
-    `union_words`, and the last of them goes on with the union. Grid: (1 or query head of the group,
-    kv_head, batch).
+    `union_words`, and the last of them goes on with the union. Of kind "all", every token of a
+    request is a candidate, and the list is not read. split_tokens: 0 where attention's list of work
+    is not written. `sampled`: top_p is a share of all tokens' mass, and every mass a record.
+    Grid: (1 or query head of the group, kv_head, batch).
     """
     batch_size, num_kv_heads, max_items = T.dynamic("batch_size, num_kv_heads, max_items")
     width, width_entries, width_words = T.dynamic("width, width_entries, width_words")
     num_apart = group_size if config.heads_apart else 1
     grid = (num_apart, num_kv_heads, batch_size)
     copied = (max(width_bound, NUM_THREADS * VECTOR),)
+    masses = mass_sizes(batch_size, num_kv_heads, group_size, sampled)
 
     @T.prim_func
     def prune_top_p(
@@ -237,7 +263,7 @@ def pruner_kernel(
         num_recent_tokens: T.int32,
         kept_tokens: T.Tensor[(batch_size, num_kv_heads, width), T.int32],
         kept_counts: T.Tensor[(batch_size, num_kv_heads), T.int32],
-        kept_mass: T.Tensor[(batch_size, num_kv_heads, group_size), T.float32],
+        kept_mass: T.Tensor[masses, T.float32],
         items: T.Tensor[(max_items, 4), T.int32],
         num_items: T.Tensor[(1,), T.int32],
         ticket: T.Tensor[(1,), T.uint64],
@@ -252,10 +278,11 @@ def pruner_kernel(
             words = T.alloc_shared((width_bound // 32,), T.uint32)
             row = Row(batch, kv_head, seq_lens[batch])
             candidates = TokenList(
-                kind, page_size, candidate_entries, candidate_counts, candidate_heads
-            )
+                kind, page_size, candidate_entries,
+                None if kind == "all" else candidate_counts, candidate_heads,
+            )  # fmt: skip
             num_rows = batch_size * num_kv_heads
-            work = Work(items, num_items, ticket, split_tokens, num_rows)
+            work = Work(items, num_items, ticket, split_tokens, num_rows) if split_tokens else None
 
             num_tokens = prune_heads(
                 Heads(first_head, group_size // num_apart),
@@ -279,9 +306,9 @@ def pruner_kernel(
 
 def _launches(shape: StepShape, config: PrunerConfig) -> tuple[Launch, ...]:
     sizes = (shape.group_size, shape.page_size, static_width(shape.width))
-    split_tokens = split_tokens_of(shape)
+    split_tokens = 0 if shape.candidates == "all" else split_tokens_of(shape)
     logits_dtype, kind = shape.logits_dtype, shape.candidates
-    arguments = (*sizes, logits_dtype, split_tokens, config, kind, shape.min_kept_tokens)
+    arguments = (*sizes, logits_dtype, split_tokens, config, kind, *shape.pruning)
     return (Launch("pruner", pruner_kernel, arguments),)
 
 

@@ -115,9 +115,10 @@ class Team(NamedTuple):
 
     @partialmethod
     @T.macro
-    def reach(self, weights):
-        """A distance within which MAX_FLOOR candidates lie, or all that count towards a floor."""
-        distance = weights.distance(self.joined(T.max, 2))
+    def reach(self, weights, least):
+        """A distance within which at least so many candidates lie, or all that count towards a
+        floor: those of one warp, or one of each thread."""
+        distance = weights.distance(self.joined(T.max if least <= MAX_FLOOR else T.min, 2))
         return T.min(T.ceil(distance), FARTHEST)
 
 

@@ -1,5 +1,6 @@
 """Selectors: what is worth estimating. The top pages by Quest's bounds, the top tokens by Double
-Sparsity's labels or by the signs of their keys, or every page."""
+Sparsity's labels or by the signs of their keys, those that hold a share of all mass by signs, or
+every page."""
 
 from typing import NamedTuple
 
@@ -21,11 +22,12 @@ from .double_sparsity import (
 )
 from .gpu import gpu_of
 from .launch import Launch, StepShape, on_device
-from .lists import CandidatePages, Window
+from .lists import CandidatePages, Window, check_window
 from .options import DecodeOptions
 from .page_scores import PAGE_SCORE, PageScoreConfig, score_pages
 from .query import by_kv_head, check_query, step_shape
 from .sign_selector import sign_rows
+from .sign_top_p import SignTopPPlan, SignTopPSelection, plan_top_p, select_top_p, top_p_shape
 from .threshold import check_num_items
 from .top_pages import TOP_PAGES, TopPagesConfig, take_top_pages
 from .tuned import Planned, Planner, planned
@@ -39,12 +41,15 @@ class QuestPlan(NamedTuple):
     top_pages: Planned[TopPagesConfig]
 
 
-SelectorPlan = QuestPlan | TokenPlan | Launch  # the last where the budget has room for every page
+# The last where the budget has room for every page.
+SelectorPlan = QuestPlan | TokenPlan | SignTopPPlan | Launch
 
 
 def plan_selector(shape: StepShape, planner: Planner) -> SelectorPlan:
     """What the shape's candidates are chosen by; every page where the budget has room for all."""
     if shape.tokens is not None:
+        if shape.row_tokens == 0:
+            return plan_top_p(shape, planner.plan)
         return plan_tokens(shape, planner)
     if shape.width >= shape.max_pages * shape.page_size:
         return all_pages(shape.page_size)
@@ -53,6 +58,9 @@ def plan_selector(shape: StepShape, planner: Planner) -> SelectorPlan:
 
 def shape_of_step(options: DecodeOptions, cache: PagedKVCache, group_size: int) -> StepShape:
     """With the candidates that the options ask for; raises ValueError where they do not fit."""
+    if options.candidate_p is not None:
+        check_window(options.window)
+        return top_p_shape(cache, group_size, sign_rows(cache, group_size))
     if options.selector in ("double_sparsity", "signs"):
         if options.selector == "signs":
             rows = sign_rows(cache, group_size)
@@ -82,11 +90,16 @@ class Selection(NamedTuple):
         return cls(scores, CandidatePages.allocate(cache, width))
 
 
-AnySelection = Selection | TokenSelection
+AnySelection = Selection | TokenSelection | SignTopPSelection
 
 
-def allocate_selection(cache: PagedKVCache, shape: StepShape) -> AnySelection:
-    """For the candidates of a step."""
+def allocate_selection(
+    cache: PagedKVCache, shape: StepShape, candidate_p: torch.Tensor | None = None
+) -> AnySelection:
+    """For the candidates of a step; candidate_p [batch_size, num_qo_heads] f32 where they hold that
+    share of all mass."""
+    if candidate_p is not None:
+        return SignTopPSelection.allocate(cache, candidate_p)
     if shape.tokens is not None:
         return TokenSelection.allocate(cache, shape)
     return Selection.allocate(cache, shape.width // cache.page_size)
@@ -101,9 +114,13 @@ def select(
     selection: AnySelection,
 ) -> None:
     """One to three launches: the selector that a plan names -> candidates."""
+    grouped = by_kv_head(q, cache.num_kv_heads)
+    if isinstance(plan, SignTopPPlan):
+        assert isinstance(selection, SignTopPSelection)
+        select_top_p(plan, grouped, cache, window, sm_scale, selection)
+        return
     if isinstance(plan, TokenPlan):
         assert isinstance(selection, TokenSelection)
-        grouped = by_kv_head(q, cache.num_kv_heads)
         select_top_tokens(plan, grouped, cache, window, sm_scale, selection)
         return
     assert isinstance(selection, Selection)
@@ -111,7 +128,7 @@ def select(
     if isinstance(plan, Launch):
         plan(cache.seq_lens, *candidates)
     else:
-        score_pages(plan.page_score, by_kv_head(q, cache.num_kv_heads), cache, scores)
+        score_pages(plan.page_score, grouped, cache, scores)
         take_top_pages(plan.top_pages, cache, scores, window, candidates)
 
 
@@ -157,8 +174,7 @@ def page_budget(cache: PagedKVCache, token_budget: int, window: Window) -> int:
     Raises ValueError where the budget cannot be met.
     """
     check_count("token_budget", token_budget, least=1)
-    check_count("num_sink_tokens", window.num_sink_tokens, least=0)
-    check_count("num_recent_tokens", window.num_recent_tokens, least=0)
+    check_window(window)
     if token_budget % cache.page_size != 0:
         raise ValueError(
             f"token_budget: expected a multiple of page_size {cache.page_size}, got {token_budget}"

@@ -3,30 +3,36 @@
 With the codes of token t and a query's levels u (see `SignQuery`), in log2 of a weight, every
 operation rounded once to float32, factor = sm_scale * log2(e):
 
-    base[h, block] = factor * sum_c y[h, c] * mean[c],  products added up in pairs of neighbours,
-                     0 in the first block
+    shift[h]       = factor * sum_c q[h, c] * k_offset[c]
+    base[h, block] = factor * sum_c y[h, c] * mean[c] + (shift[h] - the largest shift of any head),
+                     products added up in pairs of neighbours; no mean in the first block
     logit[h, t]    = fma((f16 factor[t] * (delta[h] * factor)), sum_c s[t, c] u[h, c], base)
+    score[t]       = the largest logit of any head; NaN where it is NaN for all
 
-The sum is an integer, whoever adds it up: a GPU without 1-bit tensor cores has the same bits.
+so that logits lack a constant of the row: what k_offset takes off keys stays out of the bins. The
+sum is an integer, whoever adds it up: a GPU without 1-bit tensor cores has the same bits. Where no
+heads are compared (sign_logits.py), factor = sm_scale, and there is no shift.
 """
 
+import operator
 from functools import partialmethod
 from typing import NamedTuple
 
 import tilelang.language as T
 from tvm.tirx import Buffer, PrimExpr
 
-from .label_query import head_of
-from .label_tiles import RUN_TILES, Run, page_of_tile, token_of_quad, walk_runs, walk_tiles
-from .labels import TokenRows
-from .mma import TILE_HEADS, place_in_quad
+from .label_tiles import RUN_TILES, page_of_tile, walk_runs, walk_tiles
+from .mma import place_in_quad
 from .pools import TILE_TOKENS
 from .sign_codes import BLOCK_TOKENS, GROUP_TOKENS, MeanPlace
-from .sign_query import QUERY_BITS, STEP_WORDS, SignQuery
+from .sign_query import INTEGER_ZERO, PRODUCTS, STEP_WORDS, SignQuery, added_up
+from .token_keys import is_special
 from .token_list import Row
+from .warp import join_lanes
 
 BLOCK_TILES = BLOCK_TOKENS // TILE_TOKENS
 RUN_BLOCKS = RUN_TILES // BLOCK_TILES
+BASES_AT_ONCE = 2  # blocks: more would need the most registers of all
 # What TileLang's device library lacks; a product of 16 x 128 and 128 x 8 bits.
 MMA_B1 = """
 #ifndef TWILIGHT_MMA_B1
@@ -39,6 +45,23 @@ __device__ __forceinline__ void mma_b1(int* d, const unsigned* a, const unsigned
 }
 #endif
 """
+
+
+@T.macro
+def share_out(values, count, join, num_lanes):
+    """Joins each of `count` numbers, a power of two, over as many neighbouring lanes, which share
+    the results out: values[0] is that of number l in the l-th of them. Only the first `num_lanes`,
+    a power of two, have numbers of their own; those of the others are the same again."""
+    lane = T.get_thread_binding() % 32
+    for bit in [*range(count.bit_length() - 1)]:
+        is_odd = (lane >> bit) & 1 == 1
+        for m in T.unroll(count >> (bit + 1)):
+            even, odd = values[2 * m], values[2 * m + 1]
+            if num_lanes > 1 << bit:
+                given = T.shfl_xor(T.if_then_else(is_odd, even, odd), 1 << bit)
+                values[m] = join(T.if_then_else(is_odd, odd, even), given)
+            else:
+                values[m] = T.if_then_else(is_odd, odd, even)
 
 
 class SignCache(NamedTuple):
@@ -77,40 +100,17 @@ class SignCache(NamedTuple):
         return page_of_tile(self, run_number, row)
 
 
-class SignRun(NamedTuple):
-    """As Run, but of two neighbouring tiles a quad has four neighbouring tokens: two of each."""
-
-    first: PrimExpr
-    count: PrimExpr
-    page: PrimExpr
-
-    @classmethod
-    def of(cls, number: PrimExpr, seq_len: PrimExpr, page: PrimExpr) -> "SignRun":
-        return cls(*Run.of(number, seq_len, page))
-
-    def token(self, tile: PrimExpr, t: PrimExpr, lane_tokens: int) -> PrimExpr:
-        """Position of the t-th token that this lane scores, of a tile of the run."""
-        quad, _ = place_in_quad()
-        first = (self.first + tile - tile % 2) * TILE_TOKENS + quad * GROUP_TOKENS
-        return first + tile % 2 * 2 + token_of_quad(t, lane_tokens)
-
-    def further(self, j: PrimExpr) -> PrimExpr:
-        """How far behind a lane's tokens of an even tile those of the j-th tile after it lie."""
-        return j // 2 * (2 * TILE_TOKENS) + j % 2 * 2
-
-
 class LoadedSigns(NamedTuple):
     """The sign codes of a warp's tiles, in registers: of two tiles, a quad's four tokens."""
 
     words: Buffer  # [tiles / 2, steps, 4] i32
     factors: Buffer  # [tiles / 2, 4] f16
-    lane_tokens: int
 
     @classmethod
-    def allocate(cls, tiles: int, rows: TokenRows, head_dim: int) -> "LoadedSigns":
+    def allocate(cls, tiles: int, head_dim: int) -> "LoadedSigns":
         steps = -(-head_dim // 32 // STEP_WORDS)
         words = T.alloc_local((tiles // 2, steps, GROUP_TOKENS), T.int32)
-        return cls(words, T.alloc_local((tiles // 2, GROUP_TOKENS), T.float16), rows.lane_tokens)
+        return cls(words, T.alloc_local((tiles // 2, GROUP_TOKENS), T.float16))
 
     @property
     def tiles(self) -> int:
@@ -137,129 +137,129 @@ class LoadedSigns(NamedTuple):
 
 
 class SignReader(NamedTuple):
-    """A warp that multiplies the signs of a row's tokens with its queries; as LabelReader."""
+    """A warp that multiplies the signs of a row's tokens with its queries."""
 
     row: Row
-    rows: TokenRows
     labels: SignCache
     query: SignQuery
     loaded: LoadedSigns
     ahead: LoadedSigns  # the tiles that come next
-    acc: Buffer  # [head_tiles, 4] i32
-    base: Buffer  # [head_tiles, 2] f32: of this lane's heads, in the block of the loaded tiles
-    bases: Buffer  # [num_warps, RUN_BLOCKS, heads] f32, shared: of a warp's run
-    factor: PrimExpr  # sm_scale * log2(e)
+    best: Buffer  # [4] f32: logits of this lane's heads, the largest ones, of its quad's tokens
+    base: Buffer  # [head_tiles] f32: of this lane's heads, in the block of the loaded tiles
+    bases: Buffer  # [num_warps, RUN_BLOCKS, head_tiles * columns] f32, shared: of a warp's run
+    factor: PrimExpr  # sm_scale * log2(e), or sm_scale
 
     @classmethod
     def allocate(
-        cls, row: Row, rows: TokenRows, signs: SignCache, factor: PrimExpr, tiles: int, warps: int
+        cls, row: Row, num_heads: int, signs: SignCache, factor: PrimExpr, tiles: int, warps: int
     ) -> "SignReader":
         """`tiles`: that are loaded at once; `warps`: of the block."""
         head_dim = int(signs.mean_codes.shape[2])
-        query = SignQuery.allocate(rows.heads, head_dim)
-        head_tiles = query.sums.shape[0]
+        query = SignQuery.allocate(num_heads, head_dim)
+        head_tiles, columns = query.head_tiles, query.columns
         return cls(
             row,
-            rows,
             signs,
             query,
-            LoadedSigns.allocate(tiles, rows, head_dim),
-            LoadedSigns.allocate(tiles, rows, head_dim),
-            T.alloc_local((head_tiles, 4), T.int32),
-            T.alloc_local((head_tiles, 2), T.float32),
-            T.alloc_shared((warps, RUN_BLOCKS, rows.heads), T.float32),
+            LoadedSigns.allocate(tiles, head_dim),
+            LoadedSigns.allocate(tiles, head_dim),
+            T.alloc_local((GROUP_TOKENS,), T.float32),
+            T.alloc_local((head_tiles,), T.float32),
+            T.alloc_shared((warps, RUN_BLOCKS, head_tiles * columns), T.float32),
             factor,
         )
 
     @partialmethod
     @T.macro
-    def multiply(self, loaded, i):
-        """acc = the sum of u where the signs of the i-th loaded tile are +, for all heads."""
-        acc, operand = self.acc, self.query.operand
+    def score(self, loaded, pair):
+        """The score of this lane's token of a pair of tiles: the l-th of 32 is lane l's."""
+        best, query = self.best, self.query
+        for n in T.unroll(query.head_tiles):
+            self.find_logits(loaded, pair, n, n == 0)
+        share_out(best, GROUP_TOKENS, T.max, query.columns)
+        return best[0]
+
+    @partialmethod
+    @T.macro
+    def find_logits(self, loaded, pair, n, is_first):
+        """best = the logits of this lane's n-th head, of its quad's tokens of a pair of tiles; or,
+        unless it is the first, the larger ones of best and these."""
+        size = T.alloc_local((GROUP_TOKENS,), T.float32)
+        for i in T.unroll(GROUP_TOKENS):
+            size[i] = T.cast(loaded.factors[pair, i], T.float32)
+        for half in T.unroll(2):
+            self.join_logits(loaded, pair, half, n, size, is_first)
+
+    @partialmethod
+    @T.macro
+    def join_logits(self, loaded, pair, half, n, size, is_first):
+        """The same of two of these tokens."""
+        best, query, steps = self.best, self.query, int(loaded.words.shape[1])
         keys = T.alloc_local((2,), T.uint32)
         planes = T.alloc_local((1,), T.uint32)
-        counts = T.alloc_local((4,), T.int32)
-        for n in T.unroll(acc.shape[0]):
-            for p in T.unroll(QUERY_BITS):
-                for e in T.unroll(4):
-                    counts[e] = 0
-                for k in T.unroll(operand.shape[1]):
-                    for t in T.unroll(2):
-                        keys[t] = T.cast(loaded.words[i // 2, k, i % 2 * 2 + t], T.uint32)
-                    planes[0] = operand[n, k, p]
-                    T.call_extern(
-                        "handle", "mma_b1", T.access_ptr(counts[0], "rw"),
-                        T.access_ptr(keys[0], "r"), T.access_ptr(planes[0], "r"),
-                    )  # fmt: skip
-                for e in T.unroll(4):
-                    if p == 0:
-                        acc[n, e] = counts[e]
-                    elif p < QUERY_BITS - 1:
-                        acc[n, e] = acc[n, e] + (counts[e] << p)
-                    else:
-                        acc[n, e] = acc[n, e] - (counts[e] << p)
+        counts = T.alloc_local((PRODUCTS, 4), T.int32)
+        added = T.alloc_var(T.int32)
+        for p in T.unroll(PRODUCTS):
+            for e in T.unroll(4):
+                counts[p, e] = 0
+            for k in T.unroll(steps):
+                for t in T.unroll(2):
+                    keys[t] = T.cast(loaded.words[pair, k, half * 2 + t], T.uint32)
+                planes[0] = query.operand[n, p, k]
+                T.call_extern(
+                    "handle", "mma_b1", T.access_ptr(counts[p, 0], "rw"),
+                    T.access_ptr(keys[0], "r"), T.access_ptr(planes[0], "r"),
+                )  # fmt: skip
+        for t in T.unroll(2):
+            # Twice the planes' sum, weighed by 1, 2, 4 and -8, less the sum of u.
+            added = query.sums[n] + (counts[0, t * 2] << 1) + (counts[0, t * 2 + 1] << 2)
+            added = added + (counts[1, t * 2] << 3) - (counts[1, t * 2 + 1] << 4)
+            product = T.reinterpret(added, T.float32) - INTEGER_ZERO
+            unit = size[half * 2 + t] * query.units[n]
+            logit = T.call_extern("float32", "fmaf", unit, product, self.base[n])
+            if is_first:
+                best[half * 2 + t] = logit
+            else:
+                best[half * 2 + t] = T.max(best[half * 2 + t], logit)
 
     @partialmethod
     @T.macro
-    def logit_of(self, loaded, i, t, n, h):
-        """Of the tile multiplied last, loaded as the i-th: of this lane's t-th token and the h-th
-        of its heads of the n-th eight."""
-        acc, query, pair, own = self.acc, self.query, i // 2, i % 2 * 2
-        logit = T.alloc_var(T.float32)
-        _, lane = place_in_quad()
-        if loaded.lane_tokens == 1:
-            is_first = lane < 2
-            size = T.if_then_else(
-                is_first, loaded.factors[pair, own], loaded.factors[pair, own + 1]
-            )
-            added = T.if_then_else(is_first, acc[n, h], acc[n, 2 + h])
-        else:
-            size = loaded.factors[pair, own + t]
-            added = acc[n, t * 2 + h]
-        product = T.cast(2 * added - query.sums[n, h], T.float32)
-        unit = T.cast(size, T.float32) * query.units[n, h]
-        logit = T.call_extern("float32", "fmaf", unit, product, self.base[n, h])
-        return logit
-
-    @partialmethod
-    @T.macro
-    def each_run(self, chunk, config, visit):
-        """See walk_runs."""
-        walk_runs(self, SignRun, chunk, config, visit)
-
-    @partialmethod
-    @T.macro
-    def each_tiles(self, run, visit):
-        """See walk_tiles."""
-        walk_tiles(
-            self, run, lambda loaded, first: self.visit_block(loaded, first, visit),
-            lambda: self.find_bases(run),
+    def each_tiles(self, chunk, config, visit):
+        """visit(run, loaded, first) sees this warp's tiles of a chunk of the row, from `first` of a
+        run on as many as are loaded at once."""
+        walk_runs(
+            self, chunk, config,
+            lambda run, _: walk_tiles(
+                self, run, lambda loaded, first: self.visit_block(run, loaded, first, visit),
+                lambda: self.find_bases(run),
+            ),
         )  # fmt: skip
 
     @partialmethod
     @T.macro
-    def visit_block(self, loaded, first, visit):
+    def visit_block(self, run, loaded, first, visit):
         """All tiles that are loaded at once lie in one block."""
-        thread, num_heads = T.get_thread_binding(), self.rows.heads
-        _, lane = place_in_quad()
-        for n in T.unroll(self.base.shape[0]):
-            for h in T.unroll(2):
-                head = head_of(n * TILE_HEADS + lane * 2 + h, num_heads)
-                self.base[n, h] = self.bases[thread // 32, first // BLOCK_TILES, head]
-        visit(loaded, first)
+        columns = self.query.columns
+        for n in T.unroll(self.query.head_tiles):
+            self.base[n] = self.bases[
+                T.get_thread_binding() // 32,
+                first // BLOCK_TILES,
+                n * columns + T.get_thread_binding() % columns,
+            ]
+        visit(run, loaded, first)
 
     @partialmethod
     @T.macro
     def find_bases(self, run):
         """Of the blocks of a run, by its warp."""
         signs, channels = self.labels, int(self.labels.mean_codes.shape[2]) // 32
-        thread = T.get_thread_binding()
+        lane = T.get_thread_binding() % 32
         stored = T.alloc_local((RUN_BLOCKS, channels), T.uint8)
-        mean = T.alloc_local((RUN_BLOCKS, channels), T.float32)
         pairs = T.alloc_local((RUN_BLOCKS, 2), T.float16)
-        products = T.alloc_local((channels,), T.float32)
+        mean = T.alloc_local((BASES_AT_ONCE, channels), T.float32)
         page = T.alloc_var(T.int32)
-        added = T.alloc_var(T.float32)
+        scale = T.alloc_var(T.float32)
+        zero = T.alloc_var(T.float32)
         T.sync_warp()  # who still reads the last run's
         for j in T.unroll(RUN_BLOCKS):
             block = run.first // BLOCK_TILES + j
@@ -275,28 +275,46 @@ class SignReader(NamedTuple):
                 page = signs.page_table[self.row.batch, place.logical] * signs.num_heads
                 page = page + signs.head
                 for c in T.vectorized(channels):
-                    stored[j, c] = signs.mean_codes[page, place.nth, thread % 32 * channels + c]
+                    stored[j, c] = signs.mean_codes[page, place.nth, lane * channels + c]
                 for e in T.vectorized(2):
                     pairs[j, e] = signs.mean_scale_zero[page, place.nth, e]
-        for j in T.unroll(RUN_BLOCKS):
-            scale = T.cast(pairs[j, 0], T.float32)
-            zero = T.cast(pairs[j, 1], T.float32)
-            for c in T.unroll(channels):
-                code = T.cast(stored[j, c], T.float32)
-                mean[j, c] = T.call_extern("float32", "fmaf", code, scale, zero)
-                if T.reinterpret(mean[j, c], T.int32) & 0x7F800000 == 0x7F800000:
-                    mean[j, c] = 0.0
-        for head in T.serial(self.rows.heads):
-            for j in T.unroll(RUN_BLOCKS):
+        for turn in T.unroll(RUN_BLOCKS // BASES_AT_ONCE):
+            for j in T.unroll(BASES_AT_ONCE):
+                scale = T.cast(pairs[turn * BASES_AT_ONCE + j, 0], T.float32)
+                zero = T.cast(pairs[turn * BASES_AT_ONCE + j, 1], T.float32)
+                if T.Or(is_special(scale), is_special(zero)):  # as then every channel is
+                    scale = 0.0
+                    zero = 0.0
                 for c in T.unroll(channels):
-                    y = self.query.rotated[head, thread % 32 * channels + c]
-                    products[c] = T.call_extern("float32", "__fmul_rn", y, mean[j, c])
-                for distance in [1 << step for step in range(channels.bit_length() - 1)]:
-                    for c in range(0, channels, 2 * distance):
-                        products[c] = products[c] + products[c + distance]
-                added = products[0]
-                for bit in T.unroll(5):
-                    added = added + T.shfl_xor(added, 1 << bit)
-                if thread % 32 == 0:
-                    self.bases[thread // 32, j, head] = added * self.factor
+                    code = T.cast(stored[turn * BASES_AT_ONCE + j, c], T.float32)
+                    mean[j, c] = T.call_extern("float32", "fmaf", code, scale, zero)
+            self.multiply_means(mean, turn * BASES_AT_ONCE)
         T.sync_warp()
+
+    @partialmethod
+    @T.macro
+    def multiply_means(self, mean, first):
+        """The bases of as many blocks of a run, from its `first` on."""
+        query, bases = self.query, self.bases
+        blocks, channels = (int(size) for size in mean.shape)
+        columns, count = query.columns, blocks * query.columns
+        thread = T.get_thread_binding()
+        products = T.alloc_local((channels,), T.float32)
+        sums = T.alloc_local((count,), T.float32)
+        for n in T.serial(query.head_tiles):
+            for column in T.unroll(columns):
+                head = query.head_of(n, column)
+                for j in T.unroll(blocks):
+                    for c in T.unroll(channels):
+                        y = query.rotated[head, thread % 32 * channels + c]
+                        products[c] = T.call_extern("float32", "__fmul_rn", y, mean[j, c])
+                    added_up(products)
+                    sums[j * columns + column] = products[0]
+            share_out(sums, count, operator.add, count)
+            added = join_lanes(sums[0], 32 // count, apart=count)
+            if thread % 32 < count:
+                own = thread % columns
+                bases[thread // 32, first + thread % 32 // columns, n * columns + own] = (
+                    T.call_extern("float32", "__fmul_rn", added, self.factor)
+                    + query.constants[query.head_of(n, own)]
+                )

@@ -4,17 +4,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .attention import AttentionWorkspace, attend, every_token, list_items
+from .attention import AttentionWorkspace, WorkList, attend, every_token, list_items
 from .cache import PagedKVCache
-from .candidate_mass import CandidateMass, Sampling, Scaled, estimate_mass
+from .candidate_mass import CandidateMass, Sampling, sample_others
 from .estimate_prune import estimate_and_prune
 from .estimator import estimate
+from .head_mass import KEPT, NUM_MASSES
 from .lists import Kept, Listed, Window
 from .mass_bound import bound_mass
 from .plan import CandidatePlan, DensePlan, SparsePlan
 from .pruner import HeadUnion, Pruned, prune
 from .query import by_kv_head
 from .selector import AnySelection, select
+from .sign_top_p import SignTopPSelection
 
 
 class Settings(NamedTuple):
@@ -32,33 +34,48 @@ class SparseMemory(NamedTuple):
     logits: torch.Tensor  # [batch_size, num_qo_heads, width] f16
     kept: Kept
     mass_bound: torch.Tensor  # [batch_size, num_qo_heads] f32
-    candidate_mass: CandidateMass
-    candidate_top_p: torch.Tensor  # [batch_size, num_qo_heads] f32: top_p of the candidates' mass
+    # [batch_size, num_qo_heads, NUM_MASSES] f32, whose first are kept.mass, where top_p is one of
+    # all tokens'.
+    masses: torch.Tensor | None
     union: HeadUnion
     attention: AttentionWorkspace
     out: torch.Tensor  # [batch_size, num_qo_heads, head_dim]
 
     @classmethod
     def allocate(
-        cls, cache: PagedKVCache, selection: AnySelection, top_p: torch.Tensor
+        cls, cache: PagedKVCache, selection: AnySelection, top_p: torch.Tensor, sampled: bool
     ) -> "SparseMemory":
-        """For the candidates of a selection."""
+        """For the candidates of a selection, whose logits of all tokens, if it has any, give way to
+        theirs; `sampled`: with the masses of a sample of the others."""
         num_qo_heads = top_p.shape[1]
         tokens = Listed.of(selection.candidates).width(cache.page_size)
         group_size = num_qo_heads // cache.num_kv_heads
-        logits = torch.empty(*top_p.shape, tokens, dtype=torch.float16, device=top_p.device)
+        if isinstance(selection, SignTopPSelection):
+            logits, union = selection.logits, selection.union
+        else:
+            logits = torch.empty(*top_p.shape, tokens, dtype=torch.float16, device=top_p.device)
+            union = HeadUnion.allocate(cache, tokens)
+        kept, masses = Kept.allocate(cache, tokens, num_qo_heads), None
+        if sampled:
+            masses = torch.empty(*top_p.shape, NUM_MASSES, device=top_p.device)
+            kept = kept._replace(mass=masses[..., KEPT])
         return cls(
             selection,
             top_p,
             logits,
-            Kept.allocate(cache, tokens, num_qo_heads),
+            kept,
             torch.empty_like(top_p),
-            CandidateMass.allocate(top_p),
-            torch.empty_like(top_p),
-            HeadUnion.allocate(cache, tokens),
+            masses,
+            union,
             AttentionWorkspace.allocate(cache, group_size, tokens),
             empty_out(cache, num_qo_heads),
         )
+
+    @property
+    def candidate_mass(self) -> CandidateMass:
+        """Of a step whose top_p is one of all tokens'."""
+        assert self.masses is not None
+        return CandidateMass.within(self.masses)
 
     def part(self, requests: slice) -> "SparseMemory":
         """The share of some requests."""
@@ -66,9 +83,10 @@ class SparseMemory(NamedTuple):
 
 
 def _part(memory: Any, requests: slice) -> Any:
-    """The share of some requests of a tensor, of every tensor in a tuple, or of nothing."""
-    if memory is None:
-        return None
+    """The share of some requests of a tensor, of every tensor in a tuple, or of nothing; a list of
+    work of its own is the selector's, which no launch reads or writes."""
+    if memory is None or isinstance(memory, WorkList):
+        return memory
     if isinstance(memory, AttentionWorkspace):
         return memory.part(requests)
     if isinstance(memory, tuple):
@@ -104,13 +122,12 @@ class SparseStep(WritingStep):
         self.plan, self.memory, self.settings = plan, memory, settings
         self.candidates, self.kept, self.out = memory.selection.candidates, memory.kept, memory.out
         num_kv_heads = memory.kept.tokens.shape[1]
-        by_qo_head = memory.top_p, memory.logits, memory.out, memory.mass_bound, memory.kept.mass
-        self.top_p, self.grouped_logits, self.grouped_out, self.grouped_bound, mass = (
+        masses = memory.kept.mass if memory.masses is None else memory.masses
+        by_qo_head = memory.top_p, memory.logits, memory.out, memory.mass_bound, masses
+        self.top_p, self.grouped_logits, self.grouped_out, self.grouped_bound, self.masses = (
             by_kv_head(each, num_kv_heads) for each in by_qo_head
         )
-        by_candidates = (*memory.candidate_mass, memory.candidate_top_p)
-        self.scaled = Scaled(*(by_kv_head(each, num_kv_heads) for each in by_candidates))
-        kept = memory.kept._replace(mass=mass)
+        kept = memory.kept._replace(mass=self.masses)
         self.pruned = Pruned(kept, memory.attention.work, memory.union)
         self.listed = Listed.of(self.candidates)
         self.kept_list = Listed("tokens", kept.tokens, kept.counts)
@@ -131,6 +148,15 @@ class SparseStep(WritingStep):
         sm_scale, window = self.settings
         select(self.plan.selector, q, cache, window, sm_scale, self.memory.selection)
 
+    def sample(self, q: torch.Tensor, cache: PagedKVCache) -> None:
+        """What a sample of the tokens that are no candidates weighs -> masses, where planned: what
+        prune() makes of top_p waits for it."""
+        assert self.plan.candidate_mass is not None
+        sample_others(
+            self.plan.candidate_mass, by_kv_head(q, cache.num_kv_heads), cache, self.listed,
+            Sampling(self.settings.sm_scale), self.masses,
+        )  # fmt: skip
+
     def estimate(self, q: torch.Tensor, cache: PagedKVCache) -> None:
         """Estimated logits of the candidates -> logits."""
         grouped, sm_scale = by_kv_head(q, cache.num_kv_heads), self.settings.sm_scale
@@ -140,31 +166,21 @@ class SparseStep(WritingStep):
     def prune(self, cache: PagedKVCache) -> None:
         """What top-p keeps of them -> kept, and attention's list of work."""
         logits, window = self.grouped_logits, self.settings.window
-        top_p = self.top_p if self.plan.candidate_mass is None else self.scaled.top_p
-        prune(self.plan.pruner, logits, cache, self.listed, top_p, window, self.pruned)
+        prune(self.plan.pruner, logits, cache, self.listed, self.top_p, window, self.pruned)
 
     def estimate_prune(self, q: torch.Tensor, cache: PagedKVCache) -> None:
-        """estimate() and prune(), or one kernel for both, to the same bits; between them, where
-        planned, estimate_mass()."""
+        """estimate() and prune(), or one kernel for both, to the same bits; before them, where
+        planned, sample()."""
+        if self.plan.candidate_mass is not None:
+            self.sample(q, cache)
         if not self.plan.fused:
             self.estimate(q, cache)
-            if self.plan.candidate_mass is not None:
-                self.estimate_mass(q, cache)
             self.prune(cache)
             return
         sm_scale, window = self.settings
         estimate_and_prune(
             self.plan.estimate_prune, by_kv_head(q, cache.num_kv_heads), cache, self.listed,
             self.top_p, window, sm_scale, self.pruned,
-        )  # fmt: skip
-
-    def estimate_mass(self, q: torch.Tensor, cache: PagedKVCache) -> None:
-        """What the candidates hold of all tokens' mass, and the top_p of theirs that prune() is to
-        take for it -> candidate_mass, candidate_top_p, where planned."""
-        assert self.plan.candidate_mass is not None
-        estimate_mass(
-            self.plan.candidate_mass, by_kv_head(q, cache.num_kv_heads), cache, self.listed,
-            self.grouped_logits, Sampling(self.settings.sm_scale), self.top_p, self.scaled,
         )  # fmt: skip
 
     def bound(self, q: torch.Tensor, cache: PagedKVCache) -> None:

@@ -42,6 +42,11 @@ SHARES = Binning(64, NUM_BINS - 1)  # log2 of shares of a softmax, which are at 
 LOGITS = Binning(32, NUM_BINS // 2)  # log2 of weights, up to any constant
 
 
+def is_special(value: PrimExpr) -> PrimExpr:
+    """Whether a float32 is NaN or infinite, by its bits: fast math knows neither."""
+    return T.reinterpret(value, T.int32) & HIGHEST_KEY >= INFINITY_BITS
+
+
 class OpenTokens(NamedTuple):
     """Which tokens of a request must stand in the order to be candidates."""
 

@@ -4,13 +4,15 @@ A search in phases, below in their order: the softmax's denominator; a list of t
 that can matter; the distance from the largest logit at which their mass reaches p; and, in
 keep_mask.py, the bits of what lies within it, of sinks and of recent tokens. Weights below
 (1 - p) * total / n may all go, whatever they are: only the few that are nearer are searched. A
-floor of kept tokens is a second need of the same search.
+floor of kept tokens is a second need of the same search. Where p is a share of all tokens' mass, it
+is divided by the candidates' share as soon as their weights are summed up.
 """
 
 import operator
 
 import tilelang.language as T
 
+from .head_mass import KEPT, Sample
 from .keep_mask import Windows, mark_all, mark_near, mark_windows
 from .search_team import MAX_VALUES, NUM_THREADS, VECTOR, Share, Team, is_held
 from .softmax_weights import DISTANCE_BITS, STEPS, UNITY, Weights, weight
@@ -21,7 +23,8 @@ from .warp import reserve, steps_over
 @T.macro
 def sum_weights(team, share, values, logit):
     """Phase 1: (the largest logit, the softmax's denominator); values = the share's distances. With
-    a floor, part 2 of the warps' values are logits that MAX_FLOOR candidates of each reach."""
+    a floor, part 2 of the warps' values are logits that a candidate of each of its lanes reaches.
+    """
     largest = T.alloc_local((2,), share.own.dtype)
     partial = T.alloc_var(T.float32)
     for e in T.vectorized(2):
@@ -80,7 +83,7 @@ def list_floor(team, share, weights, values, logit, farthest, least, turn):
         fewest = T.min(fewest, num_near[other, turn % 2])
     if fewest < least:  # in any team: there are barriers of the whole block
         T.sync_threads()  # all have read it
-        reached = T.max(farthest, team.reach(weights))
+        reached = T.max(farthest, team.reach(weights, least))
         share.load(logit)
         for k in T.unroll(share.size):
             values[k] = weights.distance(share.own[k])
@@ -156,7 +159,9 @@ def prune_heads(
     heads, logits, row, candidates, top_p, window, min_kept_tokens, kept_mass, words
 ):  # fmt: skip
     """words = a bit for each candidate that any of the heads keeps; returns how many candidates
-    there are. All threads of the block take part. A floor of one token is none, at compile time."""
+    there are. All threads of the block take part. A floor is known at compile time, and at most
+    NUM_THREADS tokens; of one token it is none. kept_mass: as mass_sizes() has it; of records, p is
+    a share of all tokens' mass."""
     held = is_held(logits.width_bound)
     size = min(MAX_VALUES, max(logits.width_bound // NUM_THREADS, VECTOR))
     has_floor = min_kept_tokens > 1
@@ -171,9 +176,12 @@ def prune_heads(
     limit = T.alloc_var(T.float32)
     num_tokens = T.alloc_var(T.int32)
     num_recent = T.alloc_var(T.int32)  # no more candidates than these are recent
+    sampled = len(kept_mass.shape) == 4
+    if sampled:
+        sample = Sample.allocate(kept_mass, heads.number)
 
-    # Registers are short, and shorter with a floor; shared memory is near.
-    asks_ahead = held and not (has_floor and logits.copy is None)
+    # Registers are short, and shorter with a floor or a sample; shared memory is near.
+    asks_ahead = held and not ((has_floor or sampled) and logits.copy is None)
     num_listed = candidates.slots(row)
     share = Share(own, team.thread, num_listed, held)
     if asks_ahead:  # asked for first: the number of tokens takes two more look-ups
@@ -196,13 +204,16 @@ def prune_heads(
             words[word] = T.uint32(0)
     if team.thread == 0:
         team.num_near[team.number, 0] = 0
+    if sampled:
+        sample.load(row, heads.first)
     T.sync_threads()
     for turn in T.serial(heads.turns):
         head = heads.of(turn, team.number)
         logit = lambda at: logits.at(head, at)
         is_own = (lambda at: candidates.is_own(row, at, head)) if candidates.by_head else None
         near_logit = logit if logits.copy is None else lambda at: logits.copy[at]
-        asked = top_p[row.batch, row.kv_head, head]  # it arrives while the weights are summed up
+        if not sampled:
+            asked = top_p[row.batch, row.kv_head, head]  # it arrives while weights are summed up
         if logits.copy is not None:
             share.store(logits.copy)
         if held and not asks_ahead:
@@ -212,7 +223,15 @@ def prune_heads(
         scale = UNITY / total
         weights = Weights(max_logit, scale)
         # The total is NaN where the head has no softmax: then nothing may be dropped.
-        p = T.if_then_else(T.And(total >= 1.0, asked < 1.0), T.max(asked, 0.0), 1.0)
+        if sampled:
+            asked = top_p[row.batch, row.kv_head, head]
+            of_all = sample.share_of_all(
+                row, head, head - heads.first, weights, total, team.thread == 0
+            )
+            asked = T.if_then_else(T.And(of_all > 0.0, asked < of_all), asked / of_all, 1.0)
+            p = T.max(asked, 0.0)
+        else:
+            p = T.if_then_else(T.And(total >= 1.0, asked < 1.0), T.max(asked, 0.0), 1.0)
         # All that their mass keeps are heavier than the cut.
         cut = (1.0 - p) / T.cast(num_tokens, T.float32) * total * 0.9999
         farthest = T.if_then_else(p < 1.0, T.ceil(-T.log2(cut) * (STEPS / LOG2E)), -1.0)
@@ -223,7 +242,7 @@ def prune_heads(
                     team, share, weights, values, near_logit, farthest, min_kept_tokens, turn
                 )
         elif has_floor:
-            farthest = T.max(farthest, team.reach(weights))
+            farthest = T.max(farthest, team.reach(weights, min_kept_tokens))
         if asks_ahead:
             if turn + 1 < heads.turns:
                 # The next head's logits arrive while this one's are searched.
@@ -246,7 +265,11 @@ def prune_heads(
         if team.thread == 0:
             mass = team.search.above + team.search.mass + team.forced_mass[team.number]
             kept = T.cast(mass, T.float32) / UNITY
-            kept_mass[row.batch, row.kv_head, head] = T.if_then_else(
+            kept = T.if_then_else(
                 p < 1.0, T.min(kept, 1.0), T.if_then_else(num_tokens > 0, 1.0, 0.0)
             )
+            if sampled:
+                kept_mass[row.batch, row.kv_head, head, KEPT] = kept
+            else:
+                kept_mass[row.batch, row.kv_head, head] = kept
     return num_tokens

@@ -186,10 +186,15 @@ def shared_ranks(scores: torch.Tensor, num_kv_heads: int, sm_scale: float) -> to
     logits = scores * sm_scale
     finite = torch.where(logits.isfinite(), logits, float("-inf"))
     lse = finite.logsumexp(dim=-1, keepdim=True)
-    ranks = logits - torch.where(lse.isfinite(), lse, 0.0)
-    ranks = ranks.unflatten(0, (num_kv_heads, -1))
-    unknown = ranks.isnan()
-    largest = torch.where(unknown, float("-inf"), ranks).amax(dim=1)
+    return largest_of_heads(logits - torch.where(lse.isfinite(), lse, 0.0), num_kv_heads)
+
+
+def largest_of_heads(scores: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """The largest over the query heads of a KV head: of [num_qo_heads, ...] float
+    [num_kv_heads, ...]; NaN where it is NaN for every head of the group."""
+    grouped = scores.unflatten(0, (num_kv_heads, -1))
+    unknown = grouped.isnan()
+    largest = torch.where(unknown, float("-inf"), grouped).amax(dim=1)
     return torch.where(unknown.all(dim=1), float("nan"), largest)
 
 

@@ -26,6 +26,7 @@ from .twilight_config import read_config
 from .validate import check_positive, check_query, check_windows, resolve_sm_scale
 
 SELECTORS = ("quest", "full", "double_sparsity", "signs")
+TOKEN_BUDGET = 8192  # where none is asked for
 Dtype = torch.dtype | None  # of the arithmetic; None for float32
 
 
@@ -68,7 +69,7 @@ class TwilightDecode:
         num_qo_heads: int,
         *,
         selector: str = "quest",
-        token_budget: int = 8192,
+        token_budget: int = TOKEN_BUDGET,
         top_p: float | torch.Tensor = 0.85,
         sm_scale: float | None = None,
         num_sink_tokens: int = 16,
@@ -103,10 +104,15 @@ class TwilightDecode:
             token_selection_width(cache, num_qo_heads, token_budget, group, **windows)
         elif selector == "signs":
             check_head_dim(cache.head_dim)
-            check_token_budget(cache, token_budget, **windows)
+            if candidate_p is None:
+                check_token_budget(cache, token_budget, **windows)
         if candidate_p is not None:
             if selector != "signs":
                 raise ValueError(f"candidate_p: expected the selector 'signs', got {selector!r}")
+            if token_budget != TOKEN_BUDGET:
+                raise ValueError(
+                    f"token_budget: expected none beside candidate_p, got {token_budget}"
+                )
             rows = cache.batch_size, num_qo_heads
             broadcast_top_p(candidate_p, *rows, cache.k_cache.device, "candidate_p")
         broadcast_top_p(top_p, cache.batch_size, num_qo_heads, cache.k_cache.device)

@@ -3,11 +3,11 @@
 With the codes of token t (see `SignCodes`) and y = `rotate`(q), q times k_factor where there is
 one, as in RaBitQ's estimator (arXiv 2405.12497),
 
-    logit[h, t]    = (y[h] . mean + factor[t] * sum_c +-y[h, c]) * sm_scale
+    logit[h, t]    = (q[h] . k_offset + y[h] . mean + factor[t] * sum_c +-y[h, c]) * sm_scale
     variance[h, t] = (pi / 2 - 1) * (factor[t] * |q[h]| * sm_scale) ** 2.
 
-The first estimates the logit, less what k_offset takes off all of a query head alike. The query is
-not quantized but where query_bits are asked for, and in the mean's product never: RaBitQ has 4 and
+The first estimates the logit; k_offset is part of it, since heads are compared. The query is not
+quantized but where query_bits are asked for, and only where signs multiply it: RaBitQ has 4 and
 multiplies bits, as the kernels do (see `quantize_query`). The second is the mean square of its
 error, over residuals of any direction, which are Gaussian after the rotation: their signs leave (pi
 / 2 - 1) head_dim factor ** 2 of |r| ** 2. A residual that lies along q is another matter: the
@@ -16,8 +16,9 @@ estimate has only 2 / pi of what it adds.
 Two ways to choose, both of single tokens that a group's query heads share, in the order of
 `double_sparsity`:
 
-    a budget     the tokens of the largest max_h softmax_t(logit[h, t]), as "shared" there. The sum
-                 over h holds as much mass.
+    a budget     the tokens of the largest max_h logit[h, t], as Quest takes the largest bound.
+                 Shares of the heads' softmax, as "shared" there, hold hardly more mass, and cost a
+                 pass over all tokens before the first has a score (profiling/NOTES.md).
     top-p        every query head's smallest set of largest weights exp(logit) that holds
                  candidate_p of their sum, and its min_candidates heaviest tokens; a KV head lists
                  what any of them has. As heavy tokens are underestimated, it holds more than it
@@ -26,7 +27,7 @@ Two ways to choose, both of single tokens that a group's query heads share, in t
 
 So the paper's top-p (arXiv 2502.02770) can run twice, over every token by its signs and over what
 is left by 4 bits, with no fixed number of candidates. RaBitQCache (arXiv 2606.31519) runs it over
-estimates of the unbiased kind. The kernels have no top-p by signs yet.
+estimates of the unbiased kind. The kernels' top-p is over logits in fp16.
 """
 
 import math
@@ -38,8 +39,8 @@ from .cache import PagedKVCache
 from .double_sparsity import (
     check_token_budget,
     forced_tokens,
+    largest_of_heads,
     list_tokens,
-    shared_ranks,
     top_tokens,
 )
 from .lists import CandidateTokens
@@ -47,6 +48,7 @@ from .pruner import broadcast_top_p, candidate_weights, group_union, heaviest, t
 from .sign_codes import means_before, rotate, sign_codes, unpack_signs
 from .validate import check_positive, check_query, check_windows, compute_dtype, resolve_sm_scale
 
+MIN_CANDIDATES = 256  # of each query head, at any candidate_p
 UNEXPLAINED = math.pi / 2 - 1  # of a Gaussian's energy over that which its signs explain
 
 
@@ -94,6 +96,10 @@ def sign_scores(
         weights = levels * delta
     size = query.square().sum(dim=-1).unflatten(1, (cache.num_kv_heads, -1))[..., None]
     shape = (*q.shape[:2], cache.capacity)
+    shift = torch.zeros(*q.shape[:2], 1, dtype=dtype, device=q.device)
+    if cache.k_offset is not None:
+        own = q.to(dtype).unflatten(1, (cache.num_kv_heads, -1))
+        shift = (own * cache.k_offset.to(dtype)[:, None]).sum(dim=-1, keepdim=True).flatten(1, 2)
     logits = torch.full(shape, float("-inf"), dtype=dtype, device=q.device)
     variance = torch.zeros(shape, dtype=dtype, device=q.device)
     for batch, length in enumerate(cache.seq_lens.tolist()):
@@ -103,7 +109,7 @@ def sign_scores(
         mean = means_before(mean_codes, mean_scale_zero, length, dtype)[:, None]
         # Not matrix products: equal codes must tie.
         logit = (grouped[batch] * mean).sum(dim=-1) + factor * (weights[batch] * signs).sum(dim=-1)
-        logits[batch, :, :length] = (logit * sm_scale).flatten(0, 1)
+        logits[batch, :, :length] = (logit.flatten(0, 1) + shift[batch]) * sm_scale
         error = UNEXPLAINED * size[batch] * (factor * sm_scale).square()
         variance[batch, :, :length] = error.flatten(0, 1)
     return SignScores(logits, variance)
@@ -142,7 +148,7 @@ def select_by_signs(
     query_bits: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> CandidateTokens:
-    """The token_budget tokens of the largest share by signs, lower position on ties.
+    """The token_budget tokens of the largest logit by signs, lower position on ties.
 
     The first num_sink_tokens and the last num_recent_tokens tokens always belong to them. A request
     of no more than token_budget tokens lists all of them. A NaN leaves the token to the other heads
@@ -164,7 +170,7 @@ def select_by_signs(
     logits, _ = sign_scores(q, cache, sm_scale=sm_scale, query_bits=query_bits, dtype=dtype)
     chosen = []
     for batch, length in enumerate(cache.seq_lens.tolist()):
-        ranks = shared_ranks(logits[batch, :, :length], cache.num_kv_heads, 1.0)
+        ranks = largest_of_heads(logits[batch, :, :length], cache.num_kv_heads)
         forced = forced_tokens(length, num_sink_tokens, num_recent_tokens, q.device)
         chosen.append(top_tokens(ranks, min(token_budget, length), forced)[:, None])
     return list_tokens(chosen, cache, min(token_budget, cache.capacity))
@@ -175,10 +181,11 @@ def select_top_p_by_signs(
     cache: PagedKVCache,
     candidate_p: float | torch.Tensor,
     *,
-    min_candidates: int = 256,
+    min_candidates: int = MIN_CANDIDATES,
     sm_scale: float | None = None,
     num_sink_tokens: int = 0,
     num_recent_tokens: int = 0,
+    query_bits: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> CandidateTokens:
     """The tokens that hold candidate_p of any query head's mass by signs, as many as that takes.
@@ -191,6 +198,7 @@ def select_top_p_by_signs(
         candidate_p: in (0, 1], a number or float32 [num_qo_heads], [batch_size, 1] or [batch_size,
             num_qo_heads]; 1 lists every token.
         min_candidates: of each query head, any number from 1 on (see `heaviest`).
+        query_bits: as of `sign_scores`.
 
     Returns:
         CandidateTokens of capacity entries a row, -1 behind the counted ones; without heads.
@@ -200,7 +208,7 @@ def select_top_p_by_signs(
     """
     check_windows(num_sink_tokens, num_recent_tokens)
     check_positive("min_candidates", min_candidates)
-    logits, _ = sign_scores(q, cache, sm_scale=sm_scale, dtype=dtype)
+    logits, _ = sign_scores(q, cache, sm_scale=sm_scale, query_bits=query_bits, dtype=dtype)
     share = broadcast_top_p(candidate_p, q.shape[0], q.shape[1], q.device, "candidate_p")
     position = torch.arange(cache.capacity, device=q.device)
     length = cache.seq_lens[:, None, None]

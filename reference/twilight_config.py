@@ -13,7 +13,8 @@ flags. Defaults stand in brackets; what has none is required. A * marks what run
                                        "qk"; r: channels of a label; quant_bit: 32 or more for none;
                                        token_budget or sparsity_rate (-1)
                       oracle_topk *    token_budget; here: ds with every channel, as the keys are
-                      signs *          token_budget; ours, no type of the original's
+                      signs *          token_budget or candidate_p (-1); ours, no type of the
+                                       original's
                       streaming        token_budget, num_sinks
                       sparq            r, token_budget
                       tidal_decode     token_budget, reselection_layers
@@ -111,7 +112,7 @@ TYPES: dict[str, dict[str, dict[str, Argument]]] = {
             "sparsity_rate": RATE,
         },
         "oracle_topk": {"token_budget": COUNT},
-        "signs": {"token_budget": COUNT},
+        "signs": {"token_budget": BUDGET, "candidate_p": RATE},
         "streaming": {"token_budget": COUNT, "num_sinks": SINKS},
         "sparq": {"r": COUNT, "token_budget": COUNT},
         "tidal_decode": {"token_budget": COUNT, "reselection_layers": LAYERS},
@@ -176,7 +177,8 @@ class TwilightConfig:
             num_pages = -(-arguments["token_budget"] // page_size)
             options = {"selector": "quest", "token_budget": num_pages * page_size}
         elif kind == "signs":
-            options = {"selector": "signs", "token_budget": arguments["token_budget"]}
+            asked = {name: value for name, value in arguments.items() if value != -1}
+            options = {"selector": "signs", **asked}
         elif kind != "none":
             budget = arguments["token_budget"]
             options = {"selector": "double_sparsity", "token_budget": budget, "group": "own"}
@@ -289,10 +291,11 @@ def read_flag(name: str, content: Mapping[str, Any]) -> bool:
 def check_combinations(config: TwilightConfig) -> None:
     """Raise ValueError for keys that exclude each other or need each other."""
     arguments = config.selector.arguments
-    budgets = [arguments[key] for key in ("token_budget", "sparsity_rate") if key in arguments]
+    kinds = [key for key in ("token_budget", "sparsity_rate", "candidate_p") if key in arguments]
+    budgets = [arguments[key] for key in kinds]
     if len(budgets) == 2 and (budgets[0] == -1) == (budgets[1] == -1):
         raise ValueError(
-            "selector.token_budget, selector.sparsity_rate: expected one of them, "
+            f"selector.{kinds[0]}, selector.{kinds[1]}: expected one of them, "
             f"got {budgets[0]} and {budgets[1]}"
         )
     estimator = config.weight_estimator.type

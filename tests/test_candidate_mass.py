@@ -8,6 +8,7 @@ from tests.checks.candidate_mass import assert_mass, wanted_mass
 from tests.checks.properties import as_reference, assert_top_p
 from tests.inputs.cases import BASE, CASES, NAMED, NOTHING_ALWAYS, build_cache, make_tensors
 from tests.inputs.hazards import poison_unused
+from tests.inputs.pinned import fused
 from tests.inputs.token_lists import random_tokens
 from twilight_tilelang import reference
 
@@ -81,6 +82,22 @@ def test_a_step_keeps_top_p_of_all_tokens_or_every_candidate(case, top_p, rng):
     plain = step_of(cache, case, top_p=top_p, top_p_of="candidates")
     plain.run(tensors.q, cache)
     assert (plain.kept.counts <= step.kept.counts).all()
+
+
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_one_kernel_that_estimates_too_gives_the_same_bits(case, rng):
+    tensors = make_tensors(case, rng)
+    cache = build_cache(kernels, tensors)
+    poison_unused(cache)
+    outs, masses = [], []
+    for is_fused in (False, True):
+        with fused(is_fused):
+            step = step_of(cache, case, top_p=0.5, num_parts=1)
+        assert step.fused == is_fused
+        outs.append(step.run(tensors.q, cache))
+        masses.append((*step.candidate_mass, step.kept.counts, step.kept.mass))
+    assert torch.equal(*outs)
+    assert all(map(torch.equal, *masses))
 
 
 @pytest.mark.parametrize("num_parts", [1, 2])

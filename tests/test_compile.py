@@ -26,7 +26,11 @@ from twilight_tilelang.kernels.attention import ATTENTION_KERNELS
 from twilight_tilelang.kernels.candidate_mass import MAX_SAMPLES, candidate_mass, shares_list
 from twilight_tilelang.kernels.compiling import Start
 from twilight_tilelang.kernels.double_sparsity import plan_tokens
-from twilight_tilelang.kernels.estimate_prune import EstimatePruneConfig, estimate_prune_kernel
+from twilight_tilelang.kernels.estimate_prune import (
+    ESTIMATE_PRUNE,
+    EstimatePruneConfig,
+    estimate_prune_kernel,
+)
 from twilight_tilelang.kernels.gpu import ARCHS
 from twilight_tilelang.kernels.labels import LabelShape, token_rows
 from twilight_tilelang.kernels.launch import Launch, StepShape
@@ -37,6 +41,7 @@ from twilight_tilelang.kernels.pruner import PRUNER
 from twilight_tilelang.kernels.requests import cache_launches, sign_launch
 from twilight_tilelang.kernels.search_team import is_held
 from twilight_tilelang.kernels.selector import all_pages
+from twilight_tilelang.kernels.sign_top_p import plan_top_p
 from twilight_tilelang.kernels.top_pages import TOP_PAGES
 from twilight_tilelang.kernels.tuned import Planner
 
@@ -80,7 +85,7 @@ def default_launches(shape: StepShape, arch: str) -> list[Launch]:
     own = (cache, all_pages(shape.page_size), mass_bound(shape))
     if shares_list(shape):
         start = planner.plan(PRUNER, shape).config.pdl
-        own = (*own, candidate_mass(shape, NUM_SAMPLES, start))
+        own = (*own, candidate_mass(shape, planner.gpu, NUM_SAMPLES, start))
     if (shape.group_size, shape.head_dim) == (4, 128):
         (wide,) = planner.plan(PRUNER, shape._replace(logits_dtype="float32")).launches
         own = (*own, dataclasses.replace(wide, name="pruner_float32"))
@@ -140,6 +145,7 @@ def label_launches(name: str, arch: str) -> list[Launch]:
 SIGNS = {
     "gqa4-d128": (512, 4, (128, 16, "float16", False), ("sm_90a", "sm_100a")),
     "gqa4-d64-smooth": (8, 4, (64, 16, "float16", True), ("sm_80",)),
+    "mha-d128": (2048, 1, (128, 16, "float16", False), ("sm_90a",)),
     "gqa16-d128-p256": (64, 16, (128, 256, "bfloat16", False), ("sm_100a",)),
 }
 
@@ -153,6 +159,26 @@ def sign_launches(name: str, arch: str) -> list[Launch]:
     )  # fmt: skip
     written = sign_launch(head_dim, page_size, dtype, smooth)
     return list(launches_in((written, plan_tokens(shape, Planner(ARCHS[arch])))))
+
+
+# The same where they hold a share of all mass: also the tokens of the page table.
+SIGN_TOP_P = {
+    "gqa4-d128": (512, 4, (128, 16, "float16", False), 32768, ("sm_90a", "sm_100a")),
+    "gqa4-d64-smooth": (8, 4, (64, 16, "float16", True), 8192, tuple(ARCHS)),
+    "mha-d128": (2048, 1, (128, 16, "float16", False), 8192, ("sm_90a", "sm_100a")),
+    "gqa8-d256": (64, 8, (256, 16, "float16", False), 16384, ("sm_90a",)),
+    "gqa16-d128-p256": (64, 16, (128, 256, "bfloat16", False), 262144, ("sm_80", "sm_100a")),
+}
+
+
+def sign_top_p_launches(name: str, arch: str) -> list[Launch]:
+    """At their default configs."""
+    rows, group_size, (head_dim, page_size, dtype, smooth), tokens, _ = SIGN_TOP_P[name]
+    shape = StepShape(
+        group_size, head_dim, page_size, dtype, rows, tokens // page_size, tokens, rows,
+        smooth=smooth, candidates="tokens", tokens=token_rows("shared", group_size, None),
+    )  # fmt: skip
+    return list(launches_in(plan_top_p(shape, Planner(ARCHS[arch]).plan)))
 
 
 # Candidates that are single tokens: the kernels that read a list of them.
@@ -198,12 +224,16 @@ FLOOR = {
 }  # fmt: skip
 PRUNING = ("pruner", "pruner_float32", "estimate_prune")
 
+# Where top_p is a share of all tokens' mass: these, some of them without a floor, and the sample.
+SAMPLED = FLOOR.keys() - {"head-tokens"}
+SAMPLED_ALONE = ("gqa4-d128", "tokens")
+
 # Compiled whatever else is.
 ALWAYS = ("gqa4-d128-", "stored-")
 # Two of these values change a kernel together; a value of another name changes it alone.
 FORM = (
     *("kind", "source", "min_kept_tokens", "head_dim", "smooth", "logits_dtype", "width_bound"),
-    *("kv_dtype", "labels"),
+    *("kv_dtype", "labels", "sampled"),
 )
 
 
@@ -232,6 +262,16 @@ def kernels() -> Iterator[tuple[str, Launch, str]]:
         for arch in archs:
             for launch in (v for v in default_launches(shape, arch) if v.name in PRUNING):
                 yield f"floor-{name}-{arch}-{launch.name}", launch, arch
+    for name in sorted(SAMPLED):
+        shape, archs = FLOOR[name]
+        for arch in archs:
+            (launch,) = candidate_mass(shape, ARCHS[arch], NUM_SAMPLES).launches
+            yield f"sampled-{name}-{arch}-{launch.name}", launch, arch
+        for floor in (32, 1) if name in SAMPLED_ALONE else (32,):
+            pruned = shape._replace(min_kept_tokens=floor, sampled=True)
+            for arch, spec in itertools.product(archs, (PRUNER, ESTIMATE_PRUNE)):
+                for launch in Planner(ARCHS[arch]).plan(spec, pruned).launches:
+                    yield f"sampled-{floor}-{name}-{arch}-{launch.name}", launch, arch
     for name, (*_, archs) in LABELS.items():
         for arch in archs:
             for launch in label_launches(name, arch):
@@ -240,6 +280,10 @@ def kernels() -> Iterator[tuple[str, Launch, str]]:
         for arch in archs:
             for launch in sign_launches(name, arch):
                 yield f"signs-{name}-{arch}-{launch.name}", launch, arch
+    for name, (*_, archs) in SIGN_TOP_P.items():
+        for arch in archs:
+            for launch in sign_top_p_launches(name, arch):
+                yield f"sign-top-p-{name}-{arch}-{launch.name}", launch, arch
     long_rows = SHAPES["gqa4-d128"][0]._replace(max_pages=8192)  # kept in registers
     (launch,) = Planner(ARCHS["sm_80"]).plan(TOP_PAGES, long_rows).launches
     yield f"long-rows-sm_80-{launch.name}", launch, "sm_80"
@@ -248,7 +292,7 @@ def kernels() -> Iterator[tuple[str, Launch, str]]:
     yield f"one-head-at-once-sm_100a-{launch.name}", launch, "sm_100a"
     widest = StepShape(16, 256, 16, "bfloat16", 8, 512, 8192, 8, candidates="tokens", smooth=True)
     for arch in ARCHS:
-        (launch,) = candidate_mass(widest, MAX_SAMPLES).launches
+        (launch,) = candidate_mass(widest, ARCHS[arch], MAX_SAMPLES).launches
         yield f"most-samples-{arch}-{launch.name}", launch, arch
     for name, form in FORMS.items():
         for arch in ARCHS:
@@ -261,11 +305,13 @@ def kernels() -> Iterator[tuple[str, Launch, str]]:
             yield f"form-{arch}-{name}", launch, arch
     for configs in (SYNTHETIC, *COMMITTED):
         for kernel, shape, config in stored(configs):
-            shapes = (shape, shape._replace(min_kept_tokens=32))  # their bucket is the same
+            floor = shape._replace(min_kept_tokens=32)  # their bucket is the same
+            shapes = (shape, floor, floor._replace(sampled=True))
             for own in shapes if kernel in PRUNING else shapes[:1]:
                 for launch in launches_of(kernel, own, config, ARCHS[configs.arch]):
                     name = f"stored-{configs.gpu}-{launch.name}-{own.num_rows}-{own.width}"
                     name += "-floor" if own.min_kept_tokens > 1 else ""
+                    name += "-sampled" if own.sampled else ""
                     yield name, launch, configs.arch
 
 

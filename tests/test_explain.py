@@ -43,6 +43,7 @@ SHAPES = {
     "many-pages": (2, 4096, {"token_budget": 8192}),
     "every-page": (1, 64, {"selector": "full"}),
     "signs": (1, 64, {"selector": "signs"}),
+    "signs-p": (1, 64, {"selector": "signs", "candidate_p": 0.99, "token_budget": 8192}),
     "all-mass": (34, 64, {"num_parts": 2, "top_p_of": "all"}),
     "equal-parts": (20, 64, {"num_parts": 2}),  # one has other configs than all rows at once
     "unequal-parts": (7, 64, {"num_parts": 2}),

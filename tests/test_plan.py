@@ -16,6 +16,7 @@ from twilight_tilelang.kernels.estimate_prune import (
     blocks_that_fit,
 )
 from twilight_tilelang.kernels.gpu import ARCHS
+from twilight_tilelang.kernels.head_mass import KEPT, SHARE
 from twilight_tilelang.kernels.launch import StepShape
 from twilight_tilelang.kernels.plan import (
     SPECS,
@@ -147,7 +148,7 @@ def test_a_floor_is_compiled_into_the_kernels_that_prune(launched):
     step, _, _ = step_and_inputs(min_kept_tokens=5, num_parts=1)
     plan = step.stages.plan
     compiled = [*plan.pruner.launches, *ESTIMATE_PRUNE.launches(step.shape, EstimatePruneConfig())]
-    assert [launch.arguments[-1] for launch in compiled] == [5, 5]
+    assert [launch.arguments[-2:] for launch in compiled] == [(5, False)] * 2
     others = [own for own in launches_in(plan) if own not in compiled]
     free = step_and_inputs(min_kept_tokens=1, num_parts=1)[0].stages.plan
     assert set(others) < set(launches_in(free))
@@ -174,16 +175,19 @@ def test_a_step_that_bounds_its_mass_launches_one_kernel_more_and_no_fused_one(l
         step.kept_mass_bound  # noqa: B018
 
 
-def test_a_step_of_all_tokens_mass_launches_one_kernel_more_and_no_fused_one(launched):
-    for fused in (False, True):
+def test_a_step_of_all_tokens_mass_launches_one_kernel_more(launched):
+    for fused, bound in ((False, False), (True, False), (True, True)):
         with fused_kernels(fused):
-            step, q, cache = step_and_inputs(top_p_of="all", num_parts=1, bound_mass=fused)
-        assert not step.fused
+            step, q, cache = step_and_inputs(top_p_of="all", num_parts=1, bound_mass=bound)
+        assert step.fused == (fused and not bound)
         launched.clear()
         step.run(q, cache)
-        after = ["mass_bound_kernel"] if fused else []
-        wanted = [*STAGES[:3], "candidate_mass_kernel", STAGES[3], *after, *ATTENTION]
+        pruned = ["estimate_prune_kernel"] if step.fused else STAGES[2:]
+        after = ["mass_bound_kernel"] if bound else []
+        wanted = [*STAGES[:2], "candidate_mass_kernel", *pruned, *after, *ATTENTION]
         assert launched == wanted
+        pruning = [each for each in launches_in(step.stages.plan) if "prune" in each.name]
+        assert len(pruning) == 1 + fused and all(each.arguments[-1] for each in pruning)
         assert [each.shape for each in step.candidate_mass] == [(cache.batch_size, 40)] * 2
     step, *_ = step_and_inputs()
     with pytest.raises(AttributeError, match="top_p_of='all'"):
@@ -193,17 +197,17 @@ def test_a_step_of_all_tokens_mass_launches_one_kernel_more_and_no_fused_one(lau
         step.candidate_mass  # noqa: B018
 
 
-def test_the_mass_of_all_tokens_is_estimated_where_its_part_lies(launched):
+def test_a_sample_is_left_where_its_part_lies(launched):
     """And its kernel starts as the pruner's does."""
     step, *_ = step_and_inputs(top_p_of="all", num_samples=100)
     whole = step.stages.memory
     for requests, part, _ in step.parts:
-        for mine, all_of_it in zip(part.scaled, step.stages.scaled, strict=True):
-            assert mine.data_ptr() == all_of_it[requests].data_ptr()
+        assert part.masses.data_ptr() == step.stages.masses[requests].data_ptr()
+        assert part.pruned.kept.mass is part.masses
         own = part.plan.candidate_mass.config
         assert own.num_samples == 100 and own.pdl == part.plan.pruner.config.pdl
-    assert step.candidate_mass is whole.candidate_mass
-    assert step.stages.scaled.top_p.data_ptr() == whole.candidate_top_p.data_ptr()
+    for which, own in ((KEPT, step.kept.mass), (SHARE, step.candidate_mass.share)):
+        assert own.data_ptr() == whole.masses[..., which].data_ptr()
 
 
 def test_a_step_of_smooth_keys_plans_smooth_kernels(launched):
@@ -219,7 +223,7 @@ def test_a_step_of_smooth_keys_plans_smooth_kernels(launched):
             for launch in launches_in(step.stages.plan):
                 if launch.name in SMOOTHED:
                     named.add(launch.name)
-                    (flag,) = (each for each in launch.arguments if isinstance(each, bool))
+                    flag, *_ = (each for each in launch.arguments if isinstance(each, bool))
                     assert flag == smooth, launch.name
             for part in step.parts:
                 assert part[1].plan.mass_bound == step.stages.plan.mass_bound
@@ -227,7 +231,7 @@ def test_a_step_of_smooth_keys_plans_smooth_kernels(launched):
 
 
 LABELS = ["label_mass_kernel", "label_score_kernel", "top_tokens_kernel"]
-SIGNS = ["sign_mass_kernel", "sign_score_kernel", "top_tokens_kernel"]
+SIGNS = ["sign_score_kernel", "top_tokens_kernel"]
 
 
 def labelled_cache(heads: int = 8):
@@ -259,6 +263,66 @@ def test_a_step_by_signs_launches_its_selector_first(launched, path, stages):
     assert launched == [*SIGNS, *stages, *ATTENTION]
     assert step.candidates.tokens.shape == (2, 8, 256)
     assert "sign scores" in step.explain() and "top tokens" in step.explain()
+
+
+TOP_P_SIGNS = ["sign_logit_kernel", "pruner_kernel"]
+
+
+@pytest.mark.parametrize("path, stages", [("sparse", STAGES[2:]), ("candidates", ["plan_kernel"])])
+def test_a_step_that_takes_a_share_by_signs_prunes_twice(launched, path, stages):
+    """The candidates' logits take the place of every token's."""
+    cache = kernels.PagedKVCache.empty(CacheShape(2, 64, 8, 64)).with_signs()
+    launched.clear()
+    options = {"selector": "signs", "candidate_p": 0.99, "path": path, "num_parts": 1}
+    step = kernels.TwilightDecode(cache, 32, **options)
+    step.run(torch.zeros(2, 32, 64, dtype=torch.float16, device="cuda"), cache)
+    assert launched == [*TOP_P_SIGNS, *stages, *ATTENTION]
+    assert step.candidates.tokens.shape == (2, 8, cache.capacity)
+    assert "sign logits" in step.explain() and "candidate_p" in step.explain()
+    if path == "sparse":
+        selection = step.stages.memory.selection
+        assert selection.logits.data_ptr() == step.logits.data_ptr()
+        assert selection.candidate_p.eq(0.99).all() and step.stages.memory.top_p.eq(0.85).all()
+
+
+def test_parts_of_a_share_by_signs_are_slices(launched):
+    cache = kernels.PagedKVCache.empty(CacheShape(5, 64, 8, 64)).with_signs()
+    share = torch.rand(5, 32).cuda()
+    step = kernels.TwilightDecode(cache, 32, selector="signs", candidate_p=share, num_parts=2)
+    whole = step.stages.memory.selection
+    for requests, part, _ in step.parts:
+        own = part.memory.selection
+        assert torch.equal(own.candidate_p, share[requests])
+        assert own.candidates.tokens.data_ptr() == whole.candidates.tokens[requests].data_ptr()
+        assert own.union.words.data_ptr() == whole.union.words[requests].data_ptr()
+    launched.clear()
+    step.run(torch.zeros(5, 32, 64, dtype=torch.float16, device="cuda"), cache)
+    assert launched.count("sign_logit_kernel") == 3  # both parts, and all at once
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"selector": "quest"}, "candidate_p: expected the selector 'signs', got 'quest'"),
+        ({"token_budget": 256}, "token_budget: expected none beside candidate_p, got 256"),
+        ({"candidate_p": 0.0}, r"candidate_p: expected a number in \(0, 1\], got 0.0"),
+        ({"candidate_p": 1.5}, r"candidate_p: expected a number in \(0, 1\], got 1.5"),
+        ({"num_sink_tokens": -1}, "num_sink_tokens: expected"),
+    ],
+)
+def test_a_step_that_takes_a_share_by_signs_refuses(launched, options, match):
+    cache = kernels.PagedKVCache.empty(CacheShape(2, 64, 8, 64)).with_signs()
+    with pytest.raises(ValueError, match=match):
+        kernels.TwilightDecode(cache, 32, **{"selector": "signs", "candidate_p": 0.9} | options)
+
+
+def test_a_share_by_signs_of_more_tokens_than_can_be_marked_is_refused(launched):
+    table = torch.zeros(1, 2**17, dtype=torch.int32, device="cuda")
+    shape = CacheShape(1, 2**17, 1, 64)
+    cache = kernels.PagedKVCache.empty(shape, num_pages=1, page_table=table).with_signs()
+    for path in ("sparse", "candidates"):
+        with pytest.raises(ValueError, match="candidate_p: tokens: expected at most"):
+            kernels.TwilightDecode(cache, 4, selector="signs", candidate_p=0.9, path=path)
 
 
 def test_a_step_by_signs_takes_a_cache_with_labels_as_well(launched):

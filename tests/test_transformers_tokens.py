@@ -80,6 +80,18 @@ def test_p_1_of_every_token_generates_what_sdpa_does(
     assert (counts == lengths[:, None]).all()
 
 
+def test_a_share_by_signs_of_1_generates_what_sdpa_does(
+    model, rng: torch.Generator, tmp_path: Path
+) -> None:
+    """With a dense layer, which has no share."""
+    inputs = prompts(rng, [LENGTH, 40], width=LENGTH)
+    options = {"candidate_p": 1.0, "top_p": 1.0}
+    cache = make_cache(model, tmp_path, "signs", dense=1, **options)
+    assert_same_choice(generate(model, inputs, cache=cache), generate(model, inputs))
+    counts, lengths = cache.kept().counts[-1], cache.layers[0].pages.seq_lens
+    assert (counts == lengths[:, None]).all()
+
+
 @pytest.mark.parametrize("name", SELECTORS)
 def test_a_budget_of_tokens_is_kept_and_dense_layers_read_all(
     name: str, model, rng: torch.Generator, tmp_path: Path

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .kernels.pools import Fp8
     from .kernels.pruner import prune_top_p
     from .kernels.selector import select_all, select_pages
-    from .kernels.sign_selector import select_by_signs
+    from .kernels.sign_selector import select_by_signs, select_top_p_by_signs
     from .kernels.validate import validate_cache
     from .reference.channels import calibrate_channels, load_channels
     from .reference.smoothing import KeyChannels, calibrate_keys
@@ -43,7 +43,7 @@ HOMES = {
     "pools": ("Fp8",),
     "pruner": ("prune_top_p",),
     "selector": ("select_all", "select_pages"),
-    "sign_selector": ("select_by_signs",),
+    "sign_selector": ("select_by_signs", "select_top_p_by_signs"),
     "smoothing": ("KeyChannels", "calibrate_keys"),
     "validate": ("validate_cache",),
 }

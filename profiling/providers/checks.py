@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from twilight_tilelang import reference
-from twilight_tilelang.reference.double_sparsity import shared_ranks
+from twilight_tilelang.reference.double_sparsity import largest_of_heads, shared_ranks
 
 from .backends import Lists
 
@@ -121,7 +121,7 @@ def sign_ranks(
 ) -> torch.Tensor:
     """By sign codes, in float32: in float64 a query's channel may be rounded to other bits."""
     scores = reference.sign_scores(q, one, query_bits=query_bits).logits[0, :, : int(one.seq_lens)]
-    return shared_ranks(scores, one.num_kv_heads, 1.0)
+    return largest_of_heads(scores, one.num_kv_heads)
 
 
 def check_channel_scores(call: Callable[[], torch.Tensor], q: torch.Tensor, cache: Any) -> float:

@@ -22,13 +22,14 @@ def shape_of(kernel: str, bucket: Bucket) -> StepShape:
     if SPECS[kernel].applies(shape):
         return shape._replace(candidates=bucket.candidates)
     group, labels = "shared", None
-    if bucket.labels != "signs" and kernel != "sign_score":
+    if bucket.labels != "signs" and not kernel.startswith("sign_"):
         named = bucket.labels or f"r64b2h{bucket.group_size}"
         r, bits, heads = map(int, re.findall(r"\d+", named))
         group = "own" if heads < bucket.group_size else "shared"
         labels = LabelShape(1, r, bits)
     tokens = token_rows(group, bucket.group_size, labels)
-    return shape._replace(candidates="tokens", tokens=tokens, row_tokens=width)
+    row_tokens = 0 if kernel == "sign_logits" else width
+    return shape._replace(candidates="tokens", tokens=tokens, row_tokens=row_tokens)
 
 
 def broken_limit(kernel: str, config: Any, shape: StepShape, gpu: Gpu) -> str | None:

@@ -14,6 +14,7 @@ import torch
 from tests.checks.properties import (
     TOKEN_LISTS,
     as_mask,
+    as_reference,
     assert_ascending,
     assert_bounds_hold,
     assert_candidates_attended,
@@ -32,13 +33,18 @@ from tests.checks.properties import (
     with_reference_labels,
     write_logits,
 )
+from tests.checks.signs import plain_logits
 from tests.checks.tokens import assert_tokens_selected
 from tests.inputs.cases import NOTHING_ALWAYS, Tensors, build_cache, shuffled_pages
 from tests.inputs.hazards import poison_unused
 from tests.inputs.strategies import Step
 from tests.inputs.token_lists import random_tokens, tokens_of_pages
+from twilight_tilelang import reference
+from twilight_tilelang.kernels.options import DecodeOptions
+from twilight_tilelang.kernels.sign_top_p import MIN_CANDIDATES
 
 Results = dict[str, torch.Tensor]
+NO_BUDGET = DecodeOptions.token_budget  # beside a candidate_p
 SPOILS = (torch.nan, torch.inf, -torch.inf)
 
 
@@ -120,19 +126,21 @@ class Run:
 
     @cached_property
     def top_p(self) -> float | torch.Tensor:
-        top_p = self.generated.top_p
+        return self.share(self.generated.top_p)
+
+    def share(self, top_p: float | tuple[float, ...]) -> float | torch.Tensor:
+        """As an option: one for all, or one per query head."""
         return torch.tensor(top_p, device=self.device) if isinstance(top_p, tuple) else top_p
 
-    @property
+    @cached_property
     def options(self) -> dict:
         generated = self.generated
-        return {
-            "token_budget": generated.case.token_budget,
-            "selector": generated.selector,
-            "top_p": self.top_p,
-            **generated.always,
-            **({"group": generated.labels.group} if generated.by_labels else {}),
-        }
+        options = {"selector": generated.selector, "top_p": self.top_p, **generated.always}
+        if generated.candidate_p is not None:
+            sizes = {"token_budget": NO_BUDGET, "candidate_p": self.share(generated.candidate_p)}
+            return options | sizes
+        group = {"group": generated.labels.group} if generated.by_labels else {}
+        return options | {"token_budget": generated.case.token_budget} | group
 
     @property
     def num_rows(self) -> int:
@@ -144,6 +152,10 @@ def promise_1_and_every_stage_is_right(run: Run) -> None:
     """Each judged on what the stage before it gave, the pruner by promise 1."""
     step, q, cache, always = run.step, run.tensors.q, run.cache, run.generated.always
     token_budget = run.generated.case.token_budget
+    if run.generated.candidate_p is not None:
+        assert_share_selected(run)
+        assert_pruned_and_attended(step, run.out, q, cache, run.top_p, **always)
+        return
     if not run.generated.by_labels:
         assert_decode_step(step, run.out, q, cache, token_budget, run.top_p, **always)
         return
@@ -158,6 +170,24 @@ def promise_1_and_every_stage_is_right(run: Run) -> None:
     else:  # the budget has room for all
         assert_every_page(cache, *step.candidates)
     assert_pruned_and_attended(step, run.out, q, cache, run.top_p, **always)
+
+
+def assert_share_selected(run: Run) -> None:
+    """Promise 1 of candidates by signs: of the kernels' logits as they state them."""
+    q, cache, share = run.tensors.q, run.cache, run.options["candidate_p"]
+    if run.package.PagedKVCache is reference.PagedKVCache:
+        logits = reference.sign_scores(q, cache).logits
+    else:
+        sizes = (*q.shape[:2], cache.capacity)
+        logits = torch.full(sizes, -torch.inf, dtype=torch.float16, device=q.device)
+        for request, length in enumerate(cache.seq_lens.tolist()):
+            if length > 0:
+                stated = plain_logits(q, cache, cache.head_dim**-0.5, request, compared=False)
+                logits[request, :, :length] = stated.half()
+    every_page = reference.select_all(as_reference(cache))
+    result = (*run.step.candidates[:2], None)
+    floor = {"min_kept_tokens": MIN_CANDIDATES}
+    assert_top_p(logits, cache, every_page, share, result, **run.generated.windows, **floor)
 
 
 def promise_2_p_1_is_dense_over_the_candidates(run: Run) -> None:

@@ -205,7 +205,7 @@ def assert_top_p(
     cache,
     candidates,
     top_p: float | torch.Tensor,
-    result: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    result: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
     num_sink_tokens: int = 0,
     num_recent_tokens: int = 0,
     min_kept_tokens: int = 1,
@@ -216,12 +216,11 @@ def assert_top_p(
     and only if it contains the smallest such level set, and falls below without its lightest token
     (ties aside) if and only if it is contained in it. So the group's union lies between the unions
     of those sets at top_p -/+ the tolerance, the larger one with its ties, and the mass that each
-    head reports between theirs.
+    head reports, unless that is None, between theirs.
     """
     kept_tokens, kept_counts, kept_mass = result
     position, valid = candidate_positions(cache, candidates)
     assert kept_tokens.shape == position.shape
-    assert kept_mass.shape == logits.shape[:2] and kept_mass.dtype == torch.float32
     assert_ascending(kept_tokens, kept_counts, cache.seq_lens)
     has_tokens = cache.seq_lens > 0
     assert (kept_counts[has_tokens] > 0).all() and (kept_counts[~has_tokens] == 0).all()
@@ -240,6 +239,9 @@ def assert_top_p(
     must, may = (own | forced[:, :, None] & candidate for own in (must, may))
     assert kept[must.any(2)].all(), "a token that top-p needs, or a forced one, is missing"
     assert not kept[~may.any(2)].any(), "a token is kept that no head needs"
+    if kept_mass is None:
+        return
+    assert kept_mass.shape == logits.shape[:2] and kept_mass.dtype == torch.float32
     mass = kept_mass.double().view(weights.shape[:3])[has_tokens]
     assert torch.isfinite(mass).all()
     least, most = ((weights * own).sum(-1)[has_tokens] for own in (must, may))

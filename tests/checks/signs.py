@@ -4,13 +4,14 @@ are the reference's."""
 import torch
 
 import twilight_tilelang as kernels
-from tests.checks.properties import as_reference
+from tests.checks.properties import as_reference, assert_top_p
 from tests.checks.tokens import assert_same_tokens
 from twilight_tilelang import reference
 from twilight_tilelang.kernels.label_tiles import LOG2_E
 from twilight_tilelang.kernels.lists import CandidateTokens
 from twilight_tilelang.kernels.sign_query import QUERY_BITS
-from twilight_tilelang.reference.double_sparsity import shared_ranks
+from twilight_tilelang.kernels.sign_top_p import SignTopPSelection
+from twilight_tilelang.reference.double_sparsity import largest_of_heads
 from twilight_tilelang.reference.quantize import pack_codes
 from twilight_tilelang.reference.sign_codes import (
     BLOCK_TOKENS,
@@ -63,34 +64,64 @@ def assert_signs_of_keys(cache, validated: bool = True) -> None:
         kernels.validate_cache(cache)
 
 
-def plain_logits(q: torch.Tensor, cache, sm_scale: float, request: int) -> torch.Tensor:
+def added_up(products: torch.Tensor) -> torch.Tensor:
+    """[..., 2 ** n] -> [...]: in pairs of neighbours."""
+    while products.shape[-1] > 1:
+        products = products[..., ::2] + products[..., 1::2]
+    return products[..., 0]
+
+
+def plain_logits(
+    q: torch.Tensor, cache, sm_scale: float, request: int, compared: bool = True
+) -> torch.Tensor:
     """[num_qo_heads, length] f32: log2 of a token's weight as sign_tiles.py states it, bit for bit
-    but where a sum in float64 is rounded twice."""
+    but where a sum in float64 is rounded twice; or logits, where heads are not compared."""
     length, group_size = int(cache.seq_lens[request]), q.shape[1] // cache.num_kv_heads
     signs, factors, *means = codes_of_request(cache, request)
     y = rotate(as_reference(cache).smoothed(q)[request].float())
     levels, delta = quantize_query(y, QUERY_BITS)
-    factor = torch.tensor(sm_scale) * torch.tensor(LOG2_E)
+    factor = torch.tensor(sm_scale) * torch.tensor(LOG2_E if compared else 1.0)
     by_head = (each.repeat_interleave(group_size, 0) for each in (unpack_signs(signs, y.dtype),
                means_before(*means, length, torch.float32), factors.float()))  # fmt: skip
     signs, mean, size = by_head
-    base = y[:, None] * mean
-    while base.shape[-1] > 1:
-        base = base[..., ::2] + base[..., 1::2]
-    base = (base[..., 0] * factor).double()
+    offset = cache.k_offset.repeat_interleave(group_size, 0)
+    shift = added_up(q[request].float() * offset)[:, None] * factor
+    shift = shift - largest_of_heads(shift, cache.num_kv_heads).repeat_interleave(group_size, 0)
+    base = (added_up(y[:, None] * mean) * factor + (shift if compared else 0.0)).double()
     return (base + (size * (delta * factor)).double() * (signs * levels[:, None]).sum(-1)).float()
+
+
+def assert_holds_top_p(
+    q: torch.Tensor,
+    cache,
+    selection: SignTopPSelection,
+    always: dict,
+    sm_scale: float | None = None,
+) -> None:
+    """The smallest sets of the logits that were written, as many tokens as the reference selects
+    but for what fp16 rounds."""
+    logits, got = selection.logits, selection.candidates
+    share, floor = selection.candidate_p, always["min_candidates"]
+    windows = {name: each for name, each in always.items() if name != "min_candidates"}
+    every_page = reference.select_all(as_reference(cache))
+    result = (got.tokens, got.counts, selection.mass)
+    assert_top_p(logits, cache, every_page, share, result, **windows, min_kept_tokens=floor)
+    wanted = reference.select_top_p_by_signs(
+        q, as_reference(cache), share, **always, sm_scale=sm_scale, query_bits=QUERY_BITS
+    )
+    assert ((got.counts - wanted.counts).abs() <= 4 + wanted.counts // 20).all()
 
 
 def assert_selected_by_signs(
     q: torch.Tensor, cache, got: CandidateTokens, token_budget: int, options: dict
 ) -> None:
-    """The tokens that the reference selects in float64, of queries in as many bits; where shares
+    """The tokens that the reference selects in float64, of queries in as many bits; where logits
     are within a float32's rounding of the last one taken, either may be."""
     same, wide = as_reference(cache), {"query_bits": QUERY_BITS, "dtype": torch.float64}
     wanted = reference.select_by_signs(q, same, token_budget, **options, **wide)
     logits, _ = sign_scores(q, same, sm_scale=options.get("sm_scale"), **wide)
     assert_same_tokens(
         got, wanted, same, q.shape[1],
-        lambda request, length: shared_ranks(logits[request, :, :length], same.num_kv_heads, 1.0),
+        lambda request, length: largest_of_heads(logits[request, :, :length], same.num_kv_heads),
         options,
     )  # fmt: skip

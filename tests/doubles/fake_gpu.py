@@ -22,7 +22,7 @@ from twilight_tilelang.kernels.requests import cache_launches, sign_launch
 from twilight_tilelang.kernels.tuned import forget
 
 CUDA = torch.device("cuda", 0)
-CREATORS = ("arange", "empty", "full", "ones", "tensor", "zeros")
+CREATORS = ("arange", "as_tensor", "empty", "full", "ones", "tensor", "zeros")
 
 
 class GpuTensor(torch.Tensor):

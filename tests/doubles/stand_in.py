@@ -61,6 +61,8 @@ class TwilightDecode:
             width = min(self.whole.token_budget // cache.page_size, width)
         elif self.selector == "double_sparsity":
             width, unit = max(each.tokens.shape[-1] for each in chosen), 1
+        elif self.selector == "signs":
+            width, unit = cache.capacity, 1
         tokens = width * unit
         self.logits = padded([step.logits for step in steps], tokens, -torch.inf)
         entries, counts, *heads = zip(*chosen, strict=True)

@@ -204,6 +204,7 @@ enum class DataType { kFloat16, kFloat32 };
 struct MaxOp { template <class T> T operator()(T a, T b) { return max(a, b); } };
 struct MinOp { template <class T> T operator()(T a, T b) { return min(a, b); } };
 struct SumOp { template <class T> T operator()(T a, T b) { return a + b; } };
+struct BitOrOp { template <class T> T operator()(T a, T b) { return a | b; } };
 template <class Op, class T> T warp_reduce(T value) {
   for (int d = 16; d > 0; d /= 2) value = Op()(value, from_lane(value, lane() ^ d));
   return value;
@@ -211,6 +212,7 @@ template <class Op, class T> T warp_reduce(T value) {
 template <class T> T warp_reduce_max(T value) { return warp_reduce<MaxOp>(value); }
 template <class T> T warp_reduce_min(T value) { return warp_reduce<MinOp>(value); }
 template <class T> T warp_reduce_sum(T value) { return warp_reduce<SumOp>(value); }
+template <class T> T warp_reduce_bitor(T value) { return warp_reduce<BitOrOp>(value); }
 
 // A wide value filled with copies of a narrow one.
 template <class To, class Unit> To broadcast(Unit unit) {
@@ -292,6 +294,12 @@ void mma_sync(float* c, const uint* a, const uint* b) {
   }
 }
 }  // namespace tl
+
+// fma.rn.sat: from 0 to 1, and 0 where it is NaN.
+inline float fma_saturated(float a, float b, float c) {
+  float sum = std::fma(a, b, c);
+  return sum > 0 ? min(sum, 1.0f) : 0.0f;
+}
 
 // m16n8k128 of bits: with g = lane / 4, t = lane % 4, a holds the t-th words of rows g and g + 8, b
 // that of column g, d rows g and g + 8 of columns 2t and 2t + 1.

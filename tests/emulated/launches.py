@@ -10,7 +10,7 @@ from tests.checks.guards import GuardedMemory
 from tests.emulated.emulate import emulated
 from tests.inputs.cases import NOTHING_ALWAYS
 from twilight_tilelang import reference
-from twilight_tilelang.kernels import candidate_mass
+from twilight_tilelang.kernels import candidate_mass, head_mass
 from twilight_tilelang.kernels.attention import ATTENTION_KERNELS
 from twilight_tilelang.kernels.checks import dtype_name
 from twilight_tilelang.kernels.estimate_prune import estimate_prune_kernel
@@ -20,7 +20,7 @@ from twilight_tilelang.kernels.label_scores import LOOK_CHUNKS, label_score_kern
 from twilight_tilelang.kernels.label_tiles import RUN_TOKENS
 from twilight_tilelang.kernels.labels import TokenRows
 from twilight_tilelang.kernels.launch import static_width
-from twilight_tilelang.kernels.lists import CandidateTokens
+from twilight_tilelang.kernels.lists import CandidateTokens, Kept
 from twilight_tilelang.kernels.mass_bound import mass_bound_kernel
 from twilight_tilelang.kernels.pruner import HeadUnion, pruner_kernel
 from twilight_tilelang.kernels.search_team import NUM_THREADS
@@ -103,23 +103,32 @@ def width_bound(width: int) -> int:
     return static_width(max(width, WIDTH_BOUND))
 
 
-def prune_emulated(logits, cache, candidates, top_p, always, config, folder):
-    """The kernel's (kept_tokens, kept_counts, kept_mass), its list of items checked."""
+def prune_emulated(logits, cache, candidates, top_p, always, config, folder, masses=None):
+    """The kernel's (kept_tokens, kept_counts, kept_mass), its list of items checked; candidates:
+    None for every token, of which there is neither list; top_p: a number, or by query head; masses:
+    of sample_emulated, where it is a share of all tokens'."""
     group_size, width = logits.shape[1] // cache.num_kv_heads, logits.shape[2]
-    written = what_pruners_write(cache, group_size, width)
+    written = what_pruners_write(cache, group_size, width, masses)
     dtype = str(logits.dtype).removeprefix("torch.")
-    statics = (group_size, cache.page_size, width_bound(width), dtype, 128, config)
+    every = candidates is None
+    statics = (group_size, cache.page_size, width_bound(width), dtype, 0 if every else 128, config)
     union = HeadUnion.allocate(cache, width)
     windows = NOTHING_ALWAYS | always
-    statics += (kind_of(candidates), windows.pop("min_kept_tokens"))
+    statics += ("all" if every else kind_of(candidates), windows.pop("min_kept_tokens"))
+    statics += (masses is not None,)
+    listed = {"width_entries": width} if every else listing(candidates)
     emulated(pruner_kernel, statics, folder)(
         (group_size if config.heads_apart else 1, cache.num_kv_heads, cache.batch_size),
-        NUM_THREADS, logits=logits, seq_lens=cache.seq_lens, **listing(candidates),
-        top_p=torch.full_like(written["kept_mass"], top_p), **windows, **written, width=width,
+        NUM_THREADS, logits=logits, seq_lens=cache.seq_lens, **listed,
+        top_p=by_head(top_p, cache, group_size), **windows, **written, width=width,
         union_words=union.words, arrived=union.arrived, width_words=union.words.shape[2],
         **sizes(cache),
     )  # fmt: skip
     assert not union.words.any() and not union.arrived.any()
+    if every:
+        assert not written["num_items"].any() and not written["ticket"].any()
+        kept_tokens, kept_counts, kept_mass = (written[f"kept_{name}"] for name in Kept._fields)
+        return kept_tokens, kept_counts, kept_mass.flatten(1)
     return checked_items(**written)
 
 
@@ -154,30 +163,38 @@ def attend_emulated(q, cache, pools, tokens, width, config, folder, num_blocks):
     return shared["out"].flatten(1, 2), shared["lse"].flatten(1, 2)
 
 
-def fuse_emulated(q, cache, candidates, top_p, always, config, folder):
+def by_head(top_p, cache, group_size: int) -> torch.Tensor:
+    """A number, or one of every query head, as the kernels take it."""
+    sizes = (cache.batch_size, cache.num_kv_heads * group_size)
+    return grouped(torch.as_tensor(top_p).float().expand(sizes).contiguous(), cache)
+
+
+def fuse_emulated(q, cache, candidates, top_p, always, config, folder, masses=None):
     """What prune_emulated gives, of the one kernel that estimates too."""
     q, smooth = grouped(q, cache), cache.k_factor is not None
     width = candidates[0].shape[2] * entry_tokens(kind_of(candidates), cache.page_size)
-    written = what_pruners_write(cache, q.shape[2], width)
+    written = what_pruners_write(cache, q.shape[2], width, masses)
     statics = (q.shape[2], cache.head_dim, cache.page_size, "float16", width_bound(width), 128)
     windows = NOTHING_ALWAYS | always
     statics += (config, smooth, kind_of(candidates), windows.pop("min_kept_tokens"))
+    statics += (masses is not None,)
     emulated(estimate_prune_kernel, statics, folder)(
         (cache.num_kv_heads, cache.batch_size), NUM_THREADS * config.heads_at_once,
         q=q, k_factor=cache.k_factor, codes=cache.k_int4, scale_zero=cache.k_scale_zero,
         page_table=cache.page_table, seq_lens=cache.seq_lens, **listing(candidates),
-        sm_scale=cache.head_dim**-0.5, top_p=torch.full_like(written["kept_mass"], top_p),
+        sm_scale=cache.head_dim**-0.5, top_p=by_head(top_p, cache, q.shape[2]),
         **windows, **written, width=width, **sizes(cache),
     )  # fmt: skip
     return checked_items(**written)
 
 
-def what_pruners_write(cache, group_size: int, width: int) -> dict:
+def what_pruners_write(cache, group_size: int, width: int, masses=None) -> dict:
     rows = (cache.batch_size, cache.num_kv_heads)
     max_items = rows[0] * rows[1] * -(-width // 128)
     return dict(
         kept_tokens=blank(*rows, width, dtype=torch.int32),
-        kept_counts=blank(*rows, dtype=torch.int32), kept_mass=blank(*rows, group_size),
+        kept_counts=blank(*rows, dtype=torch.int32),
+        kept_mass=blank(*rows, group_size) if masses is None else masses,
         items=blank(max_items, 4, dtype=torch.int32), max_items=max_items,
         num_items=torch.zeros(1, dtype=torch.int32), ticket=torch.zeros(1, dtype=torch.int64),
     )  # fmt: skip
@@ -194,27 +211,28 @@ def checked_items(kept_tokens, kept_counts, kept_mass, items, num_items, ticket,
                 wanted.append([batch, kv_head, -1 if splits == 1 else split, tokens])
     assert num_items.item() == len(wanted) and not ticket.any()
     assert sorted(items[: len(wanted)].tolist()) == wanted
+    if kept_mass.ndim == 4:
+        kept_mass = kept_mass[..., head_mass.KEPT]
     return kept_tokens, kept_counts, kept_mass.flatten(1)
 
 
-def mass_emulated(q, cache, candidates, logits, top_p, folder, num_samples=48, seed=0):
-    """The kernel's share, its error, and the top_p for the candidates' mass, each [batch_size,
-    num_qo_heads]; the asked top_p is a number or of that shape."""
-    q, logits = grouped(q, cache), grouped(logits, cache)
-    share, error, own = (blank(*q.shape[:3]) for _ in range(3))
-    smooth, config = cache.k_factor is not None, candidate_mass.CandidateMassConfig(num_samples)
+def sample_emulated(q, cache, candidates, folder, num_samples=48, seed=0) -> torch.Tensor:
+    """Records [batch_size, num_kv_heads, group_size, NUM_MASSES] of what a sample weighs: the
+    kernel writes no other numbers."""
+    q, smooth = grouped(q, cache), cache.k_factor is not None
+    masses = blank(*q.shape[:3], head_mass.NUM_MASSES)
+    config = candidate_mass.CandidateMassConfig(num_samples, num_warps=8)
     sizes_of_row = (q.shape[2], cache.head_dim, cache.page_size, "float16")
     static = (*sizes_of_row, config, smooth, kind_of(candidates))
-    asked = torch.as_tensor(top_p).expand(cache.batch_size, q.shape[1] * q.shape[2])
     emulated(candidate_mass.candidate_mass_kernel, static, folder)(
-        (cache.num_kv_heads, cache.batch_size), candidate_mass.block_threads(cache.head_dim), q=q,
+        (cache.num_kv_heads, cache.batch_size), config.num_warps * 32, q=q,
         k_factor=cache.k_factor, codes=cache.k_int4, scale_zero=cache.k_scale_zero,
         page_table=cache.page_table, seq_lens=cache.seq_lens, **listing(candidates),
         sm_scale=cache.head_dim**-0.5, first_word=candidate_mass.Sampling(1.0, seed).first_word,
-        logits=logits, top_p=grouped(asked.contiguous(), cache), share=share, error=error,
-        candidate_top_p=own, width=logits.shape[3], **sizes(cache),
+        masses=masses, **sizes(cache),
     )  # fmt: skip
-    return share.flatten(1), error.flatten(1), own.flatten(1)
+    assert masses[..., [head_mass.KEPT, head_mass.SHARE, head_mass.ERROR]].isnan().all()
+    return masses
 
 
 def bound_emulated(q, cache, candidates, logits, kept, folder, sm_scale=None) -> torch.Tensor:
@@ -284,14 +302,13 @@ def take_tokens_emulated(scores, bins, lengths, budget: int, windows, config, fo
     tokens = blank(batch_size, num_rows, width, dtype=torch.int32)
     counts = blank(batch_size, num_rows, dtype=torch.int32)
     left = OpenKeys.allocate(scores)
-    emulated(top_tokens_kernel, (LOGITS, config), folder)(
+    emulated(top_tokens_kernel, (LOGITS, config, capacity <= config.chunk), folder)(
         (-(-capacity // config.chunk), num_rows, batch_size), NUM_TOP_THREADS, scores=scores,
         seq_lens=lengths, num_sink_tokens=windows[0], num_recent_tokens=windows[1],
         need=min(budget, capacity), bins=bins, words=left.words, near=left.near,
         near_counts=left.counts, arrived=left.arrived, candidate_tokens=tokens,
         candidate_counts=counts, batch_size=batch_size, num_rows=num_rows, num_lists=num_rows,
-        capacity=capacity,
-        num_words=left.words.shape[2], num_chunks=left.counts.shape[2], width=width,
+        capacity=capacity, num_words=left.words.shape[2], width=width,
     )  # fmt: skip
-    assert not bins.any() and not left.arrived.any()
+    assert not any(zeros.any() for zeros in (bins, left.arrived, left.counts))
     return CandidateTokens(tokens, counts)

@@ -11,7 +11,6 @@ from tilelang.jit import JITImpl
 from tests.doubles import fake_gpu
 from tests.emulated.emulate import emulated
 from twilight_tilelang.kernels import (
-    candidate_mass,
     extend,
     label_scores,
     launch,
@@ -34,7 +33,11 @@ LAUNCHED = {
     "estimator_kernel": lambda n, static: _estimator_launch(n, *static[2:5:2], static[-1]),
     "candidate_mass_kernel": lambda n, static: (
         (n["num_kv_heads"], n["batch_size"]),
-        candidate_mass.block_threads(static[1]),
+        static[4].num_warps * 32,
+    ),
+    "estimate_prune_kernel": lambda n, static: (
+        (n["num_kv_heads"], n["batch_size"]),
+        search_team.NUM_THREADS * static[6].heads_at_once,
     ),
     "pruner_kernel": lambda n, static: (
         (static[0] if static[5].heads_apart else 1, n["num_kv_heads"], n["batch_size"]),
@@ -48,9 +51,9 @@ LAUNCHED = {
     "label_score_kernel": lambda n, static: _label_launch(
         n, label_scores.LOOK_CHUNKS if static[2].heads > 1 else 1, *static
     ),
-    "sign_mass_kernel": lambda n, static: _label_launch(n, 1, *static[1:4], static[5]),
-    "sign_score_kernel": lambda n, static: _label_launch(
-        n, label_scores.LOOK_CHUNKS if static[3].heads > 1 else 1, *static[1:4], static[5]
+    "sign_score_kernel": lambda n, static: _label_launch(n, 1, *static[1:4], static[5]),
+    "sign_logit_kernel": lambda n, static: _label_launch(
+        n | {"num_rows": n["num_kv_heads"]}, 1, static[2], static[3], None, static[-1]
     ),
     "top_tokens_kernel": lambda n, static: (
         (-(-n["capacity"] // static[1].chunk), n["num_rows"], n["batch_size"]),

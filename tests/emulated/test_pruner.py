@@ -69,6 +69,26 @@ def test_a_head_keeps_its_heaviest_at_any_p(row, draw, rng, folder):
         torch.testing.assert_close(result[2], expected[2], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("floor", [1, 256])
+@pytest.mark.parametrize("draw", ["normal", "skewed", "below-one", "geometric", "one-nan"])
+@pytest.mark.parametrize("row", on_one_worker(["gqa3-windows", "heads-apart", "wide-walk", "wide"]))
+def test_every_token_may_be_a_candidate(row, draw, floor, rng, folder):
+    """Without a list of them, and with a floor that takes a token of every thread."""
+    seq_len, group_size, num_sink_tokens, num_recent_tokens, dtype, config = ROWS[row]
+    windows = {"num_sink_tokens": num_sink_tokens, "num_recent_tokens": num_recent_tokens}
+    always = windows | {"min_kept_tokens": floor}
+    draws = LOGITS | NO_SOFTMAX | {"geometric": geometric, "below-one": below_one}
+    logits = [draws[draw](seq_len, rng) for _ in range(group_size)]
+    problem = one_row(logits, dtype)
+    top_p = 0.9 if floor == 1 else 1e-6
+    result = prune_emulated(*problem[:2], None, top_p, always, config, folder)
+    assert_top_p(*problem, top_p, result, **always)
+    if floor == 1:
+        tokens, counts, mass = prune_emulated(*problem, top_p, always, config, folder)
+        assert torch.equal(result[1], counts) and torch.equal(result[2], mass)
+        assert torch.equal(result[0][..., :counts], tokens[..., :counts])
+
+
 @pytest.mark.parametrize("draw", NO_SOFTMAX)
 @pytest.mark.parametrize("row", on_one_worker(["gqa3-windows", "heads-apart", "wide", "one-page"]))
 def test_a_row_without_a_softmax_keeps_every_candidate(row, draw, rng, folder):

@@ -35,6 +35,9 @@ ROWS = {  # scores [1, rows, length], budget, sink tokens, recent tokens
     "specials-few": (with_specials(900), 60, 0, 0),
     "specials-most": (with_specials(900), 800, 3, 3),
     "specials-half": (with_specials(900), 450, 0, 7),
+    "specials-forced": (with_specials(900), 60, 5, 5),
+    "long": (normal(1, 1, 20000) * 5, 3000, 16, 64),
+    "long-most": (normal(1, 1, 20000) * 5, 18000, 0, 0),
     "ties-over-chunks": (torch.randint(3, (1, 2, 9000), generator=GENERATOR).float(), 4400, 0, 0),
     "one-of-many": (normal(1, 1, 5000), 1, 0, 0),
     "all-but-one": (normal(1, 1, 4999), 4998, 0, 0),
@@ -43,7 +46,11 @@ ROWS = {  # scores [1, rows, length], budget, sink tokens, recent tokens
     "just-fits": (normal(1, 1, 48), 48, 2, 2),
     "single": (normal(1, 1, 1), 16, 0, 0),
 }
-CONFIGS = {"small": TopTokensConfig(per_thread=4, turns=1), "default": TopTokensConfig()}
+CONFIGS = {
+    "small": TopTokensConfig(chunk=4096, ahead=8, loads=2),
+    "default": TopTokensConfig(),
+    "eager": TopTokensConfig(chunk=16384, ahead=32),
+}
 
 
 @pytest.mark.parametrize("config", CONFIGS)

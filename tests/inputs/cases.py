@@ -94,6 +94,7 @@ class Tensors(NamedTuple):
     page_size: int
     k_offset: torch.Tensor | None  # [num_kv_heads, head_dim] fp32
     label_format: LabelFormat | None = None
+    signed: bool = False  # the kernels' cache has sign codes; the reference needs none
 
 
 def make_tensors(case: Case, rng: torch.Generator) -> Tensors:
@@ -177,7 +178,9 @@ def build_cache(package: ModuleType, tensors: Tensors):
     build, options = package.PagedKVCache.wrap, {"k_offset": tensors.k_offset}
     pool = page_pool(tensors)
     if label_format is None:
-        return build(*pool, *lists, **options)
+        cache = build(*pool, *lists, **options)
+        signed = tensors.signed and package.PagedKVCache is not reference.PagedKVCache
+        return cache.with_signs() if signed else cache
     if package.PagedKVCache is not reference.PagedKVCache:
         return build(*pool, *lists, **options).with_labels(label_format)
     repeats = tensors.q.shape[1] // len(label_format.channels)

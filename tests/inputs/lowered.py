@@ -13,7 +13,7 @@ from pathlib import Path
 from twilight_tilelang.autotune.compiled import Lowered, lower
 from twilight_tilelang.kernels.attend_codes import codes_kernel
 from twilight_tilelang.kernels.attend_tiles import tiles_kernel
-from twilight_tilelang.kernels.candidate_mass import candidate_mass_kernel
+from twilight_tilelang.kernels.candidate_mass import CandidateMassConfig, candidate_mass_kernel
 from twilight_tilelang.kernels.estimate_prune import EstimatePruneConfig, estimate_prune_kernel
 from twilight_tilelang.kernels.estimator import estimator_kernel
 from twilight_tilelang.kernels.extend import extend_kernel
@@ -33,7 +33,7 @@ WITHOUT_PAIRS = (
     *(pruner_kernel, top_pages_kernel, top_tokens_kernel),
 )
 # Their `blocks_per_sm` stands in the launch bounds and nowhere else.
-BOUNDED = (PrunerConfig, EstimatePruneConfig)
+BOUNDED = (PrunerConfig, EstimatePruneConfig, CandidateMassConfig)
 BOUNDS = re.compile(r"(__launch_bounds__\(\d+, )\d+\)")
 
 

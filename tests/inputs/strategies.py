@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.inputs.cases import Case, Tensors, make_tensors
 from twilight_tilelang.kernels.labels import LabelFormat
+from twilight_tilelang.kernels.sign_codes import BLOCK_TOKENS
 from twilight_tilelang.reference.inputs import DecodeShape
 
 
@@ -94,6 +95,7 @@ class Step:
     min_kept_tokens: int
     seed: int
     labels: Labels | None = None  # of a step that selects by them
+    candidate_p: float | tuple[float, ...] | None = None  # of a step that selects by signs
 
     @property
     def windows(self) -> dict[str, int]:
@@ -119,6 +121,7 @@ class Step:
         tensors = tensors._replace(q=q.to(dtype), k=k.to(dtype).contiguous())
         if self.by_labels:
             tensors = tensors._replace(label_format=self.labels.draw_format(self.case.shape, rng))
+        tensors = tensors._replace(signed=self.selector == "signs")
         shared = self.case.shared_pages * self.case.shape.page_size
         tensors.k[1:, :shared] = tensors.k[0, :shared]
         for request, length in enumerate(self.case.shape.lengths):
@@ -164,16 +167,22 @@ def decode_steps(draw, bucket: Bucket, first_data: int = 0) -> Step:
         shared_pages=draw(st.integers(0, min(lengths) // page_size)),
         max_pages=bucket.max_pages,
     )
+    selectors = ("quest", "double_sparsity", "quest", "full")
+    if page_size % BLOCK_TOKENS == 0 or BLOCK_TOKENS % page_size == 0:
+        selectors = (*selectors, "signs")
+    selector = draw(st.sampled_from(selectors))
+    top_p = st.one_of(p, p, per_head)
     return Step(
         case,
         data=draw(st.sampled_from(kinds[first_data:] + kinds[:first_data])),
-        selector=draw(st.sampled_from(("quest", "double_sparsity", "quest", "full"))),
-        top_p=draw(st.one_of(p, p, per_head)),
+        selector=selector,
+        top_p=draw(top_p),
         num_sink_tokens=draw(window),
         num_recent_tokens=draw(window),
         min_kept_tokens=draw(st.sampled_from((1, 2, 32))),
         seed=draw(st.integers(0, 2**31 - 1)),
         labels=bucket.labels,
+        candidate_p=draw(top_p) if selector == "signs" else None,
     )
 
 

@@ -31,6 +31,7 @@ from twilight_tilelang.evaluation.upstream import (  # noqa: E402
     quest_pages,
 )
 from twilight_tilelang.kernels.sign_query import QUERY_BITS  # noqa: E402
+from twilight_tilelang.reference import PagedKVCache, select_top_p_by_signs  # noqa: E402
 from twilight_tilelang.reference.twilight_config import read_config  # noqa: E402
 
 PROMPT, TAIL = 250, 13  # tokens: over the end of a page, and of a block of sign codes
@@ -47,6 +48,7 @@ def everywhere(
 
 
 SIGNS = {"type": "signs", "token_budget": 40}
+SHARE = {"type": "signs", "candidate_p": 0.5}
 CONFIGURATIONS = {
     "full": everywhere({"type": "none"}, 0.7),
     "quest": everywhere(QUEST, 0.8),
@@ -56,6 +58,7 @@ CONFIGURATIONS = {
     "quest alone": everywhere(QUEST),
     "signs": everywhere(SIGNS, 0.8, sinks=3, recent=5, floor=4),
     "signs alone": everywhere(SIGNS),
+    "signs of a share": everywhere(SHARE, 0.8, sinks=3, recent=5, floor=4),
 }
 
 
@@ -270,6 +273,10 @@ def test_a_configuration_becomes_options() -> None:
         decode_options(everywhere({"type": "oracle_topk", "token_budget": 32}), 16)
     signs = decode_options(CONFIGURATIONS["signs alone"], 16)
     assert (signs.selector, signs.token_budget, signs.path) == ("signs", 40, "candidates")
+    share = decode_options(CONFIGURATIONS["signs of a share"], 16)
+    assert (share.selector, share.candidate_p, share.path) == ("signs", 0.5, "sparse")
+    assert CONFIGURATIONS["signs of a share"].token_budget is None
+    assert make_configuration(SHARE, 0.8).name == "signs-c0.5-p0.8"
     options = decode_options(CONFIGURATIONS["windows"], 16)
     assert (options.num_sink_tokens, options.num_recent_tokens, options.top_p) == (3, 5, 0.6)
     assert options.min_kept_tokens == 1
@@ -318,6 +325,23 @@ def test_a_group_reads_the_union_and_the_original_does_not() -> None:
     assert (ours.own.sum(-1) < ours.read.sum(-1)).any()
     assert torch.equal(theirs.own, theirs.read)
     assert (ours.estimated_mass >= 0.5).all() and (theirs.estimated_mass >= 0.5).all()
+
+
+def test_a_share_by_signs_is_the_references() -> None:
+    """Of so many tokens that the floor is not all of them."""
+    chunk = random_chunk(num_tokens=2, seq_len=700)
+    rule = Rule("signs", candidate_p=0.7, num_sink_tokens=3, num_recent_tokens=5)
+    read = choose(rule, 0, chunk).read
+    windows = {"num_sink_tokens": 3, "num_recent_tokens": 5, "sm_scale": chunk.sm_scale}
+    for token, length in enumerate(chunk.lengths.tolist()):
+        k = chunk.keys[:, :length].transpose(0, 1)[None].contiguous()
+        cache = PagedKVCache.from_contiguous(k, k, torch.tensor([length]).int())
+        q = chunk.q[:, token][None].contiguous()
+        found = select_top_p_by_signs(q, cache, 0.7, **windows)
+        for kv_head, count in enumerate(found.counts[0].tolist()):
+            assert 256 < count < length
+            for own in read[:, token].unflatten(0, (len(chunk.keys), -1))[kv_head]:
+                assert own.nonzero()[:, 0].tolist() == found.tokens[0, kv_head, :count].tolist()
 
 
 def test_the_original_does_not_force_the_newest_page() -> None:

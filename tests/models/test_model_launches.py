@@ -92,7 +92,7 @@ def test_a_step_launches_an_append_and_its_stages_in_each_layer(
 @pytest.mark.parametrize(
     ("selector", "prompt", "step"),
     [
-        ("signs", ["sign_kernel"] * 2, ["sign_kernel", "sign_mass_kernel", "sign_score_kernel"]),
+        ("signs", ["sign_kernel"] * 2, ["sign_kernel", "sign_score_kernel"]),
         ("double_sparsity", ["mirror_kernel"], ["label_mass_kernel", "label_score_kernel"]),
     ],
 )

@@ -174,23 +174,25 @@ def test_the_error_of_a_gaussian_key_has_the_variance_that_is_stated():
 
 
 def test_sign_scores_are_of_what_the_mirror_is_made_of():
-    """Without offset and factor a massive channel decides all signs, and no token differs."""
+    """Without offset and factor a massive channel decides all signs, and no token differs. What the
+    offset takes off a query head's logits is in them again."""
     inputs = massive_inputs(DecodeShape(2, 8, 2, 128, 16, (300, 77), torch.float16))
     channels = calibrate_keys(used_keys(inputs), inputs.q)
     nothing = torch.zeros(2, 128)
     for offset, factor in ((channels.k_offset, channels.k_factor), (nothing, None)):
         cache = PagedKVCache.wrap(*inputs.paged(), k_offset=(offset, factor))
         scores = sign_scores(inputs.q, cache, dtype=F64)
-        keys = keys_of(cache, 1) - offset.to(F64)[:, None]
         grouped = inputs.q[1].to(F64).unflatten(0, (2, -1))
-        logits = torch.einsum("kgd,ktd->kgt", grouped, keys).flatten(0, 1) * 128**-0.5
-        lost = (scores.logits[1, :, :77] - logits).std(-1) / logits.std(-1)
+        logits = torch.einsum("kgd,ktd->kgt", grouped, keys_of(cache, 1)).flatten(0, 1) * 128**-0.5
+        error = scores.logits[1, :, :77] - logits
+        lost = error.std(-1) / logits.std(-1)
         assert (lost < 0.5).all() if factor is not None else (lost > 0.8).all()
+        assert (error.mean(-1).abs() < 0.5 * logits.std(-1)).all() or factor is None
 
 
 @pytest.mark.parametrize("windows", [(0, 0), (3, 5)])
 @pytest.mark.parametrize("budget", [8, 100, 400])
-def test_select_by_signs_takes_the_largest_share_of_any_head(budget, windows):
+def test_select_by_signs_takes_the_largest_logit_of_any_head(budget, windows):
     inputs = ragged()
     cache = poisoned_cache(inputs)
     options = {"num_sink_tokens": windows[0], "num_recent_tokens": windows[1]}
@@ -199,10 +201,10 @@ def test_select_by_signs_takes_the_largest_share_of_any_head(budget, windows):
     assert_ascending(found.tokens, found.counts, cache.seq_lens)
     for batch, length in enumerate(LENGTHS):
         logits, _ = float64_scores(inputs.q, cache, batch, 0.2)
-        shares = torch.softmax(logits, -1).unflatten(0, (2, -1)).amax(dim=1)
-        shares[:, : windows[0]] = shares[:, max(length - windows[1], 0) :] = 2.0
-        for kv_head, share in enumerate(shares.tolist()):
-            order = sorted(range(length), key=lambda t, own=share: (-own[t], t))
+        largest = logits.unflatten(0, (2, -1)).amax(dim=1)
+        largest[:, : windows[0]] = largest[:, max(length - windows[1], 0) :] = math.inf
+        for kv_head, scores in enumerate(largest.tolist()):
+            order = sorted(range(length), key=lambda t, own=scores: (-own[t], t))
             count = int(found.counts[batch, kv_head])
             assert count == min(budget, length)
             assert found.tokens[batch, kv_head, :count].tolist() == sorted(order[:budget])
@@ -324,6 +326,8 @@ def test_what_the_sign_selector_refuses():
         TwilightDecode(cache, 6, selector="full", candidate_p=0.9)
     with pytest.raises(ValueError, match="candidate_p: expected values in"):
         TwilightDecode(cache, 6, selector="signs", candidate_p=1.5)
+    with pytest.raises(ValueError, match="token_budget: expected none beside candidate_p, got 64"):
+        TwilightDecode(cache, 6, selector="signs", candidate_p=0.9, token_budget=64)
     odd_q, odd = one_request(40, head_dim=96)
     for refused in (lambda: sign_codes(odd), lambda: sign_scores(odd_q, odd)):
         with pytest.raises(ValueError, match="head_dim: expected a power of two from 8 on, got 96"):

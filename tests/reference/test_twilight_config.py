@@ -22,6 +22,7 @@ from twilight_tilelang.reference import (
     select_by_signs,
     select_pages,
     select_tokens,
+    select_top_p_by_signs,
     twilight_config,
 )
 from twilight_tilelang.reference.inputs import DecodeInputs, DecodeShape, random_inputs
@@ -146,6 +147,12 @@ def test_the_table_of_the_module_has_every_key():
         (config(QUEST | {"token_budget": -1}), "token_budget, .*: expected one of them, got -1"),
         (config(DS | {"sparsity_rate": 0.5}), "expected one of them, got 10 and 0.5"),
         (config(DS | {"sparsity_rate": 2}), r"selector.sparsity_rate: expected a number in \(0, 1"),
+        (config({"type": "signs"}), "token_budget, selector.candidate_p: expected one of them"),
+        (
+            config({"type": "signs", "token_budget": 7, "candidate_p": 0.9}),
+            "token_budget, selector.candidate_p: expected one of them, got 7 and 0.9",
+        ),
+        (config({"type": "signs", "candidate_p": 1.5}), "selector.candidate_p: expected a number"),
         (config(DS | {"quant_bit": 16}), "selector.quant_bit: expected an int in 1..8, or 32 and"),
         (config(DS | {"selected_channel": "v"}), "selected_channel: expected 'q' or 'k' or 'qk'"),
         (
@@ -303,6 +310,10 @@ def test_from_config_runs_signs():
     candidates = select_by_signs(inputs.q, cache, 7)
     expected = page_attention(inputs.q, cache, candidates)
     assert torch.equal(step.run(inputs.q, cache), expected)
+    step = TwilightDecode.from_config(cache, 4, config({"type": "signs", "candidate_p": 0.5}))
+    step.run(inputs.q, cache)
+    candidates = select_top_p_by_signs(inputs.q, cache, 0.5)
+    assert torch.equal(step.candidates.tokens, candidates.tokens)
 
 
 def test_twilight_decode_rejects_an_unknown_path():

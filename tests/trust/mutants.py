@@ -34,6 +34,10 @@ TOPPED = ("tests/emulated/test_selector.py", "-k", "top_pages and registers")
 LABELLED = ("tests/emulated/test_labels.py", "-k", "as_it_comes and r16")
 SIGNED = ("tests/emulated/test_sign_codes.py", "-k", "as_it_comes and d128")
 SIGN_SCORED = ("tests/emulated/test_sign_selector.py", "-k", "stated and mha")
+SIGN_GROUPED = ("tests/emulated/test_sign_selector.py", "-k", "stated and gqa16")
+SIGN_SMOOTHED = ("tests/emulated/test_sign_selector.py", "-k", "smoothed")
+SIGN_LOGITS = ("tests/emulated/test_sign_selector.py", "-k", "logits_of_every and mha")
+SIGN_LOGITS_GROUPED = ("tests/emulated/test_sign_selector.py", "-k", "logits_of_every and gqa16")
 LABEL_SCORED = ("tests/emulated/test_label_scores.py", "-k", "gqa4-r64 and not one-warp")
 TOKENS_TAKEN = ("tests/emulated/test_top_tokens.py", "-k", "default")
 UNITED = ("tests/emulated/test_double_sparsity.py", "-k", "gqa4-own-channels")
@@ -47,6 +51,10 @@ PRUNED = (
 FLOORED = (
     "tests/emulated/test_pruner.py",
     *("-k", "heaviest and (gqa4 or gqa3) and (below-one or geometric)"),
+)
+EVERY_TOKEN = (
+    "tests/emulated/test_pruner.py",
+    *("-k", "every_token and (gqa3 or wide-walk) and (below-one or geometric) and 256"),
 )
 PRUNED_APART = ("tests/emulated/test_pruner.py", "-k", "pruned_sets and heads-apart and normal")
 PRUNED_WIDE = ("tests/emulated/test_pruner.py", "-k", "pruned_sets and wide and skewed")
@@ -150,9 +158,8 @@ MUTANTS = (
         "others += size * weight", "others += weight", ALL_MASS, SAMPLED,
     ),
     Mutant(
-        "top_p not divided by the candidates' share", "candidate_mass.py",
-        "top_p[batch, kv_head, thread] / held", "top_p[batch, kv_head, thread]",
-        ALL_MASS, SAMPLED,
+        "top_p not divided by the candidates' share", "top_p.py",
+        "asked < of_all), asked / of_all, 1.0)", "asked < of_all), asked, 1.0)", ALL_MASS, SAMPLED,
     ),
     Mutant(
         "append bounds a page without its last row", "mirror.py",
@@ -288,15 +295,45 @@ MUTANTS = (
     ),
     Mutant(
         "the highest plane counts positively", "sign_tiles.py",
-        "acc[n, e] - (counts[e] << p)", "acc[n, e] + (counts[e] << p)", SIGNS, SIGN_SCORED,
+        "- (counts[1, t * 2 + 1] << 4)", "+ (counts[1, t * 2 + 1] << 4)", SIGNS, SIGN_SCORED,
     ),
     Mutant(
         "a logit without the mean's product", "sign_tiles.py",
-        "unit, product, self.base[n, h])", "unit, product, T.float32(0))", SIGNS, SIGN_SCORED,
+        "unit, product, self.base[n])", "unit, product, T.float32(0))", SIGNS, SIGN_SCORED,
     ),
     Mutant(
         "the mean's product of the first block of a run alone", "sign_tiles.py",
-        "first // BLOCK_TILES, head]", "0, head]", SIGNS, SIGN_SCORED,
+        "first // BLOCK_TILES,", "0,", SIGNS, SIGN_SCORED,
+    ),
+    Mutant(
+        "half of a group's heads do not score", "sign_tiles.py",
+        "T.max, query.columns)", "T.max, query.columns // 2)", SIGNS, SIGN_GROUPED,
+    ),
+    Mutant(
+        "of sixteen heads the first four score", "sign_tiles.py",
+        "T.max(best[half * 2 + t], logit)", "best[half * 2 + t]", SIGNS, SIGN_GROUPED,
+    ),
+    Mutant(
+        "heads are compared without k_offset", "sign_query.py",
+        "shift * factor", "0.0 * shift", SIGNS, SIGN_SMOOTHED,
+    ),
+    Mutant(
+        "the logit behind a row's last token is one", "sign_logits.py",
+        "GROUP_TOKENS + i >= row.seq_len:", "GROUP_TOKENS + i > row.seq_len:", SIGNS, SIGN_LOGITS,
+    ),
+    Mutant(
+        "logits of later heads are the larger ones of them and the first", "sign_logits.py",
+        "reader.find_logits(loaded, pair, n, True)", "reader.find_logits(loaded, pair, n, n == 0)",
+        SIGNS, SIGN_LOGITS_GROUPED,
+    ),
+    Mutant(
+        "half of a quad's tokens have no logit", "sign_logits.py",
+        "for i in T.vectorized(GROUP_TOKENS):", "for i in T.vectorized(GROUP_TOKENS // 2):",
+        SIGNS, SIGN_LOGITS,
+    ),
+    Mutant(
+        "a floor of many tokens looks as far as one warp's", "search_team.py",
+        "T.max if least <= MAX_FLOOR else T.min", "T.max", SIGNS, EVERY_TOKEN,
     ),
     Mutant(
         "codes further up weigh as much as others", "label_query.py",
@@ -362,23 +399,39 @@ MUTANTS = (
     ),
     Mutant(
         "of a few equal tokens the last", "near_tokens.py",
-        "other[1] < own[1]", "other[1] > own[1]", DOUBLE_SPARSITY, TOKENS_TAKEN,
+        "places[i] = T.uint32(2**32 - 1) - T.cast", "places[i] = T.uint32(1) + T.cast",
+        DOUBLE_SPARSITY, TOKENS_TAKEN,
     ),
     Mutant(
         "one near token too many", "near_tokens.py",
-        "if before < left:", "if before <= left:", DOUBLE_SPARSITY, TOKENS_TAKEN,
+        "nth_largest(keys, left)", "nth_largest(keys, left + 1)", DOUBLE_SPARSITY, TOKENS_TAKEN,
     ),
     Mutant(
-        "tokens of the bin left open are taken", "top_tokens.py",
-        "taken[0] = taken[0] + 1.0", "taken[0] = taken[0] + 0.0", DOUBLE_SPARSITY, TOKENS_TAKEN,
+        "near tokens told apart but for the last bit", "near_tokens.py",
+        "for step in T.serial(num_bits):", "for step in T.serial(num_bits - 1):",
+        DOUBLE_SPARSITY, TOKENS_TAKEN,
     ),
     Mutant(
-        "a word of bits for the next lane's tokens", "top_tokens.py",
-        "if lane == r:", "if lane == r + 1:", DOUBLE_SPARSITY, TOKENS_TAKEN,
+        "tokens of the bin left open are taken", "token_cut.py",
+        "near[0] + 1.0 / NUM_BINS", "near[0] + 0.0 / NUM_BINS", DOUBLE_SPARSITY, TOKENS_TAKEN,
     ),
     Mutant(
-        "every word lists a warp's first tokens", "top_tokens.py",
-        "(word - lane + i) * 32", "(word - lane) * 32", DOUBLE_SPARSITY, TOKENS_TAKEN,
+        "sinks are taken beside those of the bin left open", "token_cut.py",
+        "if cut.taken[0] > 1.0:", "if cut.taken[0] > 9.0:", DOUBLE_SPARSITY, TOKENS_TAKEN,
+    ),
+    Mutant(
+        "a load asked for again is that of the next turn", "token_cut.py",
+        "(NUM_THREADS // 32 + 1) if load", "(NUM_THREADS // 32) if load",
+        DOUBLE_SPARSITY, TOKENS_TAKEN,
+    ),
+    Mutant(
+        "a word of bits for the next lanes' tokens", "token_bits.py",
+        "lane // 8 * 32", "(lane // 8 + 1) % 4 * 32", DOUBLE_SPARSITY, TOKENS_TAKEN,
+    ),
+    Mutant(
+        "every word lists a thread's first tokens", "token_bits.py",
+        "(thread * per_thread + at) * 32", "(thread * per_thread) * 32",
+        DOUBLE_SPARSITY, TOKENS_TAKEN,
     ),
     Mutant(
         "bins are left as they were", "top_tokens.py",
@@ -486,7 +539,8 @@ MUTANTS = (
     ),
     Mutant(
         "the floor looked for among the weights that matter alone", "top_p.py",
-        "reached = T.max(farthest, team.reach(weights))", "reached = farthest", FLOOR, FLOORED,
+        "reached = T.max(farthest, team.reach(weights, least))", "reached = farthest",
+        FLOOR, FLOORED,
     ),
     Mutant(
         "the number above the chosen bin is forgotten", "threshold.py",
@@ -512,7 +566,8 @@ MUTANTS = (
     ),
     Mutant(
         "kept tokens listed as if they were neighbours", "keep_mask.py",
-        'neighbours = candidates.kind == "pages"', "neighbours = True", TOKENS, TOKENS_PRUNED,
+        'neighbours = candidates.kind in ("pages", "all")', "neighbours = True",
+        TOKENS, TOKENS_PRUNED,
     ),
     Mutant(
         "the bound's kept token of a list counted once more", "mass_bound.py",

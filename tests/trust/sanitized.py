@@ -84,17 +84,18 @@ def every_stage(case: Case) -> None:
         by_labels.run(q, labelled)
     if BLOCK_TOKENS % cache.page_size == 0:
         signed = cache.with_signs()
-        by_signs = kernels.TwilightDecode(
-            signed, q.shape[1], token_budget=64, selector="signs", **NOTHING_ALWAYS
-        )
-        signed.append(token, token)
-        by_signs.run(q, signed)
+        for sizes in ({"token_budget": 64}, {"candidate_p": 0.9}):
+            by_signs = kernels.TwilightDecode(
+                signed, q.shape[1], selector="signs", **sizes, **NOTHING_ALWAYS
+            )
+            signed.append(token, token)
+            by_signs.run(q, signed)
     factor = torch.full_like(cache.k_offset, 0.5)
     smooth = build_cache(kernels, tensors._replace(k_offset=(cache.k_offset, factor)))
     poison_unused(smooth)
-    extras = {"bound_mass": True, "top_p_of": "all"} | NOTHING_ALWAYS
-    bounded = kernels.TwilightDecode(smooth, q.shape[1], token_budget=case.token_budget, **extras)
-    bounded.run(q, smooth)
+    for extras in ({"bound_mass": True}, {"top_p_of": "all"}):
+        options = {"token_budget": case.token_budget} | extras | NOTHING_ALWAYS
+        kernels.TwilightDecode(smooth, q.shape[1], **options).run(q, smooth)
     kernels.page_attention(q, cache, step.candidates)
     kernels.dense_attention(q, cache)
     for top_p in (1e-6, 1.0):
