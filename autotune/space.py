@@ -116,7 +116,7 @@ def _token_space(fits: Rules) -> Space:
     )
 
 
-_SIGN_SPACE = _token_space(
+_TOKEN_SPACE = _token_space(
     {
         "signs of all tiles in flight fit in a thread's registers": lambda c, s, gpu: (
             c.tiles * (4 * max(s.head_dim // 128, 1) + 2) <= 64
@@ -125,6 +125,18 @@ _SIGN_SPACE = _token_space(
             c.tiles * TILE_TOKENS <= BLOCK_TOKENS
         ),
     }
+)
+_SIGN_SPACE = replace(
+    _TOKEN_SPACE,
+    values=_TOKEN_SPACE.values | {"blocks_per_sm": (3, 4, 5, 6, 7, 8, 10, 12, 14, 16)},
+    sensible=_TOKEN_SPACE.sensible
+    | {
+        "20 to 32 warps fit on a multiprocessor, the fewer the more tiles each has in flight": (
+            lambda c, s, gpu: (
+                c.num_warps * c.blocks_per_sm in ((20, 24, 28, 32) if c.tiles == 4 else (20,))
+            )
+        )
+    },
 )
 
 SPACES = {

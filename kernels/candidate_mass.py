@@ -5,11 +5,12 @@ the 4-bit mirror as a candidate's is: reference/candidate_mass.py has the sums a
 worth. The kernel here adds up the sample alone, behind the selector; the pruner's search, which has
 the candidates' sum, makes the share of both (head_mass.py). A warp takes one query head, so that
 its sums run in one order, and a request gives the same bits in any batch. The n-th token left out
-is found in the ascending list of candidates by bisection: nothing is written for those that are not
-taken.
+is found in the ascending list of candidates by bisection, first among marks in shared memory:
+nothing is written for those that are not taken.
 """
 
 from dataclasses import dataclass, replace
+from functools import partialmethod
 from typing import NamedTuple
 
 import tilelang
@@ -37,6 +38,7 @@ from .tuned import Planned
 from .warp import steps_over
 
 MAX_SAMPLES = 2048  # whose logits, of 16 query heads, lie in shared memory
+NUM_MARKS = 512  # of a row's list of candidates, in shared memory
 PADDING = 8  # logits behind each row, so that the heads' stores meet different banks
 WORD_BITS = 32
 
@@ -225,13 +227,53 @@ def random_word(number):
     return word
 
 
+class Marks(NamedTuple):
+    """Every so many of a row's ascending candidates, for the first steps of a bisection."""
+
+    left_out: Buffer  # [NUM_MARKS] i32, shared: entries that are no candidates before each
+    stride: PrimExpr  # candidates from one to the next
+    count: PrimExpr
+
+    @classmethod
+    def of(cls, left_out: Buffer, num_entries: PrimExpr) -> "Marks":
+        stride = T.max(T.ceildiv(num_entries, NUM_MARKS), 1)
+        return cls(left_out, stride, T.ceildiv(num_entries, stride))
+
+    @partialmethod
+    @T.macro
+    def set(self, candidates, row, num_threads):
+        """All threads of a block take part; a barrier must follow."""
+        for step in T.serial(steps_over(self.count, num_threads)):
+            mark = step * num_threads + T.get_thread_binding()
+            if mark < self.count:
+                nth = mark * self.stride
+                self.left_out[mark] = candidates.indices[row.batch, row.kv_head, nth] - nth
+
+    @partialmethod
+    @T.macro
+    def find(self, nth):
+        """How many of them have at most `nth` entries before them that are no candidates."""
+        low = T.alloc_var(T.int32)
+        high = T.alloc_var(T.int32)
+        low = 0
+        high = self.count
+        while low < high:
+            middle = (low + high) // 2
+            if self.left_out[middle] <= nth:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+
 @T.macro
-def left_out(candidates, row, nth):
+def left_out(candidates, marks, row, nth):
     """The nth token, from 0 on, that is in none of a row's ascending entries."""
     low = T.alloc_var(T.int32)
     high = T.alloc_var(T.int32)
-    low = 0
-    high = candidates.counts[row.batch, row.kv_head]
+    passed = marks.find(T.truncdiv(nth, candidates.run))
+    high = T.min(passed * marks.stride, candidates.counts[row.batch, row.kv_head])
+    low = T.max((passed - 1) * marks.stride + 1, 0)
     while low < high:
         middle = (low + high) // 2
         entry = candidates.indices[row.batch, row.kv_head, middle]
@@ -308,6 +350,7 @@ def candidate_mass_kernel(
         with T.Kernel(num_kv_heads, batch_size, threads=num_threads) as (kv_head, batch):
             sample = T.alloc_shared((num_tiles * TILE_TOKENS,), T.int32)
             sizes = T.alloc_shared((num_tiles * TILE_TOKENS,), T.float32)  # of the strata
+            counted = T.alloc_shared((NUM_MARKS,), T.int32)
             logits = T.alloc_shared((group_size, num_tiles * TILE_TOKENS + PADDING), T.float16)
             num_samples = T.alloc_var(T.int32)
             whole = T.alloc_var(T.int32)
@@ -319,6 +362,7 @@ def candidate_mass_kernel(
             start_early(config.pdl)
             row = Row(batch, kv_head, seq_lens[batch])
             candidates = TokenList(kind, page_size, candidate_entries, candidate_counts)
+            marks = Marks.of(counted, candidates.counts[batch, kv_head])
             num_left_out = row.seq_len - candidates.count(row)
             num_samples = T.min(num_left_out, config.num_samples)
             number = T.max(num_samples, 1)
@@ -326,6 +370,8 @@ def candidate_mass_kernel(
             rest = T.truncmod(num_left_out, number)
             strata = Strata(number, whole, rest)
 
+            marks.set(candidates, row, num_threads)
+            T.sync_threads()
             for step in T.serial(steps_over(num_samples, num_threads)):
                 stratum = step * num_threads + thread
                 if stratum < num_samples:
@@ -333,7 +379,7 @@ def candidate_mass_kernel(
                     among = T.cast(word, T.uint64)
                     ahead = among * T.cast(strata.size(stratum), T.uint64) >> T.uint64(WORD_BITS)
                     nth = strata.first(stratum) + T.cast(ahead, T.int32)
-                    sample[stratum] = left_out(candidates, row, nth)
+                    sample[stratum] = left_out(candidates, marks, row, nth)
                     sizes[stratum] = T.cast(strata.size(stratum), T.float32)
             T.sync_threads()
             tiles = Tiles(

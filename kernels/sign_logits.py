@@ -7,12 +7,11 @@ import torch
 
 from .cache import PagedKVCache
 from .compiling import THREAD_LEVEL, start_early
-from .label_tiles import LabelScoreConfig
 from .launch import KernelSpec, Launch, StepShape
 from .mma import QUAD, place_in_quad
 from .pools import TILE_TOKENS
 from .sign_codes import GROUP_TOKENS, sign_sizes
-from .sign_scores import SIGN_SCORE, blocks_at_least, default_config, scores_by_signs
+from .sign_scores import SIGN_SCORE, SignScoreConfig, default_config, scores_by_signs
 from .sign_tiles import MMA_B1, SignCache, SignReader
 from .strided import strided
 from .token_list import Row
@@ -20,7 +19,7 @@ from .tuned import Planned
 
 
 def write_sign_logits(
-    planned: Planned[LabelScoreConfig],
+    planned: Planned[SignScoreConfig],
     q: torch.Tensor,
     cache: PagedKVCache,
     sm_scale: float,
@@ -65,7 +64,7 @@ def sign_logit_kernel(
     page_size: int,
     dtype: str,
     smooth: bool,
-    config: LabelScoreConfig,
+    config: SignScoreConfig,
 ):
     """Grid: (chunk of a row, kv_head, batch); a warp takes a run, `tiles` tiles at a time."""
     batch_size, num_kv_heads = T.dynamic("batch_size, num_kv_heads")
@@ -89,7 +88,7 @@ def sign_logit_kernel(
         logits: T.Tensor[(batch_size, num_kv_heads, group_size, capacity), T.float16],
     ):
         with T.Kernel(*grid, threads=config.num_warps * 32) as (chunk, kv_head, batch):
-            T.annotate_min_blocks_per_sm(blocks_at_least(head_dim, group_size, config))
+            T.annotate_min_blocks_per_sm(config.blocks_per_sm)
             T.assume(capacity % TILE_TOKENS == 0)
             T.import_source(MMA_B1)
             start_early(config.pdl)
@@ -111,13 +110,13 @@ def sign_logit_kernel(
     return sign_logits
 
 
-def _launches(shape: StepShape, config: LabelScoreConfig) -> tuple[Launch, ...]:
+def _launches(shape: StepShape, config: SignScoreConfig) -> tuple[Launch, ...]:
     arguments = (*shape.statics, shape.smooth, config)
     return (Launch("sign_logits", sign_logit_kernel, arguments),)
 
 
 SIGN_LOGITS = KernelSpec(
-    name="sign_logits", stage="sign_scores", config=LabelScoreConfig, default=default_config,
+    name="sign_logits", stage="sign_scores", config=SignScoreConfig, default=default_config,
     launches=_launches, width=lambda shape: shape.max_pages,
     applies=lambda shape: scores_by_signs(shape) and shape.row_tokens == 0,
     labels=lambda rows: rows.scored_by,

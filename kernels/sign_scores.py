@@ -1,5 +1,7 @@
 """Sign scores: every token's score by the sign codes of its key, in 1-bit products."""
 
+from dataclasses import dataclass
+
 import tilelang
 import tilelang.language as T
 import torch
@@ -22,16 +24,18 @@ from .token_list import Row
 from .tuned import Planned
 
 
-def default_config(shape: StepShape, gpu: Gpu) -> LabelScoreConfig:
-    """Few tokens (over all rows) are spread over more blocks."""
+@dataclass(frozen=True)
+class SignScoreConfig(LabelScoreConfig):
+    blocks_per_sm: int = 1  # that registers must allow for
+
+
+def default_config(shape: StepShape, gpu: Gpu) -> SignScoreConfig:
+    """Few tokens (over all rows) are spread over more blocks. Of few heads twenty warps fit on an
+    SM, which leave a thread 96 registers: enough."""
     tokens = shape.num_rows * shape.max_pages * shape.page_size
-    return LabelScoreConfig(runs=4 if tokens >= 2**24 else 2 if tokens >= 2**22 else 1)
-
-
-def blocks_at_least(head_dim: int, num_heads: int, config: LabelScoreConfig) -> int:
-    """Of an SM: twenty warps, which leave a thread 96 registers, where these are enough."""
-    few = num_heads <= QUAD and head_dim <= 128 and config.tiles <= 4
-    return max(20 // config.num_warps, 1) if few else 1
+    runs = 4 if tokens >= 2**24 else 2 if tokens >= 2**22 else 1
+    are_few = shape.group_size <= QUAD and shape.head_dim <= 128
+    return SignScoreConfig(runs=runs, blocks_per_sm=5 if are_few else 1)
 
 
 def scores_by_signs(shape: StepShape) -> bool:
@@ -74,7 +78,7 @@ def sign_score_kernel(
     dtype: str,
     rows: TokenRows,
     smooth: bool,
-    config: LabelScoreConfig,
+    config: SignScoreConfig,
 ):
     """Grid: (chunk of a row, row, batch); a warp takes a run, `tiles` tiles at a time."""
     batch_size, num_rows = T.dynamic("batch_size, num_rows")
@@ -103,7 +107,7 @@ def sign_score_kernel(
         bins: T.Tensor[(batch_size, num_rows, NUM_BINS), T.int32],
     ):
         with T.Kernel(*grid, threads=num_threads) as (chunk, kv_head, batch):
-            T.annotate_min_blocks_per_sm(blocks_at_least(head_dim, num_heads, config))
+            T.annotate_min_blocks_per_sm(config.blocks_per_sm)
             T.import_source(MMA_B1)
             start_early(config.pdl)
             row = Row(batch, kv_head, seq_lens[batch])
@@ -130,14 +134,14 @@ def sign_score_kernel(
     return sign_scores
 
 
-def _launches(shape: StepShape, config: LabelScoreConfig) -> tuple[Launch, ...]:
+def _launches(shape: StepShape, config: SignScoreConfig) -> tuple[Launch, ...]:
     sizes = (shape.head_dim, shape.page_size, shape.dtype)
     arguments = (*sizes, shape.tokens, shape.smooth, config)
     return (Launch("sign_score", sign_score_kernel, arguments),)
 
 
 SIGN_SCORE = KernelSpec(
-    name="sign_score", stage="sign_scores", config=LabelScoreConfig, default=default_config,
+    name="sign_score", stage="sign_scores", config=SignScoreConfig, default=default_config,
     launches=_launches, width=lambda shape: shape.max_pages,
     applies=lambda shape: scores_by_signs(shape) and shape.row_tokens > 0,
     labels=lambda rows: rows.scored_by,

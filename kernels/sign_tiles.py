@@ -21,7 +21,7 @@ from typing import NamedTuple
 import tilelang.language as T
 from tvm.tirx import Buffer, PrimExpr
 
-from .label_tiles import RUN_TILES, page_of_tile, walk_runs, walk_tiles
+from .label_tiles import RUN_TILES, Run, page_of_tile
 from .mma import place_in_quad
 from .pools import TILE_TOKENS
 from .sign_codes import BLOCK_TOKENS, GROUP_TOKENS, MeanPlace
@@ -226,14 +226,34 @@ class SignReader(NamedTuple):
     @T.macro
     def each_tiles(self, chunk, config, visit):
         """visit(run, loaded, first) sees this warp's tiles of a chunk of the row, from `first` of a
-        run on as many as are loaded at once."""
-        walk_runs(
-            self, chunk, config,
-            lambda run, _: walk_tiles(
-                self, run, lambda loaded, first: self.visit_block(run, loaded, first, visit),
-                lambda: self.find_bases(run),
-            ),
-        )  # fmt: skip
+        run on as many as are loaded at once. Meanwhile the next ones are on their way to the other
+        registers, at a run's end those of the next run."""
+        loaded, ahead, signs, row = self.loaded, self.ahead, self.labels, self.row
+        page = T.alloc_var(T.int32)
+        next_page = T.alloc_var(T.int32)
+        tiles = loaded.tiles
+        num_steps = RUN_TILES // (2 * tiles)
+        first_run = chunk * (config.num_warps * config.runs) + T.get_thread_binding() // 32
+        page = signs.page_of_lane(first_run, row)
+        next_page = page
+        loaded.load(0, Run.of(first_run, row.seq_len, page), signs)
+        for turn in T.serial(config.runs):
+            run = Run.of(first_run + turn * config.num_warps, row.seq_len, page)
+            following = Run.of(first_run + (turn + 1) * config.num_warps, row.seq_len, next_page)
+            if turn + 1 < config.runs:
+                next_page = signs.page_of_lane(first_run + (turn + 1) * config.num_warps, row)
+            self.find_bases(run)
+            for step in T.serial(num_steps):
+                first = step * (2 * tiles)
+                if first < run.count:
+                    ahead.load(first + tiles, run, signs)
+                    self.visit_block(run, loaded, first, visit)
+                    if step + 1 < num_steps:
+                        loaded.load(first + 2 * tiles, run, signs)
+                    elif turn + 1 < config.runs:
+                        loaded.load(0, following, signs)
+                    self.visit_block(run, ahead, first + tiles, visit)
+            page = next_page
 
     @partialmethod
     @T.macro

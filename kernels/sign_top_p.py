@@ -13,13 +13,13 @@ import torch
 
 from .attention import WorkList
 from .cache import PagedKVCache
-from .label_tiles import LabelScoreConfig
 from .labels import TokenRows
 from .launch import KernelSpec, StepShape
 from .lists import CandidateTokens, Kept, Listed, Window
 from .pruner import PRUNER, HeadUnion, Pruned, PrunerConfig, prune
 from .query import by_kv_head, step_shape
 from .sign_logits import SIGN_LOGITS, write_sign_logits
+from .sign_scores import SignScoreConfig
 from .tuned import Planned
 
 MIN_CANDIDATES = 256  # of each query head, its heaviest: signs blur where few tokens have the mass
@@ -28,7 +28,7 @@ MIN_CANDIDATES = 256  # of each query head, its heaviest: signs blur where few t
 class SignTopPPlan(NamedTuple):
     """The kernels of the selector."""
 
-    sign_logits: Planned[LabelScoreConfig]
+    sign_logits: Planned[SignScoreConfig]
     pruner: Planned[PrunerConfig]
 
 

@@ -17,11 +17,10 @@ from tests.inputs.cases import NOTHING_ALWAYS
 from tests.inputs.hazards import lose_idle_pages, poison_inputs, poison_unused
 from twilight_tilelang.kernels.double_sparsity import token_shape
 from twilight_tilelang.kernels.label_scores import TokenScores, binning_of
-from twilight_tilelang.kernels.label_tiles import LabelScoreConfig
 from twilight_tilelang.kernels.lists import Window
 from twilight_tilelang.kernels.pruner import PrunerConfig, expand_top_p
 from twilight_tilelang.kernels.query import by_kv_head
-from twilight_tilelang.kernels.sign_scores import SIGN_SCORE, score_signs
+from twilight_tilelang.kernels.sign_scores import SIGN_SCORE, SignScoreConfig, score_signs
 from twilight_tilelang.kernels.sign_selector import sign_rows
 from twilight_tilelang.kernels.sign_top_p import (
     MIN_CANDIDATES,
@@ -65,7 +64,7 @@ def signed(shape: DecodeShape, k_offset=None):
     return inputs.q.cuda(), cache
 
 
-def scored(q, cache, windows: tuple[int, int], config: LabelScoreConfig) -> TokenScores:
+def scored(q, cache, windows: tuple[int, int], config: SignScoreConfig) -> TokenScores:
     group_size = q.shape[1] // cache.num_kv_heads
     rows = sign_rows(cache, group_size)
     sizes = (cache.head_dim, cache.page_size, "float16", rows, cache.smooth, config)
@@ -94,7 +93,7 @@ def assert_scores_are_plain(q, cache, written: TokenScores, windows: tuple[int, 
 @pytest.mark.parametrize("name", on_one_worker(CASES))
 def test_scores_are_what_is_stated(name):
     q, cache = signed(CASES[name])
-    written = scored(q, cache, (5, 20), LabelScoreConfig(runs=1))
+    written = scored(q, cache, (5, 20), SignScoreConfig(runs=1))
     assert_scores_are_plain(q, cache, written, (5, 20))
 
 
@@ -111,7 +110,7 @@ def test_other_configs_give_the_same_bits():
     q, cache = signed(CASES["gqa4"])
     one, other = (
         scored(q, cache, (0, 0), config)
-        for config in (LabelScoreConfig(runs=1), LabelScoreConfig(num_warps=1, tiles=8, runs=4))
+        for config in (SignScoreConfig(runs=1), SignScoreConfig(num_warps=1, tiles=8, runs=4))
     )
     assert torch.equal(one.scores.view(torch.int32), other.scores.view(torch.int32))
     assert torch.equal(one.bins, other.bins)
@@ -123,7 +122,7 @@ def test_queries_that_are_smoothed_or_no_numbers():
     factor = 2.0 ** torch.randint(-2, 3, (2, 64), generator=torch.Generator().manual_seed(3))
     q, cache = signed(SMOOTHED, (torch.ones(2, 64).cuda(), factor.cuda()))
     q[0, 1] = 0.0
-    written = scored(q, cache, (0, 0), LabelScoreConfig(runs=1))
+    written = scored(q, cache, (0, 0), SignScoreConfig(runs=1))
     assert_scores_are_plain(q, cache, written, (0, 0))
     q[1, 5, 3] = float("nan")
     got = kernels.select_by_signs(q, cache, 75)
@@ -197,7 +196,7 @@ def test_a_request_has_the_same_candidates_in_any_form_and_batch():
     q, cache = signed(CASES["gqa4"])
     always = at_least(MIN_CANDIDATES, 4, 9)
     one = selected(q, cache, 0.8, always, pruner=PrunerConfig(heads_apart=True))
-    config = LabelScoreConfig(num_warps=1, tiles=8, runs=4)
+    config = SignScoreConfig(num_warps=1, tiles=8, runs=4)
     other = selected(q, cache, 0.8, always, pruner=PrunerConfig(), sign_logits=config)
     assert torch.equal(one.mass, other.mass)
     for request, (length, counts) in enumerate(
