@@ -82,14 +82,10 @@ class Tensors(NamedTuple):
     """The contiguous data of one case, and where its pages go."""
 
     q: torch.Tensor  # [batch_size, num_qo_heads, head_dim]
-    k: (
-        torch.Tensor
-    )  # [batch_size, max_seq_len, num_kv_heads, head_dim], NaN past each request's end
+    k: torch.Tensor  # [batch_size, max_seq_len, num_kv_heads, head_dim], NaN past a request's end
     v: torch.Tensor
     seq_lens: torch.Tensor  # [batch_size] int32
-    page_table: (
-        torch.Tensor
-    )  # [batch_size, max_pages] int32, one page more than the longest request needs
+    page_table: torch.Tensor  # [batch_size, max_pages] int32, a page more than the longest needs
     num_pages: int  # a few more than the table names
     page_size: int
     k_offset: torch.Tensor | None  # [num_kv_heads, head_dim] fp32
