@@ -17,12 +17,13 @@ from tests.inputs.stored import COMMITTED, HOME, SYNTHETIC, configs_of, entry_of
 from twilight_tilelang.autotune import show
 from twilight_tilelang.autotune.space import launches_of
 from twilight_tilelang.autotune.store import path_of, with_entry, write_configs
+from twilight_tilelang.autotune.tune import shape_of_workload
 from twilight_tilelang.kernels import tuned
 from twilight_tilelang.kernels.attention import ATTENTION
 from twilight_tilelang.kernels.compiling import Start
 from twilight_tilelang.kernels.estimator import ESTIMATOR
 from twilight_tilelang.kernels.gpu import ARCHS, gpu_slug
-from twilight_tilelang.kernels.launch import ROOM, KernelSpec
+from twilight_tilelang.kernels.launch import ROOM, KernelSpec, StepShape
 from twilight_tilelang.kernels.plan import SPECS
 from twilight_tilelang.kernels.pruner import PRUNER, PrunerConfig
 from twilight_tilelang.kernels.split_kv import AttentionConfig
@@ -34,7 +35,9 @@ from twilight_tilelang.kernels.tuned import (
     Planner,
     load_configs,
 )
-from twilight_tilelang.profiling.workloads.workload import Workload
+from twilight_tilelang.profiling.workloads.standard import SIGNS
+from twilight_tilelang.profiling.workloads.traffic import LABELS, TWILIGHT
+from twilight_tilelang.profiling.workloads.workload import METHOD, Workload
 from twilight_tilelang.reference.inputs import DecodeShape
 
 DEFAULT = PrunerConfig()
@@ -345,18 +348,35 @@ ENTRIES = [
 ]
 
 
+def method_of(shape: StepShape) -> str:
+    """The workloads' method whose steps have such candidates."""
+    if shape.tokens is None:
+        return METHOD
+    labels = shape.tokens.labels
+    if labels is None:
+        return SIGNS
+    size = (labels.r, labels.bits)
+    return next(name for name, own in LABELS.items() if own == size) + TWILIGHT
+
+
 def small_workload(bucket: Bucket, kernel: str) -> Workload:
     """Two requests of two KV heads that launch a kernel at the bucket's sizes but for the rows."""
     shape = shape_of(kernel, bucket)
+    num_tokens = shape.max_pages * shape.page_size
+    token_budget = min(8192, num_tokens)
+    if shape.tokens is not None:  # chosen among more
+        token_budget = min(8192, num_tokens // 2)
     return Workload(
         "stored",
         DecodeShape(
-            2, 2 * shape.group_size, 2, shape.head_dim, shape.page_size,
-            shape.max_pages * shape.page_size, getattr(torch, shape.dtype),
+            2, 2 * shape.group_size, 2, shape.head_dim, shape.page_size, num_tokens,
+            getattr(torch, shape.dtype),
         ),
-        token_budget=min(8192, shape.max_pages * shape.page_size),
+        token_budget=token_budget,
         kept_mean=256,
         max_sets=1,
+        kv_dtype=getattr(torch, shape.kv_dtype) if shape.kv_dtype else None,
+        method=method_of(shape),
     )  # fmt: skip
 
 
@@ -373,11 +393,21 @@ def test_stored_configs_give_right_results(configs: Configs, kernel: str, bucket
     bench.check(kernel, stored.config)
 
 
-def test_small_workload_has_the_sizes_of_the_bucket() -> None:
-    for kernel, width in (("pruner", 8192), ("page_score", 512)):
-        bucket = dataclasses.replace(HOME, width=width)
-        shape = small_workload(bucket, kernel).shape
-        assert (shape.group_size, shape.head_dim, shape.max_seq_len) == (4, 128, 8192)
+def test_small_workload_launches_the_kernel_of_the_bucket() -> None:
+    """At the bucket's sizes, but for the rows."""
+    for kernel, own in (
+        ("pruner", {"width": 8192}),
+        ("page_score", {"width": 512}),
+        ("attention", {"width": 8192, "kv_dtype": "float8_e4m3fn"}),
+        ("sign_score", {"width": 512, "labels": "signs"}),
+        ("top_tokens", {"width": 512, "labels": "signs", "candidates": "tokens"}),
+        ("label_score", {"width": 512, "labels": "r16b4h4"}),
+    ):
+        bucket = dataclasses.replace(HOME, **own)
+        workload = small_workload(bucket, kernel)
+        assert workload.shape.max_seq_len == 8192
+        shape = shape_of_workload(workload)._replace(num_rows=bucket.rows)
+        assert Bucket.of(SPECS[kernel], shape) == bucket
 
 
 def test_show_says_what_is_launched_and_why(written: Path, monkeypatch, capsys) -> None:
