@@ -128,14 +128,12 @@ _TOKEN_SPACE = _token_space(
 )
 _SIGN_SPACE = replace(
     _TOKEN_SPACE,
-    values=_TOKEN_SPACE.values | {"blocks_per_sm": (3, 4, 5, 6, 7, 8, 10, 12, 14, 16)},
+    values=_TOKEN_SPACE.values | {"blocks_per_sm": (3, 5, 7, 10, 14)},
     sensible=_TOKEN_SPACE.sensible
     | {
-        "20 to 32 warps fit on a multiprocessor, the fewer the more tiles each has in flight": (
-            lambda c, s, gpu: (
-                c.num_warps * c.blocks_per_sm in ((20, 24, 28, 32) if c.tiles == 4 else (20,))
-            )
-        )
+        "20 to 28 warps fit on a multiprocessor, 20 if each has 8 tiles in flight": (
+            lambda c, s, gpu: 20 <= c.num_warps * c.blocks_per_sm <= (28 if c.tiles == 4 else 20)
+        ),
     },
 )
 

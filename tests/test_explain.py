@@ -125,12 +125,12 @@ def test_every_config_has_its_reason(launched, tmp_path, monkeypatch):
         assert reason_of("pruner", text) == reason
         assert "PrunerConfig(heads_apart=False, blocks_per_sm=2, pdl=LETTING)" in text
         assert reason_of("estimator", text) == "default: no bucket is near"
-    file = tuned_file(tmp_path, 16, SIGN_SCORE, num_warps=2, tiles=8, runs=1)
+    file = tuned_file(tmp_path, 16, SIGN_SCORE, num_warps=2, tiles=8, runs=1, blocks_per_sm=7)
     monkeypatch.setenv(tuned.VARIABLE, str(file))
     tuned.forget()
     text = step_of(1, 64, selector="signs")[0].explain()
     assert reason_of("selector: sign scores", text) == "nearest: rows=16 width=64"
-    assert "LabelScoreConfig(num_warps=2, tiles=8, runs=1, pdl=LETTING)" in text
+    assert "SignScoreConfig(num_warps=2, tiles=8, runs=1, pdl=LETTING, blocks_per_sm=7)" in text
     pinned = dataclasses.replace(PrunerConfig(), blocks_per_sm=1)
     text = step.with_configs({"pruner": pinned}).explain()
     assert reason_of("pruner", text) == "pinned"
