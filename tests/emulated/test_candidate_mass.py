@@ -18,6 +18,7 @@ from tests.inputs.cases import NAN, NOTHING_ALWAYS
 from tests.inputs.hazards import lose_idle_pages, poison_unused
 from tests.inputs.token_lists import random_tokens, tokens_of_pages
 from twilight_tilelang import reference
+from twilight_tilelang.kernels.candidate_mass import NUM_MARKS
 from twilight_tilelang.kernels.estimate_prune import EstimatePruneConfig
 from twilight_tilelang.kernels.estimator import EstimatorConfig
 from twilight_tilelang.kernels.head_mass import ERROR, SHARE
@@ -31,6 +32,7 @@ FEW = EstimatorConfig(tiles_per_warp=1, steps=2)
 OWN_SHAPES = SHAPES | {
     "gqa8": DecodeShape(2, 16, 2, 64, 16, (333, 17), torch.float16),
     "gqa3": DecodeShape(2, 3, 1, 64, 16, (200, 100), torch.float16),
+    "gqa4-long": DecodeShape(2, 4, 1, 64, 16, (1700, 1300), torch.float16),
 }
 
 
@@ -43,6 +45,7 @@ KINDS = {
     "gqa8": ("tokens",),
     "gqa16": ("pages",),
     "gqa3": ("tokens",),
+    "gqa4-long": ("many-tokens",),
 }
 
 
@@ -58,6 +61,8 @@ class Problem:
         if kind == "pages":
             pages = reference.select_pages(self.q, self.cache, 2 * self.cache.page_size)
             self.candidates = reference.CandidatePages(*pages)
+        elif kind == "many-tokens":  # more than the kernel has marks
+            self.candidates = random_tokens(reference, self.cache, NUM_MARKS + 336, rng)
         else:
             self.candidates = random_tokens(reference, self.cache, 64, rng)
         self.estimate()

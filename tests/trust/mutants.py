@@ -154,6 +154,14 @@ MUTANTS = (
         "candidates.run <= nth:", "candidates.run < nth:", ALL_MASS, SAMPLED,
     ),
     Mutant(
+        "a mark's own token sampled in place of the one behind it", "candidate_mass.py",
+        "self.left_out[middle] <= nth:", "self.left_out[middle] < nth:", ALL_MASS, SAMPLED,
+    ),
+    Mutant(
+        "the candidates before a mark passed over", "candidate_mass.py",
+        "(passed - 1) * marks.stride + 1", "passed * marks.stride", ALL_MASS, SAMPLED,
+    ),
+    Mutant(
         "a sampled token stands for itself alone", "candidate_mass.py",
         "others += size * weight", "others += weight", ALL_MASS, SAMPLED,
     ),
