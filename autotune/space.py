@@ -101,10 +101,10 @@ def _tile_space(
     )
 
 
-def _token_space(fits: Rules) -> Space:
-    """Of a kernel that scores single tokens."""
+def _token_space(fits: Rules, values: dict[str, tuple], sensible: Rules) -> Space:
+    """Of a kernel that scores single tokens; what is given is its own."""
     return Space(
-        values={"num_warps": (2, 4, 8), "tiles": (4, 8), "runs": (1, 2, 4)},
+        values={"num_warps": (2, 4, 8), "tiles": (4, 8), "runs": (1, 2, 4), **values},
         limits=fits,
         sensible={
             "every SM has a block, or blocks are small": lambda c, s, gpu: (
@@ -112,11 +112,12 @@ def _token_space(fits: Rules) -> Space:
                 or s.num_rows * -(-s.max_pages * s.page_size // c.block_tokens) >= FULL_GPU
             ),
             "not all of many runs end at once": lambda c, s, gpu: c.num_warps * c.runs <= 16,
+            **sensible,
         },
     )
 
 
-_TOKEN_SPACE = _token_space(
+_SIGN_SPACE = _token_space(
     {
         "signs of all tiles in flight fit in a thread's registers": lambda c, s, gpu: (
             c.tiles * (4 * max(s.head_dim // 128, 1) + 2) <= 64
@@ -124,13 +125,9 @@ _TOKEN_SPACE = _token_space(
         "tiles in flight lie in one block of 128 tokens": lambda c, s, gpu: (
             c.tiles * TILE_TOKENS <= BLOCK_TOKENS
         ),
-    }
-)
-_SIGN_SPACE = replace(
-    _TOKEN_SPACE,
-    values=_TOKEN_SPACE.values | {"blocks_per_sm": (3, 5, 7, 10, 14)},
-    sensible=_TOKEN_SPACE.sensible
-    | {
+    },
+    values={"blocks_per_sm": (3, 5, 7, 10, 14)},
+    sensible={
         "20 to 28 warps fit on a multiprocessor, 20 if each has 8 tiles in flight": (
             lambda c, s, gpu: 20 <= c.num_warps * c.blocks_per_sm <= (28 if c.tiles == 4 else 20)
         ),
@@ -170,7 +167,9 @@ SPACES = {
                     s.tokens.heads == 1 or 4 * s.tokens.heads * c.block_tokens <= 2**16
                 )
             ),
-        }
+        },
+        values={},
+        sensible={},
     ),
     "sign_score": _SIGN_SPACE,
     "sign_logits": _SIGN_SPACE,

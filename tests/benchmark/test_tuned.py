@@ -363,16 +363,14 @@ def small_workload(bucket: Bucket, kernel: str) -> Workload:
     """Two requests of two KV heads that launch a kernel at the bucket's sizes but for the rows."""
     shape = shape_of(kernel, bucket)
     num_tokens = shape.max_pages * shape.page_size
-    token_budget = min(8192, num_tokens)
-    if shape.tokens is not None:  # chosen among more
-        token_budget = min(8192, num_tokens // 2)
+    most = num_tokens if shape.tokens is None else num_tokens // 2  # tokens are chosen among more
     return Workload(
         "stored",
         DecodeShape(
             2, 2 * shape.group_size, 2, shape.head_dim, shape.page_size, num_tokens,
             getattr(torch, shape.dtype),
         ),
-        token_budget=token_budget,
+        token_budget=min(8192, most),
         kept_mean=256,
         max_sets=1,
         kv_dtype=getattr(torch, shape.kv_dtype) if shape.kv_dtype else None,
