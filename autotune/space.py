@@ -12,6 +12,7 @@ from typing import Any
 
 from twilight_tilelang.kernels.estimate_prune import blocks_that_fit
 from twilight_tilelang.kernels.gpu import Gpu
+from twilight_tilelang.kernels.label_tiles import RUN_TILES
 from twilight_tilelang.kernels.launch import Launch, StepShape, next_power_of_two
 from twilight_tilelang.kernels.near_tokens import NUM_THREADS as TOKEN_THREADS
 from twilight_tilelang.kernels.plan import SPECS
@@ -119,17 +120,18 @@ def _token_space(fits: Rules, values: dict[str, tuple], sensible: Rules) -> Spac
 
 _SIGN_SPACE = _token_space(
     {
-        "signs of all tiles in flight fit in a thread's registers": lambda c, s, gpu: (
-            c.tiles * (4 * max(s.head_dim // 128, 1) + 2) <= 64
-        ),
         "tiles in flight lie in one block of 128 tokens": lambda c, s, gpu: (
             c.tiles * TILE_TOKENS <= BLOCK_TOKENS
         ),
+        "stages on their way are no more than a run has": lambda c, s, gpu: (
+            (c.stages - 1) * c.tiles <= RUN_TILES
+        ),
     },
-    values={"blocks_per_sm": (3, 5, 7, 10, 14)},
+    values={"num_warps": (4, 8), "runs": (1, 2), "stages": (3, 4, 6), "blocks_per_sm": (4, 8)},
     sensible={
-        "20 to 28 warps fit on a multiprocessor, 20 if each has 8 tiles in flight": (
-            lambda c, s, gpu: 20 <= c.num_warps * c.blocks_per_sm <= (28 if c.tiles == 4 else 20)
+        "32 warps fit on a multiprocessor": lambda c, s, gpu: c.num_warps * c.blocks_per_sm == 32,
+        "8 to 24 tiles of a warp are on their way": lambda c, s, gpu: (
+            8 <= (c.stages - 1) * c.tiles <= 24
         ),
     },
 )
@@ -176,7 +178,7 @@ SPACES = {
     "top_tokens": Space(
         values={
             "chunk": tuple(2**n for n in range(12, 18)),
-            "ahead": (8, 16, 32),
+            "ahead": (8, 16),
             "loads": (2, 4, MAX_LOADS),
         },
         limits={

@@ -269,16 +269,13 @@ def walk_runs(reader, chunk, config, visit):
 
 
 @T.macro
-def walk_tiles(reader, run, visit, meanwhile=None):
+def walk_tiles(reader, run, visit):
     """visit(loaded, first) sees the tiles of a run in order, from `first` on as many as are loaded
-    at once. While it does, the next ones are on their way to the other registers. meanwhile() is
-    called, where there is any, while the first ones are."""
+    at once. While it does, the next ones are on their way to the other registers."""
     loaded, ahead, labels = reader.loaded, reader.ahead, reader.labels
     tiles = loaded.tiles
     num_steps = RUN_TILES // (2 * tiles)
     loaded.load(0, run, labels)
-    if meanwhile is not None:
-        meanwhile()
     for step in T.serial(num_steps):
         first = step * (2 * tiles)
         if first < run.count:

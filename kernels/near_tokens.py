@@ -7,11 +7,11 @@ from typing import NamedTuple
 import tilelang.language as T
 from tvm.tirx import Buffer, PrimExpr
 
-from .threshold import BINS_PER_THREAD
 from .token_keys import LOWEST_KEY, NUM_BINS
 from .warp import atomic_add, atomic_or, steps_over
 
-NUM_THREADS = NUM_BINS // BINS_PER_THREAD
+NUM_THREADS = 256  # four blocks of an SM: some read while others begin or list
+OWN_BINS = NUM_BINS // NUM_THREADS  # of a thread
 NEAR_AT_ONCE = 4
 LANE_KEYS = 8  # near tokens of a lane, where one warp holds all of a row
 MAX_HELD = LANE_KEYS * 32

@@ -11,8 +11,8 @@ from .launch import KernelSpec, Launch, StepShape
 from .mma import QUAD, place_in_quad
 from .pools import TILE_TOKENS
 from .sign_codes import GROUP_TOKENS, sign_sizes
-from .sign_scores import SIGN_SCORE, SignScoreConfig, default_config, scores_by_signs
-from .sign_tiles import MMA_B1, SignCache, SignReader
+from .sign_scores import SIGN_SCORE, default_config, scores_by_signs
+from .sign_tiles import MMA_B1, SignCache, SignReader, SignScoreConfig
 from .strided import strided
 from .token_list import Row
 from .tuned import Planned
@@ -35,26 +35,25 @@ def write_sign_logits(
 
 
 @T.macro
-def write_tiles(reader, logits, run, loaded, first):
-    """Writes the logits of the tiles of a run that are loaded: of each of its heads a lane has
+def write_tiles(reader, logits, run, first):
+    """Writes the logits of the two tiles of a run that are loaded: of each of its heads a lane has
     those of four neighbours."""
     row, query, best = reader.row, reader.query, reader.best
     quad, lane = place_in_quad()
     rounded = T.alloc_local((GROUP_TOKENS,), T.float16)
     group = T.alloc_var(T.int32)  # of neighbours
-    for pair in T.unroll(loaded.tiles // 2):
-        group = (run.first + first + pair * 2) * (TILE_TOKENS // GROUP_TOKENS) + quad
-        for n in T.unroll(query.head_tiles):
-            reader.find_logits(loaded, pair, n, True)
-            head = n * QUAD + lane
-            has_head = lane < query.columns and head < int(logits.shape[2])
-            if has_head and group * GROUP_TOKENS < row.seq_len:
-                for i in T.unroll(GROUP_TOKENS):
-                    rounded[i] = T.cast(best[i], T.float16)
-                    if group * GROUP_TOKENS + i >= row.seq_len:
-                        rounded[i] = T.cast(-T.infinity(T.float32), T.float16)
-                for i in T.vectorized(GROUP_TOKENS):  # not of a variable: it may lie anywhere
-                    logits[row.batch, row.kv_head, head, group * GROUP_TOKENS + i] = rounded[i]
+    group = (run.first + first) * (TILE_TOKENS // GROUP_TOKENS) + quad
+    for n in T.unroll(query.head_tiles):
+        reader.find_logits(n, True)
+        head = n * QUAD + lane
+        has_head = lane < query.columns and head < int(logits.shape[2])
+        if has_head and group * GROUP_TOKENS < row.seq_len:
+            for i in T.unroll(GROUP_TOKENS):
+                rounded[i] = T.cast(best[i], T.float16)
+                if group * GROUP_TOKENS + i >= row.seq_len:
+                    rounded[i] = T.cast(-T.infinity(T.float32), T.float16)
+            for i in T.vectorized(GROUP_TOKENS):  # not of a variable: it may lie anywhere
+                logits[row.batch, row.kv_head, head, group * GROUP_TOKENS + i] = rounded[i]
 
 
 @tilelang.jit(pass_configs=THREAD_LEVEL)
@@ -66,7 +65,7 @@ def sign_logit_kernel(
     smooth: bool,
     config: SignScoreConfig,
 ):
-    """Grid: (chunk of a row, kv_head, batch); a warp takes a run, `tiles` tiles at a time."""
+    """Grid: (chunk of a row, kv_head, batch); a warp takes a run, `tiles` tiles a stage."""
     batch_size, num_kv_heads = T.dynamic("batch_size, num_kv_heads")
     num_pages, max_pages, capacity = T.dynamic("num_pages, max_pages, capacity")
     words_size, factors_size, codes_size, pairs_size = sign_sizes(
@@ -96,16 +95,13 @@ def sign_logit_kernel(
             if chunk * config.block_tokens < row.seq_len:
                 tensors = (sign_words, sign_factors, mean_codes, mean_scale_zero)
                 signs = SignCache.of(tensors, page_table, kv_head)
-                reader = SignReader.allocate(
-                    row, group_size, signs, sm_scale, config.tiles, config.num_warps
-                )
+                reader = SignReader.allocate(row, group_size, signs, sm_scale, config)
                 reader.query.load(
                     q, None, k_factor if smooth else None, row, sm_scale, config.num_warps
                 )
                 reader.each_tiles(
-                    chunk, config,
-                    lambda run, loaded, first: write_tiles(reader, logits, run, loaded, first),
-                )  # fmt: skip
+                    chunk, config, lambda run, first: write_tiles(reader, logits, run, first)
+                )
 
     return sign_logits
 

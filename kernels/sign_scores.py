@@ -1,7 +1,5 @@
 """Sign scores: every token's score by the sign codes of its key, in 1-bit products."""
 
-from dataclasses import dataclass
-
 import tilelang
 import tilelang.language as T
 import torch
@@ -17,25 +15,22 @@ from .lists import Window
 from .mma import QUAD
 from .pools import TILE_TOKENS
 from .sign_codes import sign_sizes
-from .sign_tiles import MMA_B1, SignCache, SignReader
+from .sign_tiles import MMA_B1, SignCache, SignReader, SignScoreConfig
 from .strided import strided
 from .token_keys import LOGITS, NUM_BINS, OpenTokens, RowScores
 from .token_list import Row
 from .tuned import Planned
 
 
-@dataclass(frozen=True)
-class SignScoreConfig(LabelScoreConfig):
-    blocks_per_sm: int = 1  # that registers must allow for
-
-
 def default_config(shape: StepShape, gpu: Gpu) -> SignScoreConfig:
-    """Few tokens (over all rows) are spread over more blocks. Of few heads 28 warps fit on an SM,
-    each thread with 72 registers; where ptxas has not been seen to do with these, 20."""
+    """Few tokens (over all rows) are spread over more blocks. Of few heads 32 warps fit on an SM,
+    each thread with 64 registers, of which ptxas for compute capability 10 needs more."""
     tokens = shape.num_rows * shape.max_pages * shape.page_size
-    are_few = shape.group_size <= QUAD and shape.head_dim <= 128
-    blocks = 7 if gpu.capability == (9, 0) else 5
-    return SignScoreConfig(runs=2 if tokens >= 2**22 else 1, blocks_per_sm=blocks if are_few else 1)
+    num_warps, runs = (8, 2) if tokens >= 2**24 else (8, 1) if tokens >= 2**22 else (4, 1)
+    if shape.group_size > QUAD or shape.head_dim > 128:
+        return SignScoreConfig(num_warps=4, runs=num_warps * runs // 4)
+    warps_of_sm = 32 if gpu.capability < (10, 0) else 24
+    return SignScoreConfig(num_warps, runs=runs, blocks_per_sm=warps_of_sm // num_warps)
 
 
 def scores_by_signs(shape: StepShape) -> bool:
@@ -61,14 +56,13 @@ def score_signs(
 
 
 @T.macro
-def score_tiles(reader, written, run, loaded, first):
-    """Scores the tiles of a run that are loaded, two at once: a token a lane."""
+def score_tiles(reader, written, run, first):
+    """Scores the two tiles of a run that are loaded: a token a lane."""
     token = T.alloc_var(T.int32)
-    for pair in T.unroll(loaded.tiles // 2):
-        score = reader.score(loaded, pair)
-        token = (run.first + first + pair * 2) * TILE_TOKENS + T.get_thread_binding() % 32
-        if token < reader.row.seq_len:
-            written.write(token, score)
+    score = reader.score()
+    token = (run.first + first) * TILE_TOKENS + T.get_thread_binding() % 32
+    if token < reader.row.seq_len:
+        written.write(token, score)
 
 
 @tilelang.jit(pass_configs=THREAD_LEVEL)
@@ -80,7 +74,7 @@ def sign_score_kernel(
     smooth: bool,
     config: SignScoreConfig,
 ):
-    """Grid: (chunk of a row, row, batch); a warp takes a run, `tiles` tiles at a time."""
+    """Grid: (chunk of a row, row, batch); a warp takes a run, `tiles` tiles a stage."""
     batch_size, num_rows = T.dynamic("batch_size, num_rows")
     num_pages, max_pages, capacity = T.dynamic("num_pages, max_pages, capacity")
     num_heads, num_threads = rows.heads, config.num_warps * 32
@@ -115,9 +109,7 @@ def sign_score_kernel(
                 tensors = (sign_words, sign_factors, mean_codes, mean_scale_zero)
                 signs = SignCache.of(tensors, page_table, kv_head)
                 factor = sm_scale * LOG2_E
-                reader = SignReader.allocate(
-                    row, num_heads, signs, factor, config.tiles, config.num_warps
-                )
+                reader = SignReader.allocate(row, num_heads, signs, factor, config)
                 open_tokens = OpenTokens.of(row.seq_len, num_sink_tokens, num_recent_tokens)
                 written = RowScores.allocate(scores, row, open_tokens, LOGITS, num_threads)
                 written.clear()
@@ -125,9 +117,8 @@ def sign_score_kernel(
                     q, k_offset, k_factor if smooth else None, row, factor, config.num_warps
                 )
                 reader.each_tiles(
-                    chunk, config,
-                    lambda run, loaded, first: score_tiles(reader, written, run, loaded, first),
-                )  # fmt: skip
+                    chunk, config, lambda run, first: score_tiles(reader, written, run, first)
+                )
                 T.sync_threads()
                 written.count_in(bins)
 

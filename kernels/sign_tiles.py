@@ -15,20 +15,30 @@ heads are compared (sign_logits.py), factor = sm_scale, and there is no shift.
 """
 
 import operator
+from dataclasses import dataclass
 from functools import partialmethod
 from typing import NamedTuple
 
 import tilelang.language as T
 from tvm.tirx import Buffer, PrimExpr
 
-from .label_tiles import RUN_TILES, Run, page_of_tile
-from .mma import place_in_quad
+from .label_tiles import RUN_TILES, LabelScoreConfig, Run, page_of_tile
+from .mma import QUAD, place_in_quad
 from .pools import TILE_TOKENS
 from .sign_codes import BLOCK_TOKENS, GROUP_TOKENS, MeanPlace
 from .sign_query import INTEGER_ZERO, PRODUCTS, STEP_WORDS, SignQuery, added_up
 from .token_keys import is_special
 from .token_list import Row
 from .warp import join_lanes
+
+
+@dataclass(frozen=True)
+class SignScoreConfig(LabelScoreConfig):
+    """`tiles` are those of a stage."""
+
+    stages: int = 4  # one that is scored while the others are on their way
+    blocks_per_sm: int = 1  # that registers must allow for
+
 
 BLOCK_TILES = BLOCK_TOKENS // TILE_TOKENS
 RUN_BLOCKS = RUN_TILES // BLOCK_TILES
@@ -101,39 +111,75 @@ class SignCache(NamedTuple):
 
 
 class LoadedSigns(NamedTuple):
-    """The sign codes of a warp's tiles, in registers: of two tiles, a quad's four tokens."""
+    """The sign codes of two tiles in registers: a quad has four tokens of them."""
 
-    words: Buffer  # [tiles / 2, steps, 4] i32
-    factors: Buffer  # [tiles / 2, 4] f16
+    words: Buffer  # [steps, 4] i32
+    factors: Buffer  # [4] f16
 
     @classmethod
-    def allocate(cls, tiles: int, head_dim: int) -> "LoadedSigns":
-        steps = -(-head_dim // 32 // STEP_WORDS)
-        words = T.alloc_local((tiles // 2, steps, GROUP_TOKENS), T.int32)
-        return cls(words, T.alloc_local((tiles // 2, GROUP_TOKENS), T.float16))
+    def allocate(cls, head_dim: int) -> "LoadedSigns":
+        words = T.alloc_local((-(-head_dim // 32 // STEP_WORDS), GROUP_TOKENS), T.int32)
+        return cls(words, T.alloc_local((GROUP_TOKENS,), T.float16))
+
+
+class SignsAhead(NamedTuple):
+    """The sign codes of a warp's next tiles, on their way to shared memory by stages. A lane asks
+    for the words that it will read itself."""
+
+    words: Buffer  # [num_warps, stages, tiles / 2, steps, 32, 4] i32
+    factors: Buffer  # [num_warps, stages, tiles / 2, 8, 4] f16, of each quad's tokens
+
+    @classmethod
+    def allocate(cls, tiles: int, stages: int, warps: int, head_dim: int) -> "SignsAhead":
+        steps, each = -(-head_dim // 32 // STEP_WORDS), (warps, stages, tiles // 2)
+        words = T.alloc_shared((*each, steps, 32, GROUP_TOKENS), T.int32)
+        return cls(words, T.alloc_shared((*each, 32 // QUAD, GROUP_TOKENS), T.float16))
+
+    @property
+    def stages(self) -> int:
+        return int(self.words.shape[1])
 
     @property
     def tiles(self) -> int:
-        return 2 * int(self.words.shape[0])
+        return 2 * int(self.words.shape[2])
 
     @partialmethod
     @T.macro
-    def load(self, first, run, signs):
+    def ask(self, stage, first, run, signs):
         """The tiles of a run from `first` on, an even one; beyond its last, those of any page."""
         quad, lane = place_in_quad()
         words = int(signs.words.shape[2])
-        for pair in T.unroll(self.words.shape[0]):
+        warp, own = T.get_thread_binding() // 32, T.get_thread_binding() % 32
+        for pair in T.unroll(self.words.shape[2]):
             tile = first + pair * 2 + quad * GROUP_TOKENS // TILE_TOKENS
             page = T.shfl_sync(run.page, tile)
             slot = (run.first + tile) % signs.page_tiles * TILE_TOKENS
             group = slot // GROUP_TOKENS + quad % (TILE_TOKENS // GROUP_TOKENS)
-            for k in T.unroll(self.words.shape[1]):
-                for i in T.vectorized(GROUP_TOKENS):
-                    self.words[pair, k, i] = signs.words[
-                        page, group, (k * STEP_WORDS + lane) % words, i
-                    ]
+            for k in T.unroll(self.words.shape[3]):
+                word = (k * STEP_WORDS + lane) % words
+                T.ptx_cp_async(
+                    T.access_ptr(self.words[warp, stage, pair, k, own, 0], "w", GROUP_TOKENS),
+                    T.access_ptr(signs.words[page, group, word, 0], "r", GROUP_TOKENS),
+                    GROUP_TOKENS,
+                )
+            if lane == 0:
+                T.ptx_cp_async(
+                    T.access_ptr(self.factors[warp, stage, pair, quad, 0], "w", GROUP_TOKENS),
+                    T.access_ptr(signs.factors[page, group * GROUP_TOKENS], "r", GROUP_TOKENS),
+                    GROUP_TOKENS,
+                )
+
+    @partialmethod
+    @T.macro
+    def take(self, stage, pair, loaded):
+        """loaded = a pair of a stage's tiles, which have arrived."""
+        warp, own = T.get_thread_binding() // 32, T.get_thread_binding() % 32
+        quad, _ = place_in_quad()
+        for k in T.unroll(self.words.shape[3]):
             for i in T.vectorized(GROUP_TOKENS):
-                self.factors[pair, i] = signs.factors[page, group * GROUP_TOKENS + i]
+                loaded.words[k, i] = self.words[warp, stage, pair, k, own, i]
+        for i in T.vectorized(GROUP_TOKENS):
+            loaded.factors[i] = self.factors[warp, stage, pair, quad, i]
 
 
 class SignReader(NamedTuple):
@@ -143,7 +189,7 @@ class SignReader(NamedTuple):
     labels: SignCache
     query: SignQuery
     loaded: LoadedSigns
-    ahead: LoadedSigns  # the tiles that come next
+    ahead: SignsAhead
     best: Buffer  # [4] f32: logits of this lane's heads, the largest ones, of its quad's tokens
     base: Buffer  # [head_tiles] f32: of this lane's heads, in the block of the loaded tiles
     bases: Buffer  # [num_warps, RUN_BLOCKS, head_tiles * columns] f32, shared: of a warp's run
@@ -151,9 +197,13 @@ class SignReader(NamedTuple):
 
     @classmethod
     def allocate(
-        cls, row: Row, num_heads: int, signs: SignCache, factor: PrimExpr, tiles: int, warps: int
+        cls,
+        row: Row,
+        num_heads: int,
+        signs: SignCache,
+        factor: PrimExpr,
+        config: SignScoreConfig,
     ) -> "SignReader":
-        """`tiles`: that are loaded at once; `warps`: of the block."""
         head_dim = int(signs.mean_codes.shape[2])
         query = SignQuery.allocate(num_heads, head_dim)
         head_tiles, columns = query.head_tiles, query.columns
@@ -161,40 +211,40 @@ class SignReader(NamedTuple):
             row,
             signs,
             query,
-            LoadedSigns.allocate(tiles, head_dim),
-            LoadedSigns.allocate(tiles, head_dim),
+            LoadedSigns.allocate(head_dim),
+            SignsAhead.allocate(config.tiles, config.stages, config.num_warps, head_dim),
             T.alloc_local((GROUP_TOKENS,), T.float32),
             T.alloc_local((head_tiles,), T.float32),
-            T.alloc_shared((warps, RUN_BLOCKS, head_tiles * columns), T.float32),
+            T.alloc_shared((config.num_warps, RUN_BLOCKS, head_tiles * columns), T.float32),
             factor,
         )
 
     @partialmethod
     @T.macro
-    def score(self, loaded, pair):
-        """The score of this lane's token of a pair of tiles: the l-th of 32 is lane l's."""
+    def score(self):
+        """The score of this lane's token of the loaded tiles: the l-th of 32 is lane l's."""
         best, query = self.best, self.query
         for n in T.unroll(query.head_tiles):
-            self.find_logits(loaded, pair, n, n == 0)
+            self.find_logits(n, n == 0)
         share_out(best, GROUP_TOKENS, T.max, query.columns)
         return best[0]
 
     @partialmethod
     @T.macro
-    def find_logits(self, loaded, pair, n, is_first):
-        """best = the logits of this lane's n-th head, of its quad's tokens of a pair of tiles; or,
+    def find_logits(self, n, is_first):
+        """best = the logits of this lane's n-th head, of its quad's tokens of the loaded tiles; or,
         unless it is the first, the larger ones of best and these."""
         size = T.alloc_local((GROUP_TOKENS,), T.float32)
         for i in T.unroll(GROUP_TOKENS):
-            size[i] = T.cast(loaded.factors[pair, i], T.float32)
+            size[i] = T.cast(self.loaded.factors[i], T.float32)
         for half in T.unroll(2):
-            self.join_logits(loaded, pair, half, n, size, is_first)
+            self.join_logits(half, n, size, is_first)
 
     @partialmethod
     @T.macro
-    def join_logits(self, loaded, pair, half, n, size, is_first):
+    def join_logits(self, half, n, size, is_first):
         """The same of two of these tokens."""
-        best, query, steps = self.best, self.query, int(loaded.words.shape[1])
+        best, query, words = self.best, self.query, self.loaded.words
         keys = T.alloc_local((2,), T.uint32)
         planes = T.alloc_local((1,), T.uint32)
         counts = T.alloc_local((PRODUCTS, 4), T.int32)
@@ -202,9 +252,9 @@ class SignReader(NamedTuple):
         for p in T.unroll(PRODUCTS):
             for e in T.unroll(4):
                 counts[p, e] = 0
-            for k in T.unroll(steps):
+            for k in T.unroll(words.shape[0]):
                 for t in T.unroll(2):
-                    keys[t] = T.cast(loaded.words[pair, k, half * 2 + t], T.uint32)
+                    keys[t] = T.cast(words[k, half * 2 + t], T.uint32)
                 planes[0] = query.operand[n, p, k]
                 T.call_extern(
                     "handle", "mma_b1", T.access_ptr(counts[p, 0], "rw"),
@@ -225,40 +275,46 @@ class SignReader(NamedTuple):
     @partialmethod
     @T.macro
     def each_tiles(self, chunk, config, visit):
-        """visit(run, loaded, first) sees this warp's tiles of a chunk of the row, from `first` of a
-        run on as many as are loaded at once. Meanwhile the next ones are on their way to the other
-        registers, at a run's end those of the next run."""
-        loaded, ahead, signs, row = self.loaded, self.ahead, self.labels, self.row
+        """visit(run, first) finds this warp's tiles of a chunk of the row loaded, two at a time,
+        from `first` of a run on. The next stages are on their way meanwhile, at a run's end those
+        of the next run."""
+        ahead, signs, row = self.ahead, self.labels, self.row
         page = T.alloc_var(T.int32)
         next_page = T.alloc_var(T.int32)
-        tiles = loaded.tiles
-        num_steps = RUN_TILES // (2 * tiles)
+        stage = T.alloc_var(T.int32)
+        distance, num_steps = ahead.stages - 1, RUN_TILES // ahead.tiles
         first_run = chunk * (config.num_warps * config.runs) + T.get_thread_binding() // 32
-        page = signs.page_of_lane(first_run, row)
-        next_page = page
-        loaded.load(0, Run.of(first_run, row.seq_len, page), signs)
+        run_of = lambda turn, page: Run.of(first_run + turn * config.num_warps, row.seq_len, page)
+        next_page = signs.page_of_lane(first_run, row)
+        for step in T.unroll(distance):
+            ahead.ask(step, step * ahead.tiles, run_of(0, next_page), signs)
+            T.ptx_commit_group()
+        stage = 0
         for turn in T.serial(config.runs):
-            run = Run.of(first_run + turn * config.num_warps, row.seq_len, page)
-            following = Run.of(first_run + (turn + 1) * config.num_warps, row.seq_len, next_page)
+            page = next_page
             if turn + 1 < config.runs:
                 next_page = signs.page_of_lane(first_run + (turn + 1) * config.num_warps, row)
+            run = run_of(turn, page)
             self.find_bases(run)
             for step in T.serial(num_steps):
-                first = step * (2 * tiles)
-                if first < run.count:
-                    ahead.load(first + tiles, run, signs)
-                    self.visit_block(run, loaded, first, visit)
-                    if step + 1 < num_steps:
-                        loaded.load(first + 2 * tiles, run, signs)
+                if step * ahead.tiles < run.count:
+                    T.ptx_wait_group(distance - 1)
+                    T.sync_warp()  # all copies of this stage are there, and the last one is read
+                    later = (stage + distance) % ahead.stages
+                    if step + distance < num_steps:
+                        ahead.ask(later, (step + distance) * ahead.tiles, run, signs)
                     elif turn + 1 < config.runs:
-                        loaded.load(0, following, signs)
-                    self.visit_block(run, ahead, first + tiles, visit)
-            page = next_page
+                        first = (step + distance - num_steps) * ahead.tiles
+                        ahead.ask(later, first, run_of(turn + 1, next_page), signs)
+                    T.ptx_commit_group()
+                    self.visit_stage(run, stage, step * ahead.tiles, visit)
+                    stage = (stage + 1) % ahead.stages
+        T.ptx_wait_group(0)
 
     @partialmethod
     @T.macro
-    def visit_block(self, run, loaded, first, visit):
-        """All tiles that are loaded at once lie in one block."""
+    def visit_stage(self, run, stage, first, visit):
+        """All tiles of a stage lie in one block."""
         columns = self.query.columns
         for n in T.unroll(self.query.head_tiles):
             self.base[n] = self.bases[
@@ -266,7 +322,9 @@ class SignReader(NamedTuple):
                 first // BLOCK_TILES,
                 n * columns + T.get_thread_binding() % columns,
             ]
-        visit(run, loaded, first)
+        for pair in T.unroll(self.ahead.tiles // 2):
+            self.ahead.take(stage, pair, self.loaded)
+            visit(run, first + pair * 2)
 
     @partialmethod
     @T.macro

@@ -19,7 +19,7 @@ from .lists import CandidateTokens, Kept, Listed, Window
 from .pruner import PRUNER, HeadUnion, Pruned, PrunerConfig, prune
 from .query import by_kv_head, step_shape
 from .sign_logits import SIGN_LOGITS, write_sign_logits
-from .sign_scores import SignScoreConfig
+from .sign_tiles import SignScoreConfig
 from .tuned import Planned
 
 MIN_CANDIDATES = 256  # of each query head, its heaviest: signs blur where few tokens have the mass

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import tilelang.language as T
 from tvm.tirx import Buffer, PrimExpr
 
-from .near_tokens import NUM_THREADS
-from .threshold import BINS_PER_THREAD
+from .near_tokens import NUM_THREADS, OWN_BINS
 from .token_bits import STRIDE, VECTOR, bits_below, flipped, neighbours, word_start
 from .token_keys import NUM_BINS, Binning
 from .warp import share_sum_above
@@ -71,16 +70,16 @@ class Cut(NamedTuple):
         taken, near, counts = self
         running = T.alloc_var(T.int32)
         thread, lane = T.get_thread_binding(), T.get_thread_binding() % 32
-        number = own[0] + own[1] + own[2] + own[3]
+        number = sum(own[j] for j in range(OWN_BINS))
         from_here = share_sum_above(number, warp_sums, 0, thread)
         T.sync_threads()
         running = 0
         if lane > thread // 32 and lane < NUM_THREADS // 32:
             running = warp_sums[0, lane]
         running = T.warp_reduce_sum(running) + from_here - number
-        for j in T.unroll(BINS_PER_THREAD):
-            bin_index = thread * BINS_PER_THREAD + BINS_PER_THREAD - 1 - j
-            mass = own[BINS_PER_THREAD - 1 - j]
+        for j in T.unroll(OWN_BINS):
+            bin_index = thread * OWN_BINS + OWN_BINS - 1 - j
+            mass = own[OWN_BINS - 1 - j]
             if running < need and (running + mass >= need or bin_index == 0):
                 found[0, 0] = bin_index
                 found[0, 1] = running

@@ -19,8 +19,8 @@ from .gpu import Gpu
 from .label_scores import TokenScores, binning_of
 from .launch import KernelSpec, Launch, StepShape, next_power_of_two
 from .lists import CandidateTokens, Window
-from .near_tokens import MAX_HELD, NUM_THREADS, Aside, NearKeys, mark_first, search_near
-from .threshold import BINS_PER_THREAD, Search
+from .near_tokens import MAX_HELD, NUM_THREADS, OWN_BINS, Aside, NearKeys, mark_first, search_near
+from .threshold import Search
 from .token_bits import MAX_LOADS, STAGED, VECTOR, list_bits
 from .token_cut import FMA_SATURATED, Cut, RowBits, WarpScores, store_bits
 from .token_keys import NUM_BINS, Binning, OpenTokens
@@ -30,6 +30,7 @@ from .warp import steps_over
 
 MIN_CHUNK = 2**12
 MAX_CHUNK = 2**18  # tokens of which a block holds a bit each
+BLOCKS_PER_SM = 4
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,10 @@ class TopTokensConfig:
 
 
 def default_config(shape: StepShape, gpu: Gpu) -> TopTokensConfig:
-    """Whole rows, or as large chunks as leave every multiprocessor two. Of 8 loads between two
+    """Whole rows, or as large chunks as leave every multiprocessor four. Of 8 loads between two
     words, ptxas for compute capability 10 asks so early that registers do not suffice."""
     row = shape.max_pages * shape.page_size
-    share = shape.num_rows * row // (2 * gpu.num_multiprocessors)
+    share = shape.num_rows * row // (BLOCKS_PER_SM * gpu.num_multiprocessors)
     chunk = next_power_of_two(max(min(share, row, MAX_CHUNK), MIN_CHUNK))
     loads = min(chunk // (NUM_THREADS * VECTOR), MAX_LOADS if gpu.capability < (10, 0) else 4)
     return TopTokensConfig(chunk, min(16, loads * VECTOR), loads)
@@ -139,7 +140,7 @@ def top_tokens_kernel(
             batch,
         ):
             T.import_source(FMA_SATURATED)
-            T.annotate_min_blocks_per_sm(2)
+            T.annotate_min_blocks_per_sm(BLOCKS_PER_SM)
             T.assume(capacity % VECTOR == 0)
             start_early(config.pdl)
             thread = T.get_thread_binding()
@@ -161,17 +162,17 @@ def top_tokens_kernel(
             loaded = T.alloc_local((config.ahead,), T.float32)
             own_scores = WarpScores(loaded, scores, row, config.loads)
             bits = T.alloc_local((2,), T.uint32)
-            own = T.alloc_local((BINS_PER_THREAD,), T.int32)
+            own = T.alloc_local((OWN_BINS,), T.int32)
             cut = Cut.allocate()
             seq_len = T.alloc_var(T.int32)
             start = block * chunk
             if block == 0 or start < seq_lens[batch]:
                 first_of_warp = start + thread // 32 * own_scores.per_warp
-                for j in T.vectorized(BINS_PER_THREAD):
-                    own[j] = bins[row, thread * BINS_PER_THREAD + j]
+                for j in T.vectorized(OWN_BINS):
+                    own[j] = bins[row, thread * OWN_BINS + j]
                 if whole:
-                    for j in T.vectorized(BINS_PER_THREAD):
-                        bins[row, thread * BINS_PER_THREAD + j] = 0
+                    for j in T.vectorized(OWN_BINS):
+                        bins[row, thread * OWN_BINS + j] = 0
                 own_scores.ask(first_of_warp)  # before the bins are there
                 if thread == 0:
                     shared[0] = 0
@@ -211,8 +212,8 @@ def top_tokens_kernel(
                         if thread == 0:
                             candidate_counts[batch, kv_head] = count
                     if not whole:
-                        for j in T.vectorized(BINS_PER_THREAD):
-                            bins[row, thread * BINS_PER_THREAD + j] = 0
+                        for j in T.vectorized(OWN_BINS):
+                            bins[row, thread * OWN_BINS + j] = 0
                         if thread == 0:
                             near_counts[row] = 0
                             arrived[row] = 0

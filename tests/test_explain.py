@@ -130,7 +130,10 @@ def test_every_config_has_its_reason(launched, tmp_path, monkeypatch):
     tuned.forget()
     text = step_of(1, 64, selector="signs")[0].explain()
     assert reason_of("selector: sign scores", text) == "nearest: rows=16 width=64"
-    assert "SignScoreConfig(num_warps=2, tiles=8, runs=1, pdl=LETTING, blocks_per_sm=7)" in text
+    assert (
+        "SignScoreConfig(num_warps=2, tiles=8, runs=1, pdl=LETTING, stages=4, blocks_per_sm=7)"
+        in text
+    )
     pinned = dataclasses.replace(PrunerConfig(), blocks_per_sm=1)
     text = step.with_configs({"pruner": pinned}).explain()
     assert reason_of("pruner", text) == "pinned"

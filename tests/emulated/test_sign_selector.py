@@ -20,8 +20,9 @@ from twilight_tilelang.kernels.label_scores import TokenScores, binning_of
 from twilight_tilelang.kernels.lists import Window
 from twilight_tilelang.kernels.pruner import PrunerConfig, expand_top_p
 from twilight_tilelang.kernels.query import by_kv_head
-from twilight_tilelang.kernels.sign_scores import SIGN_SCORE, SignScoreConfig, score_signs
+from twilight_tilelang.kernels.sign_scores import SIGN_SCORE, score_signs
 from twilight_tilelang.kernels.sign_selector import sign_rows
+from twilight_tilelang.kernels.sign_tiles import SignScoreConfig
 from twilight_tilelang.kernels.sign_top_p import (
     MIN_CANDIDATES,
     SignTopPSelection,
@@ -110,7 +111,10 @@ def test_other_configs_give_the_same_bits():
     q, cache = signed(CASES["gqa4"])
     one, other = (
         scored(q, cache, (0, 0), config)
-        for config in (SignScoreConfig(runs=1), SignScoreConfig(num_warps=1, tiles=8, runs=4))
+        for config in (
+            SignScoreConfig(runs=1),
+            SignScoreConfig(num_warps=1, tiles=8, runs=4, stages=3),
+        )
     )
     assert torch.equal(one.scores.view(torch.int32), other.scores.view(torch.int32))
     assert torch.equal(one.bins, other.bins)

@@ -331,7 +331,7 @@ MUTANTS = (
     ),
     Mutant(
         "logits of later heads are the larger ones of them and the first", "sign_logits.py",
-        "reader.find_logits(loaded, pair, n, True)", "reader.find_logits(loaded, pair, n, n == 0)",
+        "reader.find_logits(n, True)", "reader.find_logits(n, n == 0)",
         SIGNS, SIGN_LOGITS_GROUPED,
     ),
     Mutant(
@@ -443,8 +443,8 @@ MUTANTS = (
     ),
     Mutant(
         "bins are left as they were", "top_tokens.py",
-        "bins[row, thread * BINS_PER_THREAD + j] = 0",
-        "bins[row, thread * BINS_PER_THREAD + j] += 0", DOUBLE_SPARSITY, TOKENS_TAKEN,
+        "bins[row, thread * OWN_BINS + j] = 0",
+        "bins[row, thread * OWN_BINS + j] += 0", DOUBLE_SPARSITY, TOKENS_TAKEN,
     ),
     Mutant(
         "a union without its last head", "token_union.py",
