@@ -320,6 +320,14 @@ def widen_by_earlier(low, high, k_cache, place, slot, scale):
                     high[c] = T.max(high[c], other)
 
 
+@T.macro
+def is_padding(page_table, request, length):
+    """Whether a request has no token, and its first two pages are one: a row of padding."""
+    max_pages = page_table.shape[1]
+    second = T.min(1, max_pages - 1)
+    return length == 0 and max_pages > 1 and page_table[request, 0] == page_table[request, second]
+
+
 @tilelang.jit(pass_configs=EXACT_MATH)
 def append_kernel(
     head_dim: int,
@@ -331,7 +339,8 @@ def append_kernel(
 ):
     """Grid: (batch); a warp takes every sixteenth KV head. The length moves once all are written.
 
-    A request is left out where `active` is 0, or where its next token has no page of the pool.
+    A request is left out where `active` is 0, where its next token has no page of the pool, and
+    where it is padding.
 
     The page's bounds are found anew from its keys, so that they have the bits of a prefill: grown
     from their codes, they would get coarser with every token.
@@ -376,7 +385,8 @@ def append_kernel(
             slot = token % page_size
             if active[batch] != T.uint8(0) and token >= 0 and token < max_pages * page_size:
                 page = page_table[batch, token // page_size]
-                if page >= 0 and page < num_pages:
+                no_request = is_padding(page_table, batch, token)
+                if page >= 0 and page < num_pages and not no_request:
                     for step in T.serial(T.ceildiv(num_kv_heads, NUM_WARPS)):
                         kv_head = step * NUM_WARPS + thread // 32
                         if kv_head < num_kv_heads:

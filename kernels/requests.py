@@ -53,7 +53,8 @@ class Requests:
     def append(self, k: torch.Tensor, v: torch.Tensor, active: torch.Tensor | None = None) -> None:
         """Appends one decode token per request: K, V, mirror, bounds and length, in one launch.
 
-        A request at its capacity is left as it is, and so is one without a page for the token.
+        A request at its capacity is left as it is, and so is one without a page for the token, and
+        one of length 0 whose first two pages are the same: a row of padding, of zeros for instance.
 
         Args:
             k, v: [batch_size, num_kv_heads, head_dim] in the dtype of q, of any strides where

@@ -68,7 +68,8 @@ class Requests:
     def append(self, k: torch.Tensor, v: torch.Tensor, active: torch.Tensor | None = None) -> None:
         """Add one decode token to every request: K, V, mirror, bounds, labels, seq_lens += 1.
 
-        A request at its capacity is left as it is, and so is one without a page for the token.
+        A request at its capacity is left as it is, and so is one without a page for the token, and
+        one of length 0 whose first two pages are the same: a row of padding, of zeros for instance.
 
         Args:
             k, v: [batch_size, num_kv_heads, head_dim], dtype of the cache.
@@ -80,7 +81,7 @@ class Requests:
         if active is not None:
             self._check_mask("active", active)
         for request in range(new_shape[0]):
-            if active is None or active[request]:
+            if (active is None or active[request]) and not self._is_padding(request):
                 self._take(request, k[request, None], v[request, None])
 
     def extend(self, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
@@ -208,6 +209,11 @@ class Requests:
 
     def _check_mask(self, name: str, mask: torch.Tensor) -> None:
         check_tensor(name, mask, tuple(self.seq_lens.shape), (torch.bool,), self.k_cache.device)
+
+    def _is_padding(self, request: int) -> bool:
+        first_two = self.page_table[request, :2].tolist()
+        is_twice = len(first_two) == 2 and first_two[0] == first_two[1]
+        return is_twice and int(self.seq_lens[request]) == 0
 
     def _take(self, request: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Append to one request as many of these tokens as it has places for."""

@@ -124,18 +124,32 @@ class World:
 
 
 def append_passes_over_rows_without_a_request(world: World) -> None:
-    """Whatever their ids are, and masked ones even with another's page."""
-    spare = [[-1] * 4, [NO_PAGE] * 4, [8] * 4, [2**31 - 1] * 4, [0] * 4]
-    world = world.like(batch_size=7)
-    cache = world.cache([[0, 3, 4, 6], [5, 1, 7, -1], *spare], 8, [40, 21, 0, 0, 0, 0, 0])
+    """Of no page of the pool; of a page twice, even another's; and masked ones."""
+    spare = [[-1] * 4, [-1, 0, 3, 4], [NO_PAGE, 0, 3, 4], [8, 0, 3, 4], [2**31 - 1, 0, 3, 4]]
+    spare += [[0] * 4, [5, 5, 1, 7], [0, 3, 4, 6]]
+    world = world.like(batch_size=2 + len(spare))
+    lengths = [40, 21] + [0] * len(spare)
+    cache = world.cache([[0, 3, 4, 6], [5, 1, 7, -1], *spare], 8, lengths)
     world.remember()
-    active = world.mask(True, True, True, True, True, True, False)
-    position = torch.tensor([40, 21, 0, 0, 0, 0, 0])
-    rows = torch.arange(7)
+    active = world.mask(*[True] * (len(lengths) - 1), False)
+    rows = torch.arange(len(lengths))
+    position = torch.tensor(lengths)
     cache.append(*(x[rows, position].contiguous() for x in (world.k, world.v)), active)
     assert world.changed_pages() == {4, 1}
-    world.assert_holds(cache, [41, 22, 0, 0, 0, 0, 0])
+    world.assert_holds(cache, [41, 22, *lengths[2:]])
     world.package.validate_cache(cache)
+
+
+def append_starts_requests(world: World) -> None:
+    """On pages of their own, where a table has one page only, and where later pages are zeros."""
+    for pages, num_pages in ([[0, 1], [2, 0], [3, 0]], 4), ([[0], [1], [2]], 3):
+        cache = world.cache(pages, num_pages)
+        cache.append(*(x[:, 0].contiguous() for x in (world.k, world.v)))
+        world.assert_holds(cache, [1, 1, 1])
+    cache = world.cache([[0, 0], [1, 0], [2, 0]], 3, [5, 1, 15])  # who has tokens is no padding
+    rows, position = torch.arange(3), torch.tensor([5, 1, 15])
+    cache.append(*(x[rows, position].contiguous() for x in (world.k, world.v)))
+    world.assert_holds(cache, [6, 2, 16])
 
 
 def append_passes_over_masked_and_full_rows(world: World) -> None:
@@ -372,6 +386,7 @@ def a_pool_that_may_be_hnd_says_which_it_is(world: World) -> None:
 
 SCENARIOS = (
     append_passes_over_rows_without_a_request,
+    append_starts_requests,
     append_passes_over_masked_and_full_rows,
     append_passes_over_a_page_that_is_not_there_yet,
     chunks_have_the_bits_of_a_prefill,

@@ -25,6 +25,7 @@ COMPILED = ("tests/test_compile.py", "-k", "gqa4-d128-sm_90a")
 MIRRORED = ("tests/emulated/test_cache.py", "-k", "prefill_mirror and gqa4 and not padded")
 APPENDED = ("tests/emulated/test_cache.py", "-k", "append_fills and 16")
 FULL = ("tests/emulated/test_cache.py", "-k", "append_leaves_a_full")
+STARTED = ("tests/emulated/test_requests.py", "-k", "append_starts")
 LEFT_OUT = ("tests/emulated/test_requests.py", "-k", "append_passes_over or without_a_place")
 CHUNKED = ("tests/emulated/test_requests.py", "-k", "chunk")
 LISTED = ("tests/emulated/test_requests.py", "-k", "pages_of_an_engine")
@@ -184,8 +185,20 @@ MUTANTS = (
     ),
     Mutant(
         "append writes a page behind the pool", "mirror.py",
-        "if page >= 0 and page < num_pages:", "if page >= 0 and page <= num_pages:",
+        "if page >= 0 and page < num_pages and not", "if page >= 0 and page <= num_pages and not",
         CACHE, LEFT_OUT,
+    ),
+    Mutant(
+        "append takes padding of zeros for a request", "mirror.py",
+        "page < num_pages and not no_request:", "page < num_pages:", CACHE, LEFT_OUT,
+    ),
+    Mutant(
+        "a request whose table has one page is padding", "mirror.py",
+        "length == 0 and max_pages > 1 and", "length == 0 and", CACHE, STARTED,
+    ),
+    Mutant(
+        "a request with tokens is padding where its pages repeat", "mirror.py",
+        "return length == 0 and max_pages", "return length >= 0 and max_pages", CACHE, STARTED,
     ),
     Mutant(
         "mirror_pages writes a page before the pool", "mirror.py",
