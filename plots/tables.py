@@ -7,6 +7,7 @@ import contextlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -31,7 +32,7 @@ from .quality_table import quality_table
 
 SCORED_BY = {"ds": "labels, 64 x 2 bits", "ds-r16-b4": "labels, 16 x 4 bits", "signs": "signs"}
 SIGN_PARTS = ("sign_words", "sign_factors", "sign_mean_codes", "sign_mean_scale_zero")
-QUEST, OURS = "quest", "quest+twilight"
+QUEST, FULL, OURS = "quest", "full+twilight", "quest+twilight"
 
 
 def speed_table(frames: Frames) -> str:
@@ -83,6 +84,35 @@ def top_p_table(frames: Frames) -> str:
     )
     header = " | tokens read per KV head | error | step, us | speedup over dense"
     return table(header, lines, caption)
+
+
+def recorded_table(frames: Frames) -> str:
+    """The same on the longest recording of a model's queries and keys."""
+    rows = sweep(frames, "pipeline", "trace-")
+    rows = rows[rows["seq_len"] == rows["seq_len"].max()]
+    quest = of_method(rows, QUEST, "top_p").iloc[0]
+    full, ours = of_method(rows, FULL, "top_p"), of_method(rows, OURS, "top_p")
+    lines = [
+        f"p = {top_p:g} | {' | '.join(_recorded(row) for row in every.itertuples())}"
+        for top_p, every in pd.concat([full, ours]).groupby("top_p")
+    ]
+    caption = (
+        f"{quest.workload}: {quest.batch_size} layers at {quest.seq_len:,} tokens, "
+        f"{quest.num_qo_heads} query and {quest.num_kv_heads} KV heads of {quest.head_dim} "
+        f"channels, on {quest.gpu.upper()}; Quest's candidates are {quest.token_budget:,}. Quest "
+        f"alone has an error of {quest.error:.3f} and takes {quest.median_us:,.1f} us. Measured at "
+        f"{commits_of(rows)}."
+    )
+    columns = " | ".join(
+        f"{METHODS[method]}: {what}"
+        for method in (FULL, OURS)
+        for what in ("tokens read per KV head", "error", "step, us")
+    )
+    return table(f" | {columns}", lines, caption)
+
+
+def _recorded(row: Any) -> str:
+    return f"{row.kept_mean:,.0f} | {row.error:.3f} | {row.median_us:,.1f}"
 
 
 def length_table(frames: Frames) -> str:
@@ -309,6 +339,7 @@ def _model_memory(frames: Frames, rows: pd.DataFrame) -> str:
 TABLES: dict[str, Callable[[Frames], str]] = {
     "speed": speed_table,
     "top_p": top_p_table,
+    "recorded": recorded_table,
     "length": length_table,
     "batch": batch_table,
     "stage": stage_table,

@@ -26,6 +26,7 @@ from twilight_tilelang.plots.frames import (
 from twilight_tilelang.plots.parts import budget_rule
 from twilight_tilelang.plots.quality_figures import of_largest_budget, rows_of_model
 from twilight_tilelang.profiling.tables.rows import TOKEN_STAGES, AnyRow, table_of
+from twilight_tilelang.profiling.workloads.sweeps import TOP_PS
 
 MEASURED = Frames(draw.RESULTS / "h200")
 QUALITY = ("quality_tokens", "quality_time", "model_time", "selector_mass")
@@ -337,6 +338,16 @@ def test_figures_and_tables_of_a_full_run_wait_for_one(
         assert f"not drawn: {name}" in text and name in FULL
     named = dict(zip(tables.TABLES, tables.blocks([frames]), strict=True))
     assert "Not measured yet." in named["top_p"] and "gqa-32k" in named["speed"]
+    assert "Not measured yet." in named["recorded"]
+
+
+def test_of_recordings_the_longest_is_shown(rows: list[AnyRow], tmp_path: Path) -> None:
+    short = [row for row in rows if row.workload == "trace-copy-task"]
+    sizes = {"workload": "trace-longer", "seq_len": 8192, "kept_mean": 77.0}
+    longer = [dataclasses.replace(row, **sizes) for row in short if table_of(row) == "pipeline"]
+    text = tables.recorded_table(frames_of([*short, *longer], tmp_path))
+    assert "trace-longer: 2 layers at 8,192 tokens" in " ".join(text.split())
+    assert text.count("| 77 |") == 2 * len(TOP_PS) and "copy-task" not in text
 
 
 def test_tables_are_written_between_their_markers(rows: list[AnyRow], tmp_path: Path) -> None:
