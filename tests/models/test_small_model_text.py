@@ -17,13 +17,13 @@ transformers = pytest.importorskip("transformers", minversion="5.24")
 from tests.models.test_generate_example import EXAMPLE  # noqa: E402
 from tests.test_transformers import assert_same_choice, generate  # noqa: E402
 from tests.test_transformers_compile import decoded  # noqa: E402
+from twilight_tilelang.evaluation.small import default_text  # noqa: E402
 from twilight_tilelang.integrations.small_model import FOLDER  # noqa: E402
 from twilight_tilelang.integrations.transformers import TwilightCache  # noqa: E402
 from twilight_tilelang.integrations.transformers_graph import CapturedDecode  # noqa: E402
 from twilight_tilelang.kernels.options import DecodeOptions  # noqa: E402
 
 MODEL = Path(os.environ.get("TWILIGHT_MODEL", FOLDER))
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(
     not (MODEL / "config.json").is_file(), reason="no small model: `make model` fetches one"
 )
@@ -45,10 +45,10 @@ def model(request: pytest.FixtureRequest) -> transformers.PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def tokens() -> torch.Tensor:
-    """The first LONGEST tokens of what this project says about itself."""
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
+    """The first LONGEST tokens of Python's language reference."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL, local_files_only=True)
-    text = "\n\n".join((ROOT / name).read_text() for name in ("README.md", "profiling/NOTES.md"))
+    text = default_text(tmp_path_factory.mktemp("text")).read_text()[: 8 * LONGEST]
     return tokenizer(text, return_tensors="pt").input_ids[0, :LONGEST]
 
 
