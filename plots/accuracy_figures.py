@@ -27,15 +27,14 @@ def accuracy_top_p(frames: Frames) -> Figure:
     """What p buys with the kernels' 4-bit estimate, over every page (Full) or over Quest's
     candidates: tokens kept and output error, |out - dense| / |dense|. Below, what the bits of the
     estimate cost: the error of Full + Twilight over that with exact keys; other bits than 4 are
-    computed in PyTorch. Left inputs that the benchmark makes up, right a recording of a small
-    model."""
+    computed in PyTorch. Left inputs that the benchmark makes up, then recordings of models."""
     rows = frames["accuracy"]
     keys = ["workload", "method", "top_p"]
     exact = rows[rows["bits"] == "exact"].set_index(keys)["error"].rename("exact")
     rows = rows.join(exact, on=keys)
     rows = rows.assign(ratio=rows["error"] / rows["exact"])
     workloads = list(dict.fromkeys(rows["workload"]))
-    size = (9, 1.4 + 2.5 * len(METRICS))
+    size = (_width(len(workloads)), 1.4 + 2.5 * len(METRICS))
     figure, every = panels(len(METRICS), len(workloads), size, sharex=True, sharey="row")
     for axes, (metric, workload) in zip(every, product(METRICS, workloads), strict=True):
         own = rows[rows["workload"] == workload]
@@ -65,7 +64,7 @@ def kept_heads(frames: Frames) -> Figure:
     rows = frames["kept"]
     kinds = rows.sort_values("batch_size", ascending=False, kind="stable")
     shown = kinds.drop_duplicates(["num_qo_heads", "num_kv_heads"])["workload"]
-    figure, every = panels(1, len(shown), (9, 4.0))
+    figure, every = panels(1, len(shown), (_width(len(shown)), 4.2))
     for axes, workload in zip(every, shown, strict=True):
         own = rows[rows["workload"] == workload].sort_values("kept_median", ascending=False)
         x = range(1, len(own) + 1)
@@ -76,7 +75,7 @@ def kept_heads(frames: Frames) -> Figure:
         _plain_log(axes)
         first = own.iloc[0]
         axes.set_title(
-            f"{workload}, {heads(first)}\n"
+            f"{workload}\n{heads(first)}\n"
             f"{count(first['token_budget'])} of {count(first['seq_len'])} tokens are candidates",
             loc="left",
             fontsize=10,
@@ -87,6 +86,11 @@ def kept_heads(frames: Frames) -> Figure:
     title(figure, "Tokens kept by each KV head", rows, ["page_size", "top_p"])
     legend_below(figure, every[:1], 3)
     return figure
+
+
+def _width(num_panels: int) -> float:
+    """Of a figure, so that the panels' titles do not meet."""
+    return max(9.0, 3.5 * num_panels)
 
 
 def _plain_log(axes: Axes) -> None:
