@@ -89,7 +89,7 @@ def top_p_table(frames: Frames) -> str:
 def recorded_table(frames: Frames) -> str:
     """The same on the longest recording of a model's queries and keys."""
     rows = sweep(frames, "pipeline", "trace-")
-    rows = rows[rows["seq_len"] == rows["seq_len"].max()]
+    rows = rows[rows["workload"] == rows.loc[rows["seq_len"].idxmax(), "workload"]]
     quest = of_method(rows, QUEST, "top_p").iloc[0]
     full, ours = of_method(rows, FULL, "top_p"), of_method(rows, OURS, "top_p")
     lines = [

@@ -117,7 +117,8 @@ def test_figures_and_tables_show_one_number_for_one_measurement() -> None:
     for name, sizes in (("gqa-32k", (64, 32_768)), ("solo-128k", (1, 131_072))):
         own = standard.loc[name].set_index("method")
         assert twilight.loc[sizes, "median_us"] == own.loc["quest+twilight", "median_us"]
-    drawn_names = tuple(f"| {name} |" for name in ("mha-32k", "gqa-32k", "b8-32k", "solo-32k"))
+    names = ("mha-32k", "gqa-32k", "b8-32k", "solo-128k", "solo-32k")
+    drawn_names = tuple(f"| {name} |" for name in names)
     rows = tables.speed_table(MEASURED).splitlines()
     rows = [row for row in rows if row.startswith(drawn_names)]  # others have sizes of their own
     assert len(rows) == len(drawn_names)
@@ -347,7 +348,9 @@ def test_of_recordings_the_longest_is_shown(rows: list[AnyRow], tmp_path: Path) 
     short = [row for row in rows if row.workload == "trace-copy-task"]
     sizes = {"workload": "trace-longer", "seq_len": 8192, "kept_mean": 77.0}
     longer = [dataclasses.replace(row, **sizes) for row in short if table_of(row) == "pipeline"]
-    text = tables.recorded_table(frames_of([*short, *longer], tmp_path))
+    sizes = {"workload": "trace-longer-sinks16", "kept_mean": 88.0}  # as long, with an option
+    sinks = [dataclasses.replace(row, **sizes) for row in longer]
+    text = tables.recorded_table(frames_of([*short, *longer, *sinks], tmp_path))
     assert "trace-longer: 2 layers at 8,192 tokens" in " ".join(text.split())
     assert text.count("| 77 |") == 2 * len(TOP_PS) and "copy-task" not in text
 
