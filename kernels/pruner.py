@@ -41,16 +41,16 @@ class PrunerConfig:
 
 
 def default_config(shape: StepShape, gpu: Gpu) -> PrunerConfig:
-    """Few rows are spread over a block per query head; many fill the GPU as they are. Code for
-    compute capability 10, or for wide logits, needs more registers than four blocks leave it, and
-    more where candidates are of single heads; where they are single tokens, too, on 8 or with a
-    floor, which wide logits leave no registers either. A block that walks several heads, and a
-    sample with them, needs the most."""
+    """Rows are spread over a block per query head where they are fewer than two blocks of each
+    multiprocessor; more fill the GPU as they are. Code for compute capability 10, or for wide
+    logits, needs more registers than four blocks leave it, and more where candidates are of single
+    heads; where they are single tokens, too, on 8 or with a floor, which wide logits leave no
+    registers either. A block that walks several heads, and a sample with them, needs the most."""
     wide, tokens = shape.logits_dtype != "float16", shape.candidates == "tokens"
     short = (tokens or wide) if shape.min_kept_tokens > 1 else tokens and gpu.capability < (9, 0)
     blocks_per_sm = 3 if wide or gpu.capability >= (10, 0) else 4
     blocks_per_sm -= short or shape.candidates == "head_tokens"
-    heads_apart = shape.group_size > 1 and shape.num_rows <= 128
+    heads_apart = shape.group_size > 1 and shape.num_rows < 2 * gpu.num_multiprocessors
     if shape.sampled and not heads_apart:
         blocks_per_sm = min(blocks_per_sm, 2)
     return PrunerConfig(heads_apart, blocks_per_sm)

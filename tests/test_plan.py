@@ -121,6 +121,14 @@ def test_tiles_are_spread_until_every_multiprocessor_is_full(name):
     assert config.steps == most
 
 
+@pytest.mark.parametrize("rows, apart", [(8, True), (192, True), (263, True), (264, False)])
+def test_heads_are_pruned_apart_until_rows_fill_the_gpu_twice(rows, apart):
+    """192 rows: 24 requests of 32k, 117 us on an H200 with their heads in one block, 107 apart."""
+    shape, gpu = SHAPE._replace(num_rows=rows), ARCHS["sm_90a"]
+    assert SPECS["pruner"].default(shape, gpu).heads_apart == apart
+    assert not SPECS["pruner"].default(shape._replace(group_size=1), gpu).heads_apart
+
+
 def names(plan) -> list[str]:
     return [launch.name for launch in launches_in(plan)]
 
