@@ -90,9 +90,10 @@ def test_an_exact_bucket_is_taken() -> None:
 )
 def test_the_nearest_bucket_has_the_same_statics_and_half_to_double_the_size(change, found) -> None:
     configs = configs_of("pruner", {HOME: entry_of("pruner", FASTER)})
-    choice = choose("pruner", dataclasses.replace(HOME, **change), configs)
+    changed = dataclasses.replace(HOME, **change)
+    choice, untuned = choose("pruner", changed, configs), choose("pruner", changed, None)
     assert (choice.bucket == HOME) == found
-    assert choice.config == (PrunerConfig(True, 2) if found else DEFAULT)
+    assert choice.config == (PrunerConfig(True, 2) if found else untuned.config)
     assert choice.reason.startswith("nearest" if found else "default")
 
 
@@ -148,8 +149,9 @@ def test_a_bucket_that_kept_its_default_says_nothing_of_its_neighbours() -> None
     entry = entry_of("pruner", FASTER)
     kept = configs_of("pruner", {HOME: dataclasses.replace(entry, time_us=entry.default_us)})
     assert choose("pruner", HOME, kept).config == PrunerConfig(True, 2)
-    near = choose("pruner", dataclasses.replace(HOME, rows=HOME.rows // 2), kept)
-    assert (near.config, near.bucket) == (DEFAULT, None)
+    neighbour = dataclasses.replace(HOME, rows=HOME.rows // 2)
+    near, untuned = choose("pruner", neighbour, kept), choose("pruner", neighbour, None)
+    assert (near.config, near.bucket) == (untuned.config, None)
     assert near.reason.startswith("default, as nearest")
 
 
