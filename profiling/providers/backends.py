@@ -105,8 +105,7 @@ class TileLang:
         """Attention over every token."""
         from twilight_tilelang.kernels.attention import every_token
 
-        counts = cache.seq_lens[:, None].expand(-1, cache.num_kv_heads).contiguous()
-        return self._attention(q, cache, every_token(counts), cache.capacity)
+        return self._attention(q, cache, every_token(cache), cache.capacity)
 
     def _attention(self, q: torch.Tensor, cache: Any, tokens: Any, width: int) -> Call:
         from twilight_tilelang.kernels import attention
