@@ -1,4 +1,9 @@
-"""SnapKV (arXiv 2404.14469): which tokens of a prompt stay in the cache."""
+"""SnapKV (arXiv 2404.14469): which tokens of a prompt stay in the cache.
+
+Each query head has its own, as in Twilight, whose cache holds keys and values repeated for them.
+Tokens keep their own positions, where Twilight's are doubtful: what counts on after a compression
+is commented out there.
+"""
 
 from typing import NamedTuple
 

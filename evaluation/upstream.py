@@ -17,7 +17,8 @@ Twilight's `pyimpl` (843ebcc) keeps to the paper but for these, each of which is
     nothing   a query head may keep no token, as no heaviest candidate is kept at any p; it then
               attends to all tokens alike (`TorchEngine.attend`).
     snap_kv   what is left of a prompt lies by weight, so that the first tokens, token 0 and pages
-              are of the heaviest (`TorchEngine(model_dtype=True)`).
+              are of the heaviest (`TorchEngine(model_dtype=True)`). Its window's weights are in
+              float32 here, in theirs in the model's dtype.
 """
 
 from dataclasses import dataclass

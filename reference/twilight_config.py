@@ -31,8 +31,8 @@ exact_upstream), which has all of the former too; what has no mark runs nowhere,
     weight_pruner     none *
                       top_p *          threshold: p, in (0, 1]
                       threshold +      threshold: below the logit of token 0
-    skip_first_two_layers (true)       *    layers 0 and 1 attend densely
-    use_estimated_weights_in_attn (false *; true +)
+    skip_first_two_layers (true) *          layers 0 and 1 attend densely
+    use_estimated_weights_in_attn (false *; true +)     the output's softmax is of the estimate
 
 What a wrong file gets is ValueError with the key, what was expected and what came. What the
 original names but does not run is NotImplementedError with the key, when it is read; what the
