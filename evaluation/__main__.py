@@ -92,6 +92,9 @@ def main(argv: list[str] | None = None) -> int:
         None if arguments.minutes is None else start + 60 * arguments.minutes,
     )
     print(table(run_tasks(run, itertools.chain([first], tasks))))
+    for each in configurations:
+        if (lacking := each.config.beyond_kernels) is not None:
+            print(f"{each.name} runs on the PyTorch back end alone, here {back_end}: {lacking}")
     for text in run.left_out:
         print(f"left out: {text}")
     print(f"{arguments.task}: rows -> {arguments.output / ROWS}")

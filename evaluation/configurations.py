@@ -16,7 +16,10 @@ SELECTORS = {
     "ds": "ds",
     "oracle_topk": "oracle",
     "signs": "signs",
+    "streaming": "streaming",
+    "sparq": "sparq",
 }
+PRUNERS = {"none": (), "top_p": ("twilight",), "threshold": ("threshold",)}
 
 
 class MissingChannels(ValueError):
@@ -43,11 +46,13 @@ class Configuration:
 
     @property
     def method(self) -> str:
-        """ "dense", "quest", "quest+twilight", "full+twilight", "ds", and so on."""
-        selector = SELECTORS[self.config.selector.type]
-        if self.top_p is not None:
-            return f"{selector}+twilight"
-        return "dense" if selector == "full" else selector
+        """ "dense", "quest", "quest+twilight", "full+twilight", "ds", "snap_kv+full", and so on."""
+        config = self.config
+        parts = ["snap_kv"] if config.compressor.type == "snap_kv" else []
+        parts += [SELECTORS[config.selector.type], *PRUNERS[config.weight_pruner.type]]
+        if config.use_estimated_weights_in_attn and config.weight_estimator.type != "none":
+            parts.append("estimated")
+        return "dense" if parts == ["full"] else "+".join(parts)
 
     @property
     def is_dense(self) -> bool:
@@ -55,12 +60,13 @@ class Configuration:
 
     @property
     def top_p(self) -> float | None:
-        """The mass to keep, None where nothing is pruned."""
-        return self.config.weight_pruner.arguments.get("threshold")
+        """The mass to keep, None where nothing is pruned, or not by mass."""
+        pruner = self.config.weight_pruner
+        return pruner.arguments["threshold"] if pruner.type == "top_p" else None
 
     @property
     def token_budget(self) -> int | None:
-        """Candidates, None where every token is one, or as many as hold a share of all mass."""
+        """Candidates, None where every token is one, or as many as are, or hold, a share of all."""
         budget = self.config.selector.arguments.get("token_budget", -1)
         return None if budget == -1 else budget
 
@@ -96,9 +102,7 @@ class Configuration:
             ValueError: there is no channel file, or it does not fit the model.
         """
         self.check_channels()
-        num_heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-        heads = (num_heads, config.num_key_value_heads, head_dim)
+        heads = (config.num_attention_heads, config.num_key_value_heads, head_dim_of(config))
         layers = range(config.num_hidden_layers)
         found = {layer: self.config.label_format(layer, *heads) for layer in layers}
         return {layer: own for layer, own in found.items() if own is not None}
@@ -114,6 +118,12 @@ class Configuration:
                 f"{self.name}: selector.config_path: expected a channel file, got none at {path} "
                 f"nor in {self.config.folder}"
             )
+
+
+def head_dim_of(config: Any) -> int:
+    """Channels of a head, by a config of Hugging Face's."""
+    head_dim = getattr(config, "head_dim", None)
+    return head_dim or config.hidden_size // config.num_attention_heads
 
 
 def read_configuration(

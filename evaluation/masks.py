@@ -5,7 +5,7 @@ a known text: token t of the chunk chooses among the tokens up to its own, as if
 been appended yet. tests/models/test_evaluation_engines.py compares the two.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -22,10 +22,8 @@ from twilight_tilelang.reference.pruner import (
 )
 from twilight_tilelang.reference.quantize import (
     dequantize_bounds,
-    dequantize_int4,
     dequantize_rows,
     quantize_bounds,
-    quantize_int4,
     quantize_rows,
 )
 from twilight_tilelang.reference.requests import exact_page_bounds
@@ -37,6 +35,11 @@ from twilight_tilelang.reference.sign_codes import (
     unpack_signs,
 )
 from twilight_tilelang.reference.sign_selector import MIN_CANDIDATES, quantize_query
+
+from .estimates import Estimator, grouped_logits, max_rows, smoothed, sparq_logits
+from .snap_kv import SnapKV
+
+INT4 = Estimator()
 
 
 class Chunk(NamedTuple):
@@ -72,25 +75,37 @@ class Sets(NamedTuple):
     own             [num_qo_heads, tokens, seq_len] bool, each query head's own set
     read            the same shape: what it attends to
     estimated_mass  [num_qo_heads, tokens], the share of the candidates that the own set holds
+    logits          of the chunk's shape, that the output's softmax is of; None for the exact ones
     """
 
     own: torch.Tensor
     read: torch.Tensor
     estimated_mass: torch.Tensor
+    logits: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Rule:
     """How the sets are chosen.
 
-    selector: "full", "quest", "double_sparsity" or "signs".
-    token_budget: as in `reference.TwilightDecode`.
-    top_p: None where every candidate is read.
+    selector: "full", "quest", "double_sparsity", "signs", "streaming" or "sparq".
+    token_budget: as in `reference.TwilightDecode`; a Quest budget that is no multiple of page_size
+        is rounded up; of "streaming" the last tokens.
+    top_p: None where it prunes nothing.
     min_kept_tokens: of each query head, at any p.
     labels: of "double_sparsity", for every layer that is not dense.
     dense_layers: the first so many read everything.
     query_bits: of the queries of "signs"; None for all that they have. The kernels' have 4.
     candidate_p: of "signs", in place of a budget; None where there is one.
+    sparsity_rate: in place of a budget, that is then the rate times the tokens there are, rounded
+        down, but one at least; None where there is one.
+    num_sinks: of "streaming", the first tokens.
+    num_channels: of "sparq", each query head's.
+    estimator: whose logits the pruner goes by.
+    threshold: a pruner in top_p's place, that keeps each candidate whose estimated logit is above
+        token 0's less this; all of them where token 0 is none. None for no such pruner.
+    use_estimated_weights: whether the output's softmax is of the estimated logits.
+    compressor: of the prompt, in every layer, those that attend densely too; None for none.
     """
 
     selector: str = "full"
@@ -104,6 +119,23 @@ class Rule:
     labels: dict[int, LabelFormat] = field(default_factory=dict)
     query_bits: int | None = None
     candidate_p: float | None = None
+    sparsity_rate: float | None = None
+    num_sinks: int = 0
+    num_channels: int = 0
+    estimator: Estimator = INT4
+    threshold: float | None = None
+    use_estimated_weights: bool = False
+    compressor: SnapKV | None = None
+
+    @property
+    def prunes(self) -> bool:
+        return self.top_p is not None or self.threshold is not None
+
+    def budget(self, length: int) -> int:
+        """Tokens to choose of so many."""
+        if self.sparsity_rate is None:
+            return self.token_budget
+        return max(1, int(length * self.sparsity_rate))
 
 
 def choose(rule: Rule, layer: int, chunk: Chunk) -> Sets:
@@ -116,47 +148,66 @@ def choose(rule: Rule, layer: int, chunk: Chunk) -> Sets:
         candidates = quest_candidates(rule, chunk)
     elif rule.selector == "signs":
         candidates = sign_candidates(rule, chunk)
+    elif rule.selector == "streaming":
+        candidates = streaming_tokens(rule, chunk).expand(chunk.logits.shape)
+    elif rule.selector == "sparq":
+        scores = sparq_logits(chunk.q, chunk.keys.float(), rule.num_channels)
+        candidates = best_tokens(rule, scores, chunk)
     else:
         candidates = label_candidates(rule, rule.labels[layer], chunk)
-    if rule.top_p is None:
-        return Sets(candidates, candidates, chunk.q.new_ones(chunk.q.shape[:2]))
-    floor = rule.min_kept_tokens
-    own, weights = top_p_sets(rule, estimated_logits(chunk), candidates, rule.top_p, floor, chunk)
+    needs_estimate = rule.prunes or rule.use_estimated_weights
+    logits = estimated_logits(chunk, rule.estimator) if needs_estimate else chunk.logits
+    estimated = logits if rule.use_estimated_weights else None
+    if not rule.prunes:
+        return Sets(candidates, candidates, chunk.q.new_ones(chunk.q.shape[:2]), estimated)
+    own, weights = pruned(rule, logits, candidates, chunk)
     mass = torch.where(own, weights, 0.0).sum(-1) / weights.sum(-1)
     union = group_union(own.transpose(0, 1), num_kv_heads).transpose(0, 1)
-    return Sets(own, union.repeat_interleave(len(own) // num_kv_heads, dim=0), mass)
+    read = union.repeat_interleave(len(own) // num_kv_heads, dim=0)
+    return Sets(own, read, mass, estimated)
 
 
-def top_p_sets(
-    rule: Rule,
-    logits: torch.Tensor,
-    candidates: torch.Tensor,
-    top_p: float,
-    floor: int,
-    chunk: Chunk,
+def pruned(
+    rule: Rule, logits: torch.Tensor, candidates: torch.Tensor, chunk: Chunk
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each query head keeps of its candidates, with its windows, and their weights; both of
-    the logits' shape, [num_qo_heads, tokens, seq_len]."""
-    weights, known = candidate_weights(logits, candidates)
-    places = torch.arange(logits.shape[-1], device=logits.device)
-    forced = places < rule.num_sink_tokens
-    forced = forced | (places >= chunk.lengths[:, None] - rule.num_recent_tokens)
-    own = top_p_set_sorted(weights, top_p) | heaviest(weights, floor)
-    return (own | forced | ~known) & candidates, weights
+    """What each query head keeps of its candidates, and the weights that its estimator has seen:
+    the candidates', or without one those of all tokens, of which the candidates are then kept. Both
+    [num_qo_heads, tokens, seq_len]. Its heaviest candidates are always kept."""
+    seen = chunk.past.expand(logits.shape) if rule.estimator.kind == "none" else candidates
+    weights, known = candidate_weights(logits, seen)
+    if rule.top_p is not None:
+        own = top_p_set_sorted(weights, rule.top_p)
+    else:
+        logits = logits.masked_fill(~seen, float("-inf"))
+        own = logits > logits[..., :1] - rule.threshold
+    among = weights if seen is candidates else candidate_weights(logits, candidates)[0]
+    own = own | heaviest(among, rule.min_kept_tokens) | always_kept(rule, chunk) | ~known
+    return own & candidates, weights
 
 
-def estimated_logits(chunk: Chunk) -> torch.Tensor:
-    """[num_qo_heads, tokens, seq_len] float32: of 4-bit keys, rounded to float16."""
-    packed, scale_zero = quantize_int4(chunk.keys.float())
-    keys = dequantize_int4(packed, scale_zero)
-    return (grouped_logits(chunk.q, keys) * chunk.sm_scale).clamp(-LARGEST, LARGEST).half().float()
+def always_kept(rule: Rule, chunk: Chunk) -> torch.Tensor:
+    """[tokens, seq_len] bool: the first and the last tokens that are kept at any p."""
+    places = torch.arange(chunk.keys.shape[1], device=chunk.q.device)
+    recent = places >= chunk.lengths[:, None] - rule.num_recent_tokens
+    return (places < rule.num_sink_tokens) | recent
 
 
-def grouped_logits(q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """[num_qo_heads, tokens, n]: q [num_qo_heads, tokens, head_dim] times each KV head's keys
-    [num_kv_heads, n, head_dim]."""
-    grouped = q.unflatten(0, (len(keys), -1))
-    return (grouped @ keys[:, None].transpose(-1, -2)).flatten(0, 1)
+def estimated_logits(chunk: Chunk, estimator: Estimator = INT4) -> torch.Tensor:
+    """[num_qo_heads, tokens, seq_len] float32; those of "min_max_quant" rounded to float16, as the
+    kernels' are."""
+    if estimator.kind == "none":
+        return chunk.logits
+    if estimator.kind == "min_max_quant":
+        keys = dequantize_rows(*quantize_rows(chunk.keys.float(), estimator.quant_bit))
+        logits = grouped_logits(chunk.q, keys) * chunk.sm_scale
+        return logits.clamp(-LARGEST, LARGEST).half().float()
+    logits = torch.full_like(chunk.logits, float("-inf"))
+    for token, length in enumerate(chunk.lengths.tolist()):  # each has a smallest key of its own
+        keys = chunk.keys[:, :length].float()
+        keys = max_rows(smoothed(keys) if estimator.smooth_k else keys, estimator.quant_bit)
+        own = grouped_logits(chunk.q[:, token : token + 1], keys) * chunk.sm_scale
+        logits[:, token, :length] = own[:, 0]
+    return logits
 
 
 def quest_candidates(rule: Rule, chunk: Chunk) -> torch.Tensor:
@@ -166,7 +217,7 @@ def quest_candidates(rule: Rule, chunk: Chunk) -> torch.Tensor:
     """
     num_kv_heads, seq_len, head_dim = chunk.keys.shape
     size, num_pages = rule.page_size, pages_of(seq_len, rule.page_size)
-    width = rule.token_budget // size
+    widths = [max(1, pages_of(rule.budget(length), size)) for length in chunk.lengths.tolist()]
     padded = torch.nn.functional.pad(chunk.keys, (0, 0, 0, num_pages * size - seq_len))
     pages = padded.transpose(0, 1).unflatten(0, (num_pages, size))
     used = (seq_len - torch.arange(num_pages, device=padded.device) * size).clamp(max=size)
@@ -184,8 +235,10 @@ def quest_candidates(rule: Rule, chunk: Chunk) -> torch.Tensor:
     recent = (chunk.lengths[:, None] - rule.num_recent_tokens).clamp(min=0) // size
     forced = (page == newest) | (page < pages_of(rule.num_sink_tokens, size)) | (page >= recent)
     scores = scores.masked_fill(forced, float("inf")).masked_fill(page > newest, float("-inf"))
-    best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :width]
-    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
+    best = scores.sort(dim=-1, descending=True, stable=True).indices
+    asked = page < torch.tensor(widths, device=page.device)[:, None]
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    chosen.scatter_(-1, best, asked.expand(best.shape))
     tokens = chosen.repeat_interleave(size, dim=-1)[..., :seq_len] & chunk.past
     return tokens.repeat_interleave(len(chunk.q) // num_kv_heads, dim=0)
 
@@ -198,6 +251,13 @@ def label_candidates(rule: Rule, labels: LabelFormat, chunk: Chunk) -> torch.Ten
         keys = dequantize_rows(*quantize_rows(keys, labels.bits))
     query = chunk.q.gather(-1, channels.long()[:, None].expand(-1, chunk.q.shape[1], -1))
     return best_tokens(rule, query @ keys.float().permute(1, 2, 0), chunk)
+
+
+def streaming_tokens(rule: Rule, chunk: Chunk) -> torch.Tensor:
+    """StreamingLLM's tokens, [tokens, seq_len] bool: the first num_sinks, the last token_budget."""
+    places = torch.arange(chunk.keys.shape[1], device=chunk.q.device)
+    recent = places >= chunk.lengths[:, None] - rule.token_budget
+    return ((places < rule.num_sinks) | recent | always_kept(rule, chunk)) & chunk.past
 
 
 def sign_candidates(rule: Rule, chunk: Chunk) -> torch.Tensor:
@@ -216,8 +276,8 @@ def sign_candidates(rule: Rule, chunk: Chunk) -> torch.Tensor:
         ranks = largest_of_heads(logits.masked_fill(~chunk.past, float("-inf")), num_kv_heads)
         chosen = best_tokens(rule, ranks, chunk)
     else:
-        everything, share = chunk.past.expand(logits.shape), rule.candidate_p
-        own, _ = top_p_sets(rule, logits, everything, share, MIN_CANDIDATES, chunk)
+        asked = replace(rule, top_p=rule.candidate_p, min_kept_tokens=MIN_CANDIDATES)
+        own, _ = pruned(asked, logits, chunk.past.expand(logits.shape), chunk)
         chosen = group_union(own.transpose(0, 1), num_kv_heads).transpose(0, 1)
     return chosen.repeat_interleave(len(chunk.q) // num_kv_heads, dim=0)
 
@@ -229,6 +289,6 @@ def best_tokens(rule: Rule, scores: torch.Tensor, chunk: Chunk) -> torch.Tensor:
     for token, length in enumerate(chunk.lengths.tolist()):
         forced = places[:length] < rule.num_sink_tokens
         forced = forced | (places[:length] >= length - rule.num_recent_tokens)
-        own = top_tokens(scores[:, token, :length], min(rule.token_budget, length), forced)
+        own = top_tokens(scores[:, token, :length], min(rule.budget(length), length), forced)
         chosen.append(torch.nn.functional.pad(own, (0, scores.shape[-1] - length)))
     return torch.stack(chosen, dim=1)

@@ -13,7 +13,7 @@ from transformers import (
 
 from .configurations import Configuration
 from .decode import Engine
-from .torch_engine import TorchEngine
+from .torch_engine import OBSERVED, TorchEngine
 from .upstream import Upstream
 
 PAGE_SIZE = 16  # where no configuration names one
@@ -78,9 +78,12 @@ def load_engine(
     model = load_model(folder, dtype)
     if back_end == "kernels":
         return KernelEngine(model, page_size, measure_every, rooms)
+    compressors = (each.config.compressor.arguments for each in every)
+    observed = max((each["window_size"] for each in compressors if each), default=OBSERVED)
     if back_end == "torch":
-        return TorchEngine(model, page_size=page_size)
-    return TorchEngine(model, Upstream(top_p_start).choose, page_size, model_dtype=True)
+        return TorchEngine(model, page_size=page_size, observed=observed)
+    chooser = Upstream(top_p_start).choose
+    return TorchEngine(model, chooser, page_size, model_dtype=True, observed=observed)
 
 
 def default_dtype(task: str) -> str:

@@ -14,6 +14,11 @@ Twilight's `pyimpl` (843ebcc) keeps to the paper but for these, each of which is
               (`first_token_set`): where token 0 is light it keeps too many, where it is no
               candidate it keeps all. `Upstream(top_p_start="largest")` takes the paper's smallest
               set instead.
+    nothing   a query head may keep no token, as no heaviest candidate is kept at any p; it then
+              attends to all tokens alike (`TorchEngine.attend`).
+    snap_kv   what is left of a prompt lies by weight, so that the first tokens, token 0 and pages
+              are of the heaviest (`TorchEngine(model_dtype=True)`). Its window's weights are in
+              float32 here, in theirs in the model's dtype.
 """
 
 from dataclasses import dataclass
@@ -23,6 +28,7 @@ import torch
 from twilight_tilelang.reference.labels import take_channels
 from twilight_tilelang.reference.pruner import top_p_set_sorted
 
+from .estimates import Estimator, max_rows, smoothed, sparq_logits
 from .masks import Chunk, Rule, Sets
 
 TOLERANCE = 1e-5
@@ -44,20 +50,33 @@ class Upstream:
         """The sets of one layer's new tokens, one token after the other."""
         dtype, num_qo_heads = chunk.keys.dtype, len(chunk.q)
         keys = chunk.keys.repeat_interleave(num_qo_heads // len(chunk.keys), dim=0)
-        coarse = min_max_rows(keys, 4) if rule.top_p is not None else keys
+        estimator, smooth = rule.estimator, rule.estimator.smooth_k
+        needs_estimate = rule.prunes or rule.use_estimated_weights
+        every = coarse_rows(keys, estimator) if needs_estimate and not smooth else keys
         own = torch.zeros_like(chunk.logits, dtype=torch.bool)
+        estimated = torch.full_like(chunk.logits, float("-inf"))
         mass = chunk.q.new_ones(chunk.q.shape[:2])
         for token, length in enumerate(chunk.lengths.tolist()):
             q = chunk.q[:, token].to(dtype)
             mask = self.candidates(rule, layer, chunk, q, keys[:, :length])
-            if rule.top_p is not None:
-                logits = (q[:, None] @ coarse[:, :length].mT)[:, 0] * chunk.sm_scale
-                logits = logits.masked_fill(~mask, torch.finfo(dtype).min)
+            if needs_estimate:
+                coarse = coarse_rows(keys[:, :length], estimator) if smooth else every[:, :length]
+                logits = (q[:, None] @ coarse.mT)[:, 0] * chunk.sm_scale
+                if estimator.kind != "none":
+                    logits = logits.masked_fill(~mask, torch.finfo(dtype).min)
+                estimated[:, token, :length] = logits.float()
+            if rule.prunes:
                 weights = torch.softmax(logits, dim=-1, dtype=torch.float32)
-                mask = mask & self.top_p_set(weights, rule.top_p)
+                mask = mask & self.pruned(rule, logits, weights)
                 mass[:, token] = torch.where(mask, weights, 0.0).sum(-1)
             own[:, token, :length] = mask
-        return Sets(own, own, mass)
+        return Sets(own, own, mass, estimated if rule.use_estimated_weights else None)
+
+    def pruned(self, rule: Rule, logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """What the pruner keeps, [heads, length] bool."""
+        if rule.top_p is not None:
+            return self.top_p_set(weights, rule.top_p)
+        return logits > logits[:, :1] - rule.threshold
 
     def candidates(
         self, rule: Rule, layer: int, chunk: Chunk, q: torch.Tensor, keys: torch.Tensor
@@ -66,22 +85,34 @@ class Upstream:
         it may look at, repeated for the query heads."""
         if rule.selector == "full":
             return torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
+        budget = rule.budget(keys.shape[1])
         if rule.selector == "quest":
-            return quest_pages(q, keys, rule.token_budget, rule.page_size)
+            return quest_pages(q, keys, budget, rule.page_size)
+        if rule.selector == "streaming":
+            places = torch.arange(keys.shape[1], device=keys.device)
+            recent = places >= keys.shape[1] - budget
+            return ((places < rule.num_sinks) | recent).expand(keys.shape[:2])
+        if rule.selector == "sparq":
+            return best(sparq_logits(q[:, None], keys, rule.num_channels)[:, 0], budget)
         channels, bits = rule.labels[layer]
         channels = channels.to(keys.device)
         label = take_channels(keys.transpose(0, 1), channels).transpose(0, 1)
         label = label if bits is None else min_max_rows(label, bits)
         query = q.gather(-1, channels.long())
         scores = (query[:, None] @ label.mT)[:, 0] * chunk.sm_scale
-        best = scores.topk(min(rule.token_budget, scores.shape[-1]), dim=-1).indices
-        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
+        return best(scores, budget)
 
     def top_p_set(self, weights: torch.Tensor, top_p: float) -> torch.Tensor:
         """Which weights top-p keeps, [..., n] bool."""
         if self.top_p_start == "largest":
             return top_p_set_sorted(weights, top_p)
         return first_token_set(weights, top_p, self.eps)
+
+
+def best(scores: torch.Tensor, budget: int) -> torch.Tensor:
+    """Which are the largest of each row's, [heads, length] bool."""
+    chosen = scores.topk(min(budget, scores.shape[-1]), dim=-1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
 
 
 def first_token_set(weights: torch.Tensor, top_p: float, eps: float = TOLERANCE) -> torch.Tensor:
@@ -128,6 +159,15 @@ def quest_pages(
     best = scores.topk(min(budget, num_pages), dim=-1).indices
     pages = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
     return pages.repeat_interleave(page_size, dim=-1)[:, :length]
+
+
+def coarse_rows(keys: torch.Tensor, estimator: Estimator) -> torch.Tensor:
+    """What stands for the keys [heads, length, head_dim] in the estimate, in their own dtype."""
+    if estimator.kind == "min_max_quant":
+        return min_max_rows(keys, estimator.quant_bit)
+    if estimator.kind == "max_quant":
+        return max_rows(smoothed(keys) if estimator.smooth_k else keys, estimator.quant_bit)
+    return keys
 
 
 def min_max_rows(x: torch.Tensor, bits: int) -> torch.Tensor:

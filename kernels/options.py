@@ -7,7 +7,6 @@ import torch
 
 from twilight_tilelang.reference.twilight_config import TwilightConfig
 
-from .labels import LABEL_BITS
 from .lists import Window
 
 NUM_SAMPLES = 512  # tokens of a KV head that the estimate of all tokens' mass reads
@@ -99,13 +98,9 @@ def options_of(config: TwilightConfig, page_size: int, layer: int | None = None)
 
     Raises:
         ValueError: chunk_size is not the page_size.
-        NotImplementedError: the kernels have no such labels.
+        NotImplementedError: the kernels do not have it; the message names the key, and what has it.
     """
     chosen = config.decode_options(page_size, layer)
-    if chosen["selector"] == "double_sparsity" and config.label_bits not in LABEL_BITS:
-        bits = " or ".join(map(str, LABEL_BITS))
-        raise NotImplementedError(
-            f"selector: the kernels have labels of {bits} bits, got {config.label_bits} by "
-            f"{config.selector.type!r}; the reference and the evaluation's torch back end run it"
-        )
+    if chosen["selector"] == "double_sparsity" and config.beyond_kernels is not None:
+        raise NotImplementedError(config.beyond_kernels)
     return DecodeOptions(**chosen, num_sink_tokens=0, num_recent_tokens=0, min_kept_tokens=1)

@@ -1,37 +1,43 @@
 """Twilight's own JSON configurations, read unchanged, as options of `TwilightDecode`.
 
 Four sections, each an object with `type` (in any case) and the arguments of that type, and two
-flags. Defaults stand in brackets; what has none is required. A * marks what runs here.
+flags. Defaults stand in brackets; what has none is required. A * marks what the kernels have, and
+this reference; a + what has only the PyTorch back end of the evaluation (`--back-end torch`, or
+exact_upstream), which has all of the former too; what has no mark runs nowhere, as in the original.
 
     section           type             arguments
     compressor        none *
-                      snap_kv          window_size (64), max_capacity_prompt (320), kernel_size (5),
-                                       pooling ("avgpool"; or "maxpool")
+                      snap_kv +        window_size (64), max_capacity_prompt (320), above it;
+                                       kernel_size (5), odd; pooling ("avgpool"; or "maxpool")
     selector          none *           every token
-                      quest *          chunk_size: page_size; token_budget or sparsity_rate (-1)
+                      quest *          chunk_size: page_size; token_budget *, or sparsity_rate +
+                                       (-1): a budget of so much of the request's length
                       ds *             config_path: of a channel file; selected_channel: "q", "k" or
-                                       "qk"; r: channels of a label; quant_bit: 32 or more for none;
-                                       token_budget or sparsity_rate (-1)
-                      oracle_topk *    token_budget; here: ds with every channel, as the keys are
+                                       "qk"; r: channels of a label; quant_bit: 2 * or 4 *, other
+                                       bits +, 32 or more for none +; token_budget *, or
+                                       sparsity_rate + (-1)
+                      oracle_topk +    token_budget; here: ds with every channel, as the keys are,
+                                       so this reference has it too, as it has labels of any bits
                       signs *          token_budget or candidate_p (-1); ours, no type of the
-                                       original's
-                      streaming        token_budget, num_sinks
-                      sparq            r, token_budget
+                                       original's, so not of exact_upstream
+                      streaming +      token_budget: the last tokens; num_sinks: the first
+                      sparq +          r: channels where |q| is largest; token_budget
                       tidal_decode     token_budget, reselection_layers
                       pqcache
-    weight_estimator  none *           exact logits; here only where nothing is pruned
-                      min_max_quant *  quant_bit; here 4
-                      max_quant        quant_bit, smooth_k
+    weight_estimator  none *           exact logits, of all tokens; with a pruner +
+                      min_max_quant *  quant_bit: 4 *, others of 1 to 8 +
+                      max_quant +      quant_bit, 1 to 8; smooth_k
                       threshold, h_threshold
     weight_pruner     none *
                       top_p *          threshold: p, in (0, 1]
-                      threshold        threshold
-    skip_first_two_layers (true)            layers 0 and 1 attend densely
-    use_estimated_weights_in_attn (false)   here only false
+                      threshold +      threshold: below the logit of token 0
+    skip_first_two_layers (true) *          layers 0 and 1 attend densely
+    use_estimated_weights_in_attn (false *; true +)     the output's softmax is of the estimate
 
-What a wrong file gets is ValueError with the key, what was expected and what came. What is right
-but does not run here is NotImplementedError with the key, and so is `sparsity_rate`, a budget that
-grows with the request. A Quest budget that is no multiple of chunk_size is rounded up.
+What a wrong file gets is ValueError with the key, what was expected and what came. What the
+original names but does not run is NotImplementedError with the key, when it is read; what the
+kernels do not have is so when their options are made. A Quest budget that is no multiple of
+chunk_size is rounded up.
 
 Three things differ from Twilight's own code on purpose: Quest's newest page is always a candidate,
 top-p keeps the smallest set (theirs starts its search at the weight of token 0, and may keep all),
@@ -72,7 +78,8 @@ def _one_of(*names: str, default: str | None = None) -> Argument:
 
 
 COUNT = Argument("an int above 0", _is_int)
-WINDOW, CAPACITY, KERNEL_SIZE = (COUNT._replace(default=value) for value in (64, 320, 5))
+WINDOW, CAPACITY = (COUNT._replace(default=value) for value in (64, 320))
+KERNEL_SIZE = Argument("an odd int above 0", lambda value: _is_int(value) and value % 2 == 1, 5)
 BUDGET = Argument("an int above 0, or -1", lambda value: _is_int(value) or value == -1, -1)
 RATE = Argument(
     "a number in (0, 1], or -1",
@@ -128,12 +135,17 @@ TYPES: dict[str, dict[str, dict[str, Argument]]] = {
     "weight_pruner": {"none": {}, "top_p": {"threshold": MASS}, "threshold": {"threshold": NUMBER}},
 }
 FLAGS = {"skip_first_two_layers": True, "use_estimated_weights_in_attn": False}
-RUNS = {
+NAMED = {  # in the original, whose code does not run them
+    "selector": ("tidal_decode", "pqcache"),
+    "weight_estimator": ("threshold", "h_threshold"),
+}
+OF_KERNELS = {
     "compressor": ("none",),
-    "selector": ("none", "quest", "ds", "oracle_topk", "signs"),
+    "selector": ("none", "quest", "ds", "oracle_topk", "signs"),  # the fourth by the reference
     "weight_estimator": ("none", "min_max_quant"),
     "weight_pruner": ("none", "top_p"),
 }
+KERNEL_LABEL_BITS = (2, 4)
 
 
 class Section(NamedTuple):
@@ -145,7 +157,7 @@ class Section(NamedTuple):
 
 @dataclass(frozen=True)
 class TwilightConfig:
-    """A configuration that is right and runs here; made by `read_config`.
+    """A configuration that is right; made by `read_config`.
 
     folder: where the file lies, for the path of the channel file.
     """
@@ -163,7 +175,10 @@ class TwilightConfig:
 
         Raises:
             ValueError: chunk_size is not the page_size of the cache.
+            NotImplementedError: neither the kernels nor this reference have it.
         """
+        if (lacking := self.beyond_stages) is not None:
+            raise NotImplementedError(lacking)
         if self.skips(layer):
             return {"selector": "full", "path": "dense"}
         kind, arguments = self.selector
@@ -229,6 +244,38 @@ class TwilightConfig:
                 f"got {got[0]} in {got[1]}"
             )
 
+    @property
+    def beyond_stages(self) -> str | None:
+        """The first key that neither the kernels nor this reference have, in words; None where
+        they have all."""
+        pruner, estimator = self.weight_pruner.type, self.weight_estimator
+        for name, types in OF_KERNELS.items():
+            kind = getattr(self, name).type
+            if kind not in types:
+                return lacking(f"{name}.type", listed(types), kind)
+        rate = self.selector.arguments.get("sparsity_rate", -1)
+        bits = estimator.arguments.get("quant_bit", 4)
+        if rate != -1:
+            return lacking("selector.sparsity_rate", "a fixed token_budget", rate)
+        if bits != 4:
+            return lacking("weight_estimator.quant_bit", "4", bits)
+        if pruner != "none" and estimator.type == "none":
+            return lacking("weight_estimator.type", "'min_max_quant' with a pruner", "none")
+        if self.use_estimated_weights_in_attn:
+            return lacking("use_estimated_weights_in_attn", "false", True)
+        return None
+
+    @property
+    def beyond_kernels(self) -> str | None:
+        """The same of the kernels alone, which have fewer labels."""
+        kind, bits = self.selector.type, self.label_bits
+        if self.beyond_stages is None and kind in ("ds", "oracle_topk"):
+            if bits not in KERNEL_LABEL_BITS:
+                key = "selector.quant_bit" if kind == "ds" else "selector.type"
+                named = " or ".join(map(str, KERNEL_LABEL_BITS))
+                return lacking(key, f"labels of {named} bits", bits, f" by {kind!r}")
+        return self.beyond_stages
+
     def skips(self, layer: int | None) -> bool:
         """Whether the layer attends densely whatever the selector."""
         return self.skip_first_two_layers and layer is not None and layer < SKIPPED_LAYERS
@@ -239,7 +286,7 @@ def read_config(source: str | Path | Mapping[str, Any]) -> TwilightConfig:
 
     Raises:
         ValueError: a key is unknown, missing, or of a wrong value, or keys exclude each other.
-        NotImplementedError: it asks for what does not run here.
+        NotImplementedError: it asks for what the original names but does not run.
     """
     if isinstance(source, Mapping):
         folder, content = Path(), source
@@ -256,7 +303,7 @@ def read_config(source: str | Path | Mapping[str, Any]) -> TwilightConfig:
         folder=folder,
     )
     check_combinations(config)
-    refuse_what_does_not_run(config)
+    refuse_what_runs_nowhere(config)
     return config
 
 
@@ -299,33 +346,37 @@ def check_combinations(config: TwilightConfig) -> None:
             f"got {budgets[0]} and {budgets[1]}"
         )
     estimator = config.weight_estimator.type
-    if config.weight_pruner.type != "none" and estimator in ("threshold", "h_threshold"):
+    if config.weight_pruner.type != "none" and estimator in NAMED["weight_estimator"]:
         raise ValueError(
             f"weight_pruner.type: expected 'none' with the weight_estimator {estimator!r}, "
             f"got {config.weight_pruner.type!r}"
         )
+    window, capacity = map(config.compressor.arguments.get, ("window_size", "max_capacity_prompt"))
+    if capacity is not None and capacity <= window:
+        raise ValueError(
+            f"compressor.max_capacity_prompt: expected more than window_size {window}, "
+            f"got {capacity}"
+        )
 
 
-def refuse_what_does_not_run(config: TwilightConfig) -> None:
-    """Raise NotImplementedError with the key of what the stages here do not do."""
-
-    def refuse(key: str, expected: str, got: Any) -> None:
-        raise NotImplementedError(f"{key}: only {expected} runs here, got {got!r}")
-
-    for name, types in RUNS.items():
+def refuse_what_runs_nowhere(config: TwilightConfig) -> None:
+    """Raise NotImplementedError with the key of what the original names but does not run."""
+    for name, types in NAMED.items():
         kind = getattr(config, name).type
-        if kind not in types:
-            refuse(f"{name}.type", listed(types), kind)
-    if config.selector.arguments.get("sparsity_rate", -1) != -1:
-        rate = config.selector.arguments["sparsity_rate"]
-        refuse("selector.sparsity_rate", "a fixed token_budget", rate)
-    bits = config.weight_estimator.arguments.get("quant_bit", 4)
-    if bits != 4:
-        refuse("weight_estimator.quant_bit", "4", bits)
-    if config.weight_pruner.type == "top_p" and config.weight_estimator.type == "none":
-        refuse("weight_estimator.type", "'min_max_quant' with a pruner", "none")
-    if config.use_estimated_weights_in_attn:
-        refuse("use_estimated_weights_in_attn", "false", True)
+        if kind in types:
+            known = tuple(each for each in TYPES[name] if each not in types)
+            raise NotImplementedError(
+                f"{name}.type: expected {listed(known)}, got {kind!r}, which the original names "
+                "but does not run"
+            )
+
+
+def lacking(key: str, expected: str, got: Any, by: str = "") -> str:
+    """What the kernels have in the place of what was asked for, in words."""
+    return (
+        f"{key}: the kernels have {expected}, got {got!r}{by}; the PyTorch back end of the "
+        "evaluation has it (--back-end torch)"
+    )
 
 
 def check_argument(key: str, value: Any, argument: Argument) -> None:

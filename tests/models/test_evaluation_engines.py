@@ -183,7 +183,7 @@ def test_the_kernels_read_the_same_sets_and_say_the_same(
         """Each layer's sets, one by one."""
         found = read_sets(*more)
         recorded.extend(
-            Sets(*each) for each in zip(*(own.split(1, 1) for own in found), strict=True)
+            Sets(*each) for each in zip(*(own.split(1, 1) for own in found[:3]), strict=True)
         )
         return found
 

@@ -90,6 +90,37 @@ def test_perplexity_from_end_to_end(back_end: str, model: Path, config: Path, ca
     assert "perplexity: rows ->" in capsys.readouterr().out
 
 
+def test_a_run_says_what_the_kernels_do_not_have(model: Path, config: Path, capsys) -> None:
+    """And not of a configuration that they have."""
+    changes = {
+        "window": {"selector": {"type": "streaming", "token_budget": 8, "num_sinks": 2}},
+        "short": {"compressor": {"type": "snap_kv", "window_size": 80, "max_capacity_prompt": 90}},
+    }
+    paths = [config]
+    for name, change in changes.items():
+        paths.append(config.parent / f"{name}.json")
+        paths[-1].write_text(json.dumps(SPARSE | change))
+    text = config.parent / "text.txt"
+    text.write_text("It was a dark and stormy night; the rain fell in torrents. " * 12)
+    size = ["--lengths", "160", "--samples", "1", "--decoded", "4", "--data", str(text)]
+    more = ["--output", str(config.parent / "out"), "--task", "perplexity", "--back-end", "torch"]
+    own = ["--model", str(model), "--config", *map(str, paths)]
+    assert command.main([*own, *more, *size]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "window runs on the PyTorch back end alone, here torch: selector.type: the kernels have "
+        in said
+    )
+    assert "short runs on the PyTorch back end alone, here torch: compressor.type: the ker" in said
+    assert said.count("runs on the PyTorch back end") == 2
+    rows = rows_of(config)
+    assert {row["back_end"] for row in rows.values()} == {"torch"}
+    assert rows["window"]["method"] == "streaming+twilight"
+    assert rows["short"]["method"] == "snap_kv+quest+twilight"
+    assert 0 < float(rows["window"]["budget"]) <= 10
+    assert float(rows["window"]["kl"]) > 0 and float(rows["short"]["kl"]) > 0
+
+
 def test_passkey_and_niah_from_end_to_end(model: Path, config: Path) -> None:
     size = ("--lengths", "700", "--samples", "2")
     assert evaluate(model, config, "--task", "passkey", *size) == 0

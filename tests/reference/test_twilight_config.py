@@ -165,6 +165,14 @@ def test_the_table_of_the_module_has_every_key():
         ),
         (config(skip_first_two_layers=1), "skip_first_two_layers: expected true or false, got 1"),
         (config(compressor={"type": "snap_kv", "pooling": "mean"}), "compressor.pooling: expected"),
+        (
+            config(compressor={"type": "snap_kv", "kernel_size": 4}),
+            "compressor.kernel_size: expected an odd int above 0, got 4",
+        ),
+        (
+            config(compressor={"type": "snap_kv", "max_capacity_prompt": 64}),
+            "compressor.max_capacity_prompt: expected more than window_size 64, got 64",
+        ),
     ],
 )
 def test_read_config_refuses_what_is_wrong_by_its_key(content, message):
@@ -176,55 +184,98 @@ def test_read_config_refuses_what_is_wrong_by_its_key(content, message):
     ("content", "message"),
     [
         (
+            config({"type": "tidal_decode", "token_budget": 8, "reselection_layers": [2]}),
+            "selector.type: expected 'none', .* or 'sparq', got 'tidal_decode', which the original",
+        ),
+        (config({"type": "pqcache"}), "selector.type: expected .* got 'pqcache'"),
+        (
+            config(weight_estimator={"type": "h_threshold"}),
+            "weight_estimator.type: expected 'none', .* or 'max_quant', got 'h_threshold'",
+        ),
+        (config(weight_estimator={"type": "threshold"}), "weight_estimator.type: .*'threshold'"),
+    ],
+)
+def test_read_config_refuses_what_the_original_only_names(content, message):
+    with pytest.raises(NotImplementedError, match=message):
+        read_config(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
             config(compressor={"type": "snap_kv"}),
-            "compressor.type: only 'none' runs here, got 'snap_kv'",
+            "compressor.type: the kernels have 'none', got 'snap_kv'",
         ),
         (
             config({"type": "streaming", "token_budget": 8, "num_sinks": 0}),
-            "selector.type: .*'streaming'",
+            "selector.type: the kernels have .*, got 'streaming'",
         ),
         (
             config({"type": "sparq", "r": 4, "token_budget": 8}),
-            "selector.type: only .* got 'sparq'",
+            "selector.type: the kernels have .*, got 'sparq'",
         ),
-        (
-            config({"type": "tidal_decode", "token_budget": 8, "reselection_layers": [2]}),
-            "'tidal_decode'",
-        ),
-        (config({"type": "pqcache"}), "selector.type: only .* got 'pqcache'"),
         (
             config(QUEST | {"token_budget": -1, "sparsity_rate": 0.1}),
-            "selector.sparsity_rate: only a fixed",
+            "selector.sparsity_rate: the kernels have a fixed token_budget, got 0.1",
         ),
         (
             config(weight_estimator={"type": "max_quant", "quant_bit": 4, "smooth_k": True}),
-            "weight_estimator.type: only 'none' or 'min_max_quant' runs here, got 'max_quant'",
-        ),
-        (
-            config(weight_estimator={"type": "h_threshold"}),
-            "weight_estimator.type: .* got 'h_threshold'",
+            "weight_estimator.type: the kernels have 'none' or 'min_max_quant', got 'max_quant'",
         ),
         (
             config(weight_estimator={"type": "min_max_quant", "quant_bit": 2}),
-            "weight_estimator.quant_bit: only 4 runs here, got 2",
+            "weight_estimator.quant_bit: the kernels have 4, got 2",
         ),
         (
             config(**TOP_P | {"weight_estimator": NONE}),
-            "weight_estimator.type: only 'min_max_quant' with a pruner runs here, got 'none'",
+            "weight_estimator.type: the kernels have 'min_max_quant' with a pruner, got 'none'",
         ),
         (
             config(weight_pruner={"type": "threshold", "threshold": 2.5}),
-            "weight_pruner.type: .*'threshold'",
+            "weight_pruner.type: the kernels have 'none' or 'top_p', got 'threshold'",
         ),
         (
             config(use_estimated_weights_in_attn=True),
-            "use_estimated_weights_in_attn: only false runs",
+            "use_estimated_weights_in_attn: the kernels have false, got True",
         ),
     ],
 )
-def test_read_config_refuses_what_does_not_run_by_its_key(content, message):
+@pytest.mark.parametrize("layer", [None, 0])
+def test_options_refuse_what_the_kernels_do_not_have_by_its_key(content, message, layer):
+    """Whatever the layer: what is right is read, and the message says what runs it."""
+    read = read_config(content)
+    with pytest.raises(NotImplementedError, match=message + ".*--back-end torch"):
+        read.decode_options(4, layer)
+    assert read.beyond_kernels == read.beyond_stages is not None
+    cache = PagedKVCache.wrap(*small_inputs().paged())
     with pytest.raises(NotImplementedError, match=message):
-        read_config(content)
+        TwilightDecode.from_config(cache, 4, content, layer)
+
+
+def test_labels_of_other_bits_are_beyond_the_kernels_alone():
+    for bits, expected in ((2, None), (4, None), (3, "got 3 by 'ds'"), (32, "got None by 'ds'")):
+        read = read_config(config(DS | {"quant_bit": bits}))
+        assert read.beyond_stages is None
+        assert (read.beyond_kernels is None) == (expected is None)
+        if expected is not None:
+            assert f"selector.quant_bit: the kernels have labels of 2 or 4 bits, {expected}" in (
+                read.beyond_kernels
+            )
+
+
+def test_the_table_of_the_module_marks_what_the_kernels_have():
+    lines = twilight_config.__doc__.splitlines()
+    for section, types in twilight_config.TYPES.items():
+        start = next(at for at, line in enumerate(lines) if line.startswith(f"    {section} "))
+        for kind in types:
+            names = (line[22:].split("  ")[0] for line in lines[start:])  # and their mark
+            name = next(name for name in names if kind in re.findall(r"\w+", name))
+            mark = name[-1] if name[-1] in "*+" else ""
+            expected = "*" if kind in twilight_config.OF_KERNELS[section] else "+"
+            if kind in twilight_config.NAMED.get(section, ()):
+                expected = ""
+            assert mark == ("+" if kind == "oracle_topk" else expected), kind  # of the reference
 
 
 def test_read_config_names_a_file_that_holds_no_object(tmp_path):
