@@ -165,24 +165,27 @@ def page_pool(tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
     return pools
 
 
+def is_reference(package: ModuleType) -> bool:
+    """Whether its caches are the reference's: labels of every query head, no stored sign codes."""
+    return issubclass(package.PagedKVCache, reference.PagedKVCache)
+
+
+def with_labels_of(cache, label_format: LabelFormat, num_qo_heads: int):
+    """The cache of either package with labels of the kernels' format."""
+    if not isinstance(cache, reference.PagedKVCache):
+        return cache.with_labels(label_format)
+    repeats = num_qo_heads // len(label_format.channels)
+    channels = label_format.channels.repeat_interleave(repeats, 0)
+    return cache.with_labels(reference.LabelFormat(channels, label_format.bits))
+
+
 def build_cache(package: ModuleType, tensors: Tensors):
     """The PagedKVCache of either package, around an engine's pool whose unused slots hold NaN."""
-    lists, label_format = (
-        (tensors.page_table.clone(), tensors.seq_lens.clone()),
-        tensors.label_format,
-    )
-    build, options = package.PagedKVCache.wrap, {"k_offset": tensors.k_offset}
-    pool = page_pool(tensors)
-    if label_format is None:
-        cache = build(*pool, *lists, **options)
-        signed = tensors.signed and package.PagedKVCache is not reference.PagedKVCache
-        return cache.with_signs() if signed else cache
-    if package.PagedKVCache is not reference.PagedKVCache:
-        return build(*pool, *lists, **options).with_labels(label_format)
-    repeats = tensors.q.shape[1] // len(label_format.channels)
-    channels = label_format.channels.repeat_interleave(repeats, 0)
-    own = reference.LabelFormat(channels, label_format.bits)
-    return build(*pool, *lists, **options, label_format=own)
+    lists = tensors.page_table.clone(), tensors.seq_lens.clone()
+    cache = package.PagedKVCache.wrap(*page_pool(tensors), *lists, k_offset=tensors.k_offset)
+    if tensors.label_format is not None:
+        return with_labels_of(cache, tensors.label_format, tensors.q.shape[1])
+    return cache.with_signs() if tensors.signed and not is_reference(package) else cache
 
 
 def in_fp8(cache):
