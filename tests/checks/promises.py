@@ -33,7 +33,7 @@ from tests.checks.properties import (
     with_reference_labels,
     write_logits,
 )
-from tests.checks.signs import plain_logits
+from tests.checks.signs import assert_top_by_signs, plain_logits
 from tests.checks.tokens import assert_tokens_selected
 from tests.inputs.cases import NOTHING_ALWAYS, Tensors, build_cache, shuffled_pages
 from tests.inputs.hazards import poison_unused
@@ -156,10 +156,12 @@ def promise_1_and_every_stage_is_right(run: Run) -> None:
         assert_share_selected(run)
         assert_pruned_and_attended(step, run.out, q, cache, run.top_p, **always)
         return
-    if not run.generated.by_labels:
+    if run.generated.selector in ("quest", "full"):
         assert_decode_step(step, run.out, q, cache, token_budget, run.top_p, **always)
         return
-    if isinstance(step.candidates, TOKEN_LISTS):
+    if not isinstance(step.candidates, TOKEN_LISTS):  # the budget has room for all
+        assert_every_page(cache, *step.candidates)
+    elif run.generated.by_labels:
         group, labelled = (
             run.generated.labels.group,
             with_reference_labels(cache, q.shape[1]),
@@ -167,8 +169,8 @@ def promise_1_and_every_stage_is_right(run: Run) -> None:
         assert_tokens_selected(
             q, labelled, step.candidates, token_budget, group, run.generated.windows
         )
-    else:  # the budget has room for all
-        assert_every_page(cache, *step.candidates)
+    else:
+        assert_top_by_signs(q, cache, step.candidates, token_budget, run.generated.windows)
     assert_pruned_and_attended(step, run.out, q, cache, run.top_p, **always)
 
 

@@ -95,7 +95,8 @@ class Step:
     min_kept_tokens: int
     seed: int
     labels: Labels | None = None  # of a step that selects by them
-    candidate_p: float | tuple[float, ...] | None = None  # of a step that selects by signs
+    # Of a step that selects by signs, in place of the case's budget.
+    candidate_p: float | tuple[float, ...] | None = None
 
     @property
     def windows(self) -> dict[str, int]:
@@ -172,6 +173,7 @@ def decode_steps(draw, bucket: Bucket, first_data: int = 0) -> Step:
         selectors = (*selectors, "signs")
     selector = draw(st.sampled_from(selectors))
     top_p = st.one_of(p, p, per_head)
+    by_share = selector == "signs" and draw(st.booleans())  # or by the budget
     return Step(
         case,
         data=draw(st.sampled_from(kinds[first_data:] + kinds[:first_data])),
@@ -182,7 +184,7 @@ def decode_steps(draw, bucket: Bucket, first_data: int = 0) -> Step:
         min_kept_tokens=draw(st.sampled_from((1, 2, 32))),
         seed=draw(st.integers(0, 2**31 - 1)),
         labels=bucket.labels,
-        candidate_p=draw(top_p) if selector == "signs" else None,
+        candidate_p=draw(top_p) if by_share else None,
     )
 
 
