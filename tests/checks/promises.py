@@ -41,6 +41,7 @@ from tests.inputs.strategies import Step
 from tests.inputs.token_lists import random_tokens, tokens_of_pages
 from twilight_tilelang import reference
 from twilight_tilelang.kernels.options import DecodeOptions
+from twilight_tilelang.kernels.pools import FP8_DTYPES
 from twilight_tilelang.kernels.sign_top_p import MIN_CANDIDATES
 
 Results = dict[str, torch.Tensor]
@@ -234,8 +235,10 @@ def promise_5_a_request_gives_the_same_bits_anywhere(run: Run) -> None:
 def promise_6_nothing_unused_is_read(run: Run) -> None:
     """Unused slots and pages hold zeros instead of NaN."""
     cache = build_cache(run.package, run.tensors)
-    for cached in (cache.k_cache, cache.v_cache):
-        cached.nan_to_num_(0.0)
+    for pool in (cache.k_cache, cache.v_cache):
+        unused = pool.float().isnan()
+        pool = pool.view(torch.uint8) if pool.dtype in FP8_DTYPES else pool
+        pool.masked_fill_(unused, 0)
     step = decode(run.package, run.tensors, cache, **run.options)
     for actual, expected in zip(results_of(*step, cache), run.results, strict=True):
         assert_identical(actual, expected)

@@ -135,7 +135,8 @@ def assert_top_by_signs(
 
     wanted = []
     for request, length in enumerate(cache.seq_lens.tolist()):
-        forced = forced_tokens(length, *windows.values(), q.device)
+        sinks, recent = (windows.get(f"num_{name}_tokens", 0) for name in ("sink", "recent"))
+        forced = forced_tokens(length, sinks, recent, q.device)
         count = min(token_budget, length)
         wanted.append(top_tokens(ranks_of(request, length), count, forced)[:, None])
     wanted = list_tokens(wanted, same, min(token_budget, cache.capacity))
