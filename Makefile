@@ -56,7 +56,7 @@ test: $(READY)  ## every test; those marked gpu skip where there is no GPU
 		status=$$?; seconds=$$(($$(date +%s) - start)); \
 		echo "test: $$((seconds / 60)) min $$((seconds % 60)) s"; exit $$status
 
-test-gpu: $(READY)  ## the tests marked gpu; fails where there is no GPU: [FULL=1: only the 2,000 generated cases]
+test-gpu: $(READY)  ## the tests marked gpu; fails where there is no GPU: [FULL=1: only the 2,125 generated cases]
 	@$(PYTHON) -c '$(NEED_GPU)' && $(PYTHON) -m pytest -q -m "gpu and not alone" $(WORKERS) \
 		$(if $(FULL),tests/test_generated.py,&& $(PYTHON) -m pytest -q -m alone); \
 		$(REPORT)

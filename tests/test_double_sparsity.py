@@ -1,14 +1,28 @@
 """select_tokens on a GPU: the reference's tokens, the same bits anywhere, and what it refuses."""
 
+import dataclasses
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 import twilight_tilelang as kernels
 from tests.checks.properties import valid_entries, with_reference_labels
 from tests.checks.tokens import assert_tokens_selected
-from tests.inputs.cases import CASES, NAMED, NOTHING_ALWAYS, Case, build_cache, make_tensors
+from tests.inputs.cases import (
+    CASES,
+    NAMED,
+    NOTHING_ALWAYS,
+    Case,
+    build_cache,
+    make_tensors,
+    page_pool,
+)
 from tests.inputs.hazards import poison_unused
+from twilight_tilelang import reference
 from twilight_tilelang.kernels.labels import LabelFormat
+from twilight_tilelang.reference.channels import load_channels
 
 pytestmark = pytest.mark.gpu
 
@@ -66,6 +80,45 @@ def test_query_heads_with_channels_of_their_own(options, rng):
     got = kernels.select_tokens(q, cache, 100, group="own", **options)
     expected = with_reference_labels(cache, q.shape[1])
     assert_tokens_selected(q, expected, got, 100, "own", options)
+
+
+def published(path: Path, shape, rng: torch.Generator) -> dict[str, list[list[int]]]:
+    """Writes a channel file of two layers as its authors publish them; what is in it."""
+    content = {}
+    for layer in (0, 1):
+        for kind in ("q", "k", "qk"):
+            sizes = (shape.num_kv_heads if kind == "k" else shape.num_qo_heads, shape.head_dim)
+            order = torch.rand(sizes, generator=rng, device=rng.device).argsort(-1)
+            content[f"model.layers.{layer}.self_attn.{kind}_proj"] = order.tolist()
+    path.write_text(json.dumps(content))
+    return content
+
+
+@pytest.mark.parametrize(("kind", "group"), [("q", "own"), ("k", "shared")])
+@pytest.mark.parametrize("num_kv_heads", [8, 32], ids=["gqa-32-8", "mha-32-32"])
+def test_a_published_file_gives_the_references_tokens(num_kv_heads, kind, group, tmp_path, rng):
+    """Of models of 32 query heads, by lists of every one of them or of every KV head. The reference
+    has its channels from what was written, not from the loader."""
+    base, path = NAMED["gqa4-ragged"], tmp_path / "channels.json"
+    shape = dataclasses.replace(base.shape, num_qo_heads=32, num_kv_heads=num_kv_heads)
+    content = published(path, shape, rng)
+    tensors = make_tensors(dataclasses.replace(base, shape=shape), rng)
+    (r, bits), layer = FORMATS["r16-b4"], 1
+    lists = 32 if kind == "q" else num_kv_heads
+    channels = load_channels(path, layer, kind, lists, num_kv_heads, shape.head_dim, r)
+    rows = content[f"model.layers.{layer}.self_attn.{kind}_proj"]
+    of_heads = torch.tensor([rows[head * lists // 32][:r] for head in range(32)])
+
+    def wrap(package, **options):
+        own = tensors.page_table.clone(), tensors.seq_lens.clone()
+        return package.PagedKVCache.wrap(*page_pool(tensors), *own, layout="NHD", **options)
+
+    cache = wrap(kernels).with_labels(LabelFormat(channels.to(rng.device), bits))
+    poison_unused(cache)
+    label_format = reference.LabelFormat(of_heads.int().to(rng.device), bits)
+    expected = wrap(reference, label_format=label_format)
+    got = kernels.select_tokens(tensors.q, cache, base.token_budget, group=group)
+    assert_tokens_selected(tensors.q, expected, got, base.token_budget, group, {})
 
 
 @pytest.mark.parametrize("lengths", [[131072, 1, 99999], [2**20, 300000]], ids=["128k", "1m"])

@@ -20,7 +20,7 @@ from tests.doubles import stand_in
 from tests.inputs.strategies import BUCKETS, SMALL_BUCKETS, Bucket, Step, decode_steps
 from tests.trust import ledger
 
-# 2,000 cases in 16 buckets, or 208 in 8.
+# 2,125 cases in 17 buckets, or 234 in 9.
 FULL = os.environ.get("FULL") == "1"
 CHUNKS, CHUNK_CASES = (5, 25) if FULL else (1, 26)
 

@@ -33,7 +33,7 @@ from tests.checks.properties import (
     with_reference_labels,
     write_logits,
 )
-from tests.checks.signs import plain_logits
+from tests.checks.signs import assert_top_by_signs, plain_logits
 from tests.checks.tokens import assert_tokens_selected
 from tests.inputs.cases import NOTHING_ALWAYS, Tensors, build_cache, shuffled_pages
 from tests.inputs.hazards import poison_unused
@@ -41,6 +41,7 @@ from tests.inputs.strategies import Step
 from tests.inputs.token_lists import random_tokens, tokens_of_pages
 from twilight_tilelang import reference
 from twilight_tilelang.kernels.options import DecodeOptions
+from twilight_tilelang.kernels.pools import FP8_DTYPES
 from twilight_tilelang.kernels.sign_top_p import MIN_CANDIDATES
 
 Results = dict[str, torch.Tensor]
@@ -156,10 +157,12 @@ def promise_1_and_every_stage_is_right(run: Run) -> None:
         assert_share_selected(run)
         assert_pruned_and_attended(step, run.out, q, cache, run.top_p, **always)
         return
-    if not run.generated.by_labels:
+    if run.generated.selector in ("quest", "full"):
         assert_decode_step(step, run.out, q, cache, token_budget, run.top_p, **always)
         return
-    if isinstance(step.candidates, TOKEN_LISTS):
+    if not isinstance(step.candidates, TOKEN_LISTS):  # the budget has room for all
+        assert_every_page(cache, *step.candidates)
+    elif run.generated.by_labels:
         group, labelled = (
             run.generated.labels.group,
             with_reference_labels(cache, q.shape[1]),
@@ -167,8 +170,8 @@ def promise_1_and_every_stage_is_right(run: Run) -> None:
         assert_tokens_selected(
             q, labelled, step.candidates, token_budget, group, run.generated.windows
         )
-    else:  # the budget has room for all
-        assert_every_page(cache, *step.candidates)
+    else:
+        assert_top_by_signs(q, cache, step.candidates, token_budget, run.generated.windows)
     assert_pruned_and_attended(step, run.out, q, cache, run.top_p, **always)
 
 
@@ -232,8 +235,10 @@ def promise_5_a_request_gives_the_same_bits_anywhere(run: Run) -> None:
 def promise_6_nothing_unused_is_read(run: Run) -> None:
     """Unused slots and pages hold zeros instead of NaN."""
     cache = build_cache(run.package, run.tensors)
-    for cached in (cache.k_cache, cache.v_cache):
-        cached.nan_to_num_(0.0)
+    for pool in (cache.k_cache, cache.v_cache):
+        unused = pool.float().isnan()
+        pool = pool.view(torch.uint8) if pool.dtype in FP8_DTYPES else pool
+        pool.masked_fill_(unused, 0)
     step = decode(run.package, run.tensors, cache, **run.options)
     for actual, expected in zip(results_of(*step, cache), run.results, strict=True):
         assert_identical(actual, expected)

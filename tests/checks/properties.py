@@ -9,6 +9,7 @@ from tests.checks.closeness import assert_close, row_errors
 from twilight_tilelang import reference
 from twilight_tilelang.kernels.lists import CandidateTokens
 from twilight_tilelang.profiling.providers.checks import labels_by_query_head
+from twilight_tilelang.reference.fp8 import FP8_DTYPES
 
 TOKEN_LISTS = (CandidateTokens, reference.CandidateTokens)
 MASS_TOLERANCE = 1e-4  # of one head's softmax: the "one part in 10^4" of promise 1
@@ -71,9 +72,19 @@ def page_scores(q: torch.Tensor, cache) -> torch.Tensor:
     return bounds.amax(dim=2).masked_fill(absent[:, None], -torch.inf)
 
 
+def keys_and_values(cache) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pools in float32; of FP8, what the codes mean."""
+    k, v = cache.k_cache.float(), cache.v_cache.float()
+    if cache.k_cache.dtype not in FP8_DTYPES:
+        return k, v
+    k_scale, v_scale = cache.kv_scales
+    return k * k_scale[:, None], v * v_scale[:, None]
+
+
 def assert_bounds_hold(q: torch.Tensor, cache) -> None:
     """Quest's bound of a page >= every logit in it, up to the codes' float32 rounding."""
-    keys = cache.k_cache.float() - (0 if cache.k_offset is None else cache.k_offset)
+    keys, _ = keys_and_values(cache)
+    keys = keys - (0 if cache.k_offset is None else cache.k_offset)
     for request, length in enumerate(cache.seq_lens.tolist()):
         pages = cache.page_table[request, : -(-length // cache.page_size)].long()
         scale_zero = cache.bounds_scale_zero[pages]
@@ -107,8 +118,9 @@ def token_slots(cache, request: int, length: int) -> tuple[torch.Tensor, torch.T
 
 def assert_codes_hold(cache) -> None:
     """A key lies within half a step of its code; one of equal channels is exact."""
+    all_keys, _ = keys_and_values(cache)
     for request, length in enumerate(cache.seq_lens.tolist()):
-        keys = cache.k_cache[token_slots(cache, request, length)].float()
+        keys = all_keys[token_slots(cache, request, length)]
         keys = keys if cache.k_offset is None else keys - cache.k_offset
         k_hat, scale = stored_keys(cache, request, length)
         assert ((keys - k_hat).abs() <= (0.5 + 1e-4) * scale).all()
@@ -378,8 +390,7 @@ def logit_rounding(q: torch.Tensor, cache, sm_scale: float | None = None) -> tor
     itself, an output by twice that of the largest |v|. It matters where logits are large.
     """
     largest_k, largest_v = (
-        each.double().nan_to_num(0.0, 0.0, 0.0).abs().amax()
-        for each in (cache.k_cache, cache.v_cache)
+        each.nan_to_num(0.0, 0.0, 0.0).abs().amax().double() for each in keys_and_values(cache)
     )
     scale = cache.head_dim**-0.5 if sm_scale is None else sm_scale
     reach = q.double().abs().sum(-1) * largest_k * scale

@@ -11,7 +11,12 @@ from twilight_tilelang.kernels.label_tiles import LOG2_E
 from twilight_tilelang.kernels.lists import CandidateTokens
 from twilight_tilelang.kernels.sign_query import QUERY_BITS
 from twilight_tilelang.kernels.sign_top_p import SignTopPSelection
-from twilight_tilelang.reference.double_sparsity import largest_of_heads
+from twilight_tilelang.reference.double_sparsity import (
+    forced_tokens,
+    largest_of_heads,
+    list_tokens,
+    top_tokens,
+)
 from twilight_tilelang.reference.quantize import pack_codes
 from twilight_tilelang.reference.sign_codes import (
     BLOCK_TOKENS,
@@ -110,6 +115,32 @@ def assert_holds_top_p(
         q, as_reference(cache), share, **always, sm_scale=sm_scale, query_bits=QUERY_BITS
     )
     assert ((got.counts - wanted.counts).abs() <= 4 + wanted.counts // 20).all()
+
+
+def assert_top_by_signs(
+    q: torch.Tensor, cache, got: CandidateTokens, token_budget: int, windows: dict
+) -> None:
+    """The tokens of the largest logits as the kernels state them, or the reference's where the
+    cache is its own; where ranks are within a float32's rounding of the last one taken, either may
+    be."""
+    same, own = as_reference(cache), isinstance(cache, reference.PagedKVCache)
+    scores = sign_scores(q, cache).logits if own else None
+
+    def ranks_of(request: int, length: int) -> torch.Tensor:
+        if scores is not None:
+            logits = scores[request, :, :length]
+        else:
+            logits = plain_logits(q, cache, cache.head_dim**-0.5, request)
+        return largest_of_heads(logits, cache.num_kv_heads)
+
+    wanted = []
+    for request, length in enumerate(cache.seq_lens.tolist()):
+        sinks, recent = (windows.get(f"num_{name}_tokens", 0) for name in ("sink", "recent"))
+        forced = forced_tokens(length, sinks, recent, q.device)
+        count = min(token_budget, length)
+        wanted.append(top_tokens(ranks_of(request, length), count, forced)[:, None])
+    wanted = list_tokens(wanted, same, min(token_budget, cache.capacity))
+    assert_same_tokens(got, wanted, same, q.shape[1], ranks_of, windows)
 
 
 def assert_selected_by_signs(

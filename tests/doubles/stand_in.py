@@ -12,6 +12,7 @@ from twilight_tilelang import reference
 from twilight_tilelang.reference import (
     CacheShape,
     CandidateTokens,
+    Fp8,
     PagedKVCache,
     dense_attention,
     estimate_logits,
@@ -24,6 +25,7 @@ from twilight_tilelang.reference.pruner import broadcast_top_p
 __all__ = [
     "CacheShape",
     "CandidateTokens",
+    "Fp8",
     "PagedKVCache",
     "TwilightDecode",
     "dense_attention",

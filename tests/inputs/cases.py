@@ -31,6 +31,7 @@ class Case:
     with_offset: bool = False
     shared_pages: int = 0  # leading full pages that every request takes from the first one
     max_pages: int | None = None  # width of the page table; None: one more than is needed
+    kv_dtype: torch.dtype | None = None  # of K and V in FP8
 
     def __str__(self) -> str:
         return self.name
@@ -91,6 +92,7 @@ class Tensors(NamedTuple):
     k_offset: torch.Tensor | None  # [num_kv_heads, head_dim] fp32
     label_format: LabelFormat | None = None
     signed: bool = False  # the kernels' cache has sign codes; the reference needs none
+    kv_dtype: torch.dtype | None = None  # of the cache's K and V, where they become FP8
 
 
 def make_tensors(case: Case, rng: torch.Generator) -> Tensors:
@@ -117,7 +119,8 @@ def make_tensors(case: Case, rng: torch.Generator) -> Tensors:
             lengths, shape.page_size, case.max_pages, rng, case.shared_pages
         )
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device=rng.device)
-    return Tensors(q, k, v, seq_lens, page_table, num_pages, shape.page_size, offset)
+    own = (seq_lens, page_table, num_pages, shape.page_size, offset)
+    return Tensors(q, k, v, *own, kv_dtype=case.kv_dtype)
 
 
 def shuffled_pages(
@@ -165,24 +168,44 @@ def page_pool(tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
     return pools
 
 
+def is_reference(package: ModuleType) -> bool:
+    """Whether its caches are the reference's: labels of every query head, no stored sign codes."""
+    return issubclass(package.PagedKVCache, reference.PagedKVCache)
+
+
+def with_labels_of(cache, label_format: LabelFormat, num_qo_heads: int):
+    """The cache of either package with labels of the kernels' format."""
+    if not isinstance(cache, reference.PagedKVCache):
+        return cache.with_labels(label_format)
+    repeats = num_qo_heads // len(label_format.channels)
+    channels = label_format.channels.repeat_interleave(repeats, 0)
+    return cache.with_labels(reference.LabelFormat(channels, label_format.bits))
+
+
 def build_cache(package: ModuleType, tensors: Tensors):
     """The PagedKVCache of either package, around an engine's pool whose unused slots hold NaN."""
-    lists, label_format = (
-        (tensors.page_table.clone(), tensors.seq_lens.clone()),
-        tensors.label_format,
-    )
-    build, options = package.PagedKVCache.wrap, {"k_offset": tensors.k_offset}
-    pool = page_pool(tensors)
-    if label_format is None:
-        cache = build(*pool, *lists, **options)
-        signed = tensors.signed and package.PagedKVCache is not reference.PagedKVCache
-        return cache.with_signs() if signed else cache
-    if package.PagedKVCache is not reference.PagedKVCache:
-        return build(*pool, *lists, **options).with_labels(label_format)
-    repeats = tensors.q.shape[1] // len(label_format.channels)
-    channels = label_format.channels.repeat_interleave(repeats, 0)
-    own = reference.LabelFormat(channels, label_format.bits)
-    return build(*pool, *lists, **options, label_format=own)
+    lists = tensors.page_table.clone(), tensors.seq_lens.clone()
+    pools, options = page_pool(tensors), {"k_offset": tensors.k_offset}
+    if tensors.kv_dtype is not None:
+        scales = fp8_scales(tensors.k.shape[2], tensors.k.device)
+        pools = [fp8_codes(*own, tensors.kv_dtype) for own in zip(pools, scales, strict=True)]
+        options["fp8"] = package.Fp8(*scales, tensors.q.dtype)
+    cache = package.PagedKVCache.wrap(*pools, *lists, **options)
+    if tensors.label_format is not None:
+        return with_labels_of(cache, tensors.label_format, tensors.q.shape[1])
+    return cache.with_signs() if tensors.signed and not is_reference(package) else cache
+
+
+def fp8_scales(num_kv_heads: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of K and of V, another for every head."""
+    heads = torch.arange(num_kv_heads, device=device)
+    return 0.75 + 0.375 * (heads % 2), 0.625 - 0.25 * (heads % 2)
+
+
+def fp8_codes(pool: torch.Tensor, scale: torch.Tensor, kv_dtype: torch.dtype) -> torch.Tensor:
+    """The nearest ones; NaN and what is infinite stay so where the dtype has them."""
+    codes, largest = pool.float() / scale[:, None], torch.finfo(kv_dtype).max
+    return torch.where(pool.isinf(), codes, codes.clamp(-largest, largest)).to(kv_dtype)
 
 
 def in_fp8(cache):

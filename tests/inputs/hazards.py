@@ -4,9 +4,12 @@ import torch
 
 from tests.inputs.cases import NO_PAGE
 from twilight_tilelang.reference.cache import PagedKVCache
+from twilight_tilelang.reference.fp8 import FP8_DTYPES
 from twilight_tilelang.reference.inputs import DecodeInputs
 from twilight_tilelang.reference.labels import LabelFormat
 from twilight_tilelang.reference.requests import tokens_per_page
+
+NAN_CODE = 0x7F  # of both kinds of FP8
 
 
 def unused_slots(inputs: DecodeInputs | PagedKVCache) -> torch.Tensor:
@@ -30,8 +33,11 @@ def poison_unused(cache: PagedKVCache) -> None:
     pages stay.
     """
     unused = unused_slots(cache)
-    cache.k_cache[unused] = float("nan")
-    cache.v_cache[unused] = float("nan")
+    for pool in (cache.k_cache, cache.v_cache):
+        if pool.dtype in FP8_DTYPES:  # as bytes: torch indexes no FP8
+            pool.view(torch.uint8)[unused] = NAN_CODE
+        else:
+            pool[unused] = float("nan")
     page, slot = unused.nonzero(as_tuple=True)
     cache.k_int4[page, :, slot] = 255
     cache.k_scale_zero[page, :, slot] = float("nan")

@@ -44,8 +44,9 @@ class Bucket:
     dtype: torch.dtype
     max_batch: int
     max_pages: int  # width of the page table
-    labels: Labels
+    labels: Labels | None  # None of keys in FP8, which have none
     max_tokens: int = 2**17  # batch_size * longest request
+    kv_dtype: torch.dtype | None = None  # of K and V in FP8
 
     def __str__(self) -> str:
         return self.name
@@ -75,10 +76,12 @@ BUCKETS = (
     Bucket("gqa12-d64-p128-bf16", 12, 1, 64, 128, _BF16, 8, 33, Labels(64, 2)),
     Bucket("gqa16", 16, 1, 128, 16, _FP16, 8, 129, Labels(16, 4)),
     Bucket("gqa16-d256-p32-bf16", 16, 1, 256, 32, _BF16, 4, 33, Labels(128, 2, "own")),
+    Bucket("gqa4-e5m2", 4, 2, 128, 16, _FP16, 32, 257, None, kv_dtype=torch.float8_e5m2),
 )
 SMALL_BUCKETS = (  # for the CPU
     Bucket("small-gqa2", 2, 2, 64, 16, _FP16, 3, 12, Labels(32, 2)),
     Bucket("small-gqa4-p32-bf16", 4, 1, 128, 32, _BF16, 2, 5, Labels(16, 4, "own", True)),
+    Bucket("small-gqa2-e5m2", 2, 2, 64, 16, _FP16, 3, 12, None, kv_dtype=torch.float8_e5m2),
 )
 
 
@@ -95,7 +98,8 @@ class Step:
     min_kept_tokens: int
     seed: int
     labels: Labels | None = None  # of a step that selects by them
-    candidate_p: float | tuple[float, ...] | None = None  # of a step that selects by signs
+    # Of a step that selects by signs, in place of the case's budget.
+    candidate_p: float | tuple[float, ...] | None = None
 
     @property
     def windows(self) -> dict[str, int]:
@@ -166,12 +170,16 @@ def decode_steps(draw, bucket: Bucket, first_data: int = 0) -> Step:
         with_offset=draw(st.booleans()),
         shared_pages=draw(st.integers(0, min(lengths) // page_size)),
         max_pages=bucket.max_pages,
+        kv_dtype=bucket.kv_dtype,
     )
-    selectors = ("quest", "double_sparsity", "quest", "full")
+    selectors = ("quest", "quest", "full")
+    if bucket.labels is not None:
+        selectors = ("quest", "double_sparsity", "quest", "full")
     if page_size % BLOCK_TOKENS == 0 or BLOCK_TOKENS % page_size == 0:
         selectors = (*selectors, "signs")
     selector = draw(st.sampled_from(selectors))
     top_p = st.one_of(p, p, per_head)
+    by_share = selector == "signs" and draw(st.booleans())  # or by the budget
     return Step(
         case,
         data=draw(st.sampled_from(kinds[first_data:] + kinds[:first_data])),
@@ -182,7 +190,7 @@ def decode_steps(draw, bucket: Bucket, first_data: int = 0) -> Step:
         min_kept_tokens=draw(st.sampled_from((1, 2, 32))),
         seed=draw(st.integers(0, 2**31 - 1)),
         labels=bucket.labels,
-        candidate_p=draw(top_p) if selector == "signs" else None,
+        candidate_p=draw(top_p) if by_share else None,
     )
 
 

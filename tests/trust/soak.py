@@ -3,28 +3,42 @@ their row empty for a while; pages are reused.
 
     python -m tests.trust.soak [--steps 10000]
 
-Freed pages keep what they held, or get NaN. Now and then everything is compared with the fp64
-oracle and with a cache built afresh from what was appended.
+An engine of each selector has its share of the steps: of Quest, of Double Sparsity in a cache with
+labels, of signs in a cache with sign codes. Freed pages keep what they held, or get NaN. Now and
+then everything is compared with the fp64 oracle and with a cache built afresh from what was
+appended.
 """
 
 import argparse
 import random
 import time
+from collections import Counter
 from types import ModuleType
 
 import torch
 
 import twilight_tilelang as kernels
 from tests.checks.promises import assert_identical, decoded, results_of
-from tests.checks.properties import assert_decode_step
+from tests.checks.properties import (
+    assert_decode_step,
+    assert_pruned_and_attended,
+    with_reference_labels,
+)
 from tests.checks.requests import MIRROR
-from tests.inputs.cases import Tensors
+from tests.checks.signs import assert_signs_of_keys, assert_top_by_signs
+from tests.checks.tokens import assert_tokens_selected
+from tests.inputs.cases import Tensors, is_reference, with_labels_of
 from tests.trust import ledger
 from twilight_tilelang import reference
+from twilight_tilelang.kernels.labels import LabelFormat
+from twilight_tilelang.profiling.providers.checks import labels_by_query_head
 
 NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE = 8, 2, 128, 16
-DECODE = {"token_budget": 512, "top_p": 0.9, "num_sink_tokens": 4, "num_recent_tokens": 8}
-DECODE["min_kept_tokens"] = 32
+SELECTORS = ("quest", "double_sparsity", "signs")
+NUM_CHANNELS, LABEL_BITS = 64, 2
+TOKEN_BUDGET, TOP_P = 512, 0.9
+WINDOWS = {"num_sink_tokens": 4, "num_recent_tokens": 8}
+ALWAYS = WINDOWS | {"min_kept_tokens": 32}
 # Chances: of a request in a step, twice; of a join; of an empty row in a step; of a page.
 LEAVES, IS_CUT, FORKS, JOINS, POISONS = 0.02, 0.02, 0.4, 0.3, 0.5
 
@@ -33,25 +47,42 @@ class Engine:
     """Requests in the slots of one cache, and beside it what each should hold."""
 
     def __init__(
-        self, package: ModuleType, device: torch.device, batch_size: int, max_pages: int, seed: int
+        self,
+        package: ModuleType,
+        device: torch.device,
+        batch_size: int,
+        max_pages: int,
+        selector: str,
+        seed: int,
     ) -> None:
         self.package, self.device, self.max_pages = package, device, max_pages
+        self.selector = selector
         self.random = random.Random(seed)
         self.rng = torch.Generator(device=device).manual_seed(seed)
         # The host's copy: which pages are whose is the engine's own business.
         self.table = torch.full((batch_size, max_pages), -1, dtype=torch.int32)
         sizes = (batch_size, max_pages, NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE)
-        self.cache = package.PagedKVCache.empty(
+        cache = package.PagedKVCache.empty(
             package.CacheShape(*sizes, device=device),
             num_pages=batch_size * max_pages * 2 // 3,
             page_table=self.table.to(device, copy=True),
         )
+        self.label_format = None
+        if selector == "double_sparsity":
+            self.label_format = self.draw_channels()
+            cache = with_labels_of(cache, self.label_format, NUM_QO_HEADS)
+        elif selector == "signs" and not is_reference(package):  # it makes them when they are asked
+            cache = cache.with_signs()
+        self.cache = cache
         self.users = [0] * self.cache.num_pages  # requests that hold each page
         self.owned: list[list[int]] = [[] for _ in range(batch_size)]
         self.lengths = [0] * batch_size
         shadow = (batch_size, max_pages * PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM)
         self.k, self.v = (torch.zeros(shadow, dtype=torch.float16, device=device) for _ in "kv")
-        self.step = package.TwilightDecode(self.cache, NUM_QO_HEADS, **DECODE)
+        self.token_budget = min(TOKEN_BUDGET, max_pages * PAGE_SIZE // 2)
+        self.options = {"selector": selector, "token_budget": self.token_budget, "top_p": TOP_P}
+        self.options |= ALWAYS
+        self.step = package.TwilightDecode(cache, NUM_QO_HEADS, **self.options)
         self.q = self.normal(batch_size, NUM_QO_HEADS, HEAD_DIM)
         self.new_k, self.new_v = (self.normal(batch_size, NUM_KV_HEADS, HEAD_DIM) for _ in "kv")
         self.graph = None
@@ -63,6 +94,11 @@ class Engine:
 
     def normal(self, *size: int) -> torch.Tensor:
         return torch.randn(size, generator=self.rng, device=self.device).half()
+
+    def draw_channels(self) -> LabelFormat:
+        order = torch.rand(NUM_KV_HEADS, HEAD_DIM, generator=self.rng, device=self.device)
+        channels = order.argsort(-1)[:, :NUM_CHANNELS].int().contiguous()
+        return LabelFormat(channels, LABEL_BITS)
 
     def take_page(self, slot: int) -> bool:
         """The slot's next page; False where none is free."""
@@ -92,12 +128,20 @@ class Engine:
         for page in self.owned[slot][num_kept:]:
             self.users[page] -= 1
             if self.users[page] == 0 and self.random.random() < POISONS:
-                for name in ("k_cache", "v_cache", "k_scale_zero", "bounds_scale_zero"):
-                    getattr(self.cache, name)[page] = torch.nan
-                for name in ("k_int4", "page_bounds"):
-                    getattr(self.cache, name)[page] = 255
+                self.poison(page)
         del self.owned[slot][num_kept:]
         self.table[slot, num_kept:] = -1
+
+    def poison(self, page: int) -> None:
+        """NaN, and codes of ones."""
+        cache = self.cache
+        written = [getattr(cache, name) for name in ("k_cache", "v_cache", *MIRROR)]
+        if cache.labels is not None:
+            written += [cache.labels.codes, cache.labels.scale_zero]
+        written += getattr(cache, "signs", None) or ()
+        for pool in written:
+            ones = 255 if pool.dtype == torch.uint8 else -1
+            pool[page] = torch.nan if pool.is_floating_point() else ones
 
     def leave(self, slot: int) -> None:
         self.release(slot, 0)
@@ -204,34 +248,62 @@ class Engine:
     def check(self) -> None:
         """Against the oracle, and bit for bit against a cache that never lived."""
         assert self.cache.seq_lens.tolist() == self.lengths
-        budget = {key: value for key, value in DECODE.items() if key != "top_p"}
-        assert_decode_step(self.step, self.out, self.q, self.cache, top_p=0.9, **budget)
+        self.check_stages()
         fresh = Tensors(
             self.q, self.k, self.v, self.cache.seq_lens,
             torch.randperm(self.table.numel(), generator=self.rng, device=self.device)
             .int().view(self.table.shape),
-            self.table.numel(), PAGE_SIZE, None,
+            self.table.numel(), PAGE_SIZE, None, self.label_format, self.selector == "signs",
         )  # fmt: skip
         results = results_of(self.step, self.out, self.cache)
-        for actual, expected in zip(results, decoded(self.package, fresh, **DECODE), strict=True):
+        lone = decoded(self.package, fresh, **self.options)
+        for actual, expected in zip(results, lone, strict=True):
             assert_identical(actual, expected)
         self.check_mirror()
+        if getattr(self.cache, "signs", None) is not None:
+            assert_signs_of_keys(self.cache, validated=False)
         self.counts["checks"] += 1
 
+    def check_stages(self) -> None:
+        """Each judged on what the one before it gave."""
+        step, out, q, cache = self.step, self.out, self.q, self.cache
+        if self.selector == "quest":
+            assert_decode_step(step, out, q, cache, self.token_budget, TOP_P, **ALWAYS)
+            return
+        if self.selector == "double_sparsity":
+            own = with_reference_labels(cache, NUM_QO_HEADS)
+            selection = step.candidates, self.token_budget, "shared", WINDOWS
+            assert_tokens_selected(q, own, *selection)
+        else:
+            assert_top_by_signs(q, cache, step.candidates, self.token_budget, WINDOWS)
+        assert_pruned_and_attended(step, out, q, cache, TOP_P, **ALWAYS)
+
     def check_mirror(self) -> None:
-        """Codes and bounds of every page in use are those of its keys, bit for bit."""
+        """Codes, bounds and labels of every page in use are those of its keys, bit for bit."""
         cache = self.cache
         expected = reference.PagedKVCache.wrap(
             cache.k_cache, cache.v_cache, cache.page_table, cache.seq_lens
         )
+        if self.label_format is not None:
+            expected = with_labels_of(expected, self.label_format, NUM_QO_HEADS)
+        written, wanted = beside_the_keys(cache), beside_the_keys(expected)
         for slot, pages in enumerate(self.owned):
             for at, page in enumerate(pages):
                 fill = min(self.lengths[slot] - at * PAGE_SIZE, PAGE_SIZE)
-                for name in MIRROR:
-                    got, wanted = getattr(cache, name)[page], getattr(expected, name)[page]
-                    if name.startswith("k_"):
-                        got, wanted = got[:, :fill], wanted[:, :fill]
-                    assert torch.equal(got, wanted), f"{name} of page {page}"
+                for name, pool in written.items():
+                    own, other = pool[page], wanted[name][page]
+                    if "bounds" not in name:  # by the token
+                        own, other = own[:, :fill], other[:, :fill]
+                    assert torch.equal(own, other), f"{name} of page {page}"
+
+
+def beside_the_keys(cache) -> dict[str, torch.Tensor]:
+    """Mirror, bounds and labels, these as the reference has them, by name."""
+    written = {name: getattr(cache, name) for name in MIRROR}
+    if cache.labels is not None:
+        labels = labels_by_query_head(cache.labels, NUM_QO_HEADS)
+        written |= {"label codes": labels.codes, "label scales": labels.scale_zero}
+    return written
 
 
 def soak(
@@ -241,22 +313,29 @@ def soak(
     check_every: int,
     batch_size: int = 8,
     max_pages: int = 128,
+    selectors: tuple[str, ...] = SELECTORS,
     watch_memory: bool = False,
 ) -> dict[str, int]:
-    """Runs an engine and checks it; returns what happened."""
-    engine = Engine(package, device, batch_size, max_pages, seed=0)
-    allocated = []
-    for step in range(1, num_steps + 1):
-        engine.advance()
-        if step % check_every == 0:
-            engine.check()
-            if watch_memory:
-                allocated.append(torch.cuda.memory_allocated())
-    if allocated:
-        # The first check still makes what it keeps.
-        assert max(allocated[1:]) <= max(allocated[:2]), f"memory grew: {allocated}"
-        engine.counts["allocated_mib"] = allocated[-1] >> 20
-    return engine.counts
+    """Runs an engine of each selector in turn, for its share of the steps, and checks it; returns
+    what happened."""
+    totals: Counter[str] = Counter()
+    for seed, selector in enumerate(selectors):
+        engine = Engine(package, device, batch_size, max_pages, selector, seed)
+        share = num_steps // len(selectors) + (seed < num_steps % len(selectors))
+        allocated = []
+        for step in range(1, share + 1):
+            engine.advance()
+            if step % check_every == 0 or step == share:
+                engine.check()
+                if watch_memory:
+                    allocated.append(torch.cuda.memory_allocated())
+        if allocated:
+            # The first check still makes what it keeps.
+            assert max(allocated) <= max(allocated[:2]), f"memory grew: {allocated}"
+            engine.counts["allocated_mib"] = max(allocated[-1] >> 20, totals["allocated_mib"])
+            del totals["allocated_mib"]
+        totals.update(engine.counts)
+    return dict(totals)
 
 
 def main() -> None:
