@@ -72,6 +72,7 @@ LOOKS = {
 STAGE_COLORS = {
     "selector": "#1d3557",
     "label_scores": "#5e548e",
+    "sign_scores": "#4a7c7e",
     "top_tokens": "#7d8fb3",
     "estimator": "#6a97c4",
     "pruner": "#f2c14e",

@@ -25,11 +25,11 @@ from twilight_tilelang.plots.frames import (
 )
 from twilight_tilelang.plots.parts import budget_rule
 from twilight_tilelang.plots.quality_figures import of_largest_budget, rows_of_model
-from twilight_tilelang.profiling.tables.rows import TOKEN_STAGES, AnyRow, table_of
+from twilight_tilelang.profiling.tables.rows import AnyRow, table_of
 from twilight_tilelang.profiling.workloads.sweeps import TOP_PS
 
 MEASURED = Frames(draw.RESULTS / "h200")
-QUALITY = ("quality_tokens", "quality_time", "model_time", "selector_mass")
+QUALITY = ("quality_tokens", "quality_bytes", "quality_time", "model_time", "selector_mass")
 
 
 @pytest.fixture(scope="module")
@@ -150,25 +150,96 @@ def test_double_sparsity_stands_beside_quest(rows: list[AnyRow], tmp_path: Path)
         assert list(dict.fromkeys(own)) == [
             f"{workload}, Quest", f"{workload}, Double Sparsity",
         ]  # fmt: skip
-    lines = tables.tokens_table(frames).splitlines()[2:20]
-    assert [line.split(" | ")[:3] for line in lines[:4]] == [
-        ["| mha-32k", "labels, 64 x 2 bits", "8,192"],
-        ["| mha-32k", "labels, 16 x 4 bits", "8,192"],
-        ["| mha-32k", "signs", "1,024"],
-        ["| mha-32k", "signs", "2,048"],
-    ]
-    assert all(line.count(" | ") == 9 for line in lines)
-    assert {line.count(" - ") for line in lines if "labels" in line} == {0}
-    assert {line.count(" - ") for line in lines if "signs" in line} == {2}  # of the authors
-    steps_alone = [row for row in rows if getattr(row, "stage", "") not in TOKEN_STAGES]
-    table = tables.tokens_table(frames_of(steps_alone, tmp_path / "steps"))
-    assert table.splitlines()[0] == (
-        "| workload | scored by | candidates | the selector alone | + Twilight | Quest + Twilight |"
-    )
-    assert {line.count(" | ") for line in table.splitlines()[2:20]} == {5}
-    assert "authors" not in table
     text = " ".join(tables.memory_text(frames).split())
     assert "16.5 % more memory" in text and "sign codes would take 26.25 more." in text
+
+
+def test_every_selector_has_its_whole_step_and_its_stages(
+    rows: list[AnyRow], tmp_path: Path
+) -> None:
+    frames = frames_of(rows, tmp_path)
+    header, _, *lines = tables.methods_table(frames).split("\n\n")[0].splitlines()
+    assert header.split(" | ")[1:] == [
+        "fastest dense",
+        "Full + Twilight",
+        "Quest, 8,192 candidates",
+        "Double Sparsity, 64 x 2 bits, 8,192 candidates",
+        "Double Sparsity, 16 x 4 bits, 8,192 candidates",
+        "Signs, 1,024 candidates",
+        "Signs, 2,048 candidates |",
+    ]
+    names = [line.split(" | ")[0] for line in lines]
+    assert names == [f"| {own}" for own in ("mha-32k", "gqa-32k", "gqa-128k", "b8-32k", "solo-32k")]
+    assert {line.count(" / ") for line in lines if "b8-32k" not in line} == {5}
+    assert {line.count("**") for line in lines} == {2}  # the fastest
+    us = frames["pipeline"].set_index(["workload", "method"])["median_us"]
+    quest, ours = (us["gqa-32k", method] for method in ("quest", "quest+twilight"))
+    assert f"| {quest:,.1f} / {ours:,.1f} |" in lines[1].replace("**", "")
+    header, _, *lines = tables.stage_table(frames).split("\n\n")[0].splitlines()
+    assert header.count(" | ") == 9
+    assert [line.split(" | ")[1:3] for line in lines[:5]] == [
+        ["Quest", "8,192"],
+        ["Double Sparsity, 64 x 2 bits", "8,192"],
+        ["Double Sparsity, 16 x 4 bits", "8,192"],
+        ["Signs", "1,024"],
+        ["Signs", "2,048"],
+    ]
+    assert {line.count("authors") for line in lines if "Sparsity" in line} == {2}
+    assert not any("authors" in line for line in lines if "Sparsity" not in line)
+    quest_alone = [
+        row for row in rows if not getattr(row, "method", "").startswith(("ds", "signs"))
+    ]
+    frames = frames_of(quest_alone, tmp_path / "quest")
+    assert "authors" not in tables.stage_table(frames)
+    with pytest.raises(MissingData, match="a method that scores tokens"):
+        tables.methods_table(frames)
+
+
+def test_a_step_is_drawn_by_stages_where_it_was_profiled(
+    rows: list[AnyRow], tmp_path: Path
+) -> None:
+    quest = [
+        row for row in rows
+        if table_of(row) == "timeline" and row.workload == "gqa-32k"
+        and row.method == "quest+twilight"
+    ]  # fmt: skip
+    more = [dataclasses.replace(row, method="signs+twilight", token_budget=1024) for row in quest]
+    more += [dataclasses.replace(row, method="full+twilight", token_budget=32_768) for row in quest]
+    shown = words("pipeline_share", frames_of([*rows, *more], tmp_path))
+    assert {"gqa-32k, Full", "gqa-32k, Signs"} <= {text.split("\n")[0] for text in shown}
+    partly = [row for row in rows if row.workload != "b4-128k" or table_of(row) == "pipeline"]
+    shown = words("stage_floor", frames_of(partly, tmp_path / "partly"))
+    assert {"b4-128k", "tp8-b32-32k"} <= set(shown)
+
+
+def test_signs_by_length_are_of_one_budget(rows: list[AnyRow], tmp_path: Path) -> None:
+    twilight = [
+        row for row in rows
+        if table_of(row) == "pipeline" and row.method == "quest+twilight"
+        and row.workload == "length-b8" and row.seq_len > 8192
+    ]  # fmt: skip
+    fixed = [dataclasses.replace(row, method="signs+twilight", token_budget=1024)
+             for row in twilight]  # fmt: skip
+    as_quest = [dataclasses.replace(row, method="signs+twilight") for row in twilight]
+    for more, text in ((fixed, "Signs + Twilight, 1k candidates"), (as_quest, "Signs + Twilight")):
+        assert text in words("pipeline_length", frames_of([*rows, *more], tmp_path / text))
+
+
+def test_full_is_level_where_budgets_are_drawn(rows: list[AnyRow], tmp_path: Path) -> None:
+    (left, right) = FIGURES["pipeline_budget"](frames_of(rows, tmp_path)).axes
+    for axes in (left, right):
+        level = next(own for own in axes.get_lines() if own.get_label() == "Full + Twilight")
+        assert len(set(level.get_ydata())) == 1
+
+
+def test_requests_are_drawn_beside_dense_of_every_number(
+    rows: list[AnyRow], tmp_path: Path
+) -> None:
+    few = [row for row in rows if row.batch_size != 3 or getattr(row, "stage", "") != "dense"]
+    for own, style in ((rows, "--"), (few, "None")):
+        (axes,) = FIGURES["pipeline_batch"](frames_of(own, tmp_path / style)).axes
+        dense = next(line for line in axes.get_lines() if str(line.get_label()).startswith("dense"))
+        assert dense.get_linestyle() == style
 
 
 def test_fp8_stands_beside_16_bits(rows: list[AnyRow], tmp_path: Path) -> None:
