@@ -12,7 +12,7 @@ from matplotlib.text import Text
 
 from tests.doubles.made_up_quality import write_masses, write_quality
 from tests.doubles.made_up_results import made_up_rows, write_frames
-from twilight_tilelang.plots import draw, tables
+from twilight_tilelang.plots import draw, quality_bytes, tables
 from twilight_tilelang.plots.figures import FIGURES, FULL
 from twilight_tilelang.plots.frames import (
     CPU,
@@ -35,6 +35,12 @@ QUALITY = ("quality_tokens", "quality_bytes", "quality_time", "model_time", "sel
 @pytest.fixture(scope="module")
 def rows() -> list[AnyRow]:
     return made_up_rows()
+
+
+@pytest.fixture(autouse=True)
+def heads_of_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the made-up model."""
+    monkeypatch.setitem(quality_bytes.HEADS, "tiny", (4, 2, 64))
 
 
 def frames_of(rows: list[AnyRow], folder: Path, gpu: str = "h200") -> Frames:
@@ -332,12 +338,49 @@ def test_the_quality_table_has_what_keeps_most_and_chooses_most(tmp_path: Path) 
     lines = tables.quality_table(Frames(tmp_path / "h200")).splitlines()
     quest = [line for line in lines if line.startswith("| Quest")]
     assert quest == [
-        "| Quest alone | 1,024 | - | 1,024 | 0.940 | 0.0429 | +0.021 | 94 / 94 / 94 |",
-        "| Quest + Twilight | 1,024 | 0.8 | 160 | 0.910 | 0.0300 | +0.015 | 91 / 91 / 91 |",
-        "| Quest + Twilight | 1,024 | 0.95 | 190 | 0.900 | 0.0273 | +0.014 | 90 / 90 / 90 |",
+        "| Quest alone | 1,024 | - | 1,024 | 324 | 0.940 | 0.0429 | +0.021 | 94 / 94 / 94 |",
+        "| Quest + Twilight | 1,024 | 0.8 | 160 | 144 | 0.910 | 0.0300 | +0.015 | 91 / 91 / 91 |",
+        "| Quest + Twilight | 1,024 | 0.95 | 190 | 152 | 0.900 | 0.0273 | +0.014 | 90 / 90 / 90 |",
     ]
-    assert lines[2].startswith("| dense attention | - | - | 8,192 | 1.000 | 0.0000 | +0.000 | 100")
+    assert lines[2].startswith(
+        "| dense attention | - | - | 8,192 | 2,048 | 1.000 | 0.0000 | +0.000 | 100"
+    )
     assert "4 passkeys a length" in " ".join(lines) and "needles" not in " ".join(lines)
+
+
+def test_bytes_of_a_model_of_other_heads_are_in_no_table(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delitem(quality_bytes.HEADS, "tiny")
+    write_quality(tmp_path / "h200")
+    frames = Frames(tmp_path / "h200")
+    assert "KiB" not in tables.quality_table(frames)
+    with pytest.raises(MissingData, match="a model whose heads are known"):
+        FIGURES["quality_bytes"](frames)
+
+
+def test_bytes_of_a_selector_are_those_of_its_masses() -> None:
+    rows = Frames(draw.RESULTS / CPU)["selector_mass"]
+    rows = rows[(rows["token_budget"] == 512) & (rows["kind"] != "k") & (rows["bits"] != "4")]
+    size = rows.drop_duplicates("selector").set_index("selector")["bytes_per_token"]
+    model = rows["model"].iloc[0]
+    for method in ("quest", "ds", "signs"):
+        read = quality_bytes.num_bytes(model, method, 8192, 512, kept=0)
+        assert read / 8192 == pytest.approx(size[method], rel=0.01)
+        pruned = quality_bytes.num_bytes(model, f"{method}+twilight", 8192, 512, kept=100)
+        assert pruned == read + 512 * size["mirror"] + 100 * 256
+    full = quality_bytes.num_bytes(model, "full+twilight", 8192, 8192, kept=100)
+    assert full == 8192 * size["mirror"] + 100 * 256
+    assert quality_bytes.num_bytes(model, "dense", 8192, 8192, kept=8192) == 8192 * 256
+
+
+def test_candidates_with_lists_of_their_own_are_what_the_selector_alone_keeps() -> None:
+    same = dict.fromkeys(quality_bytes.ASKED, 0)
+    same |= {"model": "tiny", "task": "perplexity", "length": 8192, "token_budget": 1024}
+    rows = pd.DataFrame([same | {"method": "ds", "kept": 1500.0},
+                         same | {"method": "ds+twilight", "kept": 100.0}])  # fmt: skip
+    alone, pruned = quality_bytes.with_bytes(rows)["bytes"]
+    assert pruned - alone == 1500 * 36 - 1400 * 256
+    (own,) = quality_bytes.with_bytes(rows[1:])["bytes"]
+    assert own == pruned - (1500 - 1024) * 36
 
 
 def test_masses_name_every_selector_and_both_ceilings(tmp_path: Path) -> None:
