@@ -39,7 +39,7 @@ SHARED_STAGES = {  # of a method's step; each once
 }
 EVERY_STAGE = (*STEP_STAGES, "pipeline", "dense")
 A_LINE = 6  # workloads side by side
-A_COLUMN = 12  # steps below one another
+A_COLUMN = 12  # steps below one another, before there are two columns
 
 
 def pipeline_share(frames: Frames) -> Figure:
@@ -50,7 +50,7 @@ def pipeline_share(frames: Frames) -> Figure:
     so that the stages alone add up to more than the step, which is 100 %."""
     step = _profiled_steps(frames)
     timeline = frames["timeline"].set_index(STEP).sort_index()
-    columns = -(-len(step) // A_COLUMN)
+    columns = 1 + (len(step) > A_COLUMN)
     a_column = -(-len(step) // columns)
     size = (2 + 7 * columns, 1.8 + 0.95 * a_column)
     figure, every = panels(1, columns, size, sharey=False)
