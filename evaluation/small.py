@@ -61,6 +61,7 @@ class Plan:
     pruned_budgets: tuple[int, ...]  # with Twilight
     always: tuple[tuple[int, int, int], ...]  # sink tokens, recent ones, each head's heaviest
     answered_top_p: tuple[float, ...]  # of top_p, those that answers are asked of too
+    candidate_p: tuple[float, ...]  # of signs, in place of a budget
     minutes: float | None = None
 
 
@@ -78,6 +79,7 @@ FULL = Plan(
     pruned_budgets=(1024, 2048),
     always=(NOTHING, DEFAULT),
     answered_top_p=(0.85, 0.95),
+    candidate_p=(0.95, 0.99),
 )
 SHORT = Plan(
     lengths=(2048,),
@@ -90,6 +92,7 @@ SHORT = Plan(
     pruned_budgets=(512,),
     always=(NOTHING, DEFAULT),
     answered_top_p=(0.85,),
+    candidate_p=(0.99,),
     minutes=13.0,  # no configuration begins after these, so that all ends within 15
 )
 
@@ -97,6 +100,7 @@ SHORT = Plan(
 def configurations(plan: Plan, channels: Path | None) -> list[Configuration]:
     """Dense, Full + Twilight, then Quest, signs and Double Sparsity, alone and with Twilight; the
     latter with nothing that is always kept, as its authors have it, and only with a channel file.
+    Signs come without a budget, too: top-p twice, with the defaults.
     """
     found = [DENSE]
     for always, top_p in itertools.product(plan.always, plan.top_p):
@@ -110,6 +114,9 @@ def configurations(plan: Plan, channels: Path | None) -> list[Configuration]:
         for budget in plan.pruned_budgets:
             own = selector | {"token_budget": budget}
             found += [make_configuration(own, top_p, *always) for top_p in plan.top_p]
+    for share, top_p in itertools.product(plan.candidate_p, plan.answered_top_p):
+        own = {"type": "signs", "candidate_p": share}
+        found.append(make_configuration(own, top_p, *DEFAULT))
     return dense_first(found)
 
 

@@ -150,13 +150,14 @@ def dense_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The same over every cached token. As flash_topk_attention, without lists."""
     check_query(q, cache)
-    tokens = every_token(cache.seq_lens[:, None].expand(-1, cache.num_kv_heads).contiguous())
-    return _attend(q, cache, tokens, cache.capacity, sm_scale, return_lse)
+    return _attend(q, cache, every_token(cache), cache.capacity, sm_scale, return_lse)
 
 
-def every_token(counts: torch.Tensor) -> Listed:
-    """The list that names no token, as it holds the first `counts` of them."""
-    return Listed("all", counts[:, :, None], counts)
+def every_token(cache: PagedKVCache) -> Listed:
+    """The list of all that is cached, in which nothing is written or read."""
+    rows = (cache.batch_size, cache.num_kv_heads)
+    unread = torch.empty(rows, dtype=torch.int32, device=cache.seq_lens.device)
+    return Listed("all", unread[:, :, None], unread)
 
 
 def _attend(

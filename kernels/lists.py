@@ -77,7 +77,7 @@ class Kept(NamedTuple):
 
 class Listed(NamedTuple):
     """What a stage reads, by `kind`: "tokens", "head_tokens" (not of every query head), "pages", or
-    "all", where only counts matter."""
+    "all", every token of each request, where neither indices nor counts are read."""
 
     kind: str
     indices: torch.Tensor  # [batch_size, num_kv_heads, width] i32

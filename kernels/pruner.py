@@ -278,9 +278,8 @@ def pruner_kernel(
             words = T.alloc_shared((width_bound // 32,), T.uint32)
             row = Row(batch, kv_head, seq_lens[batch])
             candidates = TokenList(
-                kind, page_size, candidate_entries,
-                None if kind == "all" else candidate_counts, candidate_heads,
-            )  # fmt: skip
+                kind, page_size, candidate_entries, candidate_counts, candidate_heads
+            )
             num_rows = batch_size * num_kv_heads
             work = Work(items, num_items, ticket, split_tokens, num_rows) if split_tokens else None
 

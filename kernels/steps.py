@@ -255,9 +255,8 @@ class DenseStep(WritingStep):
         self, plan: DensePlan, cache: PagedKVCache, num_qo_heads: int, settings: Settings
     ) -> None:
         self.plan, self.settings = plan, settings
-        device, group_size = cache.k_cache.device, num_qo_heads // cache.num_kv_heads
-        rows = (cache.batch_size, cache.num_kv_heads)
-        self.tokens = every_token(torch.empty(rows, dtype=torch.int32, device=device))
+        group_size = num_qo_heads // cache.num_kv_heads
+        self.tokens = every_token(cache)
         self.attention = AttentionWorkspace.allocate(cache, group_size, cache.capacity)
         self.out = empty_out(cache, num_qo_heads)
         self.grouped_out = by_kv_head(self.out, cache.num_kv_heads)
@@ -267,7 +266,6 @@ class DenseStep(WritingStep):
     ) -> torch.Tensor:
         """Lists the tokens of every row and attends to them -> out."""
         out, grouped_out = self.written(out, cache)
-        self.tokens.counts.copy_(cache.seq_lens[:, None].expand(self.tokens.counts.shape))
         list_items(self.plan.attention, cache, self.tokens, self.attention.work)
         attend(
             self.plan.attention, by_kv_head(q, cache.num_kv_heads), cache, self.tokens,

@@ -29,7 +29,7 @@ def owns(heads: PrimExpr, head: PrimExpr) -> PrimExpr:
 class TokenList(NamedTuple):
     """What indices and counts hold goes by the kind: "tokens" (logical positions), "head_tokens"
     (the same, each of some of the group's query heads), "pages" (logical pages, the last of which
-    may be part-filled), or "all" (only counts matter, and without them every token is listed)."""
+    may be part-filled), or "all" (every token of the request: neither of the two is read)."""
 
     kind: str
     page_size: int
@@ -71,7 +71,7 @@ class TokenList(NamedTuple):
 
     def slots(self, row: Row) -> PrimExpr:
         """Tokens that a row's list has place for: those of whole pages."""
-        if self.counts is None:
+        if self.kind == "all":
             return row.seq_len
         return self.counts[row.batch, row.kv_head] * self.run
 
@@ -80,7 +80,7 @@ class TokenList(NamedTuple):
     def count(self, row):
         """How many tokens a row's list names."""
         num_tokens = T.alloc_var(T.int32)
-        num_tokens = row.seq_len if self.counts is None else self.counts[row.batch, row.kv_head]
+        num_tokens = row.seq_len if self.kind == "all" else self.counts[row.batch, row.kv_head]
         if self.kind == "pages":
             if num_tokens > 0:
                 last_page = self.indices[row.batch, row.kv_head, num_tokens - 1]

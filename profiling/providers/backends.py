@@ -22,7 +22,6 @@ import torch
 
 from twilight_tilelang import reference
 
-GROUP = {"group": "shared"}  # whose tokens Double Sparsity takes: a KV head's
 DOUBLE_SPARSITY = "double_sparsity"
 Call = Callable[[], torch.Tensor]
 Lists = tuple[torch.Tensor, ...]  # indices and counts; what follows them is passed over
@@ -94,19 +93,18 @@ class TileLang:
         return {"sign_scores" if plan.by_signs else "label_scores": score, "top_tokens": take}
 
     def alone(
-        self, q: torch.Tensor, cache: Any, selector: str, token_budget: int, **windows: int
+        self, q: torch.Tensor, cache: Any, selector: str, token_budget: int, **options: Any
     ) -> Call:
         """A selector alone: exact attention over every token that it chooses."""
-        options = dict(selector=selector, token_budget=token_budget, path="candidates", **windows)
-        step = self.step(cache, q.shape[1], **options, **GROUP)
+        options |= dict(selector=selector, token_budget=token_budget, path="candidates")
+        step = self.step(cache, q.shape[1], **options)
         return partial(step.run, q, cache)
 
     def dense(self, q: torch.Tensor, cache: Any) -> Call:
         """Attention over every token."""
         from twilight_tilelang.kernels.attention import every_token
 
-        counts = cache.seq_lens[:, None].expand(-1, cache.num_kv_heads).contiguous()
-        return self._attention(q, cache, every_token(counts), cache.capacity)
+        return self._attention(q, cache, every_token(cache), cache.capacity)
 
     def _attention(self, q: torch.Tensor, cache: Any, tokens: Any, width: int) -> Call:
         from twilight_tilelang.kernels import attention
@@ -153,10 +151,10 @@ class Torch:
         return list(caches)
 
     def alone(
-        self, q: torch.Tensor, cache: Any, selector: str, token_budget: int, **windows: int
+        self, q: torch.Tensor, cache: Any, selector: str, token_budget: int, **options: Any
     ) -> Call:
-        options = dict(selector=selector, token_budget=token_budget, path="candidates", **windows)
-        return partial(self.step(cache, q.shape[1], **options, **GROUP).run, q, cache)
+        options |= dict(selector=selector, token_budget=token_budget, path="candidates")
+        return partial(self.step(cache, q.shape[1], **options).run, q, cache)
 
     def dense(self, q: torch.Tensor, cache: Any) -> Call:
         return partial(reference.dense_attention, q, cache)

@@ -91,17 +91,22 @@ def check_selector(q: torch.Tensor, cache: Any, step: Any, num_sink_tokens: int 
     return _within("candidate_pages", max(errors), SCORE_TOLERANCE)
 
 
-def check_tokens(q: torch.Tensor, cache: Any, step: Any, ranks_of: Ranks) -> float:
-    """Chosen tokens, a KV head's for all of its query heads: as many as asked for, none worse than
-    the reference's last."""
+def check_tokens(
+    q: torch.Tensor, cache: Any, step: Any, token_budget: int, ranks_of: Ranks
+) -> float:
+    """Chosen tokens, a KV head's for all of its query heads or each head's own: as many as asked
+    for, none worse than the reference's last."""
     errors = []
     for rows, one in requests_to_check(cache):
-        length, (tokens, counts, _) = int(one.seq_lens), step.candidates
-        expected = min(length, tokens.shape[-1])
-        if counts[rows][0].tolist() != [expected] * one.num_kv_heads:
-            got = counts[rows][0].tolist()
+        length, (tokens, counts, heads) = int(one.seq_lens), step.candidates
+        expected = min(length, token_budget)
+        group_size = q.shape[1] // one.num_kv_heads
+        owned = [None] if heads is None else [heads[rows] >> i & 1 == 1 for i in range(group_size)]
+        lists = [_membership(tokens[rows], counts[rows], length, own) for own in owned]
+        chosen = torch.stack(lists, dim=1).flatten(0, 1)
+        if chosen.sum(dim=-1).tolist() != [expected] * len(chosen):
+            got = chosen.sum(dim=-1).tolist()
             raise CheckFailed(f"candidate_counts: expected {expected}, got {got}")
-        chosen = _membership(tokens[rows], counts[rows], length)
         ranks = ranks_of(q[rows], one, cache)
         last = ranks.sort(dim=-1, descending=True).values[:, expected - 1]
         worst = torch.where(chosen, ranks, math.inf).amin(dim=-1)
@@ -109,10 +114,14 @@ def check_tokens(q: torch.Tensor, cache: Any, step: Any, ranks_of: Ranks) -> flo
     return _within("candidate_tokens", max(errors), SCORE_TOLERANCE)
 
 
-def label_ranks(q: torch.Tensor, one: reference.PagedKVCache, cache: Any) -> torch.Tensor:
-    """By the labels of the whole cache."""
+def label_ranks(
+    q: torch.Tensor, one: reference.PagedKVCache, cache: Any, group: str
+) -> torch.Tensor:
+    """By the labels of the whole cache; each query head's where the group is "own"."""
     one = dataclasses.replace(one, labels=labels_by_query_head(cache.labels, q.shape[1]))
     scores = reference.label_scores(q, one, dtype=ORACLE)[0, :, : int(one.seq_lens)]
+    if group == "own":
+        return scores
     return shared_ranks(scores, one.num_kv_heads, one.head_dim**-0.5)
 
 
@@ -197,9 +206,16 @@ def check_attention(out: torch.Tensor, q: torch.Tensor, cache: Any, kept: Lists)
     return _check_out(q, _out_error(reference.flash_topk_attention, out, q, cache, kept))
 
 
-def check_pages(out: torch.Tensor, q: torch.Tensor, cache: Any, candidates: Lists) -> float:
-    """Attention over given pages."""
-    return _check_out(q, _out_error(reference.page_attention, out, q, cache, candidates))
+def check_candidates(out: torch.Tensor, q: torch.Tensor, cache: Any, candidates: Lists) -> float:
+    """Attention over every candidate: pages, or tokens, of which a query head may have its own."""
+    errors = [
+        relative_error(
+            out.reshape(q.shape)[rows],
+            reference.page_attention(q[rows], one, _of_request(candidates, rows), dtype=ORACLE),
+        )
+        for rows, one in requests_to_check(cache)
+    ]
+    return _check_out(q, _worst(errors))
 
 
 def check_dense(out: torch.Tensor, q: torch.Tensor, cache: Any) -> float:
@@ -229,11 +245,19 @@ def _out_error(
     for rows, one in requests_to_check(cache):
         own = (tuple(each[rows] for each in given) for given in lists)
         errors.append(relative_error(out[rows], attend(q[rows], one, *own, dtype=ORACLE)))
+    return _worst(errors)
+
+
+def _worst(errors: list[float]) -> float:
+    """The largest, or NaN."""
     return max(errors, key=lambda error: math.inf if math.isnan(error) else error)
 
 
-def _membership(tokens: torch.Tensor, counts: torch.Tensor, seq_len: int) -> torch.Tensor:
-    """[num_kv_heads, seq_len] bool from one request's lists; ValueError if they are no sets."""
+def _membership(
+    tokens: torch.Tensor, counts: torch.Tensor, seq_len: int, own: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[num_kv_heads, seq_len] bool from one request's lists, or from their entries that are `own`;
+    CheckFailed if they are no sets."""
     listed = torch.arange(tokens.shape[-1], device=tokens.device) < counts[0, :, None]
     tokens = tokens[0].long()
     if bool((listed & ((tokens < 0) | (tokens >= seq_len))).any()):
@@ -241,7 +265,8 @@ def _membership(tokens: torch.Tensor, counts: torch.Tensor, seq_len: int) -> tor
     if bool((listed[:, 1:] & (tokens.diff(dim=-1) <= 0)).any()):
         raise CheckFailed("kept_tokens: expected ascending positions without duplicates")
     members = torch.zeros(tokens.shape[0], seq_len + 1, dtype=torch.bool, device=tokens.device)
-    members.scatter_(-1, torch.where(listed, tokens, seq_len), True)
+    is_member = listed if own is None else own[0] & listed
+    members.scatter_(-1, torch.where(listed, tokens, seq_len), is_member)
     return members[:, :seq_len]
 
 

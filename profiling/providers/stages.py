@@ -20,13 +20,14 @@ from ..workloads.traffic import (
     TWILIGHT,
     Work,
     bytes_moved,
+    group_of,
     label_size,
     prunes,
     score_stage,
 )
 from ..workloads.workload import RANDOM, Workload
 from . import baselines, checks
-from .backends import DOUBLE_SPARSITY, GROUP
+from .backends import DOUBLE_SPARSITY
 
 WORKSPACE_BYTES = 8 << 30  # of all steps of one method together, about
 MAX_SLOTS = 4 * 72
@@ -177,7 +178,7 @@ class StageBuilder:
                 token_budget=workload.token_budget,
                 top_p=workload.top_p,
                 **workload.always,
-                **GROUP,
+                group=group_of(method),
             )
             by_tokens = workload.work(method).scores_tokens(method)
             by_tokens = by_tokens and self.backend.device == "cuda"
@@ -213,12 +214,13 @@ class StageBuilder:
         out, (q, cache, step) = slot.calls[stage](), slot[:3]
         if stage in TOKEN_STAGES:
             step.stages.select(q, cache)
+            method = self.workload.method
             ranks_of = {
-                "label_scores": checks.label_ranks,
+                "label_scores": partial(checks.label_ranks, group=group_of(method)),
                 "sign_scores": partial(checks.sign_ranks, query_bits=self.backend.sign_query_bits),
             }
-            scored_by = score_stage(self.workload.method)
-            return checks.check_tokens(q, cache, step, ranks_of[scored_by])
+            budget = self.workload.settings(method)[0]
+            return checks.check_tokens(q, cache, step, budget, ranks_of[score_stage(method)])
         if stage == "selector":
             return checks.check_selector(q, cache, step, self.workload.num_sink_tokens)
         if stage == "estimator":
@@ -244,14 +246,15 @@ class StageBuilder:
         workload, backend = self.workload, self.backend
         queries, caches = self._cold_sets("pipeline", method)
         q, cache, token_budget = queries[0], caches[0], workload.token_budget
+        options = {"group": group_of(method), **workload.windows}
         calls = [
-            backend.alone(*inputs, selector_of(method), token_budget, **workload.windows)
+            backend.alone(*inputs, selector_of(method), token_budget, **options)
             for inputs in zip(queries, caches, strict=True)
         ]
 
         selects = {
             None: backend.package.select_pages,
-            "label_scores": partial(backend.package.select_tokens, **GROUP),
+            "label_scores": partial(backend.package.select_tokens, group=group_of(method)),
             "sign_scores": backend.package.select_by_signs,
         }
 
@@ -259,10 +262,7 @@ class StageBuilder:
             out = calls[0]()
             select = selects[score_stage(method)]
             candidates = select(q, cache, token_budget, **workload.windows)
-            if score_stage(method) is None:
-                checks.check_pages(out, q, cache, candidates)
-            else:
-                checks.check_attention(out, q, cache, candidates[:2])
+            checks.check_candidates(out, q, cache, candidates)
             return checks.dense_error(out, q, cache)
 
         kept, work = Kept.same(workload.settings(method)[0]), workload.work(method)

@@ -184,7 +184,7 @@ class WholeModel:
             if method == METHOD:
                 checks.check_attention(out, q, pages, step.kept)
             elif method == "quest":
-                checks.check_pages(out, q, pages, step.candidates)
+                checks.check_candidates(out, q, pages, step.candidates)
             else:
                 return checks.check_dense(out, q, pages)
             return checks.dense_error(out, q, pages)

@@ -16,6 +16,7 @@ PAGE_SIZE = 16
 LOOKED_ON = ("timeline", "kept", "memory")  # tables that are filled beside the timed stages
 DOUBLE_SPARSITY = "ds+twilight"
 SIGNS = "signs+twilight"
+SELECTOR_AND_STEP = (*TOKEN_STAGES, "pipeline")
 SIGN_BUDGETS = (1024, 2048)  # with which signs hold what pages need twice as many for: NOTES.md
 EQUAL = (1,)  # every head keeps, or reads, as many
 LENGTHS = (4096, 8192, 16_384, 32_768, 65_536, 131_072, 262_144)
@@ -99,27 +100,26 @@ def _standard(
 
 def _by_labels(name: str, batch_size: int, seq_len: int, num_kv_heads: int) -> list[Workload]:
     """The same by Double Sparsity: every stage with the labels of the published configurations,
-    the selector and the whole step with others."""
+    the selector and the whole step with others, and with lists of each query head's own."""
     shape, kept_mean = shape_of(batch_size, seq_len, num_kv_heads), kept_of(num_kv_heads)
-    every = (*(stage for stage in STAGES if stage != "dense"), "timeline")
+    every = (*(stage for stage in STAGES if stage != "dense"), "timeline", "memory")
+    methods = {DOUBLE_SPARSITY: every, "ds-r16-b4+twilight": SELECTOR_AND_STEP}
+    if shape.group_size > 1:
+        methods["ds-own+twilight"] = SELECTOR_AND_STEP
     return [
         Workload(name, shape, 8192, kept_mean, stages=stages, method=method)
-        for method, stages in (
-            (DOUBLE_SPARSITY, every),
-            ("ds-r16-b4+twilight", (*TOKEN_STAGES, "pipeline")),
-        )
+        for method, stages in methods.items()
     ]
 
 
-def _by_signs(name: str, batch_size: int, seq_len: int, num_kv_heads: int) -> Workload:
-    """The same by the signs of keys: the selector and the whole step."""
-    return Workload(
-        name,
-        shape_of(batch_size, seq_len, num_kv_heads),
+def _by_signs(standard: Workload) -> Workload:
+    """The same by the signs of keys."""
+    return dataclasses.replace(
+        standard,
         token_budget=SIGN_BUDGETS[0],
-        kept_mean=kept_of(num_kv_heads),
-        stages=("sign_scores", "top_tokens", "pipeline", "memory"),
+        stages=tuple(own for own in STAGES if own != "dense") + ("timeline", "memory"),
         token_budgets=SIGN_BUDGETS,
+        host_times=False,
         method=SIGNS,
     )
 
@@ -137,7 +137,7 @@ def with_defaults(workload: Workload) -> Workload:
     )
 
 
-GPU_WORKLOADS: tuple[Workload, ...] = (
+STANDARD = (
     _standard("gqa-32k", 64, 32_768, 8),
     _standard("mha-32k", 64, 32_768, 32),
     _standard("gqa-128k", 16, 131_072, 8),
@@ -146,18 +146,17 @@ GPU_WORKLOADS: tuple[Workload, ...] = (
     *(_standard(f"b{batch_size}-32k", batch_size, 32_768, 8) for batch_size in (2, 4, 8, 16, 32)),
     _standard("b4-128k", 4, 131_072, 8),
     _standard("tp8-b32-32k", 32, 32_768, 1, num_qo_heads=8),  # one of eight GPUs
+    _standard("solo-1m", 1, LONGEST, 8),
+)
+GPU_WORKLOADS: tuple[Workload, ...] = (
+    *STANDARD,
     *(whole_step("batch-32k", batch_size, 32_768, 8) for batch_size in BATCH_SIZES),
     *_by_labels("gqa-32k", 64, 32_768, 8),
     *_by_labels("mha-32k", 64, 32_768, 32),
     *_by_labels("gqa-128k", 16, 131_072, 8),
     *_by_labels("solo-32k", 1, 32_768, 8),
-    _by_signs("gqa-32k", 64, 32_768, 8),
-    _by_signs("mha-32k", 64, 32_768, 32),
-    _by_signs("gqa-128k", 16, 131_072, 8),
-    _by_signs("solo-32k", 1, 32_768, 8),
-    _by_signs("b8-32k", 8, 32_768, 8),
-    with_defaults(_standard("gqa-32k", 64, 32_768, 8)),
-    with_defaults(_standard("solo-32k", 1, 32_768, 8)),
+    *map(_by_signs, STANDARD),
+    *(with_defaults(own) for own in STANDARD if own.name in ("gqa-32k", "solo-32k")),
     budget_sweep("budget-gqa", shape_of(64, 32_768, 8), BUDGETS),
     budget_sweep("budget-mha", shape_of(64, 32_768, 32), BUDGETS),
     *lengths("length-b1", 1, 8, (*LENGTHS, LONGEST)),

@@ -34,12 +34,17 @@ class LabelSize(NamedTuple):
         return self.num_channels * self.bits // 8 + SCALE_ZERO_BYTES
 
 
-LABELS = {"ds": LabelSize(64, 2), "ds-r16-b4": LabelSize(16, 4)}
+LABELS = {"ds": LabelSize(64, 2), "ds-r16-b4": LabelSize(16, 4), "ds-own": LabelSize(64, 2)}
 
 
 def label_size(method: str) -> LabelSize | None:
     """What Double Sparsity scores tokens by; None where a method has another selector."""
     return LABELS.get(method.removesuffix(TWILIGHT))
+
+
+def group_of(method: str) -> str:
+    """Whose tokens Double Sparsity takes: a KV head's, or each query head its own."""
+    return "own" if method.removesuffix(TWILIGHT) == "ds-own" else "shared"
 
 
 def score_stage(method: str) -> str | None:
@@ -103,7 +108,8 @@ def bytes_moved(stage: str, method: str, work: Work) -> int:
     logits = LOGIT_BYTES * work.shape.group_size * work.candidate_tokens
     indices = INDEX_BYTES * work.kept_tokens
     rows = 2 * head_dim * work.kv_bytes * work.kept_tokens
-    size, scores = label_size(method), SCORE_BYTES * work.every_token
+    lists = work.shape.group_size if group_of(method) == "own" else 1  # of a KV head
+    size, scores = label_size(method), SCORE_BYTES * work.every_token * lists
     labels = size.num_bytes * work.every_token if size is not None else 0
     signs = (head_dim // 8 + SIGN_FACTOR_BYTES) * work.every_token
     signs += (head_dim + SCALE_ZERO_BYTES) * work.num_means
@@ -114,7 +120,7 @@ def bytes_moved(stage: str, method: str, work: Work) -> int:
     moved = {
         "selector": bounds,
         **{stage: own + scores for stage, own in read.items()},
-        "top_tokens": scores + INDEX_BYTES * work.candidate_tokens,
+        "top_tokens": scores + INDEX_BYTES * work.candidate_tokens * lists,
         "estimator": mirror + logits,
         "pruner": logits + indices,
         "estimate_prune": mirror + indices,

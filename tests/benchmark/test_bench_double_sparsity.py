@@ -1,6 +1,8 @@
 """The benchmark of selectors of single tokens, Double Sparsity's and that by signs: their providers
 on a CPU, and the check of their tokens."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ from twilight_tilelang.profiling.workloads.traffic import bytes_moved
 from twilight_tilelang.reference.inputs import DecodeShape, random_inputs
 
 
-@pytest.mark.parametrize("selector", ["ds", "signs"])
+@pytest.mark.parametrize("selector", ["ds", "ds-own", "signs"])
 def test_the_whole_step_is_timed_with_and_without_twilight(selector: str) -> None:
     method = f"{selector}+twilight"
     workload = small("gqa", 2, 512, 2, stages=("pipeline",), method=method)
@@ -67,6 +69,14 @@ def test_bytes_of_scores(selector: str, stage: str, read: int) -> None:
     assert whole == rows * (read + 512 * own.token_budget)
 
 
+def test_lists_of_each_head_have_their_own_scores() -> None:
+    """Labels are those of the KV head, of whose 4 query heads each scores and takes tokens."""
+    (own,) = (w for w in GPU_WORKLOADS if (w.name, w.method) == ("gqa-32k", "ds-own+twilight"))
+    rows, work = 64 * 8, own.work(own.method)
+    assert bytes_moved("label_scores", own.method, work) == rows * (20 + 4 * 4) * 32_768
+    assert bytes_moved("top_tokens", own.method, work) == rows * 4 * 4 * (32_768 + 8192)
+
+
 def test_a_selector_is_timed_as_its_own_kernels() -> None:
     for workload in GPU_WORKLOADS:
         if workload.name == "gqa-32k":
@@ -77,26 +87,29 @@ def test_a_selector_is_timed_as_its_own_kernels() -> None:
 
 
 @pytest.mark.parametrize(
-    "selector, ranks_of",
-    [("double_sparsity", label_ranks), ("signs", sign_ranks)],
+    "selector, group, ranks_of",
+    [
+        ("double_sparsity", "shared", partial(label_ranks, group="shared")),
+        ("double_sparsity", "own", partial(label_ranks, group="own")),
+        ("signs", "shared", sign_ranks),
+    ],
 )
-def test_the_check_of_tokens_finds_a_worse_one(selector, ranks_of) -> None:
+def test_the_check_of_tokens_finds_a_worse_one(selector, group, ranks_of) -> None:
     shape = DecodeShape(2, 4, 2, 64, 16, (200, 90), torch.float32)
     inputs = random_inputs(shape, seed=0)
     channels = torch.arange(32, dtype=torch.int32).expand(4, -1).contiguous()
     label_format = reference.LabelFormat(channels, 4)
     cache = reference.PagedKVCache.wrap(*inputs.paged(), label_format=label_format)
-    options = {"selector": selector, "token_budget": 48, **NOTHING_ALWAYS}
+    options = {"selector": selector, "group": group, "token_budget": 48, **NOTHING_ALWAYS}
     step = reference.TwilightDecode(cache, 4, **options)
     step.select(inputs.q, cache)
-    assert check_tokens(inputs.q, cache, step, ranks_of) < 1e-6
+    assert check_tokens(inputs.q, cache, step, 48, ranks_of) < 1e-6
     tokens, counts, _ = step.candidates
-    every = range(200)
-    other = next(each for each in every if each not in tokens[0, 1].tolist())
-    tokens[0, 1, 7] = other
-    tokens[0, 1] = tokens[0, 1].sort().values
+    listed = tokens[0, 1, : counts[0, 1]]
+    listed[7] = next(each for each in range(200) if each not in listed.tolist())
+    listed.copy_(listed.sort().values)
     with pytest.raises(CheckFailed, match="candidate_tokens"):
-        check_tokens(inputs.q, cache, step, ranks_of)
-    counts[0, 1] = 47
+        check_tokens(inputs.q, cache, step, 48, ranks_of)
+    counts[0, 1] -= 1
     with pytest.raises(CheckFailed, match="candidate_counts"):
-        check_tokens(inputs.q, cache, step, ranks_of)
+        check_tokens(inputs.q, cache, step, 48, ranks_of)
