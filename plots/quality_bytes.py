@@ -17,22 +17,23 @@ ASKED = ["model", "task", "length", "token_budget", "num_sink_tokens", "num_rece
 def with_bytes(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with `bytes`: what the selector reads of every token, the 4-bit mirror of the
     candidates, K and V of the tokens kept, these in 16 bits. NaN of a model whose heads are not in
-    HEADS.
+    HEADS, and where the candidates are not known.
 
-    Candidates are what the selector alone keeps in the same task, where that was measured, as each
-    query head of a group may have a list of its own; else as many as the budget."""
+    They are what the selector alone keeps in the same task, where that was measured, as each query
+    head of a group may have a list of its own; else as many as the budget."""
     selector = rows["method"].str.removesuffix(TWILIGHT)
     alone = rows[rows["method"] == selector].drop_duplicates([*ASKED, "method"])
     alone = alone.set_index([*ASKED, "method"])["kept"].rename("candidates")
     candidates = rows[ASKED].assign(method=selector).join(alone, [*ASKED, "method"])["candidates"]
-    candidates = candidates.fillna(rows["token_budget"]).fillna(rows["length"])
+    every = rows["length"].where(selector.isin(["full", "dense"]))
+    candidates = candidates.fillna(rows["token_budget"]).fillna(every)
     own = zip(rows["model"], rows["method"], rows["length"], candidates, rows["kept"], strict=True)
     return rows.assign(bytes=[num_bytes(*each) for each in own])
 
 
 def num_bytes(model: str, method: str, length: int, candidates: float, kept: float) -> float:
     """Of one KV head, for one token."""
-    if model not in HEADS:
+    if model not in HEADS or math.isnan(candidates):
         return math.nan
     num_qo_heads, num_kv_heads, head_dim = HEADS[model]
     group_size = num_qo_heads // num_kv_heads

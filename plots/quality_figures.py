@@ -17,12 +17,14 @@ METRICS = {  # column: task, words
     "score": ("passkey", "passkeys found, %"),
 }
 BACK_ENDS = ("kernels", "torch")  # whose rows are shown: of a method, the first that has any
+TO_SHARE = ("signs-c0.95+twilight", "signs-c0.99+twilight")  # of all mass, in place of a budget
 WORDS = METHODS | {
     "dense": "dense attention",
+    **{name: f"Signs to {name[7:11]} of the mass + Twilight" for name in TO_SHARE},
 }
 ORDER = (
     *("full+twilight", "quest", "quest+twilight"),
-    *("ds", "ds+twilight", "signs", "signs+twilight"),
+    *("ds", "ds+twilight", "signs", "signs+twilight", *TO_SHARE),
 )
 ALWAYS = ["num_sink_tokens", "num_recent_tokens", "min_kept_tokens"]  # kept at any p
 SMALLEST_KL = 1e-5  # a zero has no place on a logarithmic axis
@@ -75,9 +77,11 @@ def model_time(frames: Frames) -> Figure:
 
 def rows_of_model(frames: Frames) -> pd.DataFrame:
     """The rows of the first model, of each method those of the first of BACK_ENDS that has any,
-    and `of_largest_budget`."""
+    and `of_largest_budget`. A selector that takes a share of all mass is a method by itself."""
     rows = frames["quality"]
     rows = rows[rows["model"] == rows["model"].iloc[0]]
+    share = rows["configuration"].str.extract(r"^(signs-c[\d.]+)-")[0]
+    rows = rows.assign(method=(share + "+twilight").fillna(rows["method"]))
     place = rows["back_end"].map({name: place for place, name in enumerate(BACK_ENDS)})
     shown = place == place.groupby(rows["method"]).transform("min")
     rows = require(rows[shown], "quality", f"back_end {' or '.join(BACK_ENDS)}")

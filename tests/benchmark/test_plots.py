@@ -26,6 +26,7 @@ from twilight_tilelang.plots.frames import (
 from twilight_tilelang.plots.parts import budget_rule
 from twilight_tilelang.plots.quality_figures import of_largest_budget, rows_of_model
 from twilight_tilelang.profiling.tables.rows import AnyRow, table_of
+from twilight_tilelang.profiling.workloads.standard import STANDARD
 from twilight_tilelang.profiling.workloads.sweeps import TOP_PS
 
 MEASURED = Frames(draw.RESULTS / "h200")
@@ -154,7 +155,7 @@ def test_double_sparsity_stands_beside_quest(rows: list[AnyRow], tmp_path: Path)
     for workload in ("gqa-32k", "mha-32k", "gqa-128k", "solo-32k"):
         own = (text.split("\n")[0] for text in shown if text.startswith(f"{workload}, "))
         assert list(dict.fromkeys(own)) == [
-            f"{workload}, Quest", f"{workload}, Double Sparsity",
+            f"{workload}, Quest", f"{workload}, Double Sparsity", f"{workload}, Signs",
         ]  # fmt: skip
     text = " ".join(tables.memory_text(frames).split())
     assert "16.5 % more memory" in text and "sign codes would take 26.25 more." in text
@@ -171,24 +172,28 @@ def test_every_selector_has_its_whole_step_and_its_stages(
         "Quest, 8,192 candidates",
         "Double Sparsity, 64 x 2 bits, 8,192 candidates",
         "Double Sparsity, 16 x 4 bits, 8,192 candidates",
+        "Double Sparsity, 64 x 2 bits, own lists, 8,192 candidates",
         "Signs, 1,024 candidates",
         "Signs, 2,048 candidates |",
     ]
     names = [line.split(" | ")[0] for line in lines]
-    assert names == [f"| {own}" for own in ("mha-32k", "gqa-32k", "gqa-128k", "b8-32k", "solo-32k")]
-    assert {line.count(" / ") for line in lines if "b8-32k" not in line} == {5}
+    assert set(names) == {f"| {own.name}" for own in STANDARD}
+    own_lists = {name: 6 for name in ("gqa-32k", "gqa-128k", "solo-32k")}
+    for line in lines:
+        name = line.split(" | ")[0].removeprefix("| ")
+        assert line.count(" / ") == ({"mha-32k": 5} | own_lists).get(name, 3)
     assert {line.count("**") for line in lines} == {2}  # the fastest
     us = frames["pipeline"].set_index(["workload", "method"])["median_us"]
     quest, ours = (us["gqa-32k", method] for method in ("quest", "quest+twilight"))
     assert f"| {quest:,.1f} / {ours:,.1f} |" in lines[1].replace("**", "")
     header, _, *lines = tables.stage_table(frames).split("\n\n")[0].splitlines()
     assert header.count(" | ") == 9
-    assert [line.split(" | ")[1:3] for line in lines[:5]] == [
-        ["Quest", "8,192"],
-        ["Double Sparsity, 64 x 2 bits", "8,192"],
-        ["Double Sparsity, 16 x 4 bits", "8,192"],
-        ["Signs", "1,024"],
-        ["Signs", "2,048"],
+    assert [line.split(" | ")[:3] for line in lines[:5]] == [
+        ["| mha-32k", "Quest", "8,192"],
+        ["| mha-32k", "Double Sparsity, 64 x 2 bits", "8,192"],
+        ["| mha-32k", "Double Sparsity, 16 x 4 bits", "8,192"],
+        ["| mha-32k", "Signs", "1,024"],
+        ["| gqa-32k", "Quest", "8,192"],
     ]
     assert {line.count("authors") for line in lines if "Sparsity" in line} == {2}
     assert not any("authors" in line for line in lines if "Sparsity" not in line)
@@ -209,8 +214,7 @@ def test_a_step_is_drawn_by_stages_where_it_was_profiled(
         if table_of(row) == "timeline" and row.workload == "gqa-32k"
         and row.method == "quest+twilight"
     ]  # fmt: skip
-    more = [dataclasses.replace(row, method="signs+twilight", token_budget=1024) for row in quest]
-    more += [dataclasses.replace(row, method="full+twilight", token_budget=32_768) for row in quest]
+    more = [dataclasses.replace(row, method="full+twilight", token_budget=32_768) for row in quest]
     shown = words("pipeline_share", frames_of([*rows, *more], tmp_path))
     assert {"gqa-32k, Full", "gqa-32k, Signs"} <= {text.split("\n")[0] for text in shown}
     partly = [row for row in rows if row.workload != "b4-128k" or table_of(row) == "pipeline"]
@@ -400,9 +404,29 @@ def test_masses_name_every_selector_and_both_ceilings(tmp_path: Path) -> None:
 def test_a_method_s_rows_are_those_of_the_kernels_where_these_have_any() -> None:
     found = [("kernels", "quest"), ("torch", "quest"), ("torch", "ds"), ("exact_upstream", "ds")]
     same = {"model": "tiny", "task": "perplexity", "length": 2048, "token_budget": 512}
-    rows = [same | {"back_end": back_end, "method": own} for back_end, own in found]
+    rows = [
+        same | {"back_end": back_end, "method": own, "configuration": own}
+        for back_end, own in found
+    ]
     shown = rows_of_model({"quality": pd.DataFrame(rows)})
     assert list(zip(shown["back_end"], shown["method"], strict=True)) == [found[0], found[2]]
+
+
+def test_signs_to_a_share_of_the_mass_are_lines_of_their_own(tmp_path: Path) -> None:
+    write_quality(tmp_path / "h200")
+    rows = Frames(tmp_path / "h200")["quality"]
+    own = rows[rows["method"] == "signs+twilight"].assign(token_budget=float("nan"))
+    own["configuration"] = "signs-c0.99-p" + own["top_p"].astype(str) + "-sink16"
+    pd.concat([rows, own]).to_csv(tmp_path / "h200" / "quality.csv", index=False)
+    frames = Frames(tmp_path / "h200")
+    for name, there in (("quality_tokens", True), ("quality_bytes", False)):  # how many, none knows
+        texts = words(name, frames)
+        assert any("Signs to 0.99 of the mass + Twilight" in text for text in texts) == there
+        assert any(text.startswith("Signs + Twilight") for text in texts)
+    lines = [line for line in tables.quality_table(frames).splitlines() if "Signs to 0.99" in line]
+    assert [line.split(" | ")[1:5:2] + [line.split(" | ")[4]] for line in lines] == [
+        ["-", "160", "-"], ["-", "190", "-"],
+    ]  # fmt: skip
 
 
 def test_missing_data_is_an_error_that_names_the_file(
