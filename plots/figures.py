@@ -31,6 +31,7 @@ FIGURES: dict[str, Callable[[Frames], Figure]] = {
         latency_figures.pipeline_paper,
         model_figures.model_length,
         quality_figures.quality_tokens,
+        quality_figures.quality_bytes,
         quality_figures.quality_time,
         quality_figures.model_time,
         mass_figures.selector_mass,
@@ -41,6 +42,6 @@ FIGURES: dict[str, Callable[[Frames], Figure]] = {
 FULL = {
     "pipeline_batch",
     *("pipeline_error", "pipeline_budget", "accuracy_top_p", "kept_heads", "pipeline_paper"),
-    *("model_length", "quality_tokens", "quality_time", "model_time"),
+    *("model_length", "quality_tokens", "quality_bytes", "quality_time", "model_time"),
     "selector_mass",
 }

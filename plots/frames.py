@@ -4,6 +4,7 @@ What is missing raises `MissingData` with the name of the file; nothing is guess
 which only some is measured, as after a run of one stage, stays out of what needs the rest.
 """
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ SWEEPS = ("batch-", "budget-", "length-", "paper-", "top_p-", "trace-")
 FP8 = "-fp8"
 # End the names of standard workloads with other K and V, or with a step's own defaults.
 FORMS = ("-interleaved", FP8, "-defaults")
+STEP = ["workload", "method", "token_budget"]  # names a step of a standard workload
 SIZES = ["batch_size", "num_qo_heads", "num_kv_heads", "seq_len"]
 SAME = [*SIZES, "token_budget", "top_p", "method", "provider"]  # the same measurement
 OURS = ("tilelang", "torch")
@@ -75,39 +77,40 @@ def standard_rows(frames: Frames, name: str, **wanted: object) -> pd.DataFrame:
     return rows.sort_values(SIZES, ascending=[False] * len(SIZES))
 
 
-def by_workload(frames: Frames, name: str, **wanted: object) -> pd.DataFrame:
-    """`standard_rows`, indexed by workload."""
-    return standard_rows(frames, name, **wanted).set_index("workload")
+def standard_steps(frames: Frames, methods: Sequence[str]) -> pd.DataFrame:
+    """Whole steps of the standard workloads: of each in the order of the methods, by budget."""
+    rows = standard_rows(frames, "pipeline")
+    rows = rows[rows["method"].isin(methods)]
+    names = [*dict.fromkeys(rows["workload"]), *methods]
+    place = {name: place for place, name in enumerate(names)}
+    return rows.sort_values(STEP, key=lambda own: own.map(place).fillna(own))
 
 
 def own(
     frames: Frames,
     stage: str,
-    workloads: pd.Index,
+    whole: pd.DataFrame,
     column: str = "median_us",
-    method: str = "quest+twilight",
+    provider: Sequence[str] = OURS,
 ) -> pd.Series:
-    """Our own rows of a stage, one per standard workload."""
-    rows = _alone(frames, stage, method)
-    values = rows[rows["provider"].isin(OURS)][column]
-    for name in workloads.difference(values.index):
-        raise MissingData(f"{stage}.csv: no row with workload {name}")
-    return values.loc[workloads]
+    """A stage alone, by default our own, of each of these steps of standard workloads; NaN where it
+    was not measured. Dense decode is of every method."""
+    rows, by = frames["pipeline"].iloc[:0], ["workload"] if stage == "dense" else STEP
+    with contextlib.suppress(MissingData):
+        rows = standard_rows(frames, stage)
+    rows = rows[rows["provider"].isin(provider)]
+    return whole[STEP].merge(rows[[*by, column]], "left", by)[column].set_axis(whole.index)
 
 
 def whole_and_alone(
     frames: Frames, stages: Sequence[str], method: str = "quest+twilight"
 ) -> pd.DataFrame:
-    """Steps of the standard workloads whose stages were measured alone too, by workload."""
-    rows = by_workload(frames, "pipeline", method=method)
+    """Steps of the standard workloads whose stages were measured alone too."""
+    rows = standard_rows(frames, "pipeline", method=method)
     for stage in stages:
-        rows = rows[rows.index.isin(_alone(frames, stage, method).index)]
-    return require(rows, "pipeline", f"method {method} and all its stages")
-
-
-def _alone(frames: Frames, stage: str, method: str) -> pd.DataFrame:
-    """The stage of a method by standard workload; dense decode is of none."""
-    return by_workload(frames, stage, method="dense" if stage == "dense" else method)
+        rows = rows[own(frames, stage, rows).notna()]
+        require(rows, stage, f"method {method} and a standard workload")
+    return rows
 
 
 def steps(frames: Frames, *prefixes: str) -> pd.DataFrame:

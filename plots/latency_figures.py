@@ -27,6 +27,8 @@ from .style import LOOKS, count, legend_below, log_axes, microseconds, ticks_at
 
 STEP_FIXED = ["num_qo_heads", "num_kv_heads", "head_dim", "page_size"]
 BY_TOKENS = ("ds", "ds+twilight", "signs", "signs+twilight")
+A_LINE = 3  # points at least, of selectors of tokens
+FULL = "full+twilight"
 SPEEDUPS = (1, 2, 4, 8, 16, 32)
 
 
@@ -77,8 +79,9 @@ def pipeline_error(frames: Frames) -> Figure:
 
 
 def pipeline_budget(frames: Frames) -> Figure:
-    """One decode step against the selector's token budget: Quest alone attends to all of it,
-    Twilight to what top-p keeps. The numbers say how many times faster than dense decode."""
+    """One decode step against the selector's token budget: a selector alone attends to all of it,
+    Twilight to what top-p keeps. Full + Twilight has no budget, nor has dense decode. The numbers
+    say how many times faster than the latter."""
     figure, every = panels(1, 2, (9, 4.6))
     shown = []
     for axes, kind in zip(every, ("gqa", "mha"), strict=True):
@@ -89,6 +92,9 @@ def pipeline_budget(frames: Frames) -> Figure:
         axes.set_title(heads(rows.iloc[0]), loc="left")
         axes.set_xlabel("token budget of the selector")
         _dense_level(axes, twilight)
+        full = rows.loc[rows["method"] == FULL, "median_us"]
+        if len(full):
+            axes.axhline(full.iloc[0], **LOOKS[FULL] | {"marker": ""}, label=METHODS[FULL])
         _step_lines(axes, rows, "token_budget", ("quest", *BY_TOKENS, "quest+twilight"))
         shown.append(twilight)
     every[0].set_ylabel("time of one step")
@@ -194,23 +200,39 @@ def _by_length(frames: Frames, prefix: str, what: str) -> Figure:
 
 def _step_lines(axes: Axes, rows: pd.DataFrame, x: str, methods: tuple[str, ...]) -> None:
     """A line per method, ours last, with the floor and the speedups of Quest + Twilight. Those that
-    choose single tokens are drawn where there is a line of them, with Quest's budgets."""
+    choose single tokens are drawn where there is a line of them, see `_of_tokens`."""
     twilight = of_method(rows, "quest+twilight", x)
     line(axes, twilight, x, "floor", f"floor of {METHODS['quest+twilight']}", "floor_us")
-    at = list(dict.fromkeys((x, "token_budget")))
-    as_quest = pd.MultiIndex.from_frame(rows[at]).isin(pd.MultiIndex.from_frame(twilight[at]))
-    rows = rows[as_quest | ~rows["method"].isin(BY_TOKENS)]
-    measured = rows["method"].value_counts()
-    methods = tuple(each for each in methods if measured.get(each, 0) > 1 or each not in BY_TOKENS)
+    drawn = []
     for method in methods:
-        line(axes, of_method(rows, method, x), x, method, METHODS[method])
+        if method in BY_TOKENS:
+            own, text = _of_tokens(rows[rows["method"] == method], twilight, x)
+            if len(own) < A_LINE:
+                continue
+        else:
+            own, text = of_method(rows, method, x), ""
+        line(axes, own, x, method, f"{METHODS[method]}{text}")
+        drawn.append(own)
+    every = pd.concat(drawn)
     for _, row in twilight.dropna(subset="dense_us").iterrows():
-        others = rows[(rows[x] == row[x]) & rows["method"].isin(methods)]["median_us"]
+        others = every[every[x] == row[x]]["median_us"]
         others = np.array([*others, row["floor_us"], row["dense_us"]]) / row["median_us"]
         room = others[others > 1.15].min(initial=np.inf) * others[others < 0.87].max(initial=0)
         where = "above" if room > 1 else "below"
         point_text(axes, row[x], row["median_us"], speedup(rows, row), "quest+twilight", where)
     axes.margins(x=0.07)
+
+
+def _of_tokens(rows: pd.DataFrame, quest: pd.DataFrame, x: str) -> tuple[pd.DataFrame, str]:
+    """Of a method's rows those with Quest's budgets; where there are more with one other budget,
+    the smallest such, those, and which it is in words."""
+    at = list(dict.fromkeys((x, "token_budget")))
+    as_quest = rows[pd.MultiIndex.from_frame(rows[at]).isin(pd.MultiIndex.from_frame(quest[at]))]
+    counts = rows["token_budget"].value_counts(sort=False).sort_index()
+    if counts.max() > len(as_quest):
+        budget = counts.idxmax()
+        return rows[rows["token_budget"] == budget], f", {count(budget)} candidates"
+    return as_quest, ""
 
 
 def _dense_level(axes: Axes, rows: pd.DataFrame) -> None:

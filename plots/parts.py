@@ -31,6 +31,7 @@ PROVIDERS = {
 STAGE_WORDS = {
     "estimate_prune": "estimator + pruner",
     "label_scores": "label scores",
+    "sign_scores": "sign scores",
     "top_tokens": "top tokens",
     "pipeline": "whole step",
     "dense": "dense (ours)",

@@ -8,6 +8,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from .frames import Frames, require
 from .parts import METHODS, on_cpu, panels
+from .quality_bytes import with_bytes
 from .style import LOOKS, count, legend_below, ticks_at
 
 METRICS = {  # column: task, words
@@ -16,12 +17,14 @@ METRICS = {  # column: task, words
     "score": ("passkey", "passkeys found, %"),
 }
 BACK_ENDS = ("kernels", "torch")  # whose rows are shown: of a method, the first that has any
+TO_SHARE = ("signs-c0.95+twilight", "signs-c0.99+twilight")  # of all mass, in place of a budget
 WORDS = METHODS | {
     "dense": "dense attention",
+    **{name: f"Signs to {name[7:11]} of the mass + Twilight" for name in TO_SHARE},
 }
 ORDER = (
     *("full+twilight", "quest", "quest+twilight"),
-    *("ds", "ds+twilight", "signs", "signs+twilight"),
+    *("ds", "ds+twilight", "signs", "signs+twilight", *TO_SHARE),
 )
 ALWAYS = ["num_sink_tokens", "num_recent_tokens", "min_kept_tokens"]  # kept at any p
 SMALLEST_KL = 1e-5  # a zero has no place on a logarithmic axis
@@ -33,6 +36,15 @@ def quality_tokens(frames: Frames) -> Figure:
     selectors alone by their budget, Twilight by p on the largest budget that is shorter than the
     context; dotted where the first 16 tokens are always read. Bars are a standard error."""
     return quality(rows_of_model(frames), "kept", "tokens read per KV head")
+
+
+def quality_bytes(frames: Frames) -> Figure:
+    """The same against the bytes that a KV head reads for a token: page bounds, labels or sign
+    codes of every token, the 4-bit mirror of the candidates, K and V of the tokens kept. A line
+    marks dense attention's."""
+    rows = with_bytes(rows_of_model(frames))
+    rows = require(rows[rows["bytes"].notna()], "quality", "a model whose heads are known")
+    return quality(rows, "bytes", "bytes read per KV head")
 
 
 def quality_time(frames: Frames) -> Figure:
@@ -65,9 +77,11 @@ def model_time(frames: Frames) -> Figure:
 
 def rows_of_model(frames: Frames) -> pd.DataFrame:
     """The rows of the first model, of each method those of the first of BACK_ENDS that has any,
-    and `of_largest_budget`."""
+    and `of_largest_budget`. A selector that takes a share of all mass is a method by itself."""
     rows = frames["quality"]
     rows = rows[rows["model"] == rows["model"].iloc[0]]
+    share = rows["configuration"].str.extract(r"^(signs-c[\d.]+)-")[0]
+    rows = rows.assign(method=(share + "+twilight").fillna(rows["method"]))
     place = rows["back_end"].map({name: place for place, name in enumerate(BACK_ENDS)})
     shown = place == place.groupby(rows["method"]).transform("min")
     rows = require(rows[shown], "quality", f"back_end {' or '.join(BACK_ENDS)}")
@@ -93,7 +107,7 @@ def quality(rows: pd.DataFrame, x: str, words: str) -> Figure:
             own = rows[(rows["task"] == task) & (rows["length"] == length)]
             draw_lines(axes, own, x, column)
             axes.set(xlabel=words, ylabel=label)
-            if x == "kept":
+            if x in ("kept", "bytes"):
                 axes.set_xscale("log", base=2)
                 plain_log(axes.xaxis, 2.0, (1.0,))
             if column == "kl":
@@ -122,7 +136,7 @@ def draw_lines(axes: Axes, rows: pd.DataFrame, x: str, column: str) -> None:
     dense = rows[rows["method"] == "dense"]
     if len(dense) and column != "kl":  # which is 0 there
         axes.axhline(dense[column].iloc[0], **rule("baseline"), label="dense attention")
-    if len(dense) and x == "ms_per_token":
+    if len(dense) and x != "kept":
         axes.axvline(dense[x].iloc[0], **rule("baseline"), label="dense attention")
     for method in ORDER:
         own = rows[rows["method"] == method]

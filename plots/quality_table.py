@@ -4,8 +4,13 @@ import pandas as pd
 
 from .frames import Frames
 from .markdown import commits_of, table
+from .quality_bytes import with_bytes
 from .quality_figures import ALWAYS, ORDER, WORDS, rows_of_model, timed
 
+READ = (
+    "KiB are those that a KV head reads for a token: page bounds, labels or sign codes of all "
+    "tokens, the 4-bit mirror of the candidates, K and V of the tokens read. "
+)
 ANSWERS = {"passkey": "passkeys found", "niah_single_1": "needles found"}
 
 
@@ -13,7 +18,7 @@ def quality_table(frames: Frames) -> str:
     """Each method at the longest length, with all that it keeps at any p: what it reads, what that
     is of the attention, how far the model is from itself with dense attention; its answers by
     length."""
-    rows = shown(timed(rows_of_model(frames)))
+    rows = shown(with_bytes(timed(rows_of_model(frames))))
     longest = rows.loc[rows["task"] == "perplexity", "length"].max()
     lines = []
     for (method, top_p), own in rows.groupby(["method", "top_p"], sort=False):
@@ -21,13 +26,15 @@ def quality_table(frames: Frames) -> str:
             budget = text.token_budget
             cells = [
                 f"{WORDS[method]} | {'-' if budget != budget else f'{budget:,.0f}'}",
-                f"{top_p or '-'} | {text.kept:,.0f} | {text.true_mass:.3f}",
+                f"{top_p or '-'} | {text.kept:,.0f}",
+                "-" if text.bytes != text.bytes else f"{text.bytes / 1024:,.0f}",
+                f"{text.true_mass:.3f}",
                 f"{text.kl:.4f} | {text.loss_change:+.3f}",
                 *(answers(own[own["task"] == task]) for task in ANSWERS),
             ]
             lines.append(" | ".join(cells))
     lengths = sorted(rows.loc[rows["task"].isin(ANSWERS), "length"].unique())
-    names = ["attention", "candidates", "p", "tokens read per KV head", "true mass"]
+    names = ["attention", "candidates", "p", "tokens read per KV head", "KiB read", "true mass"]
     names += ["KL from dense, nats", "loss over dense", *(f"{own}, %" for own in ANSWERS.values())]
     return table(" | ".join(names), lines, caption(rows, longest, lengths))
 
@@ -66,5 +73,6 @@ def caption(rows: pd.DataFrame, longest: int, lengths: list[int]) -> str:
         f"{' / '.join(f'{length:,}' for length in lengths)} tokens, {asked}. Kept at any p are the "
         "defaults, but by Double Sparsity nothing, as by its authors. Candidates are the largest "
         "budget that was run and is shorter than the context; a KV head reads what any of its "
-        f"query heads has chosen. Measured at {commits_of(rows)}."
+        f"query heads has chosen. {READ if text['bytes'] == text['bytes'] else ''}Measured at "
+        f"{commits_of(rows)}."
     )

@@ -50,6 +50,8 @@ LOOKS = {
     "signs": _look("#a05c2c", "X", "-."),
     "signs+twilight, sinks": _look("#0f8b8d", "P", ":", 1.8, hollow=True),
     "signs, sinks": _look("#a05c2c", "X", ":", 1.4, hollow=True),
+    "signs-c0.95+twilight": _look("#b07aa1", "P", ":", 1.8, hollow=True),
+    "signs-c0.99+twilight": _look("#59405c", "P", ":", 1.8, hollow=True),
     "ds, 4 bits": _look("#8a6fb0", "p", "-."),
     "ds, own": _look("#3a7d44", "s", "-."),
     "ds, own, 4 bits": _look("#3a7d44", "p", "-."),
@@ -72,6 +74,7 @@ LOOKS = {
 STAGE_COLORS = {
     "selector": "#1d3557",
     "label_scores": "#5e548e",
+    "sign_scores": "#4a7c7e",
     "top_tokens": "#7d8fb3",
     "estimator": "#6a97c4",
     "pruner": "#f2c14e",

@@ -3,7 +3,6 @@
 Each of TABLES makes the text of one GPU. Rows of a CPU make none: they compare nothing.
 """
 
-import contextlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,24 +12,36 @@ import pandas as pd
 
 from .frames import (
     FP8,
+    STEP,
     STEP_STAGES,
     Frames,
     MissingData,
     beside_dense,
     of_method,
     own,
+    require,
     rows_of,
     standard_rows,
+    standard_steps,
     steps,
     sweep,
-    whole_and_alone,
 )
 from .markdown import commits_of, table, wrapped
 from .model_figures import PLACE, SIZES, model_rows
 from .parts import METHODS, PROVIDERS, budget_rule, ceilings, speedup, stage_words
 from .quality_table import quality_table
 
-SCORED_BY = {"ds": "labels, 64 x 2 bits", "ds-r16-b4": "labels, 16 x 4 bits", "signs": "signs"}
+SELECTORS = {
+    "quest": "Quest",
+    "ds": "Double Sparsity, 64 x 2 bits",
+    "ds-r16-b4": "Double Sparsity, 16 x 4 bits",
+    "ds-own": "Double Sparsity, 64 x 2 bits, own lists",
+    "signs": "Signs",
+}
+TWILIGHT = "+twilight"
+SCORES = ("selector", "label_scores", "sign_scores")
+EVERY_STAGE = (*SCORES, "top_tokens", *STEP_STAGES[1:])
+AUTHORS = "authors"
 SIGN_PARTS = ("sign_words", "sign_factors", "sign_mean_codes", "sign_mean_scale_zero")
 QUEST, FULL, OURS = "quest", "full+twilight", "quest+twilight"
 
@@ -153,79 +164,101 @@ def batch_table(frames: Frames) -> str:
     return table(header, lines, caption)
 
 
+def methods_table(frames: Frames) -> str:
+    """The whole step by every selector, alone and with Twilight, of the workloads that a selector
+    of single tokens was measured on."""
+    rows = beside_dense(frames, standard_rows(frames, "pipeline"))
+    rows = rows.assign(selector=rows["method"].str.removesuffix(TWILIGHT))
+    by_tokens = rows["selector"].isin([name for name in SELECTORS if name != "quest"])
+    rows = rows[rows["workload"].isin(rows.loc[by_tokens, "workload"])]
+    require(rows, "pipeline", "a method that scores tokens")
+    known = rows[rows["selector"].isin(SELECTORS)].sort_values("token_budget", kind="stable")
+    budgets = known.groupby("selector")["token_budget"].unique()
+    columns = [(name, budget) for name in SELECTORS if name in budgets for budget in budgets[name]]
+    lines = []
+    for workload, every in rows.groupby("workload", sort=False):
+        us = every.set_index(["method", "token_budget"])["median_us"]
+        full = us[us.index.isin([FULL], level="method")]
+        times = [[every["dense_us"].iloc[0]], [*full]]
+        for name, budget in columns:
+            both = [us.get((method, budget)) for method in (name, f"{name}{TWILIGHT}")]
+            times.append([] if both == [None, None] else both)
+        least = min(each for own in times for each in own if each is not None)
+        lines.append(" | ".join([workload, *(_beside(own, least) for own in times)]))
+    names = ["workload", "fastest dense", METHODS[FULL]]
+    names += [f"{SELECTORS[name]}, {budget:,} candidates" for name, budget in columns]
+    first, shown = rows.iloc[0], pd.concat([known, rows[rows["method"] == FULL]])
+    caption = (
+        f"Microseconds of the whole step on {first.gpu.upper()}, {first['dtype']}, by each "
+        "selector alone / with Twilight, the fastest in bold; candidates of a KV head for all of "
+        "its query heads, but where each has a list of its own, p as above; Double Sparsity by "
+        "labels of so many channels and bits. "
+        f"Measured at {commits_of(shown)}."
+    )
+    return table(" | ".join(names), lines, caption)
+
+
 def stage_table(frames: Frames) -> str:
-    """Each stage alone: its time, its bytes over time, and the share of its byte floor."""
-    whole = whole_and_alone(frames, STEP_STAGES)
-    columns = [own(frames, "attention", whole.index, "kept_mean").map("{:.0f}".format)]
-    for stage in STEP_STAGES:
-        us, size, reached = (
-            own(frames, stage, whole.index, name) for name in ("median_us", "bytes", "reached")
+    """Each stage alone, by Quest and by selectors of single tokens: its time, its bytes over time,
+    and the share of its byte floor; beside it the time of Double Sparsity's authors in PyTorch. Of
+    several budgets the smallest."""
+    steps = standard_steps(frames, [f"{name}{TWILIGHT}" for name in SELECTORS])
+    steps = steps.drop_duplicates(["workload", "method"])
+    columns = [_alone(frames, stage, steps) for stage in EVERY_STAGE]
+    scores = columns[0]
+    for own_scores in columns[1 : len(SCORES)]:  # a selector has one of them
+        scores = scores.where(scores != "-", own_scores)
+    steps = require(steps[scores != "-"], "selector", "a standard workload")
+    columns = [scores, *columns[len(SCORES) :]]
+    lines = [
+        " | ".join(
+            [workload, SELECTORS[method.removesuffix(TWILIGHT)], f"{budget:,}", f"{kept:.0f}"]
         )
-        cells = zip(us, size / us / 1e6, 100 * reached, strict=True)
-        columns.append(
-            pd.Series([f"{a:,.1f} us, {b:.2f} TB/s, {c:.0f} %" for a, b, c in cells], us.index)
-        )
-    lines = [" | ".join(cells) for cells in pd.concat(columns, axis=1).reset_index().to_numpy()]
-    header = " | ".join(["workload", "tokens kept per KV head", *map(stage_words, STEP_STAGES)])
-    gpu = whole["gpu"].iloc[0].upper()
-    rates = [own(frames, stage, whole.index, "read_tbps") for stage in STEP_STAGES]
-    caption = (
-        f"Each stage alone on {gpu}: time, bytes / time, share of the byte floor reached, by read "
-        f"ceilings of {ceilings(pd.concat(rates))}."
-    )
-    return table(header, lines, caption)
-
-
-def tokens_table(frames: Frames) -> str:
-    """Selectors of single tokens: their kernels, beside those of Double Sparsity's authors in
-    PyTorch, and the whole step beside Quest's."""
-    keys = ["workload", "method", "token_budget", "provider"]
-    rows = standard_rows(frames, "pipeline")
-    whole, first = rows.set_index(keys)["median_us"], rows.iloc[0]
-    quest = rows[rows["method"] == OURS].set_index("workload")
-    alone = [
-        _alone(frames, keys, *own) for own in (("label_scores", "sign_scores"), ("top_tokens",))
+        + "".join(f" | {column[place]}" for column in columns)
+        for place, workload, method, budget, kept in steps[[*STEP, "kept_mean"]].itertuples()
     ]
-    lines, beside = [], False
-    for workload, method, budget, provider in whole.index:
-        name = method.removesuffix("+twilight")
-        if name not in SCORED_BY or method == name:
-            continue
-        cells = [f"{workload} | {SCORED_BY[name]} | {budget:,}"]
-        for stage in alone:
-            us, reached = stage["median_us"], stage["reached"]
-            own_us = us.get((workload, method, budget, provider))
-            theirs = us.get((workload, method, budget, "doublesparse"))
-            share = reached.get((workload, method, budget, provider))
-            cells.append("-" if own_us is None else f"{own_us:,.1f}, {100 * share:.0f} %")
-            cells.append("-" if theirs is None else f"{theirs:,.1f}")
-            beside |= theirs is not None
-        both = (whole[workload, each, budget, provider] for each in (name, method))
-        cells += [f"{us:,.1f}" for us in (*both, quest.loc[workload, "median_us"])]
-        lines.append(" | ".join(cells))
-    if not lines:
-        raise MissingData("pipeline.csv: no row with a method that scores tokens")
-    header = (
-        "workload | scored by | candidates | scores, us and byte floor reached | authors' gather "
-        "and matmul | top tokens, us and byte floor reached | torch.topk | the selector alone "
-        "| + Twilight | Quest + Twilight"
+    names = ["workload", "selector", "candidates", "tokens kept per KV head"]
+    names += ["pages, or scores of tokens", *map(stage_words, EVERY_STAGE[len(SCORES) :])]
+    rates, commits = (
+        pd.concat([own(frames, stage, steps, name) for stage in EVERY_STAGE]).dropna()
+        for name in ("read_tbps", "commit")
     )
-    authors = "; the authors choose them for each query head, by channels of keys in 16 bits"
+    authors = (
+        f"; *{AUTHORS}*: those of Double Sparsity, gather and matmul, then torch.topk, for each "
+        "query head by channels of keys in 16 bits"
+    )
     caption = (
-        f"Microseconds on {first.gpu.upper()}, {first['dtype']}; candidates of a KV head for all "
-        f"of its query heads, of Quest {quest['token_budget'].iloc[0]:,}, p as above"
-        f"{authors if beside else ''}. Measured at {commits_of(rows)}."
+        f"Each stage alone on {steps['gpu'].iloc[0].upper()}: time, bytes / time, share of the "
+        f"byte floor reached, by read ceilings of {ceilings(rates)}"
+        f"{authors if any(AUTHORS in line for line in lines) else ''}. Measured at "
+        f"{commits_of(commits.to_frame())}."
     )
-    return table(header, lines, caption)
+    return table(" | ".join(names), lines, caption)
 
 
-def _alone(frames: Frames, keys: list[str], *stages: str) -> pd.DataFrame:
-    """Times of stages, and the shares of their byte floors; none of what is not measured."""
-    found = []
-    for stage in stages:
-        with contextlib.suppress(MissingData):
-            found.append(standard_rows(frames, stage).set_index(keys))
-    return pd.concat(found) if found else pd.DataFrame(columns=["median_us", "reached"])
+def _alone(frames: Frames, stage: str, steps: pd.DataFrame) -> pd.Series:
+    """ "44.9 us, 2.85 TB/s, 61 %" for each of the steps, and what the authors' kernels take; "-"
+    where it was not measured."""
+    us, size, reached = (
+        own(frames, stage, steps, name) for name in ("median_us", "bytes", "reached")
+    )
+    theirs = own(frames, stage, steps, provider=("doublesparse",))
+    cells = [
+        "-"
+        if a != a
+        else f"{a:,.1f} us, {b:.2f} TB/s, {100 * c:.0f} %"
+        + ("" if d != d else f"; {AUTHORS} {d:,.1f} us")
+        for a, b, c, d in zip(us, size / us / 1e6, reached, theirs, strict=True)
+    ]
+    return pd.Series(cells, steps.index)
+
+
+def _beside(times: Sequence[float | None], least: float) -> str:
+    """ "648.0 / **226.4**", the least of a line bold; "-" where nothing was measured."""
+    texts = (
+        "-" if us is None else f"**{us:,.1f}**" if us == least else f"{us:,.1f}" for us in times
+    )
+    return " / ".join(texts) or "-"
 
 
 def fp8_table(frames: Frames) -> str:
@@ -342,8 +375,8 @@ TABLES: dict[str, Callable[[Frames], str]] = {
     "recorded": recorded_table,
     "length": length_table,
     "batch": batch_table,
+    "methods": methods_table,
     "stage": stage_table,
-    "tokens": tokens_table,
     "fp8": fp8_table,
     "model": model_table,
     "quality": quality_table,
@@ -391,4 +424,4 @@ def _times(rows: pd.DataFrame, batch_size: int) -> str:
     if times.empty:
         return "-"
     times = [times.loc[OURS, "dense_us"], *times.loc[[QUEST, OURS], "median_us"]]
-    return " / ".join(f"**{us:,.1f}**" if us == min(times) else f"{us:,.1f}" for us in times)
+    return _beside(times, min(times))

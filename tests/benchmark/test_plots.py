@@ -12,7 +12,7 @@ from matplotlib.text import Text
 
 from tests.doubles.made_up_quality import write_masses, write_quality
 from tests.doubles.made_up_results import made_up_rows, write_frames
-from twilight_tilelang.plots import draw, tables
+from twilight_tilelang.plots import draw, quality_bytes, tables
 from twilight_tilelang.plots.figures import FIGURES, FULL
 from twilight_tilelang.plots.frames import (
     CPU,
@@ -25,16 +25,23 @@ from twilight_tilelang.plots.frames import (
 )
 from twilight_tilelang.plots.parts import budget_rule
 from twilight_tilelang.plots.quality_figures import of_largest_budget, rows_of_model
-from twilight_tilelang.profiling.tables.rows import TOKEN_STAGES, AnyRow, table_of
+from twilight_tilelang.profiling.tables.rows import AnyRow, table_of
+from twilight_tilelang.profiling.workloads.standard import STANDARD
 from twilight_tilelang.profiling.workloads.sweeps import TOP_PS
 
 MEASURED = Frames(draw.RESULTS / "h200")
-QUALITY = ("quality_tokens", "quality_time", "model_time", "selector_mass")
+QUALITY = ("quality_tokens", "quality_bytes", "quality_time", "model_time", "selector_mass")
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[AnyRow]:
     return made_up_rows()
+
+
+@pytest.fixture(autouse=True)
+def heads_of_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the made-up model."""
+    monkeypatch.setitem(quality_bytes.HEADS, "tiny", (4, 2, 64))
 
 
 def frames_of(rows: list[AnyRow], folder: Path, gpu: str = "h200") -> Frames:
@@ -148,27 +155,101 @@ def test_double_sparsity_stands_beside_quest(rows: list[AnyRow], tmp_path: Path)
     for workload in ("gqa-32k", "mha-32k", "gqa-128k", "solo-32k"):
         own = (text.split("\n")[0] for text in shown if text.startswith(f"{workload}, "))
         assert list(dict.fromkeys(own)) == [
-            f"{workload}, Quest", f"{workload}, Double Sparsity",
+            f"{workload}, Quest", f"{workload}, Double Sparsity", f"{workload}, Signs",
         ]  # fmt: skip
-    lines = tables.tokens_table(frames).splitlines()[2:20]
-    assert [line.split(" | ")[:3] for line in lines[:4]] == [
-        ["| mha-32k", "labels, 64 x 2 bits", "8,192"],
-        ["| mha-32k", "labels, 16 x 4 bits", "8,192"],
-        ["| mha-32k", "signs", "1,024"],
-        ["| mha-32k", "signs", "2,048"],
-    ]
-    assert all(line.count(" | ") == 9 for line in lines)
-    assert {line.count(" - ") for line in lines if "labels" in line} == {0}
-    assert {line.count(" - ") for line in lines if "signs" in line} == {2}  # of the authors
-    steps_alone = [row for row in rows if getattr(row, "stage", "") not in TOKEN_STAGES]
-    table = tables.tokens_table(frames_of(steps_alone, tmp_path / "steps"))
-    assert table.splitlines()[0] == (
-        "| workload | scored by | candidates | the selector alone | + Twilight | Quest + Twilight |"
-    )
-    assert {line.count(" | ") for line in table.splitlines()[2:20]} == {5}
-    assert "authors" not in table
     text = " ".join(tables.memory_text(frames).split())
     assert "16.5 % more memory" in text and "sign codes would take 26.25 more." in text
+
+
+def test_every_selector_has_its_whole_step_and_its_stages(
+    rows: list[AnyRow], tmp_path: Path
+) -> None:
+    frames = frames_of(rows, tmp_path)
+    header, _, *lines = tables.methods_table(frames).split("\n\n")[0].splitlines()
+    assert header.split(" | ")[1:] == [
+        "fastest dense",
+        "Full + Twilight",
+        "Quest, 8,192 candidates",
+        "Double Sparsity, 64 x 2 bits, 8,192 candidates",
+        "Double Sparsity, 16 x 4 bits, 8,192 candidates",
+        "Double Sparsity, 64 x 2 bits, own lists, 8,192 candidates",
+        "Signs, 1,024 candidates",
+        "Signs, 2,048 candidates |",
+    ]
+    names = [line.split(" | ")[0] for line in lines]
+    assert set(names) == {f"| {own.name}" for own in STANDARD}
+    own_lists = {name: 6 for name in ("gqa-32k", "gqa-128k", "solo-32k")}
+    for line in lines:
+        name = line.split(" | ")[0].removeprefix("| ")
+        assert line.count(" / ") == ({"mha-32k": 5} | own_lists).get(name, 3)
+    assert {line.count("**") for line in lines} == {2}  # the fastest
+    us = frames["pipeline"].set_index(["workload", "method"])["median_us"]
+    quest, ours = (us["gqa-32k", method] for method in ("quest", "quest+twilight"))
+    assert f"| {quest:,.1f} / {ours:,.1f} |" in lines[1].replace("**", "")
+    header, _, *lines = tables.stage_table(frames).split("\n\n")[0].splitlines()
+    assert header.count(" | ") == 9
+    assert [line.split(" | ")[:3] for line in lines[:5]] == [
+        ["| mha-32k", "Quest", "8,192"],
+        ["| mha-32k", "Double Sparsity, 64 x 2 bits", "8,192"],
+        ["| mha-32k", "Double Sparsity, 16 x 4 bits", "8,192"],
+        ["| mha-32k", "Signs", "1,024"],
+        ["| gqa-32k", "Quest", "8,192"],
+    ]
+    assert {line.count("authors") for line in lines if "Sparsity" in line} == {2}
+    assert not any("authors" in line for line in lines if "Sparsity" not in line)
+    quest_alone = [
+        row for row in rows if not getattr(row, "method", "").startswith(("ds", "signs"))
+    ]
+    frames = frames_of(quest_alone, tmp_path / "quest")
+    assert "authors" not in tables.stage_table(frames)
+    with pytest.raises(MissingData, match="a method that scores tokens"):
+        tables.methods_table(frames)
+
+
+def test_a_step_is_drawn_by_stages_where_it_was_profiled(
+    rows: list[AnyRow], tmp_path: Path
+) -> None:
+    quest = [
+        row for row in rows
+        if table_of(row) == "timeline" and row.workload == "gqa-32k"
+        and row.method == "quest+twilight"
+    ]  # fmt: skip
+    more = [dataclasses.replace(row, method="full+twilight", token_budget=32_768) for row in quest]
+    shown = words("pipeline_share", frames_of([*rows, *more], tmp_path))
+    assert {"gqa-32k, Full", "gqa-32k, Signs"} <= {text.split("\n")[0] for text in shown}
+    partly = [row for row in rows if row.workload != "b4-128k" or table_of(row) == "pipeline"]
+    shown = words("stage_floor", frames_of(partly, tmp_path / "partly"))
+    assert {"b4-128k", "tp8-b32-32k"} <= set(shown)
+
+
+def test_signs_by_length_are_of_one_budget(rows: list[AnyRow], tmp_path: Path) -> None:
+    twilight = [
+        row for row in rows
+        if table_of(row) == "pipeline" and row.method == "quest+twilight"
+        and row.workload == "length-b8" and row.seq_len > 8192
+    ]  # fmt: skip
+    fixed = [dataclasses.replace(row, method="signs+twilight", token_budget=1024)
+             for row in twilight]  # fmt: skip
+    as_quest = [dataclasses.replace(row, method="signs+twilight") for row in twilight]
+    for more, text in ((fixed, "Signs + Twilight, 1k candidates"), (as_quest, "Signs + Twilight")):
+        assert text in words("pipeline_length", frames_of([*rows, *more], tmp_path / text))
+
+
+def test_full_is_level_where_budgets_are_drawn(rows: list[AnyRow], tmp_path: Path) -> None:
+    (left, right) = FIGURES["pipeline_budget"](frames_of(rows, tmp_path)).axes
+    for axes in (left, right):
+        level = next(own for own in axes.get_lines() if own.get_label() == "Full + Twilight")
+        assert len(set(level.get_ydata())) == 1
+
+
+def test_requests_are_drawn_beside_dense_of_every_number(
+    rows: list[AnyRow], tmp_path: Path
+) -> None:
+    few = [row for row in rows if row.batch_size != 3 or getattr(row, "stage", "") != "dense"]
+    for own, style in ((rows, "--"), (few, "None")):
+        (axes,) = FIGURES["pipeline_batch"](frames_of(own, tmp_path / style)).axes
+        dense = next(line for line in axes.get_lines() if str(line.get_label()).startswith("dense"))
+        assert dense.get_linestyle() == style
 
 
 def test_fp8_stands_beside_16_bits(rows: list[AnyRow], tmp_path: Path) -> None:
@@ -261,12 +342,49 @@ def test_the_quality_table_has_what_keeps_most_and_chooses_most(tmp_path: Path) 
     lines = tables.quality_table(Frames(tmp_path / "h200")).splitlines()
     quest = [line for line in lines if line.startswith("| Quest")]
     assert quest == [
-        "| Quest alone | 1,024 | - | 1,024 | 0.940 | 0.0429 | +0.021 | 94 / 94 / 94 |",
-        "| Quest + Twilight | 1,024 | 0.8 | 160 | 0.910 | 0.0300 | +0.015 | 91 / 91 / 91 |",
-        "| Quest + Twilight | 1,024 | 0.95 | 190 | 0.900 | 0.0273 | +0.014 | 90 / 90 / 90 |",
+        "| Quest alone | 1,024 | - | 1,024 | 324 | 0.940 | 0.0429 | +0.021 | 94 / 94 / 94 |",
+        "| Quest + Twilight | 1,024 | 0.8 | 160 | 144 | 0.910 | 0.0300 | +0.015 | 91 / 91 / 91 |",
+        "| Quest + Twilight | 1,024 | 0.95 | 190 | 152 | 0.900 | 0.0273 | +0.014 | 90 / 90 / 90 |",
     ]
-    assert lines[2].startswith("| dense attention | - | - | 8,192 | 1.000 | 0.0000 | +0.000 | 100")
+    assert lines[2].startswith(
+        "| dense attention | - | - | 8,192 | 2,048 | 1.000 | 0.0000 | +0.000 | 100"
+    )
     assert "4 passkeys a length" in " ".join(lines) and "needles" not in " ".join(lines)
+
+
+def test_bytes_of_a_model_of_other_heads_are_in_no_table(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delitem(quality_bytes.HEADS, "tiny")
+    write_quality(tmp_path / "h200")
+    frames = Frames(tmp_path / "h200")
+    assert "KiB" not in tables.quality_table(frames)
+    with pytest.raises(MissingData, match="a model whose heads are known"):
+        FIGURES["quality_bytes"](frames)
+
+
+def test_bytes_of_a_selector_are_those_of_its_masses() -> None:
+    rows = Frames(draw.RESULTS / CPU)["selector_mass"]
+    rows = rows[(rows["token_budget"] == 512) & (rows["kind"] != "k") & (rows["bits"] != "4")]
+    size = rows.drop_duplicates("selector").set_index("selector")["bytes_per_token"]
+    model = rows["model"].iloc[0]
+    for method in ("quest", "ds", "signs"):
+        read = quality_bytes.num_bytes(model, method, 8192, 512, kept=0)
+        assert read / 8192 == pytest.approx(size[method], rel=0.01)
+        pruned = quality_bytes.num_bytes(model, f"{method}+twilight", 8192, 512, kept=100)
+        assert pruned == read + 512 * size["mirror"] + 100 * 256
+    full = quality_bytes.num_bytes(model, "full+twilight", 8192, 8192, kept=100)
+    assert full == 8192 * size["mirror"] + 100 * 256
+    assert quality_bytes.num_bytes(model, "dense", 8192, 8192, kept=8192) == 8192 * 256
+
+
+def test_candidates_with_lists_of_their_own_are_what_the_selector_alone_keeps() -> None:
+    same = dict.fromkeys(quality_bytes.ASKED, 0)
+    same |= {"model": "tiny", "task": "perplexity", "length": 8192, "token_budget": 1024}
+    rows = pd.DataFrame([same | {"method": "ds", "kept": 1500.0},
+                         same | {"method": "ds+twilight", "kept": 100.0}])  # fmt: skip
+    alone, pruned = quality_bytes.with_bytes(rows)["bytes"]
+    assert pruned - alone == 1500 * 36 - 1400 * 256
+    (own,) = quality_bytes.with_bytes(rows[1:])["bytes"]
+    assert own == pruned - (1500 - 1024) * 36
 
 
 def test_masses_name_every_selector_and_both_ceilings(tmp_path: Path) -> None:
@@ -286,9 +404,29 @@ def test_masses_name_every_selector_and_both_ceilings(tmp_path: Path) -> None:
 def test_a_method_s_rows_are_those_of_the_kernels_where_these_have_any() -> None:
     found = [("kernels", "quest"), ("torch", "quest"), ("torch", "ds"), ("exact_upstream", "ds")]
     same = {"model": "tiny", "task": "perplexity", "length": 2048, "token_budget": 512}
-    rows = [same | {"back_end": back_end, "method": own} for back_end, own in found]
+    rows = [
+        same | {"back_end": back_end, "method": own, "configuration": own}
+        for back_end, own in found
+    ]
     shown = rows_of_model({"quality": pd.DataFrame(rows)})
     assert list(zip(shown["back_end"], shown["method"], strict=True)) == [found[0], found[2]]
+
+
+def test_signs_to_a_share_of_the_mass_are_lines_of_their_own(tmp_path: Path) -> None:
+    write_quality(tmp_path / "h200")
+    rows = Frames(tmp_path / "h200")["quality"]
+    own = rows[rows["method"] == "signs+twilight"].assign(token_budget=float("nan"))
+    own["configuration"] = "signs-c0.99-p" + own["top_p"].astype(str) + "-sink16"
+    pd.concat([rows, own]).to_csv(tmp_path / "h200" / "quality.csv", index=False)
+    frames = Frames(tmp_path / "h200")
+    for name, there in (("quality_tokens", True), ("quality_bytes", False)):  # how many, none knows
+        texts = words(name, frames)
+        assert any("Signs to 0.99 of the mass + Twilight" in text for text in texts) == there
+        assert any(text.startswith("Signs + Twilight") for text in texts)
+    lines = [line for line in tables.quality_table(frames).splitlines() if "Signs to 0.99" in line]
+    assert [line.split(" | ")[1:5:2] + [line.split(" | ")[4]] for line in lines] == [
+        ["-", "160", "-"], ["-", "190", "-"],
+    ]  # fmt: skip
 
 
 def test_missing_data_is_an_error_that_names_the_file(
