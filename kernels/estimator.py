@@ -34,7 +34,7 @@ def default_config(shape: StepShape, gpu: Gpu) -> EstimatorConfig:
     config = EstimatorConfig()
     if num_tiles <= 16384 or shape.head_dim > 128:
         config = EstimatorConfig(tiles_per_warp=1)
-    elif num_tiles < 65536:
+    elif num_tiles < 49152:
         config = EstimatorConfig(num_warps=2, tiles_per_warp=4, steps=4)
     step_tiles = config.num_warps * config.tiles_per_warp
     return replace(config, steps=filling_steps(num_tiles, step_tiles, gpu, most=config.steps))
