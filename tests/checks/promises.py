@@ -312,12 +312,13 @@ def promise_8_a_view_is_refused_or_right(run: Run) -> None:
 
 
 def every_stage_takes_single_tokens(run: Run) -> None:
-    """Candidates that are tokens at random, of every query head or of some, each stage judged as
-    the step's own; and that all tokens of the step's pages give its bits, which only kernels must.
+    """Candidates that are tokens at random, of every query head or of some (which page_attention
+    refuses of FP8), each stage judged as the step's own; and that all tokens of the step's pages give its bits, which only kernels must.
     """
     package, q, cache, always = run.package, run.tensors.q, run.cache, run.generated.always
     width = 16 * (1 + run.generated.seed % (cache.capacity // 16))
-    group_size = q.shape[1] // cache.num_kv_heads if run.generated.seed % 2 else None
+    by_head = run.generated.seed % 2 and run.tensors.kv_dtype is None
+    group_size = q.shape[1] // cache.num_kv_heads if by_head else None
     tokens = random_tokens(package, cache, width, run.rng, group_size)
     logits = package.estimate_logits(q, cache, tokens)
     assert_logits_close(logits, q, cache, tokens)
