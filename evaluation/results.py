@@ -7,6 +7,7 @@ original's scripts write, under its names.
     dataset/MODEL/synthetic/LENGTH/pred/NAME/TASK.jsonl         and summary.csv, submission.csv
     results_perplexity/MODEL/LENGTH/CONFIG.jsonl
     quality.csv                                                 a row for each configuration
+    layers.csv                                                  and for each of its layers
 
 MODEL is the folder's name, with the back end behind it where that is not the kernels.
 """
@@ -14,15 +15,16 @@ MODEL is the folder's name, with the back end behind it where that is not the ke
 import csv
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from .configurations import Configuration
+from .measures import NAMES
 from .samples import Task
 
-ROWS = "quality.csv"
+ROWS, LAYERS = "quality.csv", "layers.csv"
 STAMP = "%m%d%H%M"
 LONGEST_NAME = 245  # of a file, without its suffix
 KEY = ("model", "back_end", "dtype", "gpu", "task", "length", "configuration")
@@ -35,6 +37,8 @@ COLUMNS = (
     *("estimated_mass", "estimated_mass_min", "true_mass", "true_mass_min"),
     *("ms_per_token", "commit", "torch", "transformers", "date"),
 )
+LAYER_KEY = (*KEY, "layer")
+LAYER_COLUMNS = (*LAYER_KEY, "samples", *NAMES, "commit", "date")
 
 
 class Store:
@@ -79,6 +83,8 @@ class Store:
         """Adds rows, or replaces those of the same keys; without any, no file is made."""
         if rows := list(rows):
             write_rows(self.folder / ROWS, rows)
+            layers = [own for row in rows for own in layers_of(row)]
+            write_rows(self.folder / LAYERS, layers, LAYER_KEY, LAYER_COLUMNS)
 
     def write_theirs(
         self, task: Task, configuration: Configuration, row: Mapping[str, Any]
@@ -99,6 +105,13 @@ class Store:
             scores = json.loads(result.read_text()) if result.is_file() else {}
             scores[path.name] = row.get("by_length") or row["score"]
             result.write_text(json.dumps(scores, ensure_ascii=False, indent=4))
+
+
+def layers_of(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """A row for each layer; an average over tasks has none."""
+    means = row.get("layers", {})
+    for layer, values in enumerate(zip(*means.values(), strict=True)):
+        yield {**row, "layer": layer, **dict(zip(means, values, strict=True))}
 
 
 def cut(name: str) -> str:

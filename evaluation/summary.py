@@ -21,6 +21,7 @@ def summarize(
     score          mean * 100; of a text there is none
     loss           nats a token; loss_change against the dense run, pair by pair
     kept_share     kept over the tokens in the cache
+    layers         of each of measures.NAMES the means of the layers, in their order
     ..._error      standard error, over samples, or over tokens of a text
 
     Args:
@@ -55,7 +56,17 @@ def summarize(
         if line.get("kept") is not None
     ]
     row["kept_share"] = round(math.fsum(shares) / len(shares), 6) if shares else ""
-    return {"score": ""} | row
+    return {"score": "", "layers": layer_means(lines)} | row
+
+
+def layer_means(lines: Sequence[Line]) -> dict[str, list[float]]:
+    """Means over the samples that decoded a token, a list over the layers for every name."""
+    decoded = [line["layers"] for line in lines if line.get("layers", {}).get("kept")]
+    by_name = {name: zip(*(own[name] for own in decoded), strict=True) for name in NAMES}
+    return {
+        name: [round(math.fsum(own) / len(own), 4) for own in layers]
+        for name, layers in by_name.items()
+    }
 
 
 def text_columns(lines: Sequence[Line], dense: Sequence[Line]) -> dict[str, Any]:

@@ -21,7 +21,12 @@ from twilight_tilelang.evaluation.configurations import (  # noqa: E402
     read_configuration,
 )
 from twilight_tilelang.evaluation.measures import Measures, Reading  # noqa: E402
-from twilight_tilelang.evaluation.results import Store, cut, write_ruler  # noqa: E402
+from twilight_tilelang.evaluation.results import (  # noqa: E402
+    Store,
+    cut,
+    read_rows,
+    write_ruler,
+)
 from twilight_tilelang.evaluation.run import Run  # noqa: E402
 from twilight_tilelang.evaluation.samples import Sample, Task  # noqa: E402
 from twilight_tilelang.evaluation.tasks import tasks_of  # noqa: E402
@@ -87,6 +92,12 @@ def test_perplexity_from_end_to_end(back_end: str, model: Path, config: Path, ca
     assert {len(lines_of(path)) for path in folder.iterdir()} == {2}
     line = next(line for path in folder.iterdir() for line in lines_of(path) if line["kl"][0])
     assert len(line["loss"]) == 12 and len(line["layers"]["true_mass"]) == 2
+    layers = read_rows(config.parent / "out" / "layers.csv")
+    own = {row["layer"]: row for row in layers if row["configuration"] == "sparse"}
+    assert list(own) == ["0", "1"] and own["1"]["samples"] == "2"
+    for name in ("kept", "true_mass", "true_mass_min"):
+        mean = (float(own["0"][name]) + float(own["1"][name])) / 2
+        assert mean == pytest.approx(float(sparse[name]), abs=2e-4)
     assert "perplexity: rows ->" in capsys.readouterr().out
 
 
@@ -346,7 +357,7 @@ def test_dense_comes_first_and_names_are_unique() -> None:
         dense_first([quest, other])
 
 
-TINY_PLAN = small.Plan((700,), 1, 1, 2, 8, (0.8,), (64,), (64,), small.FULL.always, (0.8,))
+TINY_PLAN = small.Plan((700,), 1, 1, 2, 8, (0.8,), (64,), (64,), small.FULL.always, (0.8,), (0.9,))
 
 
 def test_make_evaluate_from_end_to_end(model: Path, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -360,10 +371,10 @@ def test_make_evaluate_from_end_to_end(model: Path, tmp_path: Path, monkeypatch,
     arguments = ["--model", str(model), "--text", str(tmp_path / "text.txt"), *folders]
     assert small.main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "plan: perplexity (fp32): 2 samples a length, 26 runs\n" in printed
+    assert "plan: perplexity (fp32): 2 samples a length, 28 runs\n" in printed
     for text in ("lengths 2048, 4096, 8192", "passkeys: 1 of 10", "stretches: 2 of 4"):
         assert f"left out: {text}" in printed
-    assert "left out: configurations: 13 of 64" in printed
+    assert "left out: configurations: 14 of 68" in printed
     path = tmp_path / "results" / "cpu-reference" / "quality.csv"
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -376,7 +387,8 @@ def test_make_evaluate_from_end_to_end(model: Path, tmp_path: Path, monkeypatch,
     }
     alone = {f"{base}-64{own}" for base in ("quest", "signs") for own in ("", windows)}
     alone |= {"dense", "ds-64", "ds-64-p0.8"}
-    assert names == pruned | alone
+    twice = {f"signs-c0.9-p0.8{windows}-floor32"}
+    assert names == pruned | alone | twice
     assert {row["task"] for row in rows} == {"perplexity", "passkey", "niah_single_1"}
     figure = FIGURES["quality_tokens"](Frames(path.parent))
     assert len(figure.axes) == 3
@@ -391,12 +403,12 @@ def test_make_evaluate_ends_in_time_and_says_so(model: Path, tmp_path: Path, mon
     folders = ["--output", str(tmp_path / "out"), "--rows", str(tmp_path / "results")]
     arguments = ["--model", str(model), "--text", str(tmp_path / "text.txt"), *folders]
     assert small.main([*arguments, "--minutes", "0"]) == 0
-    late = "left out: perplexity 700: 26 of 26 runs of a sample, for want of time"
+    late = "left out: perplexity 700: 28 of 28 runs of a sample, for want of time"
     assert late in capsys.readouterr().out
     own = ["--minutes", "0", "--tasks", "passkey", "--lengths", "600"]
     assert small.main([*arguments, *own]) == 0
     printed = capsys.readouterr().out
-    assert "left out: perplexity\n" in printed and "passkey 600: 13 of 13 runs" in printed
+    assert "left out: perplexity\n" in printed and "passkey 600: 14 of 14 runs" in printed
 
 
 def test_the_grid_of_make_evaluate() -> None:
