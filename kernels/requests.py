@@ -278,7 +278,8 @@ class Requests:
         has none of them."""
         num_pages, page_size = self.k_cache.shape[0], self.shape.page_size
         is_named = torch.zeros(num_pages + 1, dtype=torch.bool, device=pages.device)
-        is_named[torch.where((pages >= 0) & (pages < num_pages), pages, num_pages).long()] = True
+        named = torch.where((pages >= 0) & (pages < num_pages), pages, num_pages)
+        is_named.index_fill_(0, named.long(), True)  # an assignment would copy from the host
         is_named[num_pages] = False
         in_pool = (self.page_table >= 0) & (self.page_table < num_pages)
         has = is_named[torch.where(in_pool, self.page_table, num_pages).long()]

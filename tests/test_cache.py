@@ -256,10 +256,12 @@ def test_extend_matches_reference(case, rng):
         assert_same_tokens(*caches)
 
 
-def test_a_graph_replays_requests_that_come_and_go(device, rng):
+@pytest.mark.parametrize("signed", [False, True], ids=["plain", "signs"])
+def test_a_graph_replays_requests_that_come_and_go(signed, device, rng):
     """All calls, captured once; what they are to do lies on the device, and differs each time."""
     world = World(kernels, device)
     cache = world.cache([[0, 1, 2], [3, 4, 5], [-1, -1, -1]], 9, [20, 33, 0])
+    cache = cache.with_signs() if signed else cache
     chunk = [x[0, :8].clone() for x in (world.k, world.v)]
     token = [x[:, 0].clone() for x in (world.k, world.v)]
     ends, active = world.ints([0, 0, 0, 0]), world.mask(False, False, False)
