@@ -49,15 +49,16 @@ def read_rows(path: Path) -> pd.DataFrame:
 
 
 def write_rows(rows: Sequence[AnyRow], folder: Path = RESULTS) -> None:
-    """Put rows of one table into its file, in place of those with the same keys; all or none.
-
-    The file stays sorted.
+    """Put rows of one table into its file, in place of what was measured where they were; all or
+    none. The file stays sorted.
     """
     name = table_of(rows[0])
     path, table = path_of(name, rows[0].gpu, folder), TABLES[name]
     frame = pd.DataFrame([_cells(row) for row in rows], columns=list(table.types))
     if path.exists():
-        frame = pd.concat([read_rows(path), frame]).drop_duplicates(list(table.key), keep="last")
+        old, mark = read_rows(path), list(table.mark)
+        again = pd.MultiIndex.from_frame(old[mark]).isin(pd.MultiIndex.from_frame(frame[mark]))
+        frame = pd.concat([old[~again], frame])
     _write(frame.sort_values(list(table.key), kind="stable"), path)
 
 

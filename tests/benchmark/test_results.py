@@ -22,7 +22,7 @@ from twilight_tilelang.profiling.providers.checks import (
 )
 from twilight_tilelang.profiling.providers.stages import Target, sets_wanted
 from twilight_tilelang.profiling.tables.report import report
-from twilight_tilelang.profiling.tables.rows import OBSERVED, ROW_KEY, TIMED, Row
+from twilight_tilelang.profiling.tables.rows import OBSERVED, ROW_KEY, TIMED, Row, TimelineRow
 from twilight_tilelang.profiling.tables.store import (
     RESULTS,
     finished,
@@ -98,6 +98,21 @@ def test_write_row_replaces_the_row_of_the_same_key(rows: list[Row], tmp_path: P
     assert (frame["median_us"] == 7.0).sum() == 1
     ordered = frame.sort_values(list(ROW_KEY), kind="stable")
     pd.testing.assert_frame_equal(frame, ordered)
+
+
+def test_what_is_looked_at_again_leaves_no_row_behind(rows: list[Row], tmp_path: Path) -> None:
+    """A step whose estimator and pruner have become one kernel has no row of the two any more."""
+    first, *others = [row for row in rows if isinstance(row, TimelineRow)]
+    step = [first, *(row for row in others if row.workload == first.workload)]
+    other = dataclasses.replace(first, workload="other")
+    fused = [row for row in step if row.stage not in ("estimator", "pruner")]
+    fused.append(dataclasses.replace(first, stage="estimate_prune"))
+    for written in (step, [other], fused):
+        write_rows(written, tmp_path)
+    frame = read_rows(path_of("timeline", "h200", tmp_path))
+    own = frame[frame["workload"] == first.workload]
+    assert sorted(own["stage"]) == sorted(row.stage for row in fused)
+    assert len(frame) == len(fused) + 1
 
 
 @pytest.mark.parametrize(
