@@ -46,7 +46,7 @@ def test_the_report_adds_up_what_was_checked(empty_ledger):
     assert "| gqa4 | 2,000 | 4,200 |" in text and "| gqa3 | 0 | 0 |" in text
     assert "12 kernels: 1 of 32 runs clean" in text
     assert (
-        "| memcheck | not clean | not clean | not clean | not clean | 0 errors in 40 launches |"
+        "| memcheck | no clean run | no clean run | no clean run | no clean run | 0 errors in 40 launches |"
         in text
     )
     assert "9 steps: 4,000 checks, 7 pages reused." in text

@@ -52,7 +52,7 @@ def sanitizer(entries: list[dict]) -> str:
         cells = []
         for part in PARTS:
             result = found.get(f"{tool}-{part}")
-            text = "not clean" if result is None else "{errors} errors in {launches} launches"
+            text = "no clean run" if result is None else "{errors} errors in {launches} launches"
             cells.append(text.format(**result or {}))
         rows.append((tool, *cells))
     kernels = max(each["kernels"] for each in found.values())
