@@ -313,7 +313,8 @@ def promise_8_a_view_is_refused_or_right(run: Run) -> None:
 
 def every_stage_takes_single_tokens(run: Run) -> None:
     """Candidates that are tokens at random, of every query head or of some (which page_attention
-    refuses of FP8), each stage judged as the step's own; and that all tokens of the step's pages give its bits, which only kernels must.
+    refuses of FP8), each stage judged as the step's own; and that all tokens of the step's pages
+    give its bits, which only kernels must.
     """
     package, q, cache, always = run.package, run.tensors.q, run.cache, run.generated.always
     width = 16 * (1 + run.generated.seed % (cache.capacity // 16))
