@@ -38,7 +38,7 @@ SHARED_STAGES = {  # of a method's step; each once
     "signs+twilight": ("sign_scores", "top_tokens", *REST),
 }
 EVERY_STAGE = (*STEP_STAGES, "pipeline", "dense")
-A_LINE = 6  # workloads side by side
+A_LINE = 6  # workloads side by side, at most
 A_COLUMN = 12  # steps below one another, before there are two columns
 
 
@@ -127,7 +127,8 @@ def stage_floor(frames: Frames) -> Figure:
     """How near each stage is to its byte floor: the time its bytes need over the time it takes. Of
     a workload that was measured in part, what there is."""
     step = standard_rows(frames, "pipeline", method="quest+twilight")
-    lines = [step.iloc[at : at + A_LINE] for at in range(0, len(step), A_LINE)]
+    a_line = -(-len(step) // -(-len(step) // A_LINE))  # as many on each, nearly
+    lines = [step.iloc[at : at + a_line] for at in range(0, len(step), a_line)]
     figure, every = panels(len(lines), 1, (10, 1.2 + 3.4 * len(lines)))
     width = 0.84 / len(EVERY_STAGE)
     rates = pd.concat([own(frames, stage, step, "read_tbps") for stage in EVERY_STAGE]).dropna()
