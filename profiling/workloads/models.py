@@ -40,8 +40,8 @@ MODELS = {
     "llama-2-7b": ModelShape(32, 4096, 11_008, 32_000, 32, 32, 128),
     "tiny": ModelShape(3, 64, 96, 128, 4, 2, 32),
 }
-# Batch x tokens that are timed uncompiled too, captured and eager.
-BOTH_FORMS = ((16, 32_768), (4, 32_768), (1, 32_768))
+TABLE = ((16, 32_768), (8, 32_768), (4, 131_072), (1, 131_072), (1, 32_768))  # batch x tokens
+BOTH_FORMS = (*TABLE, (4, 32_768))  # that are timed uncompiled too, captured and eager
 
 
 def _on_gpu(name: str, sizes: Iterable[tuple[int, int]]) -> tuple[Workload, ...]:
@@ -66,7 +66,6 @@ def _on_gpu(name: str, sizes: Iterable[tuple[int, int]]) -> tuple[Workload, ...]
     )
 
 
-TABLE = ((16, 32_768), (8, 32_768), (4, 131_072), (1, 131_072), (1, 32_768))
 UP_TO_128K = LENGTHS[1:6]  # from 8k
 MORE = (
     *((batch_size, seq_len) for batch_size in (1, 4) for seq_len in UP_TO_128K),
