@@ -164,7 +164,7 @@ def test_the_dense_path_launches_dense_attention(options, launched):
     assert launched == []
     out = step.run(query_of(cache), cache)
     assert launched == expected and out is step.out
-    assert step.stages.tokens.counts.tolist() == [[3] * 8, [4] * 8]
+    assert step.stages.tokens.kind == "all"  # whose lengths are the cache's
 
 
 @pytest.mark.parametrize("max_pages", [16, 64])  # of 16 pages each is a candidate
